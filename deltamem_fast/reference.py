@@ -1,0 +1,293 @@
+"""The definition of correct: the delta-rule memory in plain PyTorch, one token at a time.
+
+Same signatures and layout as the kernels, so that a test compares like with like. Differentiable with
+respect to every floating-point input. Everything is computed in ``dtype`` (float32, or float64 as an oracle).
+Source of the equations: arXiv 2605.12357.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from deltamem_kernels.rule import DeltaRule, ScanOutput, check_arguments
+
+EPS = 1e-6
+
+
+def _unit(z: torch.Tensor) -> torch.Tensor:
+    # sqrt has no gradient at 0; an all-zero vector stays zero and gets the gradient of z / EPS.
+    square = (z * z).sum(-1, keepdim=True)
+    small = square <= EPS * EPS
+    norm = torch.where(small, square.new_full((), EPS), torch.sqrt(torch.where(small, 1.0, square)))
+    return z / norm
+
+
+def split_projections(projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule):
+    """Raw projections → q, k, v, keep, erase, write.
+
+    Args:
+        projections: [..., W], x times the stacked weights of q, k, v, β (and λ), no bias.
+        gate_bias: [β's (and λ's) biases].
+
+    Returns:
+        q, k, v, keep, erase, write, each [..., H, r].
+    """
+    heads, rank, gates = rule.heads, rule.rank, rule.gate_width
+    sizes = [heads * rank] * 3 + [gates] * (2 if rule.has_lambda else 1)
+    parts = projections.split(sizes, dim=-1)
+    lead = projections.shape[:-1]
+    q, k, v = (part.reshape(*lead, heads, rank) for part in parts[:3])
+    if rule.normalize:
+        q, k = _unit(torch.tanh(q)), _unit(torch.tanh(k))
+
+    def gate(raw: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        value = torch.sigmoid(raw + bias)
+        return value.reshape(*lead, heads, gates // heads).expand(*lead, heads, rank)
+
+    beta = gate(parts[3], gate_bias[:gates])
+    if rule.mode == "no_lambda":
+        keep = torch.ones_like(beta)
+    elif rule.coupled:
+        keep = 1.0 - beta
+    else:
+        keep = gate(parts[4], gate_bias[gates:])
+    erase = keep * beta if rule.mode == "lambda_outside" else beta
+    return q, k, v, keep, erase, beta
+
+
+def valid_tokens(projections: torch.Tensor, mask: torch.Tensor | None):
+    """Which tokens count: unmasked and finite. Returns (valid, skipped), both bool of the tokens' shape."""
+    finite = torch.isfinite(projections).all(-1)
+    present = torch.ones_like(finite) if mask is None else mask
+    return present & finite, present & ~finite
+
+
+def delta_rule(q, k, v, keep, erase, write, state, valid=None):
+    """Read, then write, one token after another.
+
+        read_t = S_{t-1} q_t
+        S_t    = diag(keep_t) S_{t-1} − diag(erase_t) (S_{t-1} k_t) k_tᵀ + diag(write_t) v_t k_tᵀ
+
+    Args:
+        q, k, v, keep, erase, write: [B, T, H, r].
+        state: [B, H, r, r], rows over values, columns over keys.
+        valid: bool [B, T] or None. An invalid token reads 0 and leaves the state bit-equal.
+
+    Returns:
+        reads [B, T, H, r] and the list of the T states, each [B, H, r, r], after every token.
+    """
+    reads, states = [], []
+    for t in range(q.shape[1]):
+        read = torch.einsum("bhij,bhj->bhi", state, q[:, t])
+        predicted = torch.einsum("bhij,bhj->bhi", state, k[:, t])
+        column = write[:, t] * v[:, t] - erase[:, t] * predicted
+        updated = keep[:, t].unsqueeze(-1) * state + column.unsqueeze(-1) * k[:, t].unsqueeze(-2)
+        if valid is not None:
+            read = torch.where(valid[:, t, None, None], read, 0.0)
+            updated = torch.where(valid[:, t, None, None, None], updated, state)
+        state = updated
+        reads.append(read)
+        states.append(state)
+    return reads, states
+
+
+def _initial(state, slots, sequences: int, rule: DeltaRule, dtype, device) -> torch.Tensor:
+    if state is None:
+        return torch.zeros(sequences, rule.heads, rule.rank, rule.rank, dtype=dtype, device=device)
+    state = state.to(dtype)
+    if slots is None:
+        return state
+    rows = state[slots.clamp(min=0).long()]
+    return torch.where((slots >= 0)[:, None, None, None], rows, 0.0)
+
+
+def _scan_rows(projections, valid, gate_bias, state, rule, every):
+    """A batch of equally long rows. Returns reads, final state, list of checkpoints."""
+    clean = torch.where(valid.unsqueeze(-1), projections, 0.0)
+    reads, states = delta_rule(*split_projections(clean, gate_bias, rule), state, valid)
+    batch, length = valid.shape
+    stacked = torch.stack(reads, 1) if reads else state.new_zeros(batch, 0, rule.heads, rule.rank)
+    final = states[-1] if states else state.clone()
+    checkpoints = states[every - 1 :: every] if every else []
+    return stacked.reshape(batch, length, rule.read_width), final, checkpoints
+
+
+def scan(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor | None,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> ScanOutput:
+    """Read and write a sequence of tokens.
+
+    Args:
+        projections: [B, T, W] of any floating dtype, raw; or [1, T, W] packed, with ``cu_seqlens``.
+        gate_bias: [β's (and λ's) biases].
+        state: [N, H, r, r] before the first token, or None for zeros. With ``slots``: [S, H, r, r].
+        rule: the recurrence.
+        mask: bool [B, T], True = a real token. A masked token reads 0 and leaves the state bit-equal.
+        cu_seqlens: int [N + 1], where each packed sequence starts, then the total.
+        slots: int [N], which row of ``state`` each sequence starts from; −1 = neither read nor written.
+        checkpoint_every: n > 0 also returns the state after every n-th token of each sequence.
+        dtype: what to compute in and return.
+
+    Returns:
+        ScanOutput. A sequence whose slot is −1 has reads and state 0. The given state is not changed.
+
+    Raises:
+        ValueError, TypeError: see ``deltamem_kernels.rule.check_arguments``.
+    """
+    sequences = check_arguments(
+        projections, gate_bias, state, rule,
+        mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    batch, length = projections.shape[:2]
+    projections, gate_bias = projections.to(dtype), gate_bias.to(dtype)
+    initial = _initial(state, slots, sequences, rule, dtype, projections.device)
+    valid, skipped = valid_tokens(projections, mask)
+    every = checkpoint_every
+
+    if cu_seqlens is None:
+        if slots is not None:
+            valid, skipped = valid & (slots >= 0)[:, None], skipped & (slots >= 0)[:, None]
+        reads, final, states = _scan_rows(projections, valid, gate_bias, initial, rule, every)
+        checkpoints = None
+        if every:
+            empty = initial.new_zeros(batch, 0, *initial.shape[1:])
+            checkpoints = torch.stack(states, 1) if states else empty
+        return ScanOutput(reads, final, skipped.sum(1, dtype=torch.int32), checkpoints)
+
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise ValueError(f"cu_seqlens: got {bounds}, allowed a non-decreasing list from 0 to T = {length}")
+    reads, finals, states, counts = [], [], [], []
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        live = slots is None or bool(slots[i] >= 0)
+        row_valid = valid[:, start:end] & live
+        row_reads, final, row_states = _scan_rows(
+            projections[:, start:end], row_valid, gate_bias, initial[i : i + 1], rule, every
+        )
+        reads.append(row_reads)
+        finals.append(final)
+        states.extend(row_states)
+        counts.append(skipped[:, start:end].sum(1, dtype=torch.int32) * live)
+    checkpoints = None
+    if every:
+        rest = initial.new_zeros(length // every - len(states), *initial.shape[1:])
+        checkpoints = torch.cat([*states, rest])
+    no_reads = initial.new_zeros(1, 0, rule.read_width)
+    return ScanOutput(
+        torch.cat(reads, 1) if reads else no_reads,
+        torch.cat(finals) if finals else initial,
+        torch.cat(counts) if counts else skipped.new_zeros(0, dtype=torch.int32),
+        checkpoints,
+    )
+
+
+def step(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    skipped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token per row, the state updated in place (decode). Not differentiable.
+
+    Args:
+        projections: [B, W], raw.
+        gate_bias: [β's (and λ's) biases].
+        state: float32 [B, H, r, r], or [S, H, r, r] with ``slots``; changed in place.
+        rule: the recurrence.
+        mask: bool [B], True = a real token. A masked token reads 0 and leaves the state bit-equal.
+        slots: int [B], which row of ``state`` each token belongs to, no row twice; −1 = reads 0, writes nothing.
+        skipped: int32 with a row per row of ``state``, or None; incremented where a token was not finite.
+
+    Returns:
+        reads, float32 [B, H·r].
+    """
+    with torch.no_grad():
+        out = scan(
+            projections.unsqueeze(1), gate_bias, state, rule,
+            mask=None if mask is None else mask.unsqueeze(1), slots=slots, dtype=state.dtype,
+        )  # fmt: skip
+        if slots is None:
+            state.copy_(out.state)
+            if skipped is not None:
+                skipped.add_(out.skipped)
+        else:
+            live = slots >= 0
+            rows = slots[live].long()
+            state[rows] = out.state[live]
+            if skipped is not None:
+                skipped[rows] += out.skipped[live]
+    return out.reads.squeeze(1)
+
+
+def read(
+    projections: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Read a frozen state: every token reads the same S, nothing is written.
+
+    Args:
+        projections: [B, T, W], raw; only the q part is used to read, a token that is not finite reads 0.
+        state: [B, H, r, r], or [S, H, r, r] with ``slots``.
+        rule, mask, slots, dtype: as in ``scan``.
+
+    Returns:
+        reads [B, T, H·r].
+    """
+    bias = projections.new_zeros(rule.bias_width)
+    sequences = check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
+    projections = projections.to(dtype)
+    valid, _ = valid_tokens(projections, mask)
+    if slots is not None:
+        valid = valid & (slots >= 0)[:, None]
+    initial = _initial(state, slots, sequences, rule, dtype, projections.device)
+    clean = torch.where(valid.unsqueeze(-1), projections, 0.0)
+    q = split_projections(clean, bias.to(dtype), rule)[0]
+    reads = torch.einsum("bhij,bthj->bthi", initial, q).flatten(2)
+    return torch.where(valid.unsqueeze(-1), reads, 0.0)
+
+
+def steer(
+    base: torch.Tensor,
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """base + Δ with Δ = scale · W reads, or rms_norm(scale · W reads) · norm_weight.
+
+    Args:
+        base: [..., N], the output of a projection.
+        reads: float32 [..., H·r].
+        weight: [N, H·r], of any floating dtype.
+        scale: α / r.
+        norm_weight: [N] or None.
+        eps: of the RMS norm.
+
+    Returns:
+        [..., N] in ``base``'s dtype, summed in float32 (float64 for a float64 base) and rounded once.
+    """
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    delta = F.linear(reads.to(wide), weight.to(wide)) * scale
+    if norm_weight is not None:
+        delta = F.rms_norm(delta, (delta.shape[-1],), norm_weight.to(wide), eps)
+    return (base.to(wide) + delta).to(base.dtype)

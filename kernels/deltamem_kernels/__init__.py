@@ -1,0 +1,1 @@
+"""Kernels of the delta-rule memory. Needs torch; Triton is imported when a kernel is first used."""

@@ -1,0 +1,157 @@
+"""The shape of the delta rule and the checks that every implementation of it shares.
+
+Nothing here needs Triton, so a reference can share this module with the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+STATE_UPDATE_MODES = ("standard", "lambda_outside", "no_lambda")
+MAX_RANK = 64
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """What a layer's recurrence computes, apart from its weights.
+
+    Attributes:
+        rank: r, rows and columns of one state; 1 to 64.
+        heads: H, independent states per layer (MSW: more than one).
+        mode: ``standard``, ``lambda_outside`` or ``no_lambda``.
+        row_gates: one gate per row (H·r of them), else one per head.
+        coupled: λ = 1 − β, else λ has a projection of its own.
+        normalize: q and k are unit(tanh(·)), else raw.
+    """
+
+    rank: int
+    heads: int = 1
+    mode: str = "standard"
+    row_gates: bool = True
+    coupled: bool = True
+    normalize: bool = True
+
+    def __post_init__(self):
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank: got {self.rank}, allowed 1 to {MAX_RANK}")
+        if self.heads < 1:
+            raise ValueError(f"heads: got {self.heads}, allowed 1 or more")
+        if self.mode not in STATE_UPDATE_MODES:
+            raise ValueError(f"mode: got {self.mode!r}, allowed {', '.join(STATE_UPDATE_MODES)}")
+
+    @property
+    def read_width(self) -> int:
+        """H·r, the length of one token's read."""
+        return self.heads * self.rank
+
+    @property
+    def gate_width(self) -> int:
+        """How many β gates a token has: H·r with row gates, else H."""
+        return self.read_width if self.row_gates else self.heads
+
+    @property
+    def has_lambda(self) -> bool:
+        """Whether λ has a projection of its own (it has none when coupled, and no use in ``no_lambda``)."""
+        return not self.coupled and self.mode != "no_lambda"
+
+    @property
+    def width(self) -> int:
+        """W, the length of one token's raw projections: q, k, v, β and, if it has one, λ, in that order."""
+        return 3 * self.read_width + self.gate_width * (2 if self.has_lambda else 1)
+
+    @property
+    def bias_width(self) -> int:
+        """The length of the gate bias: β's, then λ's if it has a projection."""
+        return self.gate_width * (2 if self.has_lambda else 1)
+
+
+class ScanOutput(NamedTuple):
+    """Result of a scan over N sequences.
+
+    Attributes:
+        reads: float32 [B, T, H·r], what each token read before its own write; 0 where it is masked.
+        state: float32 [N, H, r, r], after each sequence's last token.
+        skipped: int32 [N], how many unmasked tokens were treated as masked because not finite.
+        checkpoints: float32 states after every n-th token, or None. [B, T // n, H, r, r] for rows of equal
+            length; [T // n, H, r, r] for packed sequences, sequence i's rows starting at
+            Σ_{j<i} (len_j // n), rows past the last sequence's zero.
+    """
+
+    reads: torch.Tensor
+    state: torch.Tensor
+    skipped: torch.Tensor
+    checkpoints: torch.Tensor | None
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def check_arguments(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor | None,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+) -> int:
+    """Check the arguments of a scan, step or read; return N, the number of sequences.
+
+    Raises:
+        ValueError: an argument has a wrong shape or value; the message names it, what it is and what is allowed.
+        TypeError: an argument has a wrong dtype.
+    """
+    tokens = projections.shape[:-1]
+    if projections.ndim not in (2, 3) or projections.shape[-1] != rule.width:
+        raise ValueError(
+            f"projections: got shape {_shape(projections)}, allowed [..., {rule.width}] with one or two leading "
+            f"dimensions (q, k, v and gates of rank {rule.rank}, {rule.heads} head(s))"
+        )
+    if not projections.dtype.is_floating_point:
+        raise TypeError(f"projections: got dtype {projections.dtype}, allowed floating point")
+    if tuple(gate_bias.shape) != (rule.bias_width,):
+        raise ValueError(f"gate_bias: got shape {_shape(gate_bias)}, allowed [{rule.bias_width}]")
+    sequences = tokens[0]
+    if cu_seqlens is not None:
+        if projections.ndim != 3 or tokens[0] != 1:
+            raise ValueError(
+                f"projections: got shape {_shape(projections)} with cu_seqlens, allowed [1, T, {rule.width}]"
+            )
+        if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(f"cu_seqlens: got shape {_shape(cu_seqlens)}, allowed [N + 1]")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, allowed int32 or int64")
+        sequences = cu_seqlens.numel() - 1
+    if mask is not None:
+        if tuple(mask.shape) != tuple(tokens):
+            raise ValueError(f"mask: got shape {_shape(mask)}, allowed {list(tokens)}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask: got dtype {mask.dtype}, allowed bool (True = a real token)")
+    if slots is not None:
+        if state is None:
+            raise ValueError("slots: given without a state to index")
+        if tuple(slots.shape) != (sequences,):
+            raise ValueError(f"slots: got shape {_shape(slots)}, allowed [{sequences}]")
+        if slots.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"slots: got dtype {slots.dtype}, allowed int32 or int64")
+    if state is not None:
+        rows = "any" if slots is not None else sequences
+        if state.ndim != 4 or tuple(state.shape[1:]) != (rule.heads, rule.rank, rule.rank):
+            allowed = f"[{rows}, {rule.heads}, {rule.rank}, {rule.rank}]"
+            raise ValueError(f"state: got shape {_shape(state)}, allowed {allowed}")
+        if slots is None and state.shape[0] != sequences:
+            raise ValueError(f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them")
+        if state.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"state: got dtype {state.dtype}, allowed float32 (the reference also takes float64)")
+    if checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every: got {checkpoint_every}, allowed 0 (none) or more")
+    for name, tensor in (("gate_bias", gate_bias), ("state", state), ("mask", mask), ("slots", slots)):
+        if tensor is not None and tensor.device != projections.device:
+            raise ValueError(f"{name}: on {tensor.device}, but projections are on {projections.device}")
+    return sequences

@@ -1,0 +1,58 @@
+"""Packaging. The version stands in deltamem_fast/version.py and nowhere else."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "deltamem_fast/version.py").read_text(), re.M).group(1)
+
+EXTRAS = {
+    "flash": ["flash-attn>=2.7"],
+    "cpu": ["numba>=0.61"],
+    "train": ["accelerate>=1.5", "tqdm>=4.66"],
+    "eval": ["lm-eval>=0.4.8"],
+    "bench": ["tqdm>=4.66", "matplotlib>=3.9"],
+}
+EXTRAS["dev"] = [
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.130",
+    "ruff>=0.11",
+    "build>=1.2",
+    "setuptools>=77",
+    "accelerate>=1.5",
+    "peft>=0.17",
+    *EXTRAS["cpu"],
+    *EXTRAS["bench"],
+]
+
+setup(
+    name="deltamem-fast",
+    version=VERSION,
+    description="delta-mem, the 8x8 online memory for frozen LLMs, with fused Triton kernels",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["deltamem_fast", "deltamem_kernels"],
+    package_dir={"deltamem_kernels": "kernels/deltamem_kernels"},
+    package_data={"deltamem_fast": ["data/*.txt", "py.typed"], "deltamem_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.16,<6",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "triton>=3.6; platform_system == 'Linux'",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["deltamem = deltamem_fast.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
