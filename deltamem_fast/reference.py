@@ -7,8 +7,11 @@ Source of the equations: arXiv 2605.12357.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
+
 from deltamem_kernels.rule import DeltaRule, ScanOutput, check_arguments
 
 EPS = 1e-6
@@ -164,10 +167,10 @@ def scan(
         return ScanOutput(reads, final, skipped.sum(1, dtype=torch.int32), checkpoints)
 
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens: got {bounds}, allowed a non-decreasing list from 0 to T = {length}")
     reads, finals, states, counts = [], [], [], []
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         live = slots is None or bool(slots[i] >= 0)
         row_valid = valid[:, start:end] & live
         row_reads, final, row_states = _scan_rows(

@@ -1,0 +1,192 @@
+"""Cache layers that carry the memory beside keys and values, so that every operation on a cache moves both."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from .state import MemoryState
+
+_ATTRIBUTE = "_delta_memory"
+
+
+class MemoryLayerMixin:
+    """Adds the memory of one layer to a cache layer.
+
+    ``memory`` is the cache's MemoryState, or None while the caller's own memory is used with this cache.
+    """
+
+    memory: MemoryState | None = None
+    memory_layer_idx: int = 0
+    # A written state cannot be taken back: `generate` must not run ahead and crop.
+    is_croppable = False
+
+    def _move_memory(self, change) -> None:
+        if self.memory is not None:
+            self.memory._gather(self.memory_layer_idx, change)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keys, values and memory follow the beams; the memory keeps its address."""
+        super().reorder_cache(beam_idx)
+        self._move_memory(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times in a row."""
+        super().batch_repeat_interleave(repeats)
+        self._move_memory(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self._move_memory(lambda tensor: tensor[indices])
+
+    def reset(self) -> None:
+        """Empty the layer and forget its memory, in place."""
+        super().reset()
+        self._move_memory(torch.zeros_like)
+
+    def crop(self, *args, **kwargs) -> None:
+        """Raises: what the memory has written cannot be taken back."""
+        raise NotImplementedError(
+            "crop: a cache of a patched model cannot be cropped, because the memory has already written the tokens "
+            "that would go; keep a copy (copy.deepcopy(cache), memory.clone()) from before them instead"
+        )
+
+
+class MemoryDynamicLayer(MemoryLayerMixin, DynamicLayer):
+    """DynamicLayer with a memory."""
+
+
+class MemoryDynamicSlidingWindowLayer(MemoryLayerMixin, DynamicSlidingWindowLayer):
+    """DynamicSlidingWindowLayer with a memory; the memory keeps what has left the window."""
+
+
+class MemoryStaticLayer(MemoryLayerMixin, StaticLayer):
+    """StaticLayer with a memory."""
+
+
+class MemoryStaticSlidingWindowLayer(MemoryLayerMixin, StaticSlidingWindowLayer):
+    """StaticSlidingWindowLayer with a memory; the memory keeps what has left the window."""
+
+
+_WITH_MEMORY = {
+    DynamicLayer: MemoryDynamicLayer,
+    DynamicSlidingWindowLayer: MemoryDynamicSlidingWindowLayer,
+    StaticLayer: MemoryStaticLayer,
+    StaticSlidingWindowLayer: MemoryStaticSlidingWindowLayer,
+}
+
+
+def memory_state(cache: Cache) -> MemoryState:
+    """The live memory of a cache that a patched model has used.
+
+    Raises:
+        ValueError: the cache holds no memory (not used yet, or used with a ``memory=`` of the caller's).
+    """
+    memory = getattr(cache, _ATTRIBUTE, None)
+    if memory is None:
+        raise ValueError(
+            f"cache: this {type(cache).__name__} holds no memory; it does once a patched model has run with it and "
+            "without memory="
+        )
+    return memory
+
+
+def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -> MemoryState:
+    """Make ``cache`` ready for a forward of ``batch_size`` rows and return the memory that it reads and writes.
+
+    Empty plain layers are replaced by ours. With a caller's ``memory`` the cache gets no state of its own.
+
+    Raises:
+        TypeError: a kind of cache or layer that cannot carry a memory.
+        ValueError: the cache holds tokens that its memory never read, or another batch size.
+    """
+    own = getattr(cache, _ATTRIBUTE, None)
+    external = memory is not None and memory is not own
+    if not external and own is not None and own.batch_size == batch_size:
+        return own  # every forward but a conversation's first
+    if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
+    if external:
+        check_rows(memory, batch_size)
+        if own is not None:
+            raise ValueError(
+                "memory: this cache already carries a memory of its own; pass memory_state(cache) or a fresh cache"
+            )
+        _replace_layers(cache, identity)
+        return memory
+    specs = identity.layer_specs()
+    _replace_layers(cache, identity)
+    if own is None:
+        if not all(_is_empty(cache.layers[layer_idx]) for layer_idx in specs):
+            raise ValueError(
+                "past_key_values: this cache was filled with a memory= of the caller's; pass that memory again, or "
+                "start a new cache"
+            )
+        own = MemoryState({}, identity=identity)
+        setattr(cache, _ATTRIBUTE, own)
+    for layer_idx, spec in specs.items():
+        layer = cache.layers[layer_idx]
+        if layer_idx in own and not _is_empty(layer):
+            rows = own[layer_idx].shape[0]
+            raise ValueError(f"input_ids: got a batch of {batch_size}, but the cache's memory has {rows} row(s)")
+        layer.memory, layer.memory_layer_idx = own, layer_idx
+        own._start(layer_idx, spec, batch_size)
+        _mark_static(layer, own, layer_idx)
+    return own
+
+
+def new_cache(config) -> DynamicCache:
+    """The cache that transformers' models make for themselves."""
+    return DynamicCache(config=config)
+
+
+def check_rows(memory: MemoryState, batch_size: int) -> None:
+    """Raise ValueError unless ``memory`` has ``batch_size`` rows."""
+    if memory.batch_size != batch_size:
+        raise ValueError(
+            f"memory: got {memory.batch_size} row(s) for a batch of {batch_size}; see MemoryState.select and repeat"
+        )
+
+
+def _replace_layers(cache: Cache, identity) -> None:
+    """Turn the plain layers that a memory belongs to into ours; only empty ones can be."""
+    for layer_idx in identity.layer_specs():
+        # A cache made without a configuration grows its layers at the first update.
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+        layer = cache.layers[layer_idx]
+        if isinstance(layer, MemoryLayerMixin):
+            continue
+        kind = _WITH_MEMORY.get(type(layer))
+        if kind is None:
+            allowed = ", ".join(plain.__name__ for plain in _WITH_MEMORY)
+            raise TypeError(f"past_key_values: layer {layer_idx} is a {type(layer).__name__}, allowed {allowed}")
+        if not _is_empty(layer):
+            raise ValueError(
+                f"past_key_values: layer {layer_idx} already holds tokens that the memory has not read (the model "
+                "was not patched, or its memory was disabled); start with an empty cache"
+            )
+        ours = kind.__new__(kind)
+        for name, value in vars(layer).items():
+            setattr(ours, name, value)
+        cache.layers[layer_idx] = ours
+
+
+def _is_empty(layer) -> bool:
+    return not layer.is_initialized or int(layer.get_seq_length()) == 0
+
+
+def _mark_static(layer, memory: MemoryState, layer_idx: int) -> None:
+    # CUDA graphs skip tensors that may move; a static cache's state does not, like its keys and values.
+    if isinstance(layer, StaticLayer) and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(memory[layer_idx])
+        torch._dynamo.mark_static_address(memory._skipped[layer_idx])

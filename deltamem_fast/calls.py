@@ -1,0 +1,150 @@
+"""What happens before the layers of a forward run: who owns the state, which tokens are real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from .attention import MemoryCall
+from .cache import adopt, check_rows
+from .state import MemoryState
+
+
+def begin(
+    decoder: nn.Module,
+    identity,
+    kwargs: dict[str, Any],
+    memory: MemoryState | None,
+    segment_ids: torch.Tensor | None,
+    token_mask: torch.Tensor | bool | None,
+) -> MemoryCall:
+    """Check a forward's arguments and make its MemoryCall.
+
+    Args:
+        decoder: the patched decoder.
+        identity: of its memory.
+        kwargs: the decoder's own arguments by name; gets a cache where the decoder would make one.
+        memory: the caller's state, or None = the cache's.
+        segment_ids: int [B, T] (SSW), or None.
+        token_mask: bool [B, T]; True = all tokens are real; None = take it from the attention mask.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is changed.
+    """
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None:
+        raise ValueError("input_ids: got neither input_ids nor inputs_embeds")
+    batch, length = tokens.shape[:2]
+    if memory is not None and not isinstance(memory, MemoryState):
+        raise TypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
+    if memory is not None:
+        _check_layers(memory, identity)
+    if segment_ids is not None:
+        segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
+    cache = kwargs.get("past_key_values")
+    token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
+    cu_seqlens = _packed(kwargs, cache, batch, length)
+    differentiable = torch.is_grad_enabled()
+
+    if cu_seqlens is not None:
+        if segment_ids is not None:
+            raise ValueError("segment_ids: not supported with packed sequences (cu_seq_lens_q)")
+        rows = cu_seqlens.numel() - 1
+        if memory is not None:
+            check_rows(memory, rows)
+        state = memory if memory is not None else _zeros(identity, rows)
+    else:
+        if cache is None and _uses_cache(decoder, kwargs):
+            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+        if cache is not None:
+            state = adopt(cache, identity, memory, batch)
+        elif memory is not None:
+            check_rows(memory, batch)
+            state = memory
+        else:
+            state = _zeros(identity, batch)
+    return MemoryCall(state, token_mask, segment_ids, cu_seqlens, frozen=state.frozen, in_place=not differentiable)
+
+
+def _zeros(identity, batch: int) -> MemoryState:
+    return MemoryState({i: spec.zeros(batch) for i, spec in identity.layer_specs().items()}, identity=identity)
+
+
+def _uses_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(decoder.config, "use_cache", False)
+    # transformers turns the cache off here too.
+    return bool(use_cache) and not (decoder.training and getattr(decoder, "gradient_checkpointing", False))
+
+
+def _check_layers(memory: MemoryState, identity) -> None:
+    have = {i: list(state.shape[1:]) for i, state in memory.items()}
+    want = {i: [m.rule.heads, m.rule.rank, m.rule.rank] for i, m in identity.memories.items()}
+    if have != want:
+        raise ValueError(f"memory: got layers {have}, the model's adapter has {want}")
+
+
+def _check_segments(segment_ids, identity, batch: int, length: int, device) -> torch.Tensor:
+    if not identity.config.segmented:
+        raise ValueError(
+            "segment_ids: the adapter writes every token (memory_write_granularity 'token'), allowed with "
+            "'message_mean' or 'sentence_mean' only"
+        )
+    if not isinstance(segment_ids, torch.Tensor) or segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
+        raise TypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written")
+    if tuple(segment_ids.shape) != (batch, length):
+        raise ValueError(f"segment_ids: got shape {list(segment_ids.shape)}, allowed [{batch}, {length}]")
+    return segment_ids.to(device)
+
+
+def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> torch.Tensor | None:
+    """bool [B, T] of this forward's tokens, or None = all are real."""
+    if token_mask is True:
+        return None
+    if token_mask is not None:
+        if not isinstance(token_mask, torch.Tensor) or tuple(token_mask.shape) != (batch, length):
+            shape = list(token_mask.shape) if isinstance(token_mask, torch.Tensor) else token_mask
+            raise ValueError(f"token_mask: got {shape}, allowed a tensor [{batch}, {length}] or True")
+        return token_mask != 0
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, dict) and all(mask is None for mask in attention_mask.values()):
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        shape = (
+            list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        )
+        raise ValueError(
+            f"attention_mask: got {shape}, allowed [batch, length]: which tokens are real cannot be told from a "
+            f"prepared mask; pass token_mask=, a bool tensor [{batch}, {length}] or True, beside it"
+        )
+    width = attention_mask.shape[1]
+    if attention_mask.shape[0] != batch or width < length:
+        raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, past + {length}]")
+    start = width - length
+    if start and isinstance(cache, StaticCache) and width == cache.get_max_length():
+        # A mask as wide as the static cache: its last columns are places not filled yet.
+        start = int(cache.get_seq_length())
+    return attention_mask[:, start : start + length] != 0
+
+
+def _packed(kwargs: dict[str, Any], cache, batch: int, length: int) -> torch.Tensor | None:
+    """Starts of packed sequences, as padding-free training passes them, or None."""
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q: got with a batch of {batch}, allowed 1")
+        return cu_seqlens
+    position_ids = kwargs.get("position_ids")
+    if cache is None and batch == 1 and length > 1 and kwargs.get("attention_mask") is None:
+        if position_ids is not None and position_ids.ndim == 2 and not torch.compiler.is_compiling():
+            if not bool((position_ids.diff(dim=-1) == 1).all()):
+                raise ValueError(
+                    "position_ids: they restart inside the row, so it holds several packed sequences; pass "
+                    "cu_seq_lens_q as well, so that each gets a memory of its own"
+                )
+    return None

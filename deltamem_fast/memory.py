@@ -1,0 +1,164 @@
+"""DeltaMemory: the parameters of one layer, and their start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import DELTA_HEADS, DeltaMemConfig
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of the attention that a memory corrects: its input, and each projection's output (0: there is none)."""
+
+    hidden: int
+    q: int
+    k: int
+    v: int
+    o: int
+
+
+class DeltaMemory(nn.Module):
+    """The adapter of one attention layer.
+
+    Parameters have the released names and shapes: ``memory_{q,k,v}_proj`` [H·r, d], ``beta_proj`` [H·r or H, d],
+    ``beta_bias``, ``lambda_proj`` and ``lambda_bias`` where λ is not coupled, ``delta_{q,k,v,o}_proj``
+    [out, H·r], ``delta_o_rmsnorm_weight`` [out], ``delta_scale_raw`` [1 or 4].
+
+    Args:
+        config: the adapter's configuration.
+        shape: of the attention.
+        layer_idx: the attention's index, the key of its state.
+        backend: ``auto``, ``triton``, ``numba`` or ``reference``.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: DeltaMemConfig,
+        shape: LayerShape,
+        layer_idx: int,
+        backend="auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.config = config
+        self.rule = config.rule
+        self.shape = shape
+        self.layer_idx = layer_idx
+        self.backend = backend
+        width, gates = self.rule.read_width, self.rule.gate_width
+
+        def parameter(*size):
+            return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
+
+        self.memory_q_proj = parameter(width, shape.hidden)
+        self.memory_k_proj = parameter(width, shape.hidden)
+        self.memory_v_proj = parameter(width, shape.hidden)
+        self.beta_proj = parameter(gates, shape.hidden)
+        self.beta_bias = parameter(gates)
+        if not config.couple_lambda:
+            self.lambda_proj = parameter(gates, shape.hidden)
+            self.lambda_bias = parameter(gates)
+        for head in DELTA_HEADS:
+            weight = parameter(getattr(shape, head), width)
+            weight.requires_grad_(head in config.delta_heads)
+            setattr(self, f"delta_{head}_proj", weight)
+        if config.delta_o_rmsnorm:
+            self.delta_o_rmsnorm_weight = parameter(shape.o)
+        if config.trainable_delta_scale:
+            self.delta_scale_raw = parameter(4 if config.delta_scale_granularity == "head" else 1)
+
+    def extra_repr(self) -> str:
+        rule = self.rule
+        return f"layer={self.layer_idx}, rank={rule.rank}, heads={rule.heads}, delta_heads={self.config.delta_heads}"
+
+    @torch.no_grad()
+    def reset_parameters(self, base_weights: dict[str, torch.Tensor]) -> None:
+        """Start the parameters as the configuration says.
+
+        Args:
+            base_weights: the attention's own projection weights, [out, in] by head; needed for the heads that
+                ``base_slice`` and ``base_slice_fixed`` start from.
+        """
+        config = self.config
+        for name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
+            nn.init.kaiming_uniform_(getattr(self, name), a=math.sqrt(5))
+        nn.init.zeros_(self.beta_proj)
+        nn.init.constant_(self.beta_bias, config.beta_bias_init)
+        if not config.couple_lambda:
+            nn.init.zeros_(self.lambda_proj)
+            nn.init.constant_(self.lambda_bias, -config.beta_bias_init)
+        for head in DELTA_HEADS:
+            weight = getattr(self, f"delta_{head}_proj")
+            nn.init.zeros_(weight)
+            if head in config.delta_heads:
+                self._start_correction(weight, base_weights.get(head))
+        if config.delta_o_rmsnorm:
+            nn.init.ones_(self.delta_o_rmsnorm_weight)
+        if config.trainable_delta_scale:
+            share = min(max(config.delta_scale_init / config.delta_scale_max, 1e-4), 1 - 1e-4)
+            nn.init.constant_(self.delta_scale_raw, math.log(share / (1 - share)))
+
+    def _start_correction(self, weight: torch.Tensor, base: torch.Tensor | None) -> None:
+        config = self.config
+        if config.output_init == "random":
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            weight.mul_(config.online_gain)
+        elif config.output_init != "zero":
+            width = min(self.rule.rank, base.shape[1])
+            if config.output_init == "base_slice_fixed":
+                width = min(width, config.base_slice_ref_width)
+            columns = F.normalize(base[:, :width].float(), dim=0, eps=1e-6)
+            weight[:, :width].copy_(columns * config.online_gain)
+
+    def stacked_weight(self) -> torch.Tensor:
+        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul."""
+        rows = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        if self.rule.has_lambda:
+            rows.append(self.lambda_proj)
+        return torch.cat(rows)
+
+    def gate_bias(self) -> torch.Tensor:
+        """β's (and λ's) biases, float32 [bias_width]."""
+        if self.rule.has_lambda:
+            return torch.cat([self.beta_bias, self.lambda_bias]).float()
+        return self.beta_bias.float()
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Raw projections [..., W] of hidden states [..., d], in the hidden states' dtype."""
+        return F.linear(hidden_states, self.stacked_weight().to(hidden_states.dtype))
+
+    def head_scale(self, head: str) -> torch.Tensor | None:
+        """The learnt factor c_h = σ(raw_h) · max on head ``q``, ``k``, ``v`` or ``o``, or None if there is none."""
+        if not self.config.trainable_delta_scale:
+            return None
+        per_head = self.config.delta_scale_granularity == "head"
+        raw = self.delta_scale_raw[DELTA_HEADS.index(head) if per_head else 0]
+        return torch.sigmoid(raw.float()) * self.config.delta_scale_max
+
+    def correct(self, head: str, output: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+        """``output`` of projection ``head`` plus its correction.
+
+        Args:
+            head: one of the configuration's ``delta_heads``.
+            output: [..., out], the projection's output.
+            reads: float32 [..., H·r].
+        """
+        from .backends import operations
+
+        factor = self.head_scale(head)
+        if factor is not None:
+            # c is one number a head and Δ is linear in the reads: no need for another pass over Δ.
+            reads = reads * factor
+        norm = self.delta_o_rmsnorm_weight if head == "o" and self.config.delta_o_rmsnorm else None
+        return operations(self.backend, output.device).steer(
+            output, reads, getattr(self, f"delta_{head}_proj"), self.config.scale,
+            norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps,
+        )  # fmt: skip

@@ -1,0 +1,240 @@
+"""patch_model and unpatch_model: one instance gets a memory, and gives it back."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import torch
+from torch import nn
+
+from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
+from .attention import attention_forward
+from .backends import resolve_backend
+from .calls import begin
+from .config import DELTA_HEADS, DeltaMemConfig
+from .generation import generation_overrides
+from .memory import DeltaMemory, LayerShape
+from .record import RECORD, Identity, PatchRecord, decoder_of, find_record, record_disabled, record_of, unwrap
+
+MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
+
+
+def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.Module:
+    """Give a decoder from transformers a δ-mem memory; returns the same model.
+
+    Args:
+        model: Qwen3, SmolLM3, or any decoder whose attention has ``q_proj`` and ``o_proj``.
+        adapter: a directory or hub id (released format or ours), a DeltaMemConfig (fresh parameters), or None =
+            ``DeltaMemConfig()``, the released recipe.
+        backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
+            ``numba`` or ``reference``.
+
+    Raises:
+        ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the
+            backend cannot run; the message names both sides and the model is as it was.
+        TypeError: ``adapter`` is of another type.
+        FileNotFoundError: ``adapter`` names a directory without an adapter.
+    """
+    outer, model = model, unwrap(model)
+    if (record := find_record(model)) is not None:
+        raise ValueError(
+            f"model: already patched with {record.identity.adapter_name}; call unpatch_model before another adapter"
+        )
+    source = read_adapter(adapter)
+    decoder = decoder_of(model)
+    attentions = _find_attentions(model, source.config)
+    device = next(iter(attentions.values())).q_proj.weight.device
+    if device.type != "meta":
+        resolve_backend(backend, device.type)
+    _refuse_sharded(model)
+    memories = _build_memories(attentions, source, backend)
+    identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
+    record = PatchRecord(identity, decoder, attentions)
+    try:
+        _install(model, record, memories)
+    except BaseException:
+        _uninstall(model, record)
+        raise
+    return outer
+
+
+def unpatch_model(model: nn.Module) -> nn.Module:
+    """Take the memory off again; logits and state_dict keys are what they were before. Returns the same model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    inner = unwrap(model)
+    _uninstall(inner, record_of(inner))
+    return model
+
+
+# --- finding
+
+
+def _is_linear(module) -> bool:
+    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.Module]:
+    """Attention modules by name; raises if there is none or a target layer does not exist."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in config.target_modules
+        and _is_linear(getattr(module, "q_proj", None))
+        and _is_linear(getattr(module, "o_proj", None))
+        and getattr(module, "layer_idx", None) is not None
+    }
+    if not found:
+        raise ValueError(
+            f"model: {type(model).__name__} has no attention named {' or '.join(config.target_modules)} with q_proj "
+            "and o_proj, which the adapter corrects"
+        )
+    indices = [module.layer_idx for module in found.values()]
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"model: {type(model).__name__} has several attentions with one layer index: {indices}")
+    missing = sorted(set(config.target_layers) - set(indices))
+    if missing:
+        raise ValueError(
+            f"target_layers: the adapter names layers {missing}, the model has {min(indices)} to {max(indices)}"
+        )
+    if config.target_layers:
+        found = {name: module for name, module in found.items() if module.layer_idx in config.target_layers}
+    for name, module in found.items():
+        for head in config.delta_heads:
+            if not _is_linear(getattr(module, f"{head}_proj", None)):
+                raise ValueError(f"delta_heads: the adapter corrects {head}, but {name} has no {head}_proj")
+    return found
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
+        raise ValueError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
+
+
+def _shape_of(attention: nn.Module) -> LayerShape:
+    def out(head: str) -> int:
+        projection = getattr(attention, f"{head}_proj", None)
+        return projection.out_features if _is_linear(projection) else 0
+
+    return LayerShape(attention.q_proj.in_features, out("q"), out("k"), out("v"), out("o"))
+
+
+def _build_memories(attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:
+    memories = {}
+    for name, attention in attentions.items():
+        base = {head: getattr(getattr(attention, f"{head}_proj", None), "weight", None) for head in DELTA_HEADS}
+        weight = base["q"]
+        # Quantised weights are packed integers; their memory computes in the dtype of the layer's other parameters.
+        dtype = (
+            weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.get_default_dtype()
+        )
+        memory = DeltaMemory(
+            source.config,
+            _shape_of(attention),
+            attention.layer_idx,
+            backend,
+            device=weight.device,
+            dtype=dtype,
+        )
+        if source.weights is None:
+            if source.config.output_init.startswith("base_slice"):
+                _refuse_quantised(name, base, source.config)
+            memory.reset_parameters(base)
+        memories[name] = memory
+    if source.weights is not None:
+        assign_weights(memories, source)
+    return memories
+
+
+def _refuse_quantised(name: str, base: dict[str, torch.Tensor | None], config: DeltaMemConfig) -> None:
+    for head in config.delta_heads:
+        if not base[head].dtype.is_floating_point or base[head].dtype.itemsize < 2:
+            raise ValueError(
+                f"output_init: got {config.output_init!r}, but {name}.{head}_proj is quantised ({base[head].dtype}); "
+                "allowed there: zero, random, or an adapter with weights"
+            )
+
+
+# --- installing
+
+
+def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMemory]) -> None:
+    for name, attention in record.attentions.items():
+        attention.add_module("delta_memory", memories[name])
+        record.replace(attention, "forward", types.MethodType(attention_forward, attention))
+    decoder = record.decoder
+    record.decoder_arguments = tuple(inspect.signature(decoder.forward).parameters)
+    record.originals["decoder"] = decoder.forward
+    record.replace(decoder, RECORD, record)
+    record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
+    if model is not decoder:
+        record.originals["outer"] = model.forward
+        record.replace(model, RECORD, record)
+        record.replace(model, "forward", types.MethodType(_with_signature(model, _outer_forward), model))
+    for name, function in generation_overrides(model).items():
+        record.replace(model, name, types.MethodType(function, model))
+    # A checkpoint of the backbone stays one: the adapter goes beside it, in files of its own.
+    keys = [f"{name}.delta_memory.{key}" for name, m in memories.items() for key in m.state_dict()]
+    if hasattr(model, "save_pretrained"):
+        ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
+        record.replace(model, "_keys_to_ignore_on_save", ignored + keys)
+        record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
+
+
+def _uninstall(model: nn.Module, record: PatchRecord) -> None:
+    record.restore()
+    for attention in record.attentions.values():
+        if "delta_memory" in attention._modules:
+            del attention._modules["delta_memory"]
+
+
+def _with_signature(module: nn.Module, function):
+    """A copy of ``function`` whose signature is the module's own and the memory's arguments (generate reads it)."""
+    copied = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__doc__ = type(module).forward.__doc__
+    original = inspect.signature(module.forward)
+    own = [p for p in original.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in original.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in MEMORY_ARGUMENTS
+        if name not in original.parameters
+    ]
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    copied.__signature__ = inspect.Signature([self_parameter, *own, *extra, *rest])
+    return copied
+
+
+def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
+    for name, value in (("memory", memory), ("segment_ids", segment_ids), ("token_mask", token_mask)):
+        if value is not None:
+            kwargs[name] = value
+    return self._delta_memory_patch.originals["outer"](*args, **kwargs)
+
+
+def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
+    record = self._delta_memory_patch
+    original = record.originals["decoder"]
+    kwargs.update(zip(record.decoder_arguments, args))
+    if record_disabled(record):
+        return original(**kwargs)
+    call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
+    return original(**kwargs, memory=call)
+
+
+def _save_pretrained(self, save_directory, *args, **kwargs):
+    """The backbone's own checkpoint, and beside it the adapter (``patch_model(model, save_directory)`` reads it)."""
+    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        save_adapter(self, save_directory)
+    return result

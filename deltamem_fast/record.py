@@ -1,0 +1,153 @@
+"""What is known of a patched model: its memory's identity, and how to undo the patch."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltamem_kernels.rule import DeltaRule
+
+from .config import DeltaMemConfig
+from .fingerprint import adapter_fingerprint, backbone_fingerprint, backbone_name
+from .memory import DeltaMemory
+
+RECORD = "_delta_memory_patch"
+_disabled: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("deltamem_disabled", default=frozenset())
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Shape and place of one layer's state."""
+
+    heads: int
+    rank: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, rule: DeltaRule, device: torch.device) -> LayerSpec:
+        return cls(rule.heads, rule.rank, device)
+
+    def zeros(self, batch_size: int) -> torch.Tensor:
+        return torch.zeros(batch_size, self.heads, self.rank, self.rank, device=self.device)
+
+
+@dataclass(eq=False)
+class Identity:
+    """Which adapter on which backbone a memory belongs to; outlives the model."""
+
+    memories: dict[int, DeltaMemory]
+    config: DeltaMemConfig
+    backbone_config: Any
+    adapter_name: str
+
+    def layer_specs(self) -> dict[int, LayerSpec]:
+        """Layer index → shape and device of its state."""
+        return {i: LayerSpec.of(m.rule, m.memory_q_proj.device) for i, m in self.memories.items()}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints and readable names of adapter and backbone, as a saved memory holds them."""
+        return {
+            "adapter_fingerprint": adapter_fingerprint(self.config, self.memories),
+            "adapter_name": self.adapter_name,
+            "backbone_fingerprint": backbone_fingerprint(self.backbone_config),
+            "backbone_name": backbone_name(self.backbone_config),
+        }
+
+
+@dataclass(eq=False)
+class PatchRecord:
+    """What patch_model changed on one model, and how to change it back."""
+
+    identity: Identity
+    decoder: nn.Module
+    attentions: dict[str, nn.Module]
+    replaced: list[tuple[nn.Module, str, bool, Any]] = field(default_factory=list)
+    originals: dict[str, Any] = field(default_factory=dict)
+    decoder_arguments: tuple[str, ...] = ()
+    disabled_depth: int = 0
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute and remember what was there."""
+        present = name in vars(owner)
+        self.replaced.append((owner, name, present, vars(owner).get(name)))
+        setattr(owner, name, value)
+
+    def restore(self) -> None:
+        """Undo every ``replace``, last first."""
+        while self.replaced:
+            owner, name, present, old = self.replaced.pop()
+            if present:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_record(model: nn.Module) -> PatchRecord | None:
+    record = vars(model).get(RECORD)
+    if record is None and hasattr(model, "get_decoder"):
+        record = vars(decoder_of(model)).get(RECORD)
+    return record
+
+
+def record_of(model: nn.Module) -> PatchRecord:
+    record = find_record(model)
+    if record is None:
+        raise ValueError(f"model: this {type(model).__name__} is not patched; call patch_model first")
+    return record
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) else getattr(model, "base_model", model)
+
+
+@contextlib.contextmanager
+def memory_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is its frozen backbone, bit for bit; memories are neither read nor written.
+
+    Holds for this context (thread or task) only; inside a torch.compile'd region, for the whole process.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    record = record_of(unwrap(model))
+    token = _disabled.set(_disabled.get() | {id(record)})
+    record.disabled_depth += 1
+    try:
+        yield model
+    finally:
+        record.disabled_depth -= 1
+        _disabled.reset(token)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``model`` has a memory."""
+    return find_record(unwrap(model)) is not None
+
+
+def identity_of(model: nn.Module) -> Identity:
+    """Identity of a patched model's memory. Raises ValueError if it has none."""
+    return record_of(unwrap(model)).identity
+
+
+def is_disabled(model: nn.Module) -> bool:
+    """Whether the memory of a patched model is switched off in this context."""
+    return record_disabled(record_of(unwrap(model)))
+
+
+def record_disabled(record: PatchRecord) -> bool:
+    # Context variables cannot be traced; inside a compiled region the depth, which is guarded, decides.
+    if torch.compiler.is_compiling():
+        return record.disabled_depth > 0
+    return id(record) in _disabled.get()

@@ -1,0 +1,284 @@
+"""MemoryState: the memory of a batch of conversations, one float32 [B, H, r, r] tensor per layer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from .files import write_atomically
+from .record import LayerSpec, identity_of
+
+FORMAT = "deltamem-memory"
+FORMAT_VERSION = 1
+
+
+class MemoryState:
+    """Memories of B conversations. ``memory[layer_idx]`` is the live float32 [B, H, r, r] state of a layer.
+
+    A forward of a patched model reads and writes the one it is given (``memory=``), or the one its cache holds
+    (``memory_state(cache)``). Outside autograd the tensors are updated in place and keep their address; under
+    autograd they are replaced, and carry the graph.
+
+    Attributes:
+        frozen: True makes it read-only: forwards read it and write nothing.
+        skipped: int32 [B], how many (token, layer) pairs were not written because a projection was NaN or Inf.
+    """
+
+    def __init__(self, layers: dict[int, torch.Tensor], *, identity=None, frozen: bool = False, skipped=None):
+        sizes = {int(state.shape[0]) for state in layers.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"layers: got differing batch sizes {sorted(sizes)}, allowed one")
+        self._layers = dict(layers)
+        self._skipped = dict(skipped) if skipped is not None else {i: _counter(s) for i, s in layers.items()}
+        self._identity = identity
+        self.frozen = frozen
+
+    @classmethod
+    def zeros(cls, model, batch_size: int = 1) -> MemoryState:
+        """An empty memory for ``batch_size`` conversations on a patched model, on the devices of its layers.
+
+        Raises:
+            ValueError: the model is not patched, or batch_size < 0.
+        """
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"batch_size: got {batch_size!r}, allowed an integer, 0 or more")
+        identity = identity_of(model)
+        layers = {i: spec.zeros(batch_size) for i, spec in identity.layer_specs().items()}
+        return cls(layers, identity=identity)
+
+    # --- reading
+
+    def __getitem__(self, layer_idx: int) -> torch.Tensor:
+        try:
+            return self._layers[layer_idx]
+        except KeyError:
+            raise KeyError(f"layer {layer_idx}: no memory there, only in layers {list(self._layers)}") from None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __contains__(self, layer_idx: int) -> bool:
+        return layer_idx in self._layers
+
+    def items(self):
+        """(layer_idx, state) pairs."""
+        return self._layers.items()
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of conversations."""
+        return next((int(state.shape[0]) for state in self._layers.values()), 0)
+
+    @property
+    def skipped(self) -> torch.Tensor:
+        """int32 [B], (token, layer) pairs left out because they were not finite."""
+        counters = list(self._skipped.values())
+        if not counters:
+            return torch.zeros(0, dtype=torch.int32)
+        return torch.stack([counter.to(counters[0].device) for counter in counters]).sum(0, dtype=torch.int32)
+
+    def __repr__(self) -> str:
+        shape = list(next(iter(self._layers.values())).shape) if self._layers else []
+        return f"MemoryState(layers={list(self._layers)}, shape={shape}, frozen={self.frozen})"
+
+    # --- making others of it
+
+    def _map(self, change) -> MemoryState:
+        return MemoryState(
+            {i: change(state) for i, state in self._layers.items()},
+            identity=self._identity,
+            frozen=self.frozen,
+            skipped={i: change(counter) for i, counter in self._skipped.items()},
+        )
+
+    def clone(self) -> MemoryState:
+        """A copy with storage of its own; under autograd it stays on the graph."""
+        return self._map(torch.clone)
+
+    def detach(self) -> MemoryState:
+        """A copy off the autograd graph."""
+        return self._map(lambda tensor: tensor.detach().clone())
+
+    def to(self, device: torch.device | str) -> MemoryState:
+        """A copy on ``device``. The dtype of a memory is float32 and does not change.
+
+        Raises:
+            TypeError: a dtype was given.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device: got {device}, allowed a device (a memory is float32 always)")
+        return self._map(lambda tensor: tensor.to(device, copy=True))
+
+    def select(self, rows) -> MemoryState:
+        """The memories of ``rows`` (a list or tensor of indices, or a bool mask), in that order.
+
+        Raises:
+            IndexError: a row outside 0 to B − 1.
+        """
+        index = torch.as_tensor(rows)
+        if index.dtype == torch.bool:
+            if tuple(index.shape) != (self.batch_size,):
+                raise IndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
+            index = index.nonzero().flatten()
+        index = index.long().reshape(-1)
+        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
+            raise IndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
+        return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+    def repeat(self, times: int) -> MemoryState:
+        """Every row ``times`` times in a row (0, 0, 1, 1, …), as ``generate`` expands a batch."""
+        if not isinstance(times, int) or times < 1:
+            raise ValueError(f"times: got {times!r}, allowed an integer, 1 or more")
+        return self._map(lambda tensor: tensor.repeat_interleave(times, 0))
+
+    @staticmethod
+    def cat(memories: Iterable[MemoryState]) -> MemoryState:
+        """One memory with the rows of all of ``memories``, in order.
+
+        Raises:
+            ValueError: none given, or their layers or shapes differ.
+        """
+        memories = list(memories)
+        if not memories:
+            raise ValueError("memories: got none, allowed one or more")
+        first = memories[0]
+        for other in memories[1:]:
+            if _shapes(other) != _shapes(first):
+                raise ValueError(f"memories: {other!r} does not fit {first!r}")
+        layers = {i: torch.cat([m[i] for m in memories]) for i in first}
+        skipped = {i: torch.cat([m._skipped[i] for m in memories]) for i in first}
+        return MemoryState(layers, identity=first._identity, frozen=first.frozen, skipped=skipped)
+
+    def __deepcopy__(self, memo) -> MemoryState:
+        # The identity refers to the model's adapter; a copied cache must not copy that.
+        copied = MemoryState.__new__(MemoryState)
+        memo[id(self)] = copied
+        copied._layers = copy.deepcopy(self._layers, memo)
+        copied._skipped = copy.deepcopy(self._skipped, memo)
+        copied._identity, copied.frozen = self._identity, self.frozen
+        return copied
+
+    # --- changing
+
+    def zero_(self) -> MemoryState:
+        """Forget everything, in place (under autograd: off the graph); returns itself."""
+        for i, state in self._layers.items():
+            self.put(i, torch.zeros_like(state), in_place=True)
+            self._skipped[i].zero_()
+        return self
+
+    def put(self, layer_idx: int, state: torch.Tensor, *, in_place: bool) -> None:
+        """Set a layer's state; ``in_place`` keeps the address where autograd allows it."""
+        current = self._layers.get(layer_idx)
+        if in_place and current is not None and current.shape == state.shape and writable(current):
+            with torch.no_grad():
+                current.copy_(state)
+        else:
+            self._layers[layer_idx] = state.detach() if in_place else state
+
+    def _start(self, layer_idx: int, spec: LayerSpec, batch_size: int) -> None:
+        self._layers[layer_idx] = spec.zeros(batch_size)
+        self._skipped[layer_idx] = _counter(self._layers[layer_idx])
+
+    def _gather(self, layer_idx: int, change) -> None:
+        """Reorder, repeat or select rows of one layer; keeps the address where the shape stays."""
+        if layer_idx in self._layers:
+            self.put(layer_idx, change(self._layers[layer_idx]), in_place=True)
+            counter = change(self._skipped[layer_idx])
+            if counter.shape == self._skipped[layer_idx].shape:
+                self._skipped[layer_idx].copy_(counter)
+            else:
+                self._skipped[layer_idx] = counter
+
+    # --- files
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write to a safetensors file, atomically, with the fingerprints of adapter and backbone.
+
+        Raises:
+            ValueError: this memory was made without a model, so there is nothing to fingerprint.
+        """
+        from safetensors.torch import save_file
+
+        if self._identity is None:
+            raise ValueError("memory: made without a model, so it has no adapter to be saved for")
+        tensors = {f"layers.{i}.state": state.detach().cpu().contiguous() for i, state in self._layers.items()}
+        counters = list(self._skipped.values())
+        tensors["skipped"] = torch.stack([c.cpu() for c in counters]) if counters else torch.zeros(0, 0)
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "layers": json.dumps({str(i): list(state.shape[1:]) for i, state in self._layers.items()}),
+            "frozen": json.dumps(self.frozen),
+            **self._identity.fingerprints(),
+        }
+        return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model) -> MemoryState:
+        """Read a memory that ``save`` wrote, onto the devices of ``model``'s layers.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a memory file, a newer format, or one saved under another adapter or backbone;
+                the message names both.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        identity = identity_of(model)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: {path}: no such file")
+        try:
+            with safe_open(path, "pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"path: {path}: not a safetensors file, or cut short: {error}") from error
+        _check_metadata(path, metadata, identity)
+        specs = identity.layer_specs()
+        saved = {int(i): tuple(shape) for i, shape in json.loads(metadata["layers"]).items()}
+        wanted = {i: (spec.heads, spec.rank, spec.rank) for i, spec in specs.items()}
+        if saved != wanted:
+            raise ValueError(f"path: {path}: holds layers {saved}, the model's are {wanted}")
+        layers = {i: tensors[f"layers.{i}.state"].to(spec.device) for i, spec in specs.items()}
+        skipped = {i: tensors["skipped"][n].to(spec.device) for n, (i, spec) in enumerate(specs.items())}
+        return cls(layers, identity=identity, frozen=json.loads(metadata["frozen"]), skipped=skipped)
+
+
+def writable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor may be updated in place here: not on an autograd graph, nor an inference tensor outside."""
+    if tensor.requires_grad:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not tensor.is_inference() or torch.is_inference_mode_enabled()
+
+
+def _counter(state: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
+
+
+def _shapes(memory: MemoryState) -> dict[int, list[int]]:
+    return {i: list(state.shape[1:]) for i, state in memory.items()}
+
+
+def _check_metadata(path, metadata: dict[str, str], identity) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"path: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})")
+    version = metadata.get("format_version", "")
+    if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
+        raise ValueError(f"path: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
+    ours = identity.fingerprints()
+    for part in ("backbone", "adapter"):
+        if metadata.get(f"{part}_fingerprint") != ours[f"{part}_fingerprint"]:
+            theirs = f"{metadata.get(f'{part}_name')} ({metadata.get(f'{part}_fingerprint', '?')[:12]})"
+            mine = f"{ours[f'{part}_name']} ({ours[f'{part}_fingerprint'][:12]})"
+            raise ValueError(f"path: {path}: saved under {part} {theirs}, but the model's {part} is {mine}")
