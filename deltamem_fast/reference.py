@@ -104,6 +104,12 @@ def _initial(state, slots, sequences: int, rule: DeltaRule, dtype, device) -> to
     return torch.where((slots >= 0)[:, None, None, None], rows, 0.0)
 
 
+def check_bounds(bounds: list[int], length: int) -> None:
+    """Raise ValueError unless ``bounds`` cut T = ``length`` tokens into sequences."""
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens: got {bounds}, allowed a non-decreasing list from 0 to T = {length}")
+
+
 def _scan_rows(projections, valid, gate_bias, state, rule, every):
     """A batch of equally long rows. Returns reads, final state, list of checkpoints."""
     clean = torch.where(valid.unsqueeze(-1), projections, 0.0)
@@ -167,8 +173,7 @@ def scan(
         return ScanOutput(reads, final, skipped.sum(1, dtype=torch.int32), checkpoints)
 
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: got {bounds}, allowed a non-decreasing list from 0 to T = {length}")
+    check_bounds(bounds, length)
     reads, finals, states, counts = [], [], [], []
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         live = slots is None or bool(slots[i] >= 0)

@@ -1,0 +1,256 @@
+"""The CPU backend: ``scan``, ``step`` and ``read`` compiled by numba; signatures as in ``reference``."""
+
+from __future__ import annotations
+
+import torch
+
+from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
+
+from . import reference
+from .numba_loops import loops
+
+steer = reference.steer
+
+
+def _flags(rule: DeltaRule) -> tuple:
+    mode = STATE_UPDATE_MODES.index(rule.mode)
+    return rule.heads, mode, rule.row_gates, rule.has_lambda, rule.normalize
+
+
+def _array(tensor: torch.Tensor):
+    return tensor.detach().numpy()
+
+
+def _floats(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def _mask_of(projections: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    tokens = projections.shape[:-1]
+    return torch.ones(tokens, dtype=torch.bool) if mask is None else mask.contiguous()
+
+
+def _start(state, slots, sequences: int, rule: DeltaRule) -> torch.Tensor:
+    """A fresh float32 copy of each sequence's first state."""
+    if state is None:
+        return torch.zeros(sequences, rule.heads, rule.rank, rule.rank)
+    if slots is None:
+        return state.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    rows = state.detach().float()[slots.clamp(min=0).long()]
+    return torch.where((slots >= 0)[:, None, None, None], rows, 0.0).contiguous()
+
+
+def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -> tuple[torch.Tensor, ...]:
+    batch, length = projections.shape[:2]
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    final = _start(state, slots, sequences, rule)
+    mask = _mask_of(projections, mask)
+    reads = torch.empty(batch, length, rule.read_width)
+    skipped = torch.zeros(sequences, dtype=torch.int32)
+    inputs, bias = _floats(projections), _floats(gate_bias)
+    live = torch.ones(sequences, dtype=torch.bool) if slots is None else slots >= 0
+    if cu_seqlens is None:
+        mask = mask & live[:, None]
+        count = length // every if every else 0
+        saved = torch.empty(batch, count, rule.heads, rule.rank, rule.rank)
+        loops(rule.rank).scan_rows(
+            _array(inputs), _array(bias), _array(mask), _array(final), *_flags(rule), every,
+            _array(reads), _array(saved), _array(skipped),
+        )  # fmt: skip
+        return reads, final, skipped, saved
+    bounds = cu_seqlens.tolist()
+    reference.check_bounds(bounds, length)
+    saved = torch.zeros(length // every if every else 0, rule.heads, rule.rank, rule.rank)
+    first = 0
+    for i in range(sequences):
+        start, end = bounds[i], bounds[i + 1]
+        count = (end - start) // every if every else 0
+        skipped[i] = loops(rule.rank).scan_sequence(
+            _array(inputs[0, start:end]), _array(bias), _array(mask[0, start:end] & live[i]), _array(final[i]),
+            *_flags(rule), every, _array(reads[0, start:end]), _array(saved[first : first + count]),
+        )  # fmt: skip
+        first += count
+    return reads, final, skipped, saved
+
+
+def _rule(rank, heads, mode, row_gates, coupled, normalize) -> DeltaRule:
+    return DeltaRule(rank, heads, mode, row_gates, coupled, normalize)
+
+
+@torch.library.custom_op("deltamem_fast::scan_numba", mutates_args=())
+def _scan_op(
+    projections: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, mode: str, row_gates: bool,
+    coupled: bool, normalize: bool, every: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    rule = _rule(rank, heads, mode, row_gates, coupled, normalize)
+    return _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every)
+
+
+@_scan_op.register_fake
+def _(projections, gate_bias, state, mask, cu_seqlens, slots, rank, heads, mode, row_gates, coupled, normalize, every):
+    batch, length = projections.shape[:2]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    floats = {"dtype": torch.float32}
+    count = length // every if every else 0
+    lead = (batch,) if cu_seqlens is None else ()
+    return (
+        projections.new_empty(batch, length, heads * rank, **floats),
+        projections.new_empty(sequences, heads, rank, rank, **floats),
+        projections.new_empty(sequences, dtype=torch.int32),
+        projections.new_empty(*lead, count, heads, rank, rank, **floats),
+    )
+
+
+def _setup(ctx, inputs, output):
+    projections, gate_bias, state, mask, cu_seqlens, slots, *flags, every = inputs
+    ctx.rule_flags, ctx.every = flags, every
+    ctx.save_for_backward(projections, gate_bias, state, mask, cu_seqlens, slots)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, d_reads, d_state, _skipped, d_saved):
+    """The gradient of the reference, recomputed; a compiled one takes its place with training support."""
+    projections, gate_bias, state, mask, cu_seqlens, slots = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [None if t is None else t.detach().requires_grad_(True) for t in (projections, gate_bias, state)]
+        out = reference.scan(
+            *inputs, _rule(*ctx.rule_flags),
+            mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=ctx.every,
+        )  # fmt: skip
+        outputs = [(out.reads, d_reads), (out.state, d_state)] + ([(out.checkpoints, d_saved)] if ctx.every else [])
+        outputs = [(o, g) for o, g in outputs if g is not None and o.requires_grad]
+        wanted = [t for t in inputs if t is not None]
+        grads = torch.autograd.grad([o for o, _ in outputs], wanted, [g for _, g in outputs], allow_unused=True)
+    found = iter(grads)
+    return (*(None if t is None else next(found) for t in inputs), *[None] * 10)
+
+
+_scan_op.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("deltamem_fast::step_numba", mutates_args=("state", "skipped"))
+def _step_op(
+    projections: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor, skipped: torch.Tensor,
+    mask: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, mode: str, row_gates: bool,
+    coupled: bool, normalize: bool,
+) -> torch.Tensor:  # fmt: skip
+    rule = _rule(rank, heads, mode, row_gates, coupled, normalize)
+    return _step(projections, gate_bias, state, rule, mask, slots, skipped)
+
+
+@_step_op.register_fake
+def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, mode, row_gates, coupled, normalize):
+    return projections.new_empty(projections.shape[0], heads * rank, dtype=torch.float32)
+
+
+def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Tensor:
+    batch = projections.shape[0]
+    reads = torch.empty(batch, rule.read_width)
+    slots = torch.arange(batch) if slots is None else slots.long().contiguous()
+    work = state if state.dtype == torch.float32 and state.is_contiguous() else _floats(state)
+    loops(rule.rank).step_rows(
+        _array(_floats(projections)), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)), _array(work),
+        _array(slots), *_flags(rule), _array(reads), _array(skipped),
+    )  # fmt: skip
+    if work is not state:
+        state.copy_(work)
+    return reads
+
+
+@torch.library.custom_op("deltamem_fast::read_numba", mutates_args=())
+def _read_op(
+    projections: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None, slots: torch.Tensor | None, rank: int,
+    heads: int, mode: str, row_gates: bool, coupled: bool, normalize: bool,
+) -> torch.Tensor:  # fmt: skip
+    return _read(projections, state, _rule(rank, heads, mode, row_gates, coupled, normalize), mask, slots)
+
+
+@_read_op.register_fake
+def _(projections, state, mask, slots, rank, heads, mode, row_gates, coupled, normalize):
+    return projections.new_empty(*projections.shape[:2], heads * rank, dtype=torch.float32)
+
+
+def _read(projections, state, rule, mask, slots) -> torch.Tensor:
+    batch, length = projections.shape[:2]
+    reads = torch.empty(batch, length, rule.read_width)
+    slots = torch.arange(batch) if slots is None else slots.long().contiguous()
+    loops(rule.rank).read_rows(
+        _array(_floats(projections)), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(slots),
+        rule.heads, rule.normalize, _array(reads),
+    )  # fmt: skip
+    return reads
+
+
+def _needs_op(*tensors) -> bool:
+    """Whether autograd or a compiler must see the call; else the loops are called directly."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _arguments(rule: DeltaRule) -> tuple:
+    return rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize
+
+
+def scan(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor | None,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+) -> ScanOutput:
+    """``reference.scan`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
+    check_arguments(
+        projections, gate_bias, state, rule,
+        mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    if _needs_op(projections, gate_bias, state):
+        out = _scan_op(
+            projections, gate_bias, state, mask, cu_seqlens, slots, *_arguments(rule), checkpoint_every
+        )  # fmt: skip
+    else:
+        out = _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, checkpoint_every)
+    reads, final, skipped, saved = out
+    return ScanOutput(reads, final, skipped, saved if checkpoint_every else None)
+
+
+def step(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    skipped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``reference.step`` on a CPU: same arguments, results and errors."""
+    check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
+    if skipped is None:
+        skipped = torch.zeros(state.shape[0], dtype=torch.int32)
+    if torch.compiler.is_compiling():
+        return _step_op(projections, gate_bias, state, skipped, mask, slots, *_arguments(rule))
+    return _step(projections, gate_bias, state, rule, mask, slots, skipped)
+
+
+def read(
+    projections: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``reference.read`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
+    check_arguments(projections, projections.new_zeros(rule.bias_width), state, rule, mask=mask, slots=slots)
+    if torch.compiler.is_compiling():
+        return _read_op(projections, state, mask, slots, *_arguments(rule))
+    if _needs_op(projections, state):
+        # Reading is one einsum: the reference is differentiable and no slower to differentiate.
+        return reference.read(projections, state, rule, mask=mask, slots=slots)
+    return _read(projections, state, rule, mask, slots)

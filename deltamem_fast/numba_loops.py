@@ -1,0 +1,254 @@
+"""The recurrence compiled for a CPU by numba, once per rank, and cached on disk.
+
+A sequence is taken in blocks of tokens that stay in the first-level cache. First every elementwise function of a
+block (tanh, normalisation, gates) in flat loops, which the compiler vectorises; then the recurrence, token by
+token, with the state transposed (key axis j outermost), so that the inner loops run over the rows i: no
+reduction, so they vectorise too without reordering any sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import numpy as np
+from numba import njit
+
+STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
+BLOCK = 64
+# contract: fused multiply-add, nothing else that -ffast-math would allow
+_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+_EXPONENT = np.int32(0x7F800000)
+
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)  # few mantissa bits, so that n · high is exact
+_LN2_LOW = np.float32(0.6931471805599453 - 0.693359375)
+_ZERO, _HALF, _ONE, _TWO = (np.float32(c) for c in (0.0, 0.5, 1.0, 2.0))
+_LIMIT = np.float32(87.0)
+_E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(1.0 / f) for f in (2, 6, 24, 120, 720, 5040))
+# tanh x = x (1 + x² (T1 + x² (T2 + …))), the Taylor series: next term under 1e-8 relative for |x| < 0.25
+_T1, _T2, _T3, _T4 = (np.float32(c) for c in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
+_SMALL = np.float32(0.25)
+_EPS = np.float32(1e-6)
+
+
+@njit(**_OPTIONS)
+def _exp(x, powers):
+    """x = exp(x) for a flat float32 array, within 2 ulp for |x| ≤ 87; ``powers`` is int32 scratch of its length."""
+    for i in range(x.size):
+        value = min(max(x[i], -_LIMIT), _LIMIT)
+        n = np.float32(np.floor(value * _LOG2E + _HALF))
+        r = (value - n * _LN2_HIGH) - n * _LN2_LOW
+        p = _E7
+        p = p * r + _E6
+        p = p * r + _E5
+        p = p * r + _E4
+        p = p * r + _E3
+        p = p * r + _E2
+        p = p * r + _ONE
+        x[i] = p * r + _ONE
+        powers[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    scale = powers.view(np.float32)
+    for i in range(x.size):
+        x[i] *= scale[i]
+
+
+@njit(**_OPTIONS)
+def _sigmoid(x, powers):
+    """x = 1 / (1 + exp(−x)) for a flat float32 array."""
+    for i in range(x.size):
+        x[i] = -x[i]
+    _exp(x, powers)
+    for i in range(x.size):
+        x[i] = _ONE / (_ONE + x[i])
+
+
+@njit(**_OPTIONS)
+def _tanh(x, scratch, powers):
+    """x = tanh(x) for a flat float32 array, accurate relative to its size: a direction is made of it."""
+    for i in range(x.size):
+        scratch[i] = -_TWO * abs(x[i])
+    _exp(scratch, powers)
+    for i in range(x.size):
+        value = x[i]
+        square = value * value
+        near = value + value * square * (_T1 + square * (_T2 + square * (_T3 + square * _T4)))
+        far = (_ONE - scratch[i]) / (_ONE + scratch[i])
+        far = far if value >= _ZERO else -far
+        x[i] = near if abs(value) < _SMALL else far
+
+
+@njit(**_OPTIONS)
+def _finite(row):
+    """Whether no value of a float32 row is NaN or Inf, from the exponents (integers: the loop vectorises)."""
+    bits = row.view(np.int32)
+    broken = np.int32(0)
+    for i in range(bits.size):
+        broken |= np.int32((bits[i] & _EXPONENT) == _EXPONENT)
+    return broken == 0
+
+
+@functools.cache
+def loops(rank: int) -> types.SimpleNamespace:
+    """``scan_sequence``, ``scan_rows``, ``step_rows`` and ``read_rows`` for one rank, which is a constant in them."""
+
+    @njit(**_OPTIONS)
+    def directions(rows, start, heads, normalize, out, scratch, powers):
+        """out [n, H·r] = unit(tanh(rows[:, start : start + H·r])) per head, or the raw values."""
+        count = rows.shape[0]
+        for t in range(count):
+            for h in range(heads):
+                for i in range(rank):
+                    out[t, h * rank + i] = rows[t, start + h * rank + i]
+        if not normalize:
+            return
+        flat = out.reshape(-1)
+        _tanh(flat, scratch[: flat.size], powers[: flat.size])
+        for first in range(0, flat.size, rank):
+            square = _ZERO
+            for j in range(rank):
+                square += flat[first + j] * flat[first + j]
+            scratch[first // rank] = square
+        for n in range(flat.size // rank):
+            scratch[n] = _ONE / max(np.float32(np.sqrt(scratch[n])), _EPS)
+        for n in range(flat.size // rank):
+            inverse = scratch[n]
+            for j in range(rank):
+                flat[n * rank + j] *= inverse
+
+    @njit(**_OPTIONS)
+    def gate(rows, start, bias, offset, heads, row_gates, out, scratch, powers):
+        """out [n, H·r] = sigmoid(rows[:, start :] + bias[offset :]), a head's single gate spread over its rows."""
+        count = rows.shape[0]
+        flat = out.reshape(-1)
+        for t in range(count):
+            for h in range(heads):
+                for i in range(rank):
+                    g = h * rank + i if row_gates else h
+                    out[t, h * rank + i] = rows[t, start + g] + bias[offset + g]
+        _sigmoid(flat, powers[: flat.size])
+
+    @njit(**_OPTIONS)
+    def scan_sequence(
+        projections, bias, mask, state, heads, mode, row_gates, own_lambda, normalize, every, reads, saved
+    ):
+        """Read and write one sequence.
+
+        projections float32 [T, W], bias [bias_width], mask bool [T], state [H, r, r] (in place), reads [T, H·r] and
+        saved [T // every, H, r, r] (written; every = 0: never). Returns how many unmasked tokens were not finite.
+        """
+        length = projections.shape[0]
+        width = heads * rank
+        gates = width if row_gates else heads
+        block = min(BLOCK, length)
+        q_block, k_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
+        beta_block, keep_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
+        scratch, powers = np.empty(block * width, np.float32), np.empty(block * width, np.int32)
+        column = np.empty(rank, np.float32)
+        work = np.empty((heads, rank, rank), np.float32)  # [H, j, i]
+        for h in range(heads):
+            for i in range(rank):
+                for j in range(rank):
+                    work[h, j, i] = state[h, i, j]
+        skipped = 0
+        for first in range(0, length, BLOCK):
+            count = min(BLOCK, length - first)
+            rows = projections[first : first + count]
+            q, k = q_block[:count], k_block[:count]
+            beta, keep = beta_block[:count], keep_block[:count]
+            directions(rows, 0, heads, normalize, q, scratch, powers)
+            directions(rows, width, heads, normalize, k, scratch, powers)
+            gate(rows, 3 * width, bias, 0, heads, row_gates, beta, scratch, powers)
+            if own_lambda:
+                gate(rows, 3 * width + gates, bias, gates, heads, row_gates, keep, scratch, powers)
+            else:
+                for t in range(count):
+                    for i in range(width):
+                        keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
+            for t in range(count):
+                row = rows[t]
+                out = reads[first + t]
+                valid = mask[first + t]
+                if valid and not _finite(row):
+                    skipped += 1
+                    valid = False
+                if not valid:
+                    for i in range(width):
+                        out[i] = _ZERO
+                else:
+                    for h in range(heads):
+                        s = work[h]
+                        base = h * rank
+                        # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
+                        for i in range(rank):
+                            read, predicted = _ZERO, _ZERO
+                            for j in range(rank):
+                                read += s[j, i] * q[t, base + j]
+                                predicted += s[j, i] * k[t, base + j]
+                            out[base + i] = read
+                            b = beta[t, base + i]
+                            erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
+                            column[i] = b * row[2 * width + base + i] - erase * predicted
+                        for j in range(rank):
+                            k_j = k[t, base + j]
+                            for i in range(rank):
+                                s[j, i] = keep[t, base + i] * s[j, i] + column[i] * k_j
+                if every > 0 and (first + t + 1) % every == 0:
+                    for h in range(heads):
+                        for i in range(rank):
+                            for j in range(rank):
+                                saved[(first + t + 1) // every - 1, h, i, j] = work[h, j, i]
+        for h in range(heads):
+            for i in range(rank):
+                for j in range(rank):
+                    state[h, i, j] = work[h, j, i]
+        return skipped
+
+    @njit(**_OPTIONS)
+    def scan_rows(
+        projections, bias, mask, state, heads, mode, row_gates, own_lambda, normalize, every, reads, saved, skipped
+    ):
+        """``scan_sequence`` of B equally long rows; every array with a leading B."""
+        for b in range(projections.shape[0]):
+            skipped[b] = scan_sequence(
+                projections[b], bias, mask[b], state[b], heads, mode, row_gates, own_lambda, normalize, every,
+                reads[b], saved[b],
+            )  # fmt: skip
+
+    @njit(**_OPTIONS)
+    def step_rows(projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, reads, skipped):
+        """One token per row, states in place: projections [B, W], mask bool [B], slots int64 [B], skipped int32 [S]."""
+        none = np.empty((0, heads, rank, rank), np.float32)
+        for b in range(projections.shape[0]):
+            slot = slots[b]
+            if slot < 0:
+                reads[b, :] = _ZERO
+            else:
+                skipped[slot] += scan_sequence(
+                    projections[b : b + 1], bias, mask[b : b + 1], state[slot], heads, mode, row_gates, own_lambda,
+                    normalize, 0, reads[b : b + 1], none,
+                )  # fmt: skip
+
+    @njit(**_OPTIONS)
+    def read_rows(projections, mask, state, slots, heads, normalize, reads):
+        """Reads of frozen states: projections [B, T, W], reads [B, T, H·r]."""
+        width = heads * rank
+        q = np.empty((1, width), np.float32)
+        scratch, powers = np.empty(width, np.float32), np.empty(width, np.int32)
+        for b in range(projections.shape[0]):
+            slot = slots[b]
+            for t in range(projections.shape[1]):
+                if slot < 0 or not mask[b, t] or not _finite(projections[b, t]):
+                    reads[b, t, :] = _ZERO
+                    continue
+                directions(projections[b, t : t + 1], 0, heads, normalize, q, scratch, powers)
+                for h in range(heads):
+                    for i in range(rank):
+                        total = _ZERO
+                        for j in range(rank):
+                            total += state[slot, h, i, j] * q[0, h * rank + j]
+                        reads[b, t, h * rank + i] = total
+
+    return types.SimpleNamespace(
+        scan_sequence=scan_sequence, scan_rows=scan_rows, step_rows=step_rows, read_rows=read_rows
+    )
