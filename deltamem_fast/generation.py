@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
@@ -183,11 +181,9 @@ def _prepare_inputs_for_generation(
         inputs["segment_ids"] = segment_ids[:, -length:]
     # With a static cache `attention_mask` is a prepared 4-D mask by now; the 2-D one says which tokens are real.
     real = True if attention_mask is None else attention_mask[:, -length:] != 0
-    if ended_rows is not None and ended_rows.ended is not None and ended_rows.ended.shape[0] == tokens.shape[0] > 1:
+    # Without a cache every step runs the whole rows from an empty memory again, and nothing is kept.
+    if length == 1 and tokens.shape[0] > 1 and ended_rows is not None and ended_rows.ended is not None:
         live = ~ended_rows.ended.to(tokens.device)[:, None]
         real = live if real is True else real & live
     inputs["token_mask"] = real
     return inputs
-
-
-_prepare_inputs_for_generation.__signature__ = inspect.signature(_prepare_inputs_for_generation)

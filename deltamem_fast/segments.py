@@ -1,0 +1,508 @@
+"""Segment ids of a chat: which tokens are averaged into one write.
+
+A chat template renders messages to one string, and nothing in it says where a message begins or ends.
+Rendering ever longer prefixes of the chat is not enough: templates of thinking models render a message
+differently once others follow it. So the chat is also rendered with a mark in each message's content, which
+shows the content's place as long as the rest of the text stays the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+_GRANULARITIES = {
+    "message": False,
+    "message_mean": False,
+    "sentence": True,
+    "sentence_mean": True,
+}
+_SYSTEM_ROLES = ("system", "developer")
+_THINK_END = "</think>"
+_PROBE_TEXT = "Probe"
+
+# Arguments of apply_chat_template that would change what is returned, or that have no meaning here.
+_REFUSED_KWARGS = (
+    "continue_final_message",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
+
+# End mark, closing quotes and brackets, white space; or a line break and a line with nothing on it.
+_BOUNDARY = re.compile(r"""[.!?;:]["'”’»›)\]}）】」』]*\s+|\n[^\S\n]*\n\s*""")
+
+Render = Callable[..., str]
+
+
+class _Marked(NamedTuple):
+    """A message with a mark in it."""
+
+    message: dict
+    in_content: bool
+    rest: str  # the content between the mark and its end, trailing white space left out
+
+
+class _Place(NamedTuple):
+    """Where a message's mark is in the rendered chat."""
+
+    position: int
+    marked: _Marked
+
+
+class _Block(NamedTuple):
+    """A message in the rendered chat: its content and where its block ends, as character offsets.
+
+    The block starts where the one before it ends.
+    """
+
+    content: tuple[int, int] | None
+    end: int | None
+
+
+def segment_ids_from_messages(
+    tokenizer,
+    messages: Sequence[Mapping],
+    granularity: str,
+    add_generation_prompt: bool = False,
+    **template_kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of a chat, and the segment that each token belongs to.
+
+    A message's block is its header (``<|im_start|>user\\n``), content and trailer (``<|im_end|>\\n``). With
+    ``message`` each block is one segment. With ``sentence`` a block is split where its content's sentences
+    end (see `sentence_spans`); the header, with a thinking block before the content, joins the first sentence,
+    and the trailer, with tool calls after the content, the last. A message without content is one segment.
+
+    A token belongs to the segment that holds its first character that is not white space. Segments are numbered
+    0, 1, ... in order over the whole chat; one that owns no token gets no number. Not written, -1, are
+    messages of role ``system`` or ``developer``, whatever the template puts before the first other message (a
+    default system block, metadata, a token for the beginning of the text), and the generation prompt.
+
+    Where a template merges neighbouring messages into one block (several tool responses), what it puts
+    between them belongs to the later one. The template is rendered for each prefix of the chat, so the time
+    grows with the square of the number of messages.
+
+    Args:
+        tokenizer: a fast tokenizer (it has to give offsets) with a chat template.
+        messages: one chat, each message with a ``role`` and a ``content``, which is a string or a list of
+            ``{"type": "text", "text": ...}``. It may be missing or None where there are ``tool_calls`` or
+            ``reasoning_content``.
+        granularity: ``message`` or ``sentence``; the configuration's ``message_mean`` and ``sentence_mean``
+            mean the same.
+        add_generation_prompt: end with the header of the assistant's next turn.
+        template_kwargs: for the template, such as ``enable_thinking`` and ``tools``. Arguments that pad,
+            truncate, continue a message or change the kind of result are refused.
+
+    Returns:
+        input_ids, segment_ids, both int64 [1, T]. input_ids are those of ``tokenizer.apply_chat_template``.
+
+    Raises:
+        ValueError: an argument is not as described; the tokenizer is not fast; or the template renders a
+            message in such a way that its block cannot be found (the text names the message).
+    """
+    if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
+        raise ValueError(f"granularity: got {granularity!r}, allowed {', '.join(_GRANULARITIES)}")
+    refused = sorted(set(template_kwargs).intersection(_REFUSED_KWARGS))
+    if refused:
+        raise ValueError(f"template_kwargs: got {', '.join(refused)}, allowed only what the chat template reads")
+    messages = _checked_messages(messages)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer: got {type(tokenizer).__name__}, which is no fast tokenizer; segments need one, "
+            "because only fast tokenizers say which characters a token covers"
+        )
+
+    def render(conversation, add_generation_prompt=False):
+        return tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=add_generation_prompt, tokenize=False, **template_kwargs
+        )
+
+    text = render(messages, add_generation_prompt)
+    input_ids, starts = _tokenize(tokenizer, text)
+    expected = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=False,
+        **template_kwargs,
+    )
+    if isinstance(expected, Mapping):
+        expected = expected["input_ids"]
+    if list(expected) != input_ids:
+        raise ValueError(
+            "tokenizer: tokenizing the rendered text with offsets gives other ids than apply_chat_template"
+        )
+
+    # Each piece is (first character, whether it is written); a piece runs to the start of the next one.
+    pieces = _pieces(render, messages, text, add_generation_prompt, _GRANULARITIES[granularity])
+    first = [start for start, _ in pieces]
+    numbers = itertools.count()
+    number_of: dict[int, int] = {}
+    segment_ids = []
+    for start in starts:
+        piece = bisect_right(first, start) - 1
+        if pieces[piece][1] and piece not in number_of:
+            number_of[piece] = next(numbers)
+        segment_ids.append(number_of.get(piece, -1))
+    return torch.tensor([input_ids], dtype=torch.int64), torch.tensor([segment_ids], dtype=torch.int64)
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of a text are, as (start, end) in characters.
+
+    A sentence ends at ``. ! ? ;`` or ``:``, with the closing quotes and brackets after it, before white
+    space; or at a blank line. The white space after it belongs to the sentence that ended, and white space at
+    the beginning of the text to the first one. It knows no abbreviations: "Mr. Smith" is cut after "Mr. ".
+
+    Returns:
+        Spans that are not empty, in order, without a gap from 0 to len(text); none for an empty text.
+    """
+    spans, start = [], 0
+    for match in _BOUNDARY.finditer(text, len(text) - len(text.lstrip())):
+        spans.append((start, match.end()))
+        start = match.end()
+    if start < len(text):
+        spans.append((start, len(text)))
+    return spans
+
+
+def _checked_messages(messages) -> list[dict]:
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(f"messages: got {type(messages).__name__}, allowed a list of messages")
+    if not messages:
+        raise ValueError("messages: got an empty list, allowed at least one message")
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{name}: got {type(message).__name__}, allowed a dict with role and content")
+        if not isinstance(message.get("role"), str) or not message["role"]:
+            raise ValueError(f"{name}: got role {message.get('role')!r}, allowed a string that is not empty")
+        content = message.get("content")
+        if content is None:
+            if not message.get("tool_calls") and not message.get("reasoning_content"):
+                raise ValueError(f"{name}: has no content, and neither tool_calls nor reasoning_content")
+        elif isinstance(content, (list, tuple)):
+            if not all(_is_text_part(part) for part in content):
+                raise ValueError(f'{name}: content is a list, allowed in it {{"type": "text", "text": ...}} only')
+        elif not isinstance(content, str):
+            raise ValueError(f"{name}: got content of type {type(content).__name__}, allowed str or a list of text")
+    return [dict(message) for message in messages]
+
+
+def _is_text_part(part) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _tokenize(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    encoding = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, return_offsets_mapping=True)
+    # A token without characters of its own has the offsets (0, 0): it goes with the token before it.
+    # A word's leading space is part of its token in many vocabularies, but of the sentence before in the text:
+    # the first character that is not white space decides.
+    spans = encoding["offset_mapping"]
+    starts = itertools.accumulate((end - len(text[start:end].lstrip() or text[start:end]) for start, end in spans), max)
+    return list(encoding["input_ids"]), list(starts)
+
+
+# Blocks of the rendered chat
+
+
+def _pieces(render: Render, messages, text: str, add_generation_prompt: bool, by_sentence: bool):
+    """Tiles the text: (first character, whether written) of each piece, in order, the first one at 0."""
+    blocks = _blocks(render, messages, text, add_generation_prompt)
+    lead = next((i for i, message in enumerate(messages) if message["role"] not in _SYSTEM_ROLES), len(messages))
+    pieces, start = [(0, False)], 0
+    if 0 < lead < len(messages):
+        start = blocks[lead - 1].end
+    if lead < len(messages):
+        header_start = _header_start(render, messages[lead], text, blocks[lead], start or 0)
+        start = start if header_start is None else header_start
+        if start is None:
+            raise _not_found(lead - 1)
+    for index in range(lead, len(messages)):
+        content, end = blocks[index]
+        if end is None:
+            raise _not_found(index)
+        if end < start:
+            raise ValueError(f"messages[{index}]: the chat template renders it before the message that precedes it")
+        if messages[index]["role"] in _SYSTEM_ROLES:
+            pieces.append((start, False))
+        else:
+            pieces.append((start, True))
+            if by_sentence and content is not None:
+                # White space before the content joins the header, so that it never is a sentence.
+                begin, stop = max(content[0], start), min(content[1], end)
+                pieces += [(begin + first, True) for first, _ in sentence_spans(text[begin:stop])[1:]]
+        start = end
+    if lead < len(messages):
+        pieces.append((start, False))
+    return pieces
+
+
+def _not_found(index: int) -> ValueError:
+    return ValueError(
+        f"messages[{index}]: cannot find where its block ends: the chat template renders the chat up to it "
+        "other than within the whole chat, and a mark in the message changes the text around it"
+    )
+
+
+def _blocks(render: Render, messages, text: str, add_generation_prompt: bool = False) -> list[_Block]:
+    """The block of each message; end is None where it cannot be found."""
+    sign = _unused_character(messages, text)
+    places = _mark_all(render, messages, text, add_generation_prompt, sign)
+    blocks, start = [], 0
+    for index, message in enumerate(messages):
+        place = places.get(index) or _mark_one(render, messages, text, add_generation_prompt, index, sign)
+        content = None if place is None else _content_span(message, text, place, start)
+        end = _block_end(render, messages, text, index, place, content, start, sign)
+        if content is None and end is not None:
+            content = _find_content(message, text, start, end)
+        blocks.append(_Block(content, end))
+        start = start if end is None else end
+    return blocks
+
+
+def _block_end(render: Render, messages, text, index, place, content, start, sign) -> int | None:
+    before = messages[:index]
+    # The end cannot lie before what is known to be inside.
+    inside = max(start, place.position if place else 0, content[1] if content else 0)
+    # What follows the mark where the chat ends with this message is its trailer.
+    mark = _mark(sign, index)
+    tail = _tail(render, [*before, place.marked.message], mark) if place else None
+    if tail is not None and text.startswith(tail, place.position):
+        return max(inside, place.position + len(tail))
+    prefix = _try_render(render, [*before, messages[index]])
+    if prefix is not None and len(prefix) >= inside and text.startswith(prefix):
+        return len(prefix)
+    if place is None:
+        return None
+    if tail is None:
+        # Where a template refuses the chat up to here, a short one with a question in front may do as well.
+        question = {"role": "user", "content": _PROBE_TEXT}
+        tail = _tail(render, [question, place.marked.message], mark) or ""
+    return max(inside, place.position + _trailer_length(text[place.position :], tail))
+
+
+def _tail(render: Render, conversation, mark: str) -> str | None:
+    rendered = _try_render(render, conversation)
+    return rendered.split(mark)[1] if rendered is not None and rendered.count(mark) == 1 else None
+
+
+def _trailer_length(text: str, tail: str) -> int:
+    length = _common_length(text, tail)
+    if length < len(tail):
+        # Two different tags both begin with a bracket, which belongs to neither's beginning alone.
+        for opening, closing in ("<>", "[]"):
+            last = tail.rfind(opening, 0, length)
+            if last > tail.rfind(closing, 0, length):
+                length = last
+    return length
+
+
+def _common_length(first: str, second: str) -> int:
+    different = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
+    return next(different, min(len(first), len(second)))
+
+
+def _header_start(render: Render, message, text: str, block: _Block, floor: int) -> int | None:
+    """Where the block of the first message that is written starts.
+
+    Its header is seen between two messages of a made-up chat. None where it looks different there.
+    """
+    known = block.content[0] if block.content else block.end
+    if known is None:
+        return None
+    thinking = _text_of(message)[: _visible(message)[0]].lstrip()
+    for kept in (thinking, thinking.rstrip()):
+        if text.endswith(kept, floor, known):
+            known -= len(kept)
+            break
+    probe = {key: value for key, value in message.items() if key not in ("tool_calls", "reasoning_content")}
+    probe["content"] = _PROBE_TEXT
+    if isinstance(message.get("content"), (list, tuple)):
+        probe["content"] = [{"type": "text", "text": _PROBE_TEXT}]
+    question = {"role": "user", "content": _PROBE_TEXT}
+    answer = {"role": "assistant", "content": _PROBE_TEXT}
+    before = [question] if message["role"] == "assistant" else [message, answer]
+    # The last message of a chat may have a thinking block in its header that an earlier one lacks.
+    for after in ([question], []):
+        conversation = [*before, probe, *after]
+        rendered = _try_render(render, conversation)
+        if rendered is None:
+            continue
+        blocks = _blocks(render, conversation, rendered)
+        start, probed = blocks[len(before) - 1].end, blocks[len(before)]
+        if (probed.content is None) is not (block.content is None):
+            continue
+        # A template that drops the content drops the probe's too: then the whole block is the header.
+        stop = probed.content[0] if probed.content else probed.end
+        if start is None or stop is None or stop < start:
+            continue
+        header = rendered[start:stop]
+        # The content may begin with white space, which its span leaves out.
+        place = known
+        while place >= floor + len(header):
+            if text.endswith(header, 0, place):
+                return place - len(header)
+            if not text[place - 1 : place].isspace():
+                break
+            place -= 1
+    return None
+
+
+def _try_render(render: Render, conversation, add_generation_prompt: bool = False) -> str | None:
+    # Templates refuse chats with errors of their own and stumble over others with any kind of error.
+    try:
+        return render(conversation, add_generation_prompt)
+    except Exception:
+        return None
+
+
+# Marks
+
+
+def _unused_character(messages, text: str) -> str:
+    used = set(text).union(*(_text_of(message) for message in messages))
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+
+
+def _mark(sign: str, index: int) -> str:
+    return f"{sign}{index}{sign}"
+
+
+def _mark_all(render: Render, messages, text, add_generation_prompt, sign) -> dict[int, _Place]:
+    """Marks every message but the system's at once. Empty if that changes anything but the marks' places."""
+    marked = {
+        index: _markings(message, _mark(sign, index))[0]
+        for index, message in enumerate(messages)
+        if message["role"] not in _SYSTEM_ROLES  # templates look into it for switches
+    }
+    conversation = [marked[i].message if i in marked else message for i, message in enumerate(messages)]
+    rendered = _try_render(render, conversation, add_generation_prompt)
+    if rendered is None:
+        return {}
+    # Text and the indices of the marks take turns.
+    parts = re.split(f"{sign}(\\d+){sign}", rendered)
+    if "".join(parts[::2]) != text:
+        return {}
+    indices = [int(index) for index in parts[1::2]]
+    positions = itertools.accumulate(len(part) for part in parts[::2])
+    return {i: _Place(p, marked[i]) for i, p in zip(indices, positions) if indices.count(i) == 1}
+
+
+def _mark_one(render: Render, messages, text, add_generation_prompt, index: int, sign: str) -> _Place | None:
+    mark = _mark(sign, index)
+    for marked in _markings(messages[index], mark):
+        conversation = [*messages[:index], marked.message, *messages[index + 1 :]]
+        rendered = _try_render(render, conversation, add_generation_prompt)
+        if rendered is not None and rendered.count(mark) == 1 and rendered.replace(mark, "") == text:
+            return _Place(rendered.index(mark), marked)
+    return None
+
+
+def _markings(message, mark: str) -> list[_Marked]:
+    """Ways of putting a mark into a message, the best one first."""
+    text = _text_of(message)
+    start, end = _visible(message)
+    found = []
+    if start < end:
+        # Before the trailing white space, which many templates trim.
+        found.append(_Marked(_with_mark(message, end, mark), True, ""))
+        middle = (start + end) // 2
+        if start < middle:
+            # Some templates look at how a content ends.
+            found.append(_Marked(_with_mark(message, middle, mark), True, text[middle:end]))
+    calls = message.get("tool_calls")
+    if isinstance(calls, (list, tuple)) and calls:
+        call = _marked_call(calls[-1], mark)
+        if call is not None:
+            found.append(_Marked({**message, "tool_calls": [*calls[:-1], call]}, False, ""))
+    reasoning = message.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning.strip():
+        reasoning = reasoning.rstrip() + mark + reasoning[len(reasoning.rstrip()) :]
+        found.append(_Marked({**message, "reasoning_content": reasoning}, False, ""))
+    if start == end:
+        # Last, because templates ask whether there is a content at all.
+        found.append(_Marked(_with_mark(message, len(text), mark), True, ""))
+        if text.strip():  # nothing but thinking
+            found.append(_Marked(_with_mark(message, len(text.rstrip()), mark), True, ""))
+    return found
+
+
+def _marked_call(call, mark: str):
+    if not isinstance(call, Mapping):
+        return None
+    if isinstance(call.get("function"), Mapping):
+        function = _marked_call(call["function"], mark)
+        return None if function is None else {**call, "function": function}
+    return {**call, "name": call["name"] + mark} if isinstance(call.get("name"), str) else None
+
+
+def _with_mark(message, place: int, mark: str) -> dict:
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        content = content or ""
+        return {**message, "content": content[:place] + mark + content[place:]}
+    parts, offset = [], 0
+    for part in content or [{"type": "text", "text": ""}]:
+        text = part["text"]
+        if mark and offset <= place <= offset + len(text):
+            text = text[: place - offset] + mark + text[place - offset :]
+            mark = ""
+        parts.append({**part, "text": text})
+        offset += len(part["text"])
+    return {**message, "content": parts}
+
+
+# Contents
+
+
+def _text_of(message, separator: str = "") -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else separator.join(part["text"] for part in content)
+
+
+def _visible(message, separator: str = "") -> tuple[int, int]:
+    """The content without white space around it, and without the thinking at its beginning."""
+    text = _text_of(message, separator)
+    start = 0
+    if message["role"] == "assistant" and _THINK_END in text:
+        start = text.rindex(_THINK_END) + len(_THINK_END)
+    body = text[start:]
+    start += len(body) - len(body.lstrip())
+    return start, start + len(body.strip())
+
+
+def _content_span(message, text: str, place: _Place, floor: int) -> tuple[int, int] | None:
+    """Where the visible content is: as much of it as the text has before the content's end."""
+    position, (_, in_content, rest) = place
+    if not in_content or not text.startswith(rest, position):
+        return None
+    end = position + len(rest)
+    length = 0
+    for separator in ("", "\n"):  # templates join the parts of a content with one or the other
+        start, stop = _visible(message, separator)
+        content = _text_of(message, separator)[start:stop]
+        window = text[max(floor, end - len(content)) : end]
+        length = max(length, _common_length(content[::-1], window[::-1]))
+    return end - length, end
+
+
+def _find_content(message, text: str, start: int, end: int) -> tuple[int, int] | None:
+    first, last = _visible(message)
+    content = _text_of(message)[first:last]
+    if not content or text.count(content, start, end) != 1:
+        return None
+    place = text.index(content, start, end)
+    return place, place + len(content)
