@@ -12,6 +12,8 @@ import torch
 
 BACKENDS = ("auto", "triton", "numba", "reference")
 logger = logging.getLogger("deltamem_fast")
+_loaded: dict[tuple[str, str], ModuleType] = {}
+_said: set[str] = set()
 
 
 @functools.cache
@@ -28,7 +30,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@functools.cache
 def resolve_backend(backend: str, device_type: str) -> str:
     """The backend that ``backend`` means for tensors on ``device_type``; ``auto`` says once which.
 
@@ -45,7 +46,9 @@ def resolve_backend(backend: str, device_type: str) -> str:
             chosen = "numba"
         else:
             chosen = "reference"
-        logger.info("backend=auto: %s for tensors on %s", chosen, device_type)
+        if device_type not in _said:
+            _said.add(device_type)
+            logger.info("backend=auto: %s for tensors on %s", chosen, device_type)
         return chosen
     if backend == "triton":
         if not installed("triton"):
@@ -63,8 +66,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
     return backend
 
 
-@functools.cache
-def _module(name: str) -> ModuleType:
+def _load(name: str) -> ModuleType:
     if name == "triton":
         from deltamem_kernels import ops
     elif name == "numba":
@@ -76,4 +78,8 @@ def _module(name: str) -> ModuleType:
 
 def operations(backend: str, device: torch.device) -> ModuleType:
     """The module whose ``scan``, ``step``, ``read`` and ``steer`` run for ``backend`` on ``device``."""
-    return _module(resolve_backend(backend, device.type))
+    # A plain dict: the compiler traces the lookup, where it would warn of a cached function.
+    module = _loaded.get((backend, device.type))
+    if module is None:
+        module = _loaded[backend, device.type] = _load(resolve_backend(backend, device.type))
+    return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from .attention import MemoryCall
 from .cache import adopt, check_rows
 from .state import MemoryState
+
+
+@dataclass(frozen=True)
+class CallersMemory:
+    """Carries a caller's MemoryState from the outer forward to the decoder's, past hooks that move what has ``.to``."""
+
+    state: Any
 
 
 def begin(

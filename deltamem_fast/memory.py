@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .backends import operations
 from .config import DELTA_HEADS, DeltaMemConfig
 
 
@@ -151,8 +152,6 @@ class DeltaMemory(nn.Module):
             output: [..., out], the projection's output.
             reads: float32 [..., H·r].
         """
-        from .backends import operations
-
         factor = self.head_scale(head)
         if factor is not None:
             # c is one number a head and Δ is linear in the reads: no need for another pass over Δ.

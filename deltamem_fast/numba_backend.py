@@ -73,22 +73,36 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -
     return reads, final, skipped, saved
 
 
-def _rule(rank, heads, mode, row_gates, coupled, normalize) -> DeltaRule:
-    return DeltaRule(rank, heads, mode, row_gates, coupled, normalize)
+def _rule(rank, heads, update_mode, row_gates, coupled, normalize) -> DeltaRule:
+    return DeltaRule(rank, heads, update_mode, row_gates, coupled, normalize)
 
 
 @torch.library.custom_op("deltamem_fast::scan_numba", mutates_args=())
 def _scan_op(
     projections: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, mode: str, row_gates: bool,
-    coupled: bool, normalize: bool, every: int,
+    cu_seqlens: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, update_mode: str,
+    row_gates: bool, coupled: bool, normalize: bool, every: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    rule = _rule(rank, heads, mode, row_gates, coupled, normalize)
+    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
     return _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every)
 
 
 @_scan_op.register_fake
-def _(projections, gate_bias, state, mask, cu_seqlens, slots, rank, heads, mode, row_gates, coupled, normalize, every):
+def _(
+    projections,
+    gate_bias,
+    state,
+    mask,
+    cu_seqlens,
+    slots,
+    rank,
+    heads,
+    update_mode,
+    row_gates,
+    coupled,
+    normalize,
+    every,
+):
     batch, length = projections.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     floats = {"dtype": torch.float32}
@@ -132,15 +146,15 @@ _scan_op.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op("deltamem_fast::step_numba", mutates_args=("state", "skipped"))
 def _step_op(
     projections: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor, skipped: torch.Tensor,
-    mask: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, mode: str, row_gates: bool,
+    mask: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, update_mode: str, row_gates: bool,
     coupled: bool, normalize: bool,
 ) -> torch.Tensor:  # fmt: skip
-    rule = _rule(rank, heads, mode, row_gates, coupled, normalize)
+    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
     return _step(projections, gate_bias, state, rule, mask, slots, skipped)
 
 
 @_step_op.register_fake
-def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, mode, row_gates, coupled, normalize):
+def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, update_mode, row_gates, coupled, normalize):
     return projections.new_empty(projections.shape[0], heads * rank, dtype=torch.float32)
 
 
@@ -161,13 +175,13 @@ def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Te
 @torch.library.custom_op("deltamem_fast::read_numba", mutates_args=())
 def _read_op(
     projections: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None, slots: torch.Tensor | None, rank: int,
-    heads: int, mode: str, row_gates: bool, coupled: bool, normalize: bool,
+    heads: int, update_mode: str, row_gates: bool, coupled: bool, normalize: bool,
 ) -> torch.Tensor:  # fmt: skip
-    return _read(projections, state, _rule(rank, heads, mode, row_gates, coupled, normalize), mask, slots)
+    return _read(projections, state, _rule(rank, heads, update_mode, row_gates, coupled, normalize), mask, slots)
 
 
 @_read_op.register_fake
-def _(projections, state, mask, slots, rank, heads, mode, row_gates, coupled, normalize):
+def _(projections, state, mask, slots, rank, heads, update_mode, row_gates, coupled, normalize):
     return projections.new_empty(*projections.shape[:2], heads * rank, dtype=torch.float32)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
 from .attention import attention_forward
-from .backends import resolve_backend
-from .calls import begin
+from .backends import operations
+from .calls import CallersMemory, begin
 from .config import DELTA_HEADS, DeltaMemConfig
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
@@ -44,11 +44,11 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     source = read_adapter(adapter)
     decoder = decoder_of(model)
     attentions = _find_attentions(model, source.config)
-    device = next(iter(attentions.values())).q_proj.weight.device
+    device = _device_of(next(iter(attentions.values())))
     if device.type != "meta":
-        resolve_backend(backend, device.type)
+        operations(backend, device)
     _refuse_sharded(model)
-    memories = _build_memories(attentions, source, backend)
+    memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
     record = PatchRecord(identity, decoder, attentions)
     try:
@@ -122,26 +122,22 @@ def _shape_of(attention: nn.Module) -> LayerShape:
     return LayerShape(attention.q_proj.in_features, out("q"), out("k"), out("v"), out("o"))
 
 
-def _build_memories(attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:
+def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:
     memories = {}
     for name, attention in attentions.items():
         base = {head: getattr(getattr(attention, f"{head}_proj", None), "weight", None) for head in DELTA_HEADS}
         weight = base["q"]
-        # Quantised weights are packed integers; their memory computes in the dtype of the layer's other parameters.
-        dtype = (
-            weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.get_default_dtype()
-        )
         memory = DeltaMemory(
             source.config,
             _shape_of(attention),
             attention.layer_idx,
             backend,
-            device=weight.device,
-            dtype=dtype,
+            device=_device_of(attention),
+            dtype=_dtype_of(model, weight),
         )
         if source.weights is None:
             if source.config.output_init.startswith("base_slice"):
-                _refuse_quantised(name, base, source.config)
+                _refuse_unreadable(name, base, source.config)
             memory.reset_parameters(base)
         memories[name] = memory
     if source.weights is not None:
@@ -149,9 +145,34 @@ def _build_memories(attentions, source: AdapterSource, backend: str) -> dict[str
     return memories
 
 
-def _refuse_quantised(name: str, base: dict[str, torch.Tensor | None], config: DeltaMemConfig) -> None:
+def _device_of(attention: nn.Module) -> torch.device:
+    """Where a layer computes: its weight's device, or what accelerate's offloading moves it to."""
+    device = attention.q_proj.weight.device
+    hook = getattr(attention.q_proj, "_hf_hook", None)
+    target = getattr(hook, "execution_device", None)
+    return torch.device(target) if device.type == "meta" and target is not None else device
+
+
+def _dtype_of(model: nn.Module, weight: torch.Tensor) -> torch.dtype:
+    """The dtype that a layer computes in: its weight's, or the model's where that is quantised."""
+    if _is_plain(weight):
+        return weight.dtype
+    return next(p.dtype for p in model.parameters() if _is_plain(p))
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    # float8 counts as quantised: nothing is computed in it
+    return weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+
+
+def _refuse_unreadable(name: str, base: dict[str, torch.Tensor | None], config: DeltaMemConfig) -> None:
     for head in config.delta_heads:
-        if not base[head].dtype.is_floating_point or base[head].dtype.itemsize < 2:
+        if base[head].device.type == "meta":
+            raise ValueError(
+                f"output_init: got {config.output_init!r}, but the weight of {name}.{head}_proj is offloaded; allowed "
+                "there: zero, random, or an adapter with weights"
+            )
+        if not _is_plain(base[head]):
             raise ValueError(
                 f"output_init: got {config.output_init!r}, but {name}.{head}_proj is quantised ({base[head].dtype}); "
                 "allowed there: zero, random, or an adapter with weights"
@@ -181,6 +202,9 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
     if hasattr(model, "save_pretrained"):
         ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
         record.replace(model, "_keys_to_ignore_on_save", ignored + keys)
+        # accelerate must not move a caller's memory: it would write to the copy.
+        skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
+        record.replace(model, "_skip_keys_device_placement", [*skipped, "memory"])
         record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
 
 
@@ -216,15 +240,21 @@ def _with_signature(module: nn.Module, function):
 
 
 def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
-    for name, value in (("memory", memory), ("segment_ids", segment_ids), ("token_mask", token_mask)):
-        if value is not None:
-            kwargs[name] = value
+    if memory is not None:
+        # Hooks that move arguments between devices would copy it, and the copy would be written.
+        kwargs["memory"] = CallersMemory(memory)
+    if segment_ids is not None:
+        kwargs["segment_ids"] = segment_ids
+    if token_mask is not None:
+        kwargs["token_mask"] = token_mask
     return self._delta_memory_patch.originals["outer"](*args, **kwargs)
 
 
 def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
     record = self._delta_memory_patch
     original = record.originals["decoder"]
+    if isinstance(memory, CallersMemory):
+        memory = memory.state
     kwargs.update(zip(record.decoder_arguments, args))
     if record_disabled(record):
         return original(**kwargs)

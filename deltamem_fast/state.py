@@ -107,15 +107,16 @@ class MemoryState:
         """A copy off the autograd graph."""
         return self._map(lambda tensor: tensor.detach().clone())
 
-    def to(self, device: torch.device | str) -> MemoryState:
-        """A copy on ``device``. The dtype of a memory is float32 and does not change.
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> MemoryState:
+        """This memory on ``device``: itself if it is there already (as a tensor's ``to``), else a copy.
 
         Raises:
-            TypeError: a dtype was given.
+            TypeError: a dtype was given; a memory is float32 always.
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: got {device}, allowed a device (a memory is float32 always)")
-        return self._map(lambda tensor: tensor.to(device, copy=True))
+        moved = self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+        return self if all(moved[i] is state for i, state in self.items()) else moved
 
     def select(self, rows) -> MemoryState:
         """The memories of ``rows`` (a list or tensor of indices, or a bool mask), in that order.
