@@ -53,7 +53,7 @@ def _refuse_batch(self, *args, **kwargs):
 def _generate(self, inputs=None, generation_config=None, **kwargs):
     """GenerationMixin.generate with a memory: also takes ``memory`` and ``segment_ids``."""
     if not is_disabled(self):
-        _check_generate(self, generation_config, kwargs)
+        _check_generate(self, inputs, generation_config, kwargs)
         settings = _settings(self, generation_config, kwargs)
         if settings["num_beams"] == 1:
             criteria = kwargs.get("stopping_criteria")
@@ -103,7 +103,7 @@ def _settings(self, generation_config: GenerationConfig | None, kwargs: dict) ->
     }
 
 
-def _check_generate(self, generation_config, kwargs) -> None:
+def _check_generate(self, inputs, generation_config, kwargs) -> None:
     """Raise for what a memory cannot follow, before anything is generated."""
     settings = _settings(self, generation_config, kwargs)
     memory, segment_ids = kwargs.get("memory"), kwargs.get("segment_ids")
@@ -137,15 +137,16 @@ def _check_generate(self, generation_config, kwargs) -> None:
             "state from before the whole prompt"
         )
     if segment_ids is not None:
-        _check_prompt_segments(segment_ids, kwargs)
-
-
-def _check_prompt_segments(segment_ids, kwargs) -> None:
-    prompt = kwargs.get("input_ids")
-    if prompt is not None and tuple(segment_ids.shape) != tuple(prompt.shape):
-        raise ValueError(
-            f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {list(prompt.shape)}"
-        )
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None and tuple(segment_ids.shape) != tuple(prompt.shape):
+            raise ValueError(
+                f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {list(prompt.shape)}"
+            )
+        if settings["use_cache"] is False:
+            raise ValueError(
+                "use_cache: got False with segment_ids=, allowed True: every later step would write the prompt "
+                "token by token"
+            )
 
 
 def _prepare_inputs_for_generation(

@@ -113,11 +113,11 @@ def test_refusals_leave_the_model_as_it_was():
     model = tiny_model()
     before = snapshot(model)
     refused = [
-        (dict(backend="cuda"), ValueError, "backend: got 'cuda', allowed auto, triton, numba, reference"),
-        (dict(adapter=3), TypeError, "adapter: got int"),
-        (dict(adapter="./nowhere"), FileNotFoundError, "nowhere"),
-        (dict(adapter=DeltaMemConfig(target_layers=(7,))), ValueError, r"layers \[7\], the model has 0 to 2"),
-        (dict(adapter=DeltaMemConfig(target_modules=("attn",))), ValueError, "no attention named attn"),
+        ({"backend": "cuda"}, ValueError, "backend: got 'cuda', allowed auto, triton, numba, reference"),
+        ({"adapter": 3}, TypeError, "adapter: got int"),
+        ({"adapter": "./nowhere"}, FileNotFoundError, "nowhere"),
+        ({"adapter": DeltaMemConfig(target_layers=(7,))}, ValueError, r"layers \[7\], the model has 0 to 2"),
+        ({"adapter": DeltaMemConfig(target_modules=("attn",))}, ValueError, "no attention named attn"),
     ]
     for arguments, kind, message in refused:
         with pytest.raises(kind, match=message):
