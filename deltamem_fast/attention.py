@@ -50,7 +50,7 @@ def advance(memory: DeltaMemory, hidden_states: torch.Tensor, call: MemoryCall) 
     """
     layer = memory.layer_idx
     ops = operations(memory.backend, hidden_states.device)
-    projections = memory.project(hidden_states)
+    projections, bias = memory.project(hidden_states)
     first_run = layer not in call.initial
     if first_run:
         call.initial[layer] = call.state[layer]
@@ -62,7 +62,6 @@ def advance(memory: DeltaMemory, hidden_states: torch.Tensor, call: MemoryCall) 
             return _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)
         return ops.read(projections, initial, rule, mask=mask)
 
-    bias = memory.gate_bias()
     if call.segment_ids is not None:
         reads = ops.read(projections, initial, rule, mask=mask)
         means, present, skipped = segment_means(projections, call.segment_ids, mask)

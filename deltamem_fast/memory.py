@@ -54,6 +54,7 @@ class DeltaMemory(nn.Module):
         self.shape = shape
         self.layer_idx = layer_idx
         self.backend = backend
+        self._stacked: tuple | None = None
         width, gates = self.rule.read_width, self.rule.gate_width
 
         def parameter(*size):
@@ -119,22 +120,29 @@ class DeltaMemory(nn.Module):
             columns = F.normalize(base[:, :width].float(), dim=0, eps=1e-6)
             weight[:, :width].copy_(columns * config.online_gain)
 
-    def stacked_weight(self) -> torch.Tensor:
-        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul."""
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul, and the gates' biases in float32.
+
+        Outside autograd both are kept until a parameter changes or moves.
+        """
         rows = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        biases = [self.beta_bias]
         if self.rule.has_lambda:
             rows.append(self.lambda_proj)
-        return torch.cat(rows)
+            biases.append(self.lambda_bias)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows[0].is_inference():
+            return torch.cat(rows), torch.cat(biases).float()
+        key = tuple((p.data_ptr(), p._version, p.dtype) for p in rows + biases)
+        if self._stacked is None or self._stacked[0] != key:
+            # The parameters' storages are held as well: while they live, no other can have their address.
+            storages = [p.detach() for p in rows + biases]
+            self._stacked = (key, torch.cat(rows), torch.cat(biases).float(), storages)
+        return self._stacked[1:3]
 
-    def gate_bias(self) -> torch.Tensor:
-        """β's (and λ's) biases, float32 [bias_width]."""
-        if self.rule.has_lambda:
-            return torch.cat([self.beta_bias, self.lambda_bias]).float()
-        return self.beta_bias.float()
-
-    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Raw projections [..., W] of hidden states [..., d], in the hidden states' dtype."""
-        return F.linear(hidden_states, self.stacked_weight().to(hidden_states.dtype))
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases, float32."""
+        weight, bias = self.stacked()
+        return F.linear(hidden_states, weight.to(hidden_states.dtype)), bias
 
     def head_scale(self, head: str) -> torch.Tensor | None:
         """The learnt factor c_h = σ(raw_h) · max on head ``q``, ``k``, ``v`` or ``o``, or None if there is none."""

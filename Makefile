@@ -1,0 +1,57 @@
+# make demo and make test set everything up; the rest builds on the same .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+OUTPUT ?= bench/results
+# A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
+GPU_PYTHON ?= python3
+
+.PHONY: help setup demo test lint format bench table gpu soak kernels-report clean
+
+help:
+	@echo "make demo            set up, then the demo"
+	@echo "make test            set up, then the tests (CPU)"
+	@echo "make lint            ruff"
+	@echo "make bench           CPU benchmarks; JSON under bench/results"
+	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time"
+	@echo "make gpu             on a machine with a GPU: its tests, then kernel timings (OUTPUT=dir)"
+	@echo "make soak            what takes long"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/deltamem demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu and not soak" -n $(JOBS) --dist loadgroup -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m bench --output $(OUTPUT)
+
+kernels-report: setup
+	$(BIN)/python -m deltamem_kernels.report
+
+gpu:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m bench.gpu --output $(OUTPUT)
+
+soak: setup
+	$(BIN)/python -m pytest -m "soak and not gpu" -q
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

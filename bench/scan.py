@@ -1,0 +1,140 @@
+"""The scan on a CPU: the compiled loop against the per-token PyTorch loop."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from deltamem_fast import reference
+from deltamem_fast.backends import installed
+from deltamem_kernels.rule import DeltaRule
+
+from .rows import Row, absent, compare, measured, refused
+
+TOLERANCE = 1e-5
+TARGET = 500.0  # times the per-token loop, at TARGET_TOKENS
+TARGET_TOKENS = 8192
+PEERS = {"deltamem": "the released package", "fla": "flash-linear-attention"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one scan: T tokens, rank r, H state heads, B rows."""
+
+    tokens: int
+    rank: int = 8
+    heads: int = 1
+    batch: int = 1
+
+    @property
+    def rule(self) -> DeltaRule:
+        """The released recurrence at these sizes."""
+        return DeltaRule(rank=self.rank, heads=self.heads)
+
+
+CASES = (Case(512), Case(2048), Case(8192), Case(2048, rank=16), Case(2048, heads=4))
+QUICK_CASES = (Case(64), Case(96, heads=2))  # one rank: each is compiled
+
+
+def random_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fresh float32 projections [B, T, W], gate biases and a first state [B, H, r, r]."""
+    rule = case.rule
+    projections = torch.randn(case.batch, case.tokens, rule.width)
+    return projections, torch.randn(rule.bias_width), torch.randn(case.batch, case.heads, case.rank, case.rank)
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ in float64."""
+    ours, theirs = ours.double(), theirs.double()
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def error_of(scan: Callable, case: Case, inputs, expected) -> float:
+    """The larger relative error of reads and final state against the oracle's; NaN if an output is not finite."""
+    out = scan(*inputs, case.rule)
+    errors = [relative_error(out.reads, expected.reads), relative_error(out.state, expected.state)]
+    return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+def seconds(scan: Callable, case: Case) -> float:
+    """How long one scan of fresh inputs takes."""
+    inputs, rule = random_inputs(case), case.rule
+    start = time.perf_counter()
+    scan(*inputs, rule)
+    return time.perf_counter() - start
+
+
+def implementations() -> dict[str, Callable]:
+    """What is measured, by name; ``reference`` is the baseline."""
+    found = {"reference": reference.scan}
+    if installed("numba"):
+        from deltamem_fast import numba_backend
+
+        found["numba"] = numba_backend.scan
+    return found
+
+
+@torch.no_grad()
+def measure(case: Case, turns: int, calls: int, target: float | None = None) -> list[Row]:
+    """Check every implementation against the float64 reference, then time in turns those that passed.
+
+    Args:
+        case: the sizes.
+        turns: of each turn the baseline runs once.
+        calls: how often the compiled scan, which takes a fraction of that, runs in a turn. A turn's ratio is the
+            baseline's time to the median of them.
+        target: of the ratio, or None.
+    """
+    parameters = asdict(case) | {"dtype": "float32"}
+    inputs = random_inputs(case)
+    expected = reference.scan(*inputs, case.rule, dtype=torch.float64)
+    scans, rows, errors = {}, {}, {}
+    for name, scan in implementations().items():
+        error = errors[name] = error_of(scan, case, inputs, expected)
+        if error < TOLERANCE:
+            scans[name] = scan
+        else:
+            note = f"relative error {error:.1e}, allowed under {TOLERANCE:.0e}"
+            rows[name] = refused(f"scan/{name}", parameters, note, error, None if name == "reference" else target)
+    times = {name: [] for name in scans}
+    ratios = {name: [] for name in scans}
+    for _ in range(turns):
+        turn = {}
+        for name, scan in scans.items():
+            turn[name] = [seconds(scan, case) for _ in range(1 if name == "reference" else calls)]
+            times[name] += turn[name]
+        for name in turn:
+            if name != "reference" and "reference" in turn:
+                ratios[name].append(turn["reference"][0] / statistics.median(turn[name]))
+    for name in scans:
+        rows[name] = measured(f"scan/{name}", parameters, times[name], errors[name])
+        if ratios[name]:
+            compare(rows[name], ratios[name], target)
+    if "numba" not in rows and "numba" not in errors:
+        rows["numba"] = absent("scan/numba", "numba is not installed", parameters)
+    return list(rows.values())
+
+
+def peer_rows() -> list[Row]:
+    """A row for each peer, which says why it has no number."""
+    rows = []
+    for module, title in PEERS.items():
+        importable = importlib.util.find_spec(module) is not None
+        rows.append(absent(f"scan/{module}", f"{title}: " + ("not timed on a CPU" if importable else "not importable")))
+    return rows
+
+
+def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
+    """All rows of the scan benchmark."""
+    rows = []
+    for case in QUICK_CASES if quick else CASES:
+        progress(f"scan: T {case.tokens}, r {case.rank}, H {case.heads}")
+        turns, calls = (3, 2) if quick else (max(5, min(15, 30_000 // case.tokens)), 9)
+        target = TARGET if case.tokens == TARGET_TOKENS else None
+        rows += measure(case, turns, calls, target)
+    return rows + peer_rows()

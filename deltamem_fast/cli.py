@@ -1,0 +1,226 @@
+"""The command ``deltamem``: info, convert, demo."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, read_weights, write_adapter
+from .backends import BACKENDS
+from .config import CONFIG_NAME
+from .version import __version__
+
+# Exit codes.
+CHECK_FAILED = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    0: done. 1: the demo found a property that does not hold. 2: wrong usage, or an error of the user's, told in one
+    line on stderr.
+    """
+    # A pipe may have an encoding that lacks a character of a conversation; that must not end the command.
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _close_stdout()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as end:  # --help, --version, wrong usage: argparse has said it
+        return int(end.code or 0)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return USER_ERROR
+    try:
+        return arguments.command(arguments)
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"deltamem: error: {message}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _close_stdout() -> None:
+    # Python flushes stdout once more at exit, which would fail again and say so.
+    with contextlib.suppress(OSError, ValueError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deltamem",
+        description="An online 8×8 memory for frozen language models: what is installed, adapter files, a demo.",
+    )
+    parser.add_argument("--version", action="version", version=f"deltamem-fast {__version__}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, devices, and the backend that each would use")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    info.set_defaults(command=_info)
+
+    convert = commands.add_parser("convert", help="rewrite an adapter in another file format, bit for bit")
+    convert.add_argument("source", metavar="SOURCE", help="an adapter's directory, or a hub id (owner/name)")
+    convert.add_argument("target", metavar="TARGET", help="the directory to write, made if needed")
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=FORMATS,
+        help=f"safetensors: {SAFETENSORS_NAME}; released: {RELEASED_NAME}, as the released code reads it",
+    )
+    convert.add_argument("--force", action="store_true", help="replace the adapter in a TARGET that is not empty")
+    convert.set_defaults(command=_convert)
+
+    demo = commands.add_parser(
+        "demo",
+        help="memory at work in a small untrained model: carry-over, states, speed",
+        description="Runs two conversations as one batch through a small random Qwen3 with a random adapter, made "
+        "here without a download, and checks what a memory promises. Nothing in it is trained, so its replies mean "
+        "nothing: it shows mechanics, not recall.",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of backbone and adapter (default: %(default)s)")
+    demo.add_argument("--output", metavar="DIR", default="demo-output", help="for memory.safetensors (%(default)s)")
+    demo.add_argument("--new-tokens", type=int, default=24, metavar="N", help="of each reply (default: %(default)s)")
+    demo.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    demo.add_argument(
+        "--conversation",
+        metavar="FILE",
+        help="run these instead: lines 'NAME: a turn' and 'NAME? the question at the end'",
+    )
+    demo.add_argument("--json", action="store_true", help="the figures as one JSON object")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+# --- info
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from .environment import environment
+
+    facts = environment()
+    print(json.dumps(facts, indent=2) if arguments.json else format_environment(facts))
+    return 0
+
+
+def format_environment(facts: dict) -> str:
+    """The facts of ``environment()`` as text."""
+    rows = [*facts["versions"].items(), ("platform", facts["platform"])]
+    for device in facts["devices"]:
+        capability = f", capability {device['capability']}" if device["capability"] else ""
+        rows.append((f"device {device['device']}", f"{device['name']}{capability}; backend {device['backend']}"))
+    kernels = facts["kernels"]
+    note = f" ({kernels['note']})" if kernels["note"] else ""
+    rows.append(("Triton kernels", (", ".join(kernels["available"]) or "none") + note))
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+
+# --- convert
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    figures = convert_adapter(arguments.source, arguments.target, arguments.to, force=arguments.force)
+    print(f"{figures['directory']}: wrote {' and '.join(figures['files'])}")
+    print(
+        f"{figures['tensors']:,} tensors, {figures['parameters']:,} parameters, {figures['bytes']:,} bytes; "
+        "read back, bit-equal to the source"
+    )
+    return 0
+
+
+def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: bool = False) -> dict:
+    """Write the adapter ``source`` (a directory or hub id) into the directory ``target`` in the format ``to``.
+
+    Returns:
+        What was written: ``directory``, ``files``, ``tensors``, ``parameters``, ``bytes`` (of all files).
+
+    Raises:
+        ValueError: the target is the source, or is not empty and ``force`` is not given; a broken adapter; or what
+            was written does not read back bit for bit.
+        FileNotFoundError: no adapter there.
+    """
+    directory = Path(target).expanduser()
+    _check_target(Path(source).expanduser(), directory, force)
+    adapter = read_adapter(source)
+    # Copies: tensors that share storage are refused by safetensors, and views would take their whole base along.
+    weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in adapter.weights.items()}
+    write_adapter(directory, adapter.config, weights, to)
+    _check_written(directory, weights)
+    files = [CONFIG_NAME, SAFETENSORS_NAME if to == "safetensors" else RELEASED_NAME]
+    return {
+        "directory": str(directory),
+        "files": files,
+        "tensors": len(weights),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "bytes": sum((directory / name).stat().st_size for name in files),
+    }
+
+
+def _check_target(source: Path, target: Path, force: bool) -> None:
+    if target.resolve() == source.resolve():
+        raise ValueError(f"TARGET: got {target}, which is SOURCE; allowed another directory")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"TARGET: got {target}, which is a file; allowed a directory")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise ValueError(f"TARGET: {target} is not empty; --force replaces the adapter in it")
+
+
+def _check_written(directory: Path, weights: dict[str, torch.Tensor]) -> None:
+    written = read_weights(directory)
+    same = written.keys() == weights.keys() and all(_same_bits(written[name], weights[name]) for name in weights)
+    if not same:
+        raise ValueError(f"TARGET: {directory} does not read back as it was written")
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # As bytes, because NaN is not equal to itself and -0.0 is to 0.0.
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+# --- demo
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import failed_checks, format_demo, run_demo
+
+    if sys.stderr.isatty():
+        print("deltamem: running the demo, which takes some seconds", file=sys.stderr)
+    figures = run_demo(
+        seed=arguments.seed,
+        output=arguments.output,
+        new_tokens=arguments.new_tokens,
+        backend=arguments.backend,
+        conversation=arguments.conversation,
+    )
+    print(json.dumps(figures, indent=2) if arguments.json else format_demo(figures))
+    failed = failed_checks(figures)
+    for text in failed:
+        print(f"deltamem: demo: DOES NOT HOLD: {text}", file=sys.stderr)
+    return CHECK_FAILED if failed else 0

@@ -1,0 +1,87 @@
+"""What is installed here, and what would run: the facts behind ``deltamem info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from .backends import installed, interpreting, resolve_backend
+from .version import __version__
+
+# Name of the distribution → name of the module.
+PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "triton": "triton",
+    "numba": "numba",
+    "safetensors": "safetensors",
+    "huggingface_hub": "huggingface_hub",
+    "flash-attn": "flash_attn",
+}
+KERNELS = ("scan", "step", "read", "steer")
+NOT_INSTALLED = "not installed"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and kernels, as one JSON object."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "devices": devices(),
+        "kernels": kernels(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Version of this package, of Python, and of each package that it uses; ``not installed`` where one is missing."""
+    found = {"deltamem-fast": __version__, "python": platform.python_version()}
+    return found | {package: _version(package, module) for package, module in PACKAGES.items()}
+
+
+def _version(package: str, module: str) -> str:
+    # The module decides, not the metadata: that is what the backends look at.
+    if not installed(module):
+        return NOT_INSTALLED
+    if module == "torch":
+        return torch.__version__  # with its build, such as +cpu
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"  # on the path without having been installed, or under another distribution's name
+
+
+def devices() -> list[dict[str, Any]]:
+    """Each device: ``device``, ``name``, ``capability`` (None for the CPU), and the ``backend`` that auto takes."""
+    found = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            found.append(_device(f"cuda:{index}", torch.cuda.get_device_name(index), f"{major}.{minor}"))
+    threads = torch.get_num_threads()
+    found.append(_device("cpu", f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}", None))
+    return found
+
+
+def _device(device: str, name: str, capability: str | None) -> dict[str, Any]:
+    backend = resolve_backend("auto", torch.device(device).type)
+    return {"device": device, "name": name, "capability": capability, "backend": backend}
+
+
+def kernels() -> dict[str, Any]:
+    """``available``: names of the Triton kernels; ``note``: why there are none, or where they would run, or None."""
+    if not installed("triton"):
+        return {"available": [], "note": "triton is not installed"}
+    try:
+        from deltamem_kernels import ops
+    except Exception as error:  # a Triton that is installed can fail in any way when it is imported
+        return {"available": [], "note": f"they cannot be imported: {type(error).__name__}: {error}"}
+    available = [name for name in KERNELS if callable(getattr(ops, name, None))]
+    note = None
+    if interpreting():
+        note = "run in Triton's interpreter (TRITON_INTERPRET)"
+    elif not torch.cuda.is_available():
+        note = "no GPU here to run them on"
+    return {"available": available, "note": note}

@@ -1,0 +1,103 @@
+"""What every launcher does alike: allocate, check the device, launch."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+
+from .rule import DeltaRule
+
+# A warp on AMD's data-centre cards is 64 threads wide. A program of the recurrence gives one thread one column.
+WARP = 64 if torch.version.hip else 32
+
+# Tests replace it, to fill the buffers with NaN first: an element that no kernel writes is then seen.
+empty = torch.empty
+
+# Set by ``report`` to a list, which then receives every launch instead of a device.
+recorded = None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported)."""
+    return triton.knobs.runtime.interpret
+
+
+def check_device(tensor: torch.Tensor) -> None:
+    """Raises: ValueError if Triton cannot run on the tensor's device, or its last axis reaches too far."""
+    if not (tensor.is_cuda or recorded is not None or interpreted()):
+        raise ValueError(f"projections: on {tensor.device}; the Triton kernels need a GPU")
+    if tensor.shape[-1] * tensor.stride(-1) >= 2**31:
+        # Rows and tokens have 64-bit offsets, the numbers of a token 32-bit ones.
+        raise ValueError(f"projections: a last stride of {tensor.stride(-1)}, allowed below 2^31 / {tensor.shape[-1]}")
+
+
+def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arguments) -> None:
+    """Launch ``kernel`` with a one-dimensional grid on the device of ``tensor``.
+
+    FP fusion is asked for by name: Triton 3.10 changes what happens without, and a result that depends on
+    the compiler's version is nobody's wish. One stage: the loops fetch the next token themselves.
+    """
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    if recorded is not None:
+        recorded.append((kernel, arguments, options))
+        return
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        guard = torch.cuda.device(tensor.device)
+    else:
+        guard = nullcontext()
+    with guard:
+        kernel[(programs,)](**arguments, **options)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def float32_only(name: str, tensor: torch.Tensor | None) -> None:
+    """Raises: TypeError unless the tensor is float32 (the reference alone takes float64)."""
+    if tensor is not None and tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed float32")
+
+
+def half_or_single(name: str, tensor: torch.Tensor) -> None:
+    """Raises: TypeError unless the tensor is bfloat16, float16 or float32."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed bfloat16, float16 or float32")
+
+
+def tile(rule: DeltaRule) -> tuple[int, int]:
+    """Rows and columns of a tile: at most 16 numbers for each thread of a warp."""
+    rows = next_power_of_two(rule.rank)
+    return rows, max(1, min(WARP, 16 * WARP // rows))
+
+
+def whole_keys(rule: DeltaRule, projections: torch.Tensor) -> bool:
+    """Whether one aligned access of at most 16 bytes fetches a head's whole q or k; see ``load_vector``."""
+    size = rule.rank * projections.element_size()
+    return (
+        rule.rank == next_power_of_two(rule.rank)
+        and size <= 16
+        and projections.stride(-1) == 1
+        and all(stride * projections.element_size() % 16 == 0 for stride in projections.stride()[:-1])
+        and projections.data_ptr() % 16 == 0
+    )
+
+
+def rule_flags(rule: DeltaRule, projections: torch.Tensor) -> dict:
+    return {
+        "HEADS": rule.heads,
+        "RANK": rule.rank,
+        "R": next_power_of_two(rule.rank),
+        "MODE": rule.mode,
+        "ROW_GATES": rule.row_gates,
+        "HAS_LAMBDA": rule.has_lambda,
+        "NORMALIZE": rule.normalize,
+        "WHOLE": whole_keys(rule, projections),
+    }
+
+
+def state_strides(state: torch.Tensor | None) -> dict:
+    strides = state.stride() if state is not None else (0, 0, 0, 0)
+    return {f"stride_s_{name}": stride for name, stride in zip("nhij", strides)}

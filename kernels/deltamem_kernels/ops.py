@@ -1,0 +1,323 @@
+"""The kernels as PyTorch operators, in the namespace ``deltamem``.
+
+``scan``, ``read`` and ``steer`` are functional and differentiable; ``step`` changes the state (and the count of
+skipped tokens) in place and is not. All have fake implementations, so ``torch.compile`` takes them whole. Called
+without a compiler and with nothing to differentiate, they go straight to the launchers: an operator's dispatch
+costs more than a short kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import read as _read
+from . import scan as _scan
+from . import scan_backward as _backward
+from . import steer as _steer
+from . import step as _step
+from .rule import DeltaRule, ScanOutput, check_arguments
+
+
+# A DeltaRule, flat. Its mode is called ``update`` here: an operator that mutates cannot have an argument "mode",
+# with which PyTorch's functionalization would mix it up.
+def _rule(rank, heads, update, row_gates, coupled, normalize) -> DeltaRule:
+    return DeltaRule(rank, heads, update, row_gates, coupled, normalize)
+
+
+def _flat(rule: DeltaRule) -> tuple:
+    return rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize
+
+
+@torch.library.custom_op("deltamem::scan", mutates_args=())
+def scan_op(
+    projections: Tensor, gate_bias: Tensor, state: Tensor | None,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    mask: Tensor | None, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _scan.scan(
+        projections, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
+        mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    checkpoints = out.reads.new_empty(0) if out.checkpoints is None else out.checkpoints
+    return out.reads, out.state, out.skipped, checkpoints
+
+
+@scan_op.register_fake
+def _(
+    projections, gate_bias, state, rank, heads, update, row_gates, coupled, normalize,
+    mask, cu_seqlens, slots, checkpoint_every,
+):  # fmt: skip
+    batch, length = projections.shape[:2]
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    float32 = {"dtype": torch.float32, "device": projections.device}
+    shape = (heads, rank, rank)
+    if checkpoint_every:
+        lead = (batch, length // checkpoint_every) if cu_seqlens is None else (length // checkpoint_every,)
+        checkpoints = torch.empty((*lead, *shape), **float32)
+    else:
+        checkpoints = torch.empty(0, **float32)
+    return (
+        torch.empty((batch, length, heads * rank), **float32),
+        torch.empty((count, *shape), **float32),
+        torch.empty((count,), dtype=torch.int32, device=projections.device),
+        checkpoints,
+    )
+
+
+@torch.library.custom_op("deltamem::scan_backward", mutates_args=())
+def scan_backward_op(
+    d_reads: Tensor, d_state: Tensor, d_checkpoints: Tensor | None,
+    projections: Tensor, gate_bias: Tensor, state: Tensor | None,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    mask: Tensor | None, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    d_x, d_bias, d_initial = _backward.scan_backward(
+        d_reads, d_state, projections, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
+        mask=mask, cu_seqlens=cu_seqlens, slots=slots,
+        d_checkpoints=d_checkpoints, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    return d_x, d_bias, d_x.new_empty(0) if d_initial is None else d_initial
+
+
+@scan_backward_op.register_fake
+def _(
+    d_reads, d_state, d_checkpoints, projections, gate_bias, state, rank, heads, update, row_gates, coupled,
+    normalize, mask, cu_seqlens, slots, checkpoint_every,
+):  # fmt: skip
+    d_state = projections.new_empty(0) if state is None else state.new_empty(state.shape)
+    return projections.new_empty(projections.shape), gate_bias.new_empty(gate_bias.shape), d_state
+
+
+def _scan_setup(ctx, inputs, output):
+    projections, gate_bias, state, *flat, mask, cu_seqlens, slots, every = inputs
+    ctx.save_for_backward(projections, gate_bias, state, mask, cu_seqlens, slots)
+    ctx.flat, ctx.every = flat, every
+    ctx.mark_non_differentiable(output[2])
+
+
+def _scan_gradient(ctx, d_reads, d_state, _, d_checkpoints):
+    projections, gate_bias, state, mask, cu_seqlens, slots = ctx.saved_tensors
+    d_x, d_bias, d_initial = scan_backward_op(
+        d_reads, d_state, d_checkpoints if ctx.every else None, projections, gate_bias, state, *ctx.flat,
+        mask, cu_seqlens, slots, ctx.every,
+    )  # fmt: skip
+    return d_x, d_bias, None if state is None else d_initial, *([None] * 10)
+
+
+scan_op.register_autograd(_scan_gradient, setup_context=_scan_setup)
+
+
+@torch.library.custom_op("deltamem::read", mutates_args=())
+def read_op(
+    projections: Tensor, state: Tensor,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    mask: Tensor | None, slots: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
+    return _read.read(projections, state, rule, mask=mask, slots=slots)
+
+
+@read_op.register_fake
+def _(projections, state, rank, heads, update, row_gates, coupled, normalize, mask, slots):
+    return projections.new_empty((*projections.shape[:2], heads * rank), dtype=torch.float32)
+
+
+@torch.library.custom_op("deltamem::read_backward", mutates_args=())
+def read_backward_op(
+    d_reads: Tensor, projections: Tensor, state: Tensor,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    mask: Tensor | None, slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
+    return _backward.read_backward(d_reads, projections, state, rule, mask=mask, slots=slots)
+
+
+@read_backward_op.register_fake
+def _(d_reads, projections, state, rank, heads, update, row_gates, coupled, normalize, mask, slots):
+    return projections.new_empty(projections.shape), state.new_empty(state.shape)
+
+
+def _read_setup(ctx, inputs, output):
+    projections, state, *flat, mask, slots = inputs
+    ctx.save_for_backward(projections, state, mask, slots)
+    ctx.flat = flat
+
+
+def _read_gradient(ctx, d_reads):
+    projections, state, mask, slots = ctx.saved_tensors
+    return *read_backward_op(d_reads, projections, state, *ctx.flat, mask, slots), *([None] * 8)
+
+
+read_op.register_autograd(_read_gradient, setup_context=_read_setup)
+
+
+@torch.library.custom_op("deltamem::steer", mutates_args=())
+def steer_op(
+    base: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    return _steer.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps)
+
+
+@steer_op.register_fake
+def _(base, reads, weight, scale, norm_weight, eps):
+    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
+
+
+@torch.library.custom_op("deltamem::steer_", mutates_args=("base",))
+def steer_in_place_op(
+    base: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
+) -> None:  # fmt: skip
+    _steer.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps, out=base)
+
+
+@steer_in_place_op.register_fake
+def _(base, reads, weight, scale, norm_weight, eps):
+    return None
+
+
+@torch.library.custom_op("deltamem::steer_backward", mutates_args=())
+def steer_backward_op(
+    grad: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    *found, d_norm = _backward.steer_backward(grad, reads, weight, scale, norm_weight=norm_weight, eps=eps)
+    return *found, grad.new_empty(0) if d_norm is None else d_norm
+
+
+@steer_backward_op.register_fake
+def _(grad, reads, weight, scale, norm_weight, eps):
+    d_norm = grad.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape)
+    return torch.empty_like(grad), reads.new_empty(reads.shape), weight.new_empty(weight.shape), d_norm
+
+
+def _steer_setup(ctx, inputs, output):
+    _, reads, weight, ctx.scale, norm_weight, ctx.eps = inputs
+    ctx.save_for_backward(reads, weight, norm_weight)
+
+
+def _steer_gradient(ctx, grad):
+    reads, weight, norm_weight = ctx.saved_tensors
+    d_base, d_reads, d_weight, d_norm = steer_backward_op(grad, reads, weight, ctx.scale, norm_weight, ctx.eps)
+    return d_base, d_reads, d_weight, None, None if norm_weight is None else d_norm, None
+
+
+steer_op.register_autograd(_steer_gradient, setup_context=_steer_setup)
+
+
+# Two operators: an optional tensor that is mutated cannot be None under Inductor.
+@torch.library.custom_op("deltamem::step", mutates_args=("state",))
+def step_op(
+    projections: Tensor, gate_bias: Tensor, state: Tensor,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    mask: Tensor | None, slots: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
+    return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots)
+
+
+@torch.library.custom_op("deltamem::step_counted", mutates_args=("state", "skipped"))
+def step_counted_op(
+    projections: Tensor, gate_bias: Tensor, state: Tensor, skipped: Tensor,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    mask: Tensor | None, slots: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
+    return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots, skipped=skipped)
+
+
+@step_op.register_fake
+def _(projections, gate_bias, state, rank, heads, update, row_gates, coupled, normalize, mask, slots):
+    return projections.new_empty((projections.shape[0], heads * rank), dtype=torch.float32)
+
+
+@step_counted_op.register_fake
+def _(projections, gate_bias, state, skipped, rank, heads, update, row_gates, coupled, normalize, mask, slots):
+    return projections.new_empty((projections.shape[0], heads * rank), dtype=torch.float32)
+
+
+def _direct(*tensors: Tensor | None) -> bool:
+    """Whether to go past the dispatcher: nothing compiles, nothing is to be differentiated."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def scan(
+    projections: Tensor,
+    gate_bias: Tensor,
+    state: Tensor | None,
+    rule: DeltaRule,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    slots: Tensor | None = None,
+    checkpoint_every: int = 0,
+) -> ScanOutput:
+    """``deltamem_kernels.scan.scan``, differentiable in projections, gate_bias and state, and compilable."""
+    if _direct(projections, gate_bias, state):
+        return _scan.scan(
+            projections, gate_bias, state, rule,
+            mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+    check_arguments(
+        projections, gate_bias, state, rule,
+        mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    reads, final, skipped, checkpoints = scan_op(
+        projections, gate_bias, state, *_flat(rule), mask, cu_seqlens, slots, checkpoint_every
+    )
+    return ScanOutput(reads, final, skipped, checkpoints if checkpoint_every else None)
+
+
+def read(
+    projections: Tensor,
+    state: Tensor,
+    rule: DeltaRule,
+    *,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """``deltamem_kernels.read.read``, differentiable in projections and state, and compilable."""
+    if _direct(projections, state):
+        return _read.read(projections, state, rule, mask=mask, slots=slots)
+    return read_op(projections, state, *_flat(rule), mask, slots)
+
+
+def step(
+    projections: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    rule: DeltaRule,
+    *,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+    skipped: Tensor | None = None,
+) -> Tensor:
+    """``deltamem_kernels.step.step``, compilable. Not differentiable: the state is changed in place."""
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots, skipped=skipped)
+    if skipped is None:
+        return step_op(projections, gate_bias, state, *_flat(rule), mask, slots)
+    return step_counted_op(projections, gate_bias, state, skipped, *_flat(rule), mask, slots)
+
+
+def steer(
+    base: Tensor,
+    reads: Tensor,
+    weight: Tensor,
+    scale: float,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``deltamem_kernels.steer.steer``, compilable, and without ``out`` differentiable in every tensor."""
+    if _direct(base, reads, weight, norm_weight):
+        return _steer.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps, out=out)
+    if out is None:
+        return steer_op(base, reads, weight, scale, norm_weight, eps)
+    if out is not base:
+        raise ValueError("out: allowed None or the tensor given as base")
+    steer_in_place_op(base, reads, weight, scale, norm_weight, eps)
+    return base

@@ -1,0 +1,218 @@
+"""What the compiler makes of every kernel: registers, shared memory, spills. Needs no GPU.
+
+    python -m deltamem_kernels.report [--target sm_90]
+
+Runs the launchers on tensors without memory, takes down what they would launch, and compiles that for each
+target: what is reported is what a launch would run, specialised as Triton would (an alignment of 16 bytes, a
+stride of 1). Not to be run with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import launch as _launch
+from .read import read
+from .rule import DeltaRule
+from .scan import scan
+from .steer import steer
+from .step import step
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on one target. Bytes, but for registers (per thread) and spills (registers)."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    instructions: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the launchers to report on."""
+
+    dtype: torch.dtype = torch.bfloat16
+    rank: int = 8
+    heads: int = 1
+    mask: bool = False
+    length: int = 8192
+    mode: str = "standard"
+    row_gates: bool = True
+    coupled: bool = True
+    packed: bool = False
+    checkpoints: bool = False
+    strided: bool = False
+
+    def __str__(self):
+        words = [str(self.dtype).removeprefix("torch."), f"r{self.rank}", f"H{self.heads}", f"T{self.length}"]
+        words += [name for name in ("mask", "packed", "checkpoints", "strided") if getattr(self, name)]
+        words += [self.mode] * (self.mode != "standard") + ["head-gates"] * (not self.row_gates)
+        return " ".join(words + ["uncoupled"] * (not self.coupled))
+
+
+# Pairs, not the full product: each dtype with both ranks, both numbers of heads, masked or not, chunked or not.
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    Case(BF16, 8, 1, False),
+    Case(BF16, 8, 1, True, length=64),
+    Case(BF16, 16, 4, True, packed=True, checkpoints=True),
+    Case(FP16, 8, 4, True, mode="lambda_outside", coupled=False),
+    Case(FP16, 16, 1, False, length=64, checkpoints=True),
+    Case(FP32, 8, 4, False, length=64, row_gates=False),
+    Case(FP32, 16, 1, True, mode="no_lambda"),
+    Case(BF16, 32, 1, False, strided=True),
+    Case(BF16, 64, 1, True),
+]
+
+
+def launches(case: Case, warp: int) -> list:
+    """The launches of scan, read, step and steer for one case, with the given width of a warp."""
+    rule = DeltaRule(case.rank, case.heads, case.mode, case.row_gates, case.coupled)
+    meta = {"device": "meta"}
+    rows = 2
+
+    def tokens(*shape):
+        width = rule.width + 3 * case.strided
+        return torch.empty(*shape, width, dtype=case.dtype, **meta)[..., : rule.width]
+
+    batch = 1 if case.packed else rows
+    x, bias = tokens(batch, case.length), torch.empty(rule.bias_width, dtype=case.dtype, **meta)
+    state = torch.empty(rows, rule.heads, rule.rank, rule.rank, **meta)
+    mask = torch.empty(batch, case.length, dtype=torch.bool, **meta) if case.mask else None
+    slots = torch.empty(rows, dtype=torch.int32, **meta) if case.packed else None
+    cu_seqlens = torch.empty(rows + 1, dtype=torch.int32, **meta) if case.packed else None
+    base = torch.empty(batch, case.length, 4096, dtype=case.dtype, **meta)
+    weight = torch.empty(4096, rule.read_width, dtype=case.dtype, **meta)
+    reads = torch.empty(batch, case.length, rule.read_width, **meta)
+    saved = _launch.recorded, _launch.WARP
+    _launch.recorded, _launch.WARP = [], warp
+    try:
+        # Scan, then what a decoded token and a whole prompt take.
+        scan(x, bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
+             checkpoint_every=64 if case.checkpoints else 0)  # fmt: skip
+        step_mask = torch.empty(rows, dtype=torch.bool, **meta) if case.mask else None
+        step(tokens(rows), bias, state, rule, mask=step_mask, slots=slots)
+        if not case.packed:
+            read(x, state, rule, mask=mask)
+        steer(base, reads, weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
+        steer(base[:1, :1], reads[:1, :1], weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
+        return _launch.recorded
+    finally:
+        _launch.recorded, _launch.WARP = saved
+
+
+def source(kernel, arguments: dict) -> ASTSource:
+    """A launch's arguments as Triton's run time would specialise them."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name, value, key = parameter.name, arguments[parameter.name], (parameter.num,)
+        fixed = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and fixed):
+            signature[name], constants[key] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[key] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and fixed:
+                attributes[key] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def _nvidia(binary: bytes) -> tuple[int, int, int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True).stdout
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.M)
+    spills = sum(name.startswith(("LDL", "STL")) for name in instructions)
+    return found["REG"], found["STACK"] + found["LOCAL"], spills, len(instructions)
+
+
+def _amd(text: str) -> tuple[int, int, int, int]:
+    def value(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+
+    body = re.findall(r"^\t(?:[sv]_|global_|ds_|buffer_|flat_|scratch_)\w+", text, re.M)
+    spills = value("vgpr_spill_count") + value("sgpr_spill_count")
+    return value("vgpr_count"), value("private_segment_fixed_size"), spills, len(body)
+
+
+def measure(target: str, case: Case, seen: set) -> list[Resources]:
+    """Compile every launch of one case for one target, but for those ``seen`` before."""
+    gpu, rows = TARGETS[target], []
+    for kernel, arguments, options in launches(case, gpu.warp_size):
+        built = source(kernel, arguments)
+        if built.hash() in seen:
+            continue
+        seen.add(built.hash())
+        compiled = triton.compile(built, target=gpu, options=options)
+        if gpu.backend == "cuda":
+            found = _nvidia(compiled.asm["cubin"])
+        else:
+            found = _amd(compiled.asm["amdgcn"])
+        registers, stack, spills, instructions = found
+        rows.append(
+            Resources(
+                str(case), kernel.fn.__name__, target, registers, compiled.metadata.shared, stack, spills,
+                instructions,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=list(TARGETS))
+    targets = parser.parse_args().target or list(TARGETS)
+    print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
+    print(f"{'case':<50} {'kernel':<13}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["TRITON_CACHE_DIR"] = directory
+        for target in targets:
+            seen: set = set()
+            for case in CASES:
+                for row in measure(target, case, seen):
+                    print(
+                        f"{row.case:<50} {row.kernel:<13}{row.target:<7}{row.registers:>5}{row.shared:>7}"
+                        f"{row.stack:>6}{row.spills:>7}{row.instructions:>6}",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

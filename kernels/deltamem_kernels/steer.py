@@ -1,0 +1,159 @@
+"""What the memory adds to the output of a projection.
+
+    out = base + Δ,   Δ = scale · W reads,   or rms_norm(scale · W reads) · norm_weight
+
+H·r is small, so a row of Δ is made in registers while ``base`` goes by: ``base`` is read once, ``out`` is
+written once. With the norm a first pass over the row's weights finds its mean square and touches no ``base``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch as _launch
+from .launch import check_device, half_or_single, launch, next_power_of_two
+
+
+@triton.jit
+def delta_tile(
+    reads_ptr, weight_ptr, row, o_n, m_row, m_n, stride_r_b, stride_r_t, stride_r_c, stride_w_n, stride_w_c,
+    length, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """scale · reads Wᵀ, a tile [ROWS, BLOCK] in float32, as a sum of outer products."""
+    b = (row // length).to(tl.int64)
+    t = (row % length).to(tl.int64)
+    p_r = reads_ptr + b * stride_r_b + t * stride_r_t
+    p_w = weight_ptr + o_n.to(tl.int64) * stride_w_n
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for _ in range(READ_WIDTH):
+        r = tl.load(p_r, mask=m_row, other=0.0).to(tl.float32)
+        w = tl.load(p_w, mask=m_n, other=0.0).to(tl.float32)
+        total += r[:, None] * w[None, :]
+        p_r += stride_r_c
+        p_w += stride_w_c
+    return total * scale
+
+
+@triton.jit
+def steer_kernel(
+    base_ptr, reads_ptr, weight_ptr, norm_ptr, out_ptr,
+    total_rows, length, n, scale, eps,
+    stride_b_b, stride_b_t, stride_b_n, stride_r_b, stride_r_t, stride_r_c, stride_w_n, stride_w_c, stride_norm,
+    stride_o_b, stride_o_t, stride_o_n,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    blocks = 1 if HAS_NORM else tl.cdiv(n, BLOCK)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % blocks * BLOCK
+    m_row = row < total_rows
+    b = (row // length).to(tl.int64)
+    t = (row % length).to(tl.int64)
+    p_base = base_ptr + b * stride_b_b + t * stride_b_t
+    p_out = out_ptr + b * stride_o_b + t * stride_o_t
+    end = first + BLOCK
+    if HAS_NORM:
+        square = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, n, BLOCK):
+            o_n = start + tl.arange(0, BLOCK)
+            delta = delta_tile(
+                reads_ptr, weight_ptr, row, o_n, m_row, o_n < n, stride_r_b, stride_r_t, stride_r_c,
+                stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH,
+            )  # fmt: skip
+            square += delta * delta
+        inverse = tl.rsqrt(tl.sum(square, axis=1) / n + eps)
+        end = n
+    for start in range(first, end, BLOCK):
+        o_n = start + tl.arange(0, BLOCK)
+        m_n = o_n < n
+        delta = delta_tile(
+            reads_ptr, weight_ptr, row, o_n, m_row, m_n, stride_r_b, stride_r_t, stride_r_c,
+            stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH,
+        )  # fmt: skip
+        if HAS_NORM:
+            weight = tl.load(norm_ptr + o_n * stride_norm, mask=m_n, other=0.0).to(tl.float32)
+            delta = delta * inverse[:, None] * weight[None, :]
+        m = m_row[:, None] & m_n[None, :]
+        o_wide = o_n.to(tl.int64)[None, :]
+        base = tl.load(p_base[:, None] + o_wide * stride_b_n, mask=m, other=0.0).to(tl.float32)
+        tl.store(p_out[:, None] + o_wide * stride_o_n, (base + delta).to(out_ptr.dtype.element_ty), mask=m)
+
+
+def _batch_time(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., N] → [B, T, N]; a view up to three dimensions, which is all that a model has."""
+    if tensor.ndim == 3:
+        return tensor
+    if tensor.ndim < 3:
+        return tensor[(None,) * (3 - tensor.ndim)]
+    return tensor.reshape(1, -1, tensor.shape[-1])
+
+
+def steer(
+    base: torch.Tensor,
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """base + Δ with Δ = scale · W reads, or rms_norm(scale · W reads) · norm_weight.
+
+    Args:
+        base: bfloat16, float16 or float32 [..., N], the output of a projection, of any strides.
+        reads: [..., H·r], float32 (another floating dtype is widened). A masked token's reads are 0, which
+            adds 0.
+        weight: [N, H·r], of any floating dtype up to float32.
+        scale: α / r.
+        norm_weight: [N] or None.
+        eps: of the RMS norm.
+        out: None for a new tensor, or ``base`` itself to write in place.
+
+    Returns:
+        [..., N] in ``base``'s dtype, summed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes that do not fit; an ``out`` other than ``base``; tensors that are not on a GPU.
+        TypeError: a float64 tensor.
+    """
+    if base.shape[:-1] != reads.shape[:-1] or weight.shape != (base.shape[-1], reads.shape[-1]):
+        raise ValueError(
+            f"steer: got base {list(base.shape)}, reads {list(reads.shape)}, weight {list(weight.shape)}, "
+            "allowed [..., N], [..., H·r] and [N, H·r]"
+        )
+    if norm_weight is not None and norm_weight.shape != base.shape[-1:]:
+        raise ValueError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(base.shape[-1:])}")
+    if out is not None and out is not base:
+        raise ValueError("out: allowed None or the tensor given as base")
+    check_device(base)
+    for name, tensor in (("base", base), ("reads", reads), ("weight", weight)):
+        half_or_single(name, tensor)
+    if out is None:
+        out = _launch.empty(base.shape, dtype=base.dtype, device=base.device)
+    elif base.ndim > 3 and not base.is_contiguous():
+        raise ValueError("base: more than three dimensions, not contiguous, cannot be written in place")
+    if base.numel() == 0:
+        return out
+    p_base, p_reads, p_out = _batch_time(base), _batch_time(reads), _batch_time(out)
+    total, n = p_base.shape[0] * p_base.shape[1], base.shape[-1]
+    # Few rows (decode): thin tiles, many programs. Many: the weights of a tile serve 16 rows; 8 with the norm,
+    # whose two loops want the more registers.
+    rows = min(16 if norm_weight is None else 8, next_power_of_two(total))
+    block = min(1024 if rows == 1 else 128, next_power_of_two(n))
+    if norm_weight is None and rows == 1:
+        block = min(256, block)
+    blocks = 1 if norm_weight is not None else triton.cdiv(n, block)
+    launch(
+        steer_kernel, triton.cdiv(total, rows) * blocks, base, num_warps=4,
+        base_ptr=p_base, reads_ptr=p_reads, weight_ptr=weight, norm_ptr=norm_weight, out_ptr=p_out,
+        total_rows=total, length=p_base.shape[1], n=n, scale=float(scale), eps=float(eps),
+        stride_b_b=p_base.stride(0), stride_b_t=p_base.stride(1), stride_b_n=p_base.stride(2),
+        stride_r_b=p_reads.stride(0), stride_r_t=p_reads.stride(1), stride_r_c=p_reads.stride(2),
+        stride_w_n=weight.stride(0), stride_w_c=weight.stride(1),
+        stride_norm=norm_weight.stride(0) if norm_weight is not None else 0,
+        stride_o_b=p_out.stride(0), stride_o_t=p_out.stride(1), stride_o_n=p_out.stride(2),
+        ROWS=rows, BLOCK=block, READ_WIDTH=reads.shape[-1], HAS_NORM=norm_weight is not None,
+    )  # fmt: skip
+    return out

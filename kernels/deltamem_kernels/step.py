@@ -1,0 +1,126 @@
+"""Decode: one token per row, the state updated where it lies.
+
+    read = S q,   S <- diag(keep) S − diag(erase) (S k) kᵀ + diag(write) v kᵀ
+
+One launch. Every row of every state is a column of its own (see ``columns``): it is read once, changed in
+registers and written once, by the same thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch as _launch
+from .columns import columns, direction, gates, load_bias, load_flag, load_vector, load_write, written
+from .launch import check_device, float32_only, half_or_single, launch, rule_flags, state_strides, tile
+from .rule import DeltaRule, check_arguments
+
+
+@triton.jit
+def step_kernel(
+    x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, reads_ptr, skipped_ptr,
+    total_groups, stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_skipped,
+    stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
+):  # fmt: skip
+    group, i, m_column = columns(total_groups, RANK, COLUMNS)
+    row = group // HEADS
+    h = group % HEADS
+    b = row.to(tl.int64)
+    p_x = x_ptr + b * stride_x_b
+    p_mask = mask_ptr
+    if HAS_MASK:
+        p_mask += b * stride_mask_b
+    live = m_column
+    state_row = b
+    if HAS_SLOTS:
+        state_row = tl.load(slots_ptr + row, mask=m_column, other=-1).to(tl.int64)
+        live = m_column & (state_row >= 0)
+    o_j = tl.arange(0, R)[:, None]
+    o_state = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
+    p_s = tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 1])
+    m_tile = live[None, :] & (o_j < RANK)
+    s = tl.load(p_s, mask=m_tile, other=0.0)
+
+    q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)
+    k = load_vector(p_x, (HEADS + h) * RANK, stride_x_w, live, RANK, R, WHOLE)
+    v, beta, lam = load_write(p_x, h, i, stride_x_w, live, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    flag = load_flag(p_x, None, p_mask, stride_x_w, live, WIDTH, WHOLE, False, HAS_MASK)
+    flag = tl.where(live, flag, 0)
+
+    z, c = direction(q, NORMALIZE)
+    read = tl.where(flag == 1, tl.sum(s * z, axis=0) * c, 0.0)
+    tl.store(reads_ptr + group.to(tl.int64) * RANK + i, read, mask=m_column)
+    z, c = direction(k, NORMALIZE)
+    keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+    s = written(s, z, c, keep, erase, write * v.to(tl.float32))
+    tl.store(p_s, s, mask=m_tile & (flag == 1)[None, :])
+    if HAS_SKIPPED:
+        # No state is given to two rows, so nobody else touches this count.
+        m_skipped = (flag == 2) & (h == 0) & (i == 0)
+        p_skipped = skipped_ptr + state_row * stride_skipped
+        tl.store(p_skipped, tl.load(p_skipped, mask=m_skipped, other=0) + 1, mask=m_skipped)
+
+
+def step(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    skipped: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token per row, the state updated in place (decode). Not differentiable.
+
+        read = S q,   S <- diag(keep) S − diag(erase) (S k) kᵀ + diag(write) v kᵀ
+
+    Args:
+        projections: bfloat16, float16 or float32 [B, W], raw, of any strides.
+        gate_bias: [β's (and λ's) biases], of any floating dtype.
+        state: float32 [B, H, r, r], of any strides, or [S, H, r, r] with ``slots``; changed in place.
+        rule: the recurrence.
+        mask: bool [B], True = a real token. A masked token reads 0 and leaves the state bit-equal; so does a
+            token with a value that is not finite.
+        slots: int [B], which row of ``state`` each token belongs to, no row twice; −1 = reads 0, writes nothing.
+        skipped: int32 with a row per row of ``state``, or None; incremented where a token was not finite.
+
+    Returns:
+        reads, float32 [B, H·r].
+
+    Raises:
+        ValueError, TypeError: see ``check_arguments``; a float64 input; tensors that are not on a GPU.
+    """
+    check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
+    check_device(projections)
+    half_or_single("projections", projections)
+    float32_only("state", state)
+    batch, width = projections.shape
+    if skipped is not None and (skipped.dtype != torch.int32 or tuple(skipped.shape) != (state.shape[0],)):
+        raise ValueError(f"skipped: got {skipped.dtype} {list(skipped.shape)}, allowed int32 [{state.shape[0]}]")
+    reads = _launch.empty((batch, rule.read_width), dtype=torch.float32, device=projections.device)
+    if batch == 0:
+        return reads
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    _, cols = tile(rule)
+    launch(
+        step_kernel, triton.cdiv(batch * rule.read_width, cols), projections, num_warps=1,
+        x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
+        reads_ptr=reads, skipped_ptr=skipped, total_groups=batch * rule.heads,
+        stride_x_b=projections.stride(0), stride_x_w=projections.stride(1), stride_bias=gate_bias.stride(0),
+        stride_mask_b=mask.stride(0) if mask is not None else 0,
+        stride_skipped=skipped.stride(0) if skipped is not None else 0,
+        **state_strides(state), COLUMNS=cols, WIDTH=width,
+        **rule_flags(rule, projections),
+        HAS_SLOTS=slots is not None, HAS_MASK=mask is not None,
+        HAS_SKIPPED=skipped is not None,
+    )  # fmt: skip
+    return reads

@@ -1,0 +1,35 @@
+"""Run by tests/kernels/test_interpreted.py, in a process that has TRITON_INTERPRET=1 before Triton is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if INTERPRETED:
+    import torch
+    from hypothesis import settings
+
+    torch.set_num_threads(1)
+    settings.register_profile("interpreted", deadline=None, derandomize=True, max_examples=8, database=None)
+    settings.load_profile("interpreted")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    from kernel_properties import poisoned
+
+    from deltamem_kernels import launch
+
+    monkeypatch.setattr(launch, "empty", poisoned)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker("interpret")
+        # A NaN on its way through a register is what these tests are about; numpy remarks on it.
+        item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))

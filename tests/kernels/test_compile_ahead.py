@@ -1,0 +1,30 @@
+"""Every kernel, compiled ahead of time for every target: no spill, no stack. In a process without interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    "flag_kernel", "map_kernel", "carry_kernel", "scan_kernel", "read_kernel", "step_kernel", "steer_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.compile_ahead
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_spill_and_no_stack(target, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "deltamem_kernels.report", "--target", target]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line.split() for line in done.stdout.splitlines() if f" {target} " in line]
+    seen = set()
+    for words in lines:
+        *_, kernel, there, registers, shared, stack, spills, _ = words
+        seen.add(kernel)
+        assert there == target and (stack, spills) == ("0", "0"), " ".join(words)
+        assert 0 < int(registers) <= 255 and int(shared) <= 48 * 1024, " ".join(words)
+    assert seen == KERNELS and len(lines) >= 30

@@ -1,0 +1,172 @@
+"""The kernels on a GPU, at real sizes: the properties that the interpreter checks at small ones."""
+
+import pytest
+import torch
+
+from deltamem_kernels.rule import DeltaRule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = "cuda"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+RULES = {
+    "released": DeltaRule(8),
+    "four heads": DeltaRule(8, 4),
+    "uncoupled": DeltaRule(8, 1, "lambda_outside", True, False),
+    "no lambda, head gates": DeltaRule(8, 2, "no_lambda", False),
+    "rank 3, raw": DeltaRule(3, 2, normalize=False),
+    "rank 16": DeltaRule(16),
+    "rank 17": DeltaRule(17),
+    "rank 64": DeltaRule(64),
+}
+any_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+any_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def properties(monkeypatch):
+    import kernel_properties
+
+    from deltamem_kernels import launch
+
+    monkeypatch.setattr(launch, "empty", kernel_properties.poisoned)
+    return kernel_properties
+
+
+@any_rule
+@any_dtype
+@pytest.mark.parametrize("length", [1, 100, 700])
+def test_scan(properties, rule, dtype, length):
+    x, bias, state, mask = properties.random_problem(rule, 3, length, dtype, DEVICE, seed=length, masked=True)
+    properties.check_scan(rule, x, bias, state, mask=mask, checkpoint_every=64)
+    properties.check_scan(rule, x, bias, None)
+
+
+@any_rule
+def test_chunks(properties, rule):
+    if rule.rank > 16:
+        pytest.skip("no chunks above rank 16")
+    for length in (0, 1, 31, 32, 33, 64, 65, 300):
+        x, bias, state, _ = properties.random_problem(rule, 2, length, torch.bfloat16, DEVICE, seed=length)
+        properties.check_scan(rule, x, bias, state, chunk=32, checkpoint_every=48)
+
+
+@pytest.mark.parametrize("length", [8192, 32768])
+@pytest.mark.parametrize("name", ["released", "four heads"])
+def test_long(properties, name, length):
+    """Three launches = one token after another (which the other tests compare with the reference)."""
+    from deltamem_kernels.scan import scan
+
+    rule = RULES[name]
+    x, bias, state, mask = properties.random_problem(rule, 2, length, torch.bfloat16, DEVICE, masked=True)
+    chunked = scan(x, bias, state, rule, mask=mask, checkpoint_every=1024)
+    plain = scan(x, bias, state, rule, mask=mask, checkpoint_every=1024, chunk=0)
+    for name in ("reads", "state", "checkpoints"):
+        a, b = getattr(chunked, name), getattr(plain, name)
+        assert (a - b).norm() <= 1e-5 * b.norm() and torch.isfinite(a).all()
+    again = scan(x, bias, state, rule, mask=mask, checkpoint_every=1024)
+    assert torch.equal(again.reads, chunked.reads) and torch.equal(again.state, chunked.state)
+
+
+@any_rule
+@any_dtype
+def test_to_the_bit(properties, rule, dtype):
+    chunks = (0, 16) if rule.rank <= 16 else (0,)
+    problem = properties.random_problem(rule, 4, 70, dtype, DEVICE, seed=1, masked=True)
+    x, bias, state, mask = problem
+    properties.check_masked_inside(rule, *problem)
+    for chunk in chunks:
+        properties.check_strides(rule, *problem, chunk)
+        properties.check_rows_permute(rule, *problem, chunk)
+        properties.check_closed_gate(rule, x, bias, state, chunk)
+        properties.check_split(rule, x, bias, state, mask, 32, chunk)
+        properties.check_not_finite(rule, x, bias, state, chunk)
+        for kept in (0, 5, 16, 69):
+            properties.check_masked_tail(rule, x, bias, state, kept, chunk)
+
+
+@any_rule
+def test_packed_and_slots(properties, rule):
+    lengths = [100, 0, 1, 37, 16, 64, 15, 17]
+    x, bias, _, mask = properties.random_problem(rule, 1, sum(lengths), torch.bfloat16, DEVICE, masked=True)
+    pool = properties.random_problem(rule, 12, 1, seed=2, device=DEVICE)[2]
+    slots = torch.tensor([11, 3, -1, 0, 5, -1, 7, 8], device=DEVICE)
+    for chunk in (0, 16) if rule.rank <= 16 else (0,):
+        properties.check_packed(rule, x, bias, pool[:8], mask, lengths, chunk, every=7)
+        properties.check_packed(rule, x, bias, pool, mask, lengths, chunk, slots=slots)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_recall(properties, normalize, chunk):
+    properties.check_recall(8, normalize, chunk, DEVICE)
+
+
+@any_rule
+@any_dtype
+@pytest.mark.parametrize("batch", [1, 37, 512])
+def test_step(properties, rule, dtype, batch):
+    x, bias, state, mask = properties.random_problem(rule, batch, 4, dtype, DEVICE, seed=batch, masked=True)
+    x[0, 1, 2] = float("nan")
+    properties.check_step(rule, x, bias, state, mask)
+    if batch == 37:
+        pool = properties.random_problem(rule, 50, 1, seed=3, device=DEVICE)[2]
+        slots = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:37].to(DEVICE)
+        slots[5] = -1
+        properties.check_step(rule, x, bias, pool, mask, slots=slots.int())
+
+
+@any_rule
+@any_dtype
+def test_read(properties, rule, dtype):
+    x, _, state, mask = properties.random_problem(rule, 2, 1000, dtype, DEVICE, masked=True)
+    x[1, 7, 0] = float("inf")
+    properties.check_read(rule, x, state, mask=mask)
+    properties.check_read(rule, x, state, slots=torch.tensor([1, -1], device=DEVICE))
+
+
+@any_dtype
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("lead", [(1, 1), (16, 1), (512, 1), (1, 3000)])
+def test_steer(properties, dtype, normed, lead):
+    make = torch.Generator().manual_seed(0)
+    base = torch.randn(*lead, 2560, generator=make).to(DEVICE, dtype)
+    reads = torch.randn(*lead, 8, generator=make).to(DEVICE)
+    weight = torch.randn(2560, 8, generator=make).to(DEVICE, dtype)
+    norm_weight = torch.rand(2560, generator=make).to(DEVICE, dtype) if normed else None
+    properties.check_steer(base, reads, weight, 2.0, norm_weight)
+
+
+def test_operators_compile(properties):
+    from deltamem_kernels import ops
+
+    rule = RULES["released"]
+    x, bias, state, mask = properties.random_problem(rule, 2, 300, torch.bfloat16, DEVICE, masked=True)
+
+    def both(x, bias, state):
+        out = ops.scan(x, bias, state, rule, mask=mask)
+        return out.reads, ops.step(x[:, 0], bias, state, rule), out.state
+
+    one, two = state.clone(), state.clone()
+    compiled = torch.compile(both, fullgraph=True)(x, bias, one)
+    for a, b in zip((*compiled, one), (*both(x, bias, two), two)):
+        assert torch.equal(a, b)
+
+
+def test_step_in_a_cuda_graph(properties):
+    from deltamem_kernels.step import step
+
+    rule = RULES["released"]
+    x, bias, state, _ = properties.random_problem(rule, 4, 3, torch.bfloat16, DEVICE)
+    token, eager, captured = x[:, 0].clone(), state.clone(), state.clone()
+    step(token, bias, state.clone(), rule)  # compiles outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        reads = step(token, bias, captured, rule)
+    for t in range(3):
+        token.copy_(x[:, t])
+        graph.replay()
+        assert torch.equal(reads, step(x[:, t], bias, eager, rule))
+    assert torch.equal(eager, captured)

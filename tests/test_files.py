@@ -1,0 +1,154 @@
+"""Adapter files: the released format, ours, hub ids, and what is refused."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support import CASES, GOLDEN, golden_case, golden_model, loud_adapter, tiny_model
+
+from deltamem_fast import (
+    DeltaMemConfig,
+    export_adapter,
+    load_adapter,
+    patch_model,
+    save_adapter,
+)
+from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
+from deltamem_fast.config import CONFIG_NAME
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in theirs
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_released_adapters_round_trip_bit_equal(name, tmp_path):
+    source = GOLDEN / name / "adapter"
+    case, _ = golden_case(name)
+    released = torch.load(source / RELEASED_NAME, weights_only=True)
+    model = patch_model(golden_model(case | {"dtype": str(next(iter(released.values())).dtype)[6:]}), source)
+    assert same(adapter_state_dict(model), released)
+    export_adapter(model, tmp_path / "released", format="released")
+    save_adapter(model, tmp_path / "ours")
+    assert same(torch.load(tmp_path / "released" / RELEASED_NAME, weights_only=True), released)
+    assert same(read_weights(tmp_path / "ours"), released)
+    config = json.loads((source / CONFIG_NAME).read_text())
+    assert json.loads((tmp_path / "released" / CONFIG_NAME).read_text()) == config
+    again = patch_model(golden_model(case), tmp_path / "ours")
+    assert DeltaMemConfig.load(tmp_path / "ours") == DeltaMemConfig.load(source)
+    assert adapter_state_dict(again).keys() == released.keys()
+
+
+def test_ours_has_a_format_version(tmp_path):
+    save_adapter(patch_model(tiny_model()), tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [SAFETENSORS_NAME, CONFIG_NAME]
+    with safe_open(tmp_path / SAFETENSORS_NAME, "pt") as file:
+        assert file.metadata()["format"] == "deltamem-adapter" and file.metadata()["format_version"] == "1"
+
+
+def test_names_in_the_files_are_frozen():
+    model = patch_model(
+        tiny_model(), DeltaMemConfig(couple_lambda=False, delta_o_rmsnorm=True, trainable_delta_scale=True)
+    )
+    names = {key.removeprefix("model.layers.0.self_attn.") for key in adapter_state_dict(model) if ".layers.0." in key}
+    assert names == {
+        "memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj", "beta_bias", "lambda_proj", "lambda_bias",
+        "delta_q_proj", "delta_k_proj", "delta_v_proj", "delta_o_proj", "delta_o_rmsnorm_weight", "delta_scale_raw",
+    }  # fmt: skip
+
+
+def test_load_adapter_replaces_the_weights(tmp_path):
+    one = loud_adapter(patch_model(tiny_model()), seed=1)
+    other = loud_adapter(patch_model(tiny_model()), seed=2)
+    save_adapter(one, tmp_path)
+    assert load_adapter(other, tmp_path) is other
+    assert same(adapter_state_dict(other), adapter_state_dict(one))
+    kept = adapter_state_dict(other)
+    msw = patch_model(tiny_model(), DeltaMemConfig.msw(heads=2))
+    with pytest.raises(ValueError, match="num_state_heads 1 .the model's: 2."):
+        load_adapter(msw, tmp_path)
+    deeper = patch_model(tiny_model(num_hidden_layers=4))
+    with pytest.raises(ValueError, match=r"lacks 9 \(layers.3.self_attn.beta_bias"):
+        load_adapter(deeper, tmp_path)
+    assert same(adapter_state_dict(other), kept)
+    with pytest.raises(ValueError, match="not patched"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_one_directory_holds_one_adapter(tmp_path):
+    model = patch_model(tiny_model())
+    export_adapter(model, tmp_path, format="released")
+    save_adapter(model, tmp_path)
+    assert not (tmp_path / RELEASED_NAME).exists()
+    with pytest.raises(ValueError, match="format: got 'pt', allowed safetensors, released"):
+        export_adapter(model, tmp_path, format="pt")
+
+
+def test_broken_adapters_are_refused(tmp_path):
+    save_adapter(patch_model(tiny_model()), tmp_path)
+    weights = read_weights(tmp_path)
+    path = tmp_path / SAFETENSORS_NAME
+    save_file(weights, path, {"format": "deltamem-adapter", "format_version": "9"})
+    with pytest.raises(ValueError, match="version '9', this version reads 'deltamem-adapter' 1 to 1"):
+        patch_model(tiny_model(), tmp_path)
+    path.write_bytes(b"12345678910")
+    with pytest.raises(ValueError, match="not a safetensors file, or cut short"):
+        patch_model(tiny_model(), tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        patch_model(tiny_model(), tmp_path)
+    torch.save({"a": 1}, tmp_path / RELEASED_NAME)
+    with pytest.raises(ValueError, match="something else than named tensors"):
+        patch_model(tiny_model(), tmp_path)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this must never run",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
+    DeltaMemConfig().save(tmp_path)
+    torch.save({"model.layers.0": Payload()}, tmp_path / RELEASED_NAME)
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        patch_model(tiny_model(), tmp_path)
+    assert "never run" not in capsys.readouterr().out
+
+
+def test_hub_ids_go_through_the_hub_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--adapter"
+    loud = loud_adapter(patch_model(tiny_model()))
+    save_adapter(loud, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True, raising=False)
+    model = patch_model(tiny_model(), "someone/adapter")
+    assert same(adapter_state_dict(model), adapter_state_dict(loud))
+    with pytest.raises(FileNotFoundError, match="adapter: got 'someone/other', which is no directory here"):
+        patch_model(tiny_model(), "someone/other")
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
+    model = loud_adapter(patch_model(tiny_model()))
+    save_adapter(model, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    loud_adapter(model, seed=4)
+
+    def interrupt(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before

@@ -1,0 +1,81 @@
+"""What importing needs: neither Triton nor numba nor flash-attn, and no package that ``kernels/`` could shadow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# An entry of None makes both import and find_spec say that there is no such package.
+BLOCKED = """
+import sys
+for name in ("triton", "numba", "llvmlite", "flash_attn"):
+    sys.modules[name] = None
+"""
+
+FORWARD = """
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+import deltamem_fast
+from deltamem_fast import MemoryState, patch_model
+config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0)
+model = patch_model(AutoModelForCausalLM.from_config(config).eval())
+memory = MemoryState.zeros(model, 1)
+with torch.no_grad():
+    model(torch.tensor([[1, 2, 3]]), memory=memory)
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, memory=memory)
+assert memory[0].abs().max() > 0
+from deltamem_fast.backends import operations
+print(operations("auto", torch.device("cpu")).__name__)
+"""
+
+
+def run(code, cwd=ROOT, **environment):
+    import os
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.strip()
+
+
+def test_works_without_triton_numba_and_flash_attn(tmp_path):
+    assert run(BLOCKED + FORWARD, tmp_path).endswith("deltamem_fast.reference")
+
+
+def test_numba_is_taken_where_it_is_installed(tmp_path):
+    assert run(FORWARD, tmp_path).endswith("deltamem_fast.numba_backend")
+
+
+@pytest.mark.parametrize("package", ("deltamem_fast", "deltamem_kernels", "deltamem_kernels.rule"))
+def test_importing_does_not_import_triton_or_numba(package, tmp_path):
+    loaded = run(
+        f"import sys, torch; before = set(sys.modules); import {package}; print(sorted(set(sys.modules) - before))"
+    )
+    assert "'numba" not in loaded and "'triton.language'" not in loaded
+
+
+@pytest.mark.parametrize("place", (ROOT, None), ids=("repository root", "elsewhere"))
+def test_kernels_does_not_shadow_the_package_of_that_name(place, tmp_path):
+    # transformers imports the package ``kernels`` if it finds one; our folder of that name must not look like it
+    code = """
+from transformers.utils import is_kernels_available
+import importlib.util
+spec = importlib.util.find_spec("kernels")
+print(is_kernels_available(), spec is not None and spec.origin is not None)
+"""
+    available, real = run(code, place or tmp_path).split()
+    assert available == real
+
+
+@pytest.mark.parametrize("place", (ROOT, None), ids=("repository root", "elsewhere"))
+def test_an_installed_kernels_outranks_the_folder(place, tmp_path):
+    package = tmp_path / "site" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("name = 'the installed one'\n")
+    code = "import kernels; print(kernels.name)"
+    assert run(code, place or tmp_path, PYTHONPATH=str(tmp_path / "site")) == "the installed one"
