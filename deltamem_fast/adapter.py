@@ -175,6 +175,8 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
 def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str) -> Path:
     """Write configuration and weights in either format; the weights first, so that a half-written one is no adapter."""
     directory = Path(directory)
+    # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
+    weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
         write_atomically(directory / RELEASED_NAME, lambda path: torch.save(weights, path))
     else:
@@ -185,8 +187,7 @@ def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Te
             "format_version": str(FORMAT_VERSION),
             "config": json.dumps(config.to_dict()),
         }
-        contiguous = {key: value.contiguous() for key, value in weights.items()}
-        write_atomically(directory / SAFETENSORS_NAME, lambda path: save_file(contiguous, path, metadata))
+        write_atomically(directory / SAFETENSORS_NAME, lambda path: save_file(weights, path, metadata))
     config.save(directory, released=format == "released")
     # One directory holds one adapter: a file of the other format would be an older one.
     (directory / (SAFETENSORS_NAME if format == "released" else RELEASED_NAME)).unlink(missing_ok=True)

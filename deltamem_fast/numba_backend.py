@@ -48,26 +48,28 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -
     reads = torch.empty(batch, length, rule.read_width)
     skipped = torch.zeros(sequences, dtype=torch.int32)
     inputs, bias = _floats(projections), _floats(gate_bias)
-    live = torch.ones(sequences, dtype=torch.bool) if slots is None else slots >= 0
+    places = torch.arange(sequences)
+    if slots is not None:
+        places = torch.where(slots >= 0, places, -1)
+    per_row = length // every if every else 0
+    run, shape = loops(rule.rank).scan_rows, (rule.heads, rule.rank, rule.rank)
     if cu_seqlens is None:
-        mask = mask & live[:, None]
-        count = length // every if every else 0
-        saved = torch.empty(batch, count, rule.heads, rule.rank, rule.rank)
-        loops(rule.rank).scan_rows(
-            _array(inputs), _array(bias), _array(mask), _array(final), *_flags(rule), every,
+        saved = torch.empty(batch, per_row, *shape)
+        run(
+            _array(inputs), _array(bias), _array(mask), _array(final), _array(places), *_flags(rule), every,
             _array(reads), _array(saved), _array(skipped),
         )  # fmt: skip
         return reads, final, skipped, saved
     bounds = cu_seqlens.tolist()
     reference.check_bounds(bounds, length)
-    saved = torch.zeros(length // every if every else 0, rule.heads, rule.rank, rule.rank)
+    saved = torch.zeros(per_row, *shape)
     first = 0
     for i in range(sequences):
-        start, end = bounds[i], bounds[i + 1]
-        count = (end - start) // every if every else 0
-        skipped[i] = loops(rule.rank).scan_sequence(
-            _array(inputs[0, start:end]), _array(bias), _array(mask[0, start:end] & live[i]), _array(final[i]),
-            *_flags(rule), every, _array(reads[0, start:end]), _array(saved[first : first + count]),
+        tokens = slice(bounds[i], bounds[i + 1])
+        count = (bounds[i + 1] - bounds[i]) // every if every else 0
+        run(
+            _array(inputs[:, tokens]), _array(bias), _array(mask[:, tokens]), _array(final), _array(places[i : i + 1]),
+            *_flags(rule), every, _array(reads[:, tokens]), _array(saved[None, first : first + count]), _array(skipped),
         )  # fmt: skip
         first += count
     return reads, final, skipped, saved
@@ -160,16 +162,17 @@ def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, update_m
 
 def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Tensor:
     batch = projections.shape[0]
-    reads = torch.empty(batch, rule.read_width)
+    reads = torch.empty(batch, 1, rule.read_width)
     slots = torch.arange(batch) if slots is None else slots.long().contiguous()
     work = state if state.dtype == torch.float32 and state.is_contiguous() else _floats(state)
-    loops(rule.rank).step_rows(
-        _array(_floats(projections)), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)), _array(work),
-        _array(slots), *_flags(rule), _array(reads), _array(skipped),
+    nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank)
+    loops(rule.rank).scan_rows(
+        _array(_floats(projections[:, None])), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)[:, None]),
+        _array(work), _array(slots), *_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
     )  # fmt: skip
     if work is not state:
         state.copy_(work)
-    return reads
+    return reads[:, 0]
 
 
 @torch.library.custom_op("deltamem_fast::read_numba", mutates_args=())

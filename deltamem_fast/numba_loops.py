@@ -16,8 +16,9 @@ from numba import njit
 
 STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
 BLOCK = 64
-# contract: fused multiply-add, nothing else that -ffast-math would allow
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+# No fast-math, not even fused multiply-add: the vectorised part of a loop and its scalar rest may fuse differently,
+# and a token's bits would depend on its place in the block.
+_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 _EXPONENT = np.int32(0x7F800000)
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -88,56 +89,74 @@ def _finite(row):
     return broken == 0
 
 
-@functools.cache
-def loops(rank: int) -> types.SimpleNamespace:
-    """``scan_sequence``, ``scan_rows``, ``step_rows`` and ``read_rows`` for one rank, which is a constant in them."""
-
-    @njit(**_OPTIONS)
-    def directions(rows, start, heads, normalize, out, scratch, powers):
-        """out [n, H·r] = unit(tanh(rows[:, start : start + H·r])) per head, or the raw values."""
-        count = rows.shape[0]
-        for t in range(count):
-            for h in range(heads):
-                for i in range(rank):
-                    out[t, h * rank + i] = rows[t, start + h * rank + i]
-        if not normalize:
-            return
+@njit(inline="always")
+def _directions(rows, start, heads, rank, normalize, out, scratch, powers):
+    """out [n, H·r] = unit(tanh(rows[:, start : start + H·r])) per head, or the raw values."""
+    count = rows.shape[0]
+    for t in range(count):
+        for h in range(heads):
+            for i in range(rank):
+                out[t, h * rank + i] = rows[t, start + h * rank + i]
+    if normalize:
         flat = out.reshape(-1)
         _tanh(flat, scratch[: flat.size], powers[: flat.size])
-        for first in range(0, flat.size, rank):
+        for n in range(count * heads):
             square = _ZERO
             for j in range(rank):
-                square += flat[first + j] * flat[first + j]
-            scratch[first // rank] = square
-        for n in range(flat.size // rank):
+                square += flat[n * rank + j] * flat[n * rank + j]
+            scratch[n] = square
+        for n in range(count * heads):
             scratch[n] = _ONE / max(np.float32(np.sqrt(scratch[n])), _EPS)
-        for n in range(flat.size // rank):
+        for n in range(count * heads):
             inverse = scratch[n]
             for j in range(rank):
                 flat[n * rank + j] *= inverse
 
-    @njit(**_OPTIONS)
-    def gate(rows, start, bias, offset, heads, row_gates, out, scratch, powers):
-        """out [n, H·r] = sigmoid(rows[:, start :] + bias[offset :]), a head's single gate spread over its rows."""
-        count = rows.shape[0]
-        flat = out.reshape(-1)
-        for t in range(count):
-            for h in range(heads):
-                for i in range(rank):
-                    g = h * rank + i if row_gates else h
-                    out[t, h * rank + i] = rows[t, start + g] + bias[offset + g]
-        _sigmoid(flat, powers[: flat.size])
+
+@njit(inline="always")
+def _gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
+    """out [n, H·r] = sigmoid(rows[:, start :] + bias[offset :]), a head's single gate spread over its rows."""
+    for t in range(rows.shape[0]):
+        for h in range(heads):
+            for i in range(rank):
+                g = h * rank + i if row_gates else h
+                out[t, h * rank + i] = rows[t, start + g] + bias[offset + g]
+    flat = out.reshape(-1)
+    _sigmoid(flat, powers[: flat.size])
+
+
+@functools.cache
+def loops(rank: int) -> types.SimpleNamespace:
+    """``scan_rows`` and ``read_rows`` for one rank, which is a constant in them.
+
+    They close over the rank alone: numba's cache on disk knows a function by its closure, and finds no other
+    compiled function in it again.
+    """
 
     @njit(**_OPTIONS)
-    def scan_sequence(
-        projections, bias, mask, state, heads, mode, row_gates, own_lambda, normalize, every, reads, saved
+    def scan_rows(
+        projections,
+        bias,
+        mask,
+        state,
+        slots,
+        heads,
+        mode,
+        row_gates,
+        own_lambda,
+        normalize,
+        every,
+        reads,
+        saved,
+        skipped,
     ):
-        """Read and write one sequence.
+        """Read and write B sequences, one after another.
 
-        projections float32 [T, W], bias [bias_width], mask bool [T], state [H, r, r] (in place), reads [T, H·r] and
-        saved [T // every, H, r, r] (written; every = 0: never). Returns how many unmasked tokens were not finite.
+        projections float32 [B, T, W], bias [bias_width], mask bool [B, T], state [S, H, r, r] (in place), slots
+        int64 [B] (row of the state, −1: neither read nor written), reads [B, T, H·r] and saved [B, T // every, H,
+        r, r] (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not finite).
         """
-        length = projections.shape[0]
+        batch, length = projections.shape[0], projections.shape[1]
         width = heads * rank
         gates = width if row_gates else heads
         block = min(BLOCK, length)
@@ -146,109 +165,87 @@ def loops(rank: int) -> types.SimpleNamespace:
         scratch, powers = np.empty(block * width, np.float32), np.empty(block * width, np.int32)
         column = np.empty(rank, np.float32)
         work = np.empty((heads, rank, rank), np.float32)  # [H, j, i]
-        for h in range(heads):
-            for i in range(rank):
-                for j in range(rank):
-                    work[h, j, i] = state[h, i, j]
-        skipped = 0
-        for first in range(0, length, BLOCK):
-            count = min(BLOCK, length - first)
-            rows = projections[first : first + count]
-            q, k = q_block[:count], k_block[:count]
-            beta, keep = beta_block[:count], keep_block[:count]
-            directions(rows, 0, heads, normalize, q, scratch, powers)
-            directions(rows, width, heads, normalize, k, scratch, powers)
-            gate(rows, 3 * width, bias, 0, heads, row_gates, beta, scratch, powers)
-            if own_lambda:
-                gate(rows, 3 * width + gates, bias, gates, heads, row_gates, keep, scratch, powers)
-            else:
-                for t in range(count):
-                    for i in range(width):
-                        keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
-            for t in range(count):
-                row = rows[t]
-                out = reads[first + t]
-                valid = mask[first + t]
-                if valid and not _finite(row):
-                    skipped += 1
-                    valid = False
-                if not valid:
-                    for i in range(width):
-                        out[i] = _ZERO
-                else:
-                    for h in range(heads):
-                        s = work[h]
-                        base = h * rank
-                        # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
-                        for i in range(rank):
-                            read, predicted = _ZERO, _ZERO
-                            for j in range(rank):
-                                read += s[j, i] * q[t, base + j]
-                                predicted += s[j, i] * k[t, base + j]
-                            out[base + i] = read
-                            b = beta[t, base + i]
-                            erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
-                            column[i] = b * row[2 * width + base + i] - erase * predicted
-                        for j in range(rank):
-                            k_j = k[t, base + j]
-                            for i in range(rank):
-                                s[j, i] = keep[t, base + i] * s[j, i] + column[i] * k_j
-                if every > 0 and (first + t + 1) % every == 0:
-                    for h in range(heads):
-                        for i in range(rank):
-                            for j in range(rank):
-                                saved[(first + t + 1) // every - 1, h, i, j] = work[h, j, i]
-        for h in range(heads):
-            for i in range(rank):
-                for j in range(rank):
-                    state[h, i, j] = work[h, j, i]
-        return skipped
-
-    @njit(**_OPTIONS)
-    def scan_rows(
-        projections, bias, mask, state, heads, mode, row_gates, own_lambda, normalize, every, reads, saved, skipped
-    ):
-        """``scan_sequence`` of B equally long rows; every array with a leading B."""
-        for b in range(projections.shape[0]):
-            skipped[b] = scan_sequence(
-                projections[b], bias, mask[b], state[b], heads, mode, row_gates, own_lambda, normalize, every,
-                reads[b], saved[b],
-            )  # fmt: skip
-
-    @njit(**_OPTIONS)
-    def step_rows(projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, reads, skipped):
-        """One token per row, states in place: projections [B, W], mask bool [B], slots int64 [B], skipped int32 [S]."""
-        none = np.empty((0, heads, rank, rank), np.float32)
-        for b in range(projections.shape[0]):
-            slot = slots[b]
+        for n in range(batch):
+            slot = slots[n]
             if slot < 0:
-                reads[b, :] = _ZERO
-            else:
-                skipped[slot] += scan_sequence(
-                    projections[b : b + 1], bias, mask[b : b + 1], state[slot], heads, mode, row_gates, own_lambda,
-                    normalize, 0, reads[b : b + 1], none,
-                )  # fmt: skip
+                reads[n] = _ZERO
+                saved[n] = _ZERO
+                continue
+            for h in range(heads):
+                for i in range(rank):
+                    for j in range(rank):
+                        work[h, j, i] = state[slot, h, i, j]
+            for first in range(0, length, BLOCK):
+                count = min(BLOCK, length - first)
+                rows = projections[n, first : first + count]
+                q, k = q_block[:count], k_block[:count]
+                beta, keep = beta_block[:count], keep_block[:count]
+                _directions(rows, 0, heads, rank, normalize, q, scratch, powers)
+                _directions(rows, width, heads, rank, normalize, k, scratch, powers)
+                _gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
+                if own_lambda:
+                    _gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
+                else:
+                    for t in range(count):
+                        for i in range(width):
+                            keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
+                for t in range(count):
+                    row = rows[t]
+                    out = reads[n, first + t]
+                    valid = mask[n, first + t]
+                    if valid and not _finite(row):
+                        skipped[slot] += 1
+                        valid = False
+                    if not valid:
+                        for i in range(width):
+                            out[i] = _ZERO
+                    else:
+                        for h in range(heads):
+                            s = work[h]
+                            base = h * rank
+                            # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
+                            for i in range(rank):
+                                read, predicted = _ZERO, _ZERO
+                                for j in range(rank):
+                                    read += s[j, i] * q[t, base + j]
+                                    predicted += s[j, i] * k[t, base + j]
+                                out[base + i] = read
+                                b = beta[t, base + i]
+                                erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
+                                column[i] = b * row[2 * width + base + i] - erase * predicted
+                            for j in range(rank):
+                                k_j = k[t, base + j]
+                                for i in range(rank):
+                                    s[j, i] = keep[t, base + i] * s[j, i] + column[i] * k_j
+                    if every > 0 and (first + t + 1) % every == 0:
+                        for h in range(heads):
+                            for i in range(rank):
+                                for j in range(rank):
+                                    saved[n, (first + t + 1) // every - 1, h, i, j] = work[h, j, i]
+            for h in range(heads):
+                for i in range(rank):
+                    for j in range(rank):
+                        state[slot, h, i, j] = work[h, j, i]
 
     @njit(**_OPTIONS)
     def read_rows(projections, mask, state, slots, heads, normalize, reads):
-        """Reads of frozen states: projections [B, T, W], reads [B, T, H·r]."""
+        """Reads of frozen states: projections [B, T, W], reads [B, T, H·r]; the rest as in ``scan_rows``."""
         width = heads * rank
         q = np.empty((1, width), np.float32)
         scratch, powers = np.empty(width, np.float32), np.empty(width, np.int32)
-        for b in range(projections.shape[0]):
-            slot = slots[b]
+        for n in range(projections.shape[0]):
+            slot = slots[n]
             for t in range(projections.shape[1]):
-                if slot < 0 or not mask[b, t] or not _finite(projections[b, t]):
-                    reads[b, t, :] = _ZERO
-                    continue
-                directions(projections[b, t : t + 1], 0, heads, normalize, q, scratch, powers)
-                for h in range(heads):
-                    for i in range(rank):
-                        total = _ZERO
-                        for j in range(rank):
-                            total += state[slot, h, i, j] * q[0, h * rank + j]
-                        reads[b, t, h * rank + i] = total
+                if slot < 0 or not mask[n, t] or not _finite(projections[n, t]):
+                    for i in range(width):
+                        reads[n, t, i] = _ZERO
+                else:
+                    _directions(projections[n, t : t + 1], 0, heads, rank, normalize, q, scratch, powers)
+                    for h in range(heads):
+                        for i in range(rank):
+                            total = _ZERO
+                            for j in range(rank):
+                                total += state[slot, h, i, j] * q[0, h * rank + j]
+                            reads[n, t, h * rank + i] = total
 
-    return types.SimpleNamespace(
-        scan_sequence=scan_sequence, scan_rows=scan_rows, step_rows=step_rows, read_rows=read_rows
-    )
+    return types.SimpleNamespace(scan_rows=scan_rows, read_rows=read_rows)

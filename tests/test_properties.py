@@ -1,5 +1,6 @@
 """The properties of the delta rule on the CPU backends: the same checks that the kernels pass."""
 
+import contextlib
 import sys
 import types
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 
 RULES = st.builds(
     DeltaRule,
-    rank=st.sampled_from([1, 2, 3, 5, 8, 12, 16]),
+    rank=st.sampled_from([1, 3, 8, 12]),
     heads=st.integers(1, 3),
     mode=st.sampled_from(["standard", "lambda_outside", "no_lambda"]),
     row_gates=st.booleans(),
@@ -30,17 +31,29 @@ SEEDS = st.integers(0, 2**20)
 examples = settings(deadline=None, max_examples=30, derandomize=True, database=None)
 
 
-@pytest.fixture(scope="module", params=("numba", "reference"))
-def check(request):
+@contextlib.contextmanager
+def properties_of(backend):
     """kernel_properties, run on a CPU backend; ``chunk`` means nothing to it."""
     kernel_properties = pytest.importorskip("kernel_properties", reason="needs Triton to be installed")
-    backend = {"numba": numba_backend, "reference": reference}[request.param]
     scan = types.SimpleNamespace(scan=lambda *args, chunk=None, **kwargs: backend.scan(*args, **kwargs))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel_properties, "kernel", scan)
         patch.setattr(kernel_properties, "step", backend.step)
         patch.setattr(kernel_properties, "read", backend.read)
         yield kernel_properties
+
+
+@pytest.fixture(scope="module", params=("numba", "reference"))
+def check(request):
+    with properties_of({"numba": numba_backend, "reference": reference}[request.param]) as properties:
+        yield properties
+
+
+@pytest.fixture(scope="module")
+def check_bits():
+    """For what holds to the bit: of numba's loops. PyTorch's own tanh rounds by a token's place in memory."""
+    with properties_of(numba_backend) as properties:
+        yield properties
 
 
 @examples
@@ -55,15 +68,37 @@ def test_equals_the_reference(check, rule, dtype, seed, batch, length, masked):
 @given(rule=RULES, seed=SEEDS, length=st.integers(1, 80), data=st.data())
 def test_any_split_is_the_whole(check, rule, seed, length, data):
     x, bias, state, mask = check.random_problem(rule, 2, length, seed=seed, masked=True)
-    check.check_split(rule, x, bias, state, mask, data.draw(st.integers(0, length)), chunk=0)
+    check.check_split(rule, x, bias, state, mask, data.draw(st.integers(0, length)), chunk=None)
 
 
 @examples
 @given(rule=RULES, seed=SEEDS, length=st.integers(1, 80), data=st.data())
-def test_a_masked_token_is_a_removed_token(check, rule, seed, length, data):
-    x, bias, state, mask = check.random_problem(rule, 2, length, seed=seed, masked=True)
-    check.check_masked_inside(rule, x, bias, state, mask)
-    check.check_masked_tail(rule, x, bias, state, data.draw(st.integers(0, length)), None)
+def test_any_split_is_the_whole_to_the_bit(check_bits, rule, seed, length, data):
+    x, bias, state, mask = check_bits.random_problem(rule, 2, length, seed=seed, masked=True)
+    check_bits.check_split(rule, x, bias, state, mask, data.draw(st.integers(0, length)), chunk=0)
+
+
+@examples
+@given(rule=RULES, seed=SEEDS, length=st.integers(1, 80), data=st.data())
+def test_a_masked_token_is_a_removed_token(check_bits, rule, seed, length, data):
+    x, bias, state, mask = check_bits.random_problem(rule, 2, length, seed=seed, masked=True)
+    check_bits.check_masked_inside(rule, x, bias, state, mask)
+    check_bits.check_masked_tail(rule, x, bias, state, data.draw(st.integers(0, length)), None)
+
+
+@examples
+@given(rule=RULES, seed=SEEDS, length=st.integers(1, 30))
+def test_masked_tokens_in_the_reference(rule, seed, length):
+    make = torch.Generator().manual_seed(seed)
+    x, state = torch.randn(1, length, rule.width, generator=make), torch.randn(1, rule.heads, rule.rank, rule.rank)
+    bias, mask = torch.randn(rule.bias_width, generator=make), torch.rand(1, length, generator=make) > 0.4
+    masked = reference.scan(x, bias, state, rule, mask=mask, checkpoint_every=1)
+    removed = reference.scan(x[:, mask[0]], bias, state, rule)
+    torch.testing.assert_close(masked.state, removed.state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(masked.reads[mask], removed.reads[0], rtol=1e-5, atol=1e-5)
+    assert not masked.reads[~mask].any()
+    before = torch.cat([state[:, None], masked.checkpoints[:, :-1]], 1)
+    assert torch.equal(masked.checkpoints[~mask], before[~mask])
 
 
 @examples
@@ -75,14 +110,14 @@ def test_a_closed_gate_leaves_only_decay(check, rule, seed, length):
 
 @examples
 @given(rule=RULES, seed=SEEDS, length=st.integers(1, 40))
-def test_rows_permute_and_strides_do_not_matter(check, rule, seed, length):
-    problem = check.random_problem(rule, 4, length, seed=seed, masked=True)
-    check.check_rows_permute(rule, *problem, None)
-    check.check_strides(rule, *problem, None)
+def test_rows_permute_and_strides_do_not_matter(check_bits, rule, seed, length):
+    problem = check_bits.random_problem(rule, 4, length, seed=seed, masked=True)
+    check_bits.check_rows_permute(rule, *problem, None)
+    check_bits.check_strides(rule, *problem, None)
 
 
 @pytest.mark.parametrize("normalize", (True, False))
-@pytest.mark.parametrize("rank", (1, 4, 8, 16))
+@pytest.mark.parametrize("rank", (1, 8, 16))
 def test_orthonormal_keys_recall_exactly(check, rank, normalize):
     check.check_recall(rank, normalize, None)
 
@@ -163,15 +198,19 @@ def test_zero_raw_vectors_have_finite_gradients():
     assert torch.isfinite(grad).all()
 
 
-def test_a_saturated_gate_stays_bounded():
-    # the same key and alternating values under a gate that bfloat16 would round to exactly 1
-    rule, steps = DeltaRule(4), 4000
+def test_a_gate_that_bfloat16_would_saturate_stays_contracting():
+    # The same key and alternating values: along the key the map has eigenvalue 1 − 2β, close to −1, so S grows
+    # towards 1 / (2 (1 − β)) = 1491; with β rounded to 1 it would grow by 1 a token, for ever.
+    rule, steps = DeltaRule(4), 40_000
     x = torch.zeros(1, steps, rule.width)
     x[..., 4:8] = torch.tensor([1.0, 0.5, -0.5, 1.0])
     x[..., 8:12] = torch.tensor([1.0, -1.0]).repeat(steps // 2)[None, :, None]
     x[..., 12:] = 8.0
-    out = numba_backend.scan(x.bfloat16(), torch.zeros(4), None, rule, checkpoint_every=1)
-    assert out.checkpoints.abs().amax() < 2.0
+    assert torch.sigmoid(torch.tensor(8.0).bfloat16()) == 1.0
+    out = numba_backend.scan(x.bfloat16(), torch.zeros(4), None, rule, checkpoint_every=1000)
+    norms = out.checkpoints.flatten(2).norm(dim=-1)[0] / 2  # four equal rows
+    assert norms.max() < 1 / (2 * (1 - torch.sigmoid(torch.tensor(8.0)))) * 1.01
+    assert norms[-1] - norms[-10] < 1e-2 * norms[-1]
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)

@@ -150,7 +150,7 @@ def check_strides(rule, x, bias, state, mask, chunk):
         assert torch.equal(out.reads, plain.reads) and torch.equal(out.state, plain.state)
     straight, reads = state.clone(), step(x[:, 0], bias, (first := state.clone()), rule, mask=mask[:, 0])
     for copy in strided_copies(x[:, 0].contiguous()):
-        there = straight.transpose(2, 3).contiguous().transpose(2, 3)
+        there = straight.transpose(2, 3).clone(memory_format=torch.contiguous_format).transpose(2, 3)
         assert torch.equal(step(copy, bias, there, rule, mask=wide_mask[:, 0]), reads)
         assert torch.equal(there, first)
 
