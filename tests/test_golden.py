@@ -6,8 +6,10 @@ from support import CASES, GOLDEN, golden_case, golden_model, relative_error
 from transformers import DynamicCache
 
 from deltamem_fast import MemoryState, memory_state, patch_model
+from deltamem_fast.backends import interpreting
 
-BACKENDS = ("reference", "numba")
+# Triton's interpreter needs a process of its own: tests/test_golden_interpreted.py starts it.
+BACKENDS = ("triton",) if interpreting() else ("reference", "numba")
 
 
 def tolerance(case, kind):

@@ -1,0 +1,87 @@
+"""Wheel and source distribution: what is in them, and that each works once installed."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from deltamem_fast import __version__
+
+ROOT = Path(__file__).parent.parent
+
+USE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import importlib.metadata, importlib.resources
+import deltamem_fast, deltamem_kernels, deltamem_kernels.rule
+for module in (deltamem_fast, deltamem_kernels):
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+metadata = importlib.metadata.metadata("deltamem-fast")
+assert metadata["Version"] == deltamem_fast.__version__
+assert importlib.resources.files("deltamem_fast").joinpath("data/conversation.txt").is_file()
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                     num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0)
+model = deltamem_fast.patch_model(AutoModelForCausalLM.from_config(config).eval(), backend="reference")
+memory = deltamem_fast.MemoryState.zeros(model, 1)
+with torch.no_grad():
+    model(torch.tensor([[1, 2, 3]]), memory=memory)
+assert memory[0].abs().max() > 0
+print("works")
+"""
+
+
+def run(*command, cwd=ROOT):
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel built from the tree, a source distribution, and a wheel built from that."""
+    pytest.importorskip("build")
+    place = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", place / "sdist", ROOT)
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", place / "wheel", ROOT)
+    (sdist,), (wheel,) = (place / "sdist").iterdir(), (place / "wheel").iterdir()
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place / "unpacked", filter="data")
+    (source,) = (place / "unpacked").iterdir()
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", place / "again", source)
+    (again,) = (place / "again").iterdir()
+    return {"wheel": wheel, "sdist": again}
+
+
+@pytest.mark.parametrize("kind", ("wheel", "sdist"))
+def test_installed(built, kind, tmp_path):
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", built[kind])
+    assert run(sys.executable, "-c", USE, tmp_path / "site", cwd=tmp_path).strip() == "works"
+
+
+def test_contents(built):
+    with zipfile.ZipFile(built["wheel"]) as wheel, zipfile.ZipFile(built["sdist"]) as again:
+        names = set(wheel.namelist())
+        assert names == set(again.namelist())
+        entry_points = wheel.read(f"deltamem_fast-{__version__}.dist-info/entry_points.txt").decode()
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast").glob("*.py")}
+    modules |= {f"deltamem_kernels/{p.name}" for p in (ROOT / "kernels" / "deltamem_kernels").glob("*.py")}
+    assert modules <= names
+    assert {"deltamem_fast/py.typed", "deltamem_kernels/py.typed", "deltamem_fast/data/conversation.txt"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in names)
+    assert "deltamem = deltamem_fast.cli:main" in entry_points
+
+
+def test_the_version_stands_in_one_place():
+    found = [
+        str(path.relative_to(ROOT))
+        for pattern in ("*.py", "*.toml", "deltamem_fast/*.py", "kernels/deltamem_kernels/*.py", "bench/*.py")
+        for path in ROOT.glob(pattern)
+        if f'"{__version__}"' in path.read_text()
+    ]
+    assert found == ["deltamem_fast/version.py"]
