@@ -42,7 +42,7 @@ setup(
     package_data={"deltamem_fast": ["data/*.txt", "py.typed"], "deltamem_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.16,<6",
+        "transformers>=5.10,<6",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
         "triton>=3.6; platform_system == 'Linux'",

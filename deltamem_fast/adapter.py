@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from .config import CONFIG_NAME, DeltaMemConfig
 from .files import write_atomically
 from .memory import DeltaMemory
-from .record import identity_of, unwrap
+from .record import identity_of, record_of, unwrap
 
 RELEASED_NAME = "delta_mem_adapter.pt"
 SAFETENSORS_NAME = "delta_mem_adapter.safetensors"
@@ -217,6 +218,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         for name, module in unwrap(model).named_modules()
         if isinstance(module, DeltaMemory)
     }
+    before = identity.fingerprints()
     assign_weights(memories, source)
-    identity.adapter_name = source.name
+    # Memories made until now go on belonging to the old adapter.
+    identity.kept_fingerprints = before
+    record_of(unwrap(model)).identity = dataclasses.replace(
+        identity, adapter_name=source.name, kept_fingerprints=None, accepted=[]
+    )
     return model

@@ -10,7 +10,7 @@ from torch import nn
 from .backends import operations
 from .memory import DeltaMemory
 from .segment_means import segment_means
-from .state import MemoryState
+from .state import MemoryState, writable
 
 
 @dataclass
@@ -69,10 +69,17 @@ def advance(memory: DeltaMemory, hidden_states: torch.Tensor, call: MemoryCall) 
         _commit(call, layer, first_run, out.state, skipped)
         return reads
 
-    if call.in_place and hidden_states.shape[1] == 1 and call.cu_seqlens is None:
+    counter = call.state._skipped[layer]
+    if (
+        call.in_place
+        and hidden_states.shape[1] == 1
+        and call.cu_seqlens is None
+        and writable(initial)
+        and writable(counter)
+    ):
         reads = ops.step(
             projections.squeeze(1), bias, initial, rule,
-            mask=None if mask is None else mask.squeeze(1), skipped=call.state._skipped[layer],
+            mask=None if mask is None else mask.squeeze(1), skipped=counter,
         )  # fmt: skip
         return reads.unsqueeze(1)
 
@@ -92,7 +99,13 @@ def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
 def _commit(call: MemoryCall, layer: int, first_run: bool, state: torch.Tensor, skipped: torch.Tensor) -> None:
     if first_run:
         call.state.put(layer, state, in_place=call.in_place)
-        call.state._skipped[layer].add_(skipped)
+        call.state._count(layer, skipped)
+        if not call.in_place and not torch.is_grad_enabled():
+            # Reentrant checkpointing runs the layer without a graph first: nothing differentiates through this state.
+            call.state._broken = (
+                "memory: its last write was under reentrant gradient checkpointing, so no gradient would run through "
+                "it; use_reentrant=False keeps it, memory.detach() does without"
+            )
 
 
 class SteeredAttention:

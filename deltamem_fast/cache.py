@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import (
     Cache,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
@@ -52,6 +51,8 @@ class MemoryLayerMixin:
         """Empty the layer and forget its memory, in place."""
         super().reset()
         self._move_memory(torch.zeros_like)
+        if self.memory is not None:
+            self.memory._broken = ""
 
     def crop(self, *args, **kwargs) -> None:
         """Raises: what the memory has written cannot be taken back."""
@@ -112,12 +113,17 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
     own = getattr(cache, _ATTRIBUTE, None)
     external = memory is not None and memory is not own
     if not external and own is not None and own.batch_size == batch_size:
+        identity.check(own._identity)
         return own  # every forward but a conversation's first
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
         raise TypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
     if external:
         check_rows(memory, batch_size)
-        if own is not None:
+        if own is not None and all(_is_empty(cache.layers[layer_idx]) for layer_idx in own):
+            setattr(cache, _ATTRIBUTE, None)  # reset: it may start anew with the caller's
+            for layer_idx in own:
+                cache.layers[layer_idx].memory = None
+        elif own is not None:
             raise ValueError(
                 "memory: this cache already carries a memory of its own; pass memory_state(cache) or a fresh cache"
             )
@@ -144,9 +150,14 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
     return own
 
 
-def new_cache(config) -> DynamicCache:
-    """The cache that transformers' models make for themselves."""
-    return DynamicCache(config=config)
+def mark_missed(cache) -> None:
+    """Note that ``cache`` gets tokens which its memory does not read (the memory is disabled)."""
+    memory = getattr(cache, _ATTRIBUTE, None)
+    if memory is not None:
+        memory._broken = (
+            "past_key_values: this cache got tokens while the memory was disabled, which its memory has not read; "
+            "start with an empty cache"
+        )
 
 
 def check_rows(memory: MemoryState, batch_size: int) -> None:

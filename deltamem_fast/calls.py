@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicCache
 
 from .attention import MemoryCall
 from .cache import adopt, check_rows
@@ -49,7 +49,7 @@ def begin(
     if memory is not None and not isinstance(memory, MemoryState):
         raise TypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
     if memory is not None:
-        _check_layers(memory, identity)
+        _check_memory(memory, identity)
     if segment_ids is not None:
         segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
     cache = kwargs.get("past_key_values")
@@ -67,6 +67,8 @@ def begin(
     else:
         if cache is None and _uses_cache(decoder, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+        if cache is not None and decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            raise ValueError("past_key_values: got a cache, which transformers drops under gradient checkpointing")
         if cache is not None:
             state = adopt(cache, identity, memory, batch)
         elif memory is not None:
@@ -74,6 +76,8 @@ def begin(
             state = memory
         else:
             state = _zeros(identity, batch)
+    if state._broken and (state is not memory or differentiable):
+        raise ValueError(state._broken)
     return MemoryCall(state, token_mask, segment_ids, cu_seqlens, frozen=state.frozen, in_place=not differentiable)
 
 
@@ -89,11 +93,18 @@ def _uses_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(use_cache) and not (decoder.training and getattr(decoder, "gradient_checkpointing", False))
 
 
-def _check_layers(memory: MemoryState, identity) -> None:
+def _check_memory(memory: MemoryState, identity) -> None:
+    """Raise unless a caller's memory fits the model's adapter."""
     have = {i: list(state.shape[1:]) for i, state in memory.items()}
     want = {i: [m.rule.heads, m.rule.rank, m.rule.rank] for i, m in identity.memories.items()}
     if have != want:
         raise ValueError(f"memory: got layers {have}, the model's adapter has {want}")
+    for i, spec in identity.layer_specs().items():
+        if memory[i].dtype != torch.float32:
+            raise TypeError(f"memory: layer {i} is {memory[i].dtype}, allowed float32")
+        if memory[i].device != spec.device:
+            raise ValueError(f"memory: layer {i} is on {memory[i].device}, the model's is on {spec.device}; see to()")
+    identity.check(memory._identity)
 
 
 def _check_segments(segment_ids, identity, batch: int, length: int, device) -> torch.Tensor:
@@ -130,20 +141,25 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
             f"attention_mask: got {shape}, allowed [batch, length]: which tokens are real cannot be told from a "
             f"prepared mask; pass token_mask=, a bool tensor [{batch}, {length}] or True, beside it"
         )
+    # Column n of the mask is position n of the cache; it may be wider than what is filled.
+    past = 0 if cache is None else cache.get_seq_length()
     width = attention_mask.shape[1]
-    if attention_mask.shape[0] != batch or width < length:
-        raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, past + {length}]")
-    start = width - length
-    if start and isinstance(cache, StaticCache) and width == cache.get_max_length():
-        # A mask as wide as the static cache: its last columns are places not filled yet.
-        start = int(cache.get_seq_length())
-    return attention_mask[:, start : start + length] != 0
+    if isinstance(past, torch.Tensor):  # a static cache counts on its device: do not wait for it
+        if width < length:
+            raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, past + {length}]")
+        columns = past + torch.arange(length, device=past.device)
+        return attention_mask.index_select(1, columns.to(attention_mask.device)) != 0
+    if attention_mask.shape[0] != batch or width < past + length:
+        raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, {past + length}]")
+    return attention_mask[:, past : past + length] != 0
 
 
 def _packed(kwargs: dict[str, Any], cache, batch: int, length: int) -> torch.Tensor | None:
     """Starts of packed sequences, as padding-free training passes them, or None."""
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
+        if cache is not None:
+            raise ValueError("past_key_values: got a cache with packed sequences (cu_seq_lens_q), allowed None")
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q: got with a batch of {batch}, allowed 1")
         return cu_seqlens

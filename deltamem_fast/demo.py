@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from .backends import BACKENDS, resolve_backend
-from .cache import new_cache
 from .config import DeltaMemConfig
 from .patch import patch_model, unpatch_model
 from .record import memory_disabled
@@ -462,7 +462,7 @@ def _speed(model: nn.Module, bare: nn.Module, device: torch.device) -> dict[str,
 
 def _time_once(model: nn.Module, prompt: torch.Tensor, device: torch.device) -> tuple[float, float]:
     """Seconds for the prompt, and for the tokens after it, one by one."""
-    cache = new_cache(model.config)
+    cache = DynamicCache(config=model.config)
     start = _now(device)
     token = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
     middle = _now(device)

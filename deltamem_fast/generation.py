@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import contextvars
+import inspect
+
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .record import identity_of, is_disabled
 
 
-class EndedRows(StoppingCriteria):
-    """Records which rows have ended, so that their padding is not written.
+class EndedRows:
+    """Which rows of one ``generate`` have ended, so that their padding is not written."""
 
-    Stands in for the caller's own criteria, which it asks once a step, and adds the end-of-sequence tokens.
-    """
+    def __init__(self):
+        self.rows: torch.Tensor | None = None
 
-    def __init__(self, criteria: StoppingCriteriaList, eos_token_ids: list[int]):
-        self.criteria = criteria
-        self.eos_token_ids = eos_token_ids
-        self.ended: torch.Tensor | None = None
+    def add(self, stop: torch.Tensor) -> None:
+        self.rows = stop if self.rows is None else self.rows | stop.to(self.rows.device)
+
+
+class WatchedCriteria(StoppingCriteriaList):
+    """The stopping criteria that ``generate`` has put together, each asked once a step; tells what they said."""
+
+    ended_rows: EndedRows
 
     def __call__(self, input_ids, scores, **kwargs):
-        stop = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for criterion in self.criteria:
-            stop = stop | criterion(input_ids, scores, **kwargs)
-        eos = torch.zeros_like(stop)
-        for token in self.eos_token_ids:
-            eos = eos | (input_ids[:, -1] == token)
-        ended = stop | eos
-        self.ended = ended if self.ended is None else self.ended | ended
+        stop = super().__call__(input_ids, scores, **kwargs)
+        self.ended_rows.add(stop)
         return stop
+
+
+# generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
+_watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
 
 
 def generation_overrides(model) -> dict:
@@ -39,77 +44,74 @@ def generation_overrides(model) -> dict:
     return {
         "generate": _generate,
         "prepare_inputs_for_generation": _prepare_inputs_for_generation,
+        "_get_stopping_criteria": _get_stopping_criteria,
         **{name: _refuse_batch for name in ("generate_batch", "init_continuous_batching") if hasattr(model, name)},
     }
 
 
 def _refuse_batch(self, *args, **kwargs):
+    if is_disabled(self):
+        return _original(self, "generate_batch")(*args, **kwargs)
     raise NotImplementedError(
         "generate_batch: continuous batching packs many requests into one row and pages their keys and values; a "
         "memory does not follow that yet. Use generate"
     )
 
 
-def _generate(self, inputs=None, generation_config=None, **kwargs):
-    """GenerationMixin.generate with a memory: also takes ``memory`` and ``segment_ids``."""
-    if not is_disabled(self):
-        _check_generate(self, inputs, generation_config, kwargs)
-        settings = _settings(self, generation_config, kwargs)
-        if settings["num_beams"] == 1:
-            criteria = kwargs.get("stopping_criteria")
-            criteria = StoppingCriteriaList(criteria if criteria is not None else [])
-            watch = EndedRows(_with_stop_strings(self, criteria, settings, kwargs), settings["eos_token_ids"])
-            kwargs["stopping_criteria"] = StoppingCriteriaList([watch])
-            kwargs["ended_rows"] = watch
-    return type(self).generate(self, inputs, generation_config, **kwargs)
+def _original(self, name: str):
+    return self._delta_memory_patch.originals[name]
 
 
-def _with_stop_strings(self, criteria, settings, kwargs) -> StoppingCriteriaList:
-    """The caller's criteria, and the stop strings: rows that end by one are padded like the others."""
-    if settings["stop_strings"] is None or kwargs.get("tokenizer") is None:
+def _generate(self, *args, **kwargs):
+    """transformers' ``generate`` with a memory: also takes ``memory`` and ``segment_ids``."""
+    original = _original(self, "generate")
+    if is_disabled(self):
+        return original(*args, **kwargs)
+    given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+    settings = _settings(self, given.get("generation_config"), kwargs)
+    _check_generate(self, given, kwargs, settings)
+    # Beams are rows that never end: what has ended is kept aside.
+    watch = EndedRows() if settings["num_beams"] == 1 else None
+    if watch is not None:
+        kwargs["ended_rows"] = watch
+    token = _watching.set(watch)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _watching.reset(token)
+
+
+def _get_stopping_criteria(self, *args, **kwargs):
+    criteria = _original(self, "_get_stopping_criteria")(*args, **kwargs)
+    watch = _watching.get()
+    if watch is None:
         return criteria
-    from transformers import StopStringCriteria
-
-    return StoppingCriteriaList(
-        [*criteria, StopStringCriteria(stop_strings=settings["stop_strings"], tokenizer=kwargs["tokenizer"])]
-    )
+    watched = WatchedCriteria(criteria)
+    watched.ended_rows = watch
+    return watched
 
 
 def _settings(self, generation_config: GenerationConfig | None, kwargs: dict) -> dict:
     """The generation settings that matter here, from the call, its configuration, or the model's."""
 
     def value(name, default=None):
-        for source in (
-            kwargs.get(name),
-            getattr(generation_config, name, None),
-            getattr(self.generation_config, name, None),
-        ):
-            if source is not None:
-                return source
+        sources = (generation_config, self.generation_config)
+        for found in (kwargs.get(name), *(getattr(source, name, None) for source in sources)):
+            if found is not None:
+                return found
         return default
 
-    eos = value("eos_token_id")
-    eos = eos.tolist() if isinstance(eos, torch.Tensor) else eos
-    return {
-        "num_beams": value("num_beams", 1),
-        "num_return_sequences": value("num_return_sequences", 1),
-        "prefill_chunk_size": value("prefill_chunk_size"),
-        "use_cache": value("use_cache", True),
-        "stop_strings": value("stop_strings"),
-        "prompt_lookup_num_tokens": value("prompt_lookup_num_tokens"),
-        "assistant_early_exit": value("assistant_early_exit"),
-        "cache_implementation": value("cache_implementation"),
-        "eos_token_ids": [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos],
-    }
+    names = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation")
+    counts = {name: value(name, 1) for name in ("num_beams", "num_return_sequences")}
+    return {name: value(name) for name in names} | counts | {"use_cache": value("use_cache", True)}
 
 
-def _check_generate(self, inputs, generation_config, kwargs) -> None:
+def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
     """Raise for what a memory cannot follow, before anything is generated."""
-    settings = _settings(self, generation_config, kwargs)
     memory, segment_ids = kwargs.get("memory"), kwargs.get("segment_ids")
-    config = generation_config if generation_config is not None else self.generation_config
+    config = given.get("generation_config") or self.generation_config
     assisted = (
-        kwargs.get("assistant_model") is not None
+        given.get("assistant_model") is not None
         or settings["prompt_lookup_num_tokens"] is not None
         or settings["assistant_early_exit"] is not None
         or config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION
@@ -121,6 +123,8 @@ def _check_generate(self, inputs, generation_config, kwargs) -> None:
         )
     if settings["cache_implementation"] == "paged":
         _refuse_batch(self)
+    if kwargs.get("token_mask") is not None:
+        raise ValueError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
     if memory is not None:
         for name in ("num_beams", "num_return_sequences"):
             if settings[name] > 1:
@@ -137,7 +141,9 @@ def _check_generate(self, inputs, generation_config, kwargs) -> None:
             "state from before the whole prompt"
         )
     if segment_ids is not None:
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if not isinstance(segment_ids, torch.Tensor):
+            raise TypeError(f"segment_ids: got {type(segment_ids).__name__}, allowed an integer tensor [B, T]")
+        prompt = given["inputs"] if given.get("inputs") is not None else kwargs.get("input_ids")
         if prompt is not None and tuple(segment_ids.shape) != tuple(prompt.shape):
             raise ValueError(
                 f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {list(prompt.shape)}"
@@ -162,8 +168,7 @@ def _prepare_inputs_for_generation(
     ended_rows=None,
     **kwargs,
 ):
-    inputs = type(self).prepare_inputs_for_generation(
-        self,
+    inputs = _original(self, "prepare_inputs_for_generation")(
         input_ids,
         next_sequence_length=next_sequence_length,
         past_key_values=past_key_values,
@@ -183,8 +188,8 @@ def _prepare_inputs_for_generation(
     # With a static cache `attention_mask` is a prepared 4-D mask by now; the 2-D one says which tokens are real.
     real = True if attention_mask is None else attention_mask[:, -length:] != 0
     # Without a cache every step runs the whole rows from an empty memory again, and nothing is kept.
-    if length == 1 and tokens.shape[0] > 1 and ended_rows is not None and ended_rows.ended is not None:
-        live = ~ended_rows.ended.to(tokens.device)[:, None]
+    if length == 1 and tokens.shape[0] > 1 and ended_rows is not None and ended_rows.rows is not None:
+        live = ~ended_rows.rows.to(tokens.device)[:, None]
         real = live if real is True else real & live
     inputs["token_mask"] = real
     return inputs

@@ -54,7 +54,6 @@ class DeltaMemory(nn.Module):
         self.shape = shape
         self.layer_idx = layer_idx
         self.backend = backend
-        self._stacked: tuple | None = None
         width, gates = self.rule.read_width, self.rule.gate_width
 
         def parameter(*size):
@@ -121,23 +120,12 @@ class DeltaMemory(nn.Module):
             weight[:, :width].copy_(columns * config.online_gain)
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul, and the gates' biases in float32.
-
-        Outside autograd both are kept until a parameter changes or moves.
-        """
+        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul, and the gates' biases in float32."""
+        # Made anew for each forward: what writes through .data leaves no trace by which a kept copy could be renewed.
         rows = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
-        biases = [self.beta_bias]
-        if self.rule.has_lambda:
-            rows.append(self.lambda_proj)
-            biases.append(self.lambda_bias)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or rows[0].is_inference():
-            return torch.cat(rows), torch.cat(biases).float()
-        key = tuple((p.data_ptr(), p._version, p.dtype) for p in rows + biases)
-        if self._stacked is None or self._stacked[0] != key:
-            # The parameters' storages are held as well: while they live, no other can have their address.
-            storages = [p.detach() for p in rows + biases]
-            self._stacked = (key, torch.cat(rows), torch.cat(biases).float(), storages)
-        return self._stacked[1:3]
+        if not self.rule.has_lambda:
+            return torch.cat(rows), self.beta_bias.float()
+        return torch.cat([*rows, self.lambda_proj]), torch.cat([self.beta_bias, self.lambda_bias]).float()
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases, float32."""

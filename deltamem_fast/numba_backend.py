@@ -21,6 +21,12 @@ def _array(tensor: torch.Tensor):
     return tensor.detach().numpy()
 
 
+def _checked_slots(slots: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    if slots.numel() and int(slots.max()) >= state.shape[0]:
+        raise IndexError(f"slots: got {int(slots.max())}, allowed −1 to {state.shape[0] - 1}")
+    return slots.long().contiguous()
+
+
 def _floats(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.float32).contiguous()
 
@@ -163,7 +169,7 @@ def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, update_m
 def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Tensor:
     batch = projections.shape[0]
     reads = torch.empty(batch, 1, rule.read_width)
-    slots = torch.arange(batch) if slots is None else slots.long().contiguous()
+    slots = torch.arange(batch) if slots is None else _checked_slots(slots, state)
     work = state if state.dtype == torch.float32 and state.is_contiguous() else _floats(state)
     nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank)
     loops(rule.rank).scan_rows(
@@ -191,7 +197,7 @@ def _(projections, state, mask, slots, rank, heads, update_mode, row_gates, coup
 def _read(projections, state, rule, mask, slots) -> torch.Tensor:
     batch, length = projections.shape[:2]
     reads = torch.empty(batch, length, rule.read_width)
-    slots = torch.arange(batch) if slots is None else slots.long().contiguous()
+    slots = torch.arange(batch) if slots is None else _checked_slots(slots, state)
     loops(rule.rank).read_rows(
         _array(_floats(projections)), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(slots),
         rule.heads, rule.normalize, _array(reads),

@@ -11,6 +11,7 @@ from torch import nn
 from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
 from .attention import attention_forward
 from .backends import operations
+from .cache import mark_missed
 from .calls import CallersMemory, begin
 from .config import DELTA_HEADS, DeltaMemConfig
 from .generation import generation_overrides
@@ -29,6 +30,9 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
             ``DeltaMemConfig()``, the released recipe.
         backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
             ``numba`` or ``reference``.
+
+    Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
+    nothing of the memory.
 
     Raises:
         ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the
@@ -95,6 +99,8 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
     indices = [module.layer_idx for module in found.values()]
     if len(set(indices)) != len(indices):
         raise ValueError(f"model: {type(model).__name__} has several attentions with one layer index: {indices}")
+    for name, module in found.items():
+        _check_attention(model, name, module)
     missing = sorted(set(config.target_layers) - set(indices))
     if missing:
         raise ValueError(
@@ -107,6 +113,20 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
             if not _is_linear(getattr(module, f"{head}_proj", None)):
                 raise ValueError(f"delta_heads: the adapter corrects {head}, but {name} has no {head}_proj")
     return found
+
+
+def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
+    """Raise if the memory could not reach this attention, or would go past somebody's own forward."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    for part, module in (("decoder layer", layer), ("attention", attention)):
+        kinds = [p.kind for p in inspect.signature(type(module).forward).parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ValueError(
+                f"model: the {part} {type(module).__name__} takes no keyword arguments beyond its own, so the memory "
+                f"cannot be handed to {name}; such models are not supported"
+            )
+    if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
+        raise ValueError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -187,7 +207,9 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
         attention.add_module("delta_memory", memories[name])
         record.replace(attention, "forward", types.MethodType(attention_forward, attention))
     decoder = record.decoder
-    record.decoder_arguments = tuple(inspect.signature(decoder.forward).parameters)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    record.decoder_arguments = tuple(p.name for p in parameters if p.kind in positional)
     record.originals["decoder"] = decoder.forward
     record.replace(decoder, RECORD, record)
     record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
@@ -196,6 +218,7 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
         record.replace(model, RECORD, record)
         record.replace(model, "forward", types.MethodType(_with_signature(model, _outer_forward), model))
     for name, function in generation_overrides(model).items():
+        record.originals[name] = getattr(model, name)
         record.replace(model, name, types.MethodType(function, model))
     # A checkpoint of the backbone stays one: the adapter goes beside it, in files of its own.
     keys = [f"{name}.delta_memory.{key}" for name, m in memories.items() for key in m.state_dict()]
@@ -205,6 +228,7 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
         # accelerate must not move a caller's memory: it would write to the copy.
         skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
         record.replace(model, "_skip_keys_device_placement", [*skipped, "memory"])
+        record.originals["save_pretrained"] = model.save_pretrained
         record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
 
 
@@ -255,16 +279,35 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     original = record.originals["decoder"]
     if isinstance(memory, CallersMemory):
         memory = memory.state
-    kwargs.update(zip(record.decoder_arguments, args))
+    kwargs.update(_by_name(self, record.decoder_arguments, args, kwargs))
     if record_disabled(record):
+        mark_missed(kwargs.get("past_key_values"))
         return original(**kwargs)
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
-    return original(**kwargs, memory=call)
+    output = original(**kwargs, memory=call)
+    if len(call.initial) != len(record.identity.memories):
+        missing = sorted(set(record.identity.memories) - set(call.initial))
+        raise RuntimeError(
+            f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
+            "keyword arguments down to it, so it cannot be patched"
+        )
+    return output
+
+
+def _by_name(module: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict) -> dict:
+    """Positional arguments of a forward by name."""
+    if len(args) > len(names):
+        raise TypeError(f"{type(module).__name__}.forward: got {len(args)} positional arguments, allowed {len(names)}")
+    named = dict(zip(names, args))
+    for name in named:
+        if name in kwargs:
+            raise TypeError(f"{type(module).__name__}.forward: got {name} twice")
+    return named
 
 
 def _save_pretrained(self, save_directory, *args, **kwargs):
     """The backbone's own checkpoint, and beside it the adapter (``patch_model(model, save_directory)`` reads it)."""
-    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    result = self._delta_memory_patch.originals["save_pretrained"](save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         save_adapter(self, save_directory)
     return result

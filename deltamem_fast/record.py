@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,8 @@ class Identity:
     config: DeltaMemConfig
     backbone_config: Any
     adapter_name: str
+    kept_fingerprints: dict[str, str] | None = None
+    accepted: list[Identity] = field(default_factory=list)
 
     def layer_specs(self) -> dict[int, LayerSpec]:
         """Layer index → shape and device of its state."""
@@ -52,12 +55,33 @@ class Identity:
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints and readable names of adapter and backbone, as a saved memory holds them."""
+        if self.kept_fingerprints is not None:
+            return self.kept_fingerprints
         return {
             "adapter_fingerprint": adapter_fingerprint(self.config, self.memories),
             "adapter_name": self.adapter_name,
             "backbone_fingerprint": backbone_fingerprint(self.backbone_config),
             "backbone_name": backbone_name(self.backbone_config),
         }
+
+    def check(self, other: Identity | None) -> None:
+        """Raise ValueError if a memory of ``other`` was made with another adapter or backbone; names both."""
+        if other is None or other is self or any(other is known for known in self.accepted):
+            return
+        difference = describe_difference(other.fingerprints(), self.fingerprints())
+        if difference:
+            raise ValueError(f"memory: made under {difference}")
+        self.accepted.append(other)
+
+
+def describe_difference(theirs: dict[str, str], ours: dict[str, str]) -> str:
+    """What differs between the fingerprints of a memory and of a model, both named; "" if nothing."""
+    for part in ("backbone", "adapter"):
+        if theirs.get(f"{part}_fingerprint") != ours[f"{part}_fingerprint"]:
+            them = f"{theirs.get(f'{part}_name')} ({theirs.get(f'{part}_fingerprint', '?')[:12]})"
+            us = f"{ours[f'{part}_name']} ({ours[f'{part}_fingerprint'][:12]})"
+            return f"{part} {them}, but the model's {part} is {us}"
+    return ""
 
 
 @dataclass(eq=False)
@@ -67,7 +91,7 @@ class PatchRecord:
     identity: Identity
     decoder: nn.Module
     attentions: dict[str, nn.Module]
-    replaced: list[tuple[nn.Module, str, bool, Any]] = field(default_factory=list)
+    replaced: list[tuple[Any, str, Any, bool, Any]] = field(default_factory=list)
     originals: dict[str, Any] = field(default_factory=dict)
     decoder_arguments: tuple[str, ...] = ()
     disabled_depth: int = 0
@@ -75,17 +99,39 @@ class PatchRecord:
     def replace(self, owner: Any, name: str, value: Any) -> None:
         """Set an instance attribute and remember what was there."""
         present = name in vars(owner)
-        self.replaced.append((owner, name, present, vars(owner).get(name)))
+        self.replaced.append((owner, name, value, present, vars(owner).get(name)))
         setattr(owner, name, value)
 
     def restore(self) -> None:
-        """Undo every ``replace``, last first."""
+        """Undo every ``replace``, last first.
+
+        Raises:
+            ValueError: something else was put in a replaced attribute's place since; nothing is undone.
+        """
+        for owner, name, value, _, _ in self.replaced:
+            if vars(owner).get(name) is not value:
+                raise ValueError(
+                    f"model: {type(owner).__name__}.{name} was replaced after patch_model (by a hook, or another "
+                    "patch); undo that first"
+                )
         while self.replaced:
-            owner, name, present, old = self.replaced.pop()
+            owner, name, _, present, old = self.replaced.pop()
             if present:
                 setattr(owner, name, old)
             else:
                 delattr(owner, name)
+
+    def __deepcopy__(self, memo) -> PatchRecord:
+        copied = PatchRecord.__new__(PatchRecord)
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a patched model cannot be pickled; use save_pretrained (it writes the adapter too), or unpatch_model first"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ Source of the equations: arXiv 2605.12357.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -121,6 +122,21 @@ def _scan_rows(projections, valid, gate_bias, state, rule, every):
     return stacked.reshape(batch, length, rule.read_width), final, checkpoints
 
 
+def full_precision(function):
+    """Run ``function`` outside of autocast, which would round parts of the recurrence."""
+
+    @functools.wraps(function)
+    def wrapper(projections, *args, **kwargs):
+        kind = projections.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return function(projections, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(projections, *args, **kwargs)
+
+    return wrapper
+
+
+@full_precision
 def scan(
     projections: torch.Tensor,
     gate_bias: torch.Tensor,
@@ -240,6 +256,7 @@ def step(
     return out.reads.squeeze(1)
 
 
+@full_precision
 def read(
     projections: torch.Tensor,
     state: torch.Tensor,
@@ -272,6 +289,7 @@ def read(
     return torch.where(valid.unsqueeze(-1), reads, 0.0)
 
 
+@full_precision
 def steer(
     base: torch.Tensor,
     reads: torch.Tensor,

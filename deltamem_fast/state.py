@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .files import write_atomically
-from .record import LayerSpec, identity_of
+from .record import LayerSpec, describe_difference, identity_of
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 1
@@ -36,6 +36,8 @@ class MemoryState:
         self._layers = dict(layers)
         self._skipped = dict(skipped) if skipped is not None else {i: _counter(s) for i, s in layers.items()}
         self._identity = identity
+        # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
+        self._broken = ""
         self.frozen = frozen
 
     @classmethod
@@ -92,12 +94,14 @@ class MemoryState:
     # --- making others of it
 
     def _map(self, change) -> MemoryState:
-        return MemoryState(
+        made = MemoryState(
             {i: change(state) for i, state in self._layers.items()},
             identity=self._identity,
             frozen=self.frozen,
             skipped={i: change(counter) for i, counter in self._skipped.items()},
         )
+        made._broken = self._broken
+        return made
 
     def clone(self) -> MemoryState:
         """A copy with storage of its own; under autograd it stays on the graph."""
@@ -105,7 +109,9 @@ class MemoryState:
 
     def detach(self) -> MemoryState:
         """A copy off the autograd graph."""
-        return self._map(lambda tensor: tensor.detach().clone())
+        made = self._map(lambda tensor: tensor.detach().clone())
+        made._broken = ""
+        return made
 
     def to(self, device: torch.device | str | None, non_blocking: bool = False) -> MemoryState:
         """This memory on ``device``: itself if it is there already (as a tensor's ``to``), else a copy.
@@ -115,8 +121,10 @@ class MemoryState:
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: got {device}, allowed a device (a memory is float32 always)")
-        moved = self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
-        return self if all(moved[i] is state for i, state in self.items()) else moved
+        target = None if device is None else torch.empty(0, device=device).device
+        if target is None or all(state.device == target for _, state in self.items()):
+            return self
+        return self._map(lambda tensor: tensor.to(device=target, non_blocking=non_blocking, copy=True))
 
     def select(self, rows) -> MemoryState:
         """The memories of ``rows`` (a list or tensor of indices, or a bool mask), in that order.
@@ -129,6 +137,8 @@ class MemoryState:
             if tuple(index.shape) != (self.batch_size,):
                 raise IndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
             index = index.nonzero().flatten()
+        if index.numel() and (index.is_floating_point() or index.is_complex()):
+            raise IndexError(f"rows: got {rows!r}, allowed integers or a bool mask")
         index = index.long().reshape(-1)
         if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
             raise IndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
@@ -152,8 +162,10 @@ class MemoryState:
             raise ValueError("memories: got none, allowed one or more")
         first = memories[0]
         for other in memories[1:]:
-            if _shapes(other) != _shapes(first):
+            if _shapes(other) != _shapes(first) or other.frozen != first.frozen:
                 raise ValueError(f"memories: {other!r} does not fit {first!r}")
+            if first._identity is not None:
+                first._identity.check(other._identity)
         layers = {i: torch.cat([m[i] for m in memories]) for i in first}
         skipped = {i: torch.cat([m._skipped[i] for m in memories]) for i in first}
         return MemoryState(layers, identity=first._identity, frozen=first.frozen, skipped=skipped)
@@ -164,8 +176,12 @@ class MemoryState:
         memo[id(self)] = copied
         copied._layers = copy.deepcopy(self._layers, memo)
         copied._skipped = copy.deepcopy(self._skipped, memo)
-        copied._identity, copied.frozen = self._identity, self.frozen
+        copied._identity, copied.frozen, copied._broken = self._identity, self.frozen, self._broken
         return copied
+
+    def __getstate__(self) -> dict:
+        # Pickled without the adapter's weights; such a copy can be used, but not saved.
+        return vars(self) | {"_identity": None}
 
     # --- changing
 
@@ -173,7 +189,8 @@ class MemoryState:
         """Forget everything, in place (under autograd: off the graph); returns itself."""
         for i, state in self._layers.items():
             self.put(i, torch.zeros_like(state), in_place=True)
-            self._skipped[i].zero_()
+            self._count(i, -self._skipped[i])
+        self._broken = ""
         return self
 
     def put(self, layer_idx: int, state: torch.Tensor, *, in_place: bool) -> None:
@@ -185,6 +202,14 @@ class MemoryState:
         else:
             self._layers[layer_idx] = state.detach() if in_place else state
 
+    def _count(self, layer_idx: int, more: torch.Tensor) -> None:
+        """Add to a layer's count of skipped tokens."""
+        counter = self._skipped[layer_idx]
+        if writable(counter):
+            counter.add_(more)
+        else:
+            self._skipped[layer_idx] = counter + more
+
     def _start(self, layer_idx: int, spec: LayerSpec, batch_size: int) -> None:
         self._layers[layer_idx] = spec.zeros(batch_size)
         self._skipped[layer_idx] = _counter(self._layers[layer_idx])
@@ -194,7 +219,7 @@ class MemoryState:
         if layer_idx in self._layers:
             self.put(layer_idx, change(self._layers[layer_idx]), in_place=True)
             counter = change(self._skipped[layer_idx])
-            if counter.shape == self._skipped[layer_idx].shape:
+            if counter.shape == self._skipped[layer_idx].shape and writable(self._skipped[layer_idx]):
                 self._skipped[layer_idx].copy_(counter)
             else:
                 self._skipped[layer_idx] = counter
@@ -277,9 +302,6 @@ def _check_metadata(path, metadata: dict[str, str], identity) -> None:
     version = metadata.get("format_version", "")
     if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
         raise ValueError(f"path: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
-    ours = identity.fingerprints()
-    for part in ("backbone", "adapter"):
-        if metadata.get(f"{part}_fingerprint") != ours[f"{part}_fingerprint"]:
-            theirs = f"{metadata.get(f'{part}_name')} ({metadata.get(f'{part}_fingerprint', '?')[:12]})"
-            mine = f"{ours[f'{part}_name']} ({ours[f'{part}_fingerprint'][:12]})"
-            raise ValueError(f"path: {path}: saved under {part} {theirs}, but the model's {part} is {mine}")
+    difference = describe_difference(metadata, identity.fingerprints())
+    if difference:
+        raise ValueError(f"path: {path}: saved under {difference}")
