@@ -52,7 +52,7 @@ def remembered(model, ids=IDS, **kwargs):
 
 def test_layers_that_hand_nothing_down_are_refused():
     config = StableLmConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, pad_token_id=0,
     )  # fmt: skip
     model = patch_model(AutoModelForCausalLM.from_config(config).eval())
