@@ -208,7 +208,8 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import failed_checks, format_demo, run_demo
+    from .demo import failed_checks, run_demo
+    from .demo_text import format_demo
 
     if sys.stderr.isatty():
         print("deltamem: running the demo, which takes some seconds", file=sys.stderr)

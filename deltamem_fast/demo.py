@@ -10,11 +10,8 @@ import contextlib
 import copy
 import math
 import os
-import re
 import statistics
 import time
-from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +20,18 @@ from torch import nn
 from transformers import DynamicCache
 
 from .backends import BACKENDS, resolve_backend
-from .config import DeltaMemConfig
-from .patch import patch_model, unpatch_model
+from .demo_conversations import Conversation, read_conversations
+from .demo_model import HIDDEN, LAYERS, build_backbone, build_tokenizer, patch_with_random_adapter
+from .patch import unpatch_model
 from .record import memory_disabled
 from .state import MemoryState
 
-HIDDEN = 256
-LAYERS = 4
-NOISE = 0.1  # on every parameter of the adapter, so that it visibly corrects
-# Gates that are nearly shut forget slowly: without training to open them where it pays, the default would have
-# forgotten a turn before the next one ends.
-BETA_BIAS = -5.0
 PREFILL_TOKENS = 256
 DECODE_TOKENS = 32
 ROUNDS = 5
 TOP_TOKENS = 3
 MEMORY_NAME = "memory.safetensors"
 
-PAD, TURN, END = "<|pad|>", "<|turn|>", "<|end|>"
-TEMPLATE = (
-    "{% for message in messages %}<|turn|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
 
 CHECKS = {
     "memory_finite": "the memory is finite and no token was left out",
@@ -54,151 +41,6 @@ CHECKS = {
     "disabled_bit_identical": "under memory_disabled the logits are those from before patching, bit for bit",
     "unpatched_bit_identical": "after unpatch_model logits and weights are those from before patching, bit for bit",
 }
-
-
-# --- conversations
-
-
-@dataclass
-class Conversation:
-    """What one user says, turn by turn, and what is asked at the end."""
-
-    name: str
-    turns: list[str] = field(default_factory=list)
-    question: str | None = None
-
-
-_LINE = re.compile(r"([^\W\d_]\w*)\s*([:?])\s*(\S.*)")
-
-
-def read_conversations(path: str | os.PathLike | None = None) -> list[Conversation]:
-    """Read conversations from a text file, by default the demo's own, whose head describes the format.
-
-    Raises:
-        ValueError: a line that is not of the format (named by file and line number), or conversations without a
-            question or with differing numbers of turns.
-        FileNotFoundError: no such file.
-    """
-    source = resources.files("deltamem_fast") / "data" / "conversation.txt" if path is None else Path(path)
-    name = source.name if path is None else str(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"conversation: {name}: no such file")
-    found: dict[str, Conversation] = {}
-    for number, raw in enumerate(source.read_bytes().splitlines(), start=1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            _read_line(line, found)
-        except ValueError as error:
-            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error
-            raise ValueError(f"{name}:{number}: {reason}") from error
-    return _checked(list(found.values()), name)
-
-
-def _read_line(line: str, found: dict[str, Conversation]) -> None:
-    if not line or line.startswith("#"):
-        return
-    match = _LINE.fullmatch(line)
-    if match is None:
-        shown = line if len(line) <= 40 else line[:39] + "…"
-        raise ValueError(f"got {shown!r}, allowed 'NAME: a turn', 'NAME? the question at the end' or '# a comment'")
-    name, sign, text = match.groups()
-    conversation = found.setdefault(name, Conversation(name))
-    if sign == ":":
-        conversation.turns.append(text)
-    elif conversation.question is None:
-        conversation.question = text
-    else:
-        raise ValueError(f"a second question for conversation {name}, allowed one")
-
-
-def _checked(conversations: list[Conversation], name: str) -> list[Conversation]:
-    if not conversations:
-        raise ValueError(f"{name}: holds no conversation")
-    for conversation in conversations:
-        if conversation.question is None:
-            raise ValueError(f"{name}: conversation {conversation.name} has no question ('{conversation.name}? …')")
-    turns = {conversation.name: len(conversation.turns) for conversation in conversations}
-    if len(set(turns.values())) > 1 or 0 in turns.values():
-        told = ", ".join(f"{key} has {count}" for key, count in turns.items())
-        raise ValueError(f"{name}: each conversation needs the same number of turns, 1 or more: {told}")
-    return conversations
-
-
-# --- model and tokenizer
-
-
-def _byte_characters() -> list[str]:
-    """The character that byte-level tokenizers write for each byte: itself where it can be printed."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def build_tokenizer():
-    """A byte-level tokenizer with a chat template: ids 0 to 255 are the bytes, then the special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=[TURN],
-        chat_template=TEMPLATE,
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
-def build_backbone(tokenizer, seed: int) -> nn.Module:
-    """A random Qwen3 of a few layers, float32 on the CPU, always the same for a seed."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=3 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=4096,
-        initializer_range=HIDDEN**-0.5,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with _seeded(seed, torch.device("cpu")):
-        return Qwen3ForCausalLM(config).float().eval().requires_grad_(False)
-
-
-def patch_with_random_adapter(model: nn.Module, seed: int, backend: str) -> nn.Module:
-    """Patch with the released recipe (gates apart), and add noise to every parameter that is in use."""
-    with _seeded(seed, next(model.parameters()).device):
-        patch_model(model, DeltaMemConfig(beta_bias_init=BETA_BIAS), backend=backend)
-        for name, parameter in model.named_parameters():
-            if ".delta_memory." in name and parameter.requires_grad:
-                noise = torch.randn(parameter.shape) * NOISE
-                parameter.add_(noise.to(parameter.device))
-    return model
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device):
-    # The caller's random numbers go on as if nothing had been drawn.
-    gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if gpu:
-            torch.cuda.manual_seed(seed)
-        yield
-
-
-# --- what the demo does
 
 
 @torch.no_grad()
@@ -475,102 +317,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-# --- text
-
-
-def format_demo(figures: dict[str, Any]) -> str:
-    """The figures as text."""
-    sizes = figures["sizes"]
-    lines = [
-        "deltamem demo",
-        f"Backbone and adapter are random and untrained (seed {figures['seed']}): this shows mechanics, not recall.",
-        "",
-        f"backbone  Qwen3, {sizes['layers']} layers, hidden {sizes['hidden']}, "
-        f"{sizes['backbone_parameters'] / 1e6:.2f} M parameters, float32, on {figures['device']}",
-        f"adapter   rank 8, on q and o, {sizes['adapter_parameters'] / 1e3:.1f} k parameters, "
-        f"backend {figures['backend']}",
-        f"memory    {sizes['memory_bytes']:,} bytes a conversation, whatever its length",
-    ]
-    for title, part in (
-        ("Turns, all conversations as one batch. Only the memory passes from one to the next.", _turn_lines(figures)),
-        (
-            "A question in a fresh context: the likeliest next tokens, and what the loaded memory changes",
-            _question_lines(figures),
-        ),
-        ("The memory, layer by layer", _state_lines(figures)),
-        (_speed_title(figures), _speed_lines(figures)),
-        ("Checks", [f"{'ok  ' if holds else 'FAIL'}  {CHECKS[name]}" for name, holds in figures["checks"].items()]),
-    ):
-        lines += ["", title, *(f"  {line}" for line in part)]
-    return "\n".join([*lines, "", f"{figures['timings']['seconds']:.1f} s"])
-
-
-def _turn_lines(figures) -> list[str]:
-    rows = [("turn", "user", "tokens", "padding", "|memory|", "says")]
-    for turn in figures["turns"]:
-        counts = (str(turn["prompt_tokens"]), str(turn["padding"]), f"{turn['memory_norm']:.3f}")
-        rows.append((str(turn["turn"]), turn["conversation"], *counts, _shortened(turn["text"])))
-    return [
-        *_table(rows, "rlrrrl"),
-        f"Replies of up to {figures['new_tokens']} tokens were read into the memory too; untrained, they are noise "
-        "(--json shows them).",
-        f"The memory is saved in {figures['memory_file']}",
-    ]
-
-
-def _question_lines(figures) -> list[str]:
-    names = {"loaded": "loaded memory", "empty": "empty memory", "disabled": "memory disabled"}
-    lines = []
-    for question in figures["questions"]:
-        rows = []
-        for name, title in names.items():
-            best = "  ".join(f"{entry['token']!r} {entry['probability']:.3f}" for entry in question["top"][name])
-            against = question["loaded_against"].get(name)
-            moved = f"max |Δlogit| {against['max_abs_logit']:.3f}, KL {against['kl']:.4f}" if against else ""
-            rows.append((title, best, moved))
-        lines += [f"{question['conversation']}? {question['question']}", *(f"  {line}" for line in _table(rows, "lll"))]
-    return [*lines, "Δ and KL (nats) are those of the loaded memory against that line."]
-
-
-def _state_lines(figures) -> list[str]:
-    rows = [("layer", "user", "norm", "largest |entry|", "effective rank")]
-    for entry in figures["state"]:
-        numbers = (f"{entry['norm']:.3f}", f"{entry['largest']:.3f}", f"{entry['effective_rank']:.2f}")
-        rows.append((str(entry["layer"]), entry["conversation"], *numbers))
-    return _table(rows, "rlrrr")
-
-
-def _speed_title(figures) -> str:
-    return (
-        f"Tokens per second, one conversation, {PREFILL_TOKENS} tokens of prefill and {DECODE_TOKENS} of decode, "
-        f"median of {ROUNDS}"
-    )
-
-
-def _speed_lines(figures) -> list[str]:
-    timings = figures["timings"]
-    rows = [("", "prefill", "decode")]
-    for name, title in (
-        ("patched", "patched"),
-        ("disabled", "patched, memory disabled"),
-        ("unpatched", "not patched"),
-    ):
-        rows.append((title, f"{timings['prefill'][name]:,.0f}", f"{timings['decode'][name]:,.0f}"))
-    return _table(rows, "lrr")
-
-
-def _shortened(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
-
-
-def _table(rows: list[tuple[str, ...]], sides: str) -> list[str]:
-    """Rows in columns, each aligned to the left or right as ``sides`` says ("l" or "r")."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
-    return [
-        "  ".join(
-            cell.rjust(width) if side == "r" else cell.ljust(width) for cell, width, side in zip(row, widths, sides)
-        ).rstrip()
-        for row in rows
-    ]

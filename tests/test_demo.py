@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 
 from deltamem_fast import demo
 from deltamem_fast.cli import main
-from deltamem_fast.demo import CHECKS, build_tokenizer, effective_rank, failed_checks, format_demo, read_conversations
+from deltamem_fast.demo import CHECKS, effective_rank, failed_checks
+from deltamem_fast.demo_conversations import read_conversations
+from deltamem_fast.demo_model import build_tokenizer
+from deltamem_fast.demo_text import format_demo
 
 SHORT = """\
 # Of different lengths, so that one is padded.

@@ -146,13 +146,9 @@ def check_arguments(
             allowed = f"[{rows}, {rule.heads}, {rule.rank}, {rule.rank}]"
             raise ValueError(f"state: got shape {_shape(state)}, allowed {allowed}")
         if slots is None and state.shape[0] != sequences:
-            raise ValueError(
-                f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them"
-            )
+            raise ValueError(f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them")
         if state.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"state: got dtype {state.dtype}, allowed float32 (the reference also takes float64)"
-            )
+            raise TypeError(f"state: got dtype {state.dtype}, allowed float32 (the reference also takes float64)")
     if checkpoint_every < 0:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, allowed 0 (none) or more")
     for name, tensor in (("gate_bias", gate_bias), ("state", state), ("mask", mask), ("slots", slots)):
