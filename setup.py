@@ -11,9 +11,9 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "deltamem_fast/version.
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "cpu": ["numba>=0.61"],
-    "train": ["accelerate>=1.5", "tqdm>=4.66"],
+    "train": ["accelerate>=1.5"],
     "eval": ["lm-eval>=0.4.8"],
-    "bench": ["tqdm>=4.66", "matplotlib>=3.9"],
+    "bench": ["numba>=0.61"],
 }
 EXTRAS["dev"] = [
     "pytest>=8.3",

@@ -16,9 +16,11 @@ from numba import njit
 
 STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
 BLOCK = 64
-# No fast-math, not even fused multiply-add: the vectorised part of a loop and its scalar rest may fuse differently,
-# and a token's bits would depend on its place in the block.
+# No fast-math, not even fused multiply-add, in the flat loops: their vectorised part and its scalar rest may fuse
+# differently, and a token's bits would depend on its place in the block.
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+# The recurrence runs the same instructions for every token, so it may fuse; nothing else of fast-math.
+_FUSED = _OPTIONS | {"fastmath": {"contract"}}
 _EXPONENT = np.int32(0x7F800000)
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -80,9 +82,16 @@ def _tanh(x, scratch, powers):
 
 
 @njit(**_OPTIONS)
-def _finite(row):
-    """Whether no value of a float32 row is NaN or Inf, from the exponents (integers: the loop vectorises)."""
-    bits = row.view(np.int32)
+def _squares(x, out):
+    """out = x² for flat arrays; apart from the sum that it goes into, which could otherwise fuse with it."""
+    for i in range(x.size):
+        out[i] = x[i] * x[i]
+
+
+@njit(**_OPTIONS)
+def _finite(x):
+    """Whether no value of a float32 array is NaN or Inf, from the exponents (integers: the loop vectorises)."""
+    bits = x.reshape(-1).view(np.int32)
     broken = np.int32(0)
     for i in range(bits.size):
         broken |= np.int32((bits[i] & _EXPONENT) == _EXPONENT)
@@ -100,11 +109,12 @@ def _directions(rows, start, heads, rank, normalize, out, scratch, powers):
     if normalize:
         flat = out.reshape(-1)
         _tanh(flat, scratch[: flat.size], powers[: flat.size])
+        _squares(flat, scratch[: flat.size])
         for n in range(count * heads):
             square = _ZERO
             for j in range(rank):
-                square += flat[n * rank + j] * flat[n * rank + j]
-            scratch[n] = square
+                square += scratch[n * rank + j]
+            scratch[n] = square  # behind what is still to be read
         for n in range(count * heads):
             scratch[n] = _ONE / max(np.float32(np.sqrt(scratch[n])), _EPS)
         for n in range(count * heads):
@@ -133,7 +143,7 @@ def loops(rank: int) -> types.SimpleNamespace:
     compiled function in it again.
     """
 
-    @njit(**_OPTIONS)
+    @njit(**_FUSED)
     def scan_rows(
         projections,
         bias,
@@ -189,34 +199,34 @@ def loops(rank: int) -> types.SimpleNamespace:
                     for t in range(count):
                         for i in range(width):
                             keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
+                # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
+                all_finite = _finite(rows)
                 for t in range(count):
-                    row = rows[t]
-                    out = reads[n, first + t]
-                    valid = mask[n, first + t]
-                    if valid and not _finite(row):
+                    at = first + t
+                    valid = mask[n, at]
+                    if valid and not all_finite and not _finite(rows[t]):
                         skipped[slot] += 1
                         valid = False
                     if not valid:
                         for i in range(width):
-                            out[i] = _ZERO
+                            reads[n, at, i] = _ZERO
                     else:
                         for h in range(heads):
-                            s = work[h]
                             base = h * rank
                             # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
                             for i in range(rank):
                                 read, predicted = _ZERO, _ZERO
                                 for j in range(rank):
-                                    read += s[j, i] * q[t, base + j]
-                                    predicted += s[j, i] * k[t, base + j]
-                                out[base + i] = read
+                                    read += work[h, j, i] * q[t, base + j]
+                                    predicted += work[h, j, i] * k[t, base + j]
+                                reads[n, at, base + i] = read
                                 b = beta[t, base + i]
                                 erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
-                                column[i] = b * row[2 * width + base + i] - erase * predicted
+                                column[i] = b * rows[t, 2 * width + base + i] - erase * predicted
                             for j in range(rank):
                                 k_j = k[t, base + j]
                                 for i in range(rank):
-                                    s[j, i] = keep[t, base + i] * s[j, i] + column[i] * k_j
+                                    work[h, j, i] = keep[t, base + i] * work[h, j, i] + column[i] * k_j
                     if every > 0 and (first + t + 1) % every == 0:
                         for h in range(heads):
                             for i in range(rank):
