@@ -33,6 +33,10 @@ class WatchedCriteria(StoppingCriteriaList):
         return stop
 
 
+_NO_BATCHING = (
+    "generate_batch: continuous batching packs many requests into one row and pages their keys and values; a memory "
+    "does not follow that yet. Use generate"
+)
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
 _watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
 
@@ -45,17 +49,19 @@ def generation_overrides(model) -> dict:
         "generate": _generate,
         "prepare_inputs_for_generation": _prepare_inputs_for_generation,
         "_get_stopping_criteria": _get_stopping_criteria,
-        **{name: _refuse_batch for name in ("generate_batch", "init_continuous_batching") if hasattr(model, name)},
+        **{name: _refusing(name) for name in ("generate_batch", "init_continuous_batching") if hasattr(model, name)},
     }
 
 
-def _refuse_batch(self, *args, **kwargs):
-    if is_disabled(self):
-        return _original(self, "generate_batch")(*args, **kwargs)
-    raise NotImplementedError(
-        "generate_batch: continuous batching packs many requests into one row and pages their keys and values; a "
-        "memory does not follow that yet. Use generate"
-    )
+def _refusing(name: str):
+    """A method that raises for continuous batching, and calls the model's own while its memory is disabled."""
+
+    def refuse(self, *args, **kwargs):
+        if is_disabled(self):
+            return _original(self, name)(*args, **kwargs)
+        raise NotImplementedError(_NO_BATCHING)
+
+    return refuse
 
 
 def _original(self, name: str):
@@ -122,7 +128,7 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
             "has written cannot be taken back"
         )
     if settings["cache_implementation"] == "paged":
-        _refuse_batch(self)
+        raise NotImplementedError(_NO_BATCHING)
     if kwargs.get("token_mask") is not None:
         raise ValueError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
     if memory is not None:

@@ -175,6 +175,10 @@ def test_two_copies_live_apart():
     with memory_disabled(model):
         assert torch.equal(logits(other), expected)
     loud_adapter(other, seed=5)
+    bare = tiny_model().generate(IDS, max_new_tokens=3, do_sample=False)
+    with memory_disabled(model):
+        assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), bare)
+        assert not torch.equal(other.generate(IDS, max_new_tokens=3, do_sample=False), bare)
     assert torch.equal(logits(model), expected) and not torch.equal(logits(other), expected)
     unpatch_model(other)
     assert is_patched(model) and torch.equal(logits(model), expected)
