@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import importlib.util
 import subprocess
 import sys
 import time
@@ -33,6 +34,9 @@ FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU of today
 def run_tests(seconds: float) -> Row:
     """pytest -m gpu in a process of its own, as a row."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    if importlib.util.find_spec("xdist"):
+        # most of the time goes into compiling kernels
+        command += ["-n", str(min(8, machine.cores()))]
     start = time.perf_counter()
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)

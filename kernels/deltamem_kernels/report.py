@@ -91,6 +91,15 @@ CASES = [
     Case(BF16, 32, 1, False, strided=True),
     Case(BF16, 64, 1, True),
 ]
+# The full product of what the released adapters and their neighbours use: --full, and make soak.
+PRODUCT = [
+    Case(dtype, rank, heads, mask, length)
+    for dtype in (BF16, FP16, FP32)
+    for rank in (8, 16)
+    for heads in (1, 4)
+    for mask in (False, True)
+    for length in (64, 8192)
+]
 
 
 def launches(case: Case, warp: int) -> list:
@@ -198,14 +207,16 @@ def measure(target: str, case: Case, seen: set) -> list[Resources]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS))
-    targets = parser.parse_args().target or list(TARGETS)
+    parser.add_argument("--full", action="store_true", help="the full product of dtypes, ranks, heads, masks, lengths")
+    options = parser.parse_args()
+    targets = options.target or list(TARGETS)
     print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
     print(f"{'case':<50} {'kernel':<13}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TRITON_CACHE_DIR"] = directory
         for target in targets:
             seen: set = set()
-            for case in CASES:
+            for case in PRODUCT if options.full else CASES:
                 for row in measure(target, case, seen):
                     print(
                         f"{row.case:<50} {row.kernel:<13}{row.target:<7}{row.registers:>5}{row.shared:>7}"

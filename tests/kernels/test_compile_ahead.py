@@ -13,11 +13,25 @@ KERNELS = {
 }  # fmt: skip
 
 
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
 @pytest.mark.compile_ahead
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_no_spill_and_no_stack(target, tmp_path):
+    check(target, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.compile_ahead
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spill_and_no_stack_in_the_full_product(target, tmp_path):
+    check(target, tmp_path, "--full")
+
+
+def check(target, tmp_path, *options):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "deltamem_kernels.report", "--target", target]
+    command = [sys.executable, "-m", "deltamem_kernels.report", "--target", target, *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines() if f" {target} " in line]
