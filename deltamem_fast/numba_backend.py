@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
+from deltamem_kernels.scan_backward import scan_backward
 
 from . import reference
 from .numba_loops import loops
@@ -132,20 +133,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, d_reads, d_state, _skipped, d_saved):
-    """The gradient of the reference, recomputed; a compiled one takes its place with training support."""
     projections, gate_bias, state, mask, cu_seqlens, slots = ctx.saved_tensors
-    with torch.enable_grad():
-        inputs = [None if t is None else t.detach().requires_grad_(True) for t in (projections, gate_bias, state)]
-        out = reference.scan(
-            *inputs, _rule(*ctx.rule_flags),
-            mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=ctx.every,
-        )  # fmt: skip
-        outputs = [(out.reads, d_reads), (out.state, d_state)] + ([(out.checkpoints, d_saved)] if ctx.every else [])
-        outputs = [(o, g) for o, g in outputs if g is not None and o.requires_grad]
-        wanted = [t for t in inputs if t is not None]
-        grads = torch.autograd.grad([o for o, _ in outputs], wanted, [g for _, g in outputs], allow_unused=True)
-    found = iter(grads)
-    return (*(None if t is None else next(found) for t in inputs), *[None] * 10)
+    d_projections, d_bias, d_initial = scan_backward(
+        d_reads, d_state, projections, gate_bias, state, _rule(*ctx.rule_flags),
+        mask=mask, cu_seqlens=cu_seqlens, slots=slots,
+        d_checkpoints=d_saved if ctx.every else None, checkpoint_every=ctx.every,
+    )  # fmt: skip
+    return d_projections, d_bias, d_initial, *[None] * 10
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup)
