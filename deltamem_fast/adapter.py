@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .config import CONFIG_NAME, DeltaMemConfig
-from .files import write_atomically
+from .files import read_tensors, write_atomically
 from .memory import DeltaMemory
 from .record import identity_of, record_of, unwrap
 
@@ -98,14 +98,7 @@ def read_weights(directory: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            weights = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"adapter: {path} is not a safetensors file, or cut short: {error}") from error
+    metadata, weights = read_tensors(path, "adapter")
     version = metadata.get("format_version", "")
     if metadata.get("format") != FORMAT or not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
         raise ValueError(
@@ -113,6 +106,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             f"{FORMAT!r} 1 to {FORMAT_VERSION}"
         )
     return weights
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # As bytes, because NaN is not equal to itself and -0.0 is to 0.0.
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
 def _canonical(name: str) -> str:

@@ -95,11 +95,12 @@ def _uses_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _check_memory(memory: MemoryState, identity) -> None:
     """Raise unless a caller's memory fits the model's adapter."""
+    specs = identity.layer_specs()
     have = {i: list(state.shape[1:]) for i, state in memory.items()}
-    want = {i: [m.rule.heads, m.rule.rank, m.rule.rank] for i, m in identity.memories.items()}
+    want = {i: [spec.heads, spec.rank, spec.rank] for i, spec in specs.items()}
     if have != want:
         raise ValueError(f"memory: got layers {have}, the model's adapter has {want}")
-    for i, spec in identity.layer_specs().items():
+    for i, spec in specs.items():
         if memory[i].dtype != torch.float32:
             raise TypeError(f"memory: layer {i} is {memory[i].dtype}, allowed float32")
         if memory[i].device != spec.device:

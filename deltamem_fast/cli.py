@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, read_weights, write_adapter
+from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, read_weights, same_bits, write_adapter
 from .backends import BACKENDS
 from .config import CONFIG_NAME
 from .version import __version__
@@ -167,8 +167,7 @@ def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: b
     directory = Path(target).expanduser()
     _check_target(Path(source).expanduser(), directory, force)
     adapter = read_adapter(source)
-    # Copies: tensors that share storage are refused by safetensors, and views would take their whole base along.
-    weights = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in adapter.weights.items()}
+    weights = adapter.weights
     write_adapter(directory, adapter.config, weights, to)
     _check_written(directory, weights)
     files = [CONFIG_NAME, SAFETENSORS_NAME if to == "safetensors" else RELEASED_NAME]
@@ -192,16 +191,9 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
 
 def _check_written(directory: Path, weights: dict[str, torch.Tensor]) -> None:
     written = read_weights(directory)
-    same = written.keys() == weights.keys() and all(_same_bits(written[name], weights[name]) for name in weights)
+    same = written.keys() == weights.keys() and all(same_bits(written[name], weights[name]) for name in weights)
     if not same:
         raise ValueError(f"TARGET: {directory} does not read back as it was written")
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    # As bytes, because NaN is not equal to itself and -0.0 is to 0.0.
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
 # --- demo

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .adapter import same_bits
 from .backends import BACKENDS, resolve_backend
 from .demo_conversations import Conversation, read_conversations
 from .demo_model import HIDDEN, LAYERS, build_backbone, build_tokenizer, patch_with_random_adapter
@@ -201,15 +202,11 @@ def _norm(memory: MemoryState, row: int) -> float:
 
 
 def _same_memory(a: MemoryState, b: MemoryState) -> bool:
-    return list(a) == list(b) and all(_same_bits(a[i], b[i]) for i in a) and torch.equal(a.skipped, b.skipped)
+    return list(a) == list(b) and all(same_bits(a[i], b[i]) for i in a) and torch.equal(a.skipped, b.skipped)
 
 
 def _same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return list(a) == list(b) and all(_same_bits(a[key], b[key]) for key in a)
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+    return list(a) == list(b) and all(same_bits(a[key], b[key]) for key in a)
 
 
 def _sizes(model: nn.Module, bare: nn.Module, memory: MemoryState) -> dict[str, Any]:

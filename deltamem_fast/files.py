@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
     """Have ``write`` produce a file under a temporary name, sync it, and rename it to ``path``.
@@ -54,6 +56,17 @@ def read_json(path: str | os.PathLike) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: got a JSON {type(value).__name__}, allowed an object")
     return value
+
+
+def read_tensors(path: str | os.PathLike, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors, on the CPU, of a safetensors file; ``name`` is the argument that an error names."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
 
 
 def _sync_directory(directory: Path) -> None:

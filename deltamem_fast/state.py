@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .files import write_atomically
+from .files import read_tensors, write_atomically
 from .record import LayerSpec, describe_difference, identity_of
 
 FORMAT = "deltamem-memory"
@@ -257,17 +257,10 @@ class MemoryState:
             ValueError: not a memory file, a newer format, or one saved under another adapter or backbone;
                 the message names both.
         """
-        from safetensors import SafetensorError, safe_open
-
         identity = identity_of(model)
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: {path}: no such file")
-        try:
-            with safe_open(path, "pt", device="cpu") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"path: {path}: not a safetensors file, or cut short: {error}") from error
+        metadata, tensors = read_tensors(path, "path")
         _check_metadata(path, metadata, identity)
         specs = identity.layer_specs()
         saved = {int(i): tuple(shape) for i, shape in json.loads(metadata["layers"]).items()}
