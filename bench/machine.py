@@ -59,10 +59,25 @@ def commit() -> dict[str, Any]:
     return {"commit": short, "dirty": None if changes is None else bool(changes)}
 
 
-def describe() -> dict[str, Any]:
-    """Everything about the machine that a timing depends on."""
+def driver() -> str:
+    """The version of the GPU's driver (ROCm's for AMD), or "unknown"."""
+    if torch.version.hip:
+        return f"rocm{torch.version.hip}"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip().splitlines()[0] if result.returncode == 0 and result.stdout.strip() else "unknown"
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """Everything that a timing on ``device`` (``cpu`` or ``cuda``) depends on."""
+    gpu = device == "cuda"
     return {
-        "device": processor(),
+        "device": torch.cuda.get_device_name() if gpu else processor(),
+        "driver": driver() if gpu else None,
+        "processor": processor(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -1,13 +1,13 @@
-"""Rows of a benchmark's result, and the tables made of them."""
+"""Rows of a benchmark's result: what was measured, or why it was not."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-HEADINGS = ("benchmark", "parameters", "p20", "p50", "p80", "tokens/s", "ratio (p20 to p80)", "target", "met")
+STATUSES = ("measured", "refused", "absent")
 
 
 @dataclass
@@ -17,15 +17,15 @@ class Row:
     Attributes:
         name: what was measured and of which implementation, as in ``scan/numba``.
         parameters: its sizes; ``tokens`` and ``batch`` give tokens per second.
-        status: ``measured``, ``refused`` (wrong results, so not timed) or ``absent`` (cannot run here).
-        note: why it was refused or is absent, or how far its ratio decides.
+        status: ``measured``, ``refused`` (wrong results, so not timed) or ``absent`` (cannot run here, left out).
+        note: why it was refused or is absent, or what the number leaves open.
         error: relative error that the check found, of the worst output, or None.
         samples: how many timings p20, p50 and p80 are taken from.
         p20, p50, p80: seconds.
-        ratio, ratio_p20, ratio_p80: how many times as fast as the baseline it was timed in turns with: median and
-            spread over the turns.
-        target: what ``ratio`` should be at least, or None.
-        met: whether it is, or None where there is no target or no ratio.
+        ratios: by baseline, how many times as fast as that variant it was: [p20, p50, p80] over the turns in which
+            both ran.
+        values: other numbers by name: ``bytes`` (the least that has to be moved), ``bandwidth`` (bytes per second),
+            ``roofline`` (least possible time ÷ p50), ``peak_memory`` (bytes), ``operations``, ``registers``, ….
     """
 
     name: str
@@ -37,15 +37,27 @@ class Row:
     p20: float | None = None
     p50: float | None = None
     p80: float | None = None
-    ratio: float | None = None
-    ratio_p20: float | None = None
-    ratio_p80: float | None = None
-    target: float | None = None
-    met: bool | None = None
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
         return asdict(self)
+
+
+def from_dict(data: Mapping[str, Any]) -> Row:
+    """The row of a JSON object.
+
+    Raises:
+        ValueError: a name is missing or a key is unknown, or the status is.
+    """
+    known = {f.name for f in fields(Row)}
+    if "name" not in data or (unknown := set(data) - known):
+        raise ValueError(f"row: got the keys {sorted(data)}, allowed {sorted(known)}")
+    row = Row(**data)
+    if row.status not in STATUSES:
+        raise ValueError(f"row {row.name}: status {row.status!r}, allowed {', '.join(STATUSES)}")
+    return row
 
 
 def spread(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -61,71 +73,28 @@ def measured(name: str, parameters: dict[str, Any], seconds: Sequence[float], er
     return row
 
 
-def compare(row: Row, ratios: Sequence[float], target: float | None = None) -> Row:
-    """Add to ``row`` how many times as fast as its baseline it was, turn by turn; returns it."""
-    row.ratio_p20, row.ratio, row.ratio_p80 = spread(ratios)
-    row.target = target
-    row.met = None if target is None else row.ratio >= target
-    if target is not None and row.ratio_p20 < target <= row.ratio_p80:
-        row.note = "the spread includes the target"
+def counted(name: str, parameters: dict[str, Any], note: str = "", **values: float) -> Row:
+    """A row of numbers that are no timings."""
+    return Row(name, parameters, note=note, values=values)
+
+
+def compare(row: Row, baseline: str, theirs: Sequence[float], ours: Sequence[float]) -> Row:
+    """Add to ``row`` how many times as fast as ``baseline`` it was, turn by turn; returns it.
+
+    Args:
+        theirs, ours: seconds of the baseline and of this row, one each a turn.
+    """
+    row.ratios[baseline] = list(spread([a / b for a, b in zip(theirs, ours, strict=True)]))
     return row
 
 
-def refused(name: str, parameters: dict[str, Any], note: str, error: float | None = None, target=None) -> Row:
+def refused(name: str, parameters: dict[str, Any], note: str, error: float | None = None) -> Row:
     """A row of a variant that was not timed because its results are wrong."""
     # JSON has no NaN: an output that is not a number at all has no error to report.
     finite = error if error is not None and error < float("inf") else None
-    return Row(name, parameters, status="refused", note=note, error=finite, target=target)
+    return Row(name, parameters, status="refused", note=note, error=finite)
 
 
 def absent(name: str, note: str, parameters: dict[str, Any] | None = None) -> Row:
-    """A row of a variant that cannot run here."""
+    """A row of a variant that cannot run here, or was left out."""
     return Row(name, parameters or {}, status="absent", note=note)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
-    return f"{seconds * scale:.3g} {unit}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.3f}"
-
-
-def _rate(row: dict[str, Any]) -> str:
-    sizes = row["parameters"]
-    if row["p50"] is None or "tokens" not in sizes:
-        return ""
-    return _number(sizes["tokens"] * sizes.get("batch", 1) / row["p50"])
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """One line of a table, under HEADINGS, of a row read from JSON."""
-    sizes = " ".join(f"{key}={value}" for key, value in row["parameters"].items())
-    ratio = ""
-    if row["ratio"] is not None:
-        ratio = f"{_number(row['ratio'])} ({_number(row['ratio_p20'])} to {_number(row['ratio_p80'])})"
-    target = "" if row["target"] is None else f"≥ {row['target']:g}"
-    met = "" if row["met"] is None else "yes" if row["met"] else "no"
-    if row["status"] != "measured":
-        met = row["status"]
-    if row["note"]:
-        met += f": {row['note']}"
-    times = [_duration(row[key]) for key in ("p20", "p50", "p80")]
-    return [row["name"], sizes, *times, _rate(row), ratio, target, met]
-
-
-def plain_table(rows: list[dict[str, Any]]) -> str:
-    """Aligned text."""
-    lines = [list(HEADINGS), *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS) - 1)] + [0]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table."""
-    lines = [list(HEADINGS), ["---"] * len(HEADINGS), *(cells(row) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -13,6 +13,7 @@ import torch
 BACKENDS = ("auto", "triton", "numba", "reference")
 logger = logging.getLogger("deltamem_fast")
 _loaded: dict[tuple[str, str], ModuleType] = {}
+_loaded_heads: dict[tuple[str, str], ModuleType] = {}
 _said: set[str] = set()
 
 
@@ -73,6 +74,25 @@ def _load(name: str) -> ModuleType:
         from . import numba_backend as ops
     else:
         from . import reference as ops
+    return ops
+
+
+def head_operations(backend: str, device: torch.device) -> ModuleType:
+    """The module whose ``steer_heads_`` and ``decode_`` run for ``backend`` on ``device``."""
+    module = _loaded_heads.get((backend, device.type))
+    if module is None:
+        name = resolve_backend(backend, device.type)
+        module = _loaded_heads[backend, device.type] = _load_heads(name)
+    return module
+
+
+def _load_heads(name: str) -> ModuleType:
+    if name == "triton":
+        from deltamem_kernels import ops
+    elif name == "numba":
+        from . import numba_heads as ops
+    else:
+        from . import reference_heads as ops
     return ops
 
 

@@ -201,3 +201,5 @@ def _mark_static(layer, memory: MemoryState, layer_idx: int) -> None:
     if isinstance(layer, StaticLayer) and not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(memory[layer_idx])
         torch._dynamo.mark_static_address(memory._skipped[layer_idx])
+        if layer_idx in memory._arrived:
+            torch._dynamo.mark_static_address(memory._arrived[layer_idx])

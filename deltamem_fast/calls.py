@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .attention import MemoryCall
+from .advance import MemoryCall
 from .cache import adopt, check_rows
 from .state import MemoryState
 
@@ -96,15 +96,16 @@ def _uses_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _check_memory(memory: MemoryState, identity) -> None:
     """Raise unless a caller's memory fits the model's adapter."""
     specs = identity.layer_specs()
-    have = {i: list(state.shape[1:]) for i, state in memory.items()}
-    want = {i: [spec.heads, spec.rank, spec.rank] for i, spec in specs.items()}
-    if have != want:
+    layers = memory._layers
+    if layers.keys() != specs.keys() or any(layers[i].shape[1:] != spec.shape for i, spec in specs.items()):
+        have = {i: list(state.shape[1:]) for i, state in memory.items()}
+        want = {i: list(spec.shape) for i, spec in specs.items()}
         raise ValueError(f"memory: got layers {have}, the model's adapter has {want}")
     for i, spec in specs.items():
-        if memory[i].dtype != torch.float32:
-            raise TypeError(f"memory: layer {i} is {memory[i].dtype}, allowed float32")
-        if memory[i].device != spec.device:
-            raise ValueError(f"memory: layer {i} is on {memory[i].device}, the model's is on {spec.device}; see to()")
+        if layers[i].dtype != torch.float32:
+            raise TypeError(f"memory: layer {i} is {layers[i].dtype}, allowed float32")
+        if layers[i].device != spec.device:
+            raise ValueError(f"memory: layer {i} is on {layers[i].device}, the model's is on {spec.device}; see to()")
     identity.check(memory._identity)
 
 

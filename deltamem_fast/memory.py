@@ -54,6 +54,8 @@ class DeltaMemory(nn.Module):
         self.shape = shape
         self.layer_idx = layer_idx
         self.backend = backend
+        # Its rows in packed storage (paths.LayerWeights), once a model is patched with it.
+        self.weights = None
         width, gates = self.rule.read_width, self.rule.gate_width
 
         def parameter(*size):
@@ -119,16 +121,29 @@ class DeltaMemory(nn.Module):
             columns = F.normalize(base[:, :width].float(), dim=0, eps=1e-6)
             weight[:, :width].copy_(columns * config.online_gain)
 
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """The parameters whose rows, one behind another, make the matrix [W, d] of all raw projections."""
+        rows = ("memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj")
+        return (*rows, "lambda_proj") if self.rule.has_lambda else rows
+
+    @property
+    def gate_bias_names(self) -> tuple[str, ...]:
+        """The gates' biases in the order of their rows."""
+        return ("beta_bias", "lambda_bias") if self.rule.has_lambda else ("beta_bias",)
+
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul, and the gates' biases in float32."""
-        # Made anew for each forward: what writes through .data leaves no trace by which a kept copy could be renewed.
-        rows = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
-        if not self.rule.has_lambda:
-            return torch.cat(rows), self.beta_bias.float()
-        return torch.cat([*rows, self.lambda_proj]), torch.cat([self.beta_bias, self.lambda_bias]).float()
+        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul, and the gates' biases.
+
+        Differentiable under autograd; else the packed storage itself, where the memory is part of a patched model.
+        """
+        if self.weights is not None and not torch.is_grad_enabled():
+            return self.weights.memory_rows()
+        rows, bias = ([getattr(self, n) for n in names] for names in (self.row_names, self.gate_bias_names))
+        return torch.cat(rows), torch.cat(bias) if len(bias) > 1 else bias[0]
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases, float32."""
+        """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases as stored."""
         weight, bias = self.stacked()
         return F.linear(hidden_states, weight.to(hidden_states.dtype)), bias
 
@@ -140,13 +155,14 @@ class DeltaMemory(nn.Module):
         raw = self.delta_scale_raw[DELTA_HEADS.index(head) if per_head else 0]
         return torch.sigmoid(raw.float()) * self.config.delta_scale_max
 
-    def correct(self, head: str, output: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+    def correct(self, head: str, output: torch.Tensor, reads: torch.Tensor, in_place: bool = False) -> torch.Tensor:
         """``output`` of projection ``head`` plus its correction.
 
         Args:
             head: one of the configuration's ``delta_heads``.
             output: [..., out], the projection's output.
             reads: float32 [..., H·r].
+            in_place: add to ``output`` where it lies (not under autograd).
         """
         factor = self.head_scale(head)
         if factor is not None:
@@ -155,5 +171,5 @@ class DeltaMemory(nn.Module):
         norm = self.delta_o_rmsnorm_weight if head == "o" and self.config.delta_o_rmsnorm else None
         return operations(self.backend, output.device).steer(
             output, reads, getattr(self, f"delta_{head}_proj"), self.config.scale,
-            norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps,
+            norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps, out=output if in_place else None,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from .calls import CallersMemory, begin
 from .config import DELTA_HEADS, DeltaMemConfig
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
+from .paths import LayerPath, LayerWeights, why_generic
 from .record import RECORD, Identity, PatchRecord, decoder_of, find_record, record_disabled, record_of, unwrap
 
 MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
@@ -206,6 +207,10 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
     for name, attention in record.attentions.items():
         attention.add_module("delta_memory", memories[name])
         record.replace(attention, "forward", types.MethodType(attention_forward, attention))
+        record.replace(attention, "_apply", types.MethodType(_apply, attention))
+        record.hooks.append(attention.register_load_state_dict_post_hook(_after_loading))
+        memories[name].weights = LayerWeights()
+    record.pack()
     decoder = record.decoder
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(decoder.forward).parameters.values()
@@ -236,7 +241,37 @@ def _uninstall(model: nn.Module, record: PatchRecord) -> None:
     record.restore()
     for attention in record.attentions.values():
         if "delta_memory" in attention._modules:
+            if attention.delta_memory.weights is not None:
+                attention.delta_memory.weights.release()
             del attention._modules["delta_memory"]
+
+
+def _apply(self, function, recurse=True):
+    """``nn.Module._apply`` of a patched attention (``.to()`` and its like), after which the weights are packed again."""
+    type(self)._apply(self, function, recurse)
+    self.delta_memory.weights.refresh(self, self.delta_memory)
+    return self
+
+
+def _after_loading(module: nn.Module, _) -> None:
+    """After ``load_state_dict``, which may have put other parameters in the old ones' places (assign=True)."""
+    module.delta_memory.weights.refresh(module, module.delta_memory)
+
+
+def layer_paths(model: nn.Module) -> dict[int, LayerPath]:
+    """How each layer of a patched model runs where nothing is differentiated: layer index → LayerPath.
+
+    Under autograd or autocast every layer takes the generic path.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    found = {}
+    for attention in record_of(unwrap(model)).attentions.values():
+        memory = attention.delta_memory
+        reason = why_generic(attention, memory) or memory.weights.reason
+        found[memory.layer_idx] = LayerPath("generic" if reason else "fast", reason)
+    return dict(sorted(found.items()))
 
 
 def _with_signature(module: nn.Module, function):

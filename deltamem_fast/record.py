@@ -34,8 +34,13 @@ class LayerSpec:
     def of(cls, rule: DeltaRule, device: torch.device) -> LayerSpec:
         return cls(rule.heads, rule.rank, device)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one conversation's state."""
+        return self.heads, self.rank, self.rank
+
     def zeros(self, batch_size: int) -> torch.Tensor:
-        return torch.zeros(batch_size, self.heads, self.rank, self.rank, device=self.device)
+        return torch.zeros(batch_size, *self.shape, device=self.device)
 
 
 @dataclass(eq=False)
@@ -51,7 +56,7 @@ class Identity:
 
     def layer_specs(self) -> dict[int, LayerSpec]:
         """Layer index → shape and device of its state."""
-        return {i: LayerSpec.of(m.rule, m.memory_q_proj.device) for i, m in self.memories.items()}
+        return {i: LayerSpec.of(m.rule, m._parameters["memory_q_proj"].device) for i, m in self.memories.items()}
 
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints and readable names of adapter and backbone, as a saved memory holds them."""
@@ -93,6 +98,7 @@ class PatchRecord:
     attentions: dict[str, nn.Module]
     replaced: list[tuple[Any, str, Any, bool, Any]] = field(default_factory=list)
     originals: dict[str, Any] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
     decoder_arguments: tuple[str, ...] = ()
     disabled_depth: int = 0
 
@@ -114,6 +120,8 @@ class PatchRecord:
                     f"model: {type(owner).__name__}.{name} was replaced after patch_model (by a hook, or another "
                     "patch); undo that first"
                 )
+        while self.hooks:
+            self.hooks.pop().remove()
         while self.replaced:
             owner, name, _, present, old = self.replaced.pop()
             if present:
@@ -126,7 +134,13 @@ class PatchRecord:
         memo[id(self)] = copied
         for name, value in vars(self).items():
             setattr(copied, name, copy.deepcopy(value, memo))
+        copied.pack()
         return copied
+
+    def pack(self) -> None:
+        """Choose each layer's path and pack its weights; again where they have moved."""
+        for attention in self.attentions.values():
+            attention.delta_memory.weights.refresh(attention, attention.delta_memory)
 
     def __reduce_ex__(self, protocol):
         raise TypeError(

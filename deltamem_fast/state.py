@@ -35,6 +35,7 @@ class MemoryState:
             raise ValueError(f"layers: got differing batch sizes {sorted(sizes)}, allowed one")
         self._layers = dict(layers)
         self._skipped = dict(skipped) if skipped is not None else {i: _counter(s) for i, s in layers.items()}
+        self._arrived = {i: _counter(s) for i, s in layers.items() if s.is_cuda}
         self._identity = identity
         # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
         self._broken = ""
@@ -176,6 +177,7 @@ class MemoryState:
         memo[id(self)] = copied
         copied._layers = copy.deepcopy(self._layers, memo)
         copied._skipped = copy.deepcopy(self._skipped, memo)
+        copied._arrived = copy.deepcopy(self._arrived, memo)
         copied._identity, copied.frozen, copied._broken = self._identity, self.frozen, self._broken
         return copied
 
@@ -213,11 +215,19 @@ class MemoryState:
     def _start(self, layer_idx: int, spec: LayerSpec, batch_size: int) -> None:
         self._layers[layer_idx] = spec.zeros(batch_size)
         self._skipped[layer_idx] = _counter(self._layers[layer_idx])
+        self._count_arrivals(layer_idx)
+
+    def _count_arrivals(self, layer_idx: int) -> None:
+        """Zeros [B] with which the programs of one decoded row tell who is the last; on a GPU only."""
+        state = self._layers[layer_idx]
+        if state.is_cuda and (layer_idx not in self._arrived or self._arrived[layer_idx].shape[0] != state.shape[0]):
+            self._arrived[layer_idx] = _counter(state)
 
     def _gather(self, layer_idx: int, change) -> None:
         """Reorder, repeat or select rows of one layer; keeps the address where the shape stays."""
         if layer_idx in self._layers:
             self.put(layer_idx, change(self._layers[layer_idx]), in_place=True)
+            self._count_arrivals(layer_idx)
             counter = change(self._skipped[layer_idx])
             if counter.shape == self._skipped[layer_idx].shape and writable(self._skipped[layer_idx]):
                 self._skipped[layer_idx].copy_(counter)

@@ -276,7 +276,8 @@ def test_quantised_linears():
         patch_model(model)
     loud_adapter(patch_model(model, DeltaMemConfig(output_init="random")))
     assert model.model.layers[0].self_attn.delta_memory.memory_q_proj.dtype == torch.bfloat16
-    assert torch.equal(logits(model), expected)
+    # two paths, which round differently
+    assert relative_error(logits(model), expected) < 2e-2
 
 
 @pytest.mark.parametrize("order", ("dispatch first", "patch first"))

@@ -1,0 +1,1 @@
+from .reference_heads import decode_, steer_heads_

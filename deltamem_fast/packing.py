@@ -1,0 +1,92 @@
+"""Parameters of several modules, one behind another in one storage, so that one matmul takes them all."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class PackedRows:
+    """Rows of several parameters in one tensor. Each parameter stays what it was, but is a view of its rows.
+
+    ``state_dict``, in-place updates (``load_state_dict``, optimizers) and saving go on working on the views. What
+    gives a parameter other storage (``.to()``, ``copy.deepcopy``, ``param.data = …``) is seen by its address, and
+    the rows are packed again.
+
+    Args:
+        members: (module, parameter's name), or (None, n) for n rows of zeros; all on one device, of one dtype.
+    """
+
+    def __init__(self, members: list[tuple[nn.Module | None, str | int]]):
+        self.members = members
+        self.tensor: torch.Tensor | None = None
+        self._places: list[tuple[dict, str, int]] = []
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The packed parameters, in order."""
+        return [owner._parameters[name] for owner, name in self.members if owner is not None]
+
+    def is_whole(self) -> bool:
+        """Whether every parameter still is its rows."""
+        if self.tensor is None:
+            return False
+        for parameters, name, address in self._places:
+            if parameters[name].data_ptr() != address:
+                return False
+        return True
+
+    def get(self) -> torch.Tensor:
+        """The packed rows, off the autograd graph; packed again where a parameter has moved."""
+        # A compiled region cannot ask for addresses: what moves weights outside of it packs them again there.
+        if not torch.compiler.is_compiling() and not self.is_whole():
+            self.pack()
+        return self.tensor
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Give the parameters one storage. Takes the memory of these rows once more until it is done."""
+        with torch.inference_mode(False):  # an inference tensor could not take a parameter's place
+            parameters = self.parameters()
+            if len(self.members) == 1:
+                self.tensor = parameters[0].data
+            else:
+                first = parameters[0]
+                blocks = [
+                    first.new_zeros(name, *first.shape[1:]) if owner is None else owner._parameters[name].data
+                    for owner, name in self.members
+                ]
+                self.tensor = torch.cat(blocks)
+                start = 0
+                for (owner, name), block in zip(self.members, blocks):
+                    if owner is not None:
+                        owner._parameters[name].data = self.tensor[start : start + block.shape[0]]
+                    start += block.shape[0]
+            # CUDA graphs copy their inputs but for those that stay where they are, as parameters do.
+            torch._dynamo.mark_static_address(self.tensor)
+        self._places = [
+            (owner._parameters, name, owner._parameters[name].data_ptr())
+            for owner, name in self.members
+            if owner is not None
+        ]
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Give every parameter a storage of its own again."""
+        if self.is_whole() and len(self.members) > 1:
+            with torch.inference_mode(False):
+                for parameter in self.parameters():
+                    parameter.data = parameter.data.clone()
+        self.tensor, self._places = None, []
+
+    def __deepcopy__(self, memo) -> PackedRows:
+        # The copied parameters have storage of their own; they are packed when they are first used.
+        copied = PackedRows(copy.deepcopy(self.members, memo))
+        memo[id(self)] = copied
+        return copied
+
+
+def has_own_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor fills its storage, so that no other tensor can be a view of the rest of it."""
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
