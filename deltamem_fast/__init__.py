@@ -8,7 +8,7 @@ model.generate(**inputs, memory=memory)
 from .adapter import export_adapter, load_adapter, save_adapter
 from .cache import memory_state
 from .config import DeltaMemConfig
-from .patch import patch_model, unpatch_model
+from .patch import layer_paths, patch_model, unpatch_model
 from .record import is_patched, memory_disabled
 from .state import MemoryState
 from .version import __version__
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "export_adapter",
     "is_patched",
+    "layer_paths",
     "load_adapter",
     "memory_disabled",
     "memory_state",

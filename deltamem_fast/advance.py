@@ -54,9 +54,7 @@ class MemoryCall:
         )
 
 
-def advance(
-    memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tensor, call: MemoryCall
-) -> torch.Tensor:
+def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tensor, call: MemoryCall) -> torch.Tensor:
     """One layer's reads for the tokens of a forward; its state moves on.
 
     Args:

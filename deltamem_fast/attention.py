@@ -40,7 +40,7 @@ def attention_forward(self, *args, memory: MemoryCall | None = None, **kwargs):
     if memory is None:
         return type(self).forward(self, *args, **kwargs)
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    adapter = self.delta_memory
+    adapter = self._modules["delta_memory"]
     if adapter.weights.applies(self, hidden_states):
         return fused_forward(self, adapter, memory, *args, **kwargs)
     reads = advance(adapter, *adapter.project(hidden_states), memory)

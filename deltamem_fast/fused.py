@@ -14,9 +14,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .advance import MemoryCall, advance
-from .backends import head_operations, operations
+from .backends import head_operations
 from .memory import DeltaMemory
-from .paths import LlamaShape, shape_of, steering_of
 
 
 def fused_forward(
@@ -36,16 +35,15 @@ def fused_forward(
         memory, call: the layer's adapter and this forward's memory.
         hidden_states: [B, T, d]; the rest as the class's own forward takes it.
     """
-    shape, weights = shape_of(attention), memory.weights
+    weights = memory.weights
+    shape = weights.shape
     packed = F.linear(hidden_states, weights.rows.get(), None if weights.bias is None else weights.bias.get())
     rotates = not shape.rope or getattr(attention, shape.rope)
     cos, sin = position_embeddings if rotates else (None, None)
-    reads, addend = _steer(attention, memory, call, packed, cos, sin, shape)
+    reads, addend = _steer(attention, memory, call, packed, cos, sin)
 
-    layout = weights.layout(attention.head_dim, 0)
-    query, key, value = packed[..., : layout.width].split([n * layout.dim for n in weights.heads], -1)
-    head_shape = (*hidden_states.shape[:-1], -1, layout.dim)
-    query, key, value = (heads.view(head_shape).transpose(1, 2) for heads in (query, key, value))
+    heads = packed[..., : weights.first_memory_row].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query, key, value = heads.split_with_sizes(weights.heads, 1)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -63,12 +61,12 @@ def fused_forward(
 
 
 def _steer(
-    attention: nn.Module, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, cos, sin, shape: LlamaShape
+    attention: nn.Module, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, cos, sin
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Read, write and steer the packed rows in place → the reads, and at decode Δo (None: still to be added)."""
     weights = memory.weights
     layout = weights.layout(attention.head_dim, 0 if cos is None else cos.shape[-1])
-    steering = steering_of(memory, attention, shape.norms)
+    steering = weights.steering(attention, memory)
     heads = head_operations(memory.backend, packed.device)
     bias = weights.gate_bias.get()
     decodes = packed.shape[1] == 1 and (call.frozen or call.steps(memory.layer_idx, packed))
@@ -78,11 +76,11 @@ def _steer(
             packed.squeeze(1), bias, initial, memory.rule, layout, steering, cos, sin,
             mask=None if call.token_mask is None else call.token_mask.squeeze(1),
             skipped=call.state._skipped[memory.layer_idx], arrived=call.state._arrived.get(memory.layer_idx),
-            frozen=call.frozen,
+            frozen=call.frozen, check=False, prepared=weights.prepared,
         )  # fmt: skip
         return reads.unsqueeze(1), addend
     reads = advance(memory, packed[..., layout.width : layout.width + memory.rule.width], bias, call)
-    heads.steer_heads_(packed, reads, layout, steering, cos, sin)
+    heads.steer_heads_(packed, reads, layout, steering, cos, sin, check=False)
     return reads, None
 
 

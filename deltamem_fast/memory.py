@@ -137,7 +137,7 @@ class DeltaMemory(nn.Module):
 
         Differentiable under autograd; else the packed storage itself, where the memory is part of a patched model.
         """
-        if self.weights is not None and not torch.is_grad_enabled():
+        if self.weights is not None and self.weights.rows is not None and not torch.is_grad_enabled():
             return self.weights.memory_rows()
         rows, bias = ([getattr(self, n) for n in names] for names in (self.row_names, self.gate_bias_names))
         return torch.cat(rows), torch.cat(bias) if len(bias) > 1 else bias[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
@@ -79,12 +77,6 @@ class PackedRows:
                 for parameter in self.parameters():
                     parameter.data = parameter.data.clone()
         self.tensor, self._places = None, []
-
-    def __deepcopy__(self, memo) -> PackedRows:
-        # The copied parameters have storage of their own; they are packed when they are first used.
-        copied = PackedRows(copy.deepcopy(self.members, memo))
-        memo[id(self)] = copied
-        return copied
 
 
 def has_own_storage(tensor: torch.Tensor) -> bool:

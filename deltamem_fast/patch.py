@@ -247,7 +247,7 @@ def _uninstall(model: nn.Module, record: PatchRecord) -> None:
 
 
 def _apply(self, function, recurse=True):
-    """``nn.Module._apply`` of a patched attention (``.to()`` and its like), after which the weights are packed again."""
+    """``nn.Module._apply`` of a patched attention (``.to()`` and its like); then the weights are packed again."""
     type(self)._apply(self, function, recurse)
     self.delta_memory.weights.refresh(self, self.delta_memory)
     return self

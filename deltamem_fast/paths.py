@@ -66,12 +66,15 @@ class LayerWeights:
     first_memory_row: int = 0
     heads: tuple[int, int, int] = (0, 0, 0)
     layouts: dict[int, HeadLayout] = field(default_factory=dict)
-    parts: tuple[tuple[str, nn.Module], ...] = ()
+    parts: tuple[tuple, ...] = ()
+    shape: LlamaShape | None = None
+    prepared: dict = field(default_factory=dict)
+    _steering: Steering | None = None
+    _steered_by: tuple[tuple[dict, str, nn.Parameter], ...] = ()
 
-    @property
-    def fast(self) -> bool:
-        """Whether the fused forward may run (``applies`` looks at what can change from call to call)."""
-        return not self.reason
+    def __deepcopy__(self, memo) -> LayerWeights:
+        # A copy's weights lie elsewhere: the copied PatchRecord looks at them anew.
+        return LayerWeights()
 
     def refresh(self, attention: nn.Module, memory: DeltaMemory) -> None:
         """Choose the path again and pack the weights for it."""
@@ -80,7 +83,8 @@ class LayerWeights:
         if reason:
             rows, bias, first, parts = memory_rows, None, 0, ()
         else:
-            parts = tuple((name, attention._modules[name]) for name in _parts_of(attention))
+            modules = [(name, attention._modules[name]) for name in _parts_of(attention)]
+            parts = tuple((n, m, m._forward_hooks, m._forward_pre_hooks, vars(m)) for n, m in modules)
             projections = [attention._modules[name] for name in PROJECTIONS[:3]]
             rows = [(projection, "weight") for projection in projections] + memory_rows
             first = sum(projection.out_features for projection in projections)
@@ -91,7 +95,8 @@ class LayerWeights:
                     for projection in projections
                 ] + [(None, memory.rule.width)]
             self.heads = tuple(projection.out_features // attention.head_dim for projection in projections)
-        self.layouts = {}
+        self.layouts, self.prepared, self._steering = {}, {}, None
+        self.shape = shape_of(attention)
         self.reason, self.first_memory_row, self.parts = reason, first, parts
         self.rows = _packed(self.rows, rows)
         self.bias = None if bias is None else _packed(self.bias, bias)
@@ -120,10 +125,20 @@ class LayerWeights:
         if self.reason or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
             return False
         modules = attention._modules
-        for name, part in self.parts:
-            if modules[name] is not part or part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+        for name, part, hooks, pre_hooks, attributes in self.parts:
+            if modules[name] is not part or hooks or pre_hooks or "forward" in attributes:
                 return False
         return True
+
+    def steering(self, attention: nn.Module, memory: DeltaMemory) -> Steering:
+        """What the memory's layer adds to its heads, as the kernels take it."""
+        for parameters, name, parameter in self._steered_by:
+            if parameters[name] is not parameter:
+                self._steering = None
+        if self._steering is None:
+            self._steering, self.prepared = _steering_of(memory, attention, self.shape.norms), {}
+            self._steered_by = _sources(self._steering, memory, attention)
+        return self._steering
 
 
 def _packed(current: PackedRows | None, members: list) -> PackedRows:
@@ -196,7 +211,7 @@ def _why_unpackable(attention: nn.Module, memory: DeltaMemory, weight: torch.Ten
     return ""
 
 
-def steering_of(memory: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
+def _steering_of(memory: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
     """What the memory's layer adds to its heads, as the kernels take it."""
     parameters, config = memory._parameters, memory.config
     heads = config.delta_heads
@@ -213,3 +228,13 @@ def steering_of(memory: DeltaMemory, attention: nn.Module, norms: bool) -> Steer
         k_norm=attention._modules["k_norm"]._parameters["weight"] if norms else None,
         eps=q_norm.variance_epsilon if norms else 1e-6,
     )
+
+
+def _sources(steering: Steering, memory: DeltaMemory, attention: nn.Module) -> tuple:
+    """Where each tensor of a Steering was found, to see whether another has been put there."""
+    places = [(memory._parameters, f"delta_{head}_proj", getattr(steering, head)) for head in "qkvo"]
+    places.append((memory._parameters, "delta_scale_raw", steering.scale_raw))
+    for name in ("q_norm", "k_norm"):
+        if name in attention._modules:
+            places.append((attention._modules[name]._parameters, "weight", getattr(steering, name)))
+    return tuple(place for place in places if place[2] is not None)

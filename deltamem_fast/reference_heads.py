@@ -18,8 +18,10 @@ def factor(steering: Steering, head: str, dtype: torch.dtype) -> torch.Tensor | 
     raw = steering.scale_raw
     if raw is None:
         return steering.scale
-    return steering.scale * torch.sigmoid(raw[_ORDER.index(head) if raw.numel() == 4 else 0].to(dtype)) * (
-        steering.scale_max
+    return (
+        steering.scale
+        * torch.sigmoid(raw[_ORDER.index(head) if raw.numel() == 4 else 0].to(dtype))
+        * (steering.scale_max)
     )
 
 
@@ -39,6 +41,8 @@ def steer_heads_(
     steering: Steering,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    *,
+    check: bool = True,
 ) -> None:
     """Correct, normalise and rotate the heads of packed rows, in place. Not differentiable.
 
@@ -51,13 +55,15 @@ def steer_heads_(
         layout: which heads lie where.
         steering: corrections and norms.
         cos, sin: [B or 1, T, rotary] of any floating dtype, or None without RoPE.
+        check: False leaves the checks out, for a caller that knows the shapes.
 
     Everything is computed in float32 (float64 for float64 rows) and rounded once.
 
     Raises:
         ValueError, TypeError: see ``deltamem_kernels.layout.check_heads``.
     """
-    check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
+    if check:
+        check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
     wide = torch.float64 if packed.dtype == torch.float64 else torch.float32
     for head, norm in (("q", steering.q_norm), ("k", steering.k_norm), ("v", None)):
         weight = getattr(steering, head)
@@ -92,6 +98,8 @@ def decode_(
     skipped: torch.Tensor | None = None,
     arrived: torch.Tensor | None = None,
     frozen: bool = False,
+    check: bool = True,
+    prepared: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One decoded token per row: read, write, and the heads corrected, normalised and rotated. Not differentiable.
 
@@ -103,6 +111,9 @@ def decode_(
         layout, steering, cos, sin: as in ``steer_heads_``; cos and sin [B or 1, 1, rotary].
         arrived: int32 [B] of zeros or None; scratch of the Triton kernel, zero again afterwards.
         frozen: read only; state and skipped stay as they are.
+        check: as in ``steer_heads_``.
+        prepared: where a backend may keep, from call to call, what it has made of ``steering`` and ``gate_bias``;
+            the caller's, one for each pair of them, or None.
 
     Returns:
         reads, float32 [B, H·r], and Δo = scale · c · W_o reads in packed's dtype, [B, N_o], or None without ``o``.
@@ -110,7 +121,8 @@ def decode_(
     Raises:
         ValueError, TypeError: see ``deltamem_kernels.rule.check_arguments`` and ``layout.check_heads``.
     """
-    check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
+    if check:
+        check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
     rows = packed[:, layout.width : layout.width + rule.width]
     if frozen:
         reads = read(rows.unsqueeze(1), state, rule, mask=None if mask is None else mask.unsqueeze(1), slots=slots)

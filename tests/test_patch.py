@@ -298,7 +298,8 @@ def test_accelerate_hooks(order):
         dispatch()
     ours, theirs = MemoryState.zeros(model, 2), MemoryState.zeros(expected, 2)
     assert relative_error(logits(model, memory=ours), logits(expected, memory=theirs)) < 1e-6
-    assert theirs[0].norm() > 0 and all(torch.equal(ours[i], theirs[i]) for i in theirs)
+    # hooked linears take the generic path, which rounds differently
+    assert theirs[0].norm() > 0 and all(relative_error(ours[i], theirs[i]) < 1e-5 for i in theirs)
 
 
 def test_start_of_the_parameters():
@@ -318,7 +319,7 @@ def test_start_of_the_parameters():
     whole = patch_model(tiny_model(), DeltaMemConfig(rank=12, output_init="base_slice")).model.layers[0].self_attn
     assert whole.delta_memory.delta_o_proj[:, 8:].abs().max() > 0
     none = patch_model(tiny_model(), DeltaMemConfig(output_init="zero"))
-    assert torch.equal(logits(none), logits(tiny_model()))
+    assert relative_error(logits(none), logits(tiny_model())) < 1e-6
 
 
 @pytest.mark.parametrize("reentrant", (True, False))
