@@ -79,7 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    info = commands.add_parser("info", help="versions, devices, and the backend that each would use")
+    info = commands.add_parser(
+        "info",
+        help="versions, devices and backends; of a model: which layers run on which path, and why",
+        description="Without MODEL: versions, devices, and the backend that each would use. With MODEL: loads it, "
+        "patches it, and says how each layer's attention runs (fast: the fused forward; generic: the class's own, "
+        "with the reason).",
+    )
+    info.add_argument("model", metavar="MODEL", nargs="?", help="a model's directory or hub id")
+    info.add_argument("--adapter", help="an adapter's directory or hub id (default: fresh parameters)")
+    info.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: as saved"
+    )
+    info.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(command=_info)
 
@@ -120,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if arguments.model is not None:
+        from .model_info import format_facts, load_patched, model_facts
+
+        model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device)
+        facts = model_facts(model)
+        print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))
+        return 0
+    if arguments.adapter is not None:
+        raise ValueError("--adapter: given without MODEL, which it belongs to")
     from .environment import environment
 
     facts = environment()

@@ -21,7 +21,7 @@ PACKAGES = {
     "huggingface_hub": "huggingface_hub",
     "flash-attn": "flash_attn",
 }
-KERNELS = ("scan", "step", "read", "steer")
+KERNELS = ("scan", "step", "read", "steer", "steer_heads_", "decode_")
 NOT_INSTALLED = "not installed"
 
 

@@ -11,7 +11,6 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .advance import MemoryCall, advance
 from .backends import head_operations
@@ -46,8 +45,9 @@ def fused_forward(
     query, key, value = heads.split_with_sizes(weights.heads, 1)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
-    interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation, sys.modules[type(attention).__module__].eager_attention_forward
+    family = sys.modules[type(attention).__module__]
+    interface = family.ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, family.eager_attention_forward
     )
     if shape.window:
         owner = attention if shape.window == "module" else attention.config

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support import GOLDEN
+from support import GOLDEN, tiny_model
 
 from deltamem_fast import __version__
 from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, read_adapter
@@ -200,3 +200,22 @@ def test_output_to_a_pipe_that_knows_ascii_only(tmp_path):
     done = python("-m", "deltamem_fast", "--help", env=environment)
     assert done.returncode == 0, done.stderr
     assert "8\\xd78" in done.stdout
+
+
+def test_info_of_a_model(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [layer["path"] for layer in facts["layers"]] == ["fast"] * 3
+    assert facts["memory_bytes"] == 3 * 8 * 8 * 4 and facts["adapter_parameters"] == 3 * (4 * 8 * 64 + 8 + 8 * 128)
+    tiny_model(hidden_size=66, head_dim=16).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "layers 0-2  generic: a row of 66" in capsys.readouterr().out
+    for arguments, message in (
+        (["/no/such"], "MODEL: /no/such: no such directory"),
+        ([str(tmp_path), "--adapter", "/no/such"], "adapter: got '/no/such'"),
+        ([str(tmp_path), "--device", "nonsense"], "device: got 'nonsense'"),
+    ):
+        assert main(["info", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["info", "--adapter", "x"]) == 2 and "MODEL" in capsys.readouterr().err
