@@ -4,18 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 OUTPUT ?= bench/results
+RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup demo test lint format bench table gpu soak kernels-report clean
+.PHONY: help setup demo test lint format bench plots readme compare gpu soak kernels-report clean
 
 help:
 	@echo "make demo            set up, then the demo"
 	@echo "make test            set up, then the tests (CPU)"
-	@echo "make lint            ruff"
-	@echo "make bench           CPU benchmarks; JSON under bench/results"
+	@echo "make lint            ruff, and whether README says what the results say"
+	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
+	@echo "make plots           pictures of the newest results; PNG under bench/results/plots"
+	@echo "make readme          README's tables from the newest results"
+	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
 	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time"
-	@echo "make gpu             on a machine with a GPU: its tests, then kernel timings (OUTPUT=dir)"
+	@echo "make gpu             on a machine with a GPU, in nine minutes: its tests, then timings (OUTPUT=dir)"
 	@echo "make soak            what takes long"
 
 setup: $(VENV)/.ready
@@ -36,6 +40,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m bench.readme --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -43,6 +48,15 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench --output $(OUTPUT)
+
+plots: setup
+	$(BIN)/python -m bench.plots
+
+readme: plots
+	$(BIN)/python -m bench.readme
+
+compare: setup
+	$(BIN)/python -m bench.compare $(OLD) $(NEW) --ratio $(RATIO)
 
 kernels-report: setup
 	$(BIN)/python -m deltamem_kernels.report

@@ -13,7 +13,7 @@ EXTRAS = {
     "cpu": ["numba>=0.61"],
     "train": ["accelerate>=1.5"],
     "eval": ["lm-eval>=0.4.8"],
-    "bench": ["numba>=0.61"],
+    "bench": ["numba>=0.61", "matplotlib>=3.9"],
 }
 EXTRAS["dev"] = [
     "pytest>=8.3",

@@ -52,7 +52,7 @@ def from_dict(data: Mapping[str, Any]) -> Row:
         ValueError: a name is missing or a key is unknown, or the status is.
     """
     known = {f.name for f in fields(Row)}
-    if "name" not in data or (unknown := set(data) - known):
+    if "name" not in data or set(data) - known:
         raise ValueError(f"row: got the keys {sorted(data)}, allowed {sorted(known)}")
     row = Row(**data)
     if row.status not in STATUSES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -14,12 +13,12 @@ from deltamem_fast import reference
 from deltamem_fast.backends import installed
 from deltamem_kernels.rule import DeltaRule
 
-from .rows import Row, absent, compare, measured, refused
+from . import peers
+from .problems import relative_error
+from .rows import Row, absent, compare, measured, refused, spread
+from .timing import in_turns
 
 TOLERANCE = 1e-5
-TARGET = 500.0  # times the per-token loop, at TARGET_TOKENS
-TARGET_TOKENS = 8192
-PEERS = {"deltamem": "the released package", "fla": "flash-linear-attention"}
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,6 @@ def random_inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return projections, torch.randn(rule.bias_width), torch.randn(case.batch, case.heads, case.rank, case.rank)
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """‖ours − theirs‖ / ‖theirs‖ in float64."""
-    ours, theirs = ours.double(), theirs.double()
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
 def error_of(scan: Callable, case: Case, inputs, expected) -> float:
     """The larger relative error of reads and final state against the oracle's; NaN if an output is not finite."""
     out = scan(*inputs, case.rule)
@@ -80,7 +73,7 @@ def implementations() -> dict[str, Callable]:
 
 
 @torch.no_grad()
-def measure(case: Case, turns: int, calls: int, target: float | None = None) -> list[Row]:
+def measure(case: Case, turns: int, calls: int) -> list[Row]:
     """Check every implementation against the float64 reference, then time in turns those that passed.
 
     Args:
@@ -88,7 +81,6 @@ def measure(case: Case, turns: int, calls: int, target: float | None = None) -> 
         turns: of each turn the baseline runs once.
         calls: how often the compiled scan, which takes a fraction of that, runs in a turn. A turn's ratio is the
             baseline's time to the median of them.
-        target: of the ratio, or None.
     """
     parameters = asdict(case) | {"dtype": "float32"}
     inputs = random_inputs(case)
@@ -100,7 +92,7 @@ def measure(case: Case, turns: int, calls: int, target: float | None = None) -> 
             scans[name] = scan
         else:
             note = f"relative error {error:.1e}, allowed under {TOLERANCE:.0e}"
-            rows[name] = refused(f"scan/{name}", parameters, note, error, None if name == "reference" else target)
+            rows[name] = refused(f"scan/{name}", parameters, note, error)
     times = {name: [] for name in scans}
     ratios = {name: [] for name in scans}
     for _ in range(turns):
@@ -114,19 +106,28 @@ def measure(case: Case, turns: int, calls: int, target: float | None = None) -> 
     for name in scans:
         rows[name] = measured(f"scan/{name}", parameters, times[name], errors[name])
         if ratios[name]:
-            compare(rows[name], ratios[name], target)
+            rows[name].ratios["reference"] = list(spread(ratios[name]))
     if "numba" not in rows and "numba" not in errors:
         rows["numba"] = absent("scan/numba", "numba is not installed", parameters)
     return list(rows.values())
 
 
-def peer_rows() -> list[Row]:
-    """A row for each peer, which says why it has no number."""
-    rows = []
-    for module, title in PEERS.items():
-        importable = importlib.util.find_spec(module) is not None
-        rows.append(absent(f"scan/{module}", f"{title}: " + ("not timed on a CPU" if importable else "not importable")))
-    return rows
+def released_row(case: Case, turns: int) -> Row:
+    """The released package's loop over the tokens, in turns with this package's reference; or why it has no number."""
+    scan, parameters = peers.released_scan("cpu"), asdict(case) | {"dtype": "float32"}
+    if scan is None:
+        return absent("scan/released", peers.MISSING["released"], parameters)
+    projections, bias, _ = random_inputs(case)
+    inputs = torch.zeros(case.batch, case.rank, case.rank), *peers.released_inputs(projections, bias, case.rule)
+    expected = reference.scan(projections, bias, None, case.rule, dtype=torch.float64).reads
+    error = relative_error(scan(*inputs)[1], expected)
+    if not error < TOLERANCE:
+        return refused("scan/released", parameters, f"relative error {error:.1e}, allowed under {TOLERANCE:.0e}", error)
+    variants = {"released": lambda n: scan(*inputs), "reference": lambda n: seconds(reference.scan, case)}
+    with torch.no_grad():
+        times = in_turns(variants, turns, "cpu", warm_up=1)
+    row = measured("scan/released", parameters, times["released"], error)
+    return compare(row, "reference", times["reference"], times["released"])
 
 
 def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
@@ -135,6 +136,7 @@ def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
     for case in QUICK_CASES if quick else CASES:
         progress(f"scan: T {case.tokens}, r {case.rank}, H {case.heads}")
         turns, calls = (3, 2) if quick else (max(5, min(15, 30_000 // case.tokens)), 9)
-        target = TARGET if case.tokens == TARGET_TOKENS else None
-        rows += measure(case, turns, calls, target)
-    return rows + peer_rows()
+        rows += measure(case, turns, calls)
+    progress("scan: peers")
+    rows.append(released_row(QUICK_CASES[0] if quick else Case(8192), 3 if quick else 5))
+    return [*rows, absent("scan/fla", "flash-linear-attention: needs a GPU")]

@@ -23,6 +23,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
 
 
+def size(count: float) -> str:
+    """Bytes with a unit that fits."""
+    power = 3 if count >= 2**30 else 2 if count >= 2**20 else 1
+    return f"{count / 2 ** (10 * power):,.3g} {('KiB', 'MiB', 'GiB')[power - 1]}"
+
+
 def ratio(values: Sequence[float]) -> str:
     """A median and its spread, from [p20, p50, p80]."""
     low, middle, high = values
@@ -33,8 +39,8 @@ def named_value(name: str, value: float) -> str:
     """One of a row's ``values`` with its unit."""
     if name == "bandwidth":
         return f"{value / 1e9:,.3g} GB/s"
-    if name in ("bytes", "peak_memory", "own_memory"):
-        return f"{name.replace('_', ' ')} {value / 2**20:,.1f} MiB"
+    if name in ("bytes", "peak_memory"):
+        return f"{name.replace('_', ' ')} {size(value)}"
     if name == "back_to_back":
         return f"back to back {duration(value)}"
     text = f"{value:,.0f}" if float(value).is_integer() else number(value)

@@ -116,7 +116,7 @@ TARGETS = (
     Target("tensor operations + kernel launches per decoded token and layer, fast path (unpatched: 56)",
            "operations/patched", 56, 34, {"backend": "triton"}, value="operations", at_most=True),
     *(
-        Target(f"spills and stack bytes of all kernels compiled for {target}", "compiled", 0, None,
+        Target(f"spills and stack bytes, kernels compiled for {target}", "compiled", 0, None,
                {"target": target}, value="spills_and_stack", at_most=True)
         for target in ("sm_80", "sm_90", "sm_100", "gfx942")
     ),

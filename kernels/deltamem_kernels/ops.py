@@ -1,9 +1,9 @@
 """The kernels as PyTorch operators, in the namespace ``deltamem``.
 
-``scan``, ``read`` and ``steer`` are functional and differentiable; ``step`` changes the state (and the count of
-skipped tokens) in place and is not. All have fake implementations, so ``torch.compile`` takes them whole. Called
-without a compiler and with nothing to differentiate, they go straight to the launchers: an operator's dispatch
-costs more than a short kernel.
+``scan``, ``read`` and ``steer`` are functional and differentiable. ``step`` changes the state (and the count of
+skipped tokens) in place, ``steer_heads_`` packed heads and ``decode_`` both; they are not. All have fake
+implementations, so ``torch.compile`` takes them whole. Called without a compiler and with nothing to differentiate,
+they go straight to the launchers: an operator's dispatch costs more than a short kernel.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import heads as _heads
 from . import read as _read
 from . import scan as _scan
 from . import scan_backward as _backward
 from . import steer as _steer
 from . import step as _step
+from .layout import HeadLayout, Steering, check_heads
 from .rule import DeltaRule, ScanOutput, check_arguments
 
 
@@ -235,6 +237,89 @@ def _(projections, gate_bias, state, skipped, rank, heads, update, row_gates, co
     return projections.new_empty((projections.shape[0], heads * rank), dtype=torch.float32)
 
 
+# A HeadLayout and a Steering, flat.
+def _layout(heads_q, heads_k, heads_v, dim, rotary) -> HeadLayout:
+    return HeadLayout(heads_q, heads_k, heads_v, dim, rotary)
+
+
+def _flat_layout(layout: HeadLayout) -> tuple:
+    return layout.q, layout.k, layout.v, layout.dim, layout.rotary
+
+
+@torch.library.custom_op("deltamem::steer_heads_", mutates_args=("packed",))
+def steer_heads_op(
+    packed: Tensor, reads: Tensor, heads_q: int, heads_k: int, heads_v: int, dim: int, rotary: int,
+    w_q: Tensor | None, w_k: Tensor | None, w_v: Tensor | None, w_o: Tensor | None, scale: float,
+    scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    cos: Tensor | None, sin: Tensor | None,
+) -> None:  # fmt: skip
+    steering = Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps)
+    _heads.steer_heads_(packed, reads, _layout(heads_q, heads_k, heads_v, dim, rotary), steering, cos, sin)
+
+
+@steer_heads_op.register_fake
+def _(packed, reads, *_):
+    return None
+
+
+@torch.library.custom_op("deltamem::decode_", mutates_args=("packed", "state", "skipped", "arrived"))
+def decode_op(
+    packed: Tensor, gate_bias: Tensor, state: Tensor, skipped: Tensor, arrived: Tensor,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    heads_q: int, heads_k: int, heads_v: int, dim: int, rotary: int,
+    w_q: Tensor | None, w_k: Tensor | None, w_v: Tensor | None, w_o: Tensor | None, scale: float,
+    scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    reads, delta = _heads.decode_(
+        packed, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
+        _layout(heads_q, heads_k, heads_v, dim, rotary),
+        Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps), cos, sin,
+        mask=mask, slots=slots, skipped=skipped, arrived=arrived,
+    )  # fmt: skip
+    return reads, packed.new_empty(0) if delta is None else delta
+
+
+# The frozen state is an operand that is not mutated, which the same operator could not say.
+@torch.library.custom_op("deltamem::decode_frozen_", mutates_args=("packed",))
+def decode_frozen_op(
+    packed: Tensor, gate_bias: Tensor, state: Tensor,
+    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
+    heads_q: int, heads_k: int, heads_v: int, dim: int, rotary: int,
+    w_q: Tensor | None, w_k: Tensor | None, w_v: Tensor | None, w_o: Tensor | None, scale: float,
+    scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, slots: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    reads, delta = _heads.decode_(
+        packed, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
+        _layout(heads_q, heads_k, heads_v, dim, rotary),
+        Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps), cos, sin,
+        mask=mask, slots=slots, frozen=True,
+    )  # fmt: skip
+    return reads, packed.new_empty(0) if delta is None else delta
+
+
+def _fake_decode(packed, heads, rank, w_o):
+    reads = packed.new_empty((packed.shape[0], heads * rank), dtype=torch.float32)
+    return reads, packed.new_empty(0 if w_o is None else (packed.shape[0], w_o.shape[0]))
+
+
+@decode_op.register_fake
+def _(
+    packed, gate_bias, state, skipped, arrived, rank, heads, update, row_gates, coupled, normalize,
+    heads_q, heads_k, heads_v, dim, rotary, w_q, w_k, w_v, w_o, *_,
+):  # fmt: skip
+    return _fake_decode(packed, heads, rank, w_o)
+
+
+@decode_frozen_op.register_fake
+def _(
+    packed, gate_bias, state, rank, heads, update, row_gates, coupled, normalize,
+    heads_q, heads_k, heads_v, dim, rotary, w_q, w_k, w_v, w_o, *_,
+):  # fmt: skip
+    return _fake_decode(packed, heads, rank, w_o)
+
+
 def _direct(*tensors: Tensor | None) -> bool:
     """Whether to go past the dispatcher: nothing compiles, nothing is to be differentiated."""
     if torch.compiler.is_compiling():
@@ -321,3 +406,59 @@ def steer(
         raise ValueError("out: allowed None or the tensor given as base")
     steer_in_place_op(base, reads, weight, scale, norm_weight, eps)
     return base
+
+
+def steer_heads_(
+    packed: Tensor,
+    reads: Tensor,
+    layout: HeadLayout,
+    steering: Steering,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    check: bool = True,
+) -> None:
+    """``deltamem_kernels.heads.steer_heads_``, compilable. Not differentiable."""
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _heads.steer_heads_(packed, reads, layout, steering, cos, sin, check=check)
+    check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
+    steer_heads_op(packed, reads, *_flat_layout(layout), *steering, cos, sin)
+
+
+def decode_(
+    packed: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    rule: DeltaRule,
+    layout: HeadLayout,
+    steering: Steering,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    slots: Tensor | None = None,
+    skipped: Tensor | None = None,
+    arrived: Tensor | None = None,
+    frozen: bool = False,
+    check: bool = True,
+    prepared: dict | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``deltamem_kernels.heads.decode_``, compilable. Not differentiable."""
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _heads.decode_(
+                packed, gate_bias, state, rule, layout, steering, cos, sin, mask=mask, slots=slots, skipped=skipped,
+                arrived=arrived, frozen=frozen, check=check, prepared=prepared,
+            )  # fmt: skip
+    check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
+    given = *_flat(rule), *_flat_layout(layout), *steering, cos, sin, mask, slots
+    if frozen:
+        reads, delta = decode_frozen_op(packed, gate_bias, state, *given)
+    else:
+        # An optional tensor that is mutated cannot be None under Inductor.
+        int32 = {"dtype": torch.int32, "device": packed.device}
+        skipped = torch.zeros(state.shape[0], **int32) if skipped is None else skipped
+        arrived = torch.zeros(packed.shape[0], **int32) if arrived is None else arrived
+        reads, delta = decode_op(packed, gate_bias, state, skipped, arrived, *given)
+    return reads, None if steering.o is None else delta

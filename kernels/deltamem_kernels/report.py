@@ -1,10 +1,12 @@
 """What the compiler makes of every kernel: registers, shared memory, spills. Needs no GPU.
 
     python -m deltamem_kernels.report [--target sm_90]
+    python -m deltamem_kernels.report --depth
 
 Runs the launchers on tensors without memory, takes down what they would launch, and compiles that for each
 target: what is reported is what a launch would run, specialised as Triton would (an alignment of 16 bytes, a
-stride of 1). Not to be run with TRITON_INTERPRET=1.
+stride of 1). Not to be run with TRITON_INTERPRET=1. The last table (with --depth the only one) says how many steps
+of a scan wait for one another, and what the maps of its chunks weigh against the tokens.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch as _launch
+from .heads import decode_, steer_heads_
+from .layout import HeadLayout, Steering
 from .read import read
 from .rule import DeltaRule
-from .scan import scan
+from .scan import choose_chunk, depth, scan
 from .steer import steer
 from .step import step
 
@@ -90,6 +94,7 @@ CASES = [
     Case(FP32, 16, 1, True, mode="no_lambda"),
     Case(BF16, 32, 1, False, strided=True),
     Case(BF16, 64, 1, True),
+    Case(FP32, 64, 4, False, length=64),
 ]
 # The full product of what the released adapters and their neighbours use: --full, and make soak.
 PRODUCT = [
@@ -103,7 +108,7 @@ PRODUCT = [
 
 
 def launches(case: Case, warp: int) -> list:
-    """The launches of scan, read, step and steer for one case, with the given width of a warp."""
+    """The launches of every launcher for one case, with the given width of a warp."""
     rule = DeltaRule(case.rank, case.heads, case.mode, case.row_gates, case.coupled)
     meta = {"device": "meta"}
     rows = 2
@@ -133,9 +138,48 @@ def launches(case: Case, warp: int) -> list:
             read(x, state, rule, mask=mask)
         steer(base, reads, weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
         steer(base[:1, :1], reads[:1, :1], weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
+        head_launches(case, rule)
         return _launch.recorded
     finally:
         _launch.recorded, _launch.WARP = saved
+
+
+def head_launches(case: Case, rule: DeltaRule) -> None:
+    """steer_heads_ and decode_ on the heads of Qwen3-4B; the masked cases are the unusual ones."""
+    meta, few, outputs = {"device": "meta"}, 2, 2560
+    layout = HeadLayout(32, 8, 8, 128, 64 if case.packed else 128)
+
+    def half(*shape):
+        return torch.empty(*shape, dtype=case.dtype, **meta)
+
+    def count(rows):
+        return torch.empty(rows, dtype=torch.int32, **meta)
+
+    rows = {"q": layout.q * layout.dim, "o": outputs}
+    if case.mask:
+        rows |= {"k": layout.k * layout.dim, "v": layout.v * layout.dim}
+    norm = None if case.checkpoints else half(layout.dim)
+    steering = Steering(
+        **{head: half(n, rule.read_width) for head, n in rows.items()},
+        scale_raw=torch.empty(4, **meta) if case.mask else None, q_norm=norm, k_norm=norm,
+    )  # fmt: skip
+    turn = half(1, case.length, layout.rotary)
+    width = layout.width + rule.width + 3 * case.strided
+    reads = torch.empty(1, case.length, rule.read_width, **meta)
+    steer_heads_(half(1, case.length, width), reads, layout, steering, turn, turn)
+    turn, bias = turn[:, :1], torch.empty(rule.bias_width, **meta)
+    # A unit a program; some units; a row a program.
+    for batch, parts in ((few, None), (few, 16), (few, 1)):
+        given = {"slots": count(batch)} if case.packed else {}
+        if case.mask:
+            given["mask"] = torch.empty(batch, dtype=torch.bool, **meta)
+        state = torch.empty(batch, rule.heads, rule.rank, rule.rank, **meta)
+        decode_(
+            half(batch, width), bias, state, rule, layout, steering, turn, turn,
+            arrived=count(batch), skipped=count(batch) if case.mask else None, parts=parts, **given,
+        )  # fmt: skip
+    if case.mask:
+        decode_(half(few, width), bias, state, rule, layout, steering, turn, turn, frozen=True, **given)
 
 
 def source(kernel, arguments: dict) -> ASTSource:
@@ -204,14 +248,47 @@ def measure(target: str, case: Case, seen: set) -> list[Resources]:
     return rows
 
 
+def weights(rule: DeltaRule, length: int) -> tuple[int, int]:
+    """Bytes of the maps of a scan's chunks and of its tokens, one sequence in bfloat16, as it would allocate them."""
+    saved = _launch.recorded
+    _launch.recorded = []
+    try:
+        meta = {"dtype": torch.bfloat16, "device": "meta"}
+        x = torch.empty(1, length, rule.width, **meta)
+        scan(x, torch.empty(rule.bias_width, **meta), None, rule)
+        maps = [a["maps_ptr"] for _, a, _ in _launch.recorded if "maps_ptr" in a]
+        return sum({id(m): m.numel() * 4 for m in maps}.values()), x.numel() * 2
+    finally:
+        _launch.recorded = saved
+
+
+def print_depth() -> None:
+    print(
+        f"{'rank':>4}{'T':>9}{'chunk':>7}{'depth':>8}{'depth/√T':>10}{'map bytes':>13}{'token bytes':>15}{'ratio':>7}"
+    )
+    for rank in (8, 16):
+        rule = DeltaRule(rank)
+        for power in range(0, 21, 2):
+            length = 1 << power
+            maps, tokens = weights(rule, length)
+            steps = depth(rule, length)
+            print(
+                f"{rank:>4}{length:>9}{choose_chunk(rule, length):>7}{steps:>8}{steps / length**0.5:>10.2f}"
+                f"{maps:>13}{tokens:>14}{maps / tokens:>7.2f}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--full", action="store_true", help="the full product of dtypes, ranks, heads, masks, lengths")
+    parser.add_argument("--depth", action="store_true", help="only how many steps of a scan wait for one another")
     options = parser.parse_args()
+    if options.depth:
+        return print_depth()
     targets = options.target or list(TARGETS)
     print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
-    print(f"{'case':<50} {'kernel':<13}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
+    print(f"{'case':<50} {'kernel':<19}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TRITON_CACHE_DIR"] = directory
         for target in targets:
@@ -219,10 +296,12 @@ def main() -> None:
             for case in PRODUCT if options.full else CASES:
                 for row in measure(target, case, seen):
                     print(
-                        f"{row.case:<50} {row.kernel:<13}{row.target:<7}{row.registers:>5}{row.shared:>7}"
+                        f"{row.case:<50} {row.kernel:<19}{row.target:<7}{row.registers:>5}{row.shared:>7}"
                         f"{row.stack:>6}{row.spills:>7}{row.instructions:>6}",
                         flush=True,
                     )
+    print()
+    print_depth()
 
 
 if __name__ == "__main__":

@@ -312,14 +312,20 @@ def scan_kernel(
 def choose_chunk(rule: DeltaRule, length: int) -> int:
     """Tokens per chunk, or 0 for one chunk a sequence.
 
-    2 C + T / C dependent steps are fewest at C = √(T / 2). The maps, 4 r² (r + 1) bytes a chunk and head, stay
-    near the size of the tokens, 8 r C bytes in bfloat16, from C = r (r + 1) / 2 on. It depends on nothing that
-    changes from call to call but T: a row's bits do not depend on the rows beside it.
+    2 C + T / C dependent steps are fewest at C = √(T / 2). The maps, 4 r² (r + 1) bytes a chunk and head, are no
+    more than the tokens, 8 r C bytes in bfloat16, from C = r (r + 1) / 2 on. It depends on nothing that changes
+    from call to call but T: a row's bits do not depend on the rows beside it.
     """
-    if length <= SHORT or rule.rank > CHUNKED_RANK:
+    shortest = max(16, next_power_of_two(rule.rank * (rule.rank + 1) // 2))
+    if length <= max(SHORT, shortest) or rule.rank > CHUNKED_RANK:
         return 0
-    shortest = max(16, next_power_of_two(rule.rank * (rule.rank + 1) // 4))
     return max(shortest, 1 << round(math.log2(length / 2) / 2))
+
+
+def depth(rule: DeltaRule, length: int) -> int:
+    """How many steps of a scan depend on each other: T in one chunk, else C (map), T / C (carry) and C (reads)."""
+    chunk = choose_chunk(rule, length)
+    return 2 * chunk + triton.cdiv(length, chunk) if chunk else length
 
 
 def find_flags(projections: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 KERNELS = {
     "flag_kernel", "map_kernel", "carry_kernel", "scan_kernel", "read_kernel", "step_kernel", "steer_kernel",
+    "steer_heads_kernel", "decode_kernel",
 }  # fmt: skip
 
 

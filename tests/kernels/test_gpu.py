@@ -170,3 +170,147 @@ def test_step_in_a_cuda_graph(properties):
         graph.replay()
         assert torch.equal(reads, step(x[:, t], bias, eager, rule))
     assert torch.equal(eager, captured)
+
+
+# Packed heads: 32 / 8 / 8 heads of 128, 2560 outputs (Qwen3-4B), and the odd one.
+QWEN = (32, 8, 8, 128, 128)
+
+
+@pytest.fixture
+def heads():
+    import heads_properties
+
+    return heads_properties
+
+
+def decode_problem(properties, heads, rule, layout, batch, dtype, seed=0, rows=1):
+    x, bias, state, mask = properties.random_problem(rule, batch, 1, dtype, DEVICE, seed=seed, masked=True)
+    packed, cos, sin = heads.random_rows(layout, (batch,), rule.width, dtype, DEVICE, seed=seed, rows=rows)
+    packed[:, layout.width :] = x[:, 0]
+    return (packed, bias, state), (cos, sin), mask[:, 0]
+
+
+@any_dtype
+@pytest.mark.parametrize("which", ["qo", "qkvo", ""])
+@pytest.mark.parametrize("shape", [QWEN, (3, 1, 2, 24, 8), (4, 2, 1, 16, 0), (2, 1, 1, 256, 64)], ids=str)
+@pytest.mark.parametrize("lead", [(1, 1), (16, 1), (2, 37), (1, 4096)], ids=str)
+def test_steer_heads(properties, heads, dtype, which, shape, lead):
+    from deltamem_kernels.layout import HeadLayout
+
+    layout, width = HeadLayout(*shape), 20 if shape[3] == 24 else 8
+    packed, cos, sin = heads.random_rows(layout, lead, 32, dtype, DEVICE, rows=lead[0] if which == "qo" else 1)
+    reads = torch.randn(*lead, width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    steering = heads.random_steering(layout, width, which, lead[1] != 37, {"qo": 0, "qkvo": 4, "": 1}[which],
+                                     dtype=dtype, device=DEVICE)  # fmt: skip
+    heads.check_steer_heads(layout, packed, reads, steering, cos, sin)
+
+
+@any_rule
+@any_dtype
+@pytest.mark.parametrize("batch", [1, 16, 512])
+def test_decode(properties, heads, rule, dtype, batch):
+    from deltamem_kernels.layout import HeadLayout
+
+    layout = HeadLayout(*QWEN)
+    given, turn, mask = decode_problem(properties, heads, rule, layout, batch, dtype, batch, batch if batch > 1 else 1)
+    given[0][batch // 2, layout.width + 1] = float("nan")
+    steering = heads.random_steering(layout, rule.read_width, "qo", outputs=2560, dtype=dtype, device=DEVICE)
+    parts = (1, 3, 20, None)
+    heads.check_decode(rule, layout, *given, steering, *turn, parts=parts, mask=mask if batch > 1 else None)
+    heads.check_decode(rule, layout, *given, steering, *turn, parts=parts, frozen=True)
+    if batch == 16:
+        pool = properties.random_problem(rule, 20, 1, seed=3, device=DEVICE)[2]
+        slots = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:16].to(DEVICE)
+        slots[5] = -1
+        steering = heads.random_steering(layout, rule.read_width, "qkvo", raws=4, dtype=dtype, device=DEVICE)
+        heads.check_decode(rule, layout, given[0], given[1], pool, steering, *turn, parts=parts, mask=mask, slots=slots)
+
+
+@any_rule
+@pytest.mark.parametrize("batch,parts", [(1, None), (1, 7), (16, None), (200, None), (512, 5), (3, 1)])
+def test_many_decodes(heads, rule, batch, parts):
+    """Races: hundreds of launches, one on the heels of the other, with as many programs as will be."""
+    from deltamem_kernels.layout import HeadLayout
+
+    layout = HeadLayout(*QWEN[:4])
+    steering = heads.random_steering(layout, rule.read_width, "qo", outputs=2560, dtype=torch.bfloat16, device=DEVICE)
+    heads.check_many_steps(rule, layout, batch, steering, 300 if batch < 100 else 60, parts, torch.bfloat16, DEVICE)
+
+
+def test_decode_in_a_cuda_graph(properties, heads):
+    from deltamem_kernels.heads import decode_
+    from deltamem_kernels.layout import HeadLayout
+
+    rule, layout = RULES["released"], HeadLayout(*QWEN)
+    (packed, bias, state), turn, _ = decode_problem(properties, heads, rule, layout, 2, torch.bfloat16)
+    steering = heads.random_steering(layout, 8, "qo", outputs=2560, dtype=torch.bfloat16, device=DEVICE)
+    arrived = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    row, eager, captured = packed.clone(), state.clone(), state.clone()
+    decode_(row.clone(), bias, state.clone(), rule, layout, steering, *turn, arrived=arrived)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        reads, delta = decode_(row, bias, captured, rule, layout, steering, *turn, arrived=arrived)
+    for seed in range(20):
+        token = torch.randn(packed.shape, generator=torch.Generator().manual_seed(seed)).to(packed)
+        row.copy_(token)
+        graph.replay()
+        there = token.clone()
+        expected = decode_(there, bias, eager, rule, layout, steering, *turn, arrived=arrived)
+        assert torch.equal(reads, expected[0]) and torch.equal(delta, expected[1]) and torch.equal(eager, captured)
+        assert torch.equal(row, there)
+    assert not arrived.any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_heads_compile(properties, heads, frozen):
+    from deltamem_kernels import ops
+    from deltamem_kernels.layout import HeadLayout
+
+    rule, layout = RULES["four heads"], HeadLayout(*QWEN)
+    (packed, bias, state), turn, mask = decode_problem(properties, heads, rule, layout, 3, torch.bfloat16)
+    steering = heads.random_steering(layout, 32, "qo", raws=4, outputs=2560, dtype=torch.bfloat16, device=DEVICE)
+    arrived = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+
+    def both(packed, state):
+        given = {"mask": mask, "arrived": arrived, "frozen": frozen}
+        reads, delta = ops.decode_(packed, bias, state, rule, layout, steering, *turn, **given)
+        ops.steer_heads_(packed[:, None], reads[:, None], layout, steering, *turn)
+        return reads, delta
+
+    ours, theirs = (packed.clone(), state.clone()), (packed.clone(), state.clone())
+    compiled = torch.compile(both, fullgraph=True)(*ours)
+    # Frozen, the compiled path has no count of arrivals, and the direct one does not use it.
+    for a, b in zip((*compiled, *ours), (*both(*theirs), *theirs)):
+        assert torch.equal(a, b)
+
+
+def test_a_million_tokens(properties):
+    """Chunks = one token after another = two halves with the state carried."""
+    from deltamem_kernels.scan import scan
+
+    rule, length = RULES["released"], 2**20
+    x, bias, state, _ = properties.random_problem(rule, 1, length, torch.bfloat16, DEVICE)
+    whole = scan(x, bias, state, rule)
+    plain = scan(x, bias, state, rule, chunk=0)
+    one = scan(x[:, : length // 2], bias, state, rule)
+    two = scan(x[:, length // 2 :], bias, one.state, rule)
+    for a, b in ((whole.reads, plain.reads), (torch.cat([one.reads, two.reads], 1), plain.reads)):
+        assert torch.isfinite(a).all() and (a - b).norm() <= 1e-5 * b.norm()
+    for a in (whole.state, two.state):
+        assert (a - plain.state).norm() <= 1e-5 * plain.state.norm()
+
+
+def test_a_million_tokens_of_heads(properties, heads):
+    """More numbers than 32 bits count: the last tokens = the same tokens alone."""
+    from deltamem_kernels.heads import steer_heads_
+    from deltamem_kernels.layout import HeadLayout
+
+    layout, length = HeadLayout(16, 4, 4, 128, 128), 2**20
+    packed = torch.randn(1, length, layout.width, device=DEVICE, dtype=torch.bfloat16)
+    turn = torch.randn(2, 1, length, 128, device=DEVICE, dtype=torch.bfloat16)
+    reads = torch.randn(1, length, 8, device=DEVICE)
+    steering = heads.random_steering(layout, 8, "qkv", dtype=torch.bfloat16, device=DEVICE)
+    tail = packed[:, -64:].clone()
+    steer_heads_(packed, reads, layout, steering, *turn)
+    steer_heads_(tail, reads[:, -64:], layout, steering, *turn[:, :, -64:])
+    assert torch.equal(packed[:, -64:], tail)

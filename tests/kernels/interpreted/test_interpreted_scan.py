@@ -167,10 +167,29 @@ def test_chunk_choice():
     rule = DeltaRule(8)
     assert kernel.choose_chunk(rule, 128) == 0 and kernel.choose_chunk(DeltaRule(17), 4096) == 0
     assert kernel.choose_chunk(rule, 32768) == 128
-    assert kernel.choose_chunk(rule, 129) == 32 and kernel.choose_chunk(DeltaRule(1), 129) == 16
-    for length in (2048, 8192, 50000, 2**20):
-        chunk = kernel.choose_chunk(rule, length)
-        assert 2 * chunk + length / chunk < 3.1 * length**0.5
+    assert kernel.choose_chunk(rule, 129) == 64 and kernel.choose_chunk(DeltaRule(1), 129) == 16
+    assert kernel.choose_chunk(DeltaRule(16), 256) == 0 and kernel.choose_chunk(DeltaRule(16), 257) == 256
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_depth_and_maps(rank, heads, monkeypatch):
+    """Depth grows as √T, and nothing that is allocated outweighs the tokens by T r."""
+    from deltamem_kernels import launch
+
+    monkeypatch.setattr(launch, "empty", torch.empty)
+    rule = DeltaRule(rank, heads)
+    for length in [4096, 5000, 16384, 50000, 2**17, 2**20 - 1, 2**20]:
+        # At rank 16 a chunk of 256 tokens, the shortest whose map is no larger, is deeper than 4 √T up to T = 23,000.
+        assert kernel.depth(rule, length) <= max(4 * length**0.5, 640 if rank == 16 else 0)
+        monkeypatch.setattr(launch, "recorded", recorded := [])
+        x = torch.empty(1, length, rule.width, dtype=torch.bfloat16, device="meta")
+        kernel.scan(x, torch.empty(rule.bias_width, device="meta"), None, rule)
+        tensors = {n: t for _, arguments, _ in recorded for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+        size = {n: t.numel() * t.element_size() for n, t in tensors.items()}
+        assert size["maps_ptr"] <= size["x_ptr"]
+        assert all(t.numel() < length * heads * rank**2 / 2 for n, t in tensors.items() if n != "x_ptr")
+    assert [kernel.depth(rule, n) for n in (0, 1, 64)] == [0, 1, 64]
 
 
 @triton.jit

@@ -1,0 +1,141 @@
+"""What moved between two results.
+
+bench/compare OLD NEW [--ratio 1.10]        (or python -m bench.compare)
+
+Exit status: 0, 1 if a row became worse by more than the ratio, and not within its spread, or is refused now; 2 for
+input that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import results
+from .rows import Row
+from .tables import duration, number, parameters
+
+# Counts and sizes of which less is better; the other values follow from the times or describe the row.
+COSTS = ("peak_memory", "extra_memory", "operations", "launches", "registers", "shared", "spills", "stack", "depth")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number of one row in both results.
+
+    Attributes:
+        what: row, parameters and which number.
+        old, new: as text.
+        ratio: new ÷ old; more than 1 is worse.
+        disjoint: whether the spreads, p20 to p80, do not touch. A count has none.
+    """
+
+    what: str
+    old: str
+    new: str
+    ratio: float
+    disjoint: bool
+
+    def worse(self, ratio: float) -> bool:
+        """Whether this is a regression of more than ``ratio``."""
+        return self.disjoint and self.ratio > ratio
+
+    def moved(self, ratio: float) -> bool:
+        """Whether it is as much better or worse as ``ratio`` says."""
+        return self.ratio > ratio or self.ratio < 1 / ratio
+
+
+def key(row: Row) -> str:
+    """What makes two rows the same measurement."""
+    return f"{row.name} {json.dumps(row.parameters, sort_keys=True)}"
+
+
+def changes(old: Row, new: Row) -> list[Change]:
+    """Every number that both rows have."""
+    found, what = [], f"{new.name} {parameters(new)}".strip()
+    if old.p50 is not None and new.p50 is not None:
+        disjoint = new.p20 > old.p80 or new.p80 < old.p20
+        found.append(Change(what, duration(old.p50), duration(new.p50), new.p50 / old.p50, disjoint))
+    for name in COSTS:
+        if name in old.values and name in new.values:
+            before, after = old.values[name], new.values[name]
+            if name == "extra_memory":  # a share that may be 0 or below
+                before, after = 1 + before, 1 + after
+            ratio = 1.0 if before == after else after / before if before > 0 else float("inf")
+            found.append(Change(f"{what}: {name.replace('_', ' ')}", number(before), number(after), ratio, True))
+    return found
+
+
+def _rows(result: results.Result, path: Path) -> dict[str, Row]:
+    if not result.rows:
+        raise ValueError(f"{path}: holds no rows")
+    found: dict[str, Row] = {}
+    for row in result.rows:
+        if key(row) in found:
+            raise ValueError(f"{path}: two rows {row.name} {parameters(row)}")
+        found[key(row)] = row
+    return found
+
+
+def _differences(old: results.Result, new: results.Result) -> list[str]:
+    names = ("device", "driver", "processor", "threads", "torch", "triton", "transformers", "numba")
+    pairs = ((name, old.head.get(name), new.head.get(name)) for name in names)
+    return [f"{name}: {before} in the old, {after} in the new" for name, before, after in pairs if before != after]
+
+
+def report(old_path: Path, new_path: Path, ratio: float) -> tuple[str, bool]:
+    """The text to print, and whether there is a regression.
+
+    Raises:
+        ValueError, OSError: a file cannot be used; the message names it.
+    """
+    results_ = results.load(old_path), results.load(new_path)
+    old, new = (_rows(result, path) for result, path in zip(results_, (old_path, new_path)))
+    lines = [f"not the same: {line}" for line in _differences(*results_)]
+    bad, moved, same = False, 0, 0
+    for name in [name for name in new if name in old]:
+        before, after = old[name], new[name]
+        if before.status != after.status:
+            bad |= after.status == "refused"
+            lines.append(f"{after.name} {parameters(after)}: {before.status} → {after.status} {after.note}".rstrip())
+            continue
+        for change in changes(before, after):
+            same += 1
+            if not change.moved(ratio):
+                continue
+            moved += 1
+            bad |= change.worse(ratio)
+            side = "worse" if change.ratio > 1 else "better"
+            spread = "disjoint spreads" if change.disjoint else "spreads overlap"
+            lines.append(f"{change.what}: {change.old} → {change.new}, {change.ratio:.2f}× ({side}, {spread})")
+    for side, rows, others in (("old", old, new), ("new", new, old)):
+        for name in [name for name in rows if name not in others]:
+            lines.append(f"only in the {side}: {rows[name].name} {parameters(rows[name])}".rstrip())
+    lines.append(f"{moved} of {same} numbers moved by more than {ratio:g}×" + ("; regression" if bad else ""))
+    return "\n".join(lines), bad
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what moved; see the module."""
+    parser = argparse.ArgumentParser(prog="bench/compare", description="What moved between two benchmark results.")
+    parser.add_argument("old", type=Path, metavar="OLD", help="JSON of python -m bench")
+    parser.add_argument("new", type=Path, metavar="NEW")
+    parser.add_argument("--ratio", type=float, default=1.10, help="what counts as moved (default 1.10)")
+    options = parser.parse_args(arguments)
+    if not options.ratio >= 1:
+        parser.error("--ratio: allowed 1 or more")
+    try:
+        text, bad = report(options.old, options.new, options.ratio)
+    except (ValueError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        print(f"bench/compare: error: {message}", file=sys.stderr)
+        return 2
+    print(text)
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Rows that lie further apart than 32 bits reach. The memory between them is never touched, so it costs nothing."""
+
+import heads_properties
+import kernel_properties as properties
+import pytest
+import torch
+
+from deltamem_kernels.heads import decode_, steer_heads_
+from deltamem_kernels.layout import HeadLayout
+from deltamem_kernels.read import read
+from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.scan import scan
+from deltamem_kernels.steer import steer
+from deltamem_kernels.step import step
+
+pytestmark = pytest.mark.soak
+FAR = 2**31 + 16
+RULE = DeltaRule(4)
+
+
+def far(near: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """The same numbers, two along ``dim`` lying FAR elements apart."""
+    assert near.shape[dim] == 2
+    strides = list(near.contiguous().stride())
+    strides[dim] = FAR
+    storage = torch.empty(FAR + near.numel(), dtype=near.dtype)
+    return storage.as_strided(near.shape, strides).copy_(near)
+
+
+def problem(batch, length, dtype=torch.bfloat16):
+    return properties.random_problem(RULE, batch, length, dtype, seed=1, masked=True)
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_scan(chunk, dim):
+    x, bias, state, mask = problem(*((2, 5) if dim == 0 else (3, 2)))
+    near = scan(x, bias, state, RULE, mask=mask, chunk=chunk)
+    there = scan(far(x, dim), bias, state, RULE, mask=far(mask, dim), chunk=chunk)
+    assert torch.equal(near.reads, there.reads) and torch.equal(near.state, there.state)
+
+
+def test_read_and_step():
+    x, bias, state, mask = problem(2, 2)
+    assert torch.equal(read(far(x), state, RULE, mask=mask), read(x, state, RULE, mask=mask))
+    one, two = state.clone(), far(state)
+    reads = step(x[:, 0], bias, one, RULE)
+    assert torch.equal(step(far(x[:, 0]), bias, two, RULE), reads) and torch.equal(one, two)
+
+
+def test_steer():
+    base, reads, weight = torch.randn(2, 3, 8), torch.randn(2, 3, 4), torch.randn(8, 4)
+    base = far(base.bfloat16())
+    expected = steer(base.contiguous(), reads, weight, 0.5)
+    steer(base, reads, weight, 0.5, out=base)
+    assert torch.equal(base, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_heads(dim):
+    layout = HeadLayout(2, 1, 1, 16, 16)
+    steering = heads_properties.random_steering(layout, 4, "qkv")
+    packed, cos, sin = heads_properties.random_rows(layout, (2, 2), dtype=torch.bfloat16)
+    reads, near = torch.randn(2, 2, 4), packed.clone()
+    there = far(packed, dim)
+    steer_heads_(near, reads, layout, steering, cos, sin)
+    steer_heads_(there, reads, layout, steering, cos, sin)
+    assert torch.equal(near, there)
+
+
+def test_decode():
+    layout = HeadLayout(2, 1, 1, 16)
+    steering = heads_properties.random_steering(layout, 4, "qo")
+    packed, _, _ = heads_properties.random_rows(layout, (2,), RULE.width, torch.bfloat16)
+    _, bias, state, _ = problem(2, 1)
+    near, there, one, two = packed.clone(), far(packed), state.clone(), far(state)
+    for parts in (1, 3):
+        arrived = torch.zeros(2, dtype=torch.int32)
+        a = decode_(near, bias, one, RULE, layout, steering, arrived=arrived, parts=parts)
+        b = decode_(there, bias, two, RULE, layout, steering, arrived=arrived, parts=parts)
+        assert all(torch.equal(s, t) for s, t in zip((*a, near, one), (*b, there, two)))

@@ -1,0 +1,288 @@
+"""Result files, what is made of them, and what is said of files that are none."""
+
+import copy
+import importlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = {
+    "format_version": 2, "device": "Some GPU", "driver": "580.1", "processor": "Some CPU", "cores": 16, "threads": 8,
+    "python": "3.12.3", "torch": "2.11.0+cu130", "transformers": "5.17.0", "numba": None, "triton": "3.6.0",
+    "commit": "abc1234", "dirty": False, "time": "2026-01-02T03:04:05Z", "arguments": {"full": False, "only": None},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def bench(name):
+    return importlib.import_module(f"bench.{name}")
+
+
+def timed(name, parameters, *seconds, **ratios):
+    row = bench("rows").measured(name, parameters, seconds)
+    row.ratios = ratios
+    return row
+
+
+def result(*rows, **head):
+    return bench("results").Result(copy.deepcopy(HEAD) | head, list(rows))
+
+
+def written(directory, found):
+    return bench("results").write(directory, found)
+
+
+QWEN = {"model": "Qwen3-4B", "mode": "eager", "batch": 1, "context": 512, "tokens": 24}
+
+
+def sample(factor=1.0, **head):
+    """A result with every kind of row; times are multiplied by ``factor``."""
+    rows = bench("rows")
+    made = []
+    for length in (8192, 32768):
+        times = [factor * length * 1e-7 * x for x in (1, 1.02, 1.04)]
+        scan = timed("kernel/scan", {"tokens": length, "batch": 1, "rank": 8, "heads": 1}, *times)
+        scan.values |= {"roofline": 0.25, "bytes": 1 << 20}
+        made.append(scan)
+        for name, memory in (("unpatched", 9 << 30), ("patched", int(9.05 * 2**30))):
+            row = timed(f"prefill/{name}", {"model": "Qwen3-4B", "batch": 1, "tokens": length}, *times)
+            row.values["peak_memory"] = memory
+            if name == "patched":
+                row.values["extra_memory"] = memory / (9 << 30) - 1
+                row.ratios["unpatched"] = [0.98, 1.0, 1.01]
+            made.append(row)
+    made.append(timed("decode/unpatched", QWEN, factor * 1.0, factor * 1.01))
+    made.append(timed("decode/patched", QWEN, factor * 0.8, factor * 0.81, unpatched=[1.2, 1.24, 1.28]))
+    made.append(rows.counted("operations/patched", {"backend": "triton"}, operations=33))
+    made.append(rows.absent("scan/fla", "not importable"))
+    return result(*made, **head)
+
+
+# --- files
+
+
+def test_a_file_reads_back(tmp_path):
+    results = bench("results")
+    path = written(tmp_path, sample())
+    assert path.name == "some-gpu-driver580.1-torch2.11.0-triton3.6.0-abc1234.json"
+    assert results.load(path) == sample()
+    assert written(tmp_path, sample(dirty=True)).name.endswith("-abc1234-changed.json")
+
+
+@pytest.mark.parametrize("key", ["device", "driver", "torch", "triton", "commit"])
+def test_a_name_for_each_key(key):
+    results = bench("results")
+    assert results.file_name(sample()) != results.file_name(sample(**{key: "other"}))
+
+
+def test_the_newest_whole_result_of_a_device_counts(tmp_path):
+    results = bench("results")
+    written(tmp_path, sample(commit="b", time="2026-01-03T00:00:00Z"))
+    written(tmp_path, sample(commit="c", time="2026-01-02T00:00:00Z"))
+    written(tmp_path, sample(commit="d", time="2026-01-09T00:00:00Z", arguments={"dry_run": True}))
+    written(tmp_path, sample(device="Another", driver=None))
+    assert [(r.head["device"], r.head["commit"]) for r in results.newest(tmp_path)] == [
+        ("Some GPU", "b"), ("Another", "abc1234"),
+    ]  # fmt: skip
+
+
+NO_RESULT = {
+    "no JSON": "{",
+    "no object": "[]",
+    "no version": "{}",
+    "old version": '{"format_version": 1, "rows": []}',
+    "nothing else": '{"format_version": 2}',
+    "a row without a name": json.dumps(HEAD | {"rows": [{"p50": 1}]}),
+    "a row with more": json.dumps(HEAD | {"rows": [{"name": "a", "speed": 1}]}),
+    "a row that is none": json.dumps(HEAD | {"rows": [3]}),
+    "an unknown status": json.dumps(HEAD | {"rows": [{"name": "a", "status": "fine"}]}),
+    "rows that are none": json.dumps(HEAD | {"rows": 3}),
+    "no rows": json.dumps(HEAD | {"rows": []}),
+    "a row twice": json.dumps(HEAD | {"rows": [{"name": "a"}, {"name": "a"}]}),
+}
+
+
+@pytest.mark.parametrize("text", NO_RESULT.values(), ids=NO_RESULT.keys())
+@pytest.mark.parametrize("side", [0, 1])
+def test_compare_names_a_file_that_is_none(tmp_path, capsys, text, side):
+    good, bad = written(tmp_path, sample()), tmp_path / "bad.json"
+    bad.write_text(text, encoding="utf-8")
+    assert bench("compare").main([str(path) for path in (good, bad)[:: 1 if side else -1]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and str(bad) in captured.err and captured.err.count("\n") == 1
+
+
+def test_compare_names_a_file_that_is_not_there(tmp_path, capsys):
+    good = written(tmp_path, sample())
+    assert bench("compare").main([str(good), str(tmp_path / "none.json")]) == 2
+    assert str(tmp_path / "none.json") in capsys.readouterr().err
+    assert bench("compare").main([str(tmp_path), str(good)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+# --- what moved
+
+
+def moved(tmp_path, capsys, old, new, *options):
+    paths = [written(tmp_path / side, found) for side, found in (("old", old), ("new", new))]
+    status = bench("compare").main([*map(str, paths), *options])
+    return status, capsys.readouterr().out
+
+
+def test_nothing_moved(tmp_path, capsys):
+    status, text = moved(tmp_path, capsys, sample(), sample(1.05))
+    assert status == 0 and text.startswith("0 of ")
+
+
+def test_slower_is_a_regression(tmp_path, capsys):
+    status, text = moved(tmp_path, capsys, sample(), sample(1.5, commit="def"))
+    assert status == 1 and text.rstrip().endswith("; regression")
+    assert "kernel/scan tokens=8192" in text and "1.50× (worse, disjoint spreads)" in text
+    assert moved(tmp_path, capsys, sample(), sample(1.5), "--ratio", "1.6")[0] == 0
+
+
+def test_faster_is_none(tmp_path, capsys):
+    status, text = moved(tmp_path, capsys, sample(1.5), sample())
+    assert status == 0 and "0.67× (better, disjoint spreads)" in text
+
+
+def test_within_the_spread_is_none(tmp_path, capsys):
+    old = result(timed("a", {}, 1.0, 1.1, 3.0))
+    new = result(timed("a", {}, 1.0, 1.5, 3.0))
+    status, text = moved(tmp_path, capsys, old, new)
+    assert status == 0 and "1.36× (worse, spreads overlap)" in text
+
+
+@pytest.mark.parametrize("old, new, status", [(33, 33, 0), (33, 40, 1), (40, 33, 0), (0, 2, 1), (0, 0, 0)])
+def test_counts_have_no_spread(tmp_path, capsys, old, new, status):
+    rows = [result(bench("rows").counted("compiled", {}, spills=count)) for count in (old, new)]
+    assert moved(tmp_path, capsys, *rows)[0] == status
+
+
+def test_rows_of_one_side_are_listed(tmp_path, capsys):
+    a, b = timed("a", {"tokens": 1}, 1.0, 1.0), timed("a", {"tokens": 2}, 1.0, 1.0)
+    status, text = moved(tmp_path, capsys, result(a), result(b, device="Other GPU"))
+    assert status == 0
+    assert "only in the old: a tokens=1" in text and "only in the new: a tokens=2" in text
+    assert "not the same: device: Some GPU in the old, Other GPU in the new" in text
+
+
+def test_what_is_refused_now_is_a_regression(tmp_path, capsys):
+    rows = bench("rows")
+    old, bad, gone = timed("a", {}, 1.0, 1.0), rows.refused("a", {}, "wrong"), rows.absent("a", "no time")
+    assert moved(tmp_path, capsys, result(old), result(bad))[0] == 1
+    assert moved(tmp_path, capsys, result(old), result(gone))[0] == 0
+
+
+def test_the_script(tmp_path):
+    paths = [str(written(tmp_path / side, sample(factor))) for side, factor in (("old", 1), ("new", 2))]
+    done = subprocess.run([ROOT / "bench" / "compare", *paths], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "2.00× (worse" in done.stdout, done.stderr
+
+
+# --- targets
+
+
+def test_targets():
+    rows, targets, tables = bench("rows"), bench("targets"), bench("tables")
+    target = next(t for t in targets.TARGETS if t.name == "decode/patched" and t.parameters["mode"] == "eager")
+    row = timed("decode/patched", QWEN, 1.0, 2.0, 3.0, unpatched=[0.9, 1.0, 1.2])
+    assert (row.p20, row.p50, row.p80) == pytest.approx((1.4, 2.0, 2.6))
+    assert target.of(row) and target.met(target.number(row)) and target.open(row)
+    assert targets.verdict(row) == "≥ 1: yes, the spread includes it"
+    row.ratios["unpatched"] = [0.9, 0.95, 0.99]
+    assert targets.verdict(row) == "≥ 1: no"
+    assert tables.cells(row)[2:6] == ["1.4 s", "2 s", "2.6 s", "12"]
+    assert targets.verdict(timed("decode/patched", QWEN | {"model": "other"}, 1.0, 1.0, unpatched=[1, 1, 1])) == ""
+    few = rows.counted("operations/patched", {"backend": "triton"}, operations=57)
+    assert targets.verdict(few) == "≤ 56: no"
+
+
+def test_the_worst_row_counts():
+    rows, targets = bench("rows"), bench("targets")
+    target = next(t for t in targets.TARGETS if t.value == "streaming")
+    made = [rows.counted(f"kernel/{name}", {"tokens": 1}, streaming=x) for name, x in (("read", 0.9), ("steer", 0.7))]
+    assert target.worst([*made, rows.counted("kernel/scan", {}, roofline=0.1)]) is made[1]
+
+
+def test_every_target_can_be_measured():
+    """Names and parameters of the targets are those of rows that the benchmarks make."""
+    from bench.backbones import KINDS
+    from bench.decode import MODES
+
+    for target in bench("targets").TARGETS:
+        assert bool(target.baseline) != bool(target.value), target
+        kind = target.name.split("/")[0]
+        assert kind in ("decode", "prefill", "scan", "scan-gradient", "kernel", "operations", "compiled")
+        assert target.parameters.get("model", "Qwen3-4B") in KINDS
+        assert target.parameters.get("mode", "eager") in {"eager", *MODES}
+        assert target.stretch is None or target.met(target.stretch)
+
+
+# --- README
+
+
+def test_the_block_says_what_was_not_measured():
+    readme = bench("readme")
+    lines = readme.target_table([]).splitlines()
+    assert len(lines) == 2 + len(bench("targets").TARGETS)
+    assert all(readme.NOT_YET in line for line in lines[2:])
+    line = next(line for line in readme.target_table([sample()]).splitlines() if "32 k, patched" in line)
+    assert "| 1.000 (0.980 to 1.010) | yes (the spread includes it) | Some GPU, abc1234 |" in line
+
+
+def test_the_block_shows_rows_memory_and_what_was_left_out(tmp_path):
+    text = bench("readme").block([sample()], tmp_path)
+    assert "| decode/patched |" in text and "Left out: scan/fla (not importable)." in text
+    assert "| Qwen3-4B, 32,768 tokens | patched | 9.05 GiB | +0.56% |" in text
+
+
+def test_writing_and_checking(tmp_path, monkeypatch, capsys):
+    readme = bench("readme")
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(readme, "README", page)
+    written(tmp_path / "results", sample())
+    options = ["--results", str(tmp_path / "results")]
+    assert readme.main(["--check", *options]) == 1
+    assert "-old" in capsys.readouterr().out
+    assert readme.main(options) == 0 and readme.main(["--check", *options]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    page.write_text("no markers", encoding="utf-8")
+    assert readme.main(options) == 2
+    assert "README.md: allowed once each" in capsys.readouterr().err
+
+
+def test_readme_is_what_the_results_say(capsys):
+    assert bench("readme").main(["--check"]) == 0, capsys.readouterr().out
+
+
+# --- pictures
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = bench("plots")
+    first, second = (plots.draw(sample(), tmp_path / name) for name in "ab")
+    assert [path.name for path in first] == [f"gpu-some-gpu-{name}.png" for name in ("time", "decode", "memory")]
+    for one, other in zip(first, second):
+        data = one.read_bytes()
+        assert data.startswith(b"\x89PNG") and 2_000 < len(data) < 100_000
+        assert data == other.read_bytes()
+
+
+def test_no_picture_without_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert bench("plots").draw(result(bench("rows").absent("a", "no")), tmp_path) == []
+
+
+def test_committed_pictures_are_small():
+    assert all(path.stat().st_size < 100_000 for path in bench("plots").DIRECTORY.glob("*.png"))
