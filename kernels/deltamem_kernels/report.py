@@ -74,6 +74,7 @@ class Case:
     packed: bool = False
     checkpoints: bool = False
     strided: bool = False
+    parts: tuple[int | None, ...] = (None, 16, 1)  # programs per decoded row: a unit each, some units, all of it
 
     def __str__(self):
         words = [str(self.dtype).removeprefix("torch."), f"r{self.rank}", f"H{self.heads}", f"T{self.length}"]
@@ -85,16 +86,16 @@ class Case:
 # Pairs, not the full product: each dtype with both ranks, both numbers of heads, masked or not, chunked or not.
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
-    Case(BF16, 8, 1, False),
-    Case(BF16, 8, 1, True, length=64),
-    Case(BF16, 16, 4, True, packed=True, checkpoints=True),
-    Case(FP16, 8, 4, True, mode="lambda_outside", coupled=False),
-    Case(FP16, 16, 1, False, length=64, checkpoints=True),
-    Case(FP32, 8, 4, False, length=64, row_gates=False),
-    Case(FP32, 16, 1, True, mode="no_lambda"),
-    Case(BF16, 32, 1, False, strided=True),
-    Case(BF16, 64, 1, True),
-    Case(FP32, 64, 4, False, length=64),
+    Case(BF16, 8, 1, False, parts=(None, 1)),
+    Case(BF16, 8, 1, True, length=64, parts=(16,)),
+    Case(BF16, 16, 4, True, packed=True, checkpoints=True, parts=(1,)),
+    Case(FP16, 8, 4, True, mode="lambda_outside", coupled=False, parts=(None,)),
+    Case(FP16, 16, 1, False, length=64, checkpoints=True, parts=(1,)),
+    Case(FP32, 8, 4, False, length=64, row_gates=False, parts=(16,)),
+    Case(FP32, 16, 1, True, mode="no_lambda", parts=(None,)),
+    Case(BF16, 32, 1, False, strided=True, parts=(1,)),
+    Case(BF16, 64, 1, True, parts=(None,)),
+    Case(FP32, 64, 4, False, length=64, parts=(1,)),
 ]
 # The full product of what the released adapters and their neighbours use: --full, and make soak.
 PRODUCT = [
@@ -168,17 +169,16 @@ def head_launches(case: Case, rule: DeltaRule) -> None:
     reads = torch.empty(1, case.length, rule.read_width, **meta)
     steer_heads_(half(1, case.length, width), reads, layout, steering, turn, turn)
     turn, bias = turn[:, :1], torch.empty(rule.bias_width, **meta)
-    # A unit a program; some units; a row a program.
-    for batch, parts in ((few, None), (few, 16), (few, 1)):
-        given = {"slots": count(batch)} if case.packed else {}
-        if case.mask:
-            given["mask"] = torch.empty(batch, dtype=torch.bool, **meta)
-        state = torch.empty(batch, rule.heads, rule.rank, rule.rank, **meta)
-        decode_(
-            half(batch, width), bias, state, rule, layout, steering, turn, turn,
-            arrived=count(batch), skipped=count(batch) if case.mask else None, parts=parts, **given,
-        )  # fmt: skip
+    given = {"slots": count(few)} if case.packed else {}
     if case.mask:
+        given["mask"] = torch.empty(few, dtype=torch.bool, **meta)
+    state = torch.empty(few, rule.heads, rule.rank, rule.rank, **meta)
+    for parts in case.parts:
+        decode_(
+            half(few, width), bias, state, rule, layout, steering, turn, turn,
+            arrived=count(few), skipped=count(few) if case.mask else None, parts=parts, **given,
+        )  # fmt: skip
+    if case.mask and None in case.parts:
         decode_(half(few, width), bias, state, rule, layout, steering, turn, turn, frozen=True, **given)
 
 
