@@ -41,7 +41,8 @@ def fused_forward(
     cos, sin = position_embeddings if rotates else (None, None)
     reads, addend = _steer(attention, memory, call, packed, cos, sin)
 
-    heads = packed[..., : weights.first_memory_row].unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    batch, length = hidden_states.shape[:2]
+    heads = packed.narrow(-1, 0, weights.first_memory_row).view(batch, length, -1, attention.head_dim).transpose(1, 2)
     query, key, value = heads.split_with_sizes(weights.heads, 1)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
@@ -56,7 +57,7 @@ def fused_forward(
         attention, query, key, value, attention_mask,
         dropout=attention.attention_dropout if attention.training else 0.0, scaling=attention.scaling, **kwargs,
     )  # fmt: skip
-    out = out.reshape(*hidden_states.shape[:-1], -1)
+    out = out.reshape(batch, length, -1)
     return _project_out(attention, memory, out, reads, addend), attention_weights
 
 
@@ -94,7 +95,7 @@ def _project_out(
         # The matmul adds to what lies there already: Δo costs no launch.
         if bias is not None:
             addend += bias
-        return addend.addmm_(out.flatten(0, -2), weight.t()).view(*out.shape[:-1], -1)
+        return addend.addmm_(out.squeeze(1), weight.t()).unsqueeze(1)
     out = F.linear(out, weight, bias)
     if "o" not in memory.config.delta_heads:
         return out

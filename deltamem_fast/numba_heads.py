@@ -6,7 +6,6 @@ float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatur
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -25,8 +24,6 @@ _ONE = np.float32(1.0)
 _EMPTY = np.zeros(0, np.float32)
 _EMPTY_WEIGHT = np.zeros((0, 0), np.float32)
 _EMPTY_TABLE = np.zeros((1, 1, 0), np.float32)
-# Numbers from which a second thread is worth starting.
-_WORK_A_THREAD = 1 << 20
 
 
 @njit(**_OPTIONS)
@@ -60,14 +57,13 @@ def _turn_heads(row, heads, dim, norm, eps, cos, sin):
 
 
 @njit(**_OPTIONS)
-def _turn_tokens(packed, first, last, q, k, dim, q_norm, k_norm, eps, cos, sin):
-    """``_turn_heads`` for the tokens first to last of packed [B, T, N]; cos and sin [1 or B, T, rotary]."""
-    length = packed.shape[1]
-    for token in range(first, last):
-        b, t = token // length, token % length
+def _turn_tokens(packed, q, k, dim, q_norm, k_norm, eps, cos, sin):
+    """``_turn_heads`` for packed [B, T, N]; cos and sin [1 or B, T, rotary]."""
+    for b in range(packed.shape[0]):
         c = b if cos.shape[0] > 1 else 0
-        _turn_heads(packed[b, t, : q * dim], q, dim, q_norm, eps, cos[c, t], sin[c, t])
-        _turn_heads(packed[b, t, q * dim : (q + k) * dim], k, dim, k_norm, eps, cos[c, t], sin[c, t])
+        for t in range(packed.shape[1]):
+            _turn_heads(packed[b, t, : q * dim], q, dim, q_norm, eps, cos[c, t], sin[c, t])
+            _turn_heads(packed[b, t, q * dim : (q + k) * dim], k, dim, k_norm, eps, cos[c, t], sin[c, t])
 
 
 @njit(**_OPTIONS)
@@ -103,47 +99,72 @@ def _array(tensor: torch.Tensor | None, empty: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _all_rows(batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nothing masked [B, 1], and row b's state in slot b."""
-    return np.ones((batch, 1), np.bool_), np.arange(batch, dtype=np.int64)
+def _all_rows(batch: int, heads: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nothing masked [B, 1], row b's state in slot b, no state to be kept on the way."""
+    return (
+        np.ones((batch, 1), np.bool_),
+        np.arange(batch, dtype=np.int64),
+        np.empty((batch, 0, heads, rank, rank), np.float32),
+    )
 
 
-class _Weights:
-    """The arrays of a Steering and its gates' bias, and the addresses that tell whether they still are."""
+class _Arrays:
+    """What the loops take of one layer as arrays, and the tensors and addresses that tell whether it still holds.
 
-    __slots__ = ("addresses", "arrays", "factors", "gate_bias", "tensors")
+    An array keeps its memory alive, so an address that has not changed is the same memory.
+    """
+
+    __slots__ = ("addresses", "factors", "gate_bias", "matrices", "norms", "skipped", "state", "tensors")
 
     def __init__(self, steering: Steering, gate_bias: torch.Tensor):
-        self.tensors = (steering.q, steering.k, steering.v, steering.o, steering.q_norm, steering.k_norm, gate_bias)
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors if tensor is not None]
-        matrices = tuple(_array(weight, _EMPTY_WEIGHT) for weight in self.tensors[:4])
-        self.arrays = matrices, tuple(_array(norm, _EMPTY) for norm in self.tensors[4:6])
+        found = (steering.q, steering.k, steering.v, steering.o, steering.q_norm, steering.k_norm, gate_bias)
+        self.tensors = [tensor for tensor in found if tensor is not None]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        self.matrices = tuple(_array(weight, _EMPTY_WEIGHT) for weight in found[:4])
+        self.norms = tuple(_array(norm, _EMPTY) for norm in found[4:6])
         self.gate_bias = _array(gate_bias, _EMPTY)
-        self.factors = np.full(4, steering.scale, np.float32) if steering.scale_raw is None else None
+        self.factors = _factors(steering) if steering.scale_raw is None else None
+        self.state = self.skipped = (0, None)
 
-    def shares(self) -> bool:
+    def are_the_tensors(self) -> bool:
         """Whether every array is its tensor's own memory, so that writes are seen."""
-        present = [tensor for tensor in self.tensors if tensor is not None]
-        return all(t.dtype == torch.float32 and t.is_contiguous() for t in present)
+        return all(t.dtype == torch.float32 and t.is_contiguous() for t in self.tensors)
 
-    def holds(self) -> bool:
-        """Whether no tensor has moved since."""
-        addresses = iter(self.addresses)
-        for tensor in self.tensors:
-            if tensor is not None and tensor.data_ptr() != next(addresses):
-                return False
-        return True
+    def of_state(self, state: torch.Tensor, skipped: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The state and its count of skipped tokens; a conversation's stay where they are."""
+        if self.state[0] != state.data_ptr() or self.state[1].shape[0] != state.shape[0]:
+            self.state = state.data_ptr(), state.numpy()
+        if self.skipped[0] != skipped.data_ptr() or self.skipped[1].shape[0] != skipped.shape[0]:
+            self.skipped = skipped.data_ptr(), skipped.numpy()
+        return self.state[1], self.skipped[1]
 
 
-def _weights(steering: Steering, gate_bias: torch.Tensor, prepared: dict | None) -> _Weights:
+def _arrays(steering: Steering, gate_bias: torch.Tensor, prepared: dict | None) -> _Arrays:
     if prepared is None:
-        return _Weights(steering, gate_bias)
+        return _Arrays(steering, gate_bias)
     found = prepared.get("numba")
-    if found is None or not found.holds():
-        found = _Weights(steering, gate_bias)
-        if found.shares():
+    if found is None or [tensor.data_ptr() for tensor in found.tensors] != found.addresses:
+        found = _Arrays(steering, gate_bias)
+        if found.are_the_tensors():
             prepared["numba"] = found
     return found
+
+
+class _Tables:
+    """The arrays of the last cosines and sines: every layer of a forward gets the same."""
+
+    last: tuple = (None, None, None)
+
+    @classmethod
+    def of(cls, cos: torch.Tensor | None, sin: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        if cos is None:
+            return _EMPTY_TABLE, _EMPTY_TABLE
+        known, also, arrays = cls.last
+        if cos is not known or sin is not also:
+            arrays = _array(cos, _EMPTY_TABLE), _array(sin, _EMPTY_TABLE)
+            if all(table.dtype == torch.float32 and table.is_contiguous() for table in (cos, sin)):
+                cls.last = cos, sin, arrays  # not copies: what is written to the tensors is seen
+        return arrays
 
 
 def _factors(steering: Steering) -> np.ndarray:
@@ -152,17 +173,6 @@ def _factors(steering: Steering) -> np.ndarray:
         return np.full(4, steering.scale, np.float32)
     found = [reference_heads.factor(steering, head, torch.float32).item() for head in "qkvo"]
     return np.array(found, np.float32)
-
-
-def _in_blocks(function, tokens: int, work: int) -> None:
-    """function(first, last) over all tokens, on as many threads as PyTorch has and the work is worth."""
-    threads = min(torch.get_num_threads(), max(1, work // _WORK_A_THREAD), tokens)
-    if threads == 1:
-        function(0, tokens)
-        return
-    bounds = [tokens * n // threads for n in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(function, bounds[:-1], bounds[1:]))
 
 
 def _loops_take(packed: torch.Tensor, state: torch.Tensor | None = None) -> bool:
@@ -188,45 +198,42 @@ def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin
     tables = [_array(cos, _EMPTY_TABLE), _array(sin, _EMPTY_TABLE)]
     if cos is None:
         tables = [np.broadcast_to(_EMPTY_TABLE, (1, packed.shape[1], 0)).copy()] * 2
-    rows = packed.numpy()
-
-    def turn(first, last):
-        _turn_tokens(rows, first, last, layout.q, layout.k, layout.dim, *arrays, *tables)
-
-    _in_blocks(turn, packed.shape[0] * packed.shape[1], packed.numel())
+    # One thread: it is a thousandth of the matmuls' work, and others would wait for PyTorch's, which spin.
+    _turn_tokens(packed.numpy(), layout.q, layout.k, layout.dim, *arrays, *tables)
 
 
 def _decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared=None):
     batch, first = packed.shape[0], layout.width
     rows = packed.numpy()
     projections = np.ascontiguousarray(rows[:, first : first + rule.width])[:, None]
-    everything, places = _all_rows(batch)
+    everything, places, nothing = _all_rows(batch, rule.heads, rule.rank)
     if slots is not None:
         places = slots.long().contiguous().numpy()
         if batch and int(places.max()) >= state.shape[0]:
             raise IndexError(f"slots: got {int(places.max())}, allowed −1 to {state.shape[0] - 1}")
     if mask is not None:
         everything = np.ascontiguousarray(mask.numpy())[:, None]
-    weights = _weights(steering, gate_bias, prepared)
+    arrays = _arrays(steering, gate_bias, prepared)
     reads = np.empty((batch, 1, rule.read_width), np.float32)
     run = loops(rule.rank)
     if frozen:
         states = _array(state, _EMPTY)
         run.read_rows(projections, everything, states, places, rule.heads, rule.normalize, reads)
     else:
-        counts = np.zeros(state.shape[0], np.int32) if skipped is None else skipped.numpy()
+        if skipped is None:
+            skipped = torch.zeros(state.shape[0], dtype=torch.int32)
+        states, counts = arrays.of_state(state, skipped)
         run.scan_rows(
-            projections, weights.gate_bias, everything, state.numpy(), places, rule.heads,
-            STATE_UPDATE_MODES.index(rule.mode), rule.row_gates, rule.has_lambda, rule.normalize, 0, reads,
-            np.empty((batch, 0, rule.heads, rule.rank, rule.rank), np.float32), counts,
+            projections, arrays.gate_bias, everything, states, places, rule.heads,
+            STATE_UPDATE_MODES.index(rule.mode), rule.row_gates, rule.has_lambda, rule.normalize, 0, reads, nothing,
+            counts,
         )  # fmt: skip
     reads = reads[:, 0]
     delta = _EMPTY_WEIGHT if steering.o is None else np.empty((batch, steering.o.shape[0]), np.float32)
-    matrices, norms = weights.arrays
+    factors = _factors(steering) if arrays.factors is None else arrays.factors
     _steer_rows(
-        rows, reads, layout.q, layout.k, layout.v, layout.dim, *matrices,
-        _factors(steering) if weights.factors is None else weights.factors, *norms, np.float32(steering.eps),
-        _array(cos, _EMPTY_TABLE), _array(sin, _EMPTY_TABLE), delta,
+        rows, reads, layout.q, layout.k, layout.v, layout.dim, *arrays.matrices, factors, *arrays.norms,
+        np.float32(steering.eps), *_Tables.of(cos, sin), delta,
     )  # fmt: skip
     return torch.from_numpy(reads), None if steering.o is None else torch.from_numpy(delta)
 

@@ -20,7 +20,8 @@ class PackedRows:
     def __init__(self, members: list[tuple[nn.Module | None, str | int]]):
         self.members = members
         self.tensor: torch.Tensor | None = None
-        self._places: list[tuple[dict, str, int]] = []
+        self._places: list[tuple[dict, str]] = []
+        self._addresses: list[int] = []
 
     def parameters(self) -> list[nn.Parameter]:
         """The packed parameters, in order."""
@@ -30,10 +31,7 @@ class PackedRows:
         """Whether every parameter still is its rows."""
         if self.tensor is None:
             return False
-        for parameters, name, address in self._places:
-            if parameters[name].data_ptr() != address:
-                return False
-        return True
+        return [parameters[name].data_ptr() for parameters, name in self._places] == self._addresses
 
     def get(self) -> torch.Tensor:
         """The packed rows, off the autograd graph; packed again where a parameter has moved."""
@@ -63,11 +61,8 @@ class PackedRows:
                     start += block.shape[0]
             # CUDA graphs copy their inputs but for those that stay where they are, as parameters do.
             torch._dynamo.mark_static_address(self.tensor)
-        self._places = [
-            (owner._parameters, name, owner._parameters[name].data_ptr())
-            for owner, name in self.members
-            if owner is not None
-        ]
+        self._places = [(owner._parameters, name) for owner, name in self.members if owner is not None]
+        self._addresses = [places[name].data_ptr() for places, name in self._places]
 
     @torch.no_grad()
     def unpack(self) -> None:
@@ -76,7 +71,7 @@ class PackedRows:
             with torch.inference_mode(False):
                 for parameter in self.parameters():
                     parameter.data = parameter.data.clone()
-        self.tensor, self._places = None, []
+        self.tensor, self._places, self._addresses = None, [], []
 
 
 def has_own_storage(tensor: torch.Tensor) -> bool:

@@ -66,7 +66,10 @@ class LayerWeights:
     first_memory_row: int = 0
     heads: tuple[int, int, int] = (0, 0, 0)
     layouts: dict[int, HeadLayout] = field(default_factory=dict)
-    parts: tuple[tuple, ...] = ()
+    parts: tuple[nn.Module, ...] = ()
+    part_names: tuple[str, ...] = ()
+    part_hooks: tuple[dict, ...] = ()
+    part_attributes: tuple[dict, ...] = ()
     shape: LlamaShape | None = None
     prepared: dict = field(default_factory=dict)
     _steering: Steering | None = None
@@ -83,8 +86,7 @@ class LayerWeights:
         if reason:
             rows, bias, first, parts = memory_rows, None, 0, ()
         else:
-            modules = [(name, attention._modules[name]) for name in _parts_of(attention)]
-            parts = tuple((n, m, m._forward_hooks, m._forward_pre_hooks, vars(m)) for n, m in modules)
+            parts = tuple(attention._modules[name] for name in _parts_of(attention))
             projections = [attention._modules[name] for name in PROJECTIONS[:3]]
             rows = [(projection, "weight") for projection in projections] + memory_rows
             first = sum(projection.out_features for projection in projections)
@@ -98,6 +100,9 @@ class LayerWeights:
         self.layouts, self.prepared, self._steering = {}, {}, None
         self.shape = shape_of(attention)
         self.reason, self.first_memory_row, self.parts = reason, first, parts
+        self.part_names = _parts_of(attention) if parts else ()
+        self.part_hooks = tuple(hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks))
+        self.part_attributes = tuple(map(vars, parts))
         self.rows = _packed(self.rows, rows)
         self.bias = None if bias is None else _packed(self.bias, bias)
         self.gate_bias = _packed(self.gate_bias, [(memory, name) for name in memory.gate_bias_names])
@@ -124,9 +129,10 @@ class LayerWeights:
         """Whether the fused forward is right for this call: nothing to differentiate, the parts as they were."""
         if self.reason or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
             return False
-        modules = attention._modules
-        for name, part, hooks, pre_hooks, attributes in self.parts:
-            if modules[name] is not part or hooks or pre_hooks or "forward" in attributes:
+        if tuple(map(attention._modules.get, self.part_names)) != self.parts or any(self.part_hooks):
+            return False
+        for attributes in self.part_attributes:
+            if "forward" in attributes:
                 return False
         return True
 
