@@ -141,6 +141,9 @@ class PatchRecord:
         """Choose each layer's path and pack its weights; again where they have moved."""
         for attention in self.attentions.values():
             attention.delta_memory.weights.refresh(attention, attention.delta_memory)
+        if torch.cuda.is_initialized():
+            # The separate weights' blocks are too small for the next layer's packed ones; others may want the room.
+            torch.cuda.empty_cache()
 
     def __reduce_ex__(self, protocol):
         raise TypeError(
