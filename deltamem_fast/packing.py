@@ -66,11 +66,12 @@ class PackedRows:
 
     @torch.no_grad()
     def unpack(self) -> None:
-        """Give every parameter a storage of its own again."""
-        if self.is_whole() and len(self.members) > 1:
+        """Give every parameter that still is its rows a storage of its own again."""
+        if len(self.members) > 1:
             with torch.inference_mode(False):
-                for parameter in self.parameters():
-                    parameter.data = parameter.data.clone()
+                for (parameters, name), address in zip(self._places, self._addresses):
+                    if parameters[name].data_ptr() == address:
+                        parameters[name].data = parameters[name].data.clone()
         self.tensor, self._places, self._addresses = None, [], []
 
 

@@ -104,6 +104,8 @@ class LayerWeights:
         self.part_hooks = tuple(hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks))
         self.part_attributes = tuple(map(vars, parts))
         self.rows = _packed(self.rows, rows)
+        if bias is None and self.bias is not None:
+            self.bias.unpack()
         self.bias = None if bias is None else _packed(self.bias, bias)
         self.gate_bias = _packed(self.gate_bias, [(memory, name) for name in memory.gate_bias_names])
 
