@@ -10,6 +10,7 @@ tiny sizes on a CPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -31,6 +32,8 @@ from .tables import plain_table
 ROOT = machine.ROOT
 SECONDS = 520  # of nine minutes; what is left is for starting, writing and the table
 TEST_SECONDS = 240
+FAREWELL = 15  # seconds in which interrupted tests name their failures
+TEST_LOG = "gpu-tests.txt"
 LEAST = 25  # seconds under which no further part is begun
 
 
@@ -53,35 +56,53 @@ def say(start: float, text: str) -> None:
     print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-def wait(process: subprocess.Popen, seconds: float | None) -> int | None:
-    """The exit status, or None if it took longer: then it is ended with everything that it started."""
+def wait(process: subprocess.Popen, seconds: float | None, farewell: float = 0.0) -> int | None:
+    """The exit status, or None if it took longer: then it is ended with everything that it started.
+
+    Args:
+        farewell: seconds that it gets, interrupted, to say what it knows.
+    """
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
+        pass
+    if farewell:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(farewell)
+    with contextlib.suppress(ProcessLookupError):  # the group goes on while one of it does
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return None
+    process.wait()
+    return None
 
 
-def run_tests(seconds: float) -> Row:
-    """pytest -m gpu in a process of its own, as a row."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests")]
+def gpu_tests() -> list[str]:
+    """The files with tests for a GPU: every worker would import all the others too."""
+    return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+
+
+def run_tests(output: Path, seconds: float, full: bool) -> Row:
+    """pytest -m gpu in a process of its own, as a row; what it printed goes to ``output`` if something failed."""
+    marker = "gpu" if full else "gpu and not soak"
+    command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "--tb=short", "--maxfail=20"]
+    command += ["-p", "no:cacheprovider", *gpu_tests()]
     if importlib.util.find_spec("xdist"):
-        # most of the time goes into compiling kernels
-        command += ["-n", str(min(12, machine.cores()))]
+        # Most of the time goes into compiling kernels; neighbours in a file share theirs.
+        command += ["-n", str(min(12, machine.cores())), "--dist", "worksteal"]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        status = wait(process, seconds)
+        status = wait(process, seconds, FAREWELL)
         file.seek(0)
         text = file.read()
-    print(text[-6000:], flush=True)
-    if status is None:
-        row = refused("tests", {"marker": "gpu"}, f"not through after {seconds:.0f} s")
-    elif status:
-        row = refused("tests", {"marker": "gpu"}, _last_line(text))
+    print(text[-3000:], flush=True)
+    if status == 0:
+        row = counted("tests", {"marker": marker}, _last_line(text))
     else:
-        row = counted("tests", {"marker": "gpu"}, _last_line(text))
+        output.mkdir(parents=True, exist_ok=True)
+        (output / TEST_LOG).write_text(text, encoding="utf-8")
+        note = f"not through after {seconds:.0f} s: " if status is None else ""
+        row = refused("tests", {"marker": marker}, note + _last_line(text))
     row.values["seconds"] = round(time.perf_counter() - start)
     return row
 
@@ -138,7 +159,7 @@ def measure(options: argparse.Namespace, start: float) -> Iterator[list[Row]]:
     unlimited = options.full or options.dry_run
     if not (options.skip_tests or options.dry_run or options.only):
         say(start, "tests")
-        yield [run_tests(1800 if unlimited else TEST_SECONDS)]
+        yield [run_tests(options.output, 3600 if unlimited else TEST_SECONDS, unlimited)]
     for name in options.only or PARTS:
         limit = None if unlimited else min(PARTS[name].seconds, left())
         if limit is not None and limit < LEAST:

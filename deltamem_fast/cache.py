@@ -85,6 +85,14 @@ _WITH_MEMORY = {
     StaticSlidingWindowLayer: MemoryStaticSlidingWindowLayer,
 }
 
+# The attributes of a layer that nothing has been written to.
+_FRESH = {
+    DynamicLayer: tuple(vars(DynamicLayer())),
+    DynamicSlidingWindowLayer: tuple(vars(DynamicSlidingWindowLayer(sliding_window=1))),
+    StaticLayer: tuple(vars(StaticLayer(max_cache_len=1))),
+    StaticSlidingWindowLayer: tuple(vars(StaticSlidingWindowLayer(max_cache_len=1, sliding_window=1))),
+}
+
 
 def memory_state(cache: Cache) -> MemoryState:
     """The live memory of a cache that a patched model has used.
@@ -187,8 +195,10 @@ def _replace_layers(cache: Cache, identity) -> None:
                 "was not patched, or its memory was disabled); start with an empty cache"
             )
         ours = kind.__new__(kind)
-        for name, value in vars(layer).items():
-            setattr(ours, name, value)
+        # torch 2.11's compiler cannot list the attributes of an object; those of a new layer are known.
+        names = _FRESH[type(layer)] if torch.compiler.is_compiling() and not layer.is_initialized else vars(layer)
+        for name in names:
+            setattr(ours, name, getattr(layer, name))
         cache.layers[layer_idx] = ours
 
 

@@ -91,12 +91,11 @@ def _project_out(
     """o_proj of ``out`` plus Δo."""
     o_proj = attention._modules["o_proj"]
     weight, bias = o_proj._parameters["weight"], o_proj._parameters["bias"]
-    if addend is not None:
-        # The matmul adds to what lies there already: Δo costs no launch.
-        if bias is not None:
-            addend += bias
-        return addend.addmm_(out.squeeze(1), weight.t()).unsqueeze(1)
-    out = F.linear(out, weight, bias)
     if "o" not in memory.config.delta_heads:
-        return out
-    return memory.correct("o", out, reads, in_place=True)
+        return F.linear(out, weight, bias)
+    # The matmul adds to what lies there already; in decode and prefill alike, so that both round alike.
+    if addend is None:
+        addend = memory.output_delta(reads, out.dtype).flatten(0, 1)
+    if bias is not None:
+        addend += bias
+    return addend.addmm_(out.flatten(0, 1), weight.t()).view(*out.shape[:-1], -1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backends import operations
+from .backends import head_operations, operations
 from .config import DELTA_HEADS, DeltaMemConfig
 
 
@@ -155,14 +155,13 @@ class DeltaMemory(nn.Module):
         raw = self.delta_scale_raw[DELTA_HEADS.index(head) if per_head else 0]
         return torch.sigmoid(raw.float()) * self.config.delta_scale_max
 
-    def correct(self, head: str, output: torch.Tensor, reads: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    def correct(self, head: str, output: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """``output`` of projection ``head`` plus its correction.
 
         Args:
             head: one of the configuration's ``delta_heads``.
             output: [..., out], the projection's output.
             reads: float32 [..., H·r].
-            in_place: add to ``output`` where it lies (not under autograd).
         """
         factor = self.head_scale(head)
         if factor is not None:
@@ -171,5 +170,15 @@ class DeltaMemory(nn.Module):
         norm = self.delta_o_rmsnorm_weight if head == "o" and self.config.delta_o_rmsnorm else None
         return operations(self.backend, output.device).steer(
             output, reads, getattr(self, f"delta_{head}_proj"), self.config.scale,
-            norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps, out=output if in_place else None,
+            norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps,
         )  # fmt: skip
+
+    def output_delta(self, reads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Δo of reads, float32 [..., H·r], alone: [..., out of o_proj] in ``dtype``. Not differentiable."""
+        factor = self.head_scale("o")
+        if factor is not None:
+            reads = reads * factor
+        norm = self.delta_o_rmsnorm_weight if self.config.delta_o_rmsnorm else None
+        return head_operations(self.backend, reads.device).delta(
+            reads, self.delta_o_proj, self.config.scale, dtype, norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps
+        )

@@ -10,22 +10,7 @@ from deltamem_kernels.scan_backward import scan_backward
 from . import reference
 from .numba_loops import loops
 
-
-def steer(
-    base: torch.Tensor,
-    reads: torch.Tensor,
-    weight: torch.Tensor,
-    scale: float,
-    *,
-    norm_weight: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``reference.steer`` on a CPU; in place and in float32 it is one matmul that adds to its output."""
-    if out is None or norm_weight is not None or base.dtype != torch.float32 or not base.is_contiguous():
-        return reference.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps, out=out)
-    base.view(-1, base.shape[-1]).addmm_(reads.reshape(-1, reads.shape[-1]), weight.float().t(), alpha=scale)
-    return out
+steer = reference.steer
 
 
 def _flags(rule: DeltaRule) -> tuple:

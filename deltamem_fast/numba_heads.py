@@ -17,6 +17,8 @@ from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
 from . import reference_heads
 from .numba_loops import loops
 
+delta = reference_heads.delta
+
 # Every head takes the same instructions in the same order, wherever it lies, so sums may be reordered for the
 # vector unit without a token's bits depending on its place. NaN and Inf keep their meaning.
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
@@ -229,13 +231,13 @@ def _decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, sl
             counts,
         )  # fmt: skip
     reads = reads[:, 0]
-    delta = _EMPTY_WEIGHT if steering.o is None else np.empty((batch, steering.o.shape[0]), np.float32)
+    addend = _EMPTY_WEIGHT if steering.o is None else np.empty((batch, steering.o.shape[0]), np.float32)
     factors = _factors(steering) if arrays.factors is None else arrays.factors
     _steer_rows(
         rows, reads, layout.q, layout.k, layout.v, layout.dim, *arrays.matrices, factors, *arrays.norms,
-        np.float32(steering.eps), *_Tables.of(cos, sin), delta,
+        np.float32(steering.eps), *_Tables.of(cos, sin), addend,
     )  # fmt: skip
-    return torch.from_numpy(reads), None if steering.o is None else torch.from_numpy(delta)
+    return torch.from_numpy(reads), None if steering.o is None else torch.from_numpy(addend)
 
 
 def _flat(rule: DeltaRule, layout: HeadLayout) -> tuple:

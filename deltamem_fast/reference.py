@@ -298,7 +298,6 @@ def steer(
     *,
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """base + Δ with Δ = scale · W reads, or rms_norm(scale · W reads) · norm_weight.
 
@@ -309,7 +308,6 @@ def steer(
         scale: α / r.
         norm_weight: [N] or None.
         eps: of the RMS norm.
-        out: None, or ``base`` itself to be changed in place (not under autograd).
 
     Returns:
         [..., N] in ``base``'s dtype, summed in float32 (float64 for a float64 base) and rounded once.
@@ -318,5 +316,4 @@ def steer(
     delta = F.linear(reads.to(wide), weight.to(wide)) * scale
     if norm_weight is not None:
         delta = F.rms_norm(delta, (delta.shape[-1],), norm_weight.to(wide), eps)
-    total = (base.to(wide) + delta).to(base.dtype)
-    return total if out is None else out.copy_(total)
+    return (base.to(wide) + delta).to(base.dtype)

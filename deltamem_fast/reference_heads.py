@@ -83,6 +83,32 @@ def steer_heads_(
         rows.copy_(value.flatten(-2))
 
 
+def delta(
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Δ = scale · W reads, or rms_norm(scale · W reads) · norm_weight, alone. Not differentiable.
+
+    Args:
+        reads: float32 [..., H·r].
+        weight: [N, H·r], of any floating dtype.
+        scale, norm_weight, eps: as in ``reference.steer``.
+        dtype: of the result.
+
+    Returns:
+        [..., N], computed in float32 (float64 for float64 reads) and rounded once.
+    """
+    found = F.linear(reads, weight.to(reads.dtype)) * scale
+    if norm_weight is not None:
+        found = F.rms_norm(found, (found.shape[-1],), norm_weight.to(reads.dtype), eps)
+    return found.to(dtype)
+
+
 def decode_(
     packed: torch.Tensor,
     gate_bias: torch.Tensor,
@@ -132,5 +158,5 @@ def decode_(
     steer_heads_(packed.unsqueeze(1), reads.unsqueeze(1), layout, steering, cos, sin)
     if steering.o is None:
         return reads, None
-    delta = F.linear(reads, steering.o.to(reads.dtype)) * factor(steering, "o", reads.dtype)
-    return reads, delta.to(packed.dtype)
+    addend = F.linear(reads, steering.o.to(reads.dtype)) * factor(steering, "o", reads.dtype)
+    return reads, addend.to(packed.dtype)

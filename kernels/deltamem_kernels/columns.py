@@ -114,13 +114,15 @@ def load_vector(
 
     Triton spreads a contiguous axis over the threads in pieces of 16 bytes. Where 16 bytes hold the WHOLE of q,
     that is one wide access a thread, as wished. Where they do not, s · k would cross threads, in an order that
-    depends on strides and dtype: so the compiler is told that nothing is contiguous. (It notes this with the
-    operation that made the pointer, which therefore has to stand in the same function.)
+    depends on strides and dtype: so the compiler is told that the columns, if anything, are contiguous, two by two,
+    and aligned to nothing. The first makes it spread them over the threads; told that nothing is contiguous, Triton
+    3.6 takes the keys, and each sum becomes shuffles. The second keeps it from fetching two at once. (It notes this
+    with the operation that made the pointer, which therefore has to stand in the same function.)
     """
     o_j = tl.arange(0, R)[:, None]
     p = p_token[None, :] + (o_first[None, :] + o_j) * stride_x_w
     if not WHOLE:
-        p = tl.max_contiguous(p, [1, 1])
+        p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])
     return tl.load(p, mask=(o_j < RANK) & m_token[None, :], other=0.0)
 
 
@@ -139,7 +141,7 @@ def load_flag(
             o_w = first + tl.arange(0, 8)[:, None]
             p = p_token[None, :] + o_w * stride_x_w
             if not WHOLE:
-                p = tl.max_contiguous(p, [1, 1])  # see load_vector
+                p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])  # see load_vector
             x = tl.load(p, mask=(o_w < WIDTH) & m_token[None, :], other=0.0).to(tl.float32)
             nothing += tl.sum(x * 0.0, axis=0)
         flag = tl.where(nothing == 0.0, 1, 2)

@@ -233,7 +233,7 @@ def state_tile(memory, first, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.con
     o_j = tl.arange(0, R)[:, None]
     m_live = (column < HEADS * RANK) & (column * 0 + live > 0)
     o_state = (column // RANK).to(tl.int64) * stride_s_h + (column % RANK) * stride_s_i
-    p_s = tl.max_contiguous(p_state + o_state[None, :] + o_j * stride_s_j, [1, 1])
+    p_s = tl.multiple_of(tl.max_contiguous(p_state + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
     return p_s, m_live[None, :] & (o_j < RANK), m_live
 
 

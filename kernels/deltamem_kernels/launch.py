@@ -74,13 +74,16 @@ def tile(rule: DeltaRule) -> tuple[int, int]:
 
 
 def whole_keys(rule: DeltaRule, projections: torch.Tensor) -> bool:
-    """Whether one aligned access of at most 16 bytes fetches a head's whole q or k; see ``load_vector``."""
+    """Whether one aligned access of at most 16 bytes fetches a head's whole q or k; see ``load_vector``.
+
+    The compiler has to see it too, and all that Triton tells it of a stride is whether 16 divides it.
+    """
     size = rule.rank * projections.element_size()
     return (
         rule.rank == next_power_of_two(rule.rank)
         and size <= 16
         and projections.stride(-1) == 1
-        and all(stride * projections.element_size() % 16 == 0 for stride in projections.stride()[:-1])
+        and all(stride % 16 == 0 for stride in projections.stride()[:-1])
         and projections.data_ptr() % 16 == 0
     )
 

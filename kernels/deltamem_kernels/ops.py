@@ -178,6 +178,18 @@ def _(base, reads, weight, scale, norm_weight, eps):
     return None
 
 
+@torch.library.custom_op("deltamem::delta", mutates_args=())
+def delta_op(
+    reads: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, norm_weight: Tensor | None, eps: float
+) -> Tensor:  # fmt: skip
+    return _steer.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
+
+
+@delta_op.register_fake
+def _(reads, weight, scale, dtype, norm_weight, eps):
+    return reads.new_empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
 @torch.library.custom_op("deltamem::steer_backward", mutates_args=())
 def steer_backward_op(
     grad: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
@@ -406,6 +418,22 @@ def steer(
         raise ValueError("out: allowed None or the tensor given as base")
     steer_in_place_op(base, reads, weight, scale, norm_weight, eps)
     return base
+
+
+def delta(
+    reads: Tensor,
+    weight: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``deltamem_kernels.steer.delta``, compilable. Not differentiable."""
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _steer.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
+    return delta_op(reads, weight, scale, dtype, norm_weight, eps)
 
 
 def steer_heads_(

@@ -48,7 +48,7 @@ def read_kernel(
     o_j = tl.arange(0, R)[:, None]
     o_state = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
     m_tile = live[None, :] & (o_j < RANK)
-    p_s = tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 1])
+    p_s = tl.multiple_of(tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
     s = tl.load(p_s, mask=m_tile, other=0.0)
     q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)
     flag = load_flag(p_x, p_flag, p_mask, stride_x_w, live, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)

@@ -2,6 +2,8 @@
 
     out = base + Δ,   Δ = scale · W reads,   or rms_norm(scale · W reads) · norm_weight
 
+``delta`` gives Δ alone, for a matmul to be added to.
+
 H·r is small, so a row of Δ is made in registers while ``base`` goes by: ``base`` is read once, ``out`` is
 written once. With the norm a first pass over the row's weights finds its mean square and touches no ``base``.
 """
@@ -42,7 +44,7 @@ def steer_kernel(
     total_rows, length, n, scale, eps,
     stride_b_b, stride_b_t, stride_b_n, stride_r_b, stride_r_t, stride_r_c, stride_w_n, stride_w_c, stride_norm,
     stride_o_b, stride_o_t, stride_o_n,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, HAS_NORM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     blocks = 1 if HAS_NORM else tl.cdiv(n, BLOCK)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
@@ -50,7 +52,9 @@ def steer_kernel(
     m_row = row < total_rows
     b = (row // length).to(tl.int64)
     t = (row % length).to(tl.int64)
-    p_base = base_ptr + b * stride_b_b + t * stride_b_t
+    p_base = base_ptr
+    if HAS_BASE:
+        p_base += b * stride_b_b + t * stride_b_t
     p_out = out_ptr + b * stride_o_b + t * stride_o_t
     end = first + BLOCK
     if HAS_NORM:
@@ -76,8 +80,9 @@ def steer_kernel(
             delta = delta * inverse[:, None] * weight[None, :]
         m = m_row[:, None] & m_n[None, :]
         o_wide = o_n.to(tl.int64)[None, :]
-        base = tl.load(p_base[:, None] + o_wide * stride_b_n, mask=m, other=0.0).to(tl.float32)
-        tl.store(p_out[:, None] + o_wide * stride_o_n, (base + delta).to(out_ptr.dtype.element_ty), mask=m)
+        if HAS_BASE:
+            delta += tl.load(p_base[:, None] + o_wide * stride_b_n, mask=m, other=0.0).to(tl.float32)
+        tl.store(p_out[:, None] + o_wide * stride_o_n, delta.to(out_ptr.dtype.element_ty), mask=m)
 
 
 def _batch_time(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,10 +139,54 @@ def steer(
         out = _launch.empty(base.shape, dtype=base.dtype, device=base.device)
     elif base.ndim > 3 and not base.is_contiguous():
         raise ValueError("base: more than three dimensions, not contiguous, cannot be written in place")
-    if base.numel() == 0:
-        return out
-    p_base, p_reads, p_out = _batch_time(base), _batch_time(reads), _batch_time(out)
-    total, n = p_base.shape[0] * p_base.shape[1], base.shape[-1]
+    _steer(base, reads, weight, scale, norm_weight, eps, out)
+    return out
+
+
+def delta(
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Δ = scale · W reads, or rms_norm(scale · W reads) · norm_weight, alone. Not differentiable.
+
+    Args:
+        reads: [..., H·r], float32 (another floating dtype is widened).
+        weight: [N, H·r], of any floating dtype up to float32.
+        scale, norm_weight, eps: as in ``steer``.
+        dtype: of the result: bfloat16, float16 or float32.
+
+    Returns:
+        [..., N], contiguous, computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes that do not fit; tensors that are not on a GPU.
+        TypeError: a float64 tensor.
+    """
+    if weight.ndim != 2 or weight.shape[1] != reads.shape[-1]:
+        raise ValueError(
+            f"delta: got reads {list(reads.shape)}, weight {list(weight.shape)}, allowed [..., H·r] and [N, H·r]"
+        )
+    if norm_weight is not None and norm_weight.shape != weight.shape[:1]:
+        raise ValueError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(weight.shape[:1])}")
+    check_device(reads)
+    out = _launch.empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype, device=reads.device)
+    for name, tensor in (("reads", reads), ("weight", weight), ("dtype", out)):
+        half_or_single(name, tensor)
+    _steer(None, reads, weight, scale, norm_weight, eps, out)
+    return out
+
+
+def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
+    if out.numel() == 0:
+        return
+    p_base, p_reads, p_out = None if base is None else _batch_time(base), _batch_time(reads), _batch_time(out)
+    strides = (0, 0, 0) if p_base is None else p_base.stride()
+    total, n = p_out.shape[0] * p_out.shape[1], out.shape[-1]
     # Few rows (decode): thin tiles, many programs. Many: the weights of a tile serve 16 rows; 8 with the norm,
     # whose two loops want the more registers.
     rows = min(16 if norm_weight is None else 8, next_power_of_two(total))
@@ -146,14 +195,14 @@ def steer(
         block = min(256, block)
     blocks = 1 if norm_weight is not None else triton.cdiv(n, block)
     launch(
-        steer_kernel, triton.cdiv(total, rows) * blocks, base, num_warps=4,
+        steer_kernel, triton.cdiv(total, rows) * blocks, out, num_warps=4,
         base_ptr=p_base, reads_ptr=p_reads, weight_ptr=weight, norm_ptr=norm_weight, out_ptr=p_out,
-        total_rows=total, length=p_base.shape[1], n=n, scale=float(scale), eps=float(eps),
-        stride_b_b=p_base.stride(0), stride_b_t=p_base.stride(1), stride_b_n=p_base.stride(2),
+        total_rows=total, length=p_out.shape[1], n=n, scale=float(scale), eps=float(eps),
+        stride_b_b=strides[0], stride_b_t=strides[1], stride_b_n=strides[2],
         stride_r_b=p_reads.stride(0), stride_r_t=p_reads.stride(1), stride_r_c=p_reads.stride(2),
         stride_w_n=weight.stride(0), stride_w_c=weight.stride(1),
         stride_norm=norm_weight.stride(0) if norm_weight is not None else 0,
         stride_o_b=p_out.stride(0), stride_o_t=p_out.stride(1), stride_o_n=p_out.stride(2),
-        ROWS=rows, BLOCK=block, READ_WIDTH=reads.shape[-1], HAS_NORM=norm_weight is not None,
+        ROWS=rows, BLOCK=block, READ_WIDTH=reads.shape[-1], HAS_BASE=base is not None,
+        HAS_NORM=norm_weight is not None,
     )  # fmt: skip
-    return out

@@ -43,7 +43,7 @@ def step_kernel(
         live = m_column & (state_row >= 0)
     o_j = tl.arange(0, R)[:, None]
     o_state = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
-    p_s = tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 1])
+    p_s = tl.multiple_of(tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
     m_tile = live[None, :] & (o_j < RANK)
     s = tl.load(p_s, mask=m_tile, other=0.0)
 

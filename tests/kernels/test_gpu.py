@@ -1,4 +1,11 @@
-"""The kernels on a GPU, at real sizes: the properties that the interpreter checks at small ones."""
+"""The kernels on a GPU, at real sizes: the properties that the interpreter checks at small ones.
+
+Nearly all of the time goes into compiling: every rule, dtype, stride and length is a kernel of its own. What is not
+marked ``soak`` has every kernel in every dtype and every rule in one of them, some 900 kernels, and fits the few
+minutes of ``make gpu``; ``pytest -m gpu`` runs the whole product, three times as many.
+"""
+
+import itertools
 
 import pytest
 import torch
@@ -21,8 +28,36 @@ RULES = {
     "rank 17": DeltaRule(17),
     "rank 64": DeltaRule(64),
 }
-any_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+# The released rule in every dtype, and each other rule in one.
+CHOSEN = [
+    *itertools.product(["released"], DTYPES),
+    ("four heads", torch.bfloat16), ("uncoupled", torch.float16), ("no lambda, head gates", torch.float32),
+    ("rank 3, raw", torch.bfloat16), ("rank 16", torch.float16), ("rank 17", torch.float32),
+    ("rank 64", torch.bfloat16),
+]  # fmt: skip
+
+
+def each(names, first, *axes):
+    """Parametrize over a product whose combinations outside of ``first`` are for ``soak``."""
+    first = [one if isinstance(one, tuple) else (one,) for one in first]
+    params = [
+        pytest.param(
+            *(RULES.get(value, value) if isinstance(value, str) else value for value in values),
+            id="-".join(map(str, values)), marks=() if values in first else pytest.mark.soak,
+        )
+        for values in itertools.product(*axes)
+    ]  # fmt: skip
+    assert sum(not param.marks for param in params) == len(first)
+    return pytest.mark.parametrize(names, params)
+
+
+any_rule_and_dtype = each("rule,dtype", CHOSEN, RULES, DTYPES)
 any_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def rules(*first):
+    """Every rule; those not named are for ``soak``."""
+    return each("rule", first, RULES)
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +70,7 @@ def properties(monkeypatch):
     return kernel_properties
 
 
-@any_rule
-@any_dtype
+@any_rule_and_dtype
 @pytest.mark.parametrize("length", [1, 100, 700])
 def test_scan(properties, rule, dtype, length):
     x, bias, state, mask = properties.random_problem(rule, 3, length, dtype, DEVICE, seed=length, masked=True)
@@ -44,7 +78,7 @@ def test_scan(properties, rule, dtype, length):
     properties.check_scan(rule, x, bias, None)
 
 
-@any_rule
+@rules("released", "uncoupled", "rank 16")
 def test_chunks(properties, rule):
     if rule.rank > 16:
         pytest.skip("no chunks above rank 16")
@@ -70,8 +104,7 @@ def test_long(properties, name, length):
     assert torch.equal(again.reads, chunked.reads) and torch.equal(again.state, chunked.state)
 
 
-@any_rule
-@any_dtype
+@any_rule_and_dtype
 def test_to_the_bit(properties, rule, dtype):
     chunks = (0, 16) if rule.rank <= 16 else (0,)
     problem = properties.random_problem(rule, 4, 70, dtype, DEVICE, seed=1, masked=True)
@@ -87,7 +120,7 @@ def test_to_the_bit(properties, rule, dtype):
             properties.check_masked_tail(rule, x, bias, state, kept, chunk)
 
 
-@any_rule
+@rules("released", "no lambda, head gates", "rank 17")
 def test_packed_and_slots(properties, rule):
     lengths = [100, 0, 1, 37, 16, 64, 15, 17]
     x, bias, _, mask = properties.random_problem(rule, 1, sum(lengths), torch.bfloat16, DEVICE, masked=True)
@@ -104,8 +137,7 @@ def test_recall(properties, normalize, chunk):
     properties.check_recall(8, normalize, chunk, DEVICE)
 
 
-@any_rule
-@any_dtype
+@any_rule_and_dtype
 @pytest.mark.parametrize("batch", [1, 37, 512])
 def test_step(properties, rule, dtype, batch):
     x, bias, state, mask = properties.random_problem(rule, batch, 4, dtype, DEVICE, seed=batch, masked=True)
@@ -118,8 +150,7 @@ def test_step(properties, rule, dtype, batch):
         properties.check_step(rule, x, bias, pool, mask, slots=slots.int())
 
 
-@any_rule
-@any_dtype
+@any_rule_and_dtype
 def test_read(properties, rule, dtype):
     x, _, state, mask = properties.random_problem(rule, 2, 1000, dtype, DEVICE, masked=True)
     x[1, 7, 0] = float("inf")
@@ -190,10 +221,19 @@ def decode_problem(properties, heads, rule, layout, batch, dtype, seed=0, rows=1
     return (packed, bias, state), (cos, sin), mask[:, 0]
 
 
-@any_dtype
-@pytest.mark.parametrize("which", ["qo", "qkvo", ""])
-@pytest.mark.parametrize("shape", [QWEN, (3, 1, 2, 24, 8), (4, 2, 1, 16, 0), (2, 1, 1, 256, 64)], ids=str)
-@pytest.mark.parametrize("lead", [(1, 1), (16, 1), (2, 37), (1, 4096)], ids=str)
+SHAPES = [QWEN, (3, 1, 2, 24, 8), (4, 2, 1, 16, 0), (2, 1, 1, 256, 64)]
+LEADS = [(1, 1), (16, 1), (2, 37), (1, 4096)]
+
+
+@each(
+    "dtype,which,shape,lead",
+    [
+        *itertools.product(DTYPES, ["qo", "qkvo"], [QWEN], LEADS),
+        *itertools.product(DTYPES, ["qkvo"], SHAPES[1:], [(2, 37)]),
+        *itertools.product([torch.bfloat16], [""], SHAPES, [(1, 4096)]),
+    ],
+    DTYPES, ["qo", "qkvo", ""], SHAPES, LEADS,
+)  # fmt: skip
 def test_steer_heads(properties, heads, dtype, which, shape, lead):
     from deltamem_kernels.layout import HeadLayout
 
@@ -205,8 +245,7 @@ def test_steer_heads(properties, heads, dtype, which, shape, lead):
     heads.check_steer_heads(layout, packed, reads, steering, cos, sin)
 
 
-@any_rule
-@any_dtype
+@any_rule_and_dtype
 @pytest.mark.parametrize("batch", [1, 16, 512])
 def test_decode(properties, heads, rule, dtype, batch):
     from deltamem_kernels.layout import HeadLayout
@@ -215,9 +254,9 @@ def test_decode(properties, heads, rule, dtype, batch):
     given, turn, mask = decode_problem(properties, heads, rule, layout, batch, dtype, batch, batch if batch > 1 else 1)
     given[0][batch // 2, layout.width + 1] = float("nan")
     steering = heads.random_steering(layout, rule.read_width, "qo", outputs=2560, dtype=dtype, device=DEVICE)
-    parts = (1, 3, 20, None)
+    parts = (1, 3, None)
     heads.check_decode(rule, layout, *given, steering, *turn, parts=parts, mask=mask if batch > 1 else None)
-    heads.check_decode(rule, layout, *given, steering, *turn, parts=parts, frozen=True)
+    heads.check_decode(rule, layout, *given, steering, *turn, parts=(20, None), frozen=True)
     if batch == 16:
         pool = properties.random_problem(rule, 20, 1, seed=3, device=DEVICE)[2]
         slots = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:16].to(DEVICE)
@@ -226,7 +265,7 @@ def test_decode(properties, heads, rule, dtype, batch):
         heads.check_decode(rule, layout, given[0], given[1], pool, steering, *turn, parts=parts, mask=mask, slots=slots)
 
 
-@any_rule
+@rules("released", "four heads", "rank 17", "rank 64")
 @pytest.mark.parametrize("batch,parts", [(1, None), (1, 7), (16, None), (200, None), (512, 5), (3, 1)])
 def test_many_decodes(heads, rule, batch, parts):
     """Races: hundreds of launches, one on the heels of the other, with as many programs as will be."""
