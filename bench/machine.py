@@ -48,7 +48,12 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """Short commit of this repository and whether the working tree differs from it; both None outside git."""
+    """Short commit of this repository and whether the working tree differs from it; both None outside git.
+
+    A copy without its history is told by the environment: ``DELTAMEM_COMMIT``.
+    """
+    if os.environ.get("DELTAMEM_COMMIT"):
+        return {"commit": os.environ["DELTAMEM_COMMIT"], "dirty": False}
     top = _git("rev-parse", "--show-toplevel")
     short = _git("rev-parse", "--short", "HEAD")
     # An unpacked archive may lie inside somebody else's repository: that one's commit says nothing.

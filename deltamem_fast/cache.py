@@ -154,7 +154,6 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
             raise ValueError(f"input_ids: got a batch of {batch_size}, but the cache's memory has {rows} row(s)")
         layer.memory, layer.memory_layer_idx = own, layer_idx
         own._start(layer_idx, spec, batch_size)
-        _mark_static(layer, own, layer_idx)
     return own
 
 
@@ -204,12 +203,3 @@ def _replace_layers(cache: Cache, identity) -> None:
 
 def _is_empty(layer) -> bool:
     return not layer.is_initialized or int(layer.get_seq_length()) == 0
-
-
-def _mark_static(layer, memory: MemoryState, layer_idx: int) -> None:
-    # CUDA graphs skip tensors that may move; a static cache's state does not, like its keys and values.
-    if isinstance(layer, StaticLayer) and not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(memory[layer_idx])
-        torch._dynamo.mark_static_address(memory._skipped[layer_idx])
-        if layer_idx in memory._arrived:
-            torch._dynamo.mark_static_address(memory._arrived[layer_idx])

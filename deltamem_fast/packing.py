@@ -59,8 +59,9 @@ class PackedRows:
                     if owner is not None:
                         owner._parameters[name].data = self.tensor[start : start + block.shape[0]]
                     start += block.shape[0]
-            # CUDA graphs copy their inputs but for those that stay where they are, as parameters do.
-            torch._dynamo.mark_static_address(self.tensor)
+            if self.tensor.is_cuda:
+                # CUDA graphs copy their inputs but for those that stay where they are, as parameters do.
+                torch._dynamo.mark_static_address(self.tensor)
         self._places = [(owner._parameters, name) for owner, name in self.members if owner is not None]
         self._addresses = [places[name].data_ptr() for places, name in self._places]
 

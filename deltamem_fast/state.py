@@ -36,6 +36,8 @@ class MemoryState:
         self._layers = dict(layers)
         self._skipped = dict(skipped) if skipped is not None else {i: _counter(s) for i, s in layers.items()}
         self._arrived = {i: _counter(s) for i, s in layers.items() if s.is_cuda}
+        for i in self._arrived:
+            self._keep_in_place(i)
         self._identity = identity
         # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
         self._broken = ""
@@ -192,6 +194,7 @@ class MemoryState:
         for i, state in self._layers.items():
             self.put(i, torch.zeros_like(state), in_place=True)
             self._count(i, -self._skipped[i])
+            self._count_arrivals(i)
         self._broken = ""
         return self
 
@@ -220,8 +223,22 @@ class MemoryState:
     def _count_arrivals(self, layer_idx: int) -> None:
         """Zeros [B] with which the programs of one decoded row tell who is the last; on a GPU only."""
         state = self._layers[layer_idx]
-        if state.is_cuda and (layer_idx not in self._arrived or self._arrived[layer_idx].shape[0] != state.shape[0]):
+        if not state.is_cuda:
+            return
+        if layer_idx in self._arrived and self._arrived[layer_idx].shape[0] == state.shape[0]:
+            self._arrived[layer_idx].zero_()  # a launch that was cut short may have left something
+        else:
             self._arrived[layer_idx] = _counter(state)
+        self._keep_in_place(layer_idx)
+
+    def _keep_in_place(self, layer_idx: int) -> None:
+        """Tell the compiler that a layer's tensors stay where they are: CUDA graphs refuse to write to others."""
+        if torch.compiler.is_compiling():
+            return
+        for tensor in (self._layers[layer_idx], self._skipped[layer_idx], self._arrived[layer_idx]):
+            if tensor.is_leaf:
+                # Without a guard: the next conversation's memory lies elsewhere, and needs no other code.
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def _gather(self, layer_idx: int, change) -> None:
         """Reorder, repeat or select rows of one layer; keeps the address where the shape stays."""

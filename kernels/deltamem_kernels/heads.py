@@ -23,6 +23,7 @@ from .launch import (
     float32_only,
     half_or_single,
     launch,
+    launch_again,
     next_power_of_two,
     rule_flags,
     state_strides,
@@ -36,7 +37,7 @@ TOKENS = 16  # tokens of a tile of ``steer_heads_``: the least that fills a matr
 HEADS_IN_TURN = 8  # heads that a program of it takes one after another, cosines and sines staying
 READ_BLOCK = 16  # numbers of a read that are multiplied at once: a matrix instruction takes no fewer
 ALONE = 512  # rows from which a program has a row to itself
-PLANS = 64  # launches of differing shapes that are kept
+PLANS = 1024  # launches of differing shapes that are kept
 PROGRAMS = 4096  # of one warp each: what an H200 holds at once (132 × 32)
 
 
@@ -713,8 +714,7 @@ def decode_(
             programs (see ``decode_kernel``); no other launch may use it at the same time.
         frozen: read only; state, skipped and arrived stay as they are.
         check: as in ``steer_heads_``.
-        prepared: a dict in which the launch's arguments are kept from call to call, or None; the caller's, one for
-            each ``steering``.
+        prepared: not used here.
         parts: programs per row, None to choose (tests set it).
 
     Returns:
@@ -729,37 +729,36 @@ def decode_(
         _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived)
     batch = packed.shape[0]
     rows = packed.narrow(1, layout.width, rule.width)
-    weights = steering[:4]
+    weights = steering.q, steering.k, steering.v, steering.o, steering.q_norm, steering.k_norm, steering.scale_raw
     key = (
-        rule, layout, packed.dtype, packed.stride(0), batch, whole_keys(rule, rows), gate_bias.stride(0),
-        state.stride(), None if mask is None else mask.stride(0), slots is None,
-        None if skipped is None else skipped.stride(0), arrived is None, frozen, parts,
-        *((t.shape[0], *t.stride()) for t in (cos, sin) if t is not None),
-        *(t.stride() for t in weights if t is not None),
+        rule, layout, packed.device, batch, packed.stride(0), whole_keys(rule, rows), frozen, parts,
+        steering.scale, steering.scale_max, steering.eps,
+        *((None if t is None else (t.dtype, *t.shape, *t.stride())) for t in (cos, sin, *weights)),
+        *((None if t is None else (t.dtype, *t.stride())) for t in (packed, gate_bias, state, mask, slots, skipped)),
+        arrived is None,
     )  # fmt: skip
-    plan = None if prepared is None else prepared.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        plan = _plan(packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped,
-                     arrived, frozen, parts)  # fmt: skip
-        if prepared is not None:
-            if len(prepared) >= PLANS:
-                prepared.clear()
-            prepared[key] = plan
-    arguments, warps, parts, scratch = plan
-    reads = _launch.empty((scratch, batch, rule.read_width), dtype=torch.float32, device=packed.device)
-    delta = None
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        plan = _plans[key] = _Plan(
+            packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived, frozen,
+            parts,
+        )  # fmt: skip
+    reads = _launch.empty((plan.scratch, batch, rule.read_width), dtype=torch.float32, device=packed.device)
+    addend = None
     if steering.o is not None:
-        delta = _launch.empty((batch, steering.o.shape[0]), dtype=packed.dtype, device=packed.device)
-    if batch == 0:
-        return reads[0], delta
-    launch(
-        decode_kernel, batch * parts, packed, num_warps=warps,
-        x_ptr=packed, m_ptr=rows, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots,
-        mask_ptr=None if mask is None else mask.view(torch.uint8), reads_ptr=reads,
-        skipped_ptr=None if frozen else skipped, arrived_ptr=arrived if parts > 1 else None, delta_ptr=delta,
-        cos_ptr=cos, sin_ptr=sin, **arguments,
-    )  # fmt: skip
-    return reads[0], delta
+        addend = _launch.empty((batch, steering.o.shape[0]), dtype=packed.dtype, device=packed.device)
+    if batch:
+        plan.launch(
+            packed, rows, gate_bias, state, slots, None if mask is None else mask.view(torch.uint8), reads,
+            None if frozen else skipped, arrived if plan.parts > 1 else None, addend, cos, sin, *weights,
+        )  # fmt: skip
+    return reads[0], addend
+
+
+# What a launch takes besides its tensors, by everything that it follows from.
+_plans: dict[tuple, _Plan] = {}
 
 
 def _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived) -> None:
@@ -776,44 +775,75 @@ def _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, ma
         raise ValueError(f"arrived: got a stride of {arrived.stride(0)}, allowed 1")
 
 
-def _plan(
-    packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived, frozen, parts
-) -> tuple[dict, int, int, int]:  # fmt: skip
-    """What a launch takes beside its tensors → (arguments, warps, programs per row, scratch rows of reads)."""
-    batch = packed.shape[0]
-    outputs = 0 if steering.o is None else steering.o.shape[0]
-    arguments = _arguments(layout, steering, cos, sin)
-    del arguments["cos_ptr"], arguments["sin_ptr"]
-    count = _heads(layout, steering)
-    pairs = arguments["PAIRS"]
-    units = sum(count) + triton.cdiv(outputs, pairs)
-    if parts is None:
-        # One head a program while they all fit on the device at once.
-        parts = min(units, PROGRAMS // max(batch, 1)) if batch < ALONE else 1
-    if parts > 1 and arrived is None and not frozen:
-        parts = 1
-    parts = max(1, parts)
-    # A program that has a row to itself has as many threads for it as eight (or four) of the others.
-    warps = 1 if parts > 1 else 8 if rule.rank <= 16 else 4
-    count = [triton.cdiv(n, warps) for n in count]
-    _, cols = tile(rule)
-    cols *= warps
-    # Programs whose reads do not fit into registers keep them in scratch, each its own; all the same, the first's
-    # are returned.
-    scratch = 1 if rule.read_width <= cols else parts
-    arguments |= state_strides(state)
-    arguments |= rule_flags(rule, rows)
-    arguments |= {
-        "o_ptr": steering.o, "batch": batch, "n": outputs,
-        "stride_x_b": packed.stride(0), "stride_bias": gate_bias.stride(0),
-        "stride_mask_b": mask.stride(0) if mask is not None else 0,
-        "stride_skipped": skipped.stride(0) if skipped is not None else 0,
-        "stride_o_n": steering.o.stride(0) if outputs else 0, "stride_o_c": steering.o.stride(1) if outputs else 0,
-        "UNIT": warps, "BLOCK": warps * pairs, "CHUNK": min(8, next_power_of_two(rule.read_width)),
-        "Q_UNITS": count[0], "K_UNITS": count[1], "V_UNITS": count[2],
-        "O_UNITS": triton.cdiv(outputs, warps * pairs),
-        "COLUMNS": cols, "WIDTH": rule.width, "WIDTH_PAD": next_power_of_two(rule.width),
-        "HAS_SLOTS": slots is not None, "HAS_MASK": mask is not None,
-        "HAS_SKIPPED": skipped is not None and not frozen, "PARTS": parts, "FROZEN": frozen,
-    }  # fmt: skip
-    return arguments, warps, parts, scratch
+class _Plan:
+    """The launch of ``decode_kernel`` for tensors of given shapes, strides and dtypes; ``launch`` adds the tensors.
+
+    Attributes:
+        arguments: all but the tensors.
+        parts, warps: programs per row, warps of each.
+        scratch: rows of reads that it needs; programs whose reads do not fit into registers keep them there, each its
+            own; all the same, the first's are returned.
+    """
+
+    TENSORS = (
+        "x_ptr", "m_ptr", "bias_ptr", "s_ptr", "slots_ptr", "mask_ptr", "reads_ptr", "skipped_ptr", "arrived_ptr",
+        "delta_ptr", "cos_ptr", "sin_ptr", "q_ptr", "k_ptr", "v_ptr", "o_ptr", "q_norm_ptr", "k_norm_ptr", "raw_ptr",
+    )  # fmt: skip
+
+    def __init__(
+        self, packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived, frozen,
+        parts,
+    ):  # fmt: skip
+        batch = packed.shape[0]
+        outputs = 0 if steering.o is None else steering.o.shape[0]
+        arguments = _arguments(layout, steering, cos, sin)
+        count = _heads(layout, steering)
+        pairs = arguments["PAIRS"]
+        units = sum(count) + triton.cdiv(outputs, pairs)
+        if parts is None:
+            # One head a program while they all fit on the device at once.
+            parts = min(units, PROGRAMS // max(batch, 1)) if batch < ALONE else 1
+        if parts > 1 and arrived is None and not frozen:
+            parts = 1
+        self.parts = parts = max(1, parts)
+        # A program that has a row to itself has as many threads for it as eight (or four) of the others.
+        self.warps = warps = 1 if parts > 1 else 8 if rule.rank <= 16 else 4
+        self.programs = batch * parts
+        count = [triton.cdiv(n, warps) for n in count]
+        _, cols = tile(rule)
+        cols *= warps
+        self.scratch = 1 if rule.read_width <= cols else parts
+        arguments |= state_strides(state)
+        arguments |= rule_flags(rule, rows)
+        arguments |= {
+            "batch": batch, "n": outputs, "stride_x_b": packed.stride(0), "stride_bias": gate_bias.stride(0),
+            "stride_mask_b": mask.stride(0) if mask is not None else 0,
+            "stride_skipped": skipped.stride(0) if skipped is not None else 0,
+            "stride_o_n": steering.o.stride(0) if outputs else 0, "stride_o_c": steering.o.stride(1) if outputs else 0,
+            "UNIT": warps, "BLOCK": warps * pairs, "CHUNK": min(8, next_power_of_two(rule.read_width)),
+            "Q_UNITS": count[0], "K_UNITS": count[1], "V_UNITS": count[2],
+            "O_UNITS": triton.cdiv(outputs, warps * pairs),
+            "COLUMNS": cols, "WIDTH": rule.width, "WIDTH_PAD": next_power_of_two(rule.width),
+            "HAS_SLOTS": slots is not None, "HAS_MASK": mask is not None,
+            "HAS_SKIPPED": skipped is not None and not frozen, "PARTS": parts, "FROZEN": frozen,
+        }  # fmt: skip
+        self.arguments = {name: value for name, value in arguments.items() if name not in self.TENSORS}
+        names = [parameter.name for parameter in decode_kernel.params] if hasattr(decode_kernel, "params") else []
+        self._values = [self.arguments.get(name) for name in names]
+        self._places = [names.index(name) for name in self.TENSORS] if names else []
+        self._compiled: dict[tuple, object] = {}
+
+    def launch(self, *tensors: torch.Tensor | None) -> None:
+        """Launch with the tensors in the order of TENSORS."""
+        aligned = tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        compiled = self._compiled.get(aligned)
+        if compiled is None:
+            self._compiled[aligned] = launch(
+                decode_kernel, self.programs, tensors[0], num_warps=self.warps,
+                **dict(zip(self.TENSORS, tensors)), **self.arguments,
+            )  # fmt: skip
+            return
+        values = self._values.copy()
+        for place, tensor in zip(self._places, tensors):
+            values[place] = tensor
+        launch_again(compiled, self.programs, tensors[0], values)

@@ -33,8 +33,8 @@ def check_device(tensor: torch.Tensor) -> None:
         raise ValueError(f"projections: a last stride of {tensor.stride(-1)}, allowed below 2^31 / {tensor.shape[-1]}")
 
 
-def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arguments) -> None:
-    """Launch ``kernel`` with a one-dimensional grid on the device of ``tensor``.
+def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arguments):
+    """Launch ``kernel`` with a one-dimensional grid on the device of ``tensor`` → what ``launch_again`` takes, or None.
 
     FP fusion is asked for by name: Triton 3.10 changes what happens without, and a result that depends on
     the compiler's version is nobody's wish. One stage: the loops fetch the next token themselves.
@@ -42,13 +42,26 @@ def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arg
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
     if recorded is not None:
         recorded.append((kernel, arguments, options))
-        return
+        return None
+    with _on_device_of(tensor):
+        compiled = kernel[(programs,)](**arguments, **options)
+    return None if interpreted() else compiled
+
+
+def launch_again(compiled, programs: int, tensor: torch.Tensor, values: list) -> None:
+    """Launch what ``launch`` has compiled, its arguments in the kernel's order.
+
+    For arguments of the same types, alignments and integers alone: nothing looks at them, which is what costs most of
+    the time of a launch with many.
+    """
+    with _on_device_of(tensor):
+        compiled[(programs, 1, 1)](*values)
+
+
+def _on_device_of(tensor: torch.Tensor):
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        guard = torch.cuda.device(tensor.device)
-    else:
-        guard = nullcontext()
-    with guard:
-        kernel[(programs,)](**arguments, **options)
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 def next_power_of_two(n: int) -> int:
