@@ -41,7 +41,9 @@ def attention_forward(self, *args, memory: MemoryCall | None = None, **kwargs):
         return type(self).forward(self, *args, **kwargs)
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     adapter = self._modules["delta_memory"]
-    if adapter.weights.applies(self, hidden_states):
+    weights = adapter.weights
+    packed = weights.usable(self, adapter)
+    if packed and weights.applies(hidden_states):
         return fused_forward(self, adapter, memory, *args, **kwargs)
-    reads = advance(adapter, *adapter.project(hidden_states), memory)
+    reads = advance(adapter, *adapter.project(hidden_states, packed), memory)
     return type(self).forward(SteeredAttention(self, adapter, reads), *args, **kwargs)

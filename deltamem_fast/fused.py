@@ -36,7 +36,7 @@ def fused_forward(
     """
     weights = memory.weights
     shape = weights.shape
-    packed = F.linear(hidden_states, weights.rows.get(), None if weights.bias is None else weights.bias.get())
+    packed = F.linear(hidden_states, weights.rows.tensor, None if weights.bias is None else weights.bias.tensor)
     rotates = not shape.rope or getattr(attention, shape.rope)
     cos, sin = position_embeddings if rotates else (None, None)
     reads, addend = _steer(attention, memory, call, packed, cos, sin)
@@ -69,7 +69,7 @@ def _steer(
     layout = weights.layout(attention.head_dim, 0 if cos is None else cos.shape[-1])
     steering = weights.steering(attention, memory)
     heads = head_operations(memory.backend, packed.device)
-    bias = weights.gate_bias.get()
+    bias = weights.gate_bias.tensor
     decodes = packed.shape[1] == 1 and (call.frozen or call.steps(memory.layer_idx, packed))
     if decodes and call.cu_seqlens is None:
         initial, _ = call.start(memory.layer_idx)

@@ -133,18 +133,17 @@ class DeltaMemory(nn.Module):
         return ("beta_bias", "lambda_bias") if self.rule.has_lambda else ("beta_bias",)
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of q, k, v, β (and λ) as one matrix [W, d], for one matmul, and the gates' biases.
-
-        Differentiable under autograd; else the packed storage itself, where the memory is part of a patched model.
-        """
-        if self.weights is not None and self.weights.rows is not None and not torch.is_grad_enabled():
-            return self.weights.memory_rows()
+        """The rows of q, k, v, β (and λ) as one matrix [W, d], and the gates' biases; differentiable."""
         rows, bias = ([getattr(self, n) for n in names] for names in (self.row_names, self.gate_bias_names))
         return torch.cat(rows), torch.cat(bias) if len(bias) > 1 else bias[0]
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases as stored."""
-        weight, bias = self.stacked()
+    def project(self, hidden_states: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases as stored.
+
+        Args:
+            packed: take the packed storage (``LayerWeights.usable``), through which nothing is differentiated.
+        """
+        weight, bias = self.weights.memory_rows() if packed else self.stacked()
         return F.linear(hidden_states, weight.to(hidden_states.dtype)), bias
 
     def head_scale(self, head: str) -> torch.Tensor | None:

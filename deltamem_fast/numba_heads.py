@@ -6,6 +6,7 @@ float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatur
 from __future__ import annotations
 
 import functools
+import threading
 
 import numpy as np
 import torch
@@ -111,12 +112,13 @@ def _all_rows(batch: int, heads: int, rank: int) -> tuple[np.ndarray, np.ndarray
 
 
 class _Arrays:
-    """What the loops take of one layer as arrays, and the tensors and addresses that tell whether it still holds.
+    """What the loops take of one layer's weights as arrays, and the tensors that they are.
 
-    An array keeps its memory alive, so an address that has not changed is the same memory.
+    An array keeps its memory alive, so an address that has not changed is the same memory. Never changed once made:
+    threads share it.
     """
 
-    __slots__ = ("addresses", "factors", "gate_bias", "matrices", "norms", "skipped", "state", "tensors")
+    __slots__ = ("addresses", "factors", "gate_bias", "matrices", "norms", "tensors")
 
     def __init__(self, steering: Steering, gate_bias: torch.Tensor):
         found = (steering.q, steering.k, steering.v, steering.o, steering.q_norm, steering.k_norm, gate_bias)
@@ -126,47 +128,40 @@ class _Arrays:
         self.norms = tuple(_array(norm, _EMPTY) for norm in found[4:6])
         self.gate_bias = _array(gate_bias, _EMPTY)
         self.factors = _factors(steering) if steering.scale_raw is None else None
-        self.state = self.skipped = (0, None)
 
     def are_the_tensors(self) -> bool:
         """Whether every array is its tensor's own memory, so that writes are seen."""
         return all(t.dtype == torch.float32 and t.is_contiguous() for t in self.tensors)
 
-    def of_state(self, state: torch.Tensor, skipped: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The state and its count of skipped tokens; a conversation's stay where they are."""
-        if self.state[0] != state.data_ptr() or self.state[1].shape[0] != state.shape[0]:
-            self.state = state.data_ptr(), state.numpy()
-        if self.skipped[0] != skipped.data_ptr() or self.skipped[1].shape[0] != skipped.shape[0]:
-            self.skipped = skipped.data_ptr(), skipped.numpy()
-        return self.state[1], self.skipped[1]
+    def hold_for(self, gate_bias: torch.Tensor) -> bool:
+        """Whether no tensor has moved since."""
+        return self.tensors[-1] is gate_bias and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
 
 
 def _arrays(steering: Steering, gate_bias: torch.Tensor, prepared: dict | None) -> _Arrays:
     if prepared is None:
         return _Arrays(steering, gate_bias)
     found = prepared.get("numba")
-    if found is None or [tensor.data_ptr() for tensor in found.tensors] != found.addresses:
+    if found is None or not found.hold_for(gate_bias):
         found = _Arrays(steering, gate_bias)
         if found.are_the_tensors():
             prepared["numba"] = found
     return found
 
 
-class _Tables:
-    """The arrays of the last cosines and sines: every layer of a forward gets the same."""
+_last = threading.local()
 
-    last: tuple = (None, None, None)
 
-    @classmethod
-    def of(cls, cos: torch.Tensor | None, sin: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        if cos is None:
-            return _EMPTY_TABLE, _EMPTY_TABLE
-        known, also, arrays = cls.last
-        if cos is not known or sin is not also:
-            arrays = _array(cos, _EMPTY_TABLE), _array(sin, _EMPTY_TABLE)
-            if all(table.dtype == torch.float32 and table.is_contiguous() for table in (cos, sin)):
-                cls.last = cos, sin, arrays  # not copies: what is written to the tensors is seen
-        return arrays
+def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of cosines and sines; every layer of a forward gets the same, so this thread's last are kept."""
+    if cos is None:
+        return _EMPTY_TABLE, _EMPTY_TABLE
+    known, also, arrays = getattr(_last, "tables", (None, None, None))
+    if cos is not known or sin is not also:
+        arrays = _array(cos, _EMPTY_TABLE), _array(sin, _EMPTY_TABLE)
+        if all(table.dtype == torch.float32 and table.is_contiguous() for table in (cos, sin)):
+            _last.tables = cos, sin, arrays  # not copies: what is written to the tensors is seen
+    return arrays
 
 
 def _factors(steering: Steering) -> np.ndarray:
@@ -224,18 +219,17 @@ def _decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, sl
     else:
         if skipped is None:
             skipped = torch.zeros(state.shape[0], dtype=torch.int32)
-        states, counts = arrays.of_state(state, skipped)
         run.scan_rows(
-            projections, arrays.gate_bias, everything, states, places, rule.heads,
+            projections, arrays.gate_bias, everything, state.numpy(), places, rule.heads,
             STATE_UPDATE_MODES.index(rule.mode), rule.row_gates, rule.has_lambda, rule.normalize, 0, reads, nothing,
-            counts,
+            skipped.numpy(),
         )  # fmt: skip
     reads = reads[:, 0]
     addend = _EMPTY_WEIGHT if steering.o is None else np.empty((batch, steering.o.shape[0]), np.float32)
     factors = _factors(steering) if arrays.factors is None else arrays.factors
     _steer_rows(
         rows, reads, layout.q, layout.k, layout.v, layout.dim, *arrays.matrices, factors, *arrays.norms,
-        np.float32(steering.eps), *_Tables.of(cos, sin), addend,
+        np.float32(steering.eps), *_tables(cos, sin), addend,
     )  # fmt: skip
     return torch.from_numpy(reads), None if steering.o is None else torch.from_numpy(addend)
 

@@ -269,7 +269,9 @@ def layer_paths(model: nn.Module) -> dict[int, LayerPath]:
     found = {}
     for attention in record_of(unwrap(model)).attentions.values():
         memory = attention.delta_memory
-        reason = why_generic(attention, memory) or memory.weights.reason
+        with torch.no_grad():
+            memory.weights.usable(attention, memory)  # looks at what has changed since
+        reason = memory.weights.reason or why_generic(attention, memory)
         found[memory.layer_idx] = LayerPath("generic" if reason else "fast", reason)
     return dict(sorted(found.items()))
 

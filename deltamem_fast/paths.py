@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
-from dataclasses import dataclass, field
+import threading
+import weakref
+from dataclasses import dataclass
 
 import torch
+import torch.nn.modules.module as _modules
 from torch import nn
 
 from deltamem_kernels.layout import HeadLayout, Steering
 
 from .memory import DeltaMemory
-from .packing import PackedRows, has_own_storage
+from .packing import PackedRows, fills_its_storage
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -55,122 +59,189 @@ class LayerPath:
     reason: str = ""
 
 
-@dataclass(eq=False)
 class LayerWeights:
-    """The packed weights of one layer, and what its fast path needs to know. Made anew by ``refresh``."""
+    """The packed weights of one layer, and whether its fast path is right.
 
-    reason: str = "not looked at yet"
-    rows: PackedRows | None = None
-    bias: PackedRows | None = None
-    gate_bias: PackedRows | None = None
-    first_memory_row: int = 0
-    heads: tuple[int, int, int] = (0, 0, 0)
-    layouts: dict[int, HeadLayout] = field(default_factory=dict)
-    parts: tuple[nn.Module, ...] = ()
-    part_names: tuple[str, ...] = ()
-    part_hooks: tuple[dict, ...] = ()
-    part_attributes: tuple[dict, ...] = ()
-    shape: LlamaShape | None = None
-    prepared: dict = field(default_factory=dict)
-    _steering: Steering | None = None
-    _steered_by: tuple[tuple[dict, str, nn.Parameter], ...] = ()
+    Attributes:
+        reason: why the layer takes the generic path, or "".
+        rows: q, k, v and the memory's rows (generic: the memory's alone), or None: they cannot be packed.
+        bias: of q, k and v, zeros for the memory's rows; None: there is none.
+        gate_bias: as the kernels take it; None where ``rows`` is.
+        first_memory_row: where the memory's rows begin.
+        heads: of q, k and v.
+        shape: the attention's data.
+        prepared: where a backend keeps what it has made of the layer's Steering.
+    """
+
+    def __init__(self):
+        self.reason = "not looked at yet"
+        self.rows: PackedRows | None = None
+        self.bias: PackedRows | None = None
+        self.gate_bias: PackedRows | None = None
+        self.first_memory_row = 0
+        self.heads: tuple[int, ...] = (0, 0, 0)
+        self.shape: LlamaShape | None = None
+        self.prepared: dict = {}
+        self._layouts: dict[int, HeadLayout] = {}
+        self._steering: Steering | None = None
+        # What was found where when the path was chosen: dictionaries, keys, objects; the types of the parts.
+        self._places: tuple[tuple, tuple, tuple] = ((), (), ())
+        self._parts: tuple[nn.Module, ...] = ()
+        self._types: tuple[type, ...] = ()
+        self._hooks: tuple[dict, ...] = ()
+        self._known: list[weakref.ref] = []
+        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo) -> LayerWeights:
         # A copy's weights lie elsewhere: the copied PatchRecord looks at them anew.
         return LayerWeights()
 
-    def refresh(self, attention: nn.Module, memory: DeltaMemory) -> None:
-        """Choose the path again and pack the weights for it."""
-        reason = why_generic(attention, memory)
-        memory_rows = [(memory, name) for name in memory.row_names]
-        if reason:
-            rows, bias, first, parts = memory_rows, None, 0, ()
-        else:
-            parts = tuple(attention._modules[name] for name in _parts_of(attention))
-            projections = [attention._modules[name] for name in PROJECTIONS[:3]]
-            rows = [(projection, "weight") for projection in projections] + memory_rows
-            first = sum(projection.out_features for projection in projections)
-            bias = None
-            if any(projection.bias is not None for projection in projections):
-                bias = [
-                    (None, projection.out_features) if projection.bias is None else (projection, "bias")
-                    for projection in projections
-                ] + [(None, memory.rule.width)]
-            self.heads = tuple(projection.out_features // attention.head_dim for projection in projections)
-        self.layouts, self.prepared, self._steering = {}, {}, None
-        self.shape = shape_of(attention)
-        self.reason, self.first_memory_row, self.parts = reason, first, parts
-        self.part_names = _parts_of(attention) if parts else ()
-        self.part_hooks = tuple(hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks))
-        self.part_attributes = tuple(map(vars, parts))
-        self.rows = _packed(self.rows, rows)
-        if bias is None and self.bias is not None:
-            self.bias.unpack()
-        self.bias = None if bias is None else _packed(self.bias, bias)
-        self.gate_bias = _packed(self.gate_bias, [(memory, name) for name in memory.gate_bias_names])
+    def __reduce_ex__(self, protocol):
+        return LayerWeights, ()
+
+    def refresh(self, attention: nn.Module, memory: DeltaMemory, trusted: bool = True) -> None:
+        """Choose the path again and pack the weights for it.
+
+        Args:
+            trusted: the parameters are the model's own: at patching, ``.to()``, ``load_state_dict``. Else only those
+                known from there are packed: others may be somebody's for the length of a forward (FSDP's gathered
+                weights, functional_call's).
+        """
+        with self._lock:
+            reason = why_generic(attention, memory, hooks=False)  # they come and go; ``applies`` looks
+            rows = [memory._parameters.get(name) for name in memory.row_names]
+            gates = [memory._parameters.get(name) for name in memory.gate_bias_names]
+            bias, first = None, 0
+            if not reason:
+                projections = [attention._modules[name] for name in PROJECTIONS[:3]]
+                rows = [projection._parameters["weight"] for projection in projections] + rows
+                biases = [projection._parameters["bias"] for projection in projections]
+                first = sum(projection.out_features for projection in projections)
+                self.heads = tuple(projection.out_features // attention.head_dim for projection in projections)
+                if any(b is not None for b in biases):
+                    bias = [p.out_features if b is None else b for p, b in zip(projections, biases)]
+                    bias.append(memory.rule.width)
+            used = [part for part in (*rows, *gates, *(bias or ())) if not isinstance(part, int)]
+            if trusted:
+                self._known = [weakref.ref(part) for part in used if part is not None]
+            elif not all(any(part is known() for known in self._known) for part in used):
+                reason = reason or "a weight was replaced after patching"
+                rows, first, bias = rows[-len(memory.row_names) :], 0, None
+                if not all(any(part is known() for known in self._known) for part in (*rows, *gates)):
+                    rows = gates = None
+            ours = self._ours()
+            if rows is not None and any(why_unpackable("", part, ours) for part in (*rows, *gates)):
+                reason, rows, gates, bias = reason or "the memory's weights cannot be packed", None, None, None
+            self.reason, self.first_memory_row = reason, first
+            self.rows = _packed(self.rows, rows)
+            self.bias = _packed(self.bias, bias)
+            self.gate_bias = _packed(self.gate_bias, gates)
+            self.shape = shape_of(attention)
+            self._layouts, self._steering, self.prepared = {}, None, {}
+            self._remember(attention, memory)
+
+    def _ours(self) -> set[int]:
+        """Parameters that are rows of what is packed here."""
+        packs = [packed for packed in (self.rows, self.bias, self.gate_bias) if packed is not None]
+        return {id(parameter) for packed in packs for parameter in packed.in_place()}
+
+    def _remember(self, attention: nn.Module, memory: DeltaMemory) -> None:
+        places = [(attention._modules, name, attention._modules.get(name)) for name in _parts_of(attention)]
+        self._parts = tuple(part for _, _, part in places if part is not None)
+        self._types = tuple(map(type, self._parts))
+        for part in self._parts:
+            attributes = vars(part)
+            places += [(part._parameters, name, part._parameters.get(name)) for name in ("weight", "bias")]
+            places += [(attributes, n, attributes.get(n)) for n in ("_forward_hooks", "_forward_pre_hooks", "forward")]
+        places += [(memory._parameters, name, parameter) for name, parameter in memory._parameters.items()]
+        self._places = tuple(zip(*places))
+        self._hooks = tuple(hooks for part in self._parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
+
+    def is_current(self) -> bool:
+        """Whether nothing that the choice and the packing rest on has been replaced or moved."""
+        if not all(map(operator.is_, map(dict.get, *self._places[:2]), self._places[2])):
+            return False
+        if tuple(map(type, self._parts)) != self._types:
+            return False
+        for packed in (self.rows, self.gate_bias, self.bias):
+            if packed is not None and not packed.is_whole():
+                return False
+        return True
 
     def release(self) -> None:
         """Give every parameter its own storage again."""
         for packed in (self.rows, self.bias, self.gate_bias):
             if packed is not None:
-                packed.unpack()
+                packed.release()
+        self.rows = self.bias = self.gate_bias = None
 
     def memory_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The memory's rows [W, d] and the gates' biases, both as stored and off the autograd graph."""
-        rows = self.rows.get()
-        return rows[self.first_memory_row :] if self.first_memory_row else rows, self.gate_bias.get()
+        rows = self.rows.tensor
+        return rows[self.first_memory_row :] if self.first_memory_row else rows, self.gate_bias.tensor
 
     def layout(self, head_dim: int, rotary: int) -> HeadLayout:
         """The packed row's layout for RoPE over ``rotary`` numbers."""
-        found = self.layouts.get(rotary)
+        found = self._layouts.get(rotary)
         if found is None:
-            found = self.layouts[rotary] = HeadLayout(*self.heads, head_dim, rotary)
+            found = self._layouts[rotary] = HeadLayout(*self.heads, head_dim, rotary)
         return found
 
-    def applies(self, attention: nn.Module, hidden_states: torch.Tensor) -> bool:
-        """Whether the fused forward is right for this call: nothing to differentiate, the parts as they were."""
-        if self.reason or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
+    def usable(self, attention: nn.Module, memory: DeltaMemory) -> bool:
+        """Whether the packed rows may stand for the parameters in this call; looks at what has moved."""
+        if torch.is_grad_enabled():
             return False
-        if tuple(map(attention._modules.get, self.part_names)) != self.parts or any(self.part_hooks):
+        if torch.compiler.is_compiling():
+            # Addresses cannot be asked for here; that each parameter is the one packed is a guard of the graph.
+            for places, name, known in zip(*self._places):
+                if places.get(name) is not known:
+                    return False
+        elif not self.is_current():
+            self.refresh(attention, memory, trusted=False)
+        return self.rows is not None
+
+    def applies(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the fused forward is right for this call, its weights being ``usable``."""
+        if self.reason or torch.is_autocast_enabled(hidden_states.device.type):
             return False
-        for attributes in self.part_attributes:
-            if "forward" in attributes:
-                return False
-        return True
+        return not (any(self._hooks) or _modules._global_forward_hooks or _modules._global_forward_pre_hooks)
 
     def steering(self, attention: nn.Module, memory: DeltaMemory) -> Steering:
         """What the memory's layer adds to its heads, as the kernels take it."""
-        for parameters, name, parameter in self._steered_by:
-            if parameters[name] is not parameter:
-                self._steering = None
-        if self._steering is None:
-            self._steering, self.prepared = _steering_of(memory, attention, self.shape.norms), {}
-            self._steered_by = _sources(self._steering, memory, attention)
-        return self._steering
+        found = self._steering
+        if found is None:
+            found = self._steering = _steering_of(memory, attention, self.shape.norms)
+        return found
 
 
-def _packed(current: PackedRows | None, members: list) -> PackedRows:
-    """Packed ``members``: the current rows if they are the same, so that nothing is copied twice."""
-    if current is None or current.members != members or not current.is_whole():
-        if current is not None and current.members != members:
-            current.unpack()
-        current = PackedRows(members)
-        current.pack()
-    return current
+def _packed(current: PackedRows | None, parts: list | None) -> PackedRows | None:
+    """Packed ``parts``, or None without; the current rows if they are the same, so that nothing is copied twice."""
+    if current is not None:
+        same = parts is not None and _ids(parts) == _ids(current.parameters)
+        if same and current.is_whole():
+            return current
+        if not same:
+            current.release()
+    return None if parts is None else PackedRows(parts)
+
+
+def _ids(parts: list) -> list[int]:
+    return [id(part) for part in parts if not isinstance(part, int)]
 
 
 def _parts_of(attention: nn.Module) -> tuple[str, ...]:
-    return (*PROJECTIONS, "q_norm", "k_norm") if shape_of(attention).norms else PROJECTIONS
+    shape = shape_of(attention)
+    return (*PROJECTIONS, "q_norm", "k_norm") if shape is not None and shape.norms else PROJECTIONS
 
 
 def shape_of(attention: nn.Module) -> LlamaShape | None:
-    """The data of a Llama-shaped attention, or None: an unknown class, or one that computes something else."""
+    """The data of a Llama-shaped attention, or None for an unknown class."""
     kind = type(attention)
     return SHAPES.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def why_generic(attention: nn.Module, memory: DeltaMemory) -> str:
-    """Why the fused forward does not apply to a layer, or "" if it does."""
+def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -> str:
+    """Why the fused forward does not apply to a layer, or "" if it does; ``hooks``: with hooks on its parts, too."""
     shape, kind = shape_of(attention), type(attention)
     if shape is None:
         return f"{kind.__name__} is not one of the attentions that the fused forward knows"
@@ -182,11 +253,13 @@ def why_generic(attention: nn.Module, memory: DeltaMemory) -> str:
         part = attention._modules.get(name)
         wanted = nn.Linear if name in PROJECTIONS else getattr(sys.modules[kind.__module__], _norm_name(kind), None)
         if type(part) is not wanted:
-            return f"{name} is a {type(part).__name__}, not a plain {getattr(wanted, '__name__', 'RMS norm')}"
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return f"{name} is a {type(part).__module__}.{type(part).__qualname__}"
+        if "forward" in vars(part) or (hooks and (part._forward_hooks or part._forward_pre_hooks)):
             return f"{name} has hooks"
+        if part._parameters.get("weight") is None:
+            return f"{name} has no weight of its own"
         parameters += [(f"{name}.{key}", value) for key, value in part._parameters.items() if value is not None]
-    parameters += list(memory.named_parameters())
+    parameters += list(memory._parameters.items())
     first = parameters[0][1]
     if first.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the weights are {first.dtype}"
@@ -197,26 +270,33 @@ def why_generic(attention: nn.Module, memory: DeltaMemory) -> str:
             return f"{name} is offloaded"
         if value.dtype != first.dtype or value.device != first.device:
             return f"{name} is {value.dtype} on {value.device}, q_proj {first.dtype} on {first.device}"
-    return _why_unpackable(attention, memory, first)
+    if attention.head_dim % 2:
+        return f"a head of {attention.head_dim} numbers has no halves for RoPE"
+    if first.shape[1] * first.element_size() % 64:
+        # The backbone's own matmuls must give the same bits on a view: libraries look at the alignment.
+        return f"a row of {first.shape[1]} {first.dtype} numbers is not a multiple of 64 bytes"
+    if len({id(value) for _, value in parameters}) < len(parameters):
+        return "two of its weights are one parameter"
+    packed = memory.weights._ours() if memory.weights is not None else set()
+    for name, value in parameters:
+        if name.removesuffix(".weight").removesuffix(".bias") in PROJECTIONS[:3]:
+            reason = why_unpackable(name, value, packed)
+            if reason:
+                return reason
+    return ""
+
+
+def why_unpackable(name: str, value, ours: set[int]) -> str:
+    """Why a parameter cannot be given another storage, or ""; ``ours``: ids of those that have one of ours."""
+    if type(value) is not nn.Parameter or type(value.data) is not torch.Tensor or value.device.type == "meta":
+        return f"{name} is no plain parameter"
+    if value.numel() == 0 or not (id(value) in ours or fills_its_storage(value.data)):
+        return f"{name} is a view of a storage that others may use"
+    return ""
 
 
 def _norm_name(kind: type) -> str:
     return kind.__name__.removesuffix("Attention") + "RMSNorm"
-
-
-def _why_unpackable(attention: nn.Module, memory: DeltaMemory, weight: torch.Tensor) -> str:
-    if attention.head_dim % 2:
-        return f"a head of {attention.head_dim} numbers has no halves for RoPE"
-    if weight.shape[1] * weight.element_size() % 64:
-        # The backbone's own matmuls must give the same bits on a view: libraries look at the alignment.
-        return f"a row of {weight.shape[1]} {weight.dtype} numbers is not a multiple of 64 bytes"
-    ours = memory.weights.rows.parameters() if memory.weights is not None and memory.weights.rows is not None else []
-    packed = {id(parameter) for parameter in ours}
-    for name in PROJECTIONS[:3]:
-        value = attention._modules[name].weight
-        if value.numel() == 0 or not (id(value) in packed or has_own_storage(value.data)):
-            return f"{name}.weight is a view of a storage that others may use"
-    return ""
 
 
 def _steering_of(memory: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
@@ -236,13 +316,3 @@ def _steering_of(memory: DeltaMemory, attention: nn.Module, norms: bool) -> Stee
         k_norm=attention._modules["k_norm"]._parameters["weight"] if norms else None,
         eps=q_norm.variance_epsilon if norms else 1e-6,
     )
-
-
-def _sources(steering: Steering, memory: DeltaMemory, attention: nn.Module) -> tuple:
-    """Where each tensor of a Steering was found, to see whether another has been put there."""
-    places = [(memory._parameters, f"delta_{head}_proj", getattr(steering, head)) for head in "qkvo"]
-    places.append((memory._parameters, "delta_scale_raw", steering.scale_raw))
-    for name in ("q_norm", "k_norm"):
-        if name in attention._modules:
-            places.append((attention._modules[name]._parameters, "weight", getattr(steering, name)))
-    return tuple(place for place in places if place[2] is not None)

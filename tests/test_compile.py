@@ -83,8 +83,8 @@ def test_memory_disabled_in_a_compiled_region():
     assert torch.equal(compiled(IDS[:, :5], use_cache=False).logits, first)
 
 
-def tiny_logits(model):
-    return model(IDS[:, :5], use_cache=False).logits
+def tiny_logits(model, length=5):
+    return model(IDS[:, :length], use_cache=False).logits
 
 
 def test_ops_pass_torchs_own_checks():
@@ -137,3 +137,13 @@ def test_moved_weights_in_a_compiled_region():
     assert relative_error(first, expected) > 1e-3
     copied = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     assert relative_error(copied(IDS[:, :6], use_cache=False).logits, expected) < 1e-5
+
+
+def test_replaced_parameters_in_a_compiled_region():
+    model = patched("numba")
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    run(IDS[:, :6], use_cache=False)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight * 2)
+    attention.delta_memory.memory_v_proj = torch.nn.Parameter(attention.delta_memory.memory_v_proj * 2)
+    assert relative_error(run(IDS[:, :6], use_cache=False).logits, tiny_logits(model, 6)) < 1e-5

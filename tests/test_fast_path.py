@@ -372,3 +372,141 @@ def test_names_that_the_forward_uses_are_known():
         attention = tiny_model(family).model.layers[0].self_attn
         assert paths_module.shape_of(attention) is not None
     assert len(paths_module.SHAPES) == len(FAMILIES)
+
+
+# --- what was seen to go wrong once
+
+
+def generic_twin(model):
+    return force_generic(copy.deepcopy(model))
+
+
+def assert_right(model):
+    assert relative_error(run(model)[0], run(generic_twin(model))[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ("beta_bias", "lambda_bias"))
+@pytest.mark.parametrize("how", ("data", "parameter"))
+def test_a_gate_bias_replaced_after_the_first_token(name, how):
+    fast, _ = both(config=DeltaMemConfig(couple_lambda=False))
+    run(fast)
+    memory = fast.model.layers[1].self_attn.delta_memory
+    if how == "data":
+        getattr(memory, name).data = getattr(memory, name) + 2
+    else:
+        setattr(memory, name, torch.nn.Parameter(getattr(memory, name) + 2))
+    assert_right(fast)
+
+
+def test_threads_share_a_model():
+    """Two conversations at once, many times: each memory is as if it had been alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = loud_adapter(patch_model(tiny_model()))
+    prompts = [torch.randint(3, 128, (1, 24), generator=torch.Generator().manual_seed(n)) for n in range(24)]
+
+    def converse(ids):
+        with torch.no_grad():
+            return run(model, ids, 4)
+
+    alone = [converse(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(converse, prompts))
+    for (logits, memory), (expected, own) in zip(together, alone):
+        assert torch.equal(logits, expected) and all(torch.equal(memory[i], own[i]) for i in own)
+
+
+def test_storage_that_somebody_laid_out_is_left_alone():
+    model = loud_adapter(patch_model(tiny_model()))
+    run(model)
+    attention = model.model.layers[0].self_attn
+    weight, rows = attention.q_proj.weight, attention.delta_memory.memory_k_proj
+    flat = torch.cat([weight.flatten(), rows.flatten()])
+    weight.data, rows.data = flat[: weight.numel()].view_as(weight), flat[weight.numel() :].view_as(rows)
+    before = run(model)[0]
+    assert storage(weight) == storage(rows) == flat.untyped_storage().data_ptr()
+    assert "view of a storage" in layer_paths(model)[0].reason
+    flat.mul_(0.5)
+    assert relative_error(run(model)[0], before) > 1e-3
+    assert_right(model)
+    shared = loud_adapter(patch_model(tiny_model()))
+    shared.share_memory()
+    run(shared)
+    assert all(p.is_shared() for p in shared.parameters())
+
+
+def test_a_float32_adapter_on_a_bfloat16_backbone():
+    model = loud_adapter(patch_model(tiny_model(dtype=torch.bfloat16)))
+    first = run(model)[0]
+    for layer in model.model.layers:
+        layer.self_attn.delta_memory.float()
+    assert relative_error(run(model)[0], first) < 3e-2
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert {p.path for p in layer_paths(model).values()} == {"generic"}
+
+
+def test_tied_and_added_weights():
+    model = loud_adapter(patch_model(tiny_model()))
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.weight = attention.k_proj.weight
+    run(model)
+    attention.k_proj.weight.mul_(1.5)
+    assert "one parameter" in layer_paths(model)[0].reason
+    assert_right(model)
+    other = model.model.layers[1].self_attn
+    other.q_proj.bias = torch.nn.Parameter(torch.randn(other.q_proj.out_features))
+    assert_right(model)
+    other.q_proj.bias = None
+    assert_right(model)
+
+
+def test_hooks_on_all_modules_and_changed_classes():
+    fast, _ = both()
+    expected = run(fast)[0]
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        assert relative_error(run(fast)[0], expected) < 1e-5
+    finally:
+        handle.remove()
+    assert seen.count(torch.nn.Linear) == 8 * (3 * 7 + 1)
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    fast.model.layers[0].self_attn.q_proj.__class__ = Doubled
+    assert "Doubled" in layer_paths(fast)[0].reason
+    assert relative_error(run(fast)[0], expected) > 1e-3
+
+
+def test_pruned_and_replaced_linears():
+    from torch.nn.utils import prune
+
+    model = loud_adapter(patch_model(tiny_model()))
+    attention = model.model.layers[0].self_attn
+    prune.l1_unstructured(attention.q_proj, "weight", 0.3)
+    pruned = run(model)[0]
+    prune.remove(attention.q_proj, "weight")
+    assert relative_error(run(model)[0], pruned) < 1e-5
+    linear = torch.nn.Linear(64, 64, bias=False)
+    linear.weight.copy_(model.model.layers[1].self_attn.q_proj.weight)
+    expected = run(model)[0]
+    model.model.layers[1].self_attn.q_proj = linear
+    assert "replaced after patching" in layer_paths(model)[1].reason
+    assert relative_error(run(model)[0], expected) < 1e-5
+    model.load_state_dict(model.state_dict())  # a look at the model's weights, which packs what is there
+    assert layer_paths(model)[1].path == "fast"
+    assert relative_error(run(model)[0], expected) < 1e-5
+
+
+def test_functional_call_borrows_nothing():
+    model = loud_adapter(patch_model(tiny_model()))
+    other = loud_adapter(patch_model(tiny_model(seed=4)), seed=5)
+    given = {name: parameter.detach().clone() for name, parameter in other.named_parameters()}
+    places = {name: tensor.untyped_storage().data_ptr() for name, tensor in given.items()}
+    before = run(model)[0]
+    out = torch.func.functional_call(model, given, (IDS,), {"use_cache": False}).logits
+    assert relative_error(out, other(IDS, use_cache=False).logits) < 1e-5
+    assert places == {name: tensor.untyped_storage().data_ptr() for name, tensor in given.items()}
+    assert relative_error(run(model)[0], before) < 1e-6
