@@ -17,6 +17,7 @@ TOKENS = (1, 16, 128, 1024, 8192, 32768, 131_072)
 BATCHES = (1, 16, 128, 512)
 RANKS = (8, 16, 32, 4)
 HEADS = (1, 4)
+GRADIENTS = ("scan_gradient", "read_gradient", "steer_gradient")
 BACK_TO_BACK = 8  # calls in the graph that shows what a call costs between others
 SETS = 4
 
@@ -31,6 +32,9 @@ def full_sweep() -> list[Case]:
     for kernel in ("read", "steer", "steer_heads_"):
         cases += [Case(kernel, t, b) for (t, b) in shapes]
         cases += [Case(kernel, 8192, 1, r, h) for (r, h) in ranks if (r, h) != (8, 1)]
+    for kernel in GRADIENTS:
+        cases += [Case(kernel, t, b) for t in TOKENS[3:] for b in (1, 16)]
+        cases += [Case(kernel, 8192, 1, r, h) for (r, h) in ranks if (r, h) != (8, 1)]
     return cases
 
 
@@ -40,12 +44,15 @@ def short_sweep() -> list[Case]:
     cases += [Case("steer_heads_", t) for t in (1, 8192, 32768)] + [Case("steer", t) for t in (1, 8192, 32768)]
     cases += [Case("scan", t) for t in (1, 128, 2048, 8192, 32768, 131_072)]
     cases += [Case("read", 32768, 16), Case("scan", 2048, 16), Case("scan", 8192, rank=16), Case("scan", 8192, heads=4)]
-    return cases + [Case("decode_", 1, 512), Case("scan", 8192, rank=32)]
+    cases += [Case("scan_gradient", t) for t in (2048, 8192, 32768)]
+    cases += [Case("steer_gradient", 32768), Case("read_gradient", 32768, 16)]
+    return cases + [Case("decode_", 1, 512), Case("scan", 8192, rank=32), Case("scan_gradient", 8192, heads=4)]
 
 
 def tiny_sweep() -> list[Case]:
     """One small case of each kernel."""
-    return [Case(kernel, 5) for kernel in ("scan", "read", "steer", "steer_heads_")] + [Case("step"), Case("decode_")]
+    kernels = ("scan", "read", "steer", "steer_heads_", *GRADIENTS)
+    return [Case(kernel, 5) for kernel in kernels] + [Case("step"), Case("decode_")]
 
 
 def room(device: str) -> int:
@@ -147,7 +154,10 @@ def _released_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
 
 
 def _gradient_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
-    """Forward and backward of both, in turns, and the memory that each takes at its peak."""
+    """Forward and backward of both, in turns, and the memory that each takes beyond what it returns.
+
+    Ours as a CUDA graph, as above; theirs is two launches that take long enough to hide theirs.
+    """
     rule, name = case.rule, "scan-gradient/triton" if device == "cuda" else "scan-gradient/auto"
     ops, _ = problems.modules(device)
     inputs = problems.random_inputs(case, device)
@@ -155,28 +165,39 @@ def _gradient_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
     grad = torch.randn(case.batch, case.tokens, rule.read_width, device=device)
     theirs = [t.detach().requires_grad_() for t in peers.released_inputs(x.detach(), bias.detach(), rule)]
     state = torch.zeros(case.batch, case.rank, case.rank, device=device, dtype=x.dtype)
+    rounded = grad.to(x.dtype)
 
-    def ours(n):
-        return torch.autograd.grad(ops.scan(x, bias, None, rule).reads, (x, bias), grad)
+    def ours(n=0):
+        reads = ops.scan(x, bias, None, rule).reads
+        return reads, *torch.autograd.grad(reads, (x, bias), grad)
 
-    def released(n):
-        return torch.autograd.grad(scan(state, *theirs)[1], theirs, grad.to(x.dtype))
+    def released(n=0):
+        reads = scan(state, *theirs)[1]
+        return reads, *torch.autograd.grad(reads, theirs, rounded)
 
     # v is a plain slice of the projections, so its gradient is comparable.
     r = rule.rank
-    error = problems.relative_error(released(0)[2], ours(0)[0][..., 2 * r : 3 * r])
+    error = problems.relative_error(released()[3], ours()[1][..., 2 * r : 3 * r])
     if not error < 5e-2:
         return refused(name, case.parameters, f"relative error {error:.1e} to the released gradient of v", error)
-    times = in_turns({"ours": ours, "released": released}, turns, device, warm_up=1)
-    row = compare(measured(name, case.parameters, times["ours"], error), "released", times["released"], times["ours"])
-    peaks = [peak_memory(functools.partial(call, 0), device) for call in (ours, released)]
+    graph = capture(ours, device)
+    variants = {"graph": lambda n: graph(), "eager": ours, "released": released}
+    times = in_turns(variants, turns, device, warm_up=1)
+    row = measured(name, case.parameters, times["graph"], error)
+    compare(row, "released", times["released"], times["graph"])
+    compare(row, "released, ours launched from Python", times["released"], times["eager"])
+    peaks = [peak_memory(call, device) for call in (ours, released)]
     if None not in peaks:
-        row.values |= {"peak_memory": peaks[0], "memory_to_released": peaks[0] / peaks[1]}
+        # Both return reads and gradients, which nothing can save: what counts is what lies beside them at the peak.
+        beside = [peak - sum(t.nbytes for t in call()) for peak, call in zip(peaks, (ours, released))]
+        row.values |= {"peak_memory": peaks[0], "memory_beside_results": beside[0]}
+        row.values["memory_to_released"] = beside[0] / beside[1]
     return row
 
 
-def released_rows(lengths: Iterable[int], gradient_length: int, device: str, turns: int) -> Iterator[Row]:
-    """Scan and its gradient against the released package's, or rows that say why not."""
+def released_rows(lengths: Iterable[int], gradients: Iterable[int], device: str, turns: int) -> Iterator[Row]:
+    """Scan over ``lengths`` and its gradient over ``gradients`` against the released package's, or rows that say why
+    not."""
     scan = peers.released_scan(device)
     kind = "triton" if device == "cuda" else "auto"
     for length in lengths:
@@ -186,11 +207,12 @@ def released_rows(lengths: Iterable[int], gradient_length: int, device: str, tur
             continue
         with torch.no_grad():
             yield _released_row(case, device, turns, scan)
-    case = Case("scan", gradient_length)
-    if scan is None:
-        yield absent(f"scan-gradient/{kind}", peers.MISSING["released"], case.parameters)
-    else:
-        yield _gradient_row(case, device, 3, scan)
+    for length in gradients:
+        case = Case("scan", length)
+        if scan is None:
+            yield absent(f"scan-gradient/{kind}", peers.MISSING["released"], case.parameters)
+        else:
+            yield _gradient_row(case, device, 3, scan)
 
 
 def fla_rows(lengths: Iterable[int], device: str, turns: int) -> Iterator[Row]:

@@ -111,7 +111,8 @@ def other_model(plan: Plan, name: str) -> Iterator[Row]:
 def scan_peers(plan: Plan) -> Iterator[Row]:
     """The scan and its gradient against peers."""
     lengths = plan.lengths if not plan.full else (128, 2048, 8192, 32768, 131_072)
-    yield from kernels.released_rows(lengths, 48 if plan.dry else 8192, plan.device, plan.turns)
+    gradients = (48,) if plan.dry else (8192, 2048, 32768)
+    yield from kernels.released_rows(lengths, gradients, plan.device, plan.turns)
     yield from kernels.fla_rows(lengths, plan.device, plan.turns)
 
 

@@ -23,7 +23,8 @@ class Case:
     """Sizes of one call: B rows of T tokens, rank r, H state heads.
 
     Attributes:
-        kernel: ``scan``, ``step``, ``read``, ``steer``, ``steer_heads_`` or ``decode_``.
+        kernel: ``scan``, ``step``, ``read``, ``steer``, ``steer_heads_`` or ``decode_``; ``scan_gradient``,
+            ``read_gradient`` and ``steer_gradient`` are the call and its gradient in every input.
         dtype: of projections, rows and weights; states, reads and biases are float32.
     """
 
@@ -48,7 +49,12 @@ class Case:
     @property
     def memory_bound(self) -> bool:
         """Whether a large one should stream at the memory's bandwidth: tokens do not wait for each other."""
-        return self.kernel in ("read", "steer", "steer_heads_")
+        return self.kernel in ("read", "steer", "steer_heads_", "read_gradient", "steer_gradient")
+
+    @property
+    def forward(self) -> str:
+        """The kernel whose gradient this is of, or the kernel itself."""
+        return self.kernel.removesuffix("_gradient")
 
 
 def least_bytes(case: Case) -> int:
@@ -59,6 +65,18 @@ def least_bytes(case: Case) -> int:
     q_and_k = (LAYOUT.q + LAYOUT.k) * LAYOUT.dim
     q_weight = LAYOUT.q * LAYOUT.dim * rule.read_width * w
     turn = 2 * LAYOUT.rotary * w * case.tokens
+    if case.kernel != case.forward:
+        # Both passes read the inputs; the results' gradients come in, the inputs' go out (that of base is not moved).
+        forward = least_bytes(replace(case, kernel=case.forward))
+        weight = OUT * rule.read_width * w
+        return (
+            forward
+            + {
+                "scan": tokens * (2 * rule.width * w + read) + 4 * rows * state,
+                "read": tokens * (2 * rule.width * w + read) + 2 * rows * state,
+                "steer": tokens * (OUT * w + 2 * read) + 2 * weight,
+            }[case.forward]
+        )
     return {
         "scan": tokens * (rule.width * w + read) + 2 * rows * state,
         "step": rows * (rule.width * w + read + 2 * state),
@@ -90,11 +108,11 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype | None = None) -> 
         "state": random(b, case.heads, case.rank, case.rank),
         "skipped": torch.zeros(b, dtype=torch.int32, device=device),
     }
-    if case.kernel in ("scan", "read"):
+    if case.forward in ("scan", "read"):
         inputs["projections"] = random(b, t, rule.width, kind=dtype)
     elif case.kernel == "step":
         inputs["projections"] = random(b, rule.width, kind=dtype)
-    elif case.kernel == "steer":
+    elif case.forward == "steer":
         inputs |= {"base": random(b, t, OUT, kind=dtype), "reads": random(b, t, width)}
         inputs["o"] = random(OUT, width, kind=dtype)
     else:
@@ -106,12 +124,29 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype | None = None) -> 
         inputs["packed"] = random(*lead, LAYOUT.width + rule.width, kind=dtype)
         inputs["reads"] = random(b, t, width)
         inputs["arrived"] = torch.zeros(b, dtype=torch.int32, device=device)
+    if case.kernel != case.forward:
+        inputs |= {"d_reads": random(b, t, width), "d_state": torch.randn_like(inputs["state"])}
+        inputs |= {"d_out": random(b, t, OUT, kind=dtype)} if case.forward == "steer" else {}
     return inputs
 
 
 def _steering(inputs: dict, with_o: bool) -> Steering:
     norms = {name: inputs[name] for name in ("q_norm", "k_norm")}
     return Steering(q=inputs["q"], o=inputs["o"] if with_o else None, scale=2.0, **norms)
+
+
+def _gradient(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[torch.Tensor, ...]:
+    """The gradients of one forward call, in the order of its inputs, for what its results are given."""
+    names = {
+        "scan": ("projections", "bias", "state"),
+        "read": ("projections", "state"),
+        "steer": ("reads", "o", "base"),
+    }
+    given = {"scan": ("d_reads", "d_state"), "read": ("d_reads",), "steer": ("d_out",)}[case.forward]
+    with torch.enable_grad():
+        leaves = {name: inputs[name].detach().requires_grad_() for name in names[case.forward]}
+        found = apply(replace(case, kernel=case.forward), inputs | leaves, ops, heads)
+        return torch.autograd.grad(found, tuple(leaves.values()), [inputs[name] for name in given])
 
 
 def apply(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[torch.Tensor, ...]:
@@ -121,6 +156,8 @@ def apply(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[torc
         what it computed; what it changed in place among it.
     """
     i, rule = inputs, case.rule
+    if case.kernel != case.forward:
+        return _gradient(case, inputs, ops, heads)
     if case.kernel == "scan":
         out = ops.scan(i["projections"], i["bias"], i["state"], rule)
         return out.reads, out.state

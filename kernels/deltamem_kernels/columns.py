@@ -199,3 +199,42 @@ def written(s, z, c, keep, erase, added):
     along = tl.sum(s * z, axis=0) * c
     u = (added - erase * along) * c
     return keep[None, :] * s + u[None, :] * z
+
+
+@triton.jit
+def group_sum(x, GROUP: tl.constexpr):
+    """[N, COLUMNS] → the same shape, each column the sum over its group of GROUP neighbours.
+
+    With a column a thread these are shuffles, in an order that is the same for every group.
+    """
+    parts = tl.reshape(x, [x.shape[0], x.shape[1] // GROUP, GROUP])
+    total = tl.broadcast_to(tl.sum(parts, axis=2, keep_dims=True), parts.shape)
+    return tl.reshape(total, x.shape)
+
+
+@triton.jit
+def direction_backward(grad, z, c, NORMALIZE: tl.constexpr):
+    """The gradient of unit(tanh(raw)) = c z, a tile as z → that of raw."""
+    if NORMALIZE:
+        along = tl.sum(grad * z, axis=0) * c * c
+        # At the floor of the norm unit() is a plain division.
+        along = tl.where(tl.sum(z * z, axis=0) > 1e-12, along, 0.0)
+        grad = (grad - along[None, :] * z) * c[None, :] * (1.0 - z * z)
+    return grad
+
+
+@triton.jit
+def gates_backward(keep, beta, d_keep, d_erase, d_write, MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr):
+    """Gradients of keep, erase and write (= β) → those of raw β and raw λ (0 without a projection of its own)."""
+    d_beta = d_write
+    if MODE == "lambda_outside":
+        d_beta += d_erase * keep
+        d_keep += d_erase * beta
+    else:
+        d_beta += d_erase
+    d_lambda = tl.zeros(keep.shape, tl.float32)
+    if HAS_LAMBDA:
+        d_lambda = d_keep * keep * (1.0 - keep)
+    elif MODE != "no_lambda":
+        d_beta -= d_keep
+    return d_beta * beta * (1.0 - beta), d_lambda

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from . import heads as _heads
 from . import read as _read
+from . import read_backward as _read_backward
 from . import scan as _scan
-from . import scan_backward as _backward
+from . import scan_backward as _scan_backward
 from . import steer as _steer
+from . import steer_backward as _steer_backward
 from . import step as _step
 from .layout import HeadLayout, Steering, check_heads
 from .rule import DeltaRule, ScanOutput, check_arguments
@@ -74,7 +76,7 @@ def scan_backward_op(
     rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
     mask: Tensor | None, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d_x, d_bias, d_initial = _backward.scan_backward(
+    d_x, d_bias, d_initial = _scan_backward.scan_backward(
         d_reads, d_state, projections, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
         mask=mask, cu_seqlens=cu_seqlens, slots=slots,
         d_checkpoints=d_checkpoints, checkpoint_every=checkpoint_every,
@@ -132,7 +134,7 @@ def read_backward_op(
     mask: Tensor | None, slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rule = _rule(rank, heads, update, row_gates, coupled, normalize)
-    return _backward.read_backward(d_reads, projections, state, rule, mask=mask, slots=slots)
+    return _read_backward.read_backward(d_reads, projections, state, rule, mask=mask, slots=slots)
 
 
 @read_backward_op.register_fake
@@ -193,15 +195,15 @@ def _(reads, weight, scale, dtype, norm_weight, eps):
 @torch.library.custom_op("deltamem::steer_backward", mutates_args=())
 def steer_backward_op(
     grad: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *found, d_norm = _backward.steer_backward(grad, reads, weight, scale, norm_weight=norm_weight, eps=eps)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *found, d_norm = _steer_backward.steer_backward(grad, reads, weight, scale, norm_weight=norm_weight, eps=eps)
     return *found, grad.new_empty(0) if d_norm is None else d_norm
 
 
 @steer_backward_op.register_fake
 def _(grad, reads, weight, scale, norm_weight, eps):
     d_norm = grad.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape)
-    return torch.empty_like(grad), reads.new_empty(reads.shape), weight.new_empty(weight.shape), d_norm
+    return reads.new_empty(reads.shape), weight.new_empty(weight.shape), d_norm
 
 
 def _steer_setup(ctx, inputs, output):
@@ -211,8 +213,9 @@ def _steer_setup(ctx, inputs, output):
 
 def _steer_gradient(ctx, grad):
     reads, weight, norm_weight = ctx.saved_tensors
-    d_base, d_reads, d_weight, d_norm = steer_backward_op(grad, reads, weight, ctx.scale, norm_weight, ctx.eps)
-    return d_base, d_reads, d_weight, None, None if norm_weight is None else d_norm, None
+    d_reads, d_weight, d_norm = steer_backward_op(grad, reads, weight, ctx.scale, norm_weight, ctx.eps)
+    # base has the gradient that came in, itself: an operator could not return what it was given.
+    return grad, d_reads, d_weight, None, None if norm_weight is None else d_norm, None
 
 
 steer_op.register_autograd(_steer_gradient, setup_context=_steer_setup)

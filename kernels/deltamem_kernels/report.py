@@ -28,9 +28,13 @@ from . import launch as _launch
 from .heads import decode_, steer_heads_
 from .layout import HeadLayout, Steering
 from .read import read
+from .read_backward import read_backward
 from .rule import DeltaRule
 from .scan import choose_chunk, depth, scan
+from .scan_backward import depth as depth_backward
+from .scan_backward import scan_backward
 from .steer import steer
+from .steer_backward import steer_backward
 from .step import step
 
 TARGETS = {
@@ -74,6 +78,7 @@ class Case:
     packed: bool = False
     checkpoints: bool = False
     strided: bool = False
+    backward: bool = True
     parts: tuple[int | None, ...] = (None, 16, 1)  # programs per decoded row: a unit each, some units, all of it
 
     def __str__(self):
@@ -87,15 +92,15 @@ class Case:
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
     Case(BF16, 8, 1, False, parts=(None, 1)),
-    Case(BF16, 8, 1, True, length=64, parts=(16,)),
+    Case(BF16, 8, 1, True, length=64, backward=False, parts=(16,)),
     Case(BF16, 16, 4, True, packed=True, checkpoints=True, parts=(1,)),
     Case(FP16, 8, 4, True, mode="lambda_outside", coupled=False, parts=(None,)),
-    Case(FP16, 16, 1, False, length=64, checkpoints=True, parts=(1,)),
+    Case(FP16, 16, 1, False, length=64, checkpoints=True, backward=False, parts=(1,)),
     Case(FP32, 8, 4, False, length=64, row_gates=False, parts=(16,)),
     Case(FP32, 16, 1, True, mode="no_lambda", parts=(None,)),
     Case(BF16, 32, 1, False, strided=True, parts=(1,)),
     Case(BF16, 64, 1, True, parts=(None,)),
-    Case(FP32, 64, 4, False, length=64, parts=(1,)),
+    Case(FP32, 64, 4, False, length=64, backward=False, parts=(1,)),
 ]
 # The full product of what the released adapters and their neighbours use: --full, and make soak.
 PRODUCT = [
@@ -140,9 +145,27 @@ def launches(case: Case, warp: int) -> list:
         steer(base, reads, weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
         steer(base[:1, :1], reads[:1, :1], weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
         head_launches(case, rule)
+        if case.backward:
+            gradient_launches(case, rule, x, bias, state, mask, cu_seqlens, slots, base, reads, weight)
         return _launch.recorded
     finally:
         _launch.recorded, _launch.WARP = saved
+
+
+def gradient_launches(
+    case: Case, rule: DeltaRule, x, bias, state, mask, cu_seqlens, slots, base, reads, weight
+) -> None:
+    """The gradients of scan, read and steer; weights of a float32 model on rows of another, where heads are several."""
+    every = 64 if case.checkpoints else 0
+    d_checkpoints = state.new_empty(case.length // every, *state.shape[1:]) if every else None
+    scan_backward(
+        reads, torch.empty_like(state), x, bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
+        d_checkpoints=d_checkpoints, checkpoint_every=every,
+    )  # fmt: skip
+    if not case.packed:
+        read_backward(reads, x, state, rule, mask=mask)
+    norm_weight = weight[:, 0] if case.mask else None
+    steer_backward(base, reads, weight.float() if case.heads > 1 else weight, 2.0, norm_weight=norm_weight)
 
 
 def head_launches(case: Case, rule: DeltaRule) -> None:
@@ -264,7 +287,8 @@ def weights(rule: DeltaRule, length: int) -> tuple[int, int]:
 
 def print_depth() -> None:
     print(
-        f"{'rank':>4}{'T':>9}{'chunk':>7}{'depth':>8}{'depth/√T':>10}{'map bytes':>13}{'token bytes':>15}{'ratio':>7}"
+        f"{'rank':>4}{'T':>9}{'chunk':>7}{'depth':>8}{'depth/√T':>10}{'backward':>10}{'map bytes':>13}"
+        f"{'token bytes':>15}{'ratio':>7}"
     )
     for rank in (8, 16):
         rule = DeltaRule(rank)
@@ -274,7 +298,7 @@ def print_depth() -> None:
             steps = depth(rule, length)
             print(
                 f"{rank:>4}{length:>9}{choose_chunk(rule, length):>7}{steps:>8}{steps / length**0.5:>10.2f}"
-                f"{maps:>13}{tokens:>14}{maps / tokens:>7.2f}"
+                f"{depth_backward(rule, length):>10}{maps:>13}{tokens:>14}{maps / tokens:>7.2f}"
             )
 
 
@@ -288,7 +312,7 @@ def main() -> None:
         return print_depth()
     targets = options.target or list(TARGETS)
     print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
-    print(f"{'case':<50} {'kernel':<19}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
+    print(f"{'case':<50} {'kernel':<23}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TRITON_CACHE_DIR"] = directory
         for target in targets:
@@ -296,7 +320,7 @@ def main() -> None:
             for case in PRODUCT if options.full else CASES:
                 for row in measure(target, case, seen):
                     print(
-                        f"{row.case:<50} {row.kernel:<19}{row.target:<7}{row.registers:>5}{row.shared:>7}"
+                        f"{row.case:<50} {row.kernel:<23}{row.target:<7}{row.registers:>5}{row.shared:>7}"
                         f"{row.stack:>6}{row.spills:>7}{row.instructions:>6}",
                         flush=True,
                     )

@@ -125,6 +125,52 @@ def map_kernel(
     tl.store(maps_ptr + o_map[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
 
 
+@triton.jit
+def carry(
+    s, p_map, p_vector, p_start, count, step_map, step_start, stride_m_a, stride_m_j, stride_v_j,
+    RANK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Take the column s [R, 1] through ``count`` maps, store it before each of them, and return it.
+
+    s <- s M + n turns a column into a row, so maps go in pairs: the first with M as it lies, the second with M
+    transposed, and no step has to turn its result round.
+    """
+    o_0 = tl.arange(0, R)[:, None]
+    o_1 = tl.arange(0, R)[None, :]
+    m_tile = (o_0 < RANK) & (o_1 < RANK)
+    o_none = o_0 * 0  # makes a tile of a number: the interpreter does not mix the two in a mask
+    identity = tl.where(o_0 == o_1, 1.0, 0.0)
+    o_down = o_0 * stride_m_a + o_1 * stride_m_j  # axis 0 over a, axis 1 over j
+    o_up = o_1 * stride_m_a + o_0 * stride_m_j  # axis 0 over j, axis 1 over a
+    # The vector rides in the row (column) a = 0 of a tile of its own: it joins the sum with no exchange.
+    n_down = o_1 * stride_v_j + o_0 * 0
+    n_up = o_0 * stride_v_j + o_1 * 0
+    m_down = m_tile & (o_0 == 0)
+    m_up = m_tile & (o_1 == 0)
+
+    m_1 = tl.load(p_map + o_down, mask=m_tile & (o_none < count), other=0.0)
+    n_1 = tl.load(p_vector + n_down, mask=m_down & (o_none < count), other=0.0)
+    m_2 = tl.load(p_map + step_map + o_up, mask=m_tile & (o_none + 1 < count), other=0.0)
+    n_2 = tl.load(p_vector + step_map + n_up, mask=m_up & (o_none + 1 < count), other=0.0)
+    for c in range(0, count, 2):
+        p_map += 2 * step_map
+        p_vector += 2 * step_map
+        m_1_next = tl.load(p_map + o_down, mask=m_tile & (o_none + c + 2 < count), other=0.0)
+        n_1_next = tl.load(p_vector + n_down, mask=m_down & (o_none + c + 2 < count), other=0.0)
+        m_2_next = tl.load(p_map + step_map + o_up, mask=m_tile & (o_none + c + 3 < count), other=0.0)
+        n_2_next = tl.load(p_vector + step_map + n_up, mask=m_up & (o_none + c + 3 < count), other=0.0)
+
+        tl.store(p_start + o_0, s, mask=o_0 < RANK)
+        turned = tl.sum(s * m_1 + n_1, axis=0, keep_dims=True)
+        tl.store(p_start + step_start + o_1, turned, mask=(o_1 < RANK) & (o_1 * 0 + c + 1 < count))
+        # A pair cut short ends with the identity, which changes no bit.
+        m_2 = tl.where(o_none + c + 1 < count, m_2, identity)
+        s = tl.sum(turned * m_2 + n_2, axis=1, keep_dims=True)
+        p_start += 2 * step_start
+        m_1, n_1, m_2, n_2 = m_1_next, n_1_next, m_2_next, n_2_next
+    return s
+
+
 # Strides of 1 and r that the compiler cannot see: told that a tile is contiguous, it loads it in a layout of its
 # own and moves every map through shared memory to where the sum wants it.
 @triton.jit(do_not_specialize=["stride_m_a", "stride_m_j"])
@@ -136,8 +182,7 @@ def carry_kernel(
 ):  # fmt: skip
     """starts[chunk, h, i, :] = s_i before the chunk; final[n, h, i, :] = s_i after the last one.
 
-    One program per sequence, head and row. s <- s M + n turns a column into a row, so chunks go in pairs: the
-    first with M as it lies, the second with M transposed, and no step has to turn its result round.
+    One program per sequence, head and row.
     """
     i = tl.program_id(0) % RANK
     h = tl.program_id(0) // RANK % HEADS
@@ -149,11 +194,7 @@ def carry_kernel(
         chunk = sequence * chunks_per_sequence
         end = chunk + chunks_per_sequence
     o_0 = tl.arange(0, R)[:, None]
-    o_1 = tl.arange(0, R)[None, :]
-    m_tile = (o_0 < RANK) & (o_1 < RANK)
     o_none = o_0 * 0  # makes a tile of a number: the interpreter does not mix the two in a mask
-    identity = tl.where(o_0 == o_1, 1.0, 0.0)
-
     s = tl.zeros([R, 1], tl.float32)
     state_row = sequence.to(tl.int64)
     if HAS_SLOTS:
@@ -165,36 +206,10 @@ def carry_kernel(
 
     MAP: tl.constexpr = HEADS * RANK * RANK * (RANK + 1)
     ROW: tl.constexpr = HEADS * RANK * RANK
-    o_map = (h * RANK + i) * (RANK * (RANK + 1))
-    p_map = maps_ptr + chunk.to(tl.int64) * MAP + o_map
+    p_map = maps_ptr + chunk.to(tl.int64) * MAP + (h * RANK + i) * (RANK * (RANK + 1))
+    p_vector = p_map + RANK * stride_m_a
     p_start = starts_ptr + chunk.to(tl.int64) * ROW + (h * RANK + i) * RANK
-    o_down = o_0 * stride_m_a + o_1 * stride_m_j  # axis 0 over a, axis 1 over j
-    o_up = o_1 * stride_m_a + o_0 * stride_m_j  # axis 0 over j, axis 1 over a
-    # The vector rides in the row (column) a = 0 of a tile of its own: it joins the sum with no exchange.
-    n_down = RANK * stride_m_a + o_1 * stride_m_j + o_0 * 0
-    n_up = RANK * stride_m_a + o_0 * stride_m_j + o_1 * 0
-    m_down = m_tile & (o_0 == 0)
-    m_up = m_tile & (o_1 == 0)
-
-    m_1 = tl.load(p_map + o_down, mask=m_tile & (o_none + chunk < end), other=0.0)
-    n_1 = tl.load(p_map + n_down, mask=m_down & (o_none + chunk < end), other=0.0)
-    m_2 = tl.load(p_map + MAP + o_up, mask=m_tile & (o_none + chunk + 1 < end), other=0.0)
-    n_2 = tl.load(p_map + MAP + n_up, mask=m_up & (o_none + chunk + 1 < end), other=0.0)
-    for c in range(chunk, end, 2):
-        p_map += 2 * MAP
-        m_1_next = tl.load(p_map + o_down, mask=m_tile & (o_none + c + 2 < end), other=0.0)
-        n_1_next = tl.load(p_map + n_down, mask=m_down & (o_none + c + 2 < end), other=0.0)
-        m_2_next = tl.load(p_map + MAP + o_up, mask=m_tile & (o_none + c + 3 < end), other=0.0)
-        n_2_next = tl.load(p_map + MAP + n_up, mask=m_up & (o_none + c + 3 < end), other=0.0)
-
-        tl.store(p_start + o_0, s, mask=o_0 < RANK)
-        turned = tl.sum(s * m_1 + n_1, axis=0, keep_dims=True)
-        tl.store(p_start + ROW + o_1, turned, mask=(o_1 < RANK) & (o_1 * 0 + c + 1 < end))
-        # A pair cut short ends with the identity, which changes no bit.
-        m_2 = tl.where(o_none + c + 1 < end, m_2, identity)
-        s = tl.sum(turned * m_2 + n_2, axis=1, keep_dims=True)
-        p_start += 2 * ROW
-        m_1, n_1, m_2, n_2 = m_1_next, n_1_next, m_2_next, n_2_next
+    s = carry(s, p_map, p_vector, p_start, end - chunk, MAP, ROW, stride_m_a, stride_m_j, stride_m_j, RANK, R)
     o_final = ((sequence.to(tl.int64) * HEADS + h) * RANK + i) * RANK
     tl.store(final_ptr + o_final + o_0, tl.where(m_s, s, 0.0), mask=o_0 < RANK)
 

@@ -85,7 +85,7 @@ def steer_kernel(
         tl.store(p_out[:, None] + o_wide * stride_o_n, delta.to(out_ptr.dtype.element_ty), mask=m)
 
 
-def _batch_time(tensor: torch.Tensor) -> torch.Tensor:
+def batch_time(tensor: torch.Tensor) -> torch.Tensor:
     """[..., N] → [B, T, N]; a view up to three dimensions, which is all that a model has."""
     if tensor.ndim == 3:
         return tensor
@@ -184,7 +184,7 @@ def delta(
 def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
     if out.numel() == 0:
         return
-    p_base, p_reads, p_out = None if base is None else _batch_time(base), _batch_time(reads), _batch_time(out)
+    p_base, p_reads, p_out = None if base is None else batch_time(base), batch_time(reads), batch_time(out)
     strides = (0, 0, 0) if p_base is None else p_base.stride()
     total, n = p_out.shape[0] * p_out.shape[1], out.shape[-1]
     # Few rows (decode): thin tiles, many programs. Many: the weights of a tile serve 16 rows; 8 with the norm,

@@ -170,6 +170,95 @@ def test_steer(properties, dtype, normed, lead):
     properties.check_steer(base, reads, weight, 2.0, norm_weight)
 
 
+@any_rule_and_dtype
+@pytest.mark.parametrize("length", [1, 100, 300])
+def test_scan_gradient(properties, rule, dtype, length):
+    x, bias, state, mask = properties.random_problem(rule, 2, length, dtype, DEVICE, seed=length, masked=True)
+    properties.check_scan_gradient(rule, x, bias, state, mask=mask, checkpoint_every=64)
+    if length == 300:
+        properties.check_scan_gradient(rule, x, bias, None)
+        properties.check_gradient_bits(rule, x, bias, state, mask)
+        properties.check_masked_gradient(rule, x[:, :70], bias, state, mask[:, :70])
+        properties.check_not_finite_gradient(rule, x, bias, state)
+
+
+@rules("released", "no lambda, head gates", "rank 17")
+def test_packed_gradient(properties, rule):
+    lengths = [100, 0, 1, 37, 16, 64, 15, 17]
+    x, bias, _, mask = properties.random_problem(rule, 1, sum(lengths), torch.bfloat16, DEVICE, masked=True)
+    pool = properties.random_problem(rule, 12, 1, seed=2, device=DEVICE)[2]
+    slots = torch.tensor([11, 3, -1, 0, 5, -1, 11, 8], device=DEVICE)
+    chunk = 128 if rule.rank <= 16 else 0
+    properties.check_packed_gradient(rule, x, bias, pool[:8], lengths, chunk=chunk, mask=mask, checkpoint_every=7)
+    for chunk in (0, 128) if rule.rank <= 16 else (0,):
+        properties.check_packed_gradient(rule, x, bias, pool, lengths, slots, chunk=chunk)
+
+
+@pytest.mark.parametrize("name,length", [("released", 8192), ("released", 32768), ("four heads", 8192)])
+def test_long_gradient(properties, name, length):
+    """Against float64, whose graph of the whole would be too large: piece after piece from the end."""
+    rule = RULES[name]
+    x, bias, state, mask = properties.random_problem(rule, 1, length, torch.bfloat16, DEVICE, masked=True)
+    weights, found = properties.scan_gradients(rule, x, bias, state, mask=mask)
+    assert properties.equal(properties.scan_gradients(rule, x, bias, state, mask=mask)[1], found)
+    exact = properties.long_gradient(rule, x, bias, state, weights, mask)
+    for what, a, e in zip(("projections", "gate_bias", "state"), found, exact, strict=True):
+        allowed = 4e-3 if a.dtype == torch.bfloat16 else 2e-5
+        error = ((a.double().cpu() - e).norm() / e.norm()).item()
+        assert error < allowed, f"gradient of {what}: relative error {error:.2e}"
+
+
+@any_rule_and_dtype
+def test_read_gradient(properties, rule, dtype):
+    x, _, state, mask = properties.random_problem(rule, 2, 1000, dtype, DEVICE, masked=True)
+    x[1, 7, 0] = float("inf")
+    properties.check_read_gradient(rule, x, state, mask=mask)
+    properties.check_read_gradient(rule, x, state, slots=torch.tensor([1, -1], device=DEVICE))
+
+
+@any_dtype
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32])
+@pytest.mark.parametrize("lead,width", [((1, 1), 8), ((2, 300), 8), ((1, 9000), 32)])
+def test_steer_gradient(properties, dtype, normed, weight_dtype, lead, width):
+    make = torch.Generator().manual_seed(0)
+    grad = torch.randn(*lead, 2560, generator=make).to(DEVICE, dtype)
+    reads = torch.randn(*lead, width, generator=make).to(DEVICE)
+    weight = torch.randn(2560, width, generator=make).to(DEVICE, weight_dtype or dtype)
+    norm_weight = torch.rand(2560, generator=make).to(DEVICE, weight_dtype or dtype) if normed else None
+    properties.check_steer_gradient(grad, reads, weight, 2.0, norm_weight)
+    from deltamem_kernels.steer_backward import steer_backward
+
+    found = [steer_backward(grad, reads, weight, 2.0, norm_weight=norm_weight) for _ in range(2)]
+    assert properties.equal(*found)
+
+
+def test_training_in_a_cuda_graph(properties):
+    """Nothing in forward or backward waits for the device: all of it can be captured, packed rows and slots too."""
+    from deltamem_kernels import ops
+
+    rule = RULES["released"]
+    x, bias, _, _ = properties.random_problem(rule, 1, 500, torch.bfloat16, DEVICE)
+    pool = properties.random_problem(rule, 5, 1, seed=2, device=DEVICE)[2]
+    cu, slots = torch.tensor([0, 300, 500], device=DEVICE), torch.tensor([4, 4], device=DEVICE)
+    leaves = [t.requires_grad_() for t in (x, bias, pool)]
+
+    def gradients():
+        out = ops.scan(*leaves, rule, cu_seqlens=cu, slots=slots)
+        return torch.autograd.grad(out.reads.square().sum() + out.state.sum(), leaves)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients()
+    graph.replay()
+    assert properties.equal(found, expected)
+
+
 def test_operators_compile(properties):
     from deltamem_kernels import ops
 
