@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
-from deltamem_kernels.scan_backward import scan_backward
 
 from . import reference
-from .numba_loops import loops
-
-steer = reference.steer
+from .numba_backward import backward_loops
+from .numba_loops import BLOCK, loops
 
 
 def _flags(rule: DeltaRule) -> tuple:
@@ -125,6 +125,69 @@ def _(
     )
 
 
+def _scan_backward(d_reads, d_state, d_saved, projections, gate_bias, state, rule, mask, cu_seqlens, slots, every):
+    """The gradients of projections, gate_bias and the sequences' first states (float32 [N, H, r, r])."""
+    length, sequences = projections.shape[1], d_state.shape[0]
+    start = _start(state, slots, sequences, rule)
+    grad = d_state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    places = torch.arange(sequences)
+    if slots is not None:
+        places = torch.where(slots >= 0, places, -1)
+    inputs, bias, mask = _floats(projections), _floats(gate_bias), _mask_of(projections, mask)
+    d_reads, d_saved = _floats(d_reads), _floats(d_saved)
+    d_projections = torch.empty_like(inputs)
+    d_bias = torch.zeros(rule.bias_width, dtype=torch.float64)
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    longest = max((end - begin for begin, end in itertools.pairwise(bounds)), default=0)
+    starts = torch.empty(-(-longest // BLOCK), rule.heads, rule.rank, rule.rank)
+    run, first = backward_loops(rule.rank).scan_backward_rows, 0
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        tokens = slice(begin, end)
+        rows = places if cu_seqlens is None else places[i : i + 1]
+        count = (end - begin) // every if every else 0
+        saved = d_saved if cu_seqlens is None else d_saved[None, first : first + count]
+        run(
+            _array(inputs[:, tokens]), _array(bias), _array(mask[:, tokens]), _array(start), _array(rows),
+            *_flags(rule), every, _array(d_reads[:, tokens]), _array(saved), _array(starts), _array(grad),
+            _array(d_projections[:, tokens]), _array(d_bias),
+        )  # fmt: skip
+        first += count
+    return d_projections.to(projections.dtype), d_bias.to(gate_bias.dtype), grad
+
+
+def _scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+    """The gradient of the sequences' first states → that of the states that they were taken from."""
+    if slots is None:
+        return grad.to(state.dtype)
+    live = slots >= 0
+    pool = torch.zeros(state.shape).index_add_(0, slots[live].long(), grad[live])
+    return pool.to(state.dtype)
+
+
+@torch.library.custom_op("deltamem_fast::scan_backward_numba", mutates_args=())
+def _scan_backward_op(
+    d_reads: torch.Tensor, d_state: torch.Tensor, d_saved: torch.Tensor, projections: torch.Tensor,
+    gate_bias: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
+    slots: torch.Tensor | None, rank: int, heads: int, update_mode: str, row_gates: bool, coupled: bool,
+    normalize: bool, every: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
+    d_projections, d_bias, grad = _scan_backward(
+        d_reads, d_state, d_saved, projections, gate_bias, state, rule, mask, cu_seqlens, slots, every
+    )
+    return d_projections, d_bias, grad.new_empty(0) if state is None else _scatter_rows(grad, state, slots)
+
+
+@_scan_backward_op.register_fake
+def _(d_reads, d_state, d_saved, projections, gate_bias, state, *_):
+    like = torch.contiguous_format
+    return (
+        torch.empty_like(projections, memory_format=like),
+        torch.empty_like(gate_bias, memory_format=like),
+        d_state.new_empty(0) if state is None else torch.empty_like(state, memory_format=like),
+    )
+
+
 def _setup(ctx, inputs, output):
     projections, gate_bias, state, mask, cu_seqlens, slots, *flags, every = inputs
     ctx.rule_flags, ctx.every = flags, every
@@ -134,12 +197,10 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, d_reads, d_state, _skipped, d_saved):
     projections, gate_bias, state, mask, cu_seqlens, slots = ctx.saved_tensors
-    d_projections, d_bias, d_initial = scan_backward(
-        d_reads, d_state, projections, gate_bias, state, _rule(*ctx.rule_flags),
-        mask=mask, cu_seqlens=cu_seqlens, slots=slots,
-        d_checkpoints=d_saved if ctx.every else None, checkpoint_every=ctx.every,
-    )  # fmt: skip
-    return d_projections, d_bias, d_initial, *[None] * 10
+    d_projections, d_bias, d_initial = _scan_backward_op(
+        d_reads, d_state, d_saved, projections, gate_bias, state, mask, cu_seqlens, slots, *ctx.rule_flags, ctx.every
+    )
+    return d_projections, d_bias, None if state is None else d_initial, *[None] * 10
 
 
 _scan_op.register_autograd(_backward, setup_context=_setup)
@@ -197,6 +258,47 @@ def _read(projections, state, rule, mask, slots) -> torch.Tensor:
         rule.heads, rule.normalize, _array(reads),
     )  # fmt: skip
     return reads
+
+
+def _read_backward(d_reads, projections, state, rule, mask, slots) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = projections.shape[0]
+    inputs, d_rows = _floats(projections), torch.empty(batch, rule.heads, rule.rank, rule.rank)
+    d_projections = torch.empty_like(inputs)
+    places = torch.arange(batch) if slots is None else _checked_slots(slots, state)
+    backward_loops(rule.rank).read_backward_rows(
+        _array(inputs), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(places),
+        rule.heads, rule.normalize, _array(_floats(d_reads)), _array(d_rows), _array(d_projections),
+    )  # fmt: skip
+    return d_projections.to(projections.dtype), _scatter_rows(d_rows, state, slots)
+
+
+@torch.library.custom_op("deltamem_fast::read_backward_numba", mutates_args=())
+def _read_backward_op(
+    d_reads: torch.Tensor, projections: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None,
+    slots: torch.Tensor | None, rank: int, heads: int, update_mode: str, row_gates: bool, coupled: bool,
+    normalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
+    return _read_backward(d_reads, projections, state, rule, mask, slots)
+
+
+@_read_backward_op.register_fake
+def _(d_reads, projections, state, *_):
+    like = torch.contiguous_format
+    return torch.empty_like(projections, memory_format=like), torch.empty_like(state, memory_format=like)
+
+
+def _setup_read(ctx, inputs, output):
+    projections, state, mask, slots, *ctx.rule_flags = inputs
+    ctx.save_for_backward(projections, state, mask, slots)
+
+
+def _backward_of_read(ctx, d_reads):
+    grads = _read_backward_op(d_reads, *ctx.saved_tensors, *ctx.rule_flags)
+    return *grads, *[None] * 8
+
+
+_read_op.register_autograd(_backward_of_read, setup_context=_setup_read)
 
 
 def _needs_op(*tensors) -> bool:
@@ -265,9 +367,27 @@ def read(
 ) -> torch.Tensor:
     """``reference.read`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
     check_arguments(projections, projections.new_zeros(rule.bias_width), state, rule, mask=mask, slots=slots)
-    if torch.compiler.is_compiling():
-        return _read_op(projections, state, mask, slots, *_arguments(rule))
     if _needs_op(projections, state):
-        # Reading is one einsum: the reference is differentiable and no slower to differentiate.
-        return reference.read(projections, state, rule, mask=mask, slots=slots)
+        return _read_op(projections, state, mask, slots, *_arguments(rule))
     return _read(projections, state, rule, mask, slots)
+
+
+@reference.full_precision
+def steer(
+    base: torch.Tensor,
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """``reference.steer``: same arguments, results and errors. Differentiable.
+
+    A base in the sum's own dtype is the addend of one matmul: Δ is never written by itself, nor is its gradient.
+    """
+    if norm_weight is not None or base.dtype not in (torch.float32, torch.float64):
+        return reference.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps)
+    reads, weight = reads.to(base.dtype), weight.to(base.dtype)
+    flat, flat_reads = base.reshape(-1, base.shape[-1]), reads.reshape(-1, reads.shape[-1])
+    return torch.addmm(flat, flat_reads, weight.transpose(0, 1), alpha=scale).view(base.shape)

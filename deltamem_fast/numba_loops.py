@@ -68,7 +68,10 @@ def _sigmoid(x, powers):
 
 @njit(**_OPTIONS)
 def _tanh(x, scratch, powers):
-    """x = tanh(x) for a flat float32 array, accurate relative to its size: a direction is made of it."""
+    """x = tanh(x) for a flat float32 array, accurate relative to its size: a direction is made of it.
+
+    ``scratch`` of its length is left as exp(−2 |x|).
+    """
     for i in range(x.size):
         scratch[i] = -_TWO * abs(x[i])
     _exp(scratch, powers)
@@ -99,28 +102,38 @@ def _finite(x):
 
 
 @njit(inline="always")
+def _columns(rows, start, width, out):
+    """out [n, width] = rows[:, start : start + width]."""
+    for t in range(rows.shape[0]):
+        for i in range(width):
+            out[t, i] = rows[t, start + i]
+
+
+@njit(inline="always")
+def _unit(flat, rank, scratch):
+    """Each ``rank`` values of a flat array to unit length; scratch [n] = what the n-th were multiplied with."""
+    _squares(flat, scratch[: flat.size])
+    for n in range(flat.size // rank):
+        square = _ZERO
+        for j in range(rank):
+            square += scratch[n * rank + j]
+        scratch[n] = square  # behind what is still to be read
+    for n in range(flat.size // rank):
+        scratch[n] = _ONE / max(np.float32(np.sqrt(scratch[n])), _EPS)
+    for n in range(flat.size // rank):
+        inverse = scratch[n]
+        for j in range(rank):
+            flat[n * rank + j] *= inverse
+
+
+@njit(inline="always")
 def _directions(rows, start, heads, rank, normalize, out, scratch, powers):
     """out [n, H·r] = unit(tanh(rows[:, start : start + H·r])) per head, or the raw values."""
-    count = rows.shape[0]
-    for t in range(count):
-        for h in range(heads):
-            for i in range(rank):
-                out[t, h * rank + i] = rows[t, start + h * rank + i]
+    _columns(rows, start, heads * rank, out)
     if normalize:
         flat = out.reshape(-1)
         _tanh(flat, scratch[: flat.size], powers[: flat.size])
-        _squares(flat, scratch[: flat.size])
-        for n in range(count * heads):
-            square = _ZERO
-            for j in range(rank):
-                square += scratch[n * rank + j]
-            scratch[n] = square  # behind what is still to be read
-        for n in range(count * heads):
-            scratch[n] = _ONE / max(np.float32(np.sqrt(scratch[n])), _EPS)
-        for n in range(count * heads):
-            inverse = scratch[n]
-            for j in range(rank):
-                flat[n * rank + j] *= inverse
+        _unit(flat, rank, scratch)
 
 
 @njit(inline="always")

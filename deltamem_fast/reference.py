@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from deltamem_kernels.rule import DeltaRule, ScanOutput, check_arguments
 
 EPS = 1e-6
+UNDIVIDED = 64  # tokens of a row whose graph is kept whole
 
 
 def _unit(z: torch.Tensor) -> torch.Tensor:
@@ -81,11 +83,13 @@ def delta_rule(q, k, v, keep, erase, write, state, valid=None):
         reads [B, T, H, r] and the list of the T states, each [B, H, r, r], after every token.
     """
     reads, states = [], []
-    for t in range(q.shape[1]):
-        read = torch.einsum("bhij,bhj->bhi", state, q[:, t])
-        predicted = torch.einsum("bhij,bhj->bhi", state, k[:, t])
-        column = write[:, t] * v[:, t] - erase[:, t] * predicted
-        updated = keep[:, t].unsqueeze(-1) * state + column.unsqueeze(-1) * k[:, t].unsqueeze(-2)
+    # Not q[:, t], whose gradient is as long as q for every token.
+    tokens = zip(*(x.unbind(1) for x in (q, k, v, keep, erase, write)), strict=True)
+    for t, (q_t, k_t, v_t, keep_t, erase_t, write_t) in enumerate(tokens):
+        read = torch.einsum("bhij,bhj->bhi", state, q_t)
+        predicted = torch.einsum("bhij,bhj->bhi", state, k_t)
+        column = write_t * v_t - erase_t * predicted
+        updated = keep_t.unsqueeze(-1) * state + column.unsqueeze(-1) * k_t.unsqueeze(-2)
         if valid is not None:
             read = torch.where(valid[:, t, None, None], read, 0.0)
             updated = torch.where(valid[:, t, None, None, None], updated, state)
@@ -111,17 +115,6 @@ def check_bounds(bounds: list[int], length: int) -> None:
         raise ValueError(f"cu_seqlens: got {bounds}, allowed a non-decreasing list from 0 to T = {length}")
 
 
-def _scan_rows(projections, valid, gate_bias, state, rule, every):
-    """A batch of equally long rows. Returns reads, final state, list of checkpoints."""
-    clean = torch.where(valid.unsqueeze(-1), projections, 0.0)
-    reads, states = delta_rule(*split_projections(clean, gate_bias, rule), state, valid)
-    batch, length = valid.shape
-    stacked = torch.stack(reads, 1) if reads else state.new_zeros(batch, 0, rule.heads, rule.rank)
-    final = states[-1] if states else state.clone()
-    checkpoints = states[every - 1 :: every] if every else []
-    return stacked.reshape(batch, length, rule.read_width), final, checkpoints
-
-
 def full_precision(function):
     """Run ``function`` outside of autocast, which would round parts of the recurrence."""
 
@@ -134,6 +127,70 @@ def full_precision(function):
             return function(projections, *args, **kwargs)
 
     return wrapper
+
+
+def _scan_block(q, k, v, keep, erase, write, valid, state, first, every):
+    """Tokens from the row's ``first`` on: reads [B, n, H, r], the last state and, if there are any, those to return."""
+    reads, states = delta_rule(q, k, v, keep, erase, write, state, valid)
+    kept = states[(-first - 1) % every :: every] if every else []
+    return torch.stack(reads, 1), states[-1], *([torch.stack(kept, 1)] if kept else [])
+
+
+class _Recomputed(torch.autograd.Function):
+    """``_scan_block``, of which autograd keeps the arguments alone; the way back computes the rest once more.
+
+    torch.utils.checkpoint does the same, with a hook on each of some thirty tensors a token: twice as slow.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, ctx.first, ctx.every = arguments
+        ctx.save_for_backward(*tensors)
+        return _scan_block(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[:-2]
+        differentiable = torch.is_grad_enabled()  # create_graph: the gradient is differentiated in its turn
+        if not differentiable:
+            tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+        with torch.enable_grad():
+            outputs = _scan_block(*tensors, ctx.first, ctx.every)
+        inputs = [t for t, n in zip(tensors, needed, strict=True) if n]
+        found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=differentiable, allow_unused=True))
+        return *(next(found) if n else None for n in needed), None, None
+
+
+def _keeps_a_graph(*tensors: torch.Tensor) -> bool:
+    """Whether autograd records what is done with them and can be told what not to keep."""
+    # A compiler decides for itself what it keeps, and torch.func transforms no such function.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _scan_rows(projections, valid, gate_bias, state, rule, every):
+    """A batch of equally long rows. Returns reads, final state, list of stacked checkpoints.
+
+    Under autograd a long row is taken in blocks of √T tokens: of each the first state is kept, and what lies inside
+    is computed once more on the way back. So a gradient takes O(√T · r²) beside the O(T · r) of the factors. Its bits
+    are the same, but for the order of one sum where a returned checkpoint is a block's last state.
+    """
+    clean = torch.where(valid.unsqueeze(-1), projections, 0.0)
+    factors = split_projections(clean, gate_bias, rule)
+    batch, length = valid.shape
+    if length == 0:
+        return state.new_zeros(batch, 0, rule.read_width), state.clone(), []
+    if length <= UNDIVIDED or not _keeps_a_graph(*factors, state):
+        reads, state, *checkpoints = _scan_block(*factors, valid, state, 0, every)
+        return reads.flatten(2), state, checkpoints
+    block = math.isqrt(length)
+    reads, checkpoints = [], []
+    for n, tokens in enumerate(zip(*(x.split(block, 1) for x in (*factors, valid)), strict=True)):
+        read, state, *kept = _Recomputed.apply(*tokens, state, n * block, every)
+        reads.append(read)
+        checkpoints += kept
+    return torch.cat(reads, 1).flatten(2), state, checkpoints
 
 
 @full_precision
@@ -185,7 +242,7 @@ def scan(
         checkpoints = None
         if every:
             empty = initial.new_zeros(batch, 0, *initial.shape[1:])
-            checkpoints = torch.stack(states, 1) if states else empty
+            checkpoints = torch.cat(states, 1) if states else empty
         return ScanOutput(reads, final, skipped.sum(1, dtype=torch.int32), checkpoints)
 
     bounds = cu_seqlens.tolist()
@@ -199,11 +256,12 @@ def scan(
         )
         reads.append(row_reads)
         finals.append(final)
-        states.extend(row_states)
+        states.extend(row[0] for row in row_states)
         counts.append(skipped[:, start:end].sum(1, dtype=torch.int32) * live)
     checkpoints = None
     if every:
-        rest = initial.new_zeros(length // every - len(states), *initial.shape[1:])
+        taken = sum(rows.shape[0] for rows in states)
+        rest = initial.new_zeros(length // every - taken, *initial.shape[1:])
         checkpoints = torch.cat([*states, rest])
     no_reads = initial.new_zeros(1, 0, rule.read_width)
     return ScanOutput(
