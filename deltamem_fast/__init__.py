@@ -8,6 +8,7 @@ model.generate(**inputs, memory=memory)
 from .adapter import export_adapter, load_adapter, save_adapter
 from .cache import memory_state
 from .config import DeltaMemConfig
+from .gates import record_gates
 from .patch import layer_paths, patch_model, unpatch_model
 from .record import is_patched, memory_disabled
 from .state import MemoryState
@@ -24,6 +25,7 @@ __all__ = [
     "memory_disabled",
     "memory_state",
     "patch_model",
+    "record_gates",
     "save_adapter",
     "segment_ids_from_messages",
     "unpatch_model",

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
 from .backends import operations
+from .bridge import UNKNOWN_CHECKPOINTS, Bridge, join
+from .gates import GateSums, gate_sums
 from .memory import DeltaMemory
 from .segment_means import segment_means
 from .state import MemoryState, writable
 
 
-@dataclass
 class MemoryCall:
     """What one forward of the model hands to its attention layers.
 
+    No dataclass: FSDP looks into those that are arguments of a layer, and hands on a copy.
+
     Attributes:
-        state: the memory that is read and written.
+        state: the memory that is read and written; None when a differentiable forward is over: recomputations do
+            without, and its tensors' graphs lead back to this call.
         token_mask: bool [B, T], True = a real token, or None = all are.
         segment_ids: int [B, T] (SSW) or None.
         cu_seqlens: int [N + 1] for packed sequences, or None.
@@ -25,28 +27,54 @@ class MemoryCall:
         in_place: no autograd outside: states keep their address.
         initial: the state that each layer started this forward from. A recomputation (gradient checkpointing)
             finds it here, and does not write a second time.
+        bridge: of gradients past checkpointed and sharded layers; None in place.
+        gates: sums over the gates of each layer's written tokens, empty when the forward is over; None: nobody asked.
     """
 
-    state: MemoryState
-    token_mask: torch.Tensor | None = None
-    segment_ids: torch.Tensor | None = None
-    cu_seqlens: torch.Tensor | None = None
-    frozen: bool = False
-    in_place: bool = True
-    initial: dict[int, torch.Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        state: MemoryState,
+        token_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        *,
+        frozen: bool = False,
+        bridge: Bridge | None = None,
+        gates: dict[int, GateSums] | None = None,
+    ):
+        self.state: MemoryState | None = state
+        self.token_mask = token_mask
+        self.segment_ids = segment_ids
+        self.cu_seqlens = cu_seqlens
+        self.frozen = frozen
+        self.in_place = bridge is None
+        self.initial: dict[int, torch.Tensor] = {}
+        self.bridge = bridge
+        self.gates = gates
 
     def start(self, layer: int) -> tuple[torch.Tensor, bool]:
         """The state that a layer starts from, and whether this is its first run in this forward."""
         first_run = layer not in self.initial
         if first_run:
             self.initial[layer] = self.state[layer]
+            if not self.in_place and not torch.is_grad_enabled():
+                self._run_unseen(layer)
+        elif self.bridge is not None and layer in self.bridge.unseen:
+            return self.bridge.start(layer, self.initial[layer]), False
         return self.initial[layer], first_run
+
+    def _run_unseen(self, layer: int) -> None:
+        """A layer runs without a graph in a differentiable forward: reentrant checkpointing recomputes it later."""
+        if self.initial[layer].requires_grad and not self.bridge.entered:
+            raise ValueError(UNKNOWN_CHECKPOINTS)
+        self.bridge.unseen.add(layer)
 
     def steps(self, layer: int, projections: torch.Tensor) -> bool:
         """Whether this is decode: one token a row, written where the state lies."""
         return (
             projections.shape[1] == 1
             and self.in_place
+            and self.gates is None
             and self.cu_seqlens is None
             and self.segment_ids is None
             and writable(self.initial.get(layer, self.state[layer]))
@@ -79,9 +107,9 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
     if call.segment_ids is not None:
         reads = ops.read(projections, initial, rule, mask=mask)
         means, present, skipped = segment_means(projections, call.segment_ids, mask)
+        gates = None if call.gates is None else gate_sums(means, gate_bias, rule, present)
         out = ops.scan(means, gate_bias, initial, rule, mask=present)
-        _commit(call, layer, first_run, out.state, skipped)
-        return reads
+        return _commit(call, layer, first_run, reads, out.state, skipped, gates)
 
     if call.steps(layer, projections):
         reads = ops.step(
@@ -90,9 +118,9 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
         )  # fmt: skip
         return reads.unsqueeze(1)
 
+    gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)
     out = ops.scan(projections, gate_bias, initial, rule, mask=mask, cu_seqlens=call.cu_seqlens)
-    _commit(call, layer, first_run, out.state, out.skipped)
-    return out.reads
+    return _commit(call, layer, first_run, out.reads, out.state, out.skipped, gates)
 
 
 def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
@@ -103,13 +131,20 @@ def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
     return ops.read(projections.transpose(0, 1), state, rule, mask=mask, slots=owner).transpose(0, 1)
 
 
-def _commit(call: MemoryCall, layer: int, first_run: bool, state: torch.Tensor, skipped: torch.Tensor) -> None:
+def _commit(
+    call: MemoryCall,
+    layer: int,
+    first_run: bool,
+    reads: torch.Tensor,
+    state: torch.Tensor,
+    skipped: torch.Tensor,
+    gates: GateSums | None,
+) -> torch.Tensor:
+    """Hand on what a layer has written, in its first run; the reads come back as they go on."""
+    reads, state, beta = join(call, layer, reads, state, None if gates is None else gates.beta)
     if first_run:
         call.state.put(layer, state, in_place=call.in_place)
         call.state._count(layer, skipped)
-        if not call.in_place and not torch.is_grad_enabled():
-            # Reentrant checkpointing runs the layer without a graph first: nothing differentiates through this state.
-            call.state._broken = (
-                "memory: its last write was under reentrant gradient checkpointing, so no gradient would run through "
-                "it; use_reentrant=False keeps it, memory.detach() does without"
-            )
+        if gates is not None:
+            call.gates[layer] = gates._replace(beta=beta)
+    return reads

@@ -42,7 +42,8 @@ def attention_forward(self, *args, memory: MemoryCall | None = None, **kwargs):
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     adapter = self._modules["delta_memory"]
     weights = adapter.weights
-    packed = weights.usable(self, adapter)
+    # A checkpoint's first run is to round as its recomputation does.
+    packed = memory.in_place and weights.usable(self, adapter)
     if packed and weights.applies(hidden_states):
         return fused_forward(self, adapter, memory, *args, **kwargs)
     reads = advance(adapter, *adapter.project(hidden_states, packed), memory)

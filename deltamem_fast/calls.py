@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,15 +9,17 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .advance import MemoryCall
+from .bridge import Bridge, is_sharded
 from .cache import adopt, check_rows
+from .gates import current_record
 from .state import MemoryState
 
 
-@dataclass(frozen=True)
 class CallersMemory:
     """Carries a caller's MemoryState from the outer forward to the decoder's, past hooks that move what has ``.to``."""
 
-    state: Any
+    def __init__(self, state: Any):
+        self.state = state
 
 
 def begin(
@@ -55,7 +56,6 @@ def begin(
     cache = kwargs.get("past_key_values")
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
     cu_seqlens = _packed(kwargs, cache, batch, length)
-    differentiable = torch.is_grad_enabled()
 
     if cu_seqlens is not None:
         if segment_ids is not None:
@@ -76,9 +76,17 @@ def begin(
             state = memory
         else:
             state = _zeros(identity, batch)
-    if state._broken and (state is not memory or differentiable):
+    if state._broken and (state is not memory or torch.is_grad_enabled()):
         raise ValueError(state._broken)
-    return MemoryCall(state, token_mask, segment_ids, cu_seqlens, frozen=state.frozen, in_place=not differentiable)
+    return MemoryCall(
+        state,
+        token_mask,
+        segment_ids,
+        cu_seqlens,
+        frozen=state.frozen,
+        bridge=Bridge(ordered=is_sharded(decoder)) if torch.is_grad_enabled() else None,
+        gates={} if current_record() is not None and not state.frozen else None,
+    )
 
 
 def _zeros(identity, batch: int) -> MemoryState:

@@ -132,10 +132,22 @@ class DeltaMemory(nn.Module):
         """The gates' biases in the order of their rows."""
         return ("beta_bias", "lambda_bias") if self.rule.has_lambda else ("beta_bias",)
 
+    @property
+    def used_names(self) -> tuple[str, ...]:
+        """The parameters that the configuration has a use for; the others get no gradient."""
+        config = self.config
+        names = [*self.row_names, *self.gate_bias_names, *(f"delta_{head}_proj" for head in config.delta_heads)]
+        if config.delta_o_rmsnorm and "o" in config.delta_heads:
+            names.append("delta_o_rmsnorm_weight")
+        if config.trainable_delta_scale:
+            names.append("delta_scale_raw")
+        return tuple(names)
+
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of q, k, v, β (and λ) as one matrix [W, d], and the gates' biases; differentiable."""
         rows, bias = ([getattr(self, n) for n in names] for names in (self.row_names, self.gate_bias_names))
-        return torch.cat(rows), torch.cat(bias) if len(bias) > 1 else bias[0]
+        # One bias is copied, too: a backend may hand it to NumPy, which would pin a storage that FSDP wants to free.
+        return torch.cat(rows), torch.cat(bias)
 
     def project(self, hidden_states: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases as stored.

@@ -11,9 +11,11 @@ from torch import nn
 from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
 from .attention import attention_forward
 from .backends import operations
+from .bridge import enter, leave
 from .cache import mark_missed
 from .calls import CallersMemory, begin
 from .config import DELTA_HEADS, DeltaMemConfig
+from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
 from .paths import LayerPath, LayerWeights, why_generic
@@ -154,7 +156,7 @@ def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend
             attention.layer_idx,
             backend,
             device=_device_of(attention),
-            dtype=_dtype_of(model, weight),
+            dtype=computing_dtype(model, weight),
         )
         if source.weights is None:
             if source.config.output_init.startswith("base_slice"):
@@ -174,7 +176,7 @@ def _device_of(attention: nn.Module) -> torch.device:
     return torch.device(target) if device.type == "meta" and target is not None else device
 
 
-def _dtype_of(model: nn.Module, weight: torch.Tensor) -> torch.dtype:
+def computing_dtype(model: nn.Module, weight: torch.Tensor) -> torch.dtype:
     """The dtype that a layer computes in: its weight's, or the model's where that is quantised."""
     if _is_plain(weight):
         return weight.dtype
@@ -321,6 +323,8 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
         mark_missed(kwargs.get("past_key_values"))
         return original(**kwargs)
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
+    if not call.in_place:
+        enter(self, call, kwargs)
     output = original(**kwargs, memory=call)
     if len(call.initial) != len(record.identity.memories):
         missing = sorted(set(record.identity.memories) - set(call.initial))
@@ -328,6 +332,14 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
             f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
             "keyword arguments down to it, so it cannot be patched"
         )
+    if not call.in_place:
+        output = leave(call, output)
+    if call.gates is not None:
+        current_record().add(call.gates)
+        call.gates.clear()
+    if not call.in_place:
+        # Recomputations hold the call, and the state's graph holds them: nobody would ever free that circle.
+        call.state = None
     return output
 
 

@@ -64,6 +64,7 @@ class LayerWeights:
 
     Attributes:
         reason: why the layer takes the generic path, or "".
+        plain: the weights are not to be packed: they are trained, and may be sharded.
         rows: q, k, v and the memory's rows (generic: the memory's alone), or None: they cannot be packed.
         bias: of q, k and v, zeros for the memory's rows; None: there is none.
         gate_bias: as the kernels take it; None where ``rows`` is.
@@ -75,6 +76,7 @@ class LayerWeights:
 
     def __init__(self):
         self.reason = "not looked at yet"
+        self.plain = False
         self.rows: PackedRows | None = None
         self.bias: PackedRows | None = None
         self.gate_bias: PackedRows | None = None
@@ -94,7 +96,9 @@ class LayerWeights:
 
     def __deepcopy__(self, memo) -> LayerWeights:
         # A copy's weights lie elsewhere: the copied PatchRecord looks at them anew.
-        return LayerWeights()
+        copied = LayerWeights()
+        copied.plain = self.plain
+        return copied
 
     def __reduce_ex__(self, protocol):
         return LayerWeights, ()
@@ -107,6 +111,9 @@ class LayerWeights:
                 known from there are packed: others may be somebody's for the length of a forward (FSDP's gathered
                 weights, functional_call's).
         """
+        if self.plain:
+            self.unpack()
+            return
         with self._lock:
             reason = why_generic(attention, memory, hooks=False)  # they come and go; ``applies`` looks
             rows = [memory._parameters.get(name) for name in memory.row_names]
@@ -175,6 +182,12 @@ class LayerWeights:
                 packed.release()
         self.rows = self.bias = self.gate_bias = None
 
+    def unpack(self) -> None:
+        """Keep every parameter in storage of its own from now on, until ``plain`` is False again."""
+        with self._lock:
+            self.plain, self.reason = True, "the model is prepared for training"
+            self.release()
+
     def memory_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The memory's rows [W, d] and the gates' biases, both as stored and off the autograd graph."""
         rows = self.rows.tensor
@@ -189,7 +202,7 @@ class LayerWeights:
 
     def usable(self, attention: nn.Module, memory: DeltaMemory) -> bool:
         """Whether the packed rows may stand for the parameters in this call; looks at what has moved."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.plain:
             return False
         if torch.compiler.is_compiling():
             # Addresses cannot be asked for here; that each parameter is the one packed is a guard of the graph.

@@ -178,22 +178,19 @@ def test_weights_changed_behind_autograds_back_count():
     assert not torch.equal(run(model), before)
 
 
-def test_reentrant_checkpointing_does_not_drop_a_gradient_in_silence():
+def test_a_memory_written_under_checkpointing_can_be_differentiated_through():
+    found = []
     for reentrant in (True, False):
         model = loud_adapter(patch_model(tiny_model(attention="eager"))).train()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
         memory = MemoryState.zeros(model, 2)
         model(IDS, memory=memory, use_cache=False)
         memory.frozen = True
-        if reentrant:
-            with pytest.raises(ValueError, match="use_reentrant=False"):
-                model(IDS, memory=memory, use_cache=False)
-            model(IDS, memory=memory.detach(), use_cache=False)
-            run(model, memory=memory)
-        else:
-            model(IDS, memory=memory, use_cache=False).logits.sum().backward()
-            assert model.model.layers[0].self_attn.delta_memory.memory_v_proj.grad.norm() > 0
+        model(IDS, memory=memory, use_cache=False).logits.sum().backward()
+        found.append(model.model.layers[0].self_attn.delta_memory.memory_v_proj.grad)
+        model(IDS, memory=memory.detach(), use_cache=False)
+        run(model, memory=memory)
+    assert found[0].norm() > 0 and relative_error(*found) < 1e-4
 
 
 @pytest.mark.parametrize("backend", ("numba", "reference"))

@@ -1,0 +1,109 @@
+"""Autocast and GradScaler around training steps: right numbers, float32 masters, and no step on an overflow."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import loud_adapter, relative_error, tiny_model
+
+from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, record_gates
+from deltamem_fast.training_setup import prepare_for_inference, prepare_for_training
+
+IDS = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(3))
+SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]] * 2)
+CONFIGS = {"tsw": DeltaMemConfig(), "ssw": DeltaMemConfig.ssw(), "msw": DeltaMemConfig.msw(heads=2, rank=4)}
+
+
+def patched(config=None, dtype=torch.float32, **changes):
+    model = loud_adapter(patch_model(tiny_model(dtype=dtype, num_hidden_layers=2, **changes), config), scale=0.5)
+    return prepare_for_training(model)
+
+
+def step_loss(model, scale=1.0):
+    """A write pass, a read pass, and the penalty."""
+    memory = MemoryState.zeros(model, 2)
+    segments = SEGMENTS if model.model.layers[0].self_attn.delta_memory.config.segmented else None
+    with record_gates() as gates:
+        model.model(input_ids=IDS, memory=memory, segment_ids=segments, use_cache=False)
+    assert all(state.dtype == torch.float32 for _, state in memory.items())
+    memory.frozen = True
+    logits = model(IDS, memory=memory, use_cache=False).logits.float() * scale
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()) + gates.penalty()
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ("none", "reentrant", "non-reentrant"))
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_step_under_autocast(dtype, name, kind):
+    expected = patched(CONFIGS[name])
+    loss = step_loss(expected)
+    loss.backward()
+    model = patched(CONFIGS[name])
+    if kind != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+    with torch.autocast("cpu", dtype):
+        rounded = step_loss(model)
+    rounded.backward()
+    budget = 0.15 if dtype == torch.bfloat16 else 0.02
+    assert relative_error(rounded, loss) < budget
+    for name, parameter in trained(model).items():
+        wanted = trained(expected)[name].grad
+        assert parameter.grad.dtype == torch.float32
+        assert relative_error(parameter.grad, wanted) < budget, name
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_half_precision_backbone_under_float32_masters(dtype):
+    model, expected = patched(dtype=dtype), patched()
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), expected.parameters()):
+            theirs.copy_(ours)
+    losses = []
+    for each in (model, expected):
+        losses.append(step_loss(each))
+        losses[-1].backward()
+    budget = 0.15 if dtype == torch.bfloat16 else 0.02
+    assert relative_error(*losses) < budget
+    for name, parameter in trained(model).items():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert relative_error(parameter.grad, trained(expected)[name].grad) < budget, name
+    prepare_for_inference(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_masters_move_by_less_than_the_backbones_dtype_can_tell():
+    model = patched(dtype=torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    step_loss(model).backward()
+    torch.optim.AdamW(trained(model).values(), lr=1e-6, weight_decay=0).step()
+    for name, parameter in trained(model).items():
+        assert 0 < (parameter - before[name]).abs().max() < 1e-5
+    moved = [torch.equal(p.bfloat16(), before[name].bfloat16()) for name, p in trained(model).items()]
+    assert any(moved)
+
+
+def test_the_scaler_skips_a_step_that_overflows():
+    model = patched()
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    for overflows in (False, True, False):
+        before = {name: p.detach().clone() for name, p in trained(model).items()}
+        scale = scaler.get_scale()
+        with torch.autocast("cpu", torch.float16):
+            loss = step_loss(model)
+        scaler.scale(loss * (float("inf") if overflows else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert (scaler.get_scale() < scale) is overflows
+        for name, parameter in trained(model).items():
+            assert torch.isfinite(parameter).all()
+            assert torch.equal(parameter, before[name]) is overflows, name
+    # What the overflow left in no parameter is in no memory either.
+    memory = MemoryState.zeros(model, 2)
+    with torch.no_grad():
+        model(IDS, memory=memory, use_cache=False)
+    assert all(torch.isfinite(state).all() for _, state in memory.items()) and memory.skipped.sum() == 0
