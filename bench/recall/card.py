@@ -19,9 +19,9 @@ A backbone that answers from its context and adapters that answer from an r × r
 and `make recall`. They know one small world and nothing else: people with codes, objects in places, small talk.
 
 - `backbone/`: Qwen3 architecture, {parameters:,} parameters, 4 layers, hidden 128, float32, {vocabulary} tokens.
-  Trained from scratch on generated conversations in which facts are stated and asked for; the loss is on the answers, and
-  with weight {other_weight} on all other tokens. The start is structured (bench/recall/train_backbone.py says how and
-  why): {first_phase_steps} steps of terse lists until nine answers in ten were right, then {steps} steps of
+  Trained from scratch on generated conversations in which facts are stated and asked for; the loss is on the answers,
+  and with weight {other_weight} on all other tokens. The start is structured (bench/recall/train_backbone.py says how
+  and why): {first_phase_steps} steps of terse lists until nine answers in ten were right, then {steps} steps of
   conversations. Then it is frozen.
 - Adapters, in deltamem-fast's format, each trained on the frozen backbone to answer with no fact in sight:
 
@@ -29,6 +29,7 @@ and `make recall`. They know one small world and nothing else: people with codes
 |---|---|---|---|---|---|---|---|
 {rows}
 
+The `-short` ones are for the curve over ranks, trained alike.
 Recall here is the training's own check: 64 conversations, names that occur in no training text, each fact asked for
 once in a context of its own. `make recall` measures more carefully; the README of the repository has its figures.
 Seconds are wall time on two CPU cores that were not idle.

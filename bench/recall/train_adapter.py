@@ -64,11 +64,6 @@ class AdapterOptions:
             return DeltaMemConfig.ssw("sentence_mean", **changes)
         return DeltaMemConfig.preset(self.strategy, **changes)
 
-    @property
-    def name(self) -> str:
-        """Of the adapter's folder."""
-        return f"{self.strategy}-r{self.rank}"
-
 
 class Episodes:
     """Batches of episodes, drawn without end."""
@@ -102,8 +97,8 @@ class Episodes:
         written = encode(self.tokenizer, [told for told, _ in drawn])
         read = encode(self.tokenizer, [chat for _, reads in drawn for chat in reads])
         answers = read.segment_ids == read.segment_ids.amax(1, keepdim=True)
-        # The answer is the last sentence, but for the marks around it.
-        marks = torch.tensor(self.tokenizer.all_special_ids)
+        # The answer is the last sentence without the role's mark. Its end is learnt too, or generate would not stop.
+        marks = torch.tensor([i for i in self.tokenizer.all_special_ids if i != self.tokenizer.eos_token_id])
         labels = torch.where(answers & ~torch.isin(read.input_ids, marks), read.input_ids, IGNORED)
         return EpisodeBatch(
             written.input_ids, written.attention_mask.bool(), read.input_ids, read.attention_mask.bool(), labels,
@@ -150,7 +145,7 @@ def train_adapter(
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(found["model"][name])
-    with tqdm(total=options.steps, initial=place["step"], desc=options.name, unit="step") as bar:
+    with tqdm(total=options.steps, initial=place["step"], desc=output.name, unit="step") as bar:
         while place["step"] < options.steps:
             started = time.perf_counter()
             done = place["step"] / options.steps

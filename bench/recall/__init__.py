@@ -1,0 +1,1 @@
+"""make recall: what the shipped weights remember, against the backbone's own context and against retrieval."""

@@ -1,0 +1,101 @@
+"""The conversations behind the curves: what is told, what stays in sight, and what is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from deltamem_fast.recall import world
+from deltamem_fast.recall.task import Fact, changed, draw_facts, grouped
+
+Messages = list[dict[str, str]]
+ASKED = 8  # facts of one conversation that are asked for, at most
+SENTENCES = 4  # of one message, at most
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fact that is asked for.
+
+    Attributes:
+        fact: with the value that holds now.
+        part: which facts of the conversation it belongs to, such as "older"; "" = there is one kind only.
+        before: values that it had earlier.
+    """
+
+    fact: Fact
+    part: str = ""
+    before: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """``told`` is out of sight when a question comes, ``visible`` is not; ``told`` holds ``sentences``, in order."""
+
+    sentences: list[str]
+    told: Messages
+    questions: list[Question]
+    visible: Messages = field(default_factory=list)
+
+
+def some_of(random: Random, facts: list[Fact]) -> list[Question]:
+    """``ASKED`` of the facts, or all if there are fewer."""
+    return [Question(fact) for fact in random.sample(facts, min(len(facts), ASKED))]
+
+
+def plain(random: Random, tokenizer, *, facts: int) -> Conversation:
+    """``facts`` facts, nothing else; all names are new to backbone and adapter here and below."""
+    known = draw_facts(random, facts, held_out=True)
+    sentences = [fact.statement(random) for fact in known]
+    return Conversation(sentences, grouped(random, sentences, SENTENCES), some_of(random, known))
+
+
+def distant(random: Random, tokenizer, *, facts: int, distance: int) -> Conversation:
+    """``facts`` facts, then ``distance`` tokens of small talk."""
+    near = plain(random, tokenizer, facts=facts)
+    talk, messages = filler(random, tokenizer, distance)
+    return Conversation(near.sentences + talk, near.told + messages, near.questions)
+
+
+def filler(random: Random, tokenizer, tokens: int) -> tuple[list[str], Messages]:
+    """Sentences without a fact, and the messages of exactly ``tokens`` tokens that they make.
+
+    Raises:
+        ValueError: ``tokens`` is neither 0 nor 16 or more.
+    """
+    if tokens != 0 and tokens < 16:
+        raise ValueError(f"tokens: got {tokens}, allowed 0, or 16 or more")
+    sentences, messages = [], []
+    while tokens:
+        more = [world.sentence(random, held_out=True) for _ in range(random.randint(1, SENTENCES))]
+        message = grouped(random, more, len(more))
+        used = sum(2 + len(tokenizer(m["content"], add_special_tokens=False)["input_ids"]) for m in message)
+        # What would leave a rest too short for a sentence is drawn again.
+        if used == tokens or used <= tokens - 16:
+            sentences, messages, tokens = sentences + more, messages + message, tokens - used
+    return sentences, messages
+
+
+def revised(random: Random, tokenizer, *, facts: int, revisions: int) -> Conversation:
+    """``facts`` facts, of which one is overwritten ``revisions`` times; it is asked for, and three of the others."""
+    known = draw_facts(random, facts, held_out=True)
+    sentences = [fact.statement(random) for fact in known]
+    history = [random.choice(known)]
+    others = [fact for fact in known if fact is not history[0]]
+    for _ in range(revisions):
+        history.append(changed(random, history[-1]))
+        sentences.append(history[-1].update(random))
+    before = tuple(sorted({fact.value for fact in history} - {history[-1].value}))
+    questions = [Question(history[-1], "newest", before)]
+    questions += [Question(fact, "kept") for fact in random.sample(others, min(len(others), 3))]
+    return Conversation(sentences, grouped(random, sentences, SENTENCES), questions)
+
+
+def halved(random: Random, tokenizer, *, facts: int) -> Conversation:
+    """The newer half of ``facts`` facts stays in sight, the older one does not; all are asked for."""
+    known = draw_facts(random, facts, held_out=True)
+    older, newer = known[: facts - facts // 2], known[facts - facts // 2 :]
+    sentences = [fact.statement(random) for fact in older]
+    visible = grouped(random, [fact.statement(random) for fact in newer], SENTENCES)
+    questions = [Question(fact, "older") for fact in older] + [Question(fact, "newer") for fact in newer]
+    return Conversation(sentences, grouped(random, sentences, SENTENCES), questions, visible)

@@ -1,0 +1,241 @@
+"""Measure recall against facts, rank, distance, overwriting and retrieval, and the perplexity of other text.
+
+Everything is drawn with fixed seeds; all variants of a point are asked the same questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltamem_fast import patch_model, unpatch_model
+from deltamem_fast.config import CONFIG_NAME
+from deltamem_fast.recall.weights import SHIPPED, load_backbone
+
+from .. import results
+from ..rows import Row, absent, counted
+from . import conversations, figures, perplexity, variants
+from .conversations import ASKED, Conversation
+from .variants import Variant
+
+DIRECTORY = results.DIRECTORY / "recall"
+EPISODES = 128
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Recall along one size.
+
+    Attributes:
+        draw: a conversation from (random, tokenizer, **point).
+        points: the sizes.
+        variants: the lines.
+        conversations: how many of a point for each of ``--episodes``; more where a conversation asks less.
+    """
+
+    draw: Callable[..., Conversation]
+    points: tuple[dict[str, int], ...]
+    variants: tuple[Variant, ...]
+    conversations: Callable[[dict[str, int]], int]
+
+
+def _more_if_few(point: dict[str, int]) -> int:
+    return max(1, ASKED // point["facts"])
+
+
+_BASELINES = (variants.CONTEXT, variants.BM25_1, variants.BM25_4, variants.TOGETHER)
+CURVES = {
+    "facts": Curve(
+        conversations.plain,
+        tuple({"facts": count} for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)),
+        (*variants.MEMORIES, *variants.OTHER_RANKS, variants.EMPTY, variants.FROZEN, *_BASELINES),
+        _more_if_few,
+    ),
+    "distance": Curve(
+        conversations.distant,
+        tuple({"facts": 2, "distance": tokens} for tokens in (0, 32, 64, 128, 256, 512, 1024)),
+        (*variants.MEMORIES, variants.CONTEXT, variants.BM25_1),
+        lambda point: 1,
+    ),
+    "overwriting": Curve(
+        conversations.revised,
+        tuple({"facts": facts, "revisions": times} for facts in (4, 8) for times in (0, 1, 2, 3)),
+        (*variants.MEMORIES, *_BASELINES),
+        lambda point: 2,
+    ),
+    "half": Curve(
+        conversations.halved,
+        tuple({"facts": count} for count in (4, 8, 12, 16)),
+        (*variants.MEMORIES, variants.FROZEN),
+        _more_if_few,
+    ),
+}
+PARTS = (*CURVES, perplexity.NAME)
+
+
+class Draws:
+    """The conversations and texts that are asked for, each drawn once."""
+
+    def __init__(self, tokenizer, episodes: int):
+        self.tokenizer, self.episodes = tokenizer, episodes
+        self._conversations: dict[str, list[Conversation]] = {}
+        self._texts: list[perplexity.Text] = []
+        self.frozen: torch.Tensor | None = None  # losses of the bare backbone on the texts
+
+    def conversations(self, name: str, point: dict[str, int]) -> list[Conversation]:
+        """Those of a point of the curve ``name``."""
+        key, curve = f"{name} {point}", CURVES[name]
+        if key not in self._conversations:
+            random = Random(key)
+            count = self.episodes * curve.conversations(point)
+            self._conversations[key] = [curve.draw(random, self.tokenizer, **point) for _ in range(count)]
+        return self._conversations[key]
+
+    def texts(self) -> list[perplexity.Text]:
+        """Those that perplexity is taken of."""
+        self._texts = self._texts or perplexity.draw_texts(self.episodes)
+        return self._texts
+
+
+def measure(
+    model: nn.Module,
+    tokenizer,
+    directory: Path,
+    episodes: int = EPISODES,
+    only: str | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """All rows, curve by curve, each variant's points in order.
+
+    Args:
+        model: the bare backbone; it is patched with one adapter after the other, and bare again afterwards.
+        directory: of the adapters, by name. The rows of one that is not there say so.
+        episodes: conversations of a point at least, and texts of each kind.
+        only: one of ``PARTS`` instead of all.
+    """
+    draws = Draws(tokenizer, episodes)
+    rows = [counted("chance", {"kind": kind}, share=chance) for kind, chance in figures.CHANCE.items()]
+    for adapter in (None, *_adapters()):
+        path = None if adapter is None else directory / adapter
+        with _adapted(model, path) as there:
+            for name in PARTS:
+                if only in (None, name):
+                    progress(f"{name}: {adapter or 'no memory'}")
+                    make = _perplexity if name == perplexity.NAME else _curve
+                    rows += make(model if there else None, draws, name, adapter)
+    _add_ratios(rows)
+    order = [f"{name}/{variant.name}" for name, curve in CURVES.items() for variant in curve.variants]
+    return sorted(rows, key=lambda row: order.index(row.name) if row.name in order else len(order))
+
+
+def _adapters() -> list[str]:
+    names = (variant.adapter for curve in CURVES.values() for variant in curve.variants)
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+@contextlib.contextmanager
+def _adapted(model: nn.Module, path: Path | None) -> Iterator[bool]:
+    """Inside, the model has the adapter at ``path`` (None = none); False if there is none at that place."""
+    if path is None or not (path / CONFIG_NAME).is_file():
+        yield path is None
+        return
+    patch_model(model, path)
+    try:
+        yield True
+    finally:
+        unpatch_model(model)
+
+
+def _curve(model: nn.Module | None, draws: Draws, name: str, adapter: str | None) -> Iterator[Row]:
+    curve = CURVES[name]
+    for variant in (variant for variant in curve.variants if variant.adapter == adapter):
+        for point in curve.points:
+            if model is None:
+                yield absent(f"{name}/{variant.name}", _missing(adapter), point)
+                continue
+            talks = draws.conversations(name, point)
+            answers = variants.answers(model, draws.tokenizer, variant, talks)
+            yield counted(f"{name}/{variant.name}", point, **figures.point(talks, answers))
+
+
+def _perplexity(model: nn.Module | None, draws: Draws, name: str, adapter: str | None) -> Iterator[Row]:
+    if adapter is None:
+        draws.frozen = perplexity.losses(model, draws.tokenizer, draws.texts(), None)
+        yield from perplexity.rows("frozen", None, draws.texts(), draws.frozen, draws.frozen)
+    elif adapter in variants.STRATEGIES:
+        for memory in perplexity.MEMORIES:
+            if model is None:
+                yield absent(f"{name}/{adapter}", _missing(adapter), {"text": perplexity.EVERYTHING, "memory": memory})
+                continue
+            losses = perplexity.losses(model, draws.tokenizer, draws.texts(), memory)
+            yield from perplexity.rows(adapter, memory, draws.texts(), losses, draws.frozen)
+
+
+def _missing(adapter: str) -> str:
+    return f"no adapter {adapter} among the weights"
+
+
+def _add_ratios(rows: Sequence[Row]) -> None:
+    """Give the rows with the newer half in sight their ratio to the frozen backbone."""
+    frozen = {row.parameters["facts"]: row.values for row in rows if row.name == f"half/{variants.FROZEN.name}"}
+    for row in rows:
+        if row.name.startswith("half/") and row.status == "measured" and row.name != f"half/{variants.FROZEN.name}":
+            base = frozen[row.parameters["facts"]]
+            found = figures.ratio(row.values["share"], base["share"], row.values["asked"], base["asked"])
+            if found is not None:
+                row.values["ratio"], row.values["ratio_error"] = (round(x, figures.DIGITS) for x in found)
+
+
+def fingerprints(directory: Path) -> dict[str, str]:
+    """The weights under ``directory``, each folder's by the first twelve digits of its SHA-256."""
+    found = {}
+    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            digest.update(file.read_bytes())
+        found[folder.name] = digest.hexdigest()[:12]
+    return found
+
+
+# --- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m bench.recall curves``."""
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="conversations of a point (%(default)s)")
+    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON")
+    parser.add_argument("--weights", type=Path, help="folder of backbone and adapters (the shipped ones)")
+    parser.add_argument("--only", choices=PARTS, help="one curve instead of all")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and write; a run with other weights or fewer episodes is kept out of README."""
+    if options.episodes < 1:
+        raise ValueError(f"--episodes: got {options.episodes}, allowed 1 or more")
+    start = time.perf_counter()
+
+    def progress(text: str) -> None:
+        print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    directory = options.weights or SHIPPED
+    model, tokenizer = load_backbone(directory / "backbone")
+    rows = measure(model, tokenizer, directory, options.episodes, options.only, progress)
+    small = options.episodes < EPISODES or options.weights is not None
+    arguments: dict[str, Any] = {"quick": small, "only": options.only, "episodes": options.episodes}
+    result = results.collect(rows, "cpu", arguments)
+    result.head["weights"] = fingerprints(directory)
+    result.head["parameters"] = sum(p.numel() for p in model.parameters())
+    progress(f"{len(rows)} rows")
+    print(results.write(options.output, result))
+    return 0
