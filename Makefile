@@ -8,13 +8,14 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup demo test lint format bench plots readme compare gpu soak kernels-report clean
+.PHONY: help setup demo test lint format bench recall plots readme compare gpu soak kernels-report clean
 
 help:
-	@echo "make demo            set up, then the demo"
+	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked"
 	@echo "make test            set up, then the tests (CPU)"
 	@echo "make lint            ruff, and whether README says what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
+	@echo "make recall          what the shipped weights remember: curves, plots, README's table (OUTPUT=dir)"
 	@echo "make plots           pictures of the newest results; PNG under bench/results/plots"
 	@echo "make readme          README's tables from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
@@ -41,6 +42,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m bench.readme --check
+	$(BIN)/python -m bench.recall readme --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -48,6 +50,11 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench --output $(OUTPUT)
+
+recall: setup
+	$(BIN)/python -m bench.recall curves --output $(OUTPUT)/recall
+	$(BIN)/python -m bench.recall plots
+	$(BIN)/python -m bench.recall readme
 
 plots: setup
 	$(BIN)/python -m bench.plots

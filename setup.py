@@ -11,9 +11,10 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "deltamem_fast/version.
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "cpu": ["numba>=0.61"],
-    "train": ["accelerate>=1.5"],
+    "demo": ["matplotlib>=3.9"],
+    "train": ["accelerate>=1.5", "matplotlib>=3.9", "tqdm>=4.66"],
     "eval": ["lm-eval>=0.4.8"],
-    "bench": ["numba>=0.61", "matplotlib>=3.9"],
+    "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9"],
 }
 EXTRAS["dev"] = [
     "pytest>=8.3",
@@ -22,9 +23,9 @@ EXTRAS["dev"] = [
     "ruff>=0.11",
     "build>=1.2",
     "setuptools>=77",
-    "accelerate>=1.5",
     "peft>=0.17",
     *EXTRAS["cpu"],
+    *EXTRAS["train"],
     *EXTRAS["bench"],
 ]
 
@@ -37,9 +38,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["deltamem_fast", "deltamem_kernels"],
+    packages=["deltamem_fast", "deltamem_fast.recall", "deltamem_fast.training", "deltamem_kernels"],
     package_dir={"deltamem_kernels": "kernels/deltamem_kernels"},
-    package_data={"deltamem_fast": ["data/*.txt", "py.typed"], "deltamem_kernels": ["py.typed"]},
+    package_data={"deltamem_fast": ["data/recall/*", "data/recall/*/*", "py.typed"], "deltamem_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.10,<6",

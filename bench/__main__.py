@@ -1,6 +1,6 @@
 """Benchmarks of this machine: JSON, and a table last. Without a GPU what a CPU can show, with one the full sweep.
 
-python -m bench [--quick] [--only scan|model|costs] [--threads N] [--output DIR] [--device cpu|cuda]
+python -m bench [--quick] [--only scan|gradient|model|costs] [--threads N] [--output DIR] [--device cpu|cuda]
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import costs, gpu, model, results, scan
+from . import costs, gpu, gradient, model, results, scan
 from .tables import plain_table
 
-PARTS = {"scan": scan.run, "model": model.run, "costs": costs.run}
+PARTS = {"scan": scan.run, "gradient": gradient.run, "model": model.run, "costs": costs.run}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import machine, results
 from .results import Result
@@ -103,19 +104,24 @@ def names(result: Result, directory: Path = DIRECTORY) -> list[Path]:
 
 def draw(result: Result, directory: Path = DIRECTORY) -> list[Path]:
     """Write the pictures that the result has numbers for; returns their paths."""
+    return save(result, dict(zip(names(result, directory), DRAWINGS.values())))
+
+
+def save(result: Result, drawings: Mapping[Path, Callable[[Sequence[Row], Any], bool]]) -> list[Path]:
+    """Write each drawing of the result's rows that finds numbers to its path; returns these paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for path, drawing in zip(names(result, directory), DRAWINGS.values()):
+    for path, drawing in drawings.items():
         figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
         if drawing(result.rows, axes):
             axes.legend(fontsize=6)
             axes.grid(alpha=0.3, linewidth=0.5)
             axes.set_title(f"{result.head['device']}, commit {result.head['commit']}", fontsize=8)
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Without metadata the bytes depend on the numbers alone.
             figure.savefig(path, dpi=110, metadata={"Software": None})
             written.append(path)

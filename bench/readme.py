@@ -94,16 +94,38 @@ def block(found: Sequence[Result], pictures: Path = plots.DIRECTORY) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def updated(text: str, new: str) -> str:
+def updated(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with what lies between the markers replaced.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{README.name}: allowed once each and in order: {BEGIN} and {END}")
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + "\n\n" + new + "\n\n" + END + rest.split(END)[1]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{README.name}: allowed once each and in order: {begin} and {end}")
+    head, rest = text.split(begin)
+    return head + begin + "\n\n" + new + "\n\n" + end + rest.split(end)[1]
+
+
+def publish(new: str, *, check: bool, command: str, begin: str = BEGIN, end: str = END) -> int:
+    """Put ``new`` between README's markers, or with ``check`` print the difference; 1 if there is one, else 0.
+
+    Args:
+        command: what brings README up to date.
+
+    Raises:
+        ValueError, OSError: the markers are not there, or README cannot be read or written.
+    """
+    old = README.read_text(encoding="utf-8")
+    text = updated(old, new, begin, end)
+    if check:
+        lines = difflib.unified_diff(old.splitlines(), text.splitlines(), "README.md", "from results", lineterm="")
+        difference = "\n".join(lines)
+        if difference:
+            print(f"{difference}\n\nREADME.md is not what the results say: {command}")
+        return int(bool(difference))
+    if text != old:
+        README.write_text(text, encoding="utf-8")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,21 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if it is not up to date")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the JSON")
     options = parser.parse_args(arguments)
-    old = README.read_text(encoding="utf-8")
     try:
-        new = updated(old, block(results.newest(options.results)))
+        return publish(block(results.newest(options.results)), check=options.check, command="make readme")
     except (ValueError, OSError) as error:
         print(f"bench.readme: error: {error}", file=sys.stderr)
         return 2
-    if options.check:
-        lines = difflib.unified_diff(old.splitlines(), new.splitlines(), "README.md", "from results", lineterm="")
-        difference = "\n".join(lines)
-        if difference:
-            print(difference + "\n\nREADME.md is not what the results say: make readme")
-        return int(bool(difference))
-    if new != old:
-        README.write_text(new, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

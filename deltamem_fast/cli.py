@@ -1,4 +1,4 @@
-"""The command ``deltamem``: info, convert, demo."""
+"""The command ``deltamem``: info, convert, demo, train."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, read_weights, same_bits, write_adapter
-from .backends import BACKENDS
 from .config import CONFIG_NAME
+from .demo_command import add_demo_command
+from .training.command import add_train_command
 from .version import __version__
 
 # Exit codes.
-CHECK_FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -26,7 +26,7 @@ BROKEN_PIPE = 141
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0: done. 1: the demo found a property that does not hold. 2: wrong usage, or an error of the user's, told in one
+    0: done. 1: the demo found something that does not hold. 2: wrong usage, or an error of the user's, told in one
     line on stderr.
     """
     # A pipe may have an encoding that lacks a character of a conversation; that must not end the command.
@@ -107,24 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace the adapter in a TARGET that is not empty")
     convert.set_defaults(command=_convert)
 
-    demo = commands.add_parser(
-        "demo",
-        help="memory at work in a small untrained model: carry-over, states, speed",
-        description="Runs two conversations as one batch through a small random Qwen3 with a random adapter, made "
-        "here without a download, and checks what a memory promises. Nothing in it is trained, so its replies mean "
-        "nothing: it shows mechanics, not recall.",
-    )
-    demo.add_argument("--seed", type=int, default=0, help="of backbone and adapter (default: %(default)s)")
-    demo.add_argument("--output", metavar="DIR", default="demo-output", help="for memory.safetensors (%(default)s)")
-    demo.add_argument("--new-tokens", type=int, default=24, metavar="N", help="of each reply (default: %(default)s)")
-    demo.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
-    demo.add_argument(
-        "--conversation",
-        metavar="FILE",
-        help="run these instead: lines 'NAME: a turn' and 'NAME? the question at the end'",
-    )
-    demo.add_argument("--json", action="store_true", help="the figures as one JSON object")
-    demo.set_defaults(command=_demo)
+    add_demo_command(commands)
+    add_train_command(commands)
     return parser
 
 
@@ -215,26 +199,3 @@ def _check_written(directory: Path, weights: dict[str, torch.Tensor]) -> None:
     same = written.keys() == weights.keys() and all(same_bits(written[name], weights[name]) for name in weights)
     if not same:
         raise ValueError(f"TARGET: {directory} does not read back as it was written")
-
-
-# --- demo
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import failed_checks, run_demo
-    from .demo_text import format_demo
-
-    if sys.stderr.isatty():
-        print("deltamem: running the demo, which takes some seconds", file=sys.stderr)
-    figures = run_demo(
-        seed=arguments.seed,
-        output=arguments.output,
-        new_tokens=arguments.new_tokens,
-        backend=arguments.backend,
-        conversation=arguments.conversation,
-    )
-    print(json.dumps(figures, indent=2) if arguments.json else format_demo(figures))
-    failed = failed_checks(figures)
-    for text in failed:
-        print(f"deltamem: demo: DOES NOT HOLD: {text}", file=sys.stderr)
-    return CHECK_FAILED if failed else 0

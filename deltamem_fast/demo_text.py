@@ -2,106 +2,106 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from . import demo
+from .recall.heatmap import Snapshot, heat_map_lines
+from .recall.proof import REVISED_FACTS
+
+ROWS = {
+    "empty": "empty memory",
+    "frozen": "bare backbone, sees nothing",
+    "context": "bare backbone, sees all facts",
+}
 
 
-def format_demo(figures: dict[str, Any]) -> str:
-    """The figures as text."""
-    sizes = figures["sizes"]
-    lines = [
-        "deltamem demo",
-        f"Backbone and adapter are random and untrained (seed {figures['seed']}): this shows mechanics, not recall.",
-        "",
-        f"backbone  Qwen3, {sizes['layers']} layers, hidden {sizes['hidden']}, "
-        f"{sizes['backbone_parameters'] / 1e6:.2f} M parameters, float32, on {figures['device']}",
-        f"adapter   rank 8, on q and o, {sizes['adapter_parameters'] / 1e3:.1f} k parameters, "
-        f"backend {figures['backend']}",
-        f"memory    {sizes['memory_bytes']:,} bytes a conversation, whatever its length",
-    ]
+def format_demo(
+    figures: dict[str, Any], snapshots: Sequence[Snapshot], *, style: str = "ascii", width: int = 80
+) -> str:
+    """The figures and the states as text; ``style`` and ``width`` as in ``heat_map_lines``."""
+    lines = ["deltamem demo: what is told is answered from the memory alone", "", *_about_lines(figures)]
     for title, part in (
-        ("Turns, all conversations as one batch. Only the memory passes from one to the next.", _turn_lines(figures)),
-        (
-            "A question in a fresh context: the likeliest next tokens, and what the loaded memory changes",
-            _question_lines(figures),
-        ),
-        ("The memory, layer by layer", _state_lines(figures)),
-        (_speed_title(figures), _speed_lines(figures)),
+        ("Told, each in a context of its own, which is then thrown away:", figures["story"]["told"]),
+        ("Asked, each in a fresh context (no cache, positions from 0):", _asked_lines(figures["story"]["asked"])),
+        ("Told then: " + figures["story"]["revision"], _asked_lines(figures["story"]["asked_again"])),
+        ("Answered right, in percent, by the number of facts told", _recall_lines(figures)),
+        ("The older half told, the newer half in sight: answered right, in percent", _half_lines(figures)),
+        (f"One of {REVISED_FACTS} facts revised: answers, in percent", _revise_lines(figures)),
+        ("The state as it fills", [*heat_map_lines(snapshots, style, width - 2), *_picture_lines(figures)]),
         (
             "Checks",
             [f"{'ok  ' if holds else 'FAIL'}  {demo.CHECKS[name]}" for name, holds in figures["checks"].items()],
         ),
     ):
-        lines += ["", title, *(f"  {line}" for line in part)]
+        lines += ["", title, *(f"  {line}".rstrip() for line in part)]
     return "\n".join([*lines, "", f"{figures['timings']['seconds']:.1f} s"])
 
 
-def _turn_lines(figures) -> list[str]:
-    rows = [("turn", "user", "tokens", "padding", "|memory|", "says")]
-    for turn in figures["turns"]:
-        counts = (str(turn["prompt_tokens"]), str(turn["padding"]), f"{turn['memory_norm']:.3f}")
-        rows.append((str(turn["turn"]), turn["conversation"], *counts, _shortened(turn["text"])))
+def _about_lines(figures) -> list[str]:
+    backbone, adapter = figures["backbone"], figures["adapter"]
+    heads = f", {adapter['heads']} heads" if adapter["heads"] > 1 else ""
     return [
-        *_table(rows, "rlrrrl"),
-        f"Replies of up to {figures['new_tokens']} tokens were read into the memory too; untrained, they are noise "
-        "(--json shows them).",
-        f"The memory is saved in {figures['memory_file']}",
+        f"backbone  {backbone['name']}, {backbone['layers']} layers, hidden {backbone['hidden']}, "
+        f"{backbone['parameters'] / 1e6:.2f} M parameters, frozen, on {figures['device']}",
+        f"adapter   {figures['strategy']}, rank {adapter['rank']}{heads}, on {' and '.join(adapter['corrects'])}, "
+        f"{adapter['parameters'] / 1e3:.1f} k parameters, backend {figures['backend']}",
+        f"memory    {figures['memory_bytes']:,} bytes a conversation, whatever its length",
+        "names     none of those below was in the training of either",
     ]
 
 
-def _question_lines(figures) -> list[str]:
-    names = {"loaded": "loaded memory", "empty": "empty memory", "disabled": "memory disabled"}
-    lines = []
-    for question in figures["questions"]:
-        rows = []
-        for name, title in names.items():
-            best = "  ".join(f"{entry['token']!r} {entry['probability']:.3f}" for entry in question["top"][name])
-            against = question["loaded_against"].get(name)
-            moved = f"max |Δlogit| {against['max_abs_logit']:.3f}, KL {against['kl']:.4f}" if against else ""
-            rows.append((title, best, moved))
-        lines += [f"{question['conversation']}? {question['question']}", *(f"  {line}" for line in _table(rows, "lll"))]
-    return [*lines, "Δ and KL (nats) are those of the loaded memory against that line."]
+def _asked_lines(asked: list[dict[str, str]]) -> list[str]:
+    titles = {"truth": "truth", "memory": "memory", "empty": "empty memory", "unpatched": "not patched"}
+    names = [name for name in titles if name in asked[0]]
+    rows = [("", *(titles[name] for name in names))]
+    return table([*rows, *((row["question"], *(row[name] for name in names)) for row in asked)])
 
 
-def _state_lines(figures) -> list[str]:
-    rows = [("layer", "user", "norm", "largest |entry|", "effective rank")]
-    for entry in figures["state"]:
-        numbers = (f"{entry['norm']:.3f}", f"{entry['largest']:.3f}", f"{entry['effective_rank']:.2f}")
-        rows.append((str(entry["layer"]), entry["conversation"], *numbers))
-    return _table(rows, "rlrrr")
-
-
-def _speed_title(figures) -> str:
-    return (
-        f"Tokens per second, one conversation, {demo.PREFILL_TOKENS} tokens of prefill and "
-        f"{demo.DECODE_TOKENS} of decode, "
-        f"median of {demo.ROUNDS}"
-    )
-
-
-def _speed_lines(figures) -> list[str]:
-    timings = figures["timings"]
-    rows = [("", "prefill", "decode")]
-    for name, title in (
-        ("patched", "patched"),
-        ("disabled", "patched, memory disabled"),
-        ("unpatched", "not patched"),
-    ):
-        rows.append((title, f"{timings['prefill'][name]:,.0f}", f"{timings['decode'][name]:,.0f}"))
-    return _table(rows, "lrr")
-
-
-def _shortened(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
-
-
-def _table(rows: list[tuple[str, ...]], sides: str) -> list[str]:
-    """Rows in columns, each aligned to the left or right as ``sides`` says ("l" or "r")."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
+def _recall_lines(figures) -> list[str]:
+    shares = {f"memory, {name}": values for name, values in figures["recall"].items()}
+    shares |= {title: figures[name] for name, title in ROWS.items()}
+    error = 50 / math.sqrt(figures["questions"])
     return [
-        "  ".join(
-            cell.rjust(width) if side == "r" else cell.ljust(width) for cell, width, side in zip(row, widths, sides)
-        ).rstrip()
+        *_share_lines(shares, "facts"),
+        f"{figures['questions']} questions a number (standard error {error:.1f} at most); "
+        f"chance is {100 * figures['chance']:.1f}; best at few facts: {figures['best']}",
+    ]
+
+
+def _half_lines(figures) -> list[str]:
+    shares = {"bare backbone": figures["half_frozen"]} | {f"memory, {n}": s for n, s in figures["half"].items()}
+    ratios = ["times as many", "", *(f"{ratio:.2f}" for ratio in figures["half_ratio"].values())]
+    return [f"{line}  {ratio.rjust(13)}".rstrip() for line, ratio in zip(_share_lines(shares, "facts"), ratios)]
+
+
+def _revise_lines(figures) -> list[str]:
+    columns = {"revised": "the new value", "stale": "the old value", "kept": "the other facts"}
+    rows = [("", *columns.values())]
+    for name, shares in figures["revise"].items():
+        rows.append((f"memory, {name}", *(f"{100 * shares[column]:.1f}" for column in columns)))
+    return table(rows)
+
+
+def _picture_lines(figures) -> list[str]:
+    picture = figures["files"]["heat_map"]
+    drawn = f"Drawn in {picture}" if picture else "No picture: matplotlib is not installed (extra: demo)"
+    return ["", drawn, f"The memory is saved in {figures['files']['memory']}"]
+
+
+def _share_lines(shares: dict[str, dict[str, float]], title: str) -> list[str]:
+    counts = list(next(iter(shares.values())))
+    return table([
+        (title, *counts),
+        *((name, *(f"{100 * values[count]:.1f}" for count in counts)) for name, values in shares.items()),
+    ])  # fmt: skip
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
         for row in rows
     ]

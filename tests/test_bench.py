@@ -66,6 +66,8 @@ def test_rows(quick):
     for name in ("prefill/unpatched", "prefill/patched", "decode/unpatched", "decode/patched"):
         assert names.count(name) == 2
     assert names.count("scan/reference") == names.count("scan/numba") == 2
+    assert names.count("scan-gradient/per-token") == names.count("scan-gradient/numba") == 2
+    assert names.count("training-step/reference") == names.count("training-step/numba") == 1
     assert {"scan/released", "scan/fla", "operations/unpatched", "operations/patched", "compiled"} <= set(names)
     for row in rows:
         if row["status"] == "absent":
@@ -94,6 +96,20 @@ def test_table_is_printed(quick):
     rows = json.loads(quick[1].read_text(encoding="utf-8"))["rows"]
     start = next(i for i, line in enumerate(lines) if line.startswith("benchmark"))
     assert [line.split()[0] for line in lines[start + 2 :]] == [row["name"] for row in rows]
+
+
+def test_a_wrong_gradient_is_refused(monkeypatch):
+    gradient = bench("gradient")
+
+    def wrong(*arguments):
+        reads, state = gradient.per_token(*arguments)
+        return reads * 1.001, state
+
+    monkeypatch.setattr(gradient, "implementations", lambda: {"per-token": gradient.per_token, "numba": wrong})
+    rows = {row.name: row for row in gradient.measure(gradient.Case(16), turns=2, calls=2, memory=False)}
+    row = rows["scan-gradient/numba"]
+    assert row.status == "refused" and "relative error" in row.note and row.p50 is None and not row.ratios
+    assert rows["scan-gradient/per-token"].status == "measured"
 
 
 def wrong_reads(*args, **kwargs):

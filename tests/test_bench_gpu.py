@@ -116,7 +116,8 @@ def test_what_does_not_fit_is_named(monkeypatch):
 
 def test_the_sweep_covers_what_it_says():
     cases = bench("kernels").full_sweep()
-    assert {c.kernel for c in cases} == {"scan", "step", "read", "steer", "steer_heads_", "decode_"}
+    plain = {"scan", "step", "read", "steer", "steer_heads_", "decode_"}
+    assert {c.kernel for c in cases} == plain | {"scan_gradient", "read_gradient", "steer_gradient"}
     scans = [c for c in cases if c.kernel == "scan"]
     assert {c.tokens for c in scans} >= {1, 131_072} and {c.batch for c in scans} >= {1, 512}
     assert {c.rank for c in scans} == {4, 8, 16, 32} and {c.heads for c in scans} == {1, 4}

@@ -21,7 +21,7 @@ for module in (deltamem_fast, deltamem_kernels):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
 metadata = importlib.metadata.metadata("deltamem-fast")
 assert metadata["Version"] == deltamem_fast.__version__
-assert importlib.resources.files("deltamem_fast").joinpath("data/conversation.txt").is_file()
+assert importlib.resources.files("deltamem_fast").joinpath("data/recall/backbone/config.json").is_file()
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -68,10 +68,12 @@ def test_contents(built):
         names = set(wheel.namelist())
         assert names == set(again.namelist())
         entry_points = wheel.read(f"deltamem_fast-{__version__}.dist-info/entry_points.txt").decode()
-    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast").glob("*.py")}
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast").rglob("*.py")}
     modules |= {f"deltamem_kernels/{p.name}" for p in (ROOT / "kernels" / "deltamem_kernels").glob("*.py")}
     assert modules <= names
-    assert {"deltamem_fast/py.typed", "deltamem_kernels/py.typed", "deltamem_fast/data/conversation.txt"} <= names
+    assert {"deltamem_fast/py.typed", "deltamem_kernels/py.typed"} <= names
+    weights = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast" / "data").rglob("*") if p.is_file()}
+    assert weights and weights <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in names)
     assert "deltamem = deltamem_fast.cli:main" in entry_points

@@ -64,5 +64,5 @@ def _row(folder: Path) -> str:
     empty = max(recall[count]["empty"] for count in recall)
     return (
         f"| `{folder.name}/` | {_WRITES[options['strategy']]} | {options['rank']} | {figures['parameters']:,} | "
-        f"{figures['steps']} | {figures['seconds']:.0f} | {shares} | ≤ {empty:.2f} |"
+        f"{options['steps']} + {options['settle_steps']} | {figures['seconds']:.0f} | {shares} | ≤ {empty:.2f} |"
     )

@@ -22,8 +22,8 @@ def save(output: Path, options: dict, model: dict, optimizer: torch.optim.Optimi
     write_atomically(output / NAME, lambda temporary: torch.save(state, temporary))
 
 
-def load(output: Path, options: dict, optimizer: torch.optim.Optimizer, random: Random, device) -> dict | None:
-    """Set optimizer and random numbers to the checkpoint in ``output``; returns it, or None if there is none.
+def load(output: Path, options: dict, device) -> dict | None:
+    """The checkpoint in ``output``, or None if there is none.
 
     Raises:
         ValueError: it was made with other options.
@@ -34,10 +34,14 @@ def load(output: Path, options: dict, optimizer: torch.optim.Optimizer, random: 
     state = torch.load(path, map_location=device, weights_only=True)
     if state["options"] != options:
         raise ValueError(f"output: {path} was made with {state['options']}; remove it, or give the same options")
+    return state
+
+
+def restore(state: dict, optimizer: torch.optim.Optimizer, random: Random) -> None:
+    """Set optimizer and random numbers to a checkpoint's."""
     optimizer.load_state_dict(state["optimizer"])
     version, internal, gauss = state["random"]
     random.setstate((version, tuple(internal), gauss))
-    return state
 
 
 def remove(output: Path) -> None:

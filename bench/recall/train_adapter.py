@@ -2,7 +2,8 @@
 
 An episode tells facts (some overwritten later, small talk between them) and asks for some of them, each in a context of
 its own. In a fifth of the episodes the newer half of the facts stays visible; one read part in twenty is small talk,
-whose answer must stay what the backbone says. The loss is ``deltamem_fast.training.episode_loss``.
+whose answer must stay what the backbone says. The loss is ``deltamem_fast.training.episode_loss``; the last steps add
+that of ``settle.py``.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from deltamem_fast.training import EpisodeBatch, episode_loss
 from deltamem_fast.training_setup import prepare_for_training
 
 from . import checkpoint
+from .settle import settling_losses
 
 IGNORED = -100
 STRATEGIES = ("tsw", "ssw", "msw")
+_FIGURES = (("answer_loss", "losses"), ("text_divergence", "divergences"))  # in training.json, the last steps' mean
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class AdapterOptions:
         rows, questions: conversations a step, and read parts of each.
         most_facts: of a conversation; the first steps have fewer.
         lr: of AdamW, cosine to a twentieth.
+        settle_steps, settle_lr, settle_weight: steps after that, with an optimizer of their own, their learning rate,
+            and the weight of the divergence (``settle.py``).
         seed: of weights and data.
         save_every: steps between checkpoints.
     """
@@ -54,6 +59,9 @@ class AdapterOptions:
     questions: int = 4
     most_facts: int = 8
     lr: float = 3e-3
+    settle_steps: int = 500
+    settle_lr: float = 1.5e-3
+    settle_weight: float = 3.0
     seed: int = 0
     save_every: int = 100
 
@@ -106,9 +114,54 @@ class Episodes:
         )  # fmt: skip
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What trains: the adapter's parameters alone."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+@dataclass(frozen=True)
+class Phase:
+    """One part of a run: its steps, learning rate and random numbers, and losses(done) → (to minimise, figures)."""
+
+    name: str
+    steps: int
+    lr: float
+    random: Random
+    losses: Callable[[float], tuple[torch.Tensor, dict[str, float]]]
+
+
+def _phases(model: nn.Module, tokenizer, options: AdapterOptions, device: str) -> list[Phase]:
+    answers, settling = Random(options.seed + 1), Random(options.seed + 2)
+    episodes, more = (Episodes(tokenizer, options, random) for random in (answers, settling))
+
+    def answer_loss(done: float):
+        with torch.autocast(device, torch.bfloat16):
+            found = episode_loss(model, episodes.batch(done).to(device))
+        return found.loss, {"losses": found.answer_loss.item()}
+
+    def settling_loss(done: float):
+        with torch.autocast(device, torch.bfloat16):
+            answer, divergence = settling_losses(model, tokenizer, more.batch(1.0).to(device), settling)
+        loss = answer + options.settle_weight * divergence
+        return loss, {"losses": answer.item(), "divergences": divergence.item()}
+
+    return [
+        Phase("answers", options.steps, options.lr, answers, answer_loss),
+        Phase("settling", options.settle_steps, options.settle_lr, settling, settling_loss),
+    ]
+
+
+def _advance(phase: Phase, optimizer: torch.optim.Optimizer, place: dict) -> None:
+    """One step; ``place`` is moved on."""
+    started = time.perf_counter()
+    done = place["step"] / phase.steps
+    for group in optimizer.param_groups:
+        warm_up = min(1.0, (place["step"] + 1) / 50)
+        group["lr"] = phase.lr * warm_up * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    loss, figures = phase.losses(done)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    for name, value in figures.items():
+        place[name].append(value)
+    place["step"] += 1
+    place["seconds"] += time.perf_counter() - started
 
 
 def train_adapter(
@@ -133,44 +186,36 @@ def train_adapter(
     torch.manual_seed(options.seed)
     patch_model(model, options.config())
     prepare_for_training(model)
-    parameters = adapter_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    random = Random(options.seed + 1)
-    episodes = Episodes(tokenizer, options, random)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    place = {"step": 0, "losses": [], "seconds": 0.0}
-    found = checkpoint.load(output, asdict(options), optimizer, random, device)
-    if found is not None:
-        place = found["place"]
+    place = {"phase": 0, "step": 0, "losses": [], "divergences": [], "seconds": 0.0}
+    saved = checkpoint.load(output, asdict(options), device)
+    if saved is not None:
+        place = dict(saved["place"])
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(found["model"][name])
-    with tqdm(total=options.steps, initial=place["step"], desc=output.name, unit="step") as bar:
-        while place["step"] < options.steps:
-            started = time.perf_counter()
-            done = place["step"] / options.steps
-            warm_up = min(1.0, (place["step"] + 1) / 50)
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * warm_up * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
-            with torch.autocast(device, torch.bfloat16):
-                found = episode_loss(model, episodes.batch(done).to(device))
-            optimizer.zero_grad()
-            found.loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            place["losses"].append(found.answer_loss.item())
-            place["step"] += 1
-            place["seconds"] += time.perf_counter() - started
-            bar.set_postfix(loss=f"{sum(place['losses'][-20:]) / len(place['losses'][-20:]):.3f}")
-            bar.update()
-            if place["step"] % options.save_every == 0:
-                checkpoint.save(output, asdict(options), trained, optimizer, random, **place)
+                parameter.copy_(saved["model"][name])
+    for number, phase in enumerate(_phases(model, tokenizer, options, device)):
+        if number < place["phase"]:
+            continue
+        if number > place["phase"]:
+            place |= {"phase": number, "step": 0}
+        optimizer = torch.optim.AdamW(trained.values(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        if saved is not None and saved["place"]["phase"] == number:
+            checkpoint.restore(saved, optimizer, phase.random)
+        with tqdm(total=phase.steps, initial=place["step"], desc=f"{output.name}, {phase.name}", unit="step") as bar:
+            while place["step"] < phase.steps:
+                _advance(phase, optimizer, place)
+                recent = place["losses"][-20:]
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
+                bar.update()
+                if place["step"] % options.save_every == 0:
+                    checkpoint.save(output, asdict(options), trained, optimizer, phase.random, **place)
     model.eval()
     save_adapter(model, output)
     figures = {
-        "options": asdict(options), "steps": options.steps, "seconds": round(place["seconds"], 1),
-        "parameters": sum(p.numel() for p in parameters),
-        "answer_loss": sum(place["losses"][-50:]) / len(place["losses"][-50:]),
+        "options": asdict(options), "seconds": round(place["seconds"], 1),
+        "parameters": sum(p.numel() for p in trained.values()),
+        **{name: sum(place[key][-50:]) / max(1, len(place[key][-50:])) for name, key in _FIGURES},
         **report(model, tokenizer),
     }  # fmt: skip
     write_json(output / "training.json", figures)

@@ -206,8 +206,9 @@ class Run:
         Raises:
             ValueError: it was made with other options.
         """
-        found = checkpoint.load(self.output, asdict(self.options), self.optimizer, self.texts.random, self.device)
+        found = checkpoint.load(self.output, asdict(self.options), self.device)
         if found is not None:
+            checkpoint.restore(found, self.optimizer, self.texts.random)
             self.model.load_state_dict(found["model"])
             vars(self).update(found["place"])
 

@@ -29,6 +29,8 @@ PLACES = (
     "bakery forest meadow bridge castle chapel prison theater hotel tent cave mill yard hall"
 ).split()
 
+NAME_PARTS = frozenset((*_ONSETS, *_ENDINGS))
+
 HELD_OUT_EVERY = 5
 
 

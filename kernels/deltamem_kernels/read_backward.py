@@ -17,7 +17,7 @@ from .columns import columns, direction, direction_backward, group_sum, load_vec
 from .launch import check_device, float32_only, half_or_single, launch, state_strides, whole_keys
 from .rule import DeltaRule, check_arguments
 from .scan import find_flags
-from .scan_backward import choose_spacing, scatter_rows, token_tile
+from .scan_backward import check_gradient, choose_spacing, scatter_rows, token_tile
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def read_backward_kernel(
     p_s = tl.multiple_of(tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
     s = tl.load(p_s, mask=m_row, other=0.0)
     p_x = x_ptr + b * stride_x_b + first.to(tl.int64) * stride_x_t
-    p_d = d_reads_ptr + b * stride_d_b + first.to(tl.int64) * stride_d_t + (h * RANK + i) * stride_d_c
+    p_d = d_reads_ptr + b * stride_d_b + first.to(tl.int64) * stride_d_t + (h * RANK + i).to(tl.int64) * stride_d_c
     token = b * length + first
     p_row = d_x_ptr + token * WIDTH + h * RANK + i
     mine = o_j == i[None, :]
@@ -96,7 +96,7 @@ def read_backward(
         of what it belongs to. The same bits on every run.
 
     Raises:
-        ValueError, TypeError: see ``read``.
+        ValueError, TypeError: see ``read``; d_reads of another shape than the reads.
     """
     bias = projections.new_empty(rule.bias_width)
     check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
@@ -104,6 +104,7 @@ def read_backward(
     half_or_single("projections", projections)
     float32_only("state", state)
     batch, length, width = projections.shape
+    check_gradient("d_reads", d_reads, (batch, length, rule.read_width))
     # k, v and the gates are read by nobody.
     d_x = torch.zeros(projections.shape, dtype=projections.dtype, device=projections.device)
     block, _ = choose_spacing(rule)

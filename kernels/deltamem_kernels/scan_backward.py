@@ -160,7 +160,8 @@ def map_both_kernel(
     )  # fmt: skip
     p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
     p_flag = flags_ptr + row.to(tl.int64) * length + begin
-    p_d = d_reads_ptr + row.to(tl.int64) * stride_d_b + begin.to(tl.int64) * stride_d_t + (h * RANK + i) * stride_d_c
+    p_d = d_reads_ptr + row.to(tl.int64) * stride_d_b + begin.to(tl.int64) * stride_d_t
+    p_d += (h * RANK + i).to(tl.int64) * stride_d_c
     p_checkpoint = d_checkpoints_ptr
     if HAS_CHECKPOINTS:
         checkpoint = first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
@@ -275,7 +276,8 @@ def walk_kernel(
     p_bound = bounds_ptr + ((block.to(tl.int64) * HEADS + h) * 2 + back) * (RANK * RANK) + i * RANK
     p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
     p_flag = flags_ptr + row.to(tl.int64) * length + begin
-    p_d = d_reads_ptr + row.to(tl.int64) * stride_d_b + begin.to(tl.int64) * stride_d_t + (h * RANK + i) * stride_d_c
+    p_d = d_reads_ptr + row.to(tl.int64) * stride_d_b + begin.to(tl.int64) * stride_d_t
+    p_d += (h * RANK + i).to(tl.int64) * stride_d_c
     p_checkpoint = d_checkpoints_ptr
     if HAS_CHECKPOINTS:
         checkpoint = first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
@@ -327,7 +329,8 @@ def token_kernel(
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
     p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
     p_flag = flags_ptr + row.to(tl.int64) * length + begin
-    p_d = d_reads_ptr + row.to(tl.int64) * stride_d_b + begin.to(tl.int64) * stride_d_t + (h * RANK + i) * stride_d_c
+    p_d = d_reads_ptr + row.to(tl.int64) * stride_d_b + begin.to(tl.int64) * stride_d_t
+    p_d += (h * RANK + i).to(tl.int64) * stride_d_c
     p_checkpoint = d_checkpoints_ptr
     if HAS_CHECKPOINTS:
         checkpoint = first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
@@ -367,14 +370,16 @@ def token_kernel(
     held = ()
     for n in tl.static_range(PART):
         m = n < own
-        p = p_x + n * stride_x_t
-        k = load_vector(p, o_k, stride_x_w, m, RANK, R, WHOLE)
-        v, b, lam = load_write(p, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+        k = load_vector(p_x, o_k, stride_x_w, m, RANK, R, WHOLE)
+        v, b, lam = load_write(p_x, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
         v = v.to(tl.float32)
         flag = tl.load(p_flag + n, mask=m, other=0)
         keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
         z, c = direction(k, NORMALIZE)
         held = held + ((s, z, c, v, keep, erase, write, flag),)
+        # One stride after another: the pointers are 64 bits wide, n strides may not fit 32.
+        p_x += stride_x_t
+        p_d += stride_d_t
         if n + 1 < PART:
             s = tl.where((flag == 1)[None, :], written(s, z, c, keep, erase, write * v), s)
 
@@ -386,8 +391,10 @@ def token_kernel(
         s, z_k, c_k, v, keep, erase, write, flag = held[n]
         m = n < own
         valid = (flag == 1) & live
-        q = load_vector(p_x + n * stride_x_t, o_q, stride_x_w, m, RANK, R, WHOLE)
-        d = tl.load(p_d + n * stride_d_t, mask=m & m_column, other=0.0).to(tl.float32)
+        p_x -= stride_x_t
+        p_d -= stride_d_t
+        q = load_vector(p_x, o_q, stride_x_w, m, RANK, R, WHOLE)
+        d = tl.load(p_d, mask=m & m_column, other=0.0).to(tl.float32)
         z_q, c_q = direction(q, NORMALIZE)
         if HAS_CHECKPOINTS:
             g += checkpoint_gradient(p_checkpoint, passed + first + n + 1, every, m & m_column, HEADS, RANK, R)
@@ -465,6 +472,12 @@ def scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor | 
     )
 
 
+def check_gradient(name: str, grad: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises: ValueError unless the gradient has the shape of what it is the gradient of."""
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"{name}: got shape {list(grad.shape)}, allowed {list(shape)}")
+
+
 def scan_backward(
     d_reads: torch.Tensor,
     d_state: torch.Tensor,
@@ -496,7 +509,7 @@ def scan_backward(
         sequence whose slot is −1. The same bits on every run.
 
     Raises:
-        ValueError, TypeError: see ``scan``.
+        ValueError, TypeError: see ``scan``; a gradient of another shape than what it belongs to.
     """
     sequences = check_arguments(
         projections, gate_bias, state, rule,
@@ -505,7 +518,7 @@ def scan_backward(
     check_device(projections)
     half_or_single("projections", projections)
     float32_only("state", state)
-    _, length, width = projections.shape
+    batch, length, width = projections.shape
     heads, rank, every = rule.heads, rule.rank, checkpoint_every if d_checkpoints is not None else 0
     device, packed = projections.device, cu_seqlens is not None
     if chunk is None:
@@ -515,6 +528,11 @@ def scan_backward(
     block, part = spacing or choose_spacing(rule)
     if (chunk and rank > CHUNKED_RANK) or chunk % block or block % part:
         raise ValueError(f"chunk, spacing: got {chunk}, {(block, part)}, allowed multiples, no chunk above rank 16")
+    check_gradient("d_reads", d_reads, (batch, length, rule.read_width))
+    check_gradient("d_state", d_state, (sequences, heads, rank, rank))
+    if every:
+        lead = (length // every,) if packed else (batch, length // every)
+        check_gradient("d_checkpoints", d_checkpoints, (*lead, heads, rank, rank))
     if mask is not None:
         mask = mask.view(torch.uint8)
     if every:
@@ -529,7 +547,8 @@ def scan_backward(
         chunk_sequence, chunk_first = chunk_table(cu_seqlens, length, chunk)
         block_sequence, block_first = chunk_table(cu_seqlens, length, block)
         chunks, chunks_per_sequence = chunk_sequence.numel(), 0
-        blocks, blocks_per_sequence = block_sequence.numel(), 0
+        # A block more than the tokens fill for each sequence, but none where there is no token or no sequence.
+        blocks, blocks_per_sequence = block_sequence.numel() if tokens and sequences else 0, 0
         if every:
             taken = (cu_seqlens[1:] - cu_seqlens[:-1]) // every
             checkpoint_first = taken.cumsum(0, dtype=torch.int64) - taken
@@ -584,7 +603,7 @@ def scan_backward(
     padded = triton.cdiv(blocks, cols // rows) * (cols // rows)
     kinds = 2 if rule.has_lambda else 1
     d_bias = _launch.empty((block // part, heads, padded * rows // cols, kinds, rows), **float32)
-    if d_bias.numel() and tokens:
+    if d_bias.numel():
         launch(
             token_kernel, d_bias.numel() // (kinds * rows), projections, num_warps=warps,
             slots_ptr=slots, bounds_ptr=bounds, d_x_ptr=d_x, d_bias_ptr=d_bias,

@@ -172,7 +172,7 @@ def steer_backward(
         half_or_single(name, tensor)
     float32 = {"dtype": torch.float32, "device": grad.device}
     n, width = weight.shape
-    d_reads = _launch.empty(reads.shape, dtype=reads.dtype, device=reads.device)
+    d_reads = (_launch.empty if n else torch.zeros)(reads.shape, dtype=reads.dtype, device=reads.device)
     total = grad.numel() // n if n else 0
     # Together the sums weigh no more than half of a bfloat16 gradient.
     most = max(1, min(SPLITS, total // (4 * max(width, 1))))

@@ -8,8 +8,10 @@ import torch
 from deltamem_kernels.heads import decode_, steer_heads_
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.read import read
+from deltamem_kernels.read_backward import read_backward
 from deltamem_kernels.rule import DeltaRule
 from deltamem_kernels.scan import scan
+from deltamem_kernels.scan_backward import scan_backward
 from deltamem_kernels.steer import steer
 from deltamem_kernels.step import step
 
@@ -38,6 +40,17 @@ def test_scan(chunk, dim):
     near = scan(x, bias, state, RULE, mask=mask, chunk=chunk)
     there = scan(far(x, dim), bias, state, RULE, mask=far(mask, dim), chunk=chunk)
     assert torch.equal(near.reads, there.reads) and torch.equal(near.state, there.state)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_scan_gradient(dim):
+    x, bias, state, mask = problem(*((2, 5) if dim == 0 else (3, 2)))
+    (d_reads, d_state, _), near = properties.scan_gradients(RULE, x, bias, state, 4, (4, 4), mask=mask)
+    given = {"mask": mask, "chunk": 4, "spacing": (4, 4)}
+    there = scan_backward(far(d_reads, dim), d_state, far(x, dim), bias, state, RULE, **given)
+    assert properties.equal(there, near)
+    near = read_backward(d_reads, x, state, RULE, mask=mask)
+    assert properties.equal(read_backward(far(d_reads, dim), far(x, dim), state, RULE, mask=mask), near)
 
 
 def test_read_and_step():

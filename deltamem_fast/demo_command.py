@@ -1,0 +1,122 @@
+"""``deltamem demo``: arguments, output and exit code of the recall proof."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from random import Random
+
+from .backends import BACKENDS
+from .recall.weights import STRATEGIES
+
+HOLDS, DOES_NOT_HOLD = 0, 1
+QUESTIONS = 256
+PIPE_WIDTH = 110  # six states of rank 8 side by side
+
+
+def add_demo_command(commands) -> None:
+    """Add ``demo`` to argparse's ``commands``."""
+    demo = commands.add_parser(
+        "demo",
+        help="the recall proof: told facts are answered from the memory alone",
+        description="Tells a small frozen backbone facts about names that it has never seen, throws the context away, "
+        "and asks: with the memory, with an empty one, and not patched. Revises a fact and asks again. Then measures "
+        "recall against the number of facts for each write strategy, and draws the state as it fills. Exit code 1 "
+        "if something that is claimed does not hold.",
+    )
+    mode = demo.add_mutually_exclusive_group()
+    mode.add_argument("--json", action="store_true", help="the figures as one JSON object")
+    mode.add_argument("--interactive", action="store_true", help="tell facts and ask for them yourself (/help)")
+    demo.add_argument(
+        "--strategy", choices=tuple(STRATEGIES), default="tsw", help="of the story, and of --interactive (%(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of names, facts and sentences (default: %(default)s)")
+    demo.add_argument(
+        "--questions", type=int, default=QUESTIONS, metavar="N", help="at each number of facts (default: %(default)s)"
+    )
+    demo.add_argument("--output", metavar="DIR", default="demo-output", help="for memory and picture (%(default)s)")
+    demo.add_argument("--weights", metavar="DIR", help="backbone and adapters (default: the shipped ones)")
+    demo.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    demo.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return _converse(arguments) if arguments.interactive else _prove(arguments)
+
+
+def _prove(arguments: argparse.Namespace) -> int:
+    from .demo import failed_checks, run_demo
+    from .demo_text import format_demo
+    from .recall.heatmap import style_of
+
+    say = _progress()
+    figures, snapshots = run_demo(
+        weights=arguments.weights,
+        strategy=arguments.strategy,
+        seed=arguments.seed,
+        questions=arguments.questions,
+        output=arguments.output,
+        backend=arguments.backend,
+        say=say,
+    )
+    say("")
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        print(format_demo(figures, snapshots, style=style_of(sys.stdout), width=_width()))
+    failed = failed_checks(figures)
+    for text in failed:
+        print(f"deltamem: demo: DOES NOT HOLD: {text}", file=sys.stderr)
+    return DOES_NOT_HOLD if failed else HOLDS
+
+
+def _converse(arguments: argparse.Namespace) -> int:
+    from .demo import device_for
+    from .patch import patch_model
+    from .recall.heatmap import style_of
+    from .recall.interactive import converse
+    from .recall.weights import find_weights, load_backbone
+
+    device = device_for(arguments.backend)
+    found = find_weights(arguments.weights)
+    model, tokenizer = load_backbone(found.backbone, device)
+    patch_model(model, found.adapters[arguments.strategy], backend=arguments.backend)
+    print(f"Tell facts, ask for them; only the memory ({arguments.strategy}) passes from line to line. /help says how.")
+    random = Random(arguments.seed)
+    style = style_of(sys.stdout)
+    converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=_width())
+    return HOLDS
+
+
+def _typed_lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    try:
+        import readline  # noqa: F401 (input() edits lines and recalls earlier ones once it is imported)
+    except ImportError:
+        pass
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+
+
+def _write(text: str) -> None:
+    print(text, flush=True)
+
+
+def _progress() -> Callable[[str], None]:
+    """Says on one line of a terminal what is being done; nothing to a pipe."""
+    if not sys.stderr.isatty():
+        return lambda text: None
+    return lambda text: print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((PIPE_WIDTH, 24)).columns

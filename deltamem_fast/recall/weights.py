@@ -1,0 +1,62 @@
+"""The weights of the recall proof: a backbone, and adapters that were trained on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import CONFIG_NAME
+
+SHIPPED = Path(__file__).parent.parent / "data" / "recall"
+# Write strategy → the directory of its adapter.
+STRATEGIES = {"tsw": "tsw-r8", "ssw": "ssw-r8", "msw": "msw-r8"}
+MADE_BY = "python -m bench.recall train"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights lie: ``backbone``, a directory, and ``adapters``, strategy → directory."""
+
+    backbone: Path
+    adapters: dict[str, Path]
+
+
+def find_weights(directory: str | os.PathLike | None = None) -> Weights:
+    """The backbone and the adapters of ``STRATEGIES`` under ``directory``, by default the shipped ones.
+
+    Raises:
+        FileNotFoundError: a part is missing; the message names it and the command that makes it.
+    """
+    directory = SHIPPED if directory is None else Path(directory).expanduser()
+    weights = Weights(directory / "backbone", {name: directory / folder for name, folder in STRATEGIES.items()})
+    for path in (weights.backbone / "config.json", *(folder / CONFIG_NAME for folder in weights.adapters.values())):
+        if not path.is_file():
+            raise FileNotFoundError(f"weights: {path}: no such file; `{MADE_BY} --output {directory}` makes them")
+    return weights
+
+
+def load_backbone(directory: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
+    """The frozen backbone, float32 on ``device``, and its tokenizer. Nothing is downloaded.
+
+    Raises:
+        ValueError, OSError: the directory holds no model, or a broken one.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for a file of some megabytes is noise
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"weights: {directory}: not safetensors, or cut short: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.eval().requires_grad_(False).to(device), tokenizer

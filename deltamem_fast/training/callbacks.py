@@ -1,0 +1,126 @@
+"""What goes on around the steps: the progress bar, and stopping on a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LINES = 20  # of progress, where there is no terminal for a bar
+
+
+class StopRequest:
+    """Whether Ctrl-C was pressed (or SIGTERM came); a second time stops at once.
+
+    Args:
+        alone: this is the only process. Launchers send each process the signal that it has from the terminal already,
+            so with several of them a second one means nothing (torchrun itself ends them 30 seconds later).
+    """
+
+    def __init__(self, alone: bool = True):
+        self.alone = alone
+        self.received: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Inside, the first signal is noted instead of raised. Does nothing outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.received is not None and self.alone:
+            raise KeyboardInterrupt
+        if self.received is None:
+            print("deltamem: stopping after this step" + "; once more stops at once" * self.alone, file=sys.stderr)
+        self.received = signal.Signals(number)
+
+
+class StopCallback(TrainerCallback):
+    """Stops the run with a checkpoint where a signal came.
+
+    Args:
+        request: of this process.
+    """
+
+    def __init__(self, request: StopRequest):
+        self.request = request
+        self.stopped = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._anybody(args) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _anybody(self, args) -> bool:
+        """Whether any process was told to stop: all of them have to stop at the same step."""
+        asked = self.request.received is not None
+        if args.world_size == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar over the steps with loss, gates and speed; some plain lines where stderr is no terminal.
+
+    Args:
+        shown: False shows nothing.
+    """
+
+    def __init__(self, shown: bool = True):
+        self.shown, self.bar = shown, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.shown and state.is_world_process_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", dynamic_ncols=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not self.shown or not state.is_world_process_zero or not logs:
+            return
+        if "answer_loss" in logs:
+            self._step(state, logs)
+        else:
+            self._say(", ".join(f"{name.removeprefix('eval_')} {value:.6g}" for name, value in logs.items()))
+
+    def _step(self, state, logs) -> None:
+        figures = {
+            "loss": f"{logs['answer_loss']:.4f}",
+            "β": f"{logs['mean_beta']:.3f}",
+            "tok/s": f"{logs['tokens_per_second']:,.0f}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+        elif state.global_step % max(1, state.max_steps // _LINES) == 0 or state.global_step == state.max_steps:
+            text = ", ".join(f"{name} {value}" for name, value in figures.items())
+            self._say(f"step {state.global_step} of {state.max_steps}: {text}")
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def checking(numbers: Iterable, shown: bool) -> Iterable:
+    """``numbers`` under a bar that says that data is being checked."""
+    return tqdm(numbers, desc="checking data", unit="example", disable=not (shown and sys.stderr.isatty()), leave=False)

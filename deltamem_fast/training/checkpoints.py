@@ -1,0 +1,114 @@
+"""What a run is, which of its checkpoints are whole, and whether a run may go on from one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapter import SAFETENSORS_NAME
+from ..config import CONFIG_NAME
+from ..files import read_json, write_json
+from .options import CHANGEABLE, TrainingOptions
+
+RUN_NAME = "training.json"
+WHOLE_NAME = "checkpoint.json"  # written last: a directory that has it is whole
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a run the same run: model, adapter configuration, data and options.
+
+    Attributes:
+        model: the backbone's name.
+        dtype: the backbone's.
+        adapter: the adapter's configuration, as JSON.
+        data: SHA-256 of the data files' bytes.
+        episodes_a_step: over all devices and forwards.
+        options: as JSON.
+    """
+
+    model: str
+    dtype: str
+    adapter: dict[str, Any]
+    data: str
+    episodes_a_step: int
+    options: dict[str, Any]
+
+    def save(self, directory: Path) -> None:
+        """Write ``training.json``."""
+        write_json(directory / RUN_NAME, vars(self))
+
+    def check(self, directory: Path) -> None:
+        """Raise ValueError if the run in ``directory`` is another one; names what differs."""
+        theirs = read_json(directory / RUN_NAME)
+        differing = []
+        for name in ("model", "dtype", "data", "episodes_a_step"):
+            if theirs.get(name) != getattr(self, name):
+                differing.append(_difference(name, theirs.get(name), getattr(self, name)))
+        for part, changeable in (("adapter", frozenset()), ("options", CHANGEABLE)):
+            before, now = theirs.get(part, {}), getattr(self, part)
+            differing += [
+                _difference(name, before.get(name), now.get(name))
+                for name in sorted(before.keys() | now.keys())
+                if name not in changeable and before.get(name) != now.get(name)
+            ]
+        if differing:
+            raise ValueError(
+                f"resume: {directory} holds a run with {', '.join(differing)}; allowed: the same, or another --output"
+            )
+
+
+def _difference(name: str, before, now) -> str:
+    if name == "data":
+        return "other data"
+    return f"{name} {before!r} (now {now!r})"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return all((checkpoint / name).is_file() for name in (WHOLE_NAME, CONFIG_NAME, SAFETENSORS_NAME))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a whole checkpoint was written after."""
+    return int(read_json(checkpoint / WHOLE_NAME)["step"])
+
+
+def mark_whole(checkpoint: Path, step: int) -> None:
+    """Say that everything of a checkpoint is on the disk."""
+    write_json(checkpoint / WHOLE_NAME, {"step": step})
+
+
+def unmark(checkpoint: Path) -> None:
+    """Take the mark of an older run off before a checkpoint is written over."""
+    (checkpoint / WHOLE_NAME).unlink(missing_ok=True)
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The whole checkpoint of most steps, or None."""
+    found = [path for path in output.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return max((path for path in found if is_whole(path)), key=step_of, default=None)
+
+
+def checkpoint_to_resume(options: TrainingOptions) -> Path | None:
+    """The checkpoint that a run starts from, or None = from the start.
+
+    Raises:
+        ValueError: ``resume`` names no whole checkpoint; or there is a run in ``output`` that ``resume`` does not ask
+            to go on with.
+    """
+    output = Path(options.output)
+    if options.resume and options.resume != "auto":
+        checkpoint = Path(options.resume)
+        if not is_whole(checkpoint):
+            raise ValueError(f"resume: got {checkpoint}, which is no whole checkpoint; allowed auto, or one that is")
+        return checkpoint
+    if options.resume:
+        return newest_checkpoint(output)
+    if (output / RUN_NAME).is_file():
+        raise ValueError(f"output: {output} holds a training run; --resume goes on with it, or name another directory")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: got {output}, which is a file; allowed a directory")
+    return None

@@ -1,0 +1,242 @@
+"""Training data: JSON lines of chat messages, and the episodes' parts in them.
+
+One line is one JSON object of either form::
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
+    {"write": [messages], "read": [messages], "answer": "…"}
+
+In the first the last message is the answer; of what precedes it the last user turn (``visible_turns`` of them) is the
+read part, and all before that the write context. ``"targets": [3, 5]`` names other answers by their place in
+``messages``: one line then gives several episodes. In the second the parts are spelt out, and ``write`` may be empty.
+System messages at the beginning of a chat go with both parts. ``"id"`` may hold anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
+MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+CHAT_KEYS = ("messages", "targets", "id")
+PARTS_KEYS = ("write", "read", "answer", "id")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One target of a line: what is written, what is read, what is to be answered.
+
+    Attributes:
+        where: file and line, ``train.jsonl:7``.
+        write: messages of the write context; empty = the memory starts empty.
+        read: messages of the read part, a user's among them.
+        answer: the assistant's message.
+    """
+
+    where: str
+    write: tuple[dict, ...]
+    read: tuple[dict, ...]
+    answer: dict
+
+    def state_only(self) -> Example:
+        """The same target with the last user turn alone in view; the turns before it are written instead."""
+        system, turns = _split_system(self.read)
+        start = _last_turns(turns, 1)
+        moved = turns[:start]
+        if not moved:
+            return self
+        before = self.write or system
+        return dataclasses.replace(self, write=before + moved, read=system + turns[start:])
+
+
+class ExampleFiles(Sequence):
+    """The examples of one or more JSONL files, read again line by line as they are asked for.
+
+    Making one reads and checks every line; what stays in memory is where the lines begin.
+
+    Args:
+        paths: the files.
+        visible_turns: how many user turns of a ``messages`` line the read part shows.
+
+    Attributes:
+        digest: SHA-256 of the files' bytes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not as described, by file and line, and how many more there are; or no example.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike], visible_turns: int = 1):
+        self.paths = [Path(path) for path in paths]
+        self.visible_turns = visible_turns
+        self._places: list[tuple[int, int, int, int]] = []  # file, byte, line, target
+        errors: list[str] = []
+        digest = hashlib.sha256()
+        for number, path in enumerate(self.paths):
+            if not path.is_file():
+                raise FileNotFoundError(f"data: {path}: no such file")
+            self._index(number, path, digest, errors)
+        if errors:
+            more = f" (and {len(errors) - 1} more lines that cannot be used)" if len(errors) > 1 else ""
+            raise ValueError(errors[0] + more)
+        if not self._places:
+            raise ValueError(f"data: {', '.join(map(str, self.paths))}: holds no example")
+        self.digest = digest.hexdigest()
+
+    def _index(self, number: int, path: Path, digest, errors: list[str]) -> None:
+        offset = 0
+        with open(path, "rb") as file:
+            for line, raw in enumerate(file, 1):
+                digest.update(raw)
+                if raw.strip():
+                    try:
+                        targets = len(parse_line(raw, f"{path}:{line}", self.visible_turns))
+                        self._places += [(number, offset, line, target) for target in range(targets)]
+                    except ValueError as error:
+                        errors.append(str(error))
+                offset += len(raw)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Example:
+        number, offset, line, target = self._places[index]
+        path = self.paths[number]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return parse_line(file.readline(), f"{path}:{line}", self.visible_turns)[target]
+
+
+def parse_line(raw: bytes, where: str, visible_turns: int = 1) -> list[Example]:
+    """The examples of one line.
+
+    Raises:
+        ValueError: beginning with ``where``: what is wrong, and what is allowed.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
+        if not isinstance(value, dict):
+            raise ValueError(f"got a JSON {type(value).__name__}, allowed an object")
+        if "messages" in value:
+            return _from_chat(value, where, visible_turns)
+        if "write" in value or "read" in value:
+            return [_from_parts(value, where)]
+        raise ValueError(f"got keys {sorted(value)}, allowed messages, or write, read and answer")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: not JSON that can be read: nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice, allowed once")
+    return value
+
+
+def _from_chat(value: dict, where: str, visible_turns: int) -> list[Example]:
+    _only(value, CHAT_KEYS)
+    messages = _messages(value["messages"], "messages")
+    targets = value.get("targets", [len(messages) - 1])
+    if not isinstance(targets, list) or not targets or any(type(t) is not int for t in targets):
+        raise ValueError(f"targets: got {targets!r}, allowed a list of places in messages, counted from 0")
+    return [_from_target(messages, target, where, visible_turns) for target in targets]
+
+
+def _from_target(messages: tuple[dict, ...], target: int, where: str, visible_turns: int) -> Example:
+    if not 0 <= target < len(messages):
+        raise ValueError(f"targets: got {target}, allowed 0 to {len(messages) - 1}")
+    answer = _answer(messages[target], f"messages[{target}]")
+    system, turns = _split_system(messages[:target])
+    start = _last_turns(turns, visible_turns)
+    if start is None:
+        raise ValueError(f"messages: got no user message before messages[{target}], which is the answer")
+    return Example(where, system + turns[:start] if start else (), system + turns[start:], answer)
+
+
+def _from_parts(value: dict, where: str) -> Example:
+    _only(value, PARTS_KEYS)
+    for key in PARTS_KEYS[:3]:
+        if key not in value:
+            raise ValueError(f"{key}: is missing, allowed write, read and answer together")
+    write = _messages(value["write"], "write", empty=True)
+    read = _messages(value["read"], "read")
+    if not any(message["role"] == "user" for message in read):
+        raise ValueError("read: got no user message, allowed at least one")
+    answer = value["answer"]
+    if isinstance(answer, str):
+        answer = {"role": "assistant", "content": answer}
+    else:
+        (answer,) = _messages([answer], "answer")
+    return Example(where, write, read, _answer(answer, "answer"))
+
+
+def _only(value: dict, allowed: tuple[str, ...], name: str = "") -> None:
+    unknown = sorted(value.keys() - set(allowed))
+    if unknown:
+        raise ValueError(f"{name}{unknown[0]!r}: unknown key, allowed {', '.join(allowed)}")
+
+
+def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
+    if not isinstance(value, list) or not (value or empty):
+        got = "an empty list" if value == [] else type(value).__name__
+        raise ValueError(f"{name}: got {got}, allowed a list of messages")
+    for place, message in enumerate(value):
+        part = name if name == "answer" else f"{name}[{place}]"
+        if not isinstance(message, dict):
+            raise ValueError(f"{part}: got {type(message).__name__}, allowed an object with role and content")
+        _only(message, MESSAGE_KEYS, f"{part}: ")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"{part}.role: got {message.get('role')!r}, allowed {', '.join(ROLES)}")
+        if not _is_content(message.get("content")) and not (
+            message.get("content") is None and (message.get("tool_calls") or message.get("reasoning_content"))
+        ):
+            raise ValueError(
+                f"{part}.content: got {message.get('content')!r:.80}, allowed a string or a list of "
+                '{"type": "text", "text": "…"}'
+            )
+    return tuple(value)
+
+
+def _is_content(content) -> bool:
+    if isinstance(content, list):
+        return all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
+    return isinstance(content, str)
+
+
+def _answer(message: dict, name: str) -> dict:
+    if message["role"] != "assistant":
+        raise ValueError(f"{name}.role: got {message['role']!r}, allowed assistant: it is the answer")
+    content = message.get("content")
+    text = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+    if not text.strip() and not message.get("tool_calls"):
+        raise ValueError(f"{name}.content: got an empty answer, allowed one with text (or tool_calls)")
+    return message
+
+
+def _split_system(messages: tuple[dict, ...]) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
+    count = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    return messages[:count], messages[count:]
+
+
+def _last_turns(messages: tuple[dict, ...], count: int) -> int | None:
+    """Where the last ``count`` user turns begin (0 if there are fewer), None without a user message.
+
+    A turn is everything from one user message to the next.
+    """
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not starts:
+        return None
+    return starts[-count] if count <= len(starts) else 0
