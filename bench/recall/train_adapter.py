@@ -61,7 +61,7 @@ class AdapterOptions:
     lr: float = 3e-3
     settle_steps: int = 500
     settle_lr: float = 1.5e-3
-    settle_weight: float = 3.0
+    settle_weight: float = 10.0
     seed: int = 0
     save_every: int = 100
 
