@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .advance import MemoryCall
 
 UNKNOWN_CHECKPOINTS = (
-    "memory: got one with gradients, but the layers run under reentrant checkpointing that is not the model's own, so "
-    "no gradient would come back to it; allowed: gradient_checkpointing_enable() of the model, use_reentrant=False, or "
-    "memory.detach()"
+    "memory: got one with gradients, but the layers run under reentrant checkpointing that is not the model's own (or "
+    "take more than embeddings from input_ids), so no gradient would come back to it; allowed: use_reentrant=False in "
+    "gradient_checkpointing_enable(), or memory.detach()"
 )
 NO_GRAPH = (
     "memory: it was written under reentrant checkpointing, and nothing that went into the layers required a gradient, "
@@ -75,8 +75,8 @@ class Bridge:
         return None if started is None else started.grad
 
 
-# Outputs share their inputs' storage. Detached, because an input that is returned itself, or a view of it, could not be
-# changed in place any more.
+# What these functions return shares its storage with what they got: detached, because an input that is returned as it
+# is, or a view of it, could not be changed in place any more.
 
 
 class _Enter(torch.autograd.Function):
@@ -205,6 +205,8 @@ def join(
 def _checkpoints_reentrantly(decoder: nn.Module) -> bool:
     if not (decoder.training and getattr(decoder, "gradient_checkpointing", False)):
         return False
+    if getattr(getattr(decoder, "config", None), "hidden_size_per_layer_input", 0):
+        return False  # its layers take embeddings of their own from input_ids, which ``enter`` replaces
     function = getattr(decoder, "_gradient_checkpointing_func", None)
     return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
 

@@ -55,7 +55,7 @@ CHECKS = {
 def run_demo(
     *,
     weights: str | os.PathLike | None = None,
-    strategy: str = "tsw",
+    strategy: str = "msw",
     seed: int = 0,
     questions: int = 256,
     output: str | os.PathLike = "demo-output",

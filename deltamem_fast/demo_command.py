@@ -31,7 +31,7 @@ def add_demo_command(commands) -> None:
     mode.add_argument("--json", action="store_true", help="the figures as one JSON object")
     mode.add_argument("--interactive", action="store_true", help="tell facts and ask for them yourself (/help)")
     demo.add_argument(
-        "--strategy", choices=tuple(STRATEGIES), default="tsw", help="of the story, and of --interactive (%(default)s)"
+        "--strategy", choices=tuple(STRATEGIES), default="msw", help="of the story, and of --interactive (%(default)s)"
     )
     demo.add_argument("--seed", type=int, default=0, help="of names, facts and sentences (default: %(default)s)")
     demo.add_argument(

@@ -30,7 +30,7 @@ from .conversations import ASKED, Conversation
 from .variants import Variant
 
 DIRECTORY = results.DIRECTORY / "recall"
-EPISODES = 128
+EPISODES = 64
 
 
 @dataclass(frozen=True)

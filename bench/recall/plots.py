@@ -79,7 +79,7 @@ def draw_ranks(rows: Sequence[Row], axes) -> bool:
         ranks, measured = zip(*found)
         _line(axes, ranks, measured, "share", "error", f"{facts} facts", color=f"C{index}")
     axes.set_xscale("log", base=2)
-    _share_axes(axes, "rank r; TSW, adapters trained half as long", tuple(variants.RANKS))
+    _share_axes(axes, "rank r; TSW, adapters trained a fifth as long", tuple(variants.RANKS))
     return any(len(found) > 1 for found in lines.values())
 
 

@@ -38,7 +38,7 @@ class Variant:
 
 
 STRATEGIES = ("tsw-r8", "ssw-r8", "msw-r8")
-# Trained alike, and half as long as the adapters of the strategies.
+# Trained alike, and a fifth as long as the adapters of the strategies.
 RANKS = {rank: f"tsw-r{rank}-short" for rank in (4, 8, 16, 32)}
 MEMORIES = tuple(Variant(name, name) for name in STRATEGIES)
 OTHER_RANKS = tuple(Variant(name, name) for name in RANKS.values())

@@ -90,6 +90,9 @@ def walk(
     p_d += t.to(tl.int64) * stride_d_t
     o_q = h * RANK
     o_k = (HEADS + h) * RANK
+    # With a checkpoint's gradient too, a column of 16 numbers has no registers left for a q that waits; where bounds
+    # are stored the compiler finds some.
+    Q_WAITS: tl.constexpr = R <= 8 or SPACING > 0 or not HAS_CHECKPOINTS
     steps = tl.max(count, axis=0)
     m = count > 0
     q = load_vector(p_x, o_q, stride_x_w, m & down, RANK, R, WHOLE)
@@ -100,10 +103,14 @@ def walk(
     for n in range(steps):
         # The next token is on its way while this one is computed.
         m_next = n + 1 < count
+        if not Q_WAITS:
+            q = load_vector(p_x, o_q, stride_x_w, (n < count) & down, RANK, R, WHOLE)
         p_x += turn.to(tl.int64) * stride_x_t
         p_flag += turn
         p_d += turn.to(tl.int64) * stride_d_t
-        q_next = load_vector(p_x, o_q, stride_x_w, m_next & down, RANK, R, WHOLE)
+        q_next = q
+        if Q_WAITS:
+            q_next = load_vector(p_x, o_q, stride_x_w, m_next & down, RANK, R, WHOLE)
         k_next = load_vector(p_x, o_k, stride_x_w, m_next, RANK, R, WHOLE)
         v_next, b_next, lam_next = load_write(p_x, h, i, stride_x_w, m_next, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
         d_next = tl.load(p_d, mask=m_next & down, other=0.0)

@@ -184,7 +184,10 @@ def steer_backward(
         p_grad, p_reads = batch_time(grad), batch_time(reads)
         narrow = grad.dtype == torch.bfloat16 and norm_weight is None
         read_block = min(32 if narrow else 16, max(16, next_power_of_two(width)))
+        # As wide as registers allow on every target: a gradient that is not bfloat16 is split into three itself.
         block, stages = (64, 3) if narrow and read_block == 16 else (32, 2)
+        if grad.dtype != torch.bfloat16 and norm_weight is None:
+            block = 16
         launch(
             steer_backward_kernel, splits * triton.cdiv(width, read_block), grad, num_warps=8,
             grad_ptr=p_grad, reads_ptr=p_reads, weight_ptr=weight, norm_ptr=norm_weight,
