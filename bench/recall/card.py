@@ -30,8 +30,9 @@ and `make recall`. They know one small world and nothing else: people with codes
 {rows}
 
 The second number of steps is of those that also show ordinary text, for which the memory is to change nothing
-(bench/recall/settle.py). Recall here is the training's own check: 64 conversations, names that occur in no training text, each fact asked for
-once in a context of its own. `make recall` measures more carefully; the README of the repository has its figures.
+(bench/recall/settle.py). Recall here is the training's own check: 64 conversations, names that occur in no training
+text, each fact asked for once in a context of its own.
+`make recall` measures more carefully; the README of the repository has its figures.
 Seconds are wall time on two CPU cores that were not idle.
 
 Names, codes and places are invented. Every fifth pair of a name's two syllables (an object's two words) is held out:
