@@ -183,10 +183,10 @@ def steer_backward(
     if splits and width:
         p_grad, p_reads = batch_time(grad), batch_time(reads)
         narrow = grad.dtype == torch.bfloat16 and norm_weight is None
-        read_block = min(32 if narrow else 16, max(16, next_power_of_two(width)))
+        read_block = min(32 if narrow and _launch.WARP == 32 else 16, max(16, next_power_of_two(width)))
         # As wide as registers allow on every target: a gradient that is not bfloat16 is split into three itself.
         block, stages = (64, 3) if narrow and read_block == 16 else (32, 2)
-        if grad.dtype != torch.bfloat16 and norm_weight is None:
+        if grad.dtype != torch.bfloat16:
             block = 16
         launch(
             steer_backward_kernel, splits * triton.cdiv(width, read_block), grad, num_warps=8,
