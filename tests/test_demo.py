@@ -62,7 +62,7 @@ def test_the_story_is_answered_by_generate(shipped):
     assert sum(row["empty"] == row["truth"] for row in asked) <= 1
     again = figures["story"]["asked_again"]
     assert again[0]["truth"] != asked[0]["truth"] and again[0]["memory"] == again[0]["truth"]
-    assert len(snapshots) == 6 and figures["memory_bytes"] == 4 * 8 * 8 * 4
+    assert len(snapshots) == 6 and figures["memory_bytes"] == 4 * 4 * 8 * 8 * 4
 
 
 def test_interactive_on_the_shipped_weights(capsys, monkeypatch):

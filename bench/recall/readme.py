@@ -133,7 +133,7 @@ def block(result: Result | None, pictures: Path = plots.DIRECTORY) -> str:
     for title, table in TABLES.items():
         parts += [f"<details><summary>{title}</summary>", table(result.rows), "</details>"]
     base = readme.README.parent
-    paths = [path for path in plots.names(pictures) if path.exists()]
+    paths = [path for path in plots.names(pictures) if path.exists() and path.is_relative_to(base)]
     parts += [f"![{path.stem}]({path.relative_to(base).as_posix()})" for path in paths]
     return "\n\n".join(parts)
 
