@@ -102,7 +102,7 @@ def test_json_is_one_object_and_what_does_not_hold_is_said(untrained, tmp_path, 
     assert "recall" in failed and not {name for name in failed if "identical" in name or "loaded" in name}
     assert err.splitlines() == [f"deltamem: demo: DOES NOT HOLD: {CHECKS[name]}" for name in failed]
     assert sorted(os.listdir(tmp_path / "out")) == ["heatmap.png", "memory.safetensors"]
-    assert load_file(tmp_path / "out" / "memory.safetensors")["layers.0.state"].shape == (1, 1, 8, 8)
+    assert load_file(tmp_path / "out" / "memory.safetensors")["layers.0.state"].shape == (1, 2, 8, 8)
 
 
 def test_same_seed_same_figures_and_text(untrained, tmp_path, monkeypatch):
