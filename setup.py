@@ -38,7 +38,16 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["deltamem_fast", "deltamem_fast.recall", "deltamem_fast.training", "deltamem_kernels"],
+    packages=[
+        "deltamem_fast",
+        "deltamem_fast.chat",
+        "deltamem_fast.inspection",
+        "deltamem_fast.recall",
+        "deltamem_fast.session",
+        "deltamem_fast.storage",
+        "deltamem_fast.training",
+        "deltamem_kernels",
+    ],
     package_dir={"deltamem_kernels": "kernels/deltamem_kernels"},
     package_data={"deltamem_fast": ["data/recall/*", "data/recall/*/*", "py.typed"], "deltamem_kernels": ["py.typed"]},
     install_requires=[

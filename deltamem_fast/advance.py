@@ -29,6 +29,7 @@ class MemoryCall:
             finds it here, and does not write a second time.
         bridge: of gradients past checkpointed and sharded layers; None in place.
         gates: sums over the gates of each layer's written tokens, empty when the forward is over; None: nobody asked.
+        projections: by layer the raw projections [B, T, W] of this forward's tokens; None: nobody asked.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class MemoryCall:
         frozen: bool = False,
         bridge: Bridge | None = None,
         gates: dict[int, GateSums] | None = None,
+        projections: dict[int, torch.Tensor] | None = None,
     ):
         self.state: MemoryState | None = state
         self.token_mask = token_mask
@@ -51,6 +53,7 @@ class MemoryCall:
         self.initial: dict[int, torch.Tensor] = {}
         self.bridge = bridge
         self.gates = gates
+        self.projections = projections
 
     def start(self, layer: int) -> tuple[torch.Tensor, bool]:
         """The state that a layer starts from, and whether this is its first run in this forward."""
@@ -75,6 +78,7 @@ class MemoryCall:
             projections.shape[1] == 1
             and self.in_place
             and self.gates is None
+            and self.projections is None
             and self.cu_seqlens is None
             and self.segment_ids is None
             and writable(self.initial.get(layer, self.state[layer]))
@@ -98,6 +102,9 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
     ops = operations(memory.backend, projections.device)
     initial, first_run = call.start(layer)
     mask, rule = call.token_mask, memory.rule
+    if call.projections is not None and first_run:
+        # A copy: on the fast path they lie in a packed row, whose other columns are changed in place.
+        call.projections[layer] = projections.detach().clone()
 
     if call.frozen:
         if call.cu_seqlens is not None:

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from .advance import MemoryCall
 from .bridge import Bridge, is_sharded
 from .cache import adopt, check_rows
+from .capture import current_capture
 from .gates import current_record
 from .state import MemoryState
 
@@ -86,6 +87,7 @@ def begin(
         frozen=state.frozen,
         bridge=Bridge(ordered=is_sharded(decoder)) if torch.is_grad_enabled() else None,
         gates={} if current_record() is not None and not state.frozen else None,
+        projections={} if current_capture() is not None else None,
     )
 
 

@@ -21,10 +21,10 @@ from torch import nn
 from .adapter import same_bits
 from .backends import BACKENDS, installed, resolve_backend
 from .environment import versions
+from .inspection.heatmap import Snapshot, draw_heat_map
 from .patch import patch_model, unpatch_model
 from .recall import story as stories
 from .recall.chats import next_logits
-from .recall.heatmap import Snapshot, draw_heat_map
 from .recall.proof import chance, draw_plan, mean_share, measure_bare, measure_empty, measure_patched
 from .recall.task import user
 from .recall.weights import STRATEGIES, find_weights, load_backbone

@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _prove(arguments: argparse.Namespace) -> int:
     from .demo import failed_checks, run_demo
     from .demo_text import format_demo
-    from .recall.heatmap import style_of
+    from .inspection.heatmap import style_of
 
     say = _progress()
     figures, snapshots = run_demo(
@@ -75,8 +75,8 @@ def _prove(arguments: argparse.Namespace) -> int:
 
 def _converse(arguments: argparse.Namespace) -> int:
     from .demo import device_for
+    from .inspection.heatmap import style_of
     from .patch import patch_model
-    from .recall.heatmap import style_of
     from .recall.interactive import converse
     from .recall.weights import find_weights, load_backbone
 

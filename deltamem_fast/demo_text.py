@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import demo
-from .recall.heatmap import Snapshot, heat_map_lines
+from .inspection.heatmap import Snapshot, heat_map_lines
 from .recall.proof import REVISED_FACTS
 
 ROWS = {

@@ -70,7 +70,8 @@ def _steer(
     steering = weights.steering(attention, memory)
     heads = head_operations(memory.backend, packed.device)
     bias = weights.gate_bias.tensor
-    decodes = packed.shape[1] == 1 and (call.frozen or call.steps(memory.layer_idx, packed))
+    reads_only = call.frozen and call.projections is None
+    decodes = packed.shape[1] == 1 and (reads_only or call.steps(memory.layer_idx, packed))
     if decodes and call.cu_seqlens is None:
         initial, _ = call.start(memory.layer_idx)
         reads, addend = heads.decode_(

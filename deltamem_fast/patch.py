@@ -14,6 +14,7 @@ from .backends import operations
 from .bridge import enter, leave
 from .cache import mark_missed
 from .calls import CallersMemory, begin
+from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
 from .gates import current_record
 from .generation import generation_overrides
@@ -337,6 +338,8 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     if call.gates is not None:
         current_record().add(call.gates)
         call.gates.clear()
+    if call.projections is not None:
+        current_capture().append(call.projections)
     if not call.in_place:
         # Recomputations hold the call, and the state's graph holds them: nobody would ever free that circle.
         call.state = None

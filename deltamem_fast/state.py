@@ -39,6 +39,8 @@ class MemoryState:
         for i in self._arrived:
             self._keep_in_place(i)
         self._identity = identity
+        # Id → version of the MemoryBank rows that this was gathered from; follows copies, so that they can be committed.
+        self._versions: dict[str, int] = {}
         # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
         self._broken = ""
         self.frozen = frozen
@@ -104,6 +106,7 @@ class MemoryState:
             skipped={i: change(counter) for i, counter in self._skipped.items()},
         )
         made._broken = self._broken
+        made._versions = dict(self._versions)
         return made
 
     def clone(self) -> MemoryState:
@@ -171,7 +174,10 @@ class MemoryState:
                 first._identity.check(other._identity)
         layers = {i: torch.cat([m[i] for m in memories]) for i in first}
         skipped = {i: torch.cat([m._skipped[i] for m in memories]) for i in first}
-        return MemoryState(layers, identity=first._identity, frozen=first.frozen, skipped=skipped)
+        made = MemoryState(layers, identity=first._identity, frozen=first.frozen, skipped=skipped)
+        for memory in memories:
+            made._versions |= memory._versions
+        return made
 
     def __deepcopy__(self, memo) -> MemoryState:
         # The identity refers to the model's adapter; a copied cache must not copy that.
@@ -181,6 +187,7 @@ class MemoryState:
         copied._skipped = copy.deepcopy(self._skipped, memo)
         copied._arrived = copy.deepcopy(self._arrived, memo)
         copied._identity, copied.frozen, copied._broken = self._identity, self.frozen, self._broken
+        copied._versions = dict(self._versions)
         return copied
 
     def __getstate__(self) -> dict:
@@ -197,6 +204,27 @@ class MemoryState:
             self._count_arrivals(i)
         self._broken = ""
         return self
+
+    def decay(self, rate: float) -> MemoryState:
+        """Let everything fade alike, in place: S ← (1 − rate) S; returns itself.
+
+        Args:
+            rate: 0 (nothing changes) to 1 (as ``zero_``, but the counters of skipped tokens stay).
+
+        Raises:
+            ValueError: rate is no number from 0 to 1; nothing is changed.
+        """
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            raise ValueError(f"rate: got {rate!r}, allowed a number from 0 to 1")
+        for i, state in self._layers.items():
+            self.put(i, state * (1 - rate), in_place=True)
+        return self
+
+    def forget(self, model, tokenizer, text, *, strength: float = 1.0) -> MemoryState:
+        """Erase, in place, what the text's keys point to, and write nothing; returns itself. See ``operators.forget``."""
+        from .operators import forget
+
+        return forget(model, tokenizer, self, text, strength=strength)
 
     def put(self, layer_idx: int, state: torch.Tensor, *, in_place: bool) -> None:
         """Set a layer's state; ``in_place`` keeps the address where autograd allows it."""
@@ -250,6 +278,14 @@ class MemoryState:
                 self._skipped[layer_idx].copy_(counter)
             else:
                 self._skipped[layer_idx] = counter
+
+    # --- looking inside
+
+    def report(self):
+        """Figures of every layer and head, as an ``inspection.report.MemoryReport``; ``print`` it to read it."""
+        from .inspection.report import report
+
+        return report(self)
 
     # --- files
 

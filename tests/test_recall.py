@@ -11,9 +11,10 @@ from matplotlib.image import imread
 from recall_weights import CONFIGS, untrained_backbone
 
 from deltamem_fast import MemoryState, patch_model, segment_ids_from_messages, unpatch_model
-from deltamem_fast.recall import heatmap, interactive, measure, revision, task, world
+from deltamem_fast.inspection import heatmap
+from deltamem_fast.inspection.heatmap import Snapshot, draw_heat_map, heat_map_lines, png_size, style_of
+from deltamem_fast.recall import interactive, measure, revision, task, world
 from deltamem_fast.recall.chats import answer, ask, encode, next_logits, tell
-from deltamem_fast.recall.heatmap import Snapshot, draw_heat_map, heat_map_lines, png_size, style_of
 from deltamem_fast.recall.interactive import converse, known_words, unknown_words
 from deltamem_fast.recall.measure import CONDITIONS, draw_episode, recall
 from deltamem_fast.recall.proof import chance, draw_plan

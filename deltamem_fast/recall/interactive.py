@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from ..inspection.heatmap import heat_map_lines, snapshot
 from ..state import MemoryState
 from . import world
 from .chats import answer, tell
-from .heatmap import heat_map_lines, snapshot
 from .task import draw_facts, user
 from .tokenizer import pieces
 

@@ -7,10 +7,10 @@ from random import Random
 
 from torch import nn
 
+from ..inspection.heatmap import Snapshot, snapshot
 from ..state import MemoryState
 from . import world
 from .chats import answer, tell
-from .heatmap import Snapshot, snapshot
 from .task import Fact, changed, draw_facts, user
 
 FACTS_OF_A_KIND = 2

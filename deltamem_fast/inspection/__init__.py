@@ -1,0 +1,1 @@
+"""Looking inside a memory: figures, which tokens wrote and read, pictures."""
