@@ -39,7 +39,7 @@ class MemoryState:
         for i in self._arrived:
             self._keep_in_place(i)
         self._identity = identity
-        # Id → version of the MemoryBank rows that this was gathered from; follows copies, so that they can be committed.
+        # Id → version of the MemoryBank rows that this was gathered from; copies keep it, and can be committed.
         self._versions: dict[str, int] = {}
         # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
         self._broken = ""
@@ -221,7 +221,7 @@ class MemoryState:
         return self
 
     def forget(self, model, tokenizer, text, *, strength: float = 1.0) -> MemoryState:
-        """Erase, in place, what the text's keys point to, and write nothing; returns itself. See ``operators.forget``."""
+        """Erase what a text's keys point to, in place, and write nothing; returns itself. See ``operators.forget``."""
         from .operators import forget
 
         return forget(model, tokenizer, self, text, strength=strength)
