@@ -132,6 +132,12 @@ class MemoryState:
             return self
         return self._map(lambda tensor: tensor.to(device=target, non_blocking=non_blocking, copy=True))
 
+    def read_only(self) -> MemoryState:
+        """A frozen memory over the same tensors: it sees what is written here, and forwards do not write it."""
+        made = MemoryState(self._layers, identity=self._identity, frozen=True, skipped=self._skipped)
+        made._broken = self._broken
+        return made
+
     def select(self, rows) -> MemoryState:
         """The memories of ``rows`` (a list or tensor of indices, or a bool mask), in that order.
 
@@ -220,7 +226,7 @@ class MemoryState:
             self.put(i, state * (1 - rate), in_place=True)
         return self
 
-    def forget(self, model, tokenizer, text, *, strength: float = 1.0) -> MemoryState:
+    def forget(self, model, tokenizer, text, *, strength: float | None = None) -> MemoryState:
         """Erase what a text's keys point to, in place, and write nothing; returns itself. See ``operators.forget``."""
         from .operators import forget
 

@@ -1,0 +1,130 @@
+"""A chat as blocks of tokens: what stands before it, each message, and the header of the next answer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..segments import segment_ids_from_messages
+
+# Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.
+_NEXT = {"role": "user", "content": "Probe"}
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens that go through the model in one forward.
+
+    Attributes:
+        ids: token ids.
+        segments: SSW: the segment of each token, −1 = not written; None: every token is written.
+    """
+
+    ids: tuple[int, ...] = ()
+    segments: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+NOTHING = Block()
+
+
+def joined_segments(blocks: Sequence[Block]) -> tuple[int, ...]:
+    """The segments of blocks that go through the model in one forward, numbered on from block to block."""
+    found: list[int] = []
+    for block in blocks:
+        first = max(found, default=-1) + 1
+        found += [segment if segment < 0 else first + segment for segment in block.segments]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A rendered chat.
+
+    Attributes:
+        preamble: what the template puts before the first message that is no system message.
+        messages: a block for each other message.
+        header: the beginning of the assistant's next message (the generation prompt); may be empty.
+    """
+
+    preamble: Block
+    messages: tuple[Block, ...]
+    header: Block
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All token ids, in order."""
+        return sum((block.ids for block in self.messages), self.preamble.ids) + self.header.ids
+
+
+class Renderer:
+    """A tokenizer's chat template, with what it is always given.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        system: the system message, or None.
+        granularity: SSW's ``message_mean`` or ``sentence_mean``; ``token`` otherwise.
+        template: arguments of the template, such as ``enable_thinking``.
+    """
+
+    def __init__(self, tokenizer, system: str | None, granularity: str, template: Mapping[str, Any]):
+        self.tokenizer = tokenizer
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.granularity = granularity
+        self.template = dict(template)
+
+    def ids(self, messages: Sequence[Message], *, header: bool = True) -> tuple[int, ...]:
+        """Token ids of a chat, rendered once."""
+        found = self.tokenizer.apply_chat_template(
+            [*self.system, *messages], add_generation_prompt=header, tokenize=True, return_dict=False, **self.template
+        )
+        return tuple(found)
+
+    def chat(self, messages: Sequence[Message], *, header: bool = True) -> Chat:
+        """A chat in blocks.
+
+        Raises:
+            ValueError: the template renders a message so that its block cannot be found, or leaves one out.
+        """
+        ids, owners = self._owners(messages, "message", header)
+        segments = owners
+        if self.granularity.startswith("sentence"):
+            _, segments = self._owners(messages, "sentence", header)
+        written = [place for place, owner in enumerate(owners) if owner >= 0]
+        numbers = {owners[place] for place in written}
+        if len(numbers) != len(messages):
+            raise ValueError(
+                f"messages: got {len(messages)}, but the chat template renders {len(numbers)} of them to tokens"
+            )
+        first, last = written[0], written[-1] + 1
+        starts = [owners.index(number) for number in sorted(numbers)]
+        cuts = [*starts, last]
+        return Chat(
+            self._block(ids, segments, 0, first),
+            tuple(self._block(ids, segments, begin, end) for begin, end in itertools.pairwise(cuts)),
+            self._block(ids, segments, last, len(ids)),
+        )
+
+    def answer(self, messages: Sequence[Message]) -> Block:
+        """The block of the last of ``messages``, an answer, as the template shows it once a question follows."""
+        return self.chat([*messages, _NEXT]).messages[-2]
+
+    def _owners(self, messages: Sequence[Message], granularity: str, header: bool) -> tuple[list[int], list[int]]:
+        ids, owners = segment_ids_from_messages(
+            self.tokenizer, [*self.system, *messages], granularity, add_generation_prompt=header, **self.template
+        )
+        return ids[0].tolist(), owners[0].tolist()
+
+    def _block(self, ids: list[int], segments: list[int], begin: int, end: int) -> Block:
+        part = tuple(ids[begin:end])
+        if self.granularity == "token":
+            return Block(part)
+        # Numbered from 0 in each block, so that a block is the same wherever it stands.
+        first = min((segment for segment in segments[begin:end] if segment >= 0), default=0)
+        return Block(part, tuple(max(segment - first, -1) for segment in segments[begin:end]))

@@ -1,0 +1,146 @@
+"""One answer as it comes: ``generate`` in a thread of its own, its tokens as text, thinking apart."""
+
+from __future__ import annotations
+
+import contextvars
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+THINK, END_THINK = "<think>", "</think>"
+
+
+class _Tokens(BaseStreamer):
+    """Hands on what ``generate`` chooses; its first call is the prompt."""
+
+    def __init__(self, found: queue.SimpleQueue):
+        self._found = found
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self._found.put(value.flatten().tolist())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+
+
+def stream_tokens(model: nn.Module, arguments: dict[str, Any]) -> Iterator[int]:
+    """The tokens that ``model.generate(**arguments)`` chooses for one row, each as soon as it is there.
+
+    Closing the iterator stops the generation and waits for its end: nothing runs on behind its back.
+
+    Raises:
+        whatever generate raises.
+    """
+    found: queue.SimpleQueue = queue.SimpleQueue()
+    stop = threading.Event()
+    criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), _Stopped(stop)])
+    arguments = arguments | {"streamer": _Tokens(found), "stopping_criteria": criteria}
+
+    def run() -> None:
+        try:
+            model.generate(**arguments)
+            found.put(None)
+        except BaseException as error:  # told to who reads, in its own thread
+            found.put(error)
+
+    # The caller's context variables (a disabled memory, a record of gates) hold in the thread, too.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
+    thread.start()
+    try:
+        while (item := found.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield from item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class TextStream:
+    """Tokens → text, thinking apart from the answer. White space around both is left out.
+
+    Attributes:
+        answer, thinking: the text so far.
+        ids: the tokens so far.
+    """
+
+    def __init__(self, tokenizer, header: str):
+        """``header``: the text that the answer continues; it may have opened the thinking."""
+        from tokenizers.decoders import DecodeStream
+
+        self._backend = tokenizer.backend_tokenizer
+        self._decode = DecodeStream(skip_special_tokens=False)
+        # Marks of thinking are read, whether they count as special tokens or not; other special tokens are no text.
+        marks = {tokenizer.convert_tokens_to_ids(mark) for mark in (THINK, END_THINK)}
+        self._silent = set(tokenizer.all_special_ids) - marks
+        self.ids: list[int] = []
+        self.answer = self.thinking = ""
+        self._waiting = ""  # text that may be the beginning of a mark, or white space at the end
+        self._thinks = header.rfind(THINK) > header.rfind(END_THINK)
+
+    def add(self, token: int) -> Iterator[tuple[str, bool]]:
+        """Text that has become certain by one more token: (piece, whether it is thinking)."""
+        self.ids.append(token)
+        if token not in self._silent:
+            piece = self._decode.step(self._backend, token)
+            if piece:
+                yield from self._split(piece)
+
+    def end(self) -> Iterator[tuple[str, bool]]:
+        """What waited for more that never came."""
+        rest = self._waiting.rstrip()
+        self._waiting = ""
+        yield from self._say(rest)
+
+    def _split(self, piece: str) -> Iterator[tuple[str, bool]]:
+        self._waiting += piece
+        while True:
+            mark = END_THINK if self._thinks else THINK
+            # Thinking begins an answer or is none: "<think>" in the middle of a sentence is a word.
+            if not self._thinks and self.answer:
+                mark = ""
+            place = self._waiting.find(mark) if mark else -1
+            if place < 0 or (mark == THINK and self._waiting[:place].strip()):
+                break
+            before, self._waiting = self._waiting[:place], self._waiting[place + len(mark) :]
+            yield from self._say(before.rstrip())
+            self._thinks = not self._thinks
+        certain = len(self._waiting) - _beginning(self._waiting, mark)
+        text = self._waiting[:certain]
+        keep = len(text.rstrip())
+        self._waiting = self._waiting[keep:]
+        yield from self._say(text[:keep])
+
+    def _say(self, text: str) -> Iterator[tuple[str, bool]]:
+        said = self.thinking if self._thinks else self.answer
+        if not said:
+            text = text.lstrip()
+        if not text:
+            return
+        if self._thinks:
+            self.thinking += text
+        else:
+            self.answer += text
+        yield text, self._thinks
+
+
+def _beginning(text: str, mark: str) -> int:
+    """How many characters at the end of ``text`` may be the beginning of ``mark``."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
