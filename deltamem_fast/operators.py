@@ -138,8 +138,8 @@ def forget(
 ) -> MemoryState:
     """Erase what a text's keys point to, in place, and write nothing; returns the memory.
 
-    The text is read with an empty memory, as if it were told for the first time. Each token then erases where it would
-    have been written, with the key k and the gate β that it would have been written with::
+    The text is told to an empty memory, for the keys k and gates β of its tokens (one that knows it shuts its gates).
+    Each token then erases here where it would have been written::
 
         S ← S − diag(1 − (1 − β)ⁿ) (S k) kᵀ
 
@@ -164,10 +164,10 @@ def forget(
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
         raise ValueError(f"strength: got {strength!r}, allowed a number, 0 or more")
     pieces = [_encoded(model, tokenizer, piece) for piece in _pieces(tokenizer, _checked_text(text), WRITE_TOKENS)]
-    empty = MemoryState.zeros(model).read_only()
+    scratch = MemoryState.zeros(model)
     with capture_projections() as found:
         for arguments in pieces:
-            decoder_of(unwrap(model))(**arguments, memory=empty, use_cache=False)
+            decoder_of(unwrap(model))(**arguments, memory=scratch, use_cache=False)
     memories = identity_of(model).memories
     for layer in memory:
         state = memory[layer]

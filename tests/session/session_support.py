@@ -1,0 +1,73 @@
+"""Sessions for the tests: on the backbone of the recall proof, and on tiny models that say what they are told to."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from support import loud_adapter, tiny_model
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from deltamem_fast import DeltaMemConfig, MemorySession, patch_model
+from deltamem_fast.recall.weights import find_weights, load_backbone
+
+CONFIGS = {
+    "tsw": DeltaMemConfig.tsw(),
+    "ssw": DeltaMemConfig.ssw("sentence_mean"),
+    "ssw-message": DeltaMemConfig.ssw("message_mean"),
+    "msw": DeltaMemConfig.msw(2),
+}
+
+
+@functools.cache
+def recall_model(strategy: str):
+    """The shipped backbone with its adapter, and its tokenizer; shared by the tests of a process."""
+    weights = find_weights()
+    model, tokenizer = load_backbone(weights.backbone)
+    return patch_model(model, weights.adapters[strategy]), tokenizer
+
+
+def tiny_session(tokenizer, strategy: str = "tsw", family: str = "qwen3", **settings) -> MemorySession:
+    """A session on a random model with a loud adapter."""
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_model(family, vocab_size=len(tokenizer), num_hidden_layers=2, **special)
+    patch_model(model, CONFIGS[strategy], backend="reference")
+    return MemorySession(loud_adapter(model), tokenizer, **settings)
+
+
+class Says(LogitsProcessor):
+    """Makes ``generate`` choose these tokens, one after another, then the end."""
+
+    def __init__(self, tokenizer, text: str):
+        self.ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        self.said = 0
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, self.ids[min(self.said, len(self.ids) - 1)]] = 0.0
+        self.said += 1
+        return forced
+
+
+def says(tokenizer, text: str) -> dict:
+    """Options of ``send`` that make the answer ``text``."""
+    return {"logits_processor": LogitsProcessorList([Says(tokenizer, text)]), "max_new_tokens": 200}
+
+
+def state_bits(memory) -> dict[int, bytes]:
+    """A memory's states, to compare bit for bit."""
+    return {layer: state.numpy().tobytes() for layer, state in memory.items()}
+
+
+def cache_bits(session: MemorySession) -> list[tuple[bytes, bytes]]:
+    """The session's keys and values, to compare bit for bit; built first if they are not there."""
+    cache = session._now.window()
+    assert cache is not None, "the cache is not built"
+    return [(layer.keys.numpy().tobytes(), layer.values.numpy().tobytes()) for layer in cache.layers]
+
+
+def everything(session: MemorySession) -> tuple:
+    """Messages, context, memory and cache, to compare bit for bit."""
+    cache = None if session._now.cache is None else cache_bits(session)
+    counters = [counter.tolist() for counter in session.memory._skipped.values()]
+    return session.messages, session.context, session._now.ids, state_bits(session.memory), counters, cache
