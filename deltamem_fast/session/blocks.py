@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..segments import segment_ids_from_messages
 
 # Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.
-_NEXT = {"role": "user", "content": "Probe"}
+NEXT = {"role": "user", "content": "Probe"}
 
 Message = Mapping[str, Any]
 
@@ -32,6 +32,11 @@ class Block:
 
 
 NOTHING = Block()
+
+
+def joined_ids(blocks: Iterable[Block]) -> tuple[int, ...]:
+    """The token ids of blocks, one after another."""
+    return tuple(itertools.chain.from_iterable(block.ids for block in blocks))
 
 
 def joined_segments(blocks: Sequence[Block]) -> tuple[int, ...]:
@@ -60,7 +65,7 @@ class Chat:
     @property
     def ids(self) -> tuple[int, ...]:
         """All token ids, in order."""
-        return sum((block.ids for block in self.messages), self.preamble.ids) + self.header.ids
+        return joined_ids((self.preamble, *self.messages, self.header))
 
 
 class Renderer:
@@ -110,10 +115,6 @@ class Renderer:
             tuple(self._block(ids, segments, begin, end) for begin, end in itertools.pairwise(cuts)),
             self._block(ids, segments, last, len(ids)),
         )
-
-    def answer(self, messages: Sequence[Message]) -> Block:
-        """The block of the last of ``messages``, an answer, as the template shows it once a question follows."""
-        return self.chat([*messages, _NEXT]).messages[-2]
 
     def _owners(self, messages: Sequence[Message], granularity: str, header: bool) -> tuple[list[int], list[int]]:
         ids, owners = segment_ids_from_messages(

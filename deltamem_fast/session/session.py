@@ -89,9 +89,6 @@ class MemorySession:
             raise TypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState or None")
         if memory is not None and memory.batch_size != 1:
             raise ValueError(f"memory: got {memory.batch_size} rows, allowed 1: a session is one conversation")
-        for name, value in (("context_turns", context_turns), ("context_tokens", context_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: got {value!r}, allowed an integer, 1 or more, or None")
         if system is not None and not isinstance(system, str):
             raise TypeError(f"system: got {type(system).__name__}, allowed a str or None")
         if not getattr(tokenizer, "chat_template", None):
@@ -101,7 +98,7 @@ class MemorySession:
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
-        self.limits = Limits(context_turns, context_tokens)
+        self.limit_context(context_turns, context_tokens)
         self.template = dict(template or {})
         self.generation = _checked_options(generation or {}, "generation")
         self._renderer = Renderer(tokenizer, system, identity.config.memory_write_granularity, self.template)
@@ -125,6 +122,11 @@ class MemorySession:
     def context(self) -> list[dict[str, Any]]:
         """The messages that are still in the context."""
         return [dict(message) for turn in self._now.turns for message in turn.messages]
+
+    @property
+    def limits(self) -> Limits:
+        """How much the context may hold; see ``limit_context``."""
+        return self._limits
 
     @property
     def context_tokens(self) -> int:
@@ -264,6 +266,17 @@ class MemorySession:
         """All turns leave the context; messages and memory stay."""
         with self._alone():
             self._now = replace(self._now, turns=(), written=False, cache=None, mark=None)
+
+    def limit_context(self, turns: int | None = None, tokens: int | None = None) -> None:
+        """How much the context may hold from the next turn on: ``context_turns`` and ``context_tokens`` of the class.
+
+        Raises:
+            ValueError: naming the argument; the limits stay as they were.
+        """
+        for name, value in (("context_turns", turns), ("context_tokens", tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: got {value!r}, allowed an integer, 1 or more, or None")
+        self._limits = Limits(turns, tokens)
 
     # --- the memory's operators
 

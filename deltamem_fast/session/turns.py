@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..record import is_disabled, unwrap
 from ..state import MemoryState
-from .blocks import NOTHING, Block, Chat, Message, Renderer, joined_segments
+from .blocks import NEXT, NOTHING, Block, Chat, Message, Renderer, joined_ids, joined_segments
 from .streaming import TextStream, stream_tokens
 from .window import Mark, Turn, build, feed, feed_preamble, new_cache
 
@@ -42,7 +42,7 @@ class Now:
     @property
     def ids(self) -> tuple[int, ...]:
         """The token ids whose keys and values are in the cache."""
-        return sum((turn.ids for turn in self.turns), self.preamble.ids)
+        return joined_ids((self.preamble, *all_blocks(self.turns)))
 
     def window(self) -> Cache | None:
         """The cache, at its mark."""
@@ -92,18 +92,38 @@ def _length(plan: Plan) -> int:
 
 
 def _plan(renderer: Renderer, now: Now, kept: tuple[Turn, ...], said: Sequence[Message]) -> Plan:
-    messages = [message for turn in kept for message in turn.messages] + list(said)
-    wanted = renderer.ids(messages)
+    earlier = [message for turn in kept for message in turn.messages]
+    wanted = renderer.ids([*earlier, *said])
     # Rendered alone a turn nearly always looks as it does in the whole chat, which takes far longer to take apart.
-    chat = renderer.chat(said)
-    ids = sum((turn.ids for turn in kept), chat.preamble.ids) + chat.ids[len(chat.preamble) :]
-    if ids != wanted:
-        chat = renderer.chat(messages)
-        kept = _cut(chat, kept)
-        chat = Chat(chat.preamble, chat.messages[len(messages) - len(said) :], chat.header)
+    chat = _alone(renderer, said)
+    if chat is None or joined_ids((chat.preamble, *all_blocks(kept), *chat.messages, chat.header)) != wanted:
+        whole = renderer.chat([*earlier, *said])
+        kept = _cut(whole, kept)
+        chat = Chat(whole.preamble, whole.messages[len(earlier) :], whole.header)
     fresh = now.cache is None or len(kept) != len(now.turns) or chat.preamble != now.preamble
-    fresh = fresh or any(old.prompt != new.prompt or old.answer != new.answer for old, new in zip(now.turns, kept))
+    fresh = fresh or any(old.blocks != new.blocks for old, new in zip(now.turns, kept))
     return Plan(chat.preamble, kept, chat.messages, chat.header, fresh)
+
+
+def _alone(renderer: Renderer, messages: Sequence[Message]) -> Chat | None:
+    # Templates refuse chats (one that begins with a tool's result, say) with errors of any kind.
+    try:
+        return renderer.chat(messages)
+    except Exception:
+        return None
+
+
+def _answer(renderer: Renderer, kept: tuple[Turn, ...], messages: Sequence[Message]) -> Block:
+    """The block of an answer, the last of a turn's messages, as the template shows it once a question follows."""
+    chat = _alone(renderer, [*messages, NEXT])
+    if chat is None:
+        chat = renderer.chat([*(message for turn in kept for message in turn.messages), *messages, NEXT])
+    return chat.messages[-2]
+
+
+def all_blocks(turns: Sequence[Turn]) -> Iterator[Block]:
+    """The blocks of turns, in order."""
+    return (block for turn in turns for block in turn.blocks)
 
 
 def _cut(chat: Chat, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -142,7 +162,7 @@ def have_turn(
     if stream.thinking:
         reply["reasoning_content"] = stream.thinking
     messages = (*said, reply)
-    answer = renderer.answer(messages)
+    answer = _answer(renderer, plan.kept, messages)
     for block in (*(() if plan.header.ids else plan.prompt), answer):
         feed(model, cache, memory, block)
     turn = Turn(messages, plan.prompt, answer, before)
@@ -167,8 +187,7 @@ def _generate(
     model: nn.Module, cache: Cache, memory: MemoryState, plan: Plan, options: dict[str, Any]
 ) -> Iterator[int]:
     device = unwrap(model).get_input_embeddings().weight.device
-    blocks = (plan.preamble, *(block for turn in plan.kept for block in (*turn.prompt, turn.answer)), *plan.prompt)
-    ids = sum((block.ids for block in blocks), ()) + plan.header.ids
+    ids = joined_ids((plan.preamble, *all_blocks(plan.kept), *plan.prompt, plan.header))
     input_ids = torch.tensor([ids], device=device)
     arguments = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
     if not is_disabled(unwrap(model)):

@@ -32,12 +32,12 @@ class Turn:
     before: MemoryState
 
     def __len__(self) -> int:
-        return sum(map(len, self.prompt)) + len(self.answer)
+        return sum(map(len, self.blocks))
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        """Token ids, in order."""
-        return sum((block.ids for block in self.prompt), ()) + self.answer.ids
+    def blocks(self) -> tuple[Block, ...]:
+        """Its blocks, in order."""
+        return *self.prompt, self.answer
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def build(
     feed_preamble(model, cache, scratch, preamble, written=written)
     for place, turn in enumerate(turns):
         scratch = scratch if place == 0 else turn.before.clone()
-        for block in (*turn.prompt, turn.answer):
+        for block in turn.blocks:
             feed(model, cache, scratch, block)
     return cache
 

@@ -93,3 +93,30 @@ def test_the_stream_hands_on_what_generate_raises():
     session = tiny_session(thinking_tokenizer())
     with pytest.raises(ValueError, match="temperature"):
         list(stream_tokens(session.model, {"input_ids": torch.tensor([[3]]), "temperature": 0.0, "do_sample": True}))
+
+
+@pytest.mark.parametrize("refuses", (False, True), ids=("", "refuses to begin with a tool's result"))
+def test_a_turn_that_answers_a_tool(refuses):
+    """The tool's result makes a turn of its own; the template needs what came before it."""
+    tokenizer = thinking_tokenizer()
+    if refuses:
+        tokenizer.chat_template = (
+            "{%- if messages[0].role == 'tool' -%}{{ raise_exception('no question') }}{%- endif -%}"
+            + tokenizer.chat_template
+        )
+    session = tiny_session(tokenizer, context_turns=3)
+    call = '<tool_call>\n{"name": "where", "arguments": {}}\n</tool_call>'
+    assert session.answer("Where did Ada go?", **says(tokenizer, call)) == call
+    result = [{"role": "tool", "content": "market"}]
+    assert session.answer(result, **says(tokenizer, "To the market.")) == "To the market."
+    wanted = session._renderer.ids([*session.context, {"role": "user", "content": "x"}])
+    assert wanted[: session.context_tokens] == session._now.ids
+    assert session.answer("And then?", **says(tokenizer, "Home.")) == "Home."
+    assert [message["role"] for message in session.context] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+        "assistant",
+    ]
