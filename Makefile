@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup demo test lint format bench recall plots readme compare gpu soak kernels-report clean
+.PHONY: help setup browser demo test lint format bench recall holding plots readme compare gpu soak kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint            ruff, and whether README says what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
 	@echo "make recall          what the shipped weights remember: curves, plots, README's table (OUTPUT=dir)"
+	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make plots           pictures of the newest results; PNG under bench/results/plots"
 	@echo "make readme          README's tables from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
@@ -35,7 +36,15 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/deltamem demo
 
-test: setup
+# The page of deltamem inspect is tested in a real browser. Where none can be installed those tests are skipped and say
+# so; DELTAMEM_REQUIRE_BROWSER=1 (as CI sets) makes that a failure.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	|| echo "no Chromium, and none could be installed: the tests of the inspection's page will be skipped"
+
+test: setup browser
 	$(BIN)/python -m pytest -m "not gpu and not soak" -n $(JOBS) --dist loadgroup -q
 
 lint: setup
@@ -43,6 +52,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m bench.readme --check
 	$(BIN)/python -m bench.recall readme --check
+	$(BIN)/python -m bench.holding readme --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -55,6 +65,12 @@ recall: setup
 	$(BIN)/python -m bench.recall curves --output $(OUTPUT)/recall
 	$(BIN)/python -m bench.recall plots
 	$(BIN)/python -m bench.recall readme
+
+holding: setup
+	$(BIN)/python -m bench.holding operators --output $(OUTPUT)/operators
+	$(BIN)/python -m bench.holding sessions --output $(OUTPUT)/sessions
+	$(BIN)/python -m bench.bank --output $(OUTPUT)/bank
+	$(BIN)/python -m bench.holding readme
 
 plots: setup
 	$(BIN)/python -m bench.plots

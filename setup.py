@@ -10,11 +10,12 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "deltamem_fast/version.
 
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],
+    "chat": ["prompt_toolkit>=3.0.48", "rich>=13.9", "tqdm>=4.66"],
     "cpu": ["numba>=0.61"],
     "demo": ["matplotlib>=3.9"],
     "train": ["accelerate>=1.5", "matplotlib>=3.9", "tqdm>=4.66"],
     "eval": ["lm-eval>=0.4.8"],
-    "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9"],
+    "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9", "tqdm>=4.66"],
 }
 EXTRAS["dev"] = [
     "pytest>=8.3",
@@ -24,6 +25,8 @@ EXTRAS["dev"] = [
     "build>=1.2",
     "setuptools>=77",
     "peft>=0.17",
+    "playwright>=1.49",
+    *EXTRAS["chat"],
     *EXTRAS["cpu"],
     *EXTRAS["train"],
     *EXTRAS["bench"],
@@ -49,7 +52,10 @@ setup(
         "deltamem_kernels",
     ],
     package_dir={"deltamem_kernels": "kernels/deltamem_kernels"},
-    package_data={"deltamem_fast": ["data/recall/*", "data/recall/*/*", "py.typed"], "deltamem_kernels": ["py.typed"]},
+    package_data={
+        "deltamem_fast": ["data/recall/*", "data/recall/*/*", "inspection/page.html", "py.typed"],
+        "deltamem_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.10,<6",

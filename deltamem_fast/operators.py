@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .capture import capture_projections
-from .record import decoder_of, identity_of, is_disabled, unwrap
+from .record import decoder_of, identity_of, input_device, is_disabled, unwrap
 from .reference import split_projections, valid_tokens
 from .segment_means import segment_means
 from .segments import segment_ids_from_messages, sentence_spans
@@ -99,7 +99,7 @@ def retrieve(
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template
     )
-    input_ids = torch.tensor([ids], device=_device(model))
+    input_ids = torch.tensor([ids], device=input_device(model))
     # Not the memory's own flag: another thread may be writing it.
     arguments = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "memory": memory.read_only()}
     found = model.generate(**(options | arguments))
@@ -260,7 +260,7 @@ def _counts(tokenizer, sentences: list[str]) -> list[int]:
 
 def _encoded(model: nn.Module, tokenizer, text: Text) -> dict[str, torch.Tensor]:
     """``input_ids`` [1, T] of a text, with ``segment_ids`` where the adapter writes segments."""
-    device = _device(model)
+    device = input_device(model)
     config = identity_of(model).config
     if config.segmented:
         ids, segments = segment_ids_from_messages(tokenizer, _as_messages(text), config.memory_write_granularity)
@@ -298,7 +298,3 @@ def _check(model: nn.Module, memory: MemoryState) -> None:
     if is_disabled(unwrap(model)):
         raise ValueError("model: its memory is disabled here (memory_disabled)")
     identity.check(memory._identity)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return unwrap(model).get_input_embeddings().weight.device

@@ -175,6 +175,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder if isinstance(decoder, nn.Module) else getattr(model, "base_model", model)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its token ids; for embeddings that accelerate offloads, where it moves them to."""
+    embeddings = unwrap(model).get_input_embeddings()
+    device = embeddings.weight.device
+    target = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return torch.device(target) if device.type == "meta" and target is not None else device
+
+
 @contextlib.contextmanager
 def memory_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the model is its frozen backbone, bit for bit; memories are neither read nor written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..record import is_disabled, unwrap
+from ..record import input_device, is_disabled, unwrap
 from ..state import MemoryState
 from .blocks import NEXT, NOTHING, Block, Chat, Message, Renderer, joined_ids, joined_segments
 from .streaming import TextStream, stream_tokens
@@ -153,8 +154,9 @@ def have_turn(
             feed(model, cache, memory, block)
     end = Mark(cache)
     stream = TextStream(renderer.tokenizer, renderer.tokenizer.decode(list(plan.header.ids)))
-    for token in _generate(model, cache, memory.clone(), plan, options):
-        yield from stream.add(token)
+    with contextlib.closing(_generate(model, cache, memory.clone(), plan, options)) as tokens:
+        for token in tokens:
+            yield from stream.add(token)
     yield from stream.end()
     end.restore(cache)
 
@@ -186,7 +188,7 @@ def _window(model: nn.Module, now: Now, plan: Plan, memory: MemoryState) -> tupl
 def _generate(
     model: nn.Module, cache: Cache, memory: MemoryState, plan: Plan, options: dict[str, Any]
 ) -> Iterator[int]:
-    device = unwrap(model).get_input_embeddings().weight.device
+    device = input_device(model)
     ids = joined_ids((plan.preamble, *all_blocks(plan.kept), *plan.prompt, plan.header))
     input_ids = torch.tensor([ids], device=device)
     arguments = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}

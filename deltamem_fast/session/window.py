@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..record import decoder_of, is_disabled, unwrap
+from ..record import decoder_of, input_device, is_disabled, unwrap
 from ..state import MemoryState
 from .blocks import Block, Message
 
@@ -46,7 +46,7 @@ def feed(model: nn.Module, cache: Cache, memory: MemoryState, block: Block) -> N
     if not block.ids:
         return
     inner = unwrap(model)
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(inner)
     arguments: dict[str, Any] = {}
     if not is_disabled(inner):
         arguments["memory"] = memory
