@@ -1,0 +1,272 @@
+"""``deltamem inspect``: what a memory file holds, and what a text writes to it and reads from it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from .memory_file import MemoryFile, read_memory_file
+from .table import number, printable
+
+TOP = 8
+
+
+def add_inspect_command(commands) -> None:
+    """Add ``inspect`` to argparse's ``commands``."""
+    inspect = commands.add_parser(
+        "inspect",
+        help="look inside a memory file: figures, distances, what a text writes and reads, pictures",
+        description="Prints norm, effective rank, saturation and largest row of every layer and head; with OTHER how "
+        "far the two memories are apart; with a text which of its tokens wrote and read most, starting from the "
+        "memory. No model is needed but for a text. Neither file is changed.",
+    )
+    inspect.add_argument("memory", metavar="MEMORY", help="a memory file (safetensors)")
+    inspect.add_argument("other", metavar="OTHER", nargs="?", help="another one, to compare with")
+    given = inspect.add_mutually_exclusive_group()
+    given.add_argument("--text", help="a text, one user message if the model has a chat template")
+    given.add_argument("--text-file", metavar="FILE", help="a file that holds the text, UTF-8")
+    inspect.add_argument("--tokens", action="store_true", help="the text's figures token by token")
+    inspect.add_argument("--model", help="a model's directory or hub id (default: the demo's, if MEMORY is of it)")
+    inspect.add_argument("--adapter", help="the adapter's directory or hub id; goes with --model")
+    inspect.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: as saved"
+    )
+    inspect.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
+    inspect.add_argument(
+        "--row", type=int, metavar="N", help="one conversation of the file, from 0 (default: all in the figures; 0 in "
+        "pictures, page and for a text)"
+    )  # fmt: skip
+    inspect.add_argument("--html", metavar="PAGE", help="write one HTML file with everything in it")
+    inspect.add_argument(
+        "--png",
+        metavar="FILE",
+        help="heat maps of the states; for a text also layers × tokens, in FILE with -tokens added",
+    )
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
+    inspect.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .report import distance, report, rows_of
+
+    text = _text_of(arguments)
+    file = read_memory_file(arguments.memory, "MEMORY")
+    other = None if arguments.other is None else read_memory_file(arguments.other, "OTHER")
+    rows_of(file.memory, arguments.row, "--row")
+    if other is not None:
+        rows_of(other.memory, arguments.row, "--row: OTHER")
+    found = {"report": report(file.memory, arguments.row)}
+    if other is not None:
+        try:
+            found["distance"] = distance(file.memory, other.memory, arguments.row)
+        except ValueError as error:
+            raise ValueError(f"OTHER: {str(error).removeprefix('b: ')}") from error
+    if text is not None or arguments.html or arguments.png:
+        rows_of(file.memory, arguments.row or 0, "--row")
+    if text is not None:
+        found["text"] = _trace(arguments, file, text)
+    written = _write_pictures(arguments, file, other, found.get("text"))
+    if arguments.json:
+        figures = {name: value.to_dict() for name, value in found.items()}
+        print(json.dumps(_facts(file) | figures | {"written": [str(path) for path in written]}, indent=2))
+    else:
+        print(_format(arguments, file, other, found))
+        if written:
+            print("\n" + "\n".join(f"wrote {path}" for path in written))
+    return 0
+
+
+def _text_of(arguments: argparse.Namespace) -> str | None:
+    """The text, or None; refuses arguments that have no meaning without one."""
+    if arguments.text is None and arguments.text_file is None:
+        for name in ("tokens", "model", "adapter"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name}: given without --text or --text-file, which it belongs to")
+        return None
+    if arguments.adapter is not None and arguments.model is None:
+        raise ValueError("--adapter: given without --model, which it belongs to")
+    if arguments.model is not None and arguments.adapter is None:
+        raise ValueError("--model: given without --adapter; a memory fits one adapter only")
+    if arguments.text is not None:
+        return arguments.text
+    path = Path(arguments.text_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"--text-file: {path}: no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text-file: {path}: not UTF-8: {error}") from error
+
+
+# --- the model for a text
+
+
+def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
+    from ..state import MemoryState
+    from .trace import trace
+
+    model, tokenizer = _shipped(arguments, file) if arguments.model is None else _load(arguments)
+    try:
+        memory = MemoryState.load(file.path, model)
+    except ValueError as error:
+        raise ValueError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
+    return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
+
+
+def _load(arguments: argparse.Namespace):
+    from transformers import AutoTokenizer
+
+    from ..model_info import load_patched
+
+    # Bars are for who waits at a terminal; anywhere else they would stand in front of an error's one line.
+    with contextlib.nullcontext() if sys.stderr.isatty() else _no_bars():
+        model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device)
+        return model, AutoTokenizer.from_pretrained(arguments.model)
+
+
+def _shipped(arguments: argparse.Namespace, file: MemoryFile):
+    """The demo's backbone with the adapter that the file was made with; an error that names the right one if none."""
+    from transformers import AutoTokenizer
+
+    from ..model_info import load_patched
+    from ..patch import patch_model, unpatch_model
+    from ..recall.weights import find_weights
+    from ..record import identity_of
+
+    unknown = ValueError(
+        f"--model: not given, and MEMORY was not made with the demo's weights but with {file.made_with}; pass --model "
+        "and --adapter"
+    )
+    try:
+        weights = find_weights()
+    except FileNotFoundError as error:
+        raise unknown from error
+    model = None
+    with _no_bars():
+        for directory in weights.adapters.values():
+            if model is None:
+                model = load_patched(str(weights.backbone), str(directory), arguments.dtype, arguments.device)
+            else:
+                patch_model(unpatch_model(model), directory)
+            names = identity_of(model).fingerprints()
+            if names["backbone_fingerprint"] != file.backbone_fingerprint:
+                break
+            if names["adapter_fingerprint"] == file.adapter_fingerprint:
+                return model, AutoTokenizer.from_pretrained(weights.backbone, local_files_only=True)
+    raise unknown
+
+
+@contextlib.contextmanager
+def _no_bars():
+    """A bar for a file of some megabytes is noise."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+# --- what is written and printed
+
+
+def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace) -> list[Path]:
+    row = arguments.row or 0
+    written = []
+    if arguments.html:
+        from .page import write_page
+
+        names = {"File": str(file.path), "Adapter": file.adapter_name, "Backbone": file.backbone_name}
+        rows = file.memory.batch_size
+        for layer in list(file.memory)[:1]:
+            heads, rank = file.memory[layer].shape[1:3]
+            names["Memory"] = f"{_count(len(file.memory), 'layer')}, {_count(heads, 'head')}, rank {rank}"
+        if rows > 1:
+            names["Conversation"] = f"{row} of 0 to {rows - 1}"
+        written.append(
+            write_page(
+                arguments.html,
+                file.memory,
+                trace=trace,
+                other=None if other is None else other.memory,
+                other_name="" if other is None else _other_name(file, other),
+                title=f"Inside {file.path.name}",
+                facts=names,
+                row=row,
+            )
+        )
+    if arguments.png:
+        from .heatmap import draw_heat_map, snapshot
+
+        shots = [snapshot(file.memory, file.path.stem, row)]
+        shots += [snapshot(trace.memory, "after the text")] if trace is not None else []
+        shots += [snapshot(other.memory, _other_name(file, other), row)] if other is not None else []
+        written.append(_draw(draw_heat_map, shots, Path(arguments.png)))
+        if trace is not None:
+            from .trace_picture import draw_trace
+
+            path = Path(arguments.png)
+            written.append(_draw(draw_trace, trace, path.with_name(f"{path.stem}-tokens{path.suffix}")))
+    return written
+
+
+def _draw(draw, what, path: Path) -> Path:
+    try:
+        return draw(what, path)
+    except ImportError as error:
+        raise ValueError(f"--png: {error}") from error
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'s' * (number != 1)}"
+
+
+def _other_name(file: MemoryFile, other: MemoryFile) -> str:
+    return other.path.stem if other.path.stem != file.path.stem else str(other.path)
+
+
+def _facts(file: MemoryFile) -> dict:
+    return {
+        "file": str(file.path),
+        "adapter": file.adapter_name,
+        "adapter_fingerprint": file.adapter_fingerprint,
+        "backbone": file.backbone_name,
+        "backbone_fingerprint": file.backbone_fingerprint,
+        "rows": file.memory.batch_size,
+        "frozen": file.memory.frozen,
+    }
+
+
+def _format(arguments, file: MemoryFile, other: MemoryFile | None, found: dict) -> str:
+    lines = [printable(str(file.path)), f"adapter   {printable(file.adapter_name)} ({file.adapter_fingerprint[:12]})"]
+    lines += [f"backbone  {printable(file.backbone_name)} ({file.backbone_fingerprint[:12]})"]
+    count, rank = file.memory.batch_size, max((state.shape[-1] for _, state in file.memory.items()), default=0)
+    kind = "read-only" if file.memory.frozen else "writable"
+    lines += [f"holds     {_count(count, 'conversation')}, rank {rank}, {kind}", "", str(found["report"])]
+    if other is not None:
+        lines += ["", f"Distance to {printable(str(other.path))}", str(found["distance"])]
+    if "text" in found:
+        lines += ["", *_format_text(found["text"], arguments.tokens)]
+    return "\n".join(lines)
+
+
+def _format_text(trace, by_token: bool) -> list[str]:
+    lines = []
+    if trace.frozen:
+        lines.append("The memory is read-only: the text writes nothing.")
+    for measure, words in (("writes", "Wrote most (gate × error)"), ("reads", "Read most")):
+        entries = trace.top(measure, TOP)
+        lines.append(f"{words}, over all layers and heads:" if entries else f"{words}: nothing")
+        sizes = [number(entry.size) for entry in entries]
+        width = max(map(len, sizes), default=0)
+        for entry, size in zip(entries, sizes):
+            first, last = entry.positions[0], entry.positions[-1]
+            place = f"token {first}" if first == last else f"tokens {first}-{last}"
+            lines.append(f"  {size:>{width}}  '{printable(entry.text)}'  {place}")
+    return [*lines, "", str(trace)] if by_token else lines

@@ -1,0 +1,239 @@
+"""Figures of a memory, layer by layer and head by head, and how far two memories are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..state import MemoryState
+from .table import number, plain, table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Figures of one state S, r × r: one head of one layer of one conversation.
+
+    Attributes:
+        layer, head, row: where it is; ``row`` is the conversation, 0 to B − 1.
+        norm: ‖S‖, Frobenius.
+        effective_rank: exp of the entropy of the singular values divided by their sum; 0 for an empty state, k for k
+            equal ones, r at most.
+        saturation: effective rank ÷ r, 0 (empty) to 1: the share of the r directions that a key can have which is in
+            use. At 1 all of them hold as much as each other, so whatever is written next overwrites a part of it.
+        largest_row, largest_row_norm: index and norm of the row of S with the largest norm (the first of equals): the
+            value that the memory holds the most of.
+        skipped: tokens of this layer and conversation that were left out because they were not finite.
+
+    A state with a NaN or Inf has NaN as its figures.
+    """
+
+    layer: int
+    head: int
+    row: int
+    norm: float
+    effective_rank: float
+    saturation: float
+    largest_row: int
+    largest_row_norm: float
+    skipped: int
+
+
+@dataclass(frozen=True)
+class LayerDistance:
+    """How far two states A and B are apart.
+
+    Attributes:
+        layer, head, row: where they are.
+        distance: ‖A − B‖, Frobenius.
+        relative: ‖A − B‖ ÷ max(‖A‖, ‖B‖): 0 equal, 1 if one is empty, 2 opposite; 0 if both are empty.
+        cosine: ⟨A, B⟩ ÷ (‖A‖ ‖B‖), or None where one is empty.
+    """
+
+    layer: int
+    head: int
+    row: int
+    distance: float
+    relative: float
+    cosine: float | None
+
+
+class _Rows:
+    """Figures as rows of a table and as JSON."""
+
+    def __iter__(self) -> Iterator:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_dict(self) -> dict:
+        """One JSON object; a figure that is NaN or infinite is null."""
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {
+            "rows": [{k: plain(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+        }
+
+    def _lines(self, headings: list[str], cells) -> str:
+        # Conversations and heads are named where there is more than one.
+        names = [("row", "row"), ("layer", "layer"), ("head", "head")]
+        shown = [
+            (heading, field)
+            for heading, field in names
+            if field == "layer" or len({getattr(row, field) for row in self.rows}) > 1
+        ]
+        return table(
+            [heading for heading, _ in shown] + headings,
+            [[str(getattr(row, field)) for _, field in shown] + cells(row) for row in self.rows],
+        )
+
+
+@dataclass(frozen=True)
+class MemoryReport(_Rows):
+    """``rows``: a LayerReport for each conversation, layer and head, in that order. ``print`` it to read it."""
+
+    rows: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        headings = ["norm", "effective rank", "saturation", "largest row", "its norm", "skipped"]
+        return self._lines(headings, _figures)
+
+
+@dataclass(frozen=True)
+class DistanceReport(_Rows):
+    """``rows``: a LayerDistance for each conversation, layer and head, in that order. ``print`` it to read it."""
+
+    rows: tuple[LayerDistance, ...]
+
+    def __str__(self) -> str:
+        headings = ["distance", "relative", "cosine"]
+        return self._lines(headings, lambda row: [number(row.distance), number(row.relative), number(row.cosine)])
+
+
+def _figures(row: LayerReport) -> list[str]:
+    largest = str(row.largest_row) if row.norm else "-"
+    rank, share = f"{row.effective_rank:.2f}", f"{row.saturation:.2f}"
+    return [number(row.norm), rank, share, largest, number(row.largest_row_norm), str(row.skipped)]
+
+
+def report(memory: MemoryState, row: int | None = None) -> MemoryReport:
+    """Figures of every layer and head of a memory, computed in float64 on the CPU.
+
+    Args:
+        memory: is not changed.
+        row: of one conversation only; None = of all.
+
+    Raises:
+        ValueError: no such row.
+    """
+    rows = rows_of(memory, row)
+    found = {layer: _layer_reports(layer, state, memory._skipped[layer], rows) for layer, state in memory.items()}
+    return MemoryReport(tuple(entry for n in range(len(rows)) for layer in found for entry in found[layer][n]))
+
+
+def rows_of(memory: MemoryState, row: int | None, name: str = "row") -> list[int]:
+    """The conversations to look at: ``row``, or all of them for None. Raises ValueError if there is no such row."""
+    if row is None:
+        return list(range(memory.batch_size))
+    if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < memory.batch_size:
+        allowed = f"0 to {memory.batch_size - 1}" if memory.batch_size else "none (the memory holds no conversation)"
+        raise ValueError(f"{name}: got {row!r}, allowed {allowed}")
+    return [row]
+
+
+def _layer_reports(layer: int, state: torch.Tensor, skipped: torch.Tensor, rows: list[int]) -> list[list[LayerReport]]:
+    """[rows][heads] reports of one layer."""
+    state = state.detach()[rows].cpu().double()
+    rank = state.shape[-1]
+    effective = effective_rank(state)
+    row_norms = state.norm(dim=-1)
+    largest_norm, largest = row_norms.max(-1)
+    figures = (state.norm(dim=(-2, -1)), effective, effective / rank, largest, largest_norm)
+    norm, effective, saturation, largest, largest_norm = (figure.tolist() for figure in figures)
+    counts = skipped.detach()[rows].tolist()
+    return [
+        [
+            LayerReport(
+                layer,
+                head,
+                row,
+                norm[n][head],
+                effective[n][head],
+                saturation[n][head],
+                largest[n][head],
+                largest_norm[n][head],
+                counts[n],
+            )
+            for head in range(state.shape[1])
+        ]
+        for n, row in enumerate(rows)
+    ]
+
+
+def effective_rank(states: torch.Tensor) -> torch.Tensor:
+    """exp(−Σ p log p) of p = singular values ÷ their sum (Roy and Vetterli, 2007).
+
+    Args:
+        states: [..., r, r], of any floating dtype.
+
+    Returns:
+        float64 [...]: 0 for an empty state, NaN for one that is not finite, else 1 to r.
+    """
+    states = states.double()
+    finite = torch.isfinite(states).all(-1).all(-1)
+    values = torch.linalg.svdvals(torch.where(finite[..., None, None], states, 0.0))
+    total = values.sum(-1, keepdim=True)
+    shares = values / torch.where(total > 0, total, 1.0)
+    ranks = torch.special.entr(shares).sum(-1).exp() * (total.squeeze(-1) > 0)
+    return torch.where(finite, ranks, torch.nan)
+
+
+def distance(a: MemoryState, b: MemoryState, row: int | None = None) -> DistanceReport:
+    """How far two memories are apart, layer by layer and head by head, computed in float64 on the CPU.
+
+    Args:
+        a, b: of the same layers, heads and rank; they may be of different adapters. Neither is changed.
+        row: that conversation of each; None = all, of which both have as many.
+
+    Raises:
+        ValueError: their layers or shapes differ, or there is no such row.
+    """
+    check_alike(a, b)
+    if row is None and a.batch_size != b.batch_size:
+        raise ValueError(f"b: got {b.batch_size} rows, allowed {a.batch_size} as in the other one; or name one row")
+    rows = rows_of(a, row)
+    rows_of(b, row)
+    found = {layer: _layer_distances(layer, state, b[layer], rows) for layer, state in a.items()}
+    return DistanceReport(tuple(entry for n in range(len(rows)) for layer in found for entry in found[layer][n]))
+
+
+def check_alike(a: MemoryState, b: MemoryState, name: str = "b") -> None:
+    """Raise ValueError unless both have the same layers, heads and rank."""
+    ours, theirs = ({layer: list(state.shape[1:]) for layer, state in memory.items()} for memory in (a, b))
+    if ours != theirs:
+        raise ValueError(f"{name}: got layers {theirs}, allowed {ours}, [heads, rank, rank] by layer")
+
+
+def _layer_distances(layer: int, a: torch.Tensor, b: torch.Tensor, rows: list[int]) -> list[list[LayerDistance]]:
+    a, b = (state.detach()[rows].cpu().double().flatten(2) for state in (a, b))
+    norms = [state.norm(dim=-1) for state in (a, b)]
+    apart = (a - b).norm(dim=-1)
+    larger, product = torch.maximum(*norms), norms[0] * norms[1]
+    relative = torch.where(larger == 0, 0.0, apart / larger)
+    cosine = ((a * b).sum(-1) / product).clamp(-1, 1)
+    return [
+        [
+            LayerDistance(
+                layer,
+                head,
+                row,
+                apart[n, head].item(),
+                relative[n, head].item(),
+                None if product[n, head] == 0 else cosine[n, head].item(),
+            )
+            for head in range(a.shape[1])
+        ]
+        for n, row in enumerate(rows)
+    ]

@@ -1,0 +1,248 @@
+"""Which tokens of a text a memory writes and reads most, token by token."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..capture import capture_projections
+from ..config import DeltaMemConfig
+from ..memory import DeltaMemory
+from ..record import decoder_of, identity_of, is_disabled, unwrap
+from ..segments import _tokenize, segment_ids_from_messages, sentence_spans
+from ..state import MemoryState
+from .pieces import token_pieces
+from .replay import replay
+from .table import number, plain, printable, table
+
+MEASURES = ("writes", "reads")
+KEPT_TOKENS = 256
+KEPT_NUMBERS = 2_500_000  # of all kept states together: 10 MB
+
+
+class Entry(NamedTuple):
+    """A token, or with segments a segment, that wrote or read much: the places of its tokens, its text, the size."""
+
+    positions: tuple[int, ...]
+    text: str
+    size: float
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What T tokens of a text did to a memory in each of L layers and H heads.
+
+    All tensors are float32 on the CPU. See ``Replay`` for what each number is, and what it is with segments.
+
+    Attributes:
+        tokens: what each token stands for in the text.
+        token_ids: of each token.
+        segment_ids: of each token, −1 = not written; None where every token is written.
+        layers: the indices of the L layers.
+        frozen: the memory is read-only: nothing was written.
+        writes: [T, L, H], gate × error: the norm of what each token wrote beside the decay.
+        reads: [T, L, H], the norm of what each token read before its own write.
+        beta: [T, L, H], its write gate, mean over the rows of the state.
+        norms: [T, L, H], the norm of the state after it.
+        initial, final: [L, H, r, r], the state before the first token and after the last.
+        states: [T, L, H, r, r], the state after each token, or None: the text is longer than ``KEPT_TOKENS``, or they
+            would be more than ``KEPT_NUMBERS`` numbers.
+        memory: what the forward itself left, a copy of the memory that it started from with the text written.
+    """
+
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...] | None
+    layers: tuple[int, ...]
+    frozen: bool
+    writes: torch.Tensor
+    reads: torch.Tensor
+    beta: torch.Tensor
+    norms: torch.Tensor
+    initial: torch.Tensor
+    final: torch.Tensor
+    states: torch.Tensor | None
+    memory: MemoryState
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def total(self, measure: str) -> torch.Tensor:
+        """[T], over all layers and heads: the root of the sum of squares; of ``beta`` the mean."""
+        values = getattr(self, measure)
+        return values.mean((1, 2)) if measure == "beta" else values.square().sum((1, 2)).sqrt()
+
+    def top(self, measure: str, count: int = 8) -> list[Entry]:
+        """The ``count`` largest entries over all layers and heads, largest first; without those that are 0.
+
+        Writes with segments are told by segment.
+
+        Args:
+            measure: ``writes`` or ``reads``.
+        """
+        if measure not in MEASURES:
+            raise ValueError(f"measure: got {measure!r}, allowed {', '.join(MEASURES)}")
+        sizes = self.total(measure).tolist()
+        groups: dict[int, list[int]] = {}
+        for position, size in enumerate(sizes):
+            together = measure == "writes" and self.segment_ids is not None
+            # Of a segment's tokens some layer may have left out one that was not finite: the largest tells its size.
+            if size > 0:
+                groups.setdefault(self.segment_ids[position] if together else position, []).append(position)
+        entries = [
+            Entry(tuple(places), "".join(self.tokens[i] for i in places), max(sizes[i] for i in places))
+            for places in groups.values()
+        ]
+        return sorted(entries, key=lambda entry: -entry.size)[:count]
+
+    def to_dict(self) -> dict:
+        """One JSON object: of each token its figures over all layers, and sizes of writes and reads [layer][head]."""
+        totals = {name: self.total(name).tolist() for name in (*MEASURES, "beta", "norms")}
+        tokens = [
+            {
+                "position": i,
+                "token": self.tokens[i],
+                "id": self.token_ids[i],
+                "segment": None if self.segment_ids is None else self.segment_ids[i],
+                "write": plain(totals["writes"][i]),
+                "read": plain(totals["reads"][i]),
+                "beta": plain(totals["beta"][i]),
+                "norm": plain(totals["norms"][i]),
+                "writes": [[plain(size) for size in heads] for heads in self.writes[i].tolist()],
+                "reads": [[plain(size) for size in heads] for heads in self.reads[i].tolist()],
+            }
+            for i in range(len(self))
+        ]
+        return {"layers": list(self.layers), "frozen": self.frozen, "tokens": tokens}
+
+    def __str__(self) -> str:
+        """A table, a token a line, its figures over all layers and heads."""
+        totals = [self.total(name).tolist() for name in (*MEASURES, "beta", "norms")]
+        segments = [] if self.segment_ids is None else ["segment"]
+        rows = []
+        for i, token in enumerate(self.tokens):
+            segment = (
+                [] if self.segment_ids is None else [str(self.segment_ids[i]) if self.segment_ids[i] >= 0 else "-"]
+            )
+            rows.append([str(i), *segment, *(number(column[i]) for column in totals), f"'{printable(token)}'"])
+        headings = ["token", *segments, "write", "read", "beta", "state norm", "text"]
+        return table(headings, rows, left=[len(headings) - 1])
+
+
+@torch.no_grad()
+def trace(
+    model: nn.Module,
+    tokenizer,
+    text: str | Sequence[Mapping],
+    memory: MemoryState | None = None,
+) -> Trace:
+    """Run a text through a patched model once, and say what each of its tokens wrote and read.
+
+    The sizes are computed from the forward's own projections with the reference mathematics, in float32.
+
+    With segments (SSW) every token reads the state as it was before the text. What is written of a segment is said of
+    each of its tokens.
+
+    Args:
+        model: patched.
+        text: a string is one user message if the tokenizer has a chat template, else plain tokens; or a list of
+            messages with ``role`` and ``content``.
+        memory: what to start from, of one conversation; it is not changed. None = an empty one. Of a read-only one
+            (``memory.frozen``) nothing is written here either.
+
+    Raises:
+        ValueError: the model is not patched, its memory is switched off, its forward is compiled; the memory is
+            another adapter's or holds more than one conversation; or the text has no token.
+    """
+    identity = identity_of(model)
+    if is_disabled(model):
+        raise ValueError("model: its memory is switched off here (memory_disabled), so nothing is written or read")
+    if memory is not None and memory.batch_size != 1:
+        raise ValueError(f"memory: got {memory.batch_size} rows, allowed 1; see select()")
+    after = MemoryState.zeros(model) if memory is None else memory.clone()
+    ids, segments = encode_text(tokenizer, text, identity.config)
+    if not ids.shape[1]:
+        raise ValueError(f"text: got {text!r}, which has no token")
+
+    initial = {layer: state.detach().cpu().clone() for layer, state in after.items()}
+    decoder = decoder_of(unwrap(model))
+    device = model.get_input_embeddings().weight.device
+    given = {} if segments is None else {"segment_ids": segments.to(device)}
+    with capture_projections() as found:
+        decoder(input_ids=ids.to(device), memory=after, use_cache=False, **given)
+    if not found:
+        raise ValueError("model: nothing was seen of its forward, which is compiled; trace the model without compile")
+
+    layers = sorted(found[0])
+    bias = [_gate_bias(identity.memories[layer]) for layer in layers]
+    start = torch.cat([initial[layer] for layer in layers])
+    length = ids.shape[1]
+    seen = replay(
+        torch.cat([found[0][layer].float().cpu() for layer in layers]),
+        torch.stack(bias),
+        start,
+        identity.config.rule,
+        segment_ids=None if segments is None else segments[0].cpu(),
+        frozen=after.frozen,
+        keep_states=length <= KEPT_TOKENS and length * start.numel() <= KEPT_NUMBERS,
+    )
+    return Trace(
+        tokens=tuple(token_pieces(tokenizer, ids[0].tolist())),
+        token_ids=tuple(ids[0].tolist()),
+        segment_ids=None if segments is None else tuple(segments[0].tolist()),
+        layers=tuple(layers),
+        frozen=after.frozen,
+        writes=seen.writes,
+        reads=seen.reads,
+        beta=seen.beta,
+        norms=seen.norms,
+        initial=start,
+        final=seen.final,
+        states=seen.states,
+        memory=after,
+    )
+
+
+def _gate_bias(memory: DeltaMemory) -> torch.Tensor:
+    parts = [getattr(memory, name) for name in memory.gate_bias_names]
+    return torch.cat([part.detach().float().cpu() for part in parts])
+
+
+def encode_text(
+    tokenizer, text: str | Sequence[Mapping], config: DeltaMemConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids, int64 [1, T], and for an adapter that writes segments their ids, int64 [1, T], else None.
+
+    Without a chat template a string is one segment, or with ``sentence_mean`` a segment a sentence.
+
+    Raises:
+        ValueError: ``text`` is neither a string nor a list of messages, or there is no chat template for messages.
+    """
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if isinstance(text, str):
+        if not has_template:
+            return _encode_plain(tokenizer, text, config)
+        text = [{"role": "user", "content": text}]
+    elif isinstance(text, bytes | Mapping) or not isinstance(text, Sequence):
+        raise ValueError(f"text: got {type(text).__name__}, allowed a string or a list of messages")
+    elif not has_template:
+        raise ValueError("tokenizer: has no chat template, which messages need; allowed with it: a string")
+    if config.segmented:
+        return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
+    ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
+    return torch.tensor([list(ids)], dtype=torch.int64), None
+
+
+def _encode_plain(tokenizer, text: str, config: DeltaMemConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if not config.segmented:
+        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int64), None
+    ids, starts = _tokenize(tokenizer, text)
+    by_sentence = config.memory_write_granularity == "sentence_mean"
+    firsts = [start for start, _ in sentence_spans(text)] if by_sentence else [0]
+    owners = [bisect_right(firsts, start) - 1 for start in starts]
+    return torch.tensor([ids], dtype=torch.int64), torch.tensor([owners], dtype=torch.int64)
