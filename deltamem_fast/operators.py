@@ -13,14 +13,15 @@ from .capture import capture_projections
 from .record import decoder_of, identity_of, input_device, is_disabled, unwrap
 from .reference import split_projections, valid_tokens
 from .segment_means import segment_means
-from .segments import segment_ids_from_messages, sentence_spans
+from .segments import sentence_spans
 from .state import MemoryState
+from .texts import encode_text
 
 Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
 WRITE_TOKENS = 8192  # the write budget of the released recipe
-TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # of forget; see bench/operators.py
+TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # of forget; see bench/holding/operators.py
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def ingest(
 
     Args:
         model: patched.
-        tokenizer: of the model; for SSW, a fast one with a chat template.
+        tokenizer: of the model; for SSW a fast one.
         memory: of one conversation.
         text: a str, which a user says (plain text where the tokenizer has no chat template), or messages.
         tokens: at most in a piece; a single sentence may exceed it.
@@ -145,7 +146,7 @@ def forget(
 
     which is what n tellings' erasing comes to, n = ``strength``. Nothing decays, no value is written; a token whose
     gate is shut erases nothing. (SSW: one erasure for each segment, by its mean.) Keys are shared: what other texts
-    wrote under the same keys goes, too. `python -m bench.operators` measures how much.
+    wrote under the same keys goes, too. `python -m bench.holding operators` measures how much.
 
     Args:
         model: patched.
@@ -261,15 +262,8 @@ def _counts(tokenizer, sentences: list[str]) -> list[int]:
 def _encoded(model: nn.Module, tokenizer, text: Text) -> dict[str, torch.Tensor]:
     """``input_ids`` [1, T] of a text, with ``segment_ids`` where the adapter writes segments."""
     device = input_device(model)
-    config = identity_of(model).config
-    if config.segmented:
-        ids, segments = segment_ids_from_messages(tokenizer, _as_messages(text), config.memory_write_granularity)
-        return {"input_ids": ids.to(device), "segment_ids": segments.to(device)}
-    if isinstance(text, str) and not getattr(tokenizer, "chat_template", None):
-        ids = tokenizer(text)["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(_as_messages(text), tokenize=True, return_dict=False)
-    return {"input_ids": torch.tensor([list(ids)], device=device)}
+    ids, segments = encode_text(tokenizer, text, identity_of(model).config)
+    return {"input_ids": ids.to(device)} | ({} if segments is None else {"segment_ids": segments.to(device)})
 
 
 def _with_bar(pieces: list[dict[str, torch.Tensor]], total: int, progress: bool | None) -> Iterator[dict]:

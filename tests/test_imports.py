@@ -79,3 +79,22 @@ def test_an_installed_kernels_outranks_the_folder(place, tmp_path):
     (package / "__init__.py").write_text("name = 'the installed one'\n")
     code = "import kernels; print(kernels.name)"
     assert run(code, place or tmp_path, PYTHONPATH=str(tmp_path / "site")) == "the installed one"
+
+
+def test_importing_the_package_takes_no_torch_and_every_public_name_is_there():
+    """Who only stores memories, or prints a version, does not wait for torch."""
+    code = """
+import sys
+import deltamem_fast
+from deltamem_fast.storage import bank_store, snapshots
+heavy = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
+assert not heavy, heavy
+assert set(deltamem_fast.__all__) <= set(dir(deltamem_fast))
+for name in deltamem_fast.__all__:
+    assert getattr(deltamem_fast, name) is not None
+try:
+    deltamem_fast.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    assert run(code) == "module 'deltamem_fast' has no attribute 'no_such_name'"

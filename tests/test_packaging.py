@@ -71,7 +71,7 @@ def test_contents(built):
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast").rglob("*.py")}
     modules |= {f"deltamem_kernels/{p.name}" for p in (ROOT / "kernels" / "deltamem_kernels").glob("*.py")}
     assert modules <= names
-    assert {"deltamem_fast/py.typed", "deltamem_kernels/py.typed"} <= names
+    assert {"deltamem_fast/inspection/page.html", "deltamem_fast/py.typed", "deltamem_kernels/py.typed"} <= names
     weights = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast" / "data").rglob("*") if p.is_file()}
     assert weights and weights <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

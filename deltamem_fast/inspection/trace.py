@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,11 +10,10 @@ import torch
 from torch import nn
 
 from ..capture import capture_projections
-from ..config import DeltaMemConfig
 from ..memory import DeltaMemory
-from ..record import decoder_of, identity_of, is_disabled, unwrap
-from ..segments import _tokenize, segment_ids_from_messages, sentence_spans
+from ..record import decoder_of, identity_of, input_device, is_disabled, unwrap
 from ..state import MemoryState
+from ..texts import encode_text
 from .pieces import token_pieces
 from .replay import replay
 from .table import number, plain, printable, table
@@ -171,7 +169,7 @@ def trace(
 
     initial = {layer: state.detach().cpu().clone() for layer, state in after.items()}
     decoder = decoder_of(unwrap(model))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     given = {} if segments is None else {"segment_ids": segments.to(device)}
     with capture_projections() as found:
         decoder(input_ids=ids.to(device), memory=after, use_cache=False, **given)
@@ -211,38 +209,3 @@ def trace(
 def _gate_bias(memory: DeltaMemory) -> torch.Tensor:
     parts = [getattr(memory, name) for name in memory.gate_bias_names]
     return torch.cat([part.detach().float().cpu() for part in parts])
-
-
-def encode_text(
-    tokenizer, text: str | Sequence[Mapping], config: DeltaMemConfig
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token ids, int64 [1, T], and for an adapter that writes segments their ids, int64 [1, T], else None.
-
-    Without a chat template a string is one segment, or with ``sentence_mean`` a segment a sentence.
-
-    Raises:
-        ValueError: ``text`` is neither a string nor a list of messages, or there is no chat template for messages.
-    """
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if isinstance(text, str):
-        if not has_template:
-            return _encode_plain(tokenizer, text, config)
-        text = [{"role": "user", "content": text}]
-    elif isinstance(text, bytes | Mapping) or not isinstance(text, Sequence):
-        raise ValueError(f"text: got {type(text).__name__}, allowed a string or a list of messages")
-    elif not has_template:
-        raise ValueError("tokenizer: has no chat template, which messages need; allowed with it: a string")
-    if config.segmented:
-        return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
-    ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
-    return torch.tensor([list(ids)], dtype=torch.int64), None
-
-
-def _encode_plain(tokenizer, text: str, config: DeltaMemConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not config.segmented:
-        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int64), None
-    ids, starts = _tokenize(tokenizer, text)
-    by_sentence = config.memory_write_granularity == "sentence_mean"
-    firsts = [start for start, _ in sentence_spans(text)] if by_sentence else [0]
-    owners = [bisect_right(firsts, start) - 1 for start in starts]
-    return torch.tensor([ids], dtype=torch.int64), torch.tensor([owners], dtype=torch.int64)

@@ -25,9 +25,10 @@ from deltamem_fast import (
 from deltamem_fast.inspection import trace as module
 from deltamem_fast.inspection import trace_picture
 from deltamem_fast.inspection.pieces import token_pieces
-from deltamem_fast.inspection.trace import MEASURES, encode_text, trace
+from deltamem_fast.inspection.trace import MEASURES, trace
 from deltamem_fast.inspection.trace_picture import draw_trace, trace_png_size
 from deltamem_fast.recall.weights import find_weights, load_backbone
+from deltamem_fast.texts import encode_text
 
 
 @pytest.fixture
