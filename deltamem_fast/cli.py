@@ -1,4 +1,4 @@
-"""The command ``deltamem``: info, convert, demo, train."""
+"""The command ``deltamem``: info, convert, demo, chat, inspect, train."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, read_weights, same_bits, write_adapter
+from .chat.command import add_chat_command
 from .config import CONFIG_NAME
 from .demo_command import add_demo_command
+from .inspection.command import add_inspect_command
 from .training.command import add_train_command
 from .version import __version__
 
@@ -73,7 +75,8 @@ def _close_stdout() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deltamem",
-        description="An online 8×8 memory for frozen language models: what is installed, adapter files, a demo.",
+        description="An online 8×8 memory for frozen language models: what is installed, adapter files, a demo, a "
+        "chat, and looking inside.",
     )
     parser.add_argument("--version", action="version", version=f"deltamem-fast {__version__}")
     parser.set_defaults(command=None)
@@ -108,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(command=_convert)
 
     add_demo_command(commands)
+    add_chat_command(commands)
+    add_inspect_command(commands)
     add_train_command(commands)
     return parser
 

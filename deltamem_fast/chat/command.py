@@ -1,0 +1,107 @@
+"""``deltamem chat``: arguments, and how a chat begins."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from ..backends import BACKENDS
+from ..recall.weights import STRATEGIES
+from .history import VARIABLE
+from .loading import ATTENTIONS, DTYPES, QUANTIZED
+from .opening import CONTEXT_TURNS, STRATEGY, Opening, read_arguments
+from .options import OPTIONS
+
+PACKAGES = ("prompt_toolkit", "rich")
+WELL, FAILED = 0, 1  # exit codes
+
+_DESCRIPTION = """\
+A chat with a model that has a memory: the newest turns stay in its context, the memory keeps what it read of all.
+Without MODEL: the small backbone and the adapters that lie in the package; nothing is downloaded. /help lists the
+commands; Ctrl-C stops an answer and takes its turn back; Alt-Enter, or a \\ at the end, begins another line.
+"""
+_EPILOG = f"""\
+Over a pipe, or with --say, each line is a turn or a command: its answer goes to stdout, without colours and thinking;
+a line that fails is told in one line on stderr, and the chat goes on. Exit code: 0; 1 if such a line failed; 2 for
+wrong usage, or if the chat could not begin; 130 after Ctrl-C.
+What is typed in a terminal is kept in ~/.local/state/deltamem/history (under XDG_STATE_HOME if that is set), for you
+alone; {VARIABLE} names another file, or, if empty, none.
+"""
+
+
+def add_chat_command(commands) -> None:
+    """Add ``chat`` to the subparsers of ``deltamem``."""
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model that remembers what has left its context",
+        usage="deltamem chat [MODEL] [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    chat.add_argument("model", metavar="MODEL", nargs="?", help="a chat model's directory or hub id")
+    _add_model(chat.add_argument_group("model"))
+    _add_conversation(chat.add_argument_group("conversation"))
+    _add_answers(chat.add_argument_group("answers"))
+    chat.set_defaults(command=_chat)
+
+
+def _add_model(group) -> None:
+    group.add_argument("--adapter", metavar="DIR", help="a directory or hub id (default: fresh, untrained parameters)")
+    group.add_argument("--strategy", choices=tuple(STRATEGIES), help=f"of the shipped adapters ({STRATEGY})")
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as saved)")
+    group.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="of the memory (%(default)s)")
+    group.add_argument("--quantize", choices=QUANTIZED, help="the backbone's weights, by bitsandbytes")
+    group.add_argument("--attention", choices=ATTENTIONS, help="(default: transformers' choice)")
+
+
+def _add_conversation(group) -> None:
+    group.add_argument("--system", metavar="TEXT", help="a system message")
+    group.add_argument("--load", metavar="DIR", help="go on with what /save wrote")
+    group.add_argument(
+        "--context-turns", metavar="N", help=f"turns that stay in sight ({CONTEXT_TURNS}); all: no limit"
+    )
+    group.add_argument("--context-tokens", metavar="N", help="tokens of a prompt at most (no limit)")
+    group.add_argument("--say", metavar="TEXT", action="append", help="a turn or command (repeatable); then end")
+    group.add_argument("--no-history", action="store_true", help="keep nothing of what is typed")
+
+
+def _add_answers(group) -> None:
+    thinking = group.add_mutually_exclusive_group()
+    thinking.add_argument("--thinking", action="store_true", default=None, help="where the model's template can")
+    thinking.add_argument("--no-thinking", action="store_false", dest="thinking", help="answer at once")
+    group.add_argument("--markdown", action="store_true", help="in a terminal: answers are rendered as Markdown")
+    for name, option in OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", metavar="N" if option.read is int else "X", help=option.help)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    in_terminal = not arguments.say and sys.stdin.isatty() and sys.stdout.isatty()
+    opening = read_arguments(arguments)
+    try:
+        return _in_terminal(arguments, opening) if in_terminal else _over_pipe(arguments, opening)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"a chat in a terminal needs the package {package}, which cannot be imported ({error}); "
+                "pip install deltamem-fast[chat] (over a pipe, or with --say, none is needed)"
+            ) from error
+    from .interactive import converse_in_terminal
+
+    converse_in_terminal(opening, history=not arguments.no_history, markdown=arguments.markdown)
+    return WELL
+
+
+def _over_pipe(arguments: argparse.Namespace, opening: Opening) -> int:
+    from .piped import converse_over_pipe
+
+    return WELL if converse_over_pipe(opening, arguments.say) else FAILED

@@ -1,0 +1,38 @@
+"""The file of what was typed, kept from chat to chat, private."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "DELTAMEM_HISTORY"
+
+
+def history_path() -> Path | None:
+    """Where the history lies: DELTAMEM_HISTORY (empty = nowhere, None), else ``deltamem/history`` in the state home.
+
+    The state home is XDG_STATE_HOME if that is an absolute path, else ``~/.local/state``.
+    """
+    chosen = os.environ.get(VARIABLE)
+    if chosen is not None:
+        return Path(chosen).expanduser() if chosen else None
+    home = os.environ.get("XDG_STATE_HOME", "")
+    state = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+    return state / "deltamem" / "history"
+
+
+def make_private(path: Path) -> Path:
+    """Make the file, or take an existing one, so that its owner alone may read it; missing directories likewise.
+
+    Raises:
+        OSError: it cannot be made, or is no file; the message names it.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Never readable by others in between: made with this mode, and only then corrected where it was there already.
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        if os.name != "nt" and os.fstat(handle).st_mode & 0o077 and os.path.isfile(path):
+            os.fchmod(handle, 0o600)
+    finally:
+        os.close(handle)
+    return path

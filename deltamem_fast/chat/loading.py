@@ -1,0 +1,169 @@
+"""A model with a memory, and its tokenizer, for a chat: from the shipped weights, a directory, or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter import read_adapter
+from ..backends import resolve_backend
+from .wording import shortened
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZED = ("4bit", "8bit")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+# What transformers quantises with.
+_QUANTIZERS = ("bitsandbytes", "accelerate")
+_LONG = 240  # characters of another library's error
+
+
+def load_for_chat(
+    name: str,
+    adapter: str | None,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    quantize: str | None = None,
+    attention: str | None = None,
+    quiet: bool = False,
+) -> tuple[nn.Module, Any]:
+    """The patched model ``name`` (a directory or hub id), in eval mode, and its tokenizer.
+
+    What can be wrong is told in the order of its cost: device, packages, adapter and tokenizer before the weights.
+
+    Args:
+        adapter: a directory or hub id, or None = fresh parameters.
+        dtype: ``auto`` (as saved), ``bfloat16``, ``float16`` or ``float32``.
+        device: as torch names it.
+        backend: of the memory, see ``patch_model``.
+        quantize: ``4bit`` (NF4) or ``8bit``, by bitsandbytes; None = the weights as they are.
+        attention: ``sdpa``, ``eager`` or ``flash_attention_2``; None = transformers' choice.
+        quiet: no progress bars.
+
+    Raises:
+        ValueError, OSError: no such model, adapter or device, or a tokenizer that cannot chat; the message names it.
+        ImportError: a package is missing, which the message names.
+    """
+    from ..patch import patch_model  # transformers takes a while, and is not needed to parse arguments
+
+    device = _usable(device)
+    resolve_backend(backend, device.type)
+    name = _found(name)
+    if quantize is not None:
+        require(_QUANTIZERS, "--quantize")
+    if attention == "flash_attention_2":
+        require(("flash_attn",), "--attention flash_attention_2")
+    read_adapter(adapter)
+    with _bars(hidden=quiet or not sys.stderr.isatty()):
+        with _told(f"MODEL: {name}: its tokenizer"):
+            tokenizer = _tokenizer(name)
+        with _told(f"MODEL: {name}"):
+            model = _weights(name, dtype, device, quantize, attention)
+    return patch_model(model.eval().requires_grad_(False), adapter, backend=backend), tokenizer
+
+
+def require(packages: tuple[str, ...], what: str) -> None:
+    """Raise ImportError, naming the first of ``packages`` that cannot be imported."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"{what}: needs the package {package}, which cannot be imported here ({error}); pip install {package}"
+            ) from error
+
+
+def _found(name: str) -> str:
+    """A directory with a model in it, or what may be a hub id."""
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"MODEL: {name}: no model there (no config.json)")
+        return str(directory)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"MODEL: {name}: no such directory")
+    return name
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: got {str(device)!r}, which torch cannot use here ({shortened(error, _LONG)})"
+        ) from error
+    return target
+
+
+def _tokenizer(name: str):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if not tokenizer.is_fast:
+        raise ValueError("a slow one, allowed one with a tokenizer.json")
+    if not tokenizer.chat_template:
+        raise ValueError("has no chat template, allowed that of a chat (instruct) model")
+    return tokenizer
+
+
+def _weights(name: str, dtype: str, device: torch.device, quantize: str | None, attention: str | None) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if quantize is None:
+        return AutoModelForCausalLM.from_pretrained(name, **options).to(device)
+    computes = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else options["dtype"]
+    # Quantised weights are made on their device; such a model cannot be moved.
+    options |= {"quantization_config": _quantization(quantize, computes), "device_map": {"": device}}
+    return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+def _quantization(quantize: str, computes: torch.dtype | None):
+    from transformers import BitsAndBytesConfig
+
+    # It warns at every product that 8-bit ones are computed in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
+
+
+@contextlib.contextmanager
+def _told(argument: str) -> Iterator[None]:
+    """What loading raises, in one line that names the argument: its texts have paragraphs."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{argument}: {shortened(error, _LONG)}") from error
+    except OSError as error:
+        raise OSError(f"{argument}: {shortened(error, _LONG)}") from error
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{argument}: {shortened(error, _LONG)}") from error
+
+
+@contextlib.contextmanager
+def _bars(*, hidden: bool) -> Iterator[None]:
+    from transformers.utils import logging as library
+
+    if not hidden or not library.is_progress_bar_enabled():
+        yield
+        return
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.enable_progress_bar()

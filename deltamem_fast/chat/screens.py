@@ -1,0 +1,112 @@
+"""Where a chat is shown: plain text for pipes and files. The terminal's screen (``terminal``) has the same methods."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from ..inspection.heatmap import style_of
+from ..inspection.table import table
+from .wrapping import harmless
+
+PIPE_COLUMNS = 110
+
+
+class Answer(Protocol):
+    """An answer as it comes."""
+
+    def piece(self, text: str) -> None:
+        """More of the answer."""
+
+    def thinking(self, text: str) -> None:
+        """More of the thinking before it."""
+
+
+class Screen(Protocol):
+    """What a chat shows.
+
+    Attributes:
+        columns: how wide it is.
+        style: of heat maps, see ``inspection.heatmap.STYLES``.
+    """
+
+    columns: int
+    style: str
+
+    def answering(self) -> contextlib.AbstractContextManager[Answer]:
+        """An answer comes, and is over at the end of the context."""
+
+    def say(self, text: str) -> None:
+        """What a command has done or found."""
+
+    def said(self, role: str, text: str) -> None:
+        """A message of earlier."""
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
+        """Rows of cells; the columns numbered in ``left`` hold text, the others figures."""
+
+    def picture(self, lines: Sequence[str]) -> None:
+        """Lines that may hold escape sequences."""
+
+    def hint(self, text: str) -> None:
+        """A remark beside the conversation."""
+
+    def error(self, text: str) -> None:
+        """What went wrong, in one line."""
+
+
+class PlainScreen:
+    """Answers, and what commands find, on stdout; hints and errors on stderr; thinking nowhere."""
+
+    def __init__(self) -> None:
+        self.columns = shutil.get_terminal_size((PIPE_COLUMNS, 24)).columns
+        self.style = "unicode" if style_of(sys.stdout) != "ascii" else "ascii"
+        # A pipe gets what the model said, to the letter; a terminal would act upon its control characters.
+        self._shown = harmless if sys.stdout.isatty() else str
+        self._begun = False
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[PlainScreen]:
+        """The answer's pieces, then the end of the line: after an error, too, if something stands there."""
+        self._begun = False
+        try:
+            yield self
+        except Exception:
+            if self._begun:
+                self._print("")
+            raise
+        self._print("")
+
+    def piece(self, text: str) -> None:
+        self._begun = True
+        self._print(text, end="")
+
+    def thinking(self, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        self._print(text)
+
+    def said(self, role: str, text: str) -> None:
+        self._print(f"{role}: {text}")
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
+        self._print(table(headings, rows, left))
+
+    def picture(self, lines: Sequence[str]) -> None:
+        self._print("\n".join(lines))
+
+    def hint(self, text: str) -> None:
+        self._tell(text)
+
+    def error(self, text: str) -> None:
+        self._tell(f"error: {text}")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        print(self._shown(text), end=end, flush=True)
+
+    def _tell(self, text: str) -> None:
+        print(f"deltamem: {harmless(' '.join(text.split()))}", file=sys.stderr, flush=True)
