@@ -65,9 +65,15 @@ def bank_table(rows: Sequence[Row]) -> str:
     for row in rows:
         time = "" if row.p50 is None else f"{duration(row.p50)} ({duration(row.p20)} to {duration(row.p80)})"
         figures = ", ".join(_figure(name, value) for name, value in row.values.items())
-        parameters = ", ".join(f"{value:,} {name}" for name, value in row.parameters.items() if isinstance(value, int))
+        parameters = ", ".join(_parameter(name, value) for name, value in row.parameters.items())
         lines.append([f"{row.name}: {parameters}", time, figures])
     return markdown(lines)
+
+
+def _parameter(name: str, value) -> str:
+    if name == "durable":
+        return "synced to the disk" if value else "not synced"
+    return f"{value:,} {name}" if isinstance(value, int) else f"{name} {value}"
 
 
 def _figure(name: str, value: float) -> str:
