@@ -11,6 +11,8 @@ import pytest
 from deltamem_fast import __version__
 
 ROOT = Path(__file__).parent.parent
+# Builds write into the tree: one at a time.
+pytestmark = pytest.mark.xdist_group("packaging")
 
 USE = """
 import sys

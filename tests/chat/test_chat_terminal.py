@@ -68,8 +68,8 @@ def test_a_conversation_at_the_prompt(tmp_path):
     # The next chat recalls it; nothing is coloured, and what was typed before is offered again.
     with terminal(tmp_path, "--strategy", "tsw", NO_COLOR="1") as chat:
         chat.expect("memory on")
-        chat.type(UP, UP, ENTER)
-        chat.expect("/foo: no such command")
+        chat.type(UP, UP, ENTER)  # /quit, and /forget before it
+        chat.expect("the memory was empty")
         chat.type("The code", "\x1b[C", ENTER)
         chat.expect("42\n\n")
         chat.type("/memory", ENTER)
