@@ -24,7 +24,7 @@ from ..rows import Row, compare, counted, measured
 from ..tables import plain_table
 
 DIRECTORY = results.DIRECTORY / "sessions"
-SAID, ANSWERED, TURNS, WINDOW = 64, 64, 12, 4
+SAID, ANSWERED, TURNS, WINDOW = 64, 64, 8, 4
 TEXT = "The rain came all day."  # with its space six tokens of the recall tokenizer
 
 
