@@ -149,7 +149,9 @@ def have_turn(
     plan = plan_turn(renderer, now, said, limits)
     before, memory = now.memory.clone(), now.memory.clone()
     cache, written = _window(model, now, plan, memory)
-    if plan.header.ids:
+    # SSW reads the state from before the whole prompt: fed ahead, a question would be written over what it asks for.
+    ahead = bool(plan.header.ids) and plan.header.segments is None
+    if ahead:
         for block in plan.prompt:
             feed(model, cache, memory, block)
     end = Mark(cache)
@@ -165,7 +167,7 @@ def have_turn(
         reply["reasoning_content"] = stream.thinking
     messages = (*said, reply)
     answer = _answer(renderer, plan.kept, messages)
-    for block in (*(() if plan.header.ids else plan.prompt), answer):
+    for block in (*(() if ahead else plan.prompt), answer):
         feed(model, cache, memory, block)
     turn = Turn(messages, plan.prompt, answer, before)
     yield Now(
