@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/case.json"))
@@ -77,3 +77,17 @@ def loud_adapter(model, seed: int = 1, scale: float = 1.0):
                 noise = torch.randn(parameter.shape, generator=generator) * spread * scale
                 parameter.copy_(noise + 1.0 if "rmsnorm" in name else noise)
     return model
+
+
+class Says(LogitsProcessor):
+    """Makes ``generate`` choose these tokens, one after another, then the end."""
+
+    def __init__(self, tokenizer, text: str):
+        self.ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        self.said = 0
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, self.ids[min(self.said, len(self.ids) - 1)]] = 0.0
+        self.said += 1
+        return forced

@@ -5,12 +5,11 @@ python -m bench.recall COMMAND [--help]
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from .. import commands
 from . import curves, plots, readme, train
 
-# Each has a docstring whose first line is the help, add_arguments(parser), and run(options) -> exit status.
 COMMANDS = {
     "curves": curves,
     "plots": plots,
@@ -21,17 +20,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status: 2 if a file cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m bench.recall", description="Recall of the shipped weights.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, module in COMMANDS.items():
-        line = module.__doc__.splitlines()[0]
-        module.add_arguments(commands.add_parser(name, help=line, description=line))
-    options = parser.parse_args(arguments)
-    try:
-        return COMMANDS[options.command].run(options)
-    except (ValueError, OSError) as error:
-        print(f"bench.recall {options.command}: error: {error}", file=sys.stderr)
-        return 2
+    return commands.run("python -m bench.recall", "Recall of the shipped weights.", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

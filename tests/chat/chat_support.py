@@ -7,9 +7,9 @@ import functools
 from pathlib import Path
 
 import torch
-from support import loud_adapter, tiny_model
+from support import Says, loud_adapter, tiny_model
 from tokenizers_for_tests import thinking_tokenizer
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from deltamem_fast import MemorySession, patch_model, save_adapter, unpatch_model
 from deltamem_fast.chat.conversation import Chat
@@ -96,20 +96,6 @@ def state_bits(chat: Chat) -> tuple:
     """Memory and messages, to compare bit for bit."""
     memory = chat.session.memory
     return {layer: state.numpy().tobytes() for layer, state in memory.items()}, chat.session.messages
-
-
-class Says(LogitsProcessor):
-    """Makes ``generate`` choose the tokens of a text, then the end."""
-
-    def __init__(self, tokenizer, text: str):
-        self.ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        self.said = 0
-
-    def __call__(self, input_ids, scores):
-        forced = torch.full_like(scores, -float("inf"))
-        forced[:, self.ids[min(self.said, len(self.ids) - 1)]] = 0.0
-        self.said += 1
-        return forced
 
 
 def tiny_chat(screen, text: str) -> Chat:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 
-import torch
-from support import loud_adapter, tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList
+from support import Says, loud_adapter, tiny_model
+from transformers import LogitsProcessorList
 
 from deltamem_fast import DeltaMemConfig, MemorySession, patch_model
 from deltamem_fast.recall.weights import find_weights, load_backbone
@@ -33,20 +32,6 @@ def tiny_session(tokenizer, strategy: str = "tsw", family: str = "qwen3", **sett
     model = tiny_model(family, vocab_size=len(tokenizer), num_hidden_layers=2, **special)
     patch_model(model, CONFIGS[strategy], backend="reference")
     return MemorySession(loud_adapter(model), tokenizer, **settings)
-
-
-class Says(LogitsProcessor):
-    """Makes ``generate`` choose these tokens, one after another, then the end."""
-
-    def __init__(self, tokenizer, text: str):
-        self.ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        self.said = 0
-
-    def __call__(self, input_ids, scores):
-        forced = torch.full_like(scores, -float("inf"))
-        forced[:, self.ids[min(self.said, len(self.ids) - 1)]] = 0.0
-        self.said += 1
-        return forced
 
 
 def says(tokenizer, text: str) -> dict:
