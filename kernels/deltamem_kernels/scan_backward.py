@@ -30,9 +30,11 @@ import triton.language as tl
 
 from . import launch as _launch
 from .columns import (
+    across,
     columns,
     direction,
     direction_backward,
+    dot,
     gates,
     gates_backward,
     group_sum,
@@ -40,6 +42,7 @@ from .columns import (
     load_vector,
     load_write,
     locate,
+    state_pointers,
     written,
 )
 from .launch import (
@@ -128,7 +131,7 @@ def walk(
         z, c = direction(k, NORMALIZE)
         after = written(s, z, c, keep, erase, added)
         z, c = direction(q, NORMALIZE)
-        after += (d.to(tl.float32) * c)[None, :] * z
+        after = tl.fma(across(d.to(tl.float32) * c, R), z, after)
         s = tl.where((flag == 1)[None, :], after, s)
         q, k, v, b, lam, d, flag = q_next, k_next, v_next, b_next, lam_next, d_next, flag_next
         t += turn
@@ -190,7 +193,7 @@ def carry_both_kernel(
     maps_ptr, s_ptr, slots_ptr, d_state_ptr, edges_ptr, d_initial_ptr, chunk_first_ptr,
     chunks_per_sequence, stride_m_a, stride_m_j,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_d_n, stride_d_h, stride_d_i, stride_d_j,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """edges[chunk, h, 0, i, :] = s_i before the chunk, edges[chunk, h, 1, i, :] = g_i after it, and the gradient of
@@ -213,10 +216,16 @@ def carry_both_kernel(
         state_row = row
         if HAS_SLOTS:
             state_row = tl.load(slots_ptr + sequence).to(tl.int64)
-        p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i + o_j * stride_s_j
-        s = tl.load(p_s, mask=(o_j < RANK) & (o_none + state_row >= 0) & (o_none + back == 0), other=0.0)
-    p_g = d_state_ptr + row * stride_d_n + h.to(tl.int64) * stride_d_h + i * stride_d_i + o_j * stride_d_j
-    s += tl.load(p_g, mask=(o_j < RANK) & (o_none + back == 1), other=0.0).to(tl.float32)
+        p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i.to(tl.int64) * stride_s_i
+        s = tl.load(
+            p_s + o_j.to(tl.int64) * stride_s_j,
+            mask=(o_j < RANK) & (o_none + state_row >= 0) & (o_none + back == 0),
+            other=0.0,
+        )
+    p_g = d_state_ptr + row * stride_d_n + h.to(tl.int64) * stride_d_h + i.to(tl.int64) * stride_d_i
+    s += tl.load(p_g + o_j.to(tl.int64) * stride_d_j, mask=(o_j < RANK) & (o_none + back == 1), other=0.0).to(
+        tl.float32
+    )
 
     MAP: tl.constexpr = HEADS * RANK * RANK * (RANK + 2)
     EDGE: tl.constexpr = HEADS * 2 * RANK * RANK
@@ -243,7 +252,8 @@ def walk_kernel(
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_g_n, stride_g_h, stride_g_i, stride_g_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE_GRADIENT: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
     IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, SPACING: tl.constexpr,
 ):  # fmt: skip
     """bounds[block, h, 0, i, :] = s_i before the block of SPACING tokens, bounds[block, h, 1, i, :] = g_i after it;
@@ -264,16 +274,19 @@ def walk_kernel(
         o_edge = ((chunk.to(tl.int64) * HEADS + h) * 2 + back) * (RANK * RANK) + i * RANK
         s = tl.load(edges_ptr + o_edge[None, :] + o_j, mask=m_row & (count > 0)[None, :], other=0.0)
     else:
-        o_g = sequence.to(tl.int64) * stride_g_n + h.to(tl.int64) * stride_g_h + i * stride_g_i
-        m_g = m_row & (back == 1)[None, :]
-        s = tl.load(d_state_ptr + o_g[None, :] + o_j * stride_g_j, mask=m_g, other=0.0).to(tl.float32)
+        p_g = state_pointers(
+            d_state_ptr + sequence.to(tl.int64) * stride_g_n, h, i, stride_g_h, stride_g_i, stride_g_j,
+            RANK, R, DENSE_GRADIENT,
+        )  # fmt: skip
+        s = tl.load(p_g, mask=m_row & (back == 1)[None, :], other=0.0).to(tl.float32)
         if HAS_STATE:
             state_row = sequence.to(tl.int64)
             if HAS_SLOTS:
                 state_row = tl.load(slots_ptr + sequence, mask=m_column, other=-1).to(tl.int64)
-            o_s = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
-            m_s = m_row & (up & (state_row >= 0))[None, :]
-            s += tl.load(s_ptr + o_s[None, :] + o_j * stride_s_j, mask=m_s, other=0.0)
+            p_s = state_pointers(
+                s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+            )  # fmt: skip
+            s += tl.load(p_s, mask=m_row & (up & (state_row >= 0))[None, :], other=0.0)
 
     if IS_PACKED:
         block = tl.load(block_first_ptr + sequence, mask=m_column, other=0)
@@ -406,13 +419,13 @@ def token_kernel(
         if HAS_CHECKPOINTS:
             g += checkpoint_gradient(p_checkpoint, passed + first + n + 1, every, m & m_column, HEADS, RANK, R)
 
-        along = tl.sum(s * z_k, axis=0) * c_k
-        u = write * v - erase * along
-        d_u = tl.sum(g * z_k, axis=0) * c_k
+        along = dot(s, z_k) * c_k
+        u = tl.fma(-erase, along, write * v)
+        d_u = dot(g, z_k) * c_k
         d_along = -erase * d_u
-        d_keep = tl.sum(g * s, axis=0)
+        d_keep = dot(g, s)
         d_q = direction_backward(group_sum(s * d[None, :], R), z_q, c_q, NORMALIZE)
-        d_k = direction_backward(group_sum(g * u[None, :] + s * d_along[None, :], R), z_k, c_k, NORMALIZE)
+        d_k = direction_backward(group_sum(tl.fma(g, across(u, R), s * d_along[None, :]), R), z_k, c_k, NORMALIZE)
         d_beta, d_lambda = gates_backward(keep, write, d_keep, -along * d_u, v * d_u, MODE, HAS_LAMBDA)
         d_beta = tl.where(valid, d_beta, 0.0)
         d_lambda = tl.where(valid, d_lambda, 0.0)
@@ -434,7 +447,8 @@ def token_kernel(
         if HAS_LAMBDA:
             tl.store(p_out + o_lambda, d_lambda.to(kind), mask=m & m_gate)
         if n > 0:
-            before = keep[None, :] * g + (d_along * c_k)[None, :] * z_k + (d * c_q)[None, :] * z_q
+            before = tl.fma(across(d_along * c_k, R), z_k, keep[None, :] * g)
+            before = tl.fma(across(d * c_q, R), z_q, before)
             g = tl.where(valid[None, :], before, g)
 
     KINDS: tl.constexpr = 2 if HAS_LAMBDA else 1
@@ -600,6 +614,7 @@ def scan_backward(
             walk_kernel, triton.cdiv(chunks * heads * 2 * rank, cols), projections, num_warps=1,
             edges_ptr=edges, bounds_ptr=bounds, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=chunks * heads, COLUMNS=cols, IS_CHUNKED=bool(chunk), SPACING=block,
+            DENSE_GRADIENT=d_state[:1].is_contiguous(),
             **{f"stride_g_{name}": stride for name, stride in zip("nhij", d_state.stride())},
             **common, **place, **initial,
         )  # fmt: skip
