@@ -16,7 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 SIGN = tl.constexpr(-(2**31))  # the bit of a float32
 
 

@@ -51,6 +51,7 @@ from .rule import DeltaRule, ScanOutput, check_arguments
 
 SHORT = 128  # tokens up to which one launch beats three
 CHUNKED_RANK = 16  # a chunk's map has r³ numbers; above this rank they outweigh the tokens
+MAP_WARPS = 2  # of a map's program: r (r + 1) columns a head look at the same tokens, which then lie in L1
 LOOK_WIDTH = 40  # widest token that each thread of a scan checks for itself, registers permitting
 
 
@@ -476,9 +477,10 @@ def scan(
         start = _launch.empty((chunks, heads, rank, rank), **float32)
         maps = _launch.empty((chunks, heads, rank, rank + 1, rank), **float32)
         launch(
-            map_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), cols), projections, num_warps=1,
+            map_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), MAP_WARPS * cols), projections,
+            num_warps=MAP_WARPS,
             x_ptr=projections, bias_ptr=gate_bias, flags_ptr=flags, maps_ptr=maps,
-            total_groups=chunks * heads, COLUMNS=cols, IS_PACKED=packed,
+            total_groups=chunks * heads, COLUMNS=MAP_WARPS * cols, IS_PACKED=packed,
             **place, **strides, **rule_flags(rule, projections),
         )  # fmt: skip
         launch(
