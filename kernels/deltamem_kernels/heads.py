@@ -590,7 +590,8 @@ def decode_kernel(
 
 
 def _check(packed: torch.Tensor, steering: Steering, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
-    check_device("packed", packed)
+    check_device(packed)
+    check_reach("packed", packed, 1)
     half_or_single("packed", packed)
     named = {"cos": cos, "sin": sin, "q": steering.q, "k": steering.k, "v": steering.v, "o": steering.o}
     named |= {"q_norm": steering.q_norm, "k_norm": steering.k_norm, "scale_raw": steering.scale_raw}

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import launch as _launch
 from .columns import columns, direction, dot, load_flag, load_vector, owned, state_pointers
-from .launch import check_device, float32_only, half_or_single, launch, state_strides, tile, whole_keys
+from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, tile, whole_keys
 from .rule import DeltaRule, check_arguments
 from .scan import LOOK_WIDTH, find_flags
 
@@ -83,7 +83,8 @@ def read(
     """
     bias = projections.new_empty(rule.bias_width)
     check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
-    check_device("projections", projections)
+    check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
     batch, length, width = projections.shape

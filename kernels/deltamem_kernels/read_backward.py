@@ -14,7 +14,7 @@ import triton.language as tl
 
 from . import launch as _launch
 from .columns import across, columns, direction, direction_backward, group_sum, load_vector, owned, state_pointers
-from .launch import check_device, float32_only, half_or_single, launch, state_strides, whole_keys
+from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, whole_keys
 from .rule import DeltaRule, check_arguments
 from .scan import find_flags
 from .scan_backward import check_gradient, choose_spacing, scatter_rows, token_tile
@@ -103,7 +103,8 @@ def read_backward(
     """
     bias = projections.new_empty(rule.bias_width)
     check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
-    check_device("projections", projections)
+    check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
     batch, length, width = projections.shape

@@ -426,7 +426,8 @@ def scan(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    check_device("projections", projections)
+    check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
     check_reach("gate_bias", gate_bias, 1)

@@ -147,7 +147,7 @@ def steer(
         raise ValueError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(base.shape[-1:])}")
     if out is not None and out is not base:
         raise ValueError("out: allowed None or the tensor given as base")
-    check_device("base", base)
+    check_device(base)
     check_together("base", base, reads=reads, weight=weight, norm_weight=norm_weight)
     for name, tensor in (("base", base), ("reads", reads), ("weight", weight)):
         half_or_single(name, tensor)
@@ -189,7 +189,7 @@ def delta(
         )
     if norm_weight is not None and norm_weight.shape != weight.shape[:1]:
         raise ValueError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(weight.shape[:1])}")
-    check_device("reads", reads)
+    check_device(reads)
     check_together("reads", reads, weight=weight, norm_weight=norm_weight)
     out = _launch.empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype, device=reads.device)
     for name, tensor in (("reads", reads), ("weight", weight), ("dtype", out)):

@@ -168,7 +168,7 @@ def steer_backward(
             f"steer_backward: got grad {list(grad.shape)}, reads {list(reads.shape)}, weight {list(weight.shape)}, "
             "allowed [..., N], [..., H·r] and [N, H·r]"
         )
-    check_device("grad", grad)
+    check_device(grad)
     check_together("grad", grad, reads=reads, weight=weight, norm_weight=norm_weight)
     for name, tensor, axes in (("reads", reads, 1), ("weight", weight, 2), ("norm_weight", norm_weight, 1)):
         if tensor is not None:

@@ -111,7 +111,8 @@ def step(
         ValueError, TypeError: see ``check_arguments``; a float64 input; tensors that are not on a GPU.
     """
     check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
-    check_device("projections", projections)
+    check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
     check_reach("gate_bias", gate_bias, 1)
