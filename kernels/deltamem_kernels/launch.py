@@ -53,8 +53,9 @@ def compiler_sees(tensor: torch.Tensor) -> tuple[bool, bool]:
 def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arguments):
     """Launch ``kernel`` with a one-dimensional grid on the device of ``tensor`` → what ``launch_again`` takes, or None.
 
-    FP fusion is asked for by name: Triton 3.10 changes what happens without, and a result that depends on
-    the compiler's version is nobody's wish. One stage: the loops fetch the next token themselves.
+    No FP fusion: of a·b + c·d the compiler would fuse one product here and the other there, from one copy of a
+    function to the next, and what two kernels compute alike would differ in its last bits. The kernels say ``tl.fma``
+    where they mean it. One stage: the loops fetch the next token themselves.
     """
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
     if recorded is not None:
