@@ -863,7 +863,7 @@ class _Plan:
 
     def launch(self, *tensors: torch.Tensor | None) -> None:
         """Launch with the tensors in the order of TENSORS."""
-        known = tuple(None if tensor is None else compiler_sees(tensor) for tensor in tensors)
+        known = compiler_sees(tensors)
         compiled = self._compiled.get(known)
         if compiled is None:
             self._compiled[known] = launch(
