@@ -434,7 +434,20 @@ def token_kernel(
     first = tl.minimum(part * PART, count)
     own = tl.minimum(count - first, PART)
     passed = here * SPACING
-    if SPACING > PART:
+    if SPACING > PART and TOGETHER == 1:
+        s = walk(
+            s, m_column, m_column, p_x, p_flag, p_d, p_checkpoint, bounds_ptr, passed, first, h, i,
+            beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
+            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
+        )  # fmt: skip
+        rest = first + own
+        g = walk(
+            g, m_column & False, m_column, p_x + rest.to(tl.int64) * stride_x_t, p_flag + rest,
+            p_d + rest.to(tl.int64) * stride_d_t, p_checkpoint, bounds_ptr, passed + rest, count - rest, h, i,
+            beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
+            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
+        )  # fmt: skip
+    elif SPACING > PART:
         s, g = meet(
             s, g, p_x, p_flag, p_d, p_checkpoint, passed, first, first + own, count, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
@@ -544,9 +557,10 @@ def token_tile(rule: DeltaRule) -> tuple[int, int]:
     return cols, max(1, rows * cols // (max(8, rows // 4) * _launch.WARP))
 
 
-def parts_together(parts: int, warps: int) -> int:
-    """Parts of a block in one program of ``token_kernel``, up to 4 warps: the bounds that they share lie in L1."""
-    return math.gcd(parts, max(1, 4 // warps))
+def parts_together(rule: DeltaRule, parts: int) -> int:
+    """Parts of a block in one program of ``token_kernel``: the bounds that they share then lie in L1. Above r = 8 the
+    one loop that they need for both ways has too few registers."""
+    return math.gcd(parts, 4) if rule.rank <= 8 else 1
 
 
 def depth(rule: DeltaRule, length: int) -> int:
@@ -710,7 +724,7 @@ def scan_backward(
     cols, warps = token_tile(rule)
     padded = triton.cdiv(blocks, cols // rows) * (cols // rows)
     kinds = 2 if rule.has_lambda else 1
-    together = parts_together(block // part, warps)
+    together = parts_together(rule, block // part)
     d_bias = _launch.empty((heads, padded * rows // cols * (block // part) // together, kinds, rows), **float32)
     if d_bias.numel():
         launch(
