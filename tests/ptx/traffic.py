@@ -90,13 +90,13 @@ def _print(case, emulator, lines: int) -> None:
     )
     for record, f in zip(emulator.records, found, strict=True):
         print(
-            f"  {f.kernel:<22} {f.programs:>4} × {f.warps} warps {f.instructions:>8} instr (longest warp {f.longest:>6}) "
+            f"  {f.kernel:<22} {f.programs:>4} × {f.warps} warps {f.instructions:>8} instr (warp {f.longest:>6}) "
             f"| load {f.loads:>6}/{f.loaded:>6} = {f.loads / max(1, f.loaded):5.2f}"
             f" ({(f.loads - f.load_repeats) / max(1, f.loaded):5.2f} past L1)"
             f" | store {f.stores:>5}/{f.stored:>5} = {f.stores / max(1, f.stored):5.2f}"
             f" | asked ÷ there {f.ratio:5.2f} ({f.past_l1 / max(1, f.there):5.2f} past L1), used {f.used:4.2f}"
         )
-        source = {i.line: i for i in record.program.instrs}
+        source = record.program.by_line
         dearest = sorted(record.counts.lines.items(), key=lambda item: -item[1].sectors)[:lines]
         for number, line in dearest:
             n = line.executions

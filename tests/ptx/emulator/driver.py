@@ -5,23 +5,35 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from .errors import EmuError
 from .generator import Compiled
+from .global_memory import Buffer
 from .launch import Launch
-from .machine import Buffer
-from .parser import EmuError
 
 
 class Record:
-    """One launch that was emulated."""
+    """One launch that was emulated.
 
-    def __init__(self, launch, counts):
-        self.program, self.name, self.grid = launch.program, launch.program.name, launch.grid
-        self.counts, self.problems, self.strategy = counts, launch.problems, launch.strategy
-        self.arguments, self.constants = launch.kept, launch.constants
+    Attributes:
+        program, name, grid, shared: the kernel, its number of programs, bytes of shared memory of each.
+        counts, problems, strategy: what it cost, what was found (in a launch that is not strict), how warps took turns.
+        arguments, constants: by name, as the launcher gave them.
+    """
+
+    def __init__(self, launch: Launch, arguments: dict, constants: dict):
+        self.program, self.name, self.grid, self.shared = (
+            launch.program,
+            launch.program.name,
+            launch.grid,
+            launch.shared,
+        )
+        self.counts, self.problems, self.strategy = launch.counts, launch.problems, launch.strategy
+        self.arguments, self.constants = arguments, constants
 
 
 class Emulator:
@@ -31,170 +43,172 @@ class Emulator:
         seed: of the schedules; counts up with every launch, and can be set between two.
         races: whether to log accesses and search them for races (about twice the time).
         strict: whether a problem raises EmuError; else it is in the launch's record.
-        strategy: how warps take turns: fine, coarse, starve, blocks or warps; None draws one for each launch.
-        fusion: None = as the launchers ask, False (True) = compile all kernels without (with) FP fusion.
+        strategy: how warps take turns: one of ``launch.STRATEGIES``; None draws one for each launch.
+        fusion: None: as the launchers ask; False (True): compile all kernels without (with) FP fusion.
+
+    Attributes:
+        records: of the launches so far; to be cleared by whoever reads it.
+        names: how often each kernel was launched.
+        benign: races without effect, and how often.
+        edit: a function of a PTX text → the text to run instead, or None. It is asked when a kernel is first launched.
     """
 
     def __init__(self, seed=0, races=True, strict=True, strategy=None, fusion=None):
         self.seed, self.races, self.strict, self.strategy, self.fusion = seed, races, strict, strategy, fusion
-        self.texts, self.programs, self.records = {}, {}, []
-        self.names = Counter()
-        self.benign = Counter()
+        self.texts: dict[bytes, str] = {}
+        self.programs: dict[bytes, Compiled] = {}
+        self.records: list[Record] = []
+        self.names, self.benign = Counter(), Counter()
+        self.edit = None
 
-    # Triton asks for these
-    def install(self, arch=90):
+    def install(self, arch: int = 90) -> Emulator:
+        """Become Triton's only device, of compute capability ``arch`` (without its point)."""
         import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import compiler as compiler_module
+        from triton.compiler.compiler import CompiledKernel
 
-        emulator = self
-
-        class Utils:
-            def load_binary(self, name, binary, shared, device):
-                return ("module", binary), (name, bytes(binary), shared), 0, 0, 1024
-
-            def unload_module(self, module):
-                pass
-
-            def get_device_properties(self, device):
-                return {"max_shared_mem": 232448 if arch >= 90 else 166912, "multiprocessor_count": 132,
-                        "sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1, "warpSize": 32,
-                        "max_num_regs": 65536}  # fmt: skip
-
-        class Launcher:
-            def __init__(self, src, metadata):
-                self.src, self.metadata = src, metadata
-
-            def __call__(self, gx, gy, gz, stream, function, packed, metadata, enter, leave, *args):
-                assert gy == gz == 1
-                emulator.launch(self.src, self.metadata, function, gx, args)
-
-        class Driver:
-            utils, launcher_cls = Utils(), Launcher
-
-            def get_current_device(self):
-                return 0
-
-            def get_current_stream(self, device=0):
-                return 0
-
-            def set_current_device(self, device):
-                pass
-
-            def get_current_target(self):
-                return GPUTarget("cuda", arch, 32)
-
-            def get_active_torch_device(self):
-                return torch.device("cpu")
-
-        original = compiler_module.CompiledKernel.__init__
+        original = CompiledKernel.__init__
 
         def remember(this, *args, **kwargs):
             original(this, *args, **kwargs)
-            emulator.texts[bytes(this.kernel)] = this.asm["ptx"]
+            self.texts[bytes(this.kernel)] = this.asm["ptx"]
 
-        compiler_module.CompiledKernel.__init__ = remember
-        triton.runtime.driver.set_active(Driver())
+        CompiledKernel.__init__ = remember
+        triton.runtime.driver.set_active(_driver(self, arch))
         if self.fusion is not None:
-            self._fix_fusion(self.fusion)
+            _fix_fusion(self.fusion)
         return self
 
-    @staticmethod
-    def _fix_fusion(fusion):
-        """Compile every kernel with ``enable_fp_fusion=fusion``, whatever its launcher says."""
-        from triton.runtime.jit import JITFunction
-
-        run = JITFunction.run
-
-        def fixed(this, *args, **kwargs):
-            return run(this, *args, **{**kwargs, "enable_fp_fusion": fusion})
-
-        JITFunction.run = fixed
-
-    def program(self, binary):
+    def program(self, binary: bytes) -> Compiled:
+        """The kernel of a binary, parsed once."""
         if binary not in self.programs:
-            self.programs[binary] = Compiled(self.texts[binary])
+            text = self.texts[binary]
+            self.programs[binary] = Compiled(self.edit(text) if self.edit else text)
         return self.programs[binary]
 
-    def prepare(self, src, metadata, function, grid, args):
-        name, binary, shared = function
-        compiled = self.program(binary)
-        params, buffers, kept = [], {}, {}
-        signature = src.signature
-        constants = {}
-        for (pname, kind), value in zip(signature.items(), args, strict=True):
-            if kind == "constexpr":
-                constants[pname] = value
-                continue
-            kept[pname] = value
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()
-                if storage.nbytes():
-                    base = storage.data_ptr()
-                    if base not in buffers:
-                        buffers[base] = Buffer(base, storage.nbytes(), pname)
-                    else:
-                        buffers[base].name += "+" + pname
-                params.append(value.data_ptr())
-            elif kind == "fp32":
-                params.append(struct.unpack("<I", struct.pack("<f", value))[0])
-            else:
-                params.append(int(value) & ((1 << int(kind[1:])) - 1))
-        params += [0] * (len(compiled.program.params) - len(params))
-        self.check_specialization(src, args)
+    def launch(self, source, function, grid: int, values: tuple) -> None:
+        """Run a kernel. Registers a record, or raises EmuError for a problem in a strict emulator."""
+        arguments, constants = _arguments(source, values)
+        _check_specialization(source, values)
         self.seed += 1
-        launch = Launch(compiled, grid, params, list(buffers.values()), shared, self.seed, self.races,
-                        strategy=self.strategy)  # fmt: skip
-        launch.kept, launch.constants = kept, constants
-        return launch
-
-    def check_specialization(self, src, args):
-        """What the compiled kernel was told (constants, divisibility) must hold of these arguments."""
-        names = list(src.signature)
-        for key, attributes in (getattr(src, "attrs", {}) or {}).items():
-            value = args[key[0]]
-            for attribute in attributes:
-                if attribute[0] == "tt.divisibility":
-                    n = value.data_ptr() if isinstance(value, torch.Tensor) else value
-                    if n % attribute[1]:
-                        raise EmuError(f"{src.name}: {names[key[0]]} = {n} was said to be divisible by {attribute[1]}")
-        for key, constant in src.constants.items():
-            value = args[key[0]] if len(key) == 1 else None
-            if len(key) == 1 and not (value is constant or value == constant):
-                raise EmuError(f"{src.name}: {names[key[0]]} was said to be {constant}, is {value}")
-        for (name, kind), value in zip(src.signature.items(), args):
-            if kind == "i32" and not -(2**31) <= value < 2**31:
-                raise EmuError(f"{src.name}: {name} = {value} does not fit {kind}")
-
-    def launch(self, src, metadata, function, grid, args):
-        launch = self.prepare(src, metadata, function, grid, args)
-        before = [b.u8.copy() for b in launch.buffers] if self.races else None
-        counts = launch.run()
-        if launch.suspects and not launch.hard:
-            # Again, with rubbish instead of every value whose load races: where nothing changes, nobody uses them.
-            after = [b.u8.copy() for b in launch.buffers]
-            for b, data in zip(launch.buffers, before):
-                b.u8[:] = data
-            seed = self.seed
-            self.seed = launch.seed - 1
-            again = self.prepare(src, metadata, function, grid, args)
-            self.seed = seed
-            for line, agent, lane in launch.suspects:
-                again.corrupt.setdefault(line, {}).setdefault(agent, set()).add(lane)
-            again.races = False
-            again.run()
-            same = all(np.array_equal(b.u8, data) for b, data in zip(again.buffers, after))
-            for b, data in zip(again.buffers, after):
-                b.u8[:] = data
-            if same:
-                for (what, where), n in launch.problems.items():
-                    self.benign[(what, where.split(": ")[0], *re.findall(r"\(([\w.]+:\d+:\d+)\)", where))] += n
-                launch.problems.clear()
-        self.finish(launch, counts)
-
-    def finish(self, launch, counts):
-        record = Record(launch, counts)
-        self.records.append(record)
-        self.names[record.name] += 1
+        launch = self._prepare(source, function, grid, arguments)
+        before = [b.bytes.copy() for b in launch.buffers] if self.races else None
+        launch.run()
+        if launch.suspects and not launch.hard and self._without_effect(launch, before, source, function, arguments):
+            for (what, where), n in launch.problems.items():
+                self.benign[what, where.split(": ")[0], *re.findall(r"\(([\w.]+:\d+:\d+)\)", where)] += n
+            launch.problems.clear()
+        self.records.append(Record(launch, arguments, constants))
+        self.names[launch.program.name] += 1
         if launch.problems and self.strict:
-            raise EmuError("\n".join(f"{n} x {what}: {where}" for (what, where), n in launch.problems.items()))
+            raise EmuError("\n".join(f"{n} × {what}: {where}" for (what, where), n in launch.problems.items()))
+
+    def _prepare(self, source, function, grid, arguments) -> Launch:
+        _, binary, shared = function
+        compiled = self.program(binary)
+        params, buffers = [], {}
+        for name, value in arguments.items():
+            params.append(_parameter(source.signature[name], value))
+            if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes():
+                storage = value.untyped_storage()
+                base = storage.data_ptr()
+                if base in buffers:
+                    buffers[base].name += "+" + name
+                else:
+                    buffers[base] = Buffer(base, storage.nbytes(), name)
+        params += [0] * (len(compiled.program.params) - len(params))  # scratch memory that no kernel here has
+        return Launch(compiled, grid, params, list(buffers.values()), shared, self.seed, races=self.races,
+                      strategy=self.strategy)  # fmt: skip
+
+    def _without_effect(self, launch: Launch, before, source, function, arguments) -> bool:
+        """Whether the launch leaves the same memory with rubbish instead of every value whose load races."""
+        after = [b.bytes.copy() for b in launch.buffers]
+        for buffer, data in zip(launch.buffers, before):
+            buffer.bytes[:] = data
+        again = self._prepare(source, function, launch.grid, arguments)
+        again.races = False
+        for line, agent, lane in launch.suspects:
+            again.corrupt.setdefault(line, {}).setdefault(agent, set()).add(lane)
+        again.run()
+        same = all(np.array_equal(buffer.bytes, data) for buffer, data in zip(again.buffers, after))
+        for buffer, data in zip(again.buffers, after):
+            buffer.bytes[:] = data
+        return same
+
+
+def _arguments(source, values) -> tuple[dict, dict]:
+    """Arguments that the kernel gets as parameters, and those compiled into it, by name."""
+    arguments, constants = {}, {}
+    for (name, kind), value in zip(source.signature.items(), values, strict=True):
+        (constants if kind == "constexpr" else arguments)[name] = value
+    return arguments, constants
+
+
+def _parameter(kind: str, value) -> int:
+    """An argument as the bits of a parameter."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if kind == "fp32":
+        return struct.unpack("<I", struct.pack("<f", value))[0]
+    return int(value) & ((1 << int(kind[1:])) - 1)
+
+
+def _check_specialization(source, values) -> None:
+    """What the compiler was told of the arguments must hold of these: divisibility, constants, types."""
+    names = list(source.signature)
+    for key, attributes in (getattr(source, "attrs", None) or {}).items():
+        value = values[key[0]]
+        for attribute, by in attributes:
+            n = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if attribute == "tt.divisibility" and n % by:
+                raise EmuError(f"{source.name}: {names[key[0]]} = {n} was said to be divisible by {by}")
+            if attribute == "tt.pointer_range" and value.untyped_storage().nbytes() > 2 ** (by - 1):
+                raise EmuError(f"{source.name}: {names[key[0]]} was said to lie within {by} bits")
+    for key, constant in source.constants.items():
+        if len(key) == 1 and not (values[key[0]] is constant or values[key[0]] == constant):
+            raise EmuError(f"{source.name}: {names[key[0]]} was said to be {constant}, is {values[key[0]]}")
+    for (name, kind), value in zip(source.signature.items(), values):
+        if kind == "i32" and not -(2**31) <= value < 2**31:
+            raise EmuError(f"{source.name}: {name} = {value} does not fit {kind}")
+
+
+def _fix_fusion(fusion: bool) -> None:
+    """Compile every kernel with ``enable_fp_fusion=fusion``, whatever its launcher says."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def fixed(this, *args, **kwargs):
+        return run(this, *args, **{**kwargs, "enable_fp_fusion": fusion})
+
+    JITFunction.run = fixed
+
+
+def _driver(emulator: Emulator, arch: int):
+    """What Triton asks of a driver."""
+    from triton.backends.compiler import GPUTarget
+
+    properties = {
+        "max_shared_mem": 232448 if arch >= 90 else 166912, "multiprocessor_count": 132, "sm_clock_rate": 1,
+        "mem_clock_rate": 1, "mem_bus_width": 1, "warpSize": 32, "max_num_regs": 65536,
+    }  # fmt: skip
+    utils = SimpleNamespace(
+        # module, function, registers, spills, threads that a program may have
+        load_binary=lambda name, binary, shared, device: (name, (name, bytes(binary), shared), 0, 0, 1024),
+        unload_module=lambda module: None,
+        get_device_properties=lambda device: properties,
+    )
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            self.source = source
+
+        def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *values):
+            if y != 1 or z != 1:
+                raise EmuError(f"a grid of {x} × {y} × {z} programs, allowed one dimension")
+            emulator.launch(self.source, function, x, values)
+
+    return SimpleNamespace(
+        utils=utils, launcher_cls=Launcher, get_current_device=lambda: 0, get_current_stream=lambda device=0: 0,
+        set_current_device=lambda device: None, get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )  # fmt: skip

@@ -1,182 +1,100 @@
-"""PTX text → a kernel of instructions, cut into segments that a warp runs without looking up."""
+"""PTX text → a kernel: its parameters, registers and instructions."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+
+from .errors import EmuError
+from .segments import cut
 
 
-class EmuError(Exception):
-    pass
+class Instruction:
+    """One instruction.
 
+    Attributes:
+        op, parts: opcode with its modifiers, and split at the dots.
+        guard, negated: the predicate register in front of it, or None, and whether it is negated.
+        arguments: operands as text; ``{…}`` and ``[…]`` are one operand.
+        line: of the text, from 1.
+        text: all of it.
+        source: file, line and column that the last ``.loc`` named, or "".
+    """
 
-class Instr:
-    __slots__ = ("args", "guard", "line", "neg", "op", "parts", "source", "text")
+    __slots__ = ("arguments", "guard", "line", "negated", "op", "parts", "source", "text")
 
-    def __init__(self, op, guard, neg, args, line, text, source):
-        self.op, self.guard, self.neg, self.args, self.line, self.text = op, guard, neg, args, line, text
-        self.parts = op.split(".")
-        self.source = source
+    def __init__(self, text: str, line: int, source: str):
+        self.text, self.line, self.source = text, line, source
+        guarded = re.match(r"^@(!?)(%\w+)\s+(.*)$", text, re.S)
+        self.guard, self.negated = (guarded[2], guarded[1] == "!") if guarded else (None, False)
+        op, operands = re.match(r"^([\w.:]+)\s*(.*)$", guarded[3] if guarded else text, re.S).groups()
+        self.op, self.parts, self.arguments = op, op.split("."), split_operands(operands)
 
     def __repr__(self):
-        return f"line {self.line}: {self.text} ({self.source})"
+        return f"line {self.line}: {self.text}" + (f" ({self.source})" if self.source else "")
 
 
-def split_args(text):
-    found, depth, now = [], 0, ""
-    for c in text:
-        if c in "{[":
-            depth += 1
-        if c in "}]":
-            depth -= 1
-        if c == "," and depth == 0:
-            found.append(now.strip())
-            now = ""
-        else:
-            now += c
-    if now.strip():
-        found.append(now.strip())
-    return found
-
-
-class Segment:
-    __slots__ = (
-        "branch",
-        "executed",
-        "executed_masked",
-        "fn",
-        "index",
-        "instrs",
-        "kind",
-        "masked",
-        "mix",
-        "n",
-        "sync",
-        "target"
-    )  # fmt: skip
-
-
-SYNC = ("shfl", "vote", "redux", "bar", "barrier", "mma", "ldmatrix", "stmatrix", "wgmma", "match", "activemask")
-GLOBAL_STOP = ("ld.global", "st.global", "atom", "red.", "cp.async")
+def split_operands(text: str) -> list[str]:
+    """Operands as they stand between commas, but for those inside of braces and brackets."""
+    return [part.strip() for part in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", text) if part.strip()]
 
 
 class Program:
-    """A parsed kernel."""
+    """The kernel of a PTX text.
+
+    Attributes:
+        name, threads: of the kernel, of a program.
+        params: (name, type) of each parameter.
+        regs: by prefix as ``%r``: (type, how many).
+        instructions, segments: the code; see ``segments``.
+
+    Raises:
+        EmuError: a declaration that is not understood.
+    """
 
     def __init__(self, ptx: str):
         self.text = ptx
-        lines = ptx.splitlines()
-        self.name = None
-        self.params, self.regs = [], {}
-        self.threads = None
-        state, body, buffer = "head", [], ""
-        source = ""
-        for number, raw in enumerate(lines, 1):
-            line = raw.split("//")[0].strip() if not raw.lstrip().startswith(".loc") else raw.strip()
-            if not line:
+        self.name, self.threads = "", 0
+        self.params: list[tuple[str, str]] = []
+        self.regs: dict[str, tuple[str, int]] = {}
+        self.instructions: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        lines = enumerate(ptx.splitlines(), 1)
+        self._head(lines)
+        self._body(lines)
+        self.by_line = {i.line: i for i in self.instructions}
+        self.segments = cut(self.instructions, self.labels)
+
+    def _head(self, lines) -> None:
+        for _, raw in lines:
+            line = raw.split("//")[0].strip()
+            if found := re.search(r"\.entry\s+(\w+)\s*\(", line):
+                self.name = found[1]
+            elif found := re.match(r"\.param\s+\.(\w+)\s.*?(\w+_param_\d+)", line):
+                self.params.append((found[2], found[1]))
+            elif found := re.match(r"\.(?:reqntid|maxntid)\s+(\d+)", line):
+                self.threads = int(found[1])
+            if self.name and line == "{":
+                return
+        raise EmuError("no .entry with a body")
+
+    def _body(self, lines) -> None:
+        source, unfinished = "", ""
+        for number, raw in lines:
+            if raw.lstrip().startswith(".loc"):
+                found = re.search(r"//\s*(\S+)\s*$", raw)
+                source = found[1] if found else source
                 continue
-            if state == "head":
-                m = re.search(r"\.entry\s+(\w+)\(", line)
-                if m:
-                    self.name, state = m[1], "params"
-                continue
-            if state == "params":
-                m = re.match(r"\.param\s+\.(\w+)\s.*?(\w+_param_\d+)", line)
-                if m:
-                    self.params.append((m[2], m[1]))
-                m = re.match(r"\.(?:reqntid|maxntid)\s+(\d+)", line)
-                if m:
-                    self.threads = int(m[1])
-                if line == "{":
-                    state = "body"
-                continue
-            if state == "body":
-                if line == "}":
-                    break
-                if line.startswith(".loc"):
-                    m = re.search(r"//\s*(\S+)\s*$", raw)
-                    source = m[1] if m else source
-                    continue
-                if line.startswith(".reg"):
-                    m = re.match(r"\.reg\s+\.(\w+)\s+(%\w+?)<(\d+)>", line)
-                    if m:
-                        self.regs[m[2]] = (m[1], int(m[3]))
-                        continue
+            line = raw.split("//")[0].strip()
+            if line == "}":
+                return
+            if line.startswith(".reg"):
+                found = re.match(r"\.reg\s+\.(\w+)\s+(%\w+?)<(\d+)>", line)
+                if not found:
                     raise EmuError(f"line {number}: {line}")
-                if line.startswith("."):
-                    continue
-                m = re.match(r"^(\$?[\w$]+):$", line)
-                if m:
-                    body.append(("label", m[1], number))
-                    continue
-                buffer += " " + line
-                while ";" in buffer:
-                    one, buffer = buffer.split(";", 1)
-                    one = one.strip()
-                    if one:
-                        body.append(("instr", one, number, source))
-        self._instrs(body)
-
-    def _instrs(self, body):
-        labels, instrs = {}, []
-        for item in body:
-            if item[0] == "label":
-                labels[item[1]] = len(instrs)
-                continue
-            text, number, source = item[1], item[2], item[3]
-            guard, neg, rest = None, False, text
-            m = re.match(r"^@(!?)(%\w+)\s+(.*)$", text, re.S)
-            if m:
-                guard, neg, rest = m[2], m[1] == "!", m[3]
-            op, _, tail = rest.partition(" ")
-            if "\t" in op:
-                op, _, tail = rest.partition("\t")
-            m = re.match(r"^([\w.:]+)\s*(.*)$", rest, re.S)
-            op, tail = m[1], m[2]
-            instrs.append(Instr(op, guard, neg, split_args(tail), number, text, source))
-        self.instrs, self.labels = instrs, labels
-        targets = {labels[i.args[0]] for i in instrs if i.parts[0] == "bra"}
-        # Segments.
-        segments, start_of = [], {}
-        now, start = [], 0
-
-        def close(kind, target=None, branch=None):
-            nonlocal now, start
-            s = Segment()
-            s.index, s.instrs, s.kind, s.target, s.branch = len(segments), now, kind, target, branch
-            s.sync = bool(now) and now[0].parts[0] in SYNC
-            s.fn = s.masked = None
-            s.n = len(now)
-            s.mix = Counter(i.op for i in now)
-            s.executed = s.executed_masked = 0
-            segments.append(s)
-            start_of[start] = s.index
-            now = []
-
-        for n, ins in enumerate(instrs):
-            if n in targets and now:
-                close("fall")
-                start = n
-            head = ins.parts[0]
-            if head in SYNC and now:
-                close("fall")
-                start = n
-            now.append(ins)
-            if head == "bra":
-                close("cbra" if ins.guard else "bra", ins.args[0], ins)
-                start = n + 1
-            elif head in ("ret", "exit"):
-                close("cexit" if ins.guard else "exit", None, ins)
-                start = n + 1
-            elif head in ("bar", "barrier") and ins.parts[1] != "warp":
-                close("barrier")
-                start = n + 1
-            elif head in SYNC or ins.op.startswith(GLOBAL_STOP):
-                close("fall")
-                start = n + 1
-        if now:
-            close("exit")
-        self.segments = segments
-        for s in segments:
-            if s.target is not None:
-                s.target = start_of[labels[s.target]]
+                self.regs[found[2]] = (found[1], int(found[3]))
+            elif found := re.match(r"^(\$?[\w$]+):$", line):
+                self.labels[found[1]] = len(self.instructions)
+            elif line and not line.startswith("."):
+                *whole, unfinished = (unfinished + " " + line).split(";")
+                self.instructions += [Instruction(text.strip(), number, source) for text in whole if text.strip()]
+        raise EmuError(f"{self.name}: the body does not end")
