@@ -121,6 +121,10 @@ class Launch(Races):
         return None
 
     def _next(self, runnable: list[Warp], held_back) -> int:
+        """Whose turn it is."""
+        if self.strategy == "blocks":
+            first = min(warp.block.index for warp in runnable)
+            return self.random.choice([n for n, warp in enumerate(runnable) if warp.block.index == first])
         i = self.random.randrange(len(runnable))
         if held_back and held_back(runnable[i]) and self.random.random() < 0.97:
             others = [n for n, warp in enumerate(runnable) if not held_back(warp)]
