@@ -13,14 +13,19 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+_prepared = False
 
 
 def prepare() -> None:
-    """Before Triton is imported: no interpreter, a cache of its own, the project's folders first on the path.
+    """Before Triton is imported: no interpreter, a cache of its own, the project's folders first on the path. Once.
 
     Raises:
         RuntimeError: Triton was imported with TRITON_INTERPRET=1; nothing would be compiled.
     """
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("Triton was imported with TRITON_INTERPRET=1; the emulator runs what Triton compiles")
     os.environ.pop("TRITON_INTERPRET", None)
