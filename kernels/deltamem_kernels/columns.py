@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIGN = tl.constexpr(-(2**31))  # the bit of a float32
+
 
 @triton.jit
 def tanh(x):
@@ -25,17 +27,72 @@ def tanh(x):
     nothing there.
     """
     size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
+    e = tl.exp2(size * -2.885390081777927)  # e^(-2 size)
     far = (1.0 - e) / (1.0 + e)
     z = size * size
-    near = size + size * z * (-0.333331439 + z * (0.1332587895 + z * (-0.05304549362 + z * 0.01724148997)))
-    y = tl.where(size < 0.5, near, far)
-    return tl.where(x < 0, -y, y)
+    near = tl.fma(z, tl.fma(z, tl.fma(z, 0.01724148997, -0.05304549362), 0.1332587895), -0.333331439)
+    near = tl.fma(size * z, near, size)
+    y = tl.where(size < 0.5, near, far).to(tl.int32, bitcast=True)
+    return (y | (x.to(tl.int32, bitcast=True) & SIGN)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def pairwise(x):
+    """Σ over axis 0 of [N, COLUMNS], N a power of two: neighbours are added, then neighbouring sums, and so on.
+
+    ``tl.sum`` adds in an order that the layout decides, and with it the compiler and the strides; one addition at a
+    time has one order whatever they decide.
+    """
+    for _ in tl.static_range(6):  # up to 64 numbers
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), axis=1)
+    return tl.reshape(x, [x.shape[1]])
+
+
+@triton.jit
+def across(x, R: tl.constexpr):
+    """One number per column → the same on R rows: ``tl.fma`` does not broadcast."""
+    return tl.broadcast_to(x[None, :], [R, x.shape[0]])
+
+
+@triton.jit
+def quarters(x):
+    """[R, COLUMNS] → rows 0, 4, 8, ..., rows 1, 5, 9, ..., and so on: four tiles of a quarter of the rows."""
+    x = tl.permute(tl.reshape(x, [x.shape[0] // 4, 2, 2, x.shape[1]]), (0, 3, 1, 2))
+    even, odd = tl.split(x)
+    x_0, x_2 = tl.split(even)
+    x_1, x_3 = tl.split(odd)
+    return x_0, x_1, x_2, x_3
+
+
+@triton.jit
+def dot(a, b):
+    """Σ_j a b over axis 0 of two tiles [R, COLUMNS]: four keys at a time with fma, these sums ``pairwise``."""
+    if a.shape[0] >= 4:
+        a_0, a_1, a_2, a_3 = quarters(a)
+        b_0, b_1, b_2, b_3 = quarters(b)
+        total = tl.fma(a_3, b_3, tl.fma(a_2, b_2, tl.fma(a_1, b_1, a_0 * b_0)))
+    else:
+        total = a * b
+    return pairwise(total)
+
+
+@triton.jit
+def dot_rows(a, b):
+    """Σ_c a b of a tile [N, C] and a row [1, C] of numbers, float32 [N]; as ``dot``, along the other axis."""
+    return dot(tl.trans(a), tl.broadcast_to(tl.trans(b), [a.shape[1], a.shape[0]]))
+
+
+@triton.jit
+def zero_or_nan(x):
+    """[N, W], W of 4 or more → [N]: 0 where all numbers of a row are finite, else NaN. 0 · x is 0, or NaN."""
+    x_0, x_1, x_2, x_3 = quarters(tl.trans(x))
+    return tl.sum(tl.fma(x_3, 0.0, tl.fma(x_2, 0.0, tl.fma(x_1, 0.0, x_0 * 0.0))), axis=0)
 
 
 @triton.jit
@@ -45,7 +102,7 @@ def direction(raw, NORMALIZE: tl.constexpr):
     z = raw.to(tl.float32)
     if NORMALIZE:
         z = tanh(z)
-        c = tl.rsqrt(tl.maximum(tl.sum(z * z, axis=0), 1e-12))  # 1 / max(‖z‖, 1e-6)
+        c = tl.rsqrt(tl.maximum(dot(z, z), 1e-12))  # 1 / max(‖z‖, 1e-6)
     else:
         c = tl.full([raw.shape[1]], 1.0, tl.float32)
     return z, c
@@ -107,6 +164,26 @@ def locate(
 
 
 @triton.jit
+def state_pointers(
+    p_state, h, i, stride_s_h, stride_s_i, stride_s_j, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr
+):  # fmt: skip
+    """Where the rows i of the heads h of states lie, [R, COLUMNS]; p_state: the states' first numbers.
+
+    Rows that lie end to end have an alignment that the compiler knows: a thread loads 16 bytes at a time, and stores
+    go through shared memory, so that neighbouring threads write neighbouring pieces. Any other strides may be as
+    large as they like; see ``load_vector`` for the hint.
+    """
+    o_j = tl.arange(0, R)[:, None]
+    if DENSE_STATE:
+        p = (p_state + (h * RANK + i) * RANK)[None, :] + o_j
+    else:
+        p_row = p_state + h.to(tl.int64) * stride_s_h + i.to(tl.int64) * stride_s_i
+        p = p_row[None, :] + o_j.to(tl.int64) * stride_s_j
+        p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])
+    return p
+
+
+@triton.jit
 def load_vector(
     p_token, o_first, stride_x_w, m_token, RANK: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
@@ -136,15 +213,15 @@ def load_flag(
         flag = tl.load(p_flag, mask=m_token, other=0).to(tl.int32)
     else:
         # Each thread looks at the whole token, so that no thread waits for another. 0 · x is 0, or NaN.
-        nothing = tl.zeros(m_token.shape, tl.float32)
+        nothing = tl.zeros([8, m_token.shape[0]], tl.float32)
         for first in range(0, WIDTH, 8):
             o_w = first + tl.arange(0, 8)[:, None]
             p = p_token[None, :] + o_w * stride_x_w
             if not WHOLE:
                 p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])  # see load_vector
             x = tl.load(p, mask=(o_w < WIDTH) & m_token[None, :], other=0.0).to(tl.float32)
-            nothing += tl.sum(x * 0.0, axis=0)
-        flag = tl.where(nothing == 0.0, 1, 2)
+            nothing = tl.fma(x, 0.0, nothing)
+        flag = tl.where(pairwise(nothing) == 0.0, 1, 2)
         if HAS_MASK:
             m_token = m_token & (tl.load(p_mask, mask=m_token, other=0) != 0)
         flag = tl.where(m_token, flag, 0)
@@ -196,9 +273,9 @@ def load_bias(
 @triton.jit
 def written(s, z, c, keep, erase, added):
     """keep s − erase (s · k) k + added k, with k = c z."""
-    along = tl.sum(s * z, axis=0) * c
-    u = (added - erase * along) * c
-    return keep[None, :] * s + u[None, :] * z
+    along = dot(s, z) * c
+    u = tl.fma(-erase, along, added) * c
+    return tl.fma(across(u, s.shape[0]), z, keep[None, :] * s)
 
 
 @triton.jit
@@ -216,10 +293,10 @@ def group_sum(x, GROUP: tl.constexpr):
 def direction_backward(grad, z, c, NORMALIZE: tl.constexpr):
     """The gradient of unit(tanh(raw)) = c z, a tile as z → that of raw."""
     if NORMALIZE:
-        along = tl.sum(grad * z, axis=0) * c * c
+        along = dot(grad, z) * c * c
         # At the floor of the norm unit() is a plain division.
-        along = tl.where(tl.sum(z * z, axis=0) > 1e-12, along, 0.0)
-        grad = (grad - along[None, :] * z) * c[None, :] * (1.0 - z * z)
+        along = tl.where(dot(z, z) > 1e-12, along, 0.0)
+        grad = tl.fma(across(-along, z.shape[0]), z, grad) * c[None, :] * tl.fma(-z, z, 1.0)
     return grad
 
 

@@ -17,13 +17,25 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .columns import direction, gates, load_bias, load_vector, load_write, sigmoid, written
+from .columns import (
+    direction,
+    dot,
+    dot_rows,
+    gates,
+    load_bias,
+    load_vector,
+    load_write,
+    sigmoid,
+    state_pointers,
+    written,
+)
 from .launch import (
     check_device,
     float32_only,
     half_or_single,
     launch,
     launch_again,
+    matrix_precision,
     next_power_of_two,
     rule_flags,
     state_strides,
@@ -65,8 +77,8 @@ def factor(raw, scale, scale_max):
 
 @triton.jit
 def turned(lo, hi, cos_lo, sin_lo, cos_hi, sin_hi):
-    out_lo = lo * cos_lo.to(tl.float32) - hi * sin_lo.to(tl.float32)
-    out_hi = hi * cos_hi.to(tl.float32) + lo * sin_hi.to(tl.float32)
+    out_lo = tl.fma(lo, cos_lo.to(tl.float32), -hi * sin_lo.to(tl.float32))
+    out_hi = tl.fma(hi, cos_hi.to(tl.float32), lo * sin_hi.to(tl.float32))
     return out_lo, out_hi
 
 
@@ -135,11 +147,11 @@ def steer_group(
                 w_hi = tl.load(p_c + o_hi[None, :] * stride_w_n, mask=m_w, other=0.0).to(tl.float32)
                 d_lo = tl.dot(reads, w_lo, d_lo, input_precision=PRECISION)
                 d_hi = tl.dot(reads, w_hi, d_hi, input_precision=PRECISION)
-            lo += by * d_lo
-            hi += by * d_hi
+            lo = tl.fma(d_lo, tl.zeros_like(d_lo) + by, lo)
+            hi = tl.fma(d_hi, tl.zeros_like(d_hi) + by, hi)
             p_w += DIM * stride_w_n
         if HAS_NORM:
-            inverse = tl.rsqrt(tl.sum(lo * lo + hi * hi, axis=1) / DIM + eps)
+            inverse = tl.rsqrt(tl.sum(tl.fma(lo, lo, hi * hi), axis=1) / DIM + eps)
             lo = lo * inverse[:, None] * norm_lo[None, :]
             hi = hi * inverse[:, None] * norm_hi[None, :]
         if HAS_ROPE:
@@ -224,18 +236,21 @@ def token_flag(p_x, p_mask, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, HAS_MA
 
 
 @triton.jit
-def state_tile(memory, first, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr):
+def state_tile(
+    memory, first, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    DENSE_STATE: tl.constexpr,
+):  # fmt: skip
     """Places of the state's rows ``first`` to ``first`` + COLUMNS − 1, and which there are.
 
     memory: what a program needs of its row's memory, for every function here; see ``decode_kernel``.
     """
     _, _, _, _, p_state, stride_s_h, stride_s_i, stride_s_j, live = memory
     column = first + tl.arange(0, COLUMNS)
-    o_j = tl.arange(0, R)[:, None]
     m_live = (column < HEADS * RANK) & (column * 0 + live > 0)
-    o_state = (column // RANK).to(tl.int64) * stride_s_h + (column % RANK) * stride_s_i
-    p_s = tl.multiple_of(tl.max_contiguous(p_state + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
-    return p_s, m_live[None, :] & (o_j < RANK), m_live
+    p_s = state_pointers(
+        p_state + column * 0, column // RANK, column % RANK, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+    )  # fmt: skip
+    return p_s, m_live[None, :] & (tl.arange(0, R) < RANK)[:, None], m_live
 
 
 @triton.jit
@@ -243,7 +258,7 @@ def recall(
     memory, first, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr,
+    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr,
 ):  # fmt: skip
     """Columns ``first`` to ``first`` + COLUMNS − 1 → (their reads, their state after the token, the token's flag).
 
@@ -254,7 +269,7 @@ def recall(
     h = column // RANK
     i = column % RANK
     m_column = column < HEADS * RANK
-    p_s, m_tile, m_live = state_tile(memory, first, HEADS, RANK, R, COLUMNS)
+    p_s, m_tile, m_live = state_tile(memory, first, HEADS, RANK, R, COLUMNS, DENSE_STATE)
     s = tl.load(p_s, mask=m_tile, other=0.0)
     p_token = p_x + column * 0
     q = load_vector(p_token, h * RANK, 1, m_live, RANK, R, WHOLE)
@@ -265,7 +280,7 @@ def recall(
     flag = tl.where(live > 0, token_flag(p_x, p_mask, WIDTH, WIDTH_PAD, HAS_MASK), 0)
     valid = column * 0 + flag == 1
     z, c = direction(q, NORMALIZE)
-    read = tl.where(valid & m_live, tl.sum(s * z, axis=0) * c, 0.0)
+    read = tl.where(valid & m_live, dot(s, z) * c, 0.0)
     if not FROZEN:
         z, c = direction(k, NORMALIZE)
         keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
@@ -275,10 +290,11 @@ def recall(
 
 @triton.jit
 def remember(
-    memory, first, s, flag, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr
+    memory, first, s, flag, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    DENSE_STATE: tl.constexpr,
 ):  # fmt: skip
     """Store columns of the state, if the token counts."""
-    p_s, m_tile, _ = state_tile(memory, first, HEADS, RANK, R, COLUMNS)
+    p_s, m_tile, _ = state_tile(memory, first, HEADS, RANK, R, COLUMNS, DENSE_STATE)
     column = first + tl.arange(0, COLUMNS)
     tl.store(p_s, s, mask=m_tile & (column * 0 + flag == 1)[None, :])
 
@@ -314,7 +330,7 @@ def steer_unit(
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE: tl.constexpr,
+    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE: tl.constexpr,
     HAS_DELTA: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_RAW: tl.constexpr,
 ):  # fmt: skip
     """Heads ``first`` to ``first`` + UNIT − 1 of one kind and one token, all pairs in one row of numbers."""
@@ -346,26 +362,26 @@ def steer_unit(
     if LATE:
         known = recall(
             memory, 0, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-            MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN,
+            MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
         )  # fmt: skip
     lo, hi = x_lo.to(tl.float32), x_hi.to(tl.float32)
     if HAS_DELTA:
         reads = reads_block(known[0], p_scratch, 0, READ_WIDTH, CHUNK, IN_REGISTERS)
-        d_lo = tl.sum(w_lo.to(tl.float32) * reads[None, :], axis=1)
-        d_hi = tl.sum(w_hi.to(tl.float32) * reads[None, :], axis=1)
+        d_lo = dot_rows(w_lo.to(tl.float32), reads[None, :])
+        d_hi = dot_rows(w_hi.to(tl.float32), reads[None, :])
         for block in range(1, (READ_WIDTH + CHUNK - 1) // CHUNK):
             reads = reads_block(known[0], p_scratch, block, READ_WIDTH, CHUNK, IN_REGISTERS)
             w_lo = load_weights(p_w, o_w + o_lo, m, block, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
             w_hi = load_weights(p_w, o_w + o_hi, m, block, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
-            d_lo += tl.sum(w_lo.to(tl.float32) * reads[None, :], axis=1)
-            d_hi += tl.sum(w_hi.to(tl.float32) * reads[None, :], axis=1)
+            d_lo += dot_rows(w_lo.to(tl.float32), reads[None, :])
+            d_hi += dot_rows(w_hi.to(tl.float32), reads[None, :])
         by = scale
         if HAS_RAW:
             by = factor(raw, scale, scale_max)
-        lo += by * d_lo
-        hi += by * d_hi
+        lo = tl.fma(d_lo, tl.zeros_like(d_lo) + by, lo)
+        hi = tl.fma(d_hi, tl.zeros_like(d_hi) + by, hi)
     if HAS_NORM:
-        square = tl.sum(tl.reshape(lo * lo + hi * hi, [UNIT, PAIRS]), axis=1, keep_dims=True)
+        square = tl.sum(tl.reshape(tl.fma(lo, lo, hi * hi), [UNIT, PAIRS]), axis=1, keep_dims=True)
         inverse = tl.reshape(tl.broadcast_to(tl.rsqrt(square / DIM + eps), [UNIT, PAIRS]), [UNIT * PAIRS])
         lo = lo * inverse * norm_lo.to(tl.float32)
         hi = hi * inverse * norm_hi.to(tl.float32)
@@ -383,7 +399,7 @@ def output_unit(
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE: tl.constexpr,
+    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE: tl.constexpr,
     HAS_RAW: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of Δo = scale · c · W reads."""
@@ -399,13 +415,14 @@ def output_unit(
     if LATE:
         known = recall(
             memory, 0, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-            MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN,
+            MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
         )  # fmt: skip
-    delta = tl.sum(w.to(tl.float32) * reads_block(known[0], p_scratch, 0, READ_WIDTH, CHUNK, IN_REGISTERS), axis=1)
+    reads = reads_block(known[0], p_scratch, 0, READ_WIDTH, CHUNK, IN_REGISTERS)
+    delta = dot_rows(w.to(tl.float32), reads[None, :])
     for block in range(1, (READ_WIDTH + CHUNK - 1) // CHUNK):
         reads = reads_block(known[0], p_scratch, block, READ_WIDTH, CHUNK, IN_REGISTERS)
         w = load_weights(p_w, o, m, block, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
-        delta += tl.sum(w.to(tl.float32) * reads[None, :], axis=1)
+        delta += dot_rows(w.to(tl.float32), reads[None, :])
     if HAS_RAW:
         scale = factor(raw, scale, scale_max)
     tl.store(p_delta + first + o, (scale * delta).to(p_delta.dtype.element_ty), mask=m)
@@ -431,7 +448,7 @@ def decode_kernel(
     HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
     HAS_Q: tl.constexpr, HAS_K: tl.constexpr, HAS_V: tl.constexpr,
     HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HAS_RAW: tl.constexpr,
-    PARTS: tl.constexpr, FROZEN: tl.constexpr, DENSE: tl.constexpr,
+    PARTS: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """PARTS programs a row. Each computes the row's reads for itself, from the old state, and does its share of the
     units: UNIT heads, or BLOCK numbers of Δo.
@@ -491,13 +508,13 @@ def decode_kernel(
         for first in tl.range(0, READ_WIDTH, COLUMNS, disable_licm=True):
             known = recall(
                 memory, first, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-                MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN,
+                MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
             )  # fmt: skip
             if not IN_REGISTERS:
                 o_c = first + tl.arange(0, COLUMNS)
                 tl.store(p_scratch + o_c, known[0], mask=o_c < READ_WIDTH)
             if AT_ONCE:
-                remember(memory, first, known[1], known[2], HEADS, RANK, R, COLUMNS)
+                remember(memory, first, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
         if not IN_REGISTERS:
             tl.debug_barrier()
 
@@ -510,7 +527,7 @@ def decode_kernel(
                 p_x, q_ptr, q_norm_ptr, raw_ptr, p_cos, p_sin, unit * UNIT, Q, scale, scale_max, eps,
                 stride_q_n, stride_q_c, stride_q_norm, stride_cos_w, stride_sin_w, memory, known, p_scratch,
                 DIM, ROTARY, PAIRS, UNIT, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE,
+                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
                 HAS_Q, HAS_Q_NORM, ROTARY > 0, HAS_RAW,
             )  # fmt: skip
         elif K_UNITS > 0 and unit < Q_UNITS + K_UNITS:
@@ -519,7 +536,7 @@ def decode_kernel(
                 (unit - Q_UNITS) * UNIT, K, scale, scale_max, eps,
                 stride_k_n, stride_k_c, stride_k_norm, stride_cos_w, stride_sin_w, memory, known, p_scratch,
                 DIM, ROTARY, PAIRS, UNIT, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE,
+                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
                 HAS_K, HAS_K_NORM, ROTARY > 0, HAS_RAW,
             )  # fmt: skip
         elif V_UNITS > 0 and unit < Q_UNITS + K_UNITS + V_UNITS:
@@ -528,7 +545,7 @@ def decode_kernel(
                 (unit - Q_UNITS - K_UNITS) * UNIT, V, scale, scale_max, eps,
                 stride_v_n, stride_v_c, 0, 0, 0, memory, known, p_scratch,
                 DIM, 0, PAIRS, UNIT, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE,
+                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
                 HAS_V, False, False, HAS_RAW,
             )  # fmt: skip
         elif O_UNITS > 0:
@@ -537,7 +554,7 @@ def decode_kernel(
                 (unit - Q_UNITS - K_UNITS - V_UNITS) * BLOCK, n, scale, scale_max,
                 stride_o_n, stride_o_c, memory, known, p_scratch,
                 BLOCK, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE,
+                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
                 HAS_RAW,
             )  # fmt: skip
 
@@ -552,14 +569,14 @@ def decode_kernel(
             last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == PARTS - 1
         if last:
             if IN_REGISTERS and not AT_ONCE:
-                remember(memory, 0, known[1], known[2], HEADS, RANK, R, COLUMNS)
+                remember(memory, 0, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
             elif not AT_ONCE:
                 for first in tl.range(0, READ_WIDTH, COLUMNS, disable_licm=True):
                     known = recall(
                         memory, first, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-                        MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN,
+                        MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
                     )  # fmt: skip
-                    remember(memory, first, known[1], known[2], HEADS, RANK, R, COLUMNS)
+                    remember(memory, first, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
             if HAS_SKIPPED:
                 # No state is given to two rows, so nobody else touches this count.
                 p_skipped = skipped_ptr + state_row * stride_skipped
@@ -656,7 +673,7 @@ def steer_heads_(
     if tokens == 0 or sum(heads) == 0:
         return
     blocks = triton.cdiv(tokens, TOKENS)
-    turns = max(1, min(HEADS_IN_TURN, blocks * sum(heads) // 1024))
+    turns = min(HEADS_IN_TURN, max(2, blocks * sum(heads) // 1024))
     groups = [triton.cdiv(n, turns) for n in heads]
     arguments = _arguments(layout, steering, cos, sin)
     # 16 bytes of a 16-bit tile are a thread's.
@@ -667,8 +684,7 @@ def steer_heads_(
         stride_r_b=reads.stride(0), stride_r_t=reads.stride(1), stride_r_c=reads.stride(2),
         TOKENS=TOKENS, TURNS=turns, Q_GROUPS=groups[0], K_GROUPS=groups[1], V_GROUPS=groups[2],
         READ_WIDTH=reads.shape[-1], READ_BLOCK=READ_BLOCK,
-        # The matrix units' float32 of 11 bits, thrice, comes to 22; AMD's have the 24.
-        PRECISION="ieee" if _launch.WARP == 64 else "tf32x3",
+        PRECISION=matrix_precision(),
         **arguments,
     )  # fmt: skip
 

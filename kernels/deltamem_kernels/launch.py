@@ -39,7 +39,7 @@ def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arg
     FP fusion is asked for by name: Triton 3.10 changes what happens without, and a result that depends on
     the compiler's version is nobody's wish. One stage: the loops fetch the next token themselves.
     """
-    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
     if recorded is not None:
         recorded.append((kernel, arguments, options))
         return None
@@ -66,6 +66,11 @@ def _on_device_of(tensor: torch.Tensor):
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def matrix_precision() -> str:
+    """How the matrix units multiply float32: NVIDIA's take 11 bits, and three products come to 22; AMD's have 24."""
+    return "ieee" if WARP == 64 else "tf32x3"
 
 
 def float32_only(name: str, tensor: torch.Tensor | None) -> None:
@@ -115,5 +120,7 @@ def rule_flags(rule: DeltaRule, projections: torch.Tensor) -> dict:
 
 
 def state_strides(state: torch.Tensor | None) -> dict:
+    """Strides, and whether a sequence's states lie end to end; the rest of a state's place is its row's."""
     strides = state.stride() if state is not None else (0, 0, 0, 0)
-    return {f"stride_s_{name}": stride for name, stride in zip("nhij", strides)}
+    found = {f"stride_s_{name}": stride for name, stride in zip("nhij", strides)}
+    return found | {"DENSE_STATE": state is not None and state[:1].is_contiguous()}

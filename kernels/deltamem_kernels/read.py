@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .columns import columns, direction, load_flag, load_vector
+from .columns import columns, direction, dot, load_flag, load_vector, state_pointers
 from .launch import check_device, float32_only, half_or_single, launch, state_strides, tile, whole_keys
 from .rule import DeltaRule, check_arguments
 from .scan import LOOK_WIDTH, find_flags
@@ -24,7 +24,7 @@ def read_kernel(
     total_groups, length, stride_x_b, stride_x_t, stride_x_w, stride_mask_b, stride_mask_t,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WHOLE: tl.constexpr, NORMALIZE: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     group, i, m_column = columns(total_groups, RANK, COLUMNS)
@@ -45,15 +45,15 @@ def read_kernel(
     if HAS_SLOTS:
         state_row = tl.load(slots_ptr + row, mask=m_column, other=-1).to(tl.int64)
         live = m_column & (state_row >= 0)
-    o_j = tl.arange(0, R)[:, None]
-    o_state = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
-    m_tile = live[None, :] & (o_j < RANK)
-    p_s = tl.multiple_of(tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
+    p_s = state_pointers(
+        s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+    )  # fmt: skip
+    m_tile = live[None, :] & (tl.arange(0, R) < RANK)[:, None]
     s = tl.load(p_s, mask=m_tile, other=0.0)
     q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)
     flag = load_flag(p_x, p_flag, p_mask, stride_x_w, live, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)
     z, c = direction(q, NORMALIZE)
-    read = tl.where(flag == 1, tl.sum(s * z, axis=0) * c, 0.0)
+    read = tl.where(flag == 1, dot(s, z) * c, 0.0)
     tl.store(reads_ptr + group.to(tl.int64) * RANK + i, read, mask=m_column)
 
 

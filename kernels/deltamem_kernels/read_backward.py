@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .columns import columns, direction, direction_backward, group_sum, load_vector
+from .columns import across, columns, direction, direction_backward, group_sum, load_vector, state_pointers
 from .launch import check_device, float32_only, half_or_single, launch, state_strides, whole_keys
 from .rule import DeltaRule, check_arguments
 from .scan import find_flags
@@ -26,7 +26,7 @@ def read_backward_kernel(
     total_groups, length, blocks_per_row, stride_x_b, stride_x_t, stride_x_w, stride_d_b, stride_d_t, stride_d_c,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The q part of the projections' gradient, and d_state[row, block, h, i, :], the sum over the block's tokens."""
     group, i, m_column = columns(total_groups, R, COLUMNS)
@@ -42,8 +42,9 @@ def read_backward_kernel(
         state_row = tl.load(slots_ptr + row, mask=m_column, other=-1).to(tl.int64)
         live = m_column & (state_row >= 0)
     m_row = live[None, :] & (o_j < RANK)
-    o_state = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
-    p_s = tl.multiple_of(tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
+    p_s = state_pointers(
+        s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+    )  # fmt: skip
     s = tl.load(p_s, mask=m_row, other=0.0)
     p_x = x_ptr + b * stride_x_b + first.to(tl.int64) * stride_x_t
     p_d = d_reads_ptr + b * stride_d_b + first.to(tl.int64) * stride_d_t + (h * RANK + i).to(tl.int64) * stride_d_c
@@ -67,7 +68,7 @@ def read_backward_kernel(
         valid = (flag == 1) & live
         d = d.to(tl.float32)
         z, c = direction(q, NORMALIZE)
-        total += tl.where(valid[None, :], (d * c)[None, :] * z, 0.0)
+        total = tl.where(valid[None, :], tl.fma(across(d * c, R), z, total), total)
         d_q = direction_backward(group_sum(s * d[None, :], R), z, c, NORMALIZE)
         d_q = tl.where(valid, tl.sum(tl.where(mine, d_q, 0.0), axis=0), 0.0)
         tl.store(p_row, d_q.to(d_x_ptr.dtype.element_ty), mask=m)

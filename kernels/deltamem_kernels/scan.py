@@ -26,13 +26,16 @@ from . import launch as _launch
 from .columns import (
     columns,
     direction,
+    dot,
     gates,
     load_bias,
     load_flag,
     load_vector,
     load_write,
     locate,
+    state_pointers,
     written,
+    zero_or_nan,
 )
 from .launch import (
     check_device,
@@ -48,6 +51,7 @@ from .rule import DeltaRule, ScanOutput, check_arguments
 
 SHORT = 128  # tokens up to which one launch beats three
 CHUNKED_RANK = 16  # a chunk's map has r³ numbers; above this rank they outweigh the tokens
+MAP_WARPS = 2  # of a map's program: r (r + 1) columns a head look at the same tokens, which then lie in L1
 LOOK_WIDTH = 40  # widest token that each thread of a scan checks for itself, registers permitting
 
 
@@ -65,7 +69,7 @@ def flag_kernel(
     o_w = tl.arange(0, WIDTH_PAD)
     p_x = x_ptr + (b * stride_x_b + t * stride_x_t)[:, None] + o_w[None, :] * stride_x_w
     x = tl.load(p_x, mask=m_token[:, None] & (o_w < WIDTH)[None, :], other=0.0).to(tl.float32)
-    flag = tl.where(tl.sum(x * 0.0, axis=1) == 0.0, 1, 2)
+    flag = tl.where(zero_or_nan(x) == 0.0, 1, 2)
     if HAS_MASK:
         present = tl.load(mask_ptr + b * stride_mask_b + t * stride_mask_t, mask=m_token, other=0)
         flag = tl.where(present != 0, flag, 0)
@@ -161,11 +165,11 @@ def carry(
         n_2_next = tl.load(p_vector + step_map + n_up, mask=m_up & (o_none + c + 3 < count), other=0.0)
 
         tl.store(p_start + o_0, s, mask=o_0 < RANK)
-        turned = tl.sum(s * m_1 + n_1, axis=0, keep_dims=True)
+        turned = tl.sum(tl.fma(tl.broadcast_to(s, m_1.shape), m_1, n_1), axis=0, keep_dims=True)
         tl.store(p_start + step_start + o_1, turned, mask=(o_1 < RANK) & (o_1 * 0 + c + 1 < count))
         # A pair cut short ends with the identity, which changes no bit.
         m_2 = tl.where(o_none + c + 1 < count, m_2, identity)
-        s = tl.sum(turned * m_2 + n_2, axis=1, keep_dims=True)
+        s = tl.sum(tl.fma(tl.broadcast_to(turned, m_2.shape), m_2, n_2), axis=1, keep_dims=True)
         p_start += 2 * step_start
         m_1, n_1, m_2, n_2 = m_1_next, n_1_next, m_2_next, n_2_next
     return s
@@ -177,7 +181,7 @@ def carry(
 def carry_kernel(
     maps_ptr, s_ptr, slots_ptr, starts_ptr, final_ptr, chunk_first_ptr,
     chunks_per_sequence, stride_m_a, stride_m_j, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """starts[chunk, h, i, :] = s_i before the chunk; final[n, h, i, :] = s_i after the last one.
@@ -201,8 +205,8 @@ def carry_kernel(
         state_row = tl.load(slots_ptr + sequence).to(tl.int64)
     m_s = (o_0 < RANK) & (o_none + state_row >= 0)
     if HAS_STATE:
-        p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i + o_0 * stride_s_j
-        s = tl.load(p_s, mask=m_s, other=0.0)
+        p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i.to(tl.int64) * stride_s_i
+        s = tl.load(p_s + o_0.to(tl.int64) * stride_s_j, mask=m_s, other=0.0)
 
     MAP: tl.constexpr = HEADS * RANK * RANK * (RANK + 1)
     ROW: tl.constexpr = HEADS * RANK * RANK
@@ -222,7 +226,7 @@ def scan_kernel(
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_mask_b, stride_mask_t,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr,
@@ -249,9 +253,10 @@ def scan_kernel(
         state_row = chunk.to(tl.int64)
         m_state = live & (count > 0)
     if HAS_STATE:
-        o_state = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
-        m_tile = m_state[None, :] & (o_j < RANK)
-        s = tl.load(s_ptr + o_state[None, :] + o_j * stride_s_j, mask=m_tile, other=0.0)
+        p_s = state_pointers(
+            s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+        )  # fmt: skip
+        s = tl.load(p_s, mask=m_state[None, :] & (o_j < RANK), other=0.0)
     else:
         s = tl.zeros([R, COLUMNS], tl.float32)
 
@@ -298,7 +303,7 @@ def scan_kernel(
 
         valid = (flag == 1) & live
         z, c = direction(q, NORMALIZE)
-        read = tl.sum(s * z, axis=0) * c
+        read = dot(s, z) * c
         tl.store(p_read, tl.where(valid, read, 0.0), mask=t < count)
         z, c = direction(k, NORMALIZE)
         keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
@@ -472,9 +477,10 @@ def scan(
         start = _launch.empty((chunks, heads, rank, rank), **float32)
         maps = _launch.empty((chunks, heads, rank, rank + 1, rank), **float32)
         launch(
-            map_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), cols), projections, num_warps=1,
+            map_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), MAP_WARPS * cols), projections,
+            num_warps=MAP_WARPS,
             x_ptr=projections, bias_ptr=gate_bias, flags_ptr=flags, maps_ptr=maps,
-            total_groups=chunks * heads, COLUMNS=cols, IS_PACKED=packed,
+            total_groups=chunks * heads, COLUMNS=MAP_WARPS * cols, IS_PACKED=packed,
             **place, **strides, **rule_flags(rule, projections),
         )  # fmt: skip
         launch(

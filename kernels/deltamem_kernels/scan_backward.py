@@ -24,15 +24,19 @@ that is threads; sums over tokens (of the gates' biases) are made in two passes:
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch as _launch
 from .columns import (
+    across,
     columns,
     direction,
     direction_backward,
+    dot,
     gates,
     gates_backward,
     group_sum,
@@ -40,6 +44,7 @@ from .columns import (
     load_vector,
     load_write,
     locate,
+    state_pointers,
     written,
 )
 from .launch import (
@@ -53,7 +58,7 @@ from .launch import (
     tile,
 )
 from .rule import DeltaRule, check_arguments
-from .scan import CHUNKED_RANK, carry, choose_chunk, chunk_table, find_flags
+from .scan import CHUNKED_RANK, MAP_WARPS, carry, choose_chunk, chunk_table, find_flags
 
 
 @triton.jit
@@ -65,6 +70,21 @@ def checkpoint_gradient(
     o_checkpoint = (passed // every - 1).to(tl.int64) * (HEADS * RANK * RANK)
     m = (m_column & (passed % every == 0))[None, :] & (o_j < RANK)
     return tl.load((p_checkpoint + o_checkpoint)[None, :] + o_j, mask=m, other=0.0)
+
+
+@triton.jit
+def through(
+    s, q, k, v, b, lam, d, flag, up, beta_bias, lambda_bias, R: tl.constexpr, MODE: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Take each column through one token, raw: up adds write v k, where d is 0; else what is added is d q."""
+    keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+    added = tl.where(up, write * v.to(tl.float32), 0.0)
+    z, c = direction(k, NORMALIZE)
+    after = written(s, z, c, keep, erase, added)
+    z, c = direction(q, NORMALIZE)
+    after = tl.fma(across(d.to(tl.float32) * c, R), z, after)
+    return tl.where((flag == 1)[None, :], after, s)
 
 
 @triton.jit
@@ -123,16 +143,67 @@ def walk(
             tl.store((p_bound + o_bound)[None, :] + o_j, s, mask=m_bound[None, :] & (o_j < RANK))
         if HAS_CHECKPOINTS:
             s += checkpoint_gradient(p_checkpoint, passed + t + 1, every, down & (n < count), HEADS, RANK, R)
-        keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-        added = tl.where(adds & up, write * v.to(tl.float32), 0.0)
-        z, c = direction(k, NORMALIZE)
-        after = written(s, z, c, keep, erase, added)
-        z, c = direction(q, NORMALIZE)
-        after += (d.to(tl.float32) * c)[None, :] * z
-        s = tl.where((flag == 1)[None, :], after, s)
+        s = through(
+            s, q, k, v, b, lam, d, flag, adds & up, beta_bias, lambda_bias, R, MODE, HAS_LAMBDA, NORMALIZE
+        )  # fmt: skip
         q, k, v, b, lam, d, flag = q_next, k_next, v_next, b_next, lam_next, d_next, flag_next
         t += turn
     return s
+
+
+@triton.jit
+def meet(
+    s, g, p_x, p_flag, p_d, p_checkpoint, passed, first, rest, count, h, i, beta_bias, lambda_bias, every,
+    stride_x_t, stride_x_w, stride_d_t,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
+):  # fmt: skip
+    """Take s up through tokens 0 to ``first`` − 1, then g down through ``count`` − 1 to ``rest`` → (s, g).
+
+    One loop for both: every part of a block has as far to walk, so the parts can be warps of one program.
+    """
+    o_q = h * RANK
+    o_k = (HEADS + h) * RANK
+    Q_WAITS: tl.constexpr = R <= 8 or not HAS_CHECKPOINTS  # see walk
+    total = first + count - rest
+    steps = tl.max(total, axis=0)
+    t = tl.where(first > 0, 0, count - 1)
+    m = total > 0
+    down = first <= 0
+    p_now = p_x + t.to(tl.int64) * stride_x_t
+    q = load_vector(p_now, o_q, stride_x_w, m & down, RANK, R, WHOLE)
+    k = load_vector(p_now, o_k, stride_x_w, m, RANK, R, WHOLE)
+    v, b, lam = load_write(p_now, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    d = tl.load(p_d + t.to(tl.int64) * stride_d_t, mask=m & down, other=0.0)
+    flag = tl.load(p_flag + t, mask=m, other=0)
+    for n in range(steps):
+        if not Q_WAITS:
+            q = load_vector(p_now, o_q, stride_x_w, (n < total) & down, RANK, R, WHOLE)
+        # The next token is on its way while this one is computed.
+        m_next = n + 1 < total
+        down_next = n + 1 >= first
+        t_next = tl.where(down_next, count - 1 - (n + 1 - first), n + 1)
+        p_now = p_x + t_next.to(tl.int64) * stride_x_t
+        q_next = q
+        if Q_WAITS:
+            q_next = load_vector(p_now, o_q, stride_x_w, m_next & down_next, RANK, R, WHOLE)
+        k_next = load_vector(p_now, o_k, stride_x_w, m_next, RANK, R, WHOLE)
+        v_next, b_next, lam_next = load_write(p_now, h, i, stride_x_w, m_next, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+        d_next = tl.load(p_d + t_next.to(tl.int64) * stride_d_t, mask=m_next & down_next, other=0.0)
+        flag_next = tl.load(p_flag + t_next, mask=m_next, other=0)
+
+        turns = (n == first)[None, :]
+        s, g = tl.where(turns, g, s), tl.where(turns, s, g)
+        if HAS_CHECKPOINTS:
+            s += checkpoint_gradient(p_checkpoint, passed + t + 1, every, down & (n < total), HEADS, RANK, R)
+        s = through(
+            s, q, k, v, b, lam, d, flag, down == 0, beta_bias, lambda_bias, R, MODE, HAS_LAMBDA, NORMALIZE
+        )  # fmt: skip
+        q, k, v, b, lam, d, flag = q_next, k_next, v_next, b_next, lam_next, d_next, flag_next
+        t, down = t_next, down_next
+    # The column that walks is s, which at its turn changes places with g.
+    turned = (first < steps)[None, :]
+    return tl.where(turned, g, s), tl.where(turned, s, g)
 
 
 @triton.jit
@@ -190,7 +261,7 @@ def carry_both_kernel(
     maps_ptr, s_ptr, slots_ptr, d_state_ptr, edges_ptr, d_initial_ptr, chunk_first_ptr,
     chunks_per_sequence, stride_m_a, stride_m_j,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_d_n, stride_d_h, stride_d_i, stride_d_j,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """edges[chunk, h, 0, i, :] = s_i before the chunk, edges[chunk, h, 1, i, :] = g_i after it, and the gradient of
@@ -213,10 +284,16 @@ def carry_both_kernel(
         state_row = row
         if HAS_SLOTS:
             state_row = tl.load(slots_ptr + sequence).to(tl.int64)
-        p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i + o_j * stride_s_j
-        s = tl.load(p_s, mask=(o_j < RANK) & (o_none + state_row >= 0) & (o_none + back == 0), other=0.0)
-    p_g = d_state_ptr + row * stride_d_n + h.to(tl.int64) * stride_d_h + i * stride_d_i + o_j * stride_d_j
-    s += tl.load(p_g, mask=(o_j < RANK) & (o_none + back == 1), other=0.0).to(tl.float32)
+        p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i.to(tl.int64) * stride_s_i
+        s = tl.load(
+            p_s + o_j.to(tl.int64) * stride_s_j,
+            mask=(o_j < RANK) & (o_none + state_row >= 0) & (o_none + back == 0),
+            other=0.0,
+        )
+    p_g = d_state_ptr + row * stride_d_n + h.to(tl.int64) * stride_d_h + i.to(tl.int64) * stride_d_i
+    s += tl.load(p_g + o_j.to(tl.int64) * stride_d_j, mask=(o_j < RANK) & (o_none + back == 1), other=0.0).to(
+        tl.float32
+    )
 
     MAP: tl.constexpr = HEADS * RANK * RANK * (RANK + 2)
     EDGE: tl.constexpr = HEADS * 2 * RANK * RANK
@@ -243,7 +320,8 @@ def walk_kernel(
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_g_n, stride_g_h, stride_g_i, stride_g_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WHOLE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE_GRADIENT: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
     IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, SPACING: tl.constexpr,
 ):  # fmt: skip
     """bounds[block, h, 0, i, :] = s_i before the block of SPACING tokens, bounds[block, h, 1, i, :] = g_i after it;
@@ -264,16 +342,19 @@ def walk_kernel(
         o_edge = ((chunk.to(tl.int64) * HEADS + h) * 2 + back) * (RANK * RANK) + i * RANK
         s = tl.load(edges_ptr + o_edge[None, :] + o_j, mask=m_row & (count > 0)[None, :], other=0.0)
     else:
-        o_g = sequence.to(tl.int64) * stride_g_n + h.to(tl.int64) * stride_g_h + i * stride_g_i
-        m_g = m_row & (back == 1)[None, :]
-        s = tl.load(d_state_ptr + o_g[None, :] + o_j * stride_g_j, mask=m_g, other=0.0).to(tl.float32)
+        p_g = state_pointers(
+            d_state_ptr + sequence.to(tl.int64) * stride_g_n, h, i, stride_g_h, stride_g_i, stride_g_j,
+            RANK, R, DENSE_GRADIENT,
+        )  # fmt: skip
+        s = tl.load(p_g, mask=m_row & (back == 1)[None, :], other=0.0).to(tl.float32)
         if HAS_STATE:
             state_row = sequence.to(tl.int64)
             if HAS_SLOTS:
                 state_row = tl.load(slots_ptr + sequence, mask=m_column, other=-1).to(tl.int64)
-            o_s = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
-            m_s = m_row & (up & (state_row >= 0))[None, :]
-            s += tl.load(s_ptr + o_s[None, :] + o_j * stride_s_j, mask=m_s, other=0.0)
+            p_s = state_pointers(
+                s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+            )  # fmt: skip
+            s += tl.load(p_s, mask=m_row & (up & (state_row >= 0))[None, :], other=0.0)
 
     if IS_PACKED:
         block = tl.load(block_first_ptr + sequence, mask=m_column, other=0)
@@ -309,17 +390,22 @@ def token_kernel(
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
     WHOLE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr,
-    WIDTH: tl.constexpr, SPACING: tl.constexpr, PART: tl.constexpr,
+    WIDTH: tl.constexpr, SPACING: tl.constexpr, PART: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Rows of the projections' gradient, and d_bias[program, :, :], the sums of the gates' over the program's tokens.
 
     A head is R columns here, a power of two, so that its rows are neighbours within a warp. A program is one head and
-    one part of several blocks, as many as ``padded_blocks`` is a multiple of: they have as far to walk.
+    TOGETHER parts of several blocks, as many as ``padded_blocks`` is a multiple of: all have as far to walk, and the
+    parts of a block start from the same bounds.
     """
+    BLOCKS: tl.constexpr = COLUMNS // R // TOGETHER
+    PARTS: tl.constexpr = SPACING // PART
     group, i, m_column = columns(total_groups, R, COLUMNS)
-    part = group // (padded_blocks * HEADS)
-    h = group // padded_blocks % HEADS
-    block = group % padded_blocks
+    rest = group // BLOCKS
+    part = rest % PARTS
+    rest = rest // PARTS
+    block = rest % (padded_blocks // BLOCKS) * BLOCKS + group % BLOCKS
+    h = rest // (padded_blocks // BLOCKS)
     m_column = m_column & (i < RANK) & (block < blocks)
     sequence, here, row, begin, count = locate(
         block, m_column, length, SPACING, blocks_per_sequence,
@@ -346,17 +432,10 @@ def token_kernel(
     own = tl.minimum(count - first, PART)
     passed = here * SPACING
     if SPACING > PART:
-        s = walk(
-            s, m_column, m_column, p_x, p_flag, p_d, p_checkpoint, bounds_ptr, passed, first, h, i,
+        s, g = meet(
+            s, g, p_x, p_flag, p_d, p_checkpoint, passed, first, first + own, count, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
-            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
-        )  # fmt: skip
-        rest = first + own
-        g = walk(
-            g, m_column & False, m_column, p_x + rest.to(tl.int64) * stride_x_t, p_flag + rest,
-            p_d + rest.to(tl.int64) * stride_d_t, p_checkpoint, bounds_ptr, passed + rest, count - rest, h, i,
-            beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
-            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
+            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS,
         )  # fmt: skip
     p_x += first.to(tl.int64) * stride_x_t
     p_flag += first
@@ -406,13 +485,13 @@ def token_kernel(
         if HAS_CHECKPOINTS:
             g += checkpoint_gradient(p_checkpoint, passed + first + n + 1, every, m & m_column, HEADS, RANK, R)
 
-        along = tl.sum(s * z_k, axis=0) * c_k
-        u = write * v - erase * along
-        d_u = tl.sum(g * z_k, axis=0) * c_k
+        along = dot(s, z_k) * c_k
+        u = tl.fma(-erase, along, write * v)
+        d_u = dot(g, z_k) * c_k
         d_along = -erase * d_u
-        d_keep = tl.sum(g * s, axis=0)
+        d_keep = dot(g, s)
         d_q = direction_backward(group_sum(s * d[None, :], R), z_q, c_q, NORMALIZE)
-        d_k = direction_backward(group_sum(g * u[None, :] + s * d_along[None, :], R), z_k, c_k, NORMALIZE)
+        d_k = direction_backward(group_sum(tl.fma(g, across(u, R), s * d_along[None, :]), R), z_k, c_k, NORMALIZE)
         d_beta, d_lambda = gates_backward(keep, write, d_keep, -along * d_u, v * d_u, MODE, HAS_LAMBDA)
         d_beta = tl.where(valid, d_beta, 0.0)
         d_lambda = tl.where(valid, d_lambda, 0.0)
@@ -434,7 +513,8 @@ def token_kernel(
         if HAS_LAMBDA:
             tl.store(p_out + o_lambda, d_lambda.to(kind), mask=m & m_gate)
         if n > 0:
-            before = keep[None, :] * g + (d_along * c_k)[None, :] * z_k + (d * c_q)[None, :] * z_q
+            before = tl.fma(across(d_along * c_k, R), z_k, keep[None, :] * g)
+            before = tl.fma(across(d * c_q, R), z_q, before)
             g = tl.where(valid[None, :], before, g)
 
     KINDS: tl.constexpr = 2 if HAS_LAMBDA else 1
@@ -459,6 +539,11 @@ def token_tile(rule: DeltaRule) -> tuple[int, int]:
     rows = next_power_of_two(rule.rank)
     cols = max(rows, min(_launch.WARP, 8 * _launch.WARP // rows))
     return cols, max(1, rows * cols // (max(8, rows // 4) * _launch.WARP))
+
+
+def parts_together(parts: int, warps: int) -> int:
+    """Parts of a block in one program of ``token_kernel``, where the bounds that they share lie in L1: up to 4 warps."""
+    return math.gcd(parts, max(1, 4 // warps))
 
 
 def depth(rule: DeltaRule, length: int) -> int:
@@ -584,8 +669,9 @@ def scan_backward(
         edges = _launch.empty((chunks, heads, 2, rank, rank), **float32)
         maps = _launch.empty((chunks, heads, rank, rank + 2, rank), **float32)
         launch(
-            map_both_kernel, triton.cdiv(chunks * heads * rank * (rank + 2), cols), projections, num_warps=1,
-            maps_ptr=maps, total_groups=chunks * heads, COLUMNS=cols, **common, **place,
+            map_both_kernel, triton.cdiv(chunks * heads * rank * (rank + 2), MAP_WARPS * cols), projections,
+            num_warps=MAP_WARPS, maps_ptr=maps, total_groups=chunks * heads, COLUMNS=MAP_WARPS * cols,
+            **common, **place,
         )  # fmt: skip
         launch(
             carry_both_kernel, 2 * sequences * heads * rank, projections, num_warps=1,
@@ -600,6 +686,7 @@ def scan_backward(
             walk_kernel, triton.cdiv(chunks * heads * 2 * rank, cols), projections, num_warps=1,
             edges_ptr=edges, bounds_ptr=bounds, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=chunks * heads, COLUMNS=cols, IS_CHUNKED=bool(chunk), SPACING=block,
+            DENSE_GRADIENT=d_state[:1].is_contiguous(),
             **{f"stride_g_{name}": stride for name, stride in zip("nhij", d_state.stride())},
             **common, **place, **initial,
         )  # fmt: skip
@@ -609,16 +696,18 @@ def scan_backward(
     cols, warps = token_tile(rule)
     padded = triton.cdiv(blocks, cols // rows) * (cols // rows)
     kinds = 2 if rule.has_lambda else 1
-    d_bias = _launch.empty((block // part, heads, padded * rows // cols, kinds, rows), **float32)
+    together = parts_together(block // part, warps)
+    d_bias = _launch.empty((heads, padded * rows // cols * (block // part) // together, kinds, rows), **float32)
     if d_bias.numel():
         launch(
-            token_kernel, d_bias.numel() // (kinds * rows), projections, num_warps=warps,
+            token_kernel, d_bias.numel() // (kinds * rows), projections, num_warps=together * warps,
             slots_ptr=slots, bounds_ptr=bounds, d_x_ptr=d_x, d_bias_ptr=d_bias,
             block_sequence_ptr=block_sequence, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
-            total_groups=block // part * heads * padded, blocks=blocks, padded_blocks=padded, COLUMNS=cols,
+            total_groups=block // part * heads * padded, blocks=blocks, padded_blocks=padded,
+            COLUMNS=together * cols, TOGETHER=together,
             HAS_SLOTS=slots is not None, WIDTH=width, SPACING=block, PART=part, **common,
         )  # fmt: skip
     # One gate a row, or one a head, which every row of it has.
-    d_bias = d_bias.sum((0, 2)).transpose(0, 1)[..., : rank if rule.row_gates else 1]
+    d_bias = d_bias.sum(1).transpose(0, 1)[..., : rank if rule.row_gates else 1]
     d_bias = d_bias.reshape(rule.bias_width).to(gate_bias.dtype)
     return d_x, d_bias, None if state is None else scatter_rows(d_initial, state, slots)

@@ -15,26 +15,39 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .launch import check_device, half_or_single, launch, next_power_of_two
+from .columns import dot_rows
+from .launch import check_device, half_or_single, launch, matrix_precision, next_power_of_two
 
 
 @triton.jit
 def delta_tile(
     reads_ptr, weight_ptr, row, o_n, m_row, m_n, stride_r_b, stride_r_t, stride_r_c, stride_w_n, stride_w_c,
-    length, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr,
+    length, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, READ_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """scale · reads Wᵀ, a tile [ROWS, BLOCK] in float32, as a sum of outer products."""
+    """scale · reads Wᵀ, a tile [ROWS, BLOCK] in float32.
+
+    One row is a sum in each thread, of weights that it loads 16 bytes at a time. Several are a matrix product: as
+    outer products every thread would fetch the weights of its places one by one.
+    """
+    if DENSE:
+        stride_w_n = READ_WIDTH
+        stride_w_c = 1
     b = (row // length).to(tl.int64)
     t = (row % length).to(tl.int64)
-    p_r = reads_ptr + b * stride_r_b + t * stride_r_t
+    p_r = (reads_ptr + b * stride_r_b + t * stride_r_t)[:, None]
     p_w = weight_ptr + o_n.to(tl.int64) * stride_w_n
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for _ in range(READ_WIDTH):
-        r = tl.load(p_r, mask=m_row, other=0.0).to(tl.float32)
-        w = tl.load(p_w, mask=m_n, other=0.0).to(tl.float32)
-        total += r[:, None] * w[None, :]
-        p_r += stride_r_c
-        p_w += stride_w_c
+    for start in range(0, READ_WIDTH, READ_BLOCK):
+        o_c = start + tl.arange(0, READ_BLOCK)
+        m_c = o_c < READ_WIDTH
+        r = tl.load(p_r + o_c[None, :] * stride_r_c, mask=m_row[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+        if ROWS == 1:
+            w = tl.load(p_w[:, None] + o_c[None, :] * stride_w_c, mask=m_n[:, None] & m_c[None, :], other=0.0)
+            total += dot_rows(w.to(tl.float32), r)[None, :]
+        else:
+            w = tl.load(p_w[None, :] + o_c[:, None] * stride_w_c, mask=m_c[:, None] & m_n[None, :], other=0.0)
+            total = tl.dot(r, w.to(tl.float32), total, input_precision=PRECISION)
     return total * scale
 
 
@@ -44,7 +57,8 @@ def steer_kernel(
     total_rows, length, n, scale, eps,
     stride_b_b, stride_b_t, stride_b_n, stride_r_b, stride_r_t, stride_r_c, stride_w_n, stride_w_c, stride_norm,
     stride_o_b, stride_o_t, stride_o_n,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, READ_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, DENSE: tl.constexpr, HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     blocks = 1 if HAS_NORM else tl.cdiv(n, BLOCK)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
@@ -63,9 +77,9 @@ def steer_kernel(
             o_n = start + tl.arange(0, BLOCK)
             delta = delta_tile(
                 reads_ptr, weight_ptr, row, o_n, m_row, o_n < n, stride_r_b, stride_r_t, stride_r_c,
-                stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH,
+                stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH, READ_BLOCK, PRECISION, DENSE,
             )  # fmt: skip
-            square += delta * delta
+            square = tl.fma(delta, delta, square)
         inverse = tl.rsqrt(tl.sum(square, axis=1) / n + eps)
         end = n
     for start in range(first, end, BLOCK):
@@ -73,7 +87,7 @@ def steer_kernel(
         m_n = o_n < n
         delta = delta_tile(
             reads_ptr, weight_ptr, row, o_n, m_row, m_n, stride_r_b, stride_r_t, stride_r_c,
-            stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH,
+            stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH, READ_BLOCK, PRECISION, DENSE,
         )  # fmt: skip
         if HAS_NORM:
             weight = tl.load(norm_ptr + o_n * stride_norm, mask=m_n, other=0.0).to(tl.float32)
@@ -187,9 +201,9 @@ def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
     p_base, p_reads, p_out = None if base is None else batch_time(base), batch_time(reads), batch_time(out)
     strides = (0, 0, 0) if p_base is None else p_base.stride()
     total, n = p_out.shape[0] * p_out.shape[1], out.shape[-1]
-    # Few rows (decode): thin tiles, many programs. Many: the weights of a tile serve 16 rows; 8 with the norm,
-    # whose two loops want the more registers.
-    rows = min(16 if norm_weight is None else 8, next_power_of_two(total))
+    # One row (decode): a thin tile, many programs. More: the weights of a tile serve 16 rows, which fill a matrix
+    # instruction.
+    rows = 1 if total == 1 else 16
     block = min(1024 if rows == 1 else 128, next_power_of_two(n))
     if norm_weight is None and rows == 1:
         block = min(256, block)
@@ -203,6 +217,8 @@ def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
         stride_w_n=weight.stride(0), stride_w_c=weight.stride(1),
         stride_norm=norm_weight.stride(0) if norm_weight is not None else 0,
         stride_o_b=p_out.stride(0), stride_o_t=p_out.stride(1), stride_o_n=p_out.stride(2),
-        ROWS=rows, BLOCK=block, READ_WIDTH=reads.shape[-1], HAS_BASE=base is not None,
+        ROWS=rows, BLOCK=block, READ_WIDTH=reads.shape[-1],
+        READ_BLOCK=min(8, next_power_of_two(reads.shape[-1])) if rows == 1 else 16,
+        PRECISION=matrix_precision(), DENSE=weight.is_contiguous(), HAS_BASE=base is not None,
         HAS_NORM=norm_weight is not None,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .launch import check_device, half_or_single, interpreted, launch, next_power_of_two
+from .launch import check_device, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
 from .steer import batch_time
 
 SPLITS = 128  # sums over tokens that are added at last: a fixed number, so the same bits on every device
@@ -198,7 +198,7 @@ def steer_backward(
             stride_w_n=weight.stride(0), stride_w_c=weight.stride(1),
             stride_norm=norm_weight.stride(0) if norm_weight is not None else 0,
             ROWS=ROWS, BLOCK=block, READ_WIDTH=width, READ_BLOCK=read_block,
-            PRECISION="ieee" if _launch.WARP == 64 else "tf32x3", HAS_NORM=norm_weight is not None, STAGES=stages,
+            PRECISION=matrix_precision(), HAS_NORM=norm_weight is not None, STAGES=stages,
             INTERPRETED=interpreted(),
         )  # fmt: skip
     d_weight = d_weight.sum(0).mul_(scale).to(weight.dtype)

@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .columns import columns, direction, gates, load_bias, load_flag, load_vector, load_write, written
+from .columns import (
+    columns,
+    direction,
+    dot,
+    gates,
+    load_bias,
+    load_flag,
+    load_vector,
+    load_write,
+    state_pointers,
+    written,
+)
 from .launch import check_device, float32_only, half_or_single, launch, rule_flags, state_strides, tile
 from .rule import DeltaRule, check_arguments
 
@@ -24,7 +35,7 @@ def step_kernel(
     total_groups, stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_skipped,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
 ):  # fmt: skip
@@ -41,10 +52,10 @@ def step_kernel(
     if HAS_SLOTS:
         state_row = tl.load(slots_ptr + row, mask=m_column, other=-1).to(tl.int64)
         live = m_column & (state_row >= 0)
-    o_j = tl.arange(0, R)[:, None]
-    o_state = state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i * stride_s_i
-    p_s = tl.multiple_of(tl.max_contiguous(s_ptr + o_state[None, :] + o_j * stride_s_j, [1, 2]), [1, 1])
-    m_tile = live[None, :] & (o_j < RANK)
+    p_s = state_pointers(
+        s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+    )  # fmt: skip
+    m_tile = live[None, :] & (tl.arange(0, R) < RANK)[:, None]
     s = tl.load(p_s, mask=m_tile, other=0.0)
 
     q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)
@@ -55,7 +66,7 @@ def step_kernel(
     flag = tl.where(live, flag, 0)
 
     z, c = direction(q, NORMALIZE)
-    read = tl.where(flag == 1, tl.sum(s * z, axis=0) * c, 0.0)
+    read = tl.where(flag == 1, dot(s, z) * c, 0.0)
     tl.store(reads_ptr + group.to(tl.int64) * RANK + i, read, mask=m_column)
     z, c = direction(k, NORMALIZE)
     keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
