@@ -19,6 +19,8 @@ _prepared = False
 def prepare() -> None:
     """Before Triton is imported: no interpreter, a cache of its own, the project's folders first on the path. Once.
 
+    The cache is a folder for temporary files; DELTAMEM_EMULATED_CACHE names another one.
+
     Raises:
         RuntimeError: Triton was imported with TRITON_INTERPRET=1; nothing would be compiled.
     """
@@ -29,8 +31,9 @@ def prepare() -> None:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("Triton was imported with TRITON_INTERPRET=1; the emulator runs what Triton compiles")
     os.environ.pop("TRITON_INTERPRET", None)
+    # Not the user's: what lies there are texts, which a GPU could not load.
     cache = Path(tempfile.gettempdir()) / f"deltamem-emulated-{os.getuid()}"
-    os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
+    os.environ["TRITON_CACHE_DIR"] = os.environ.get("DELTAMEM_EMULATED_CACHE", str(cache))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "kernels"), str(ROOT / "tests" / "ptx")]
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]

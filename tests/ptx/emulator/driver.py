@@ -55,33 +55,29 @@ class Emulator:
 
     def __init__(self, seed=0, races=True, strict=True, strategy=None, fusion=None):
         self.seed, self.races, self.strict, self.strategy, self.fusion = seed, races, strict, strategy, fusion
-        self.texts: dict[bytes, str] = {}
         self.programs: dict[bytes, Compiled] = {}
         self.records: list[Record] = []
         self.names, self.benign = Counter(), Counter()
         self.edit = None
 
     def install(self, arch: int = 90) -> Emulator:
-        """Become Triton's only device, of compute capability ``arch`` (without its point)."""
+        """Become Triton's only device, of compute capability ``arch`` (without its point).
+
+        Triton stops at PTX: what it caches as a binary is text, so its cache must be one that no GPU shares.
+        """
         import triton
-        from triton.compiler.compiler import CompiledKernel
+        from triton.backends.nvidia.compiler import CUDABackend
 
-        original = CompiledKernel.__init__
-
-        def remember(this, *args, **kwargs):
-            original(this, *args, **kwargs)
-            self.texts[bytes(this.kernel)] = this.asm["ptx"]
-
-        CompiledKernel.__init__ = remember
+        CUDABackend.make_cubin = lambda backend, text, *_: text.encode()
         triton.runtime.driver.set_active(_driver(self, arch))
         if self.fusion is not None:
             _fix_fusion(self.fusion)
         return self
 
     def program(self, binary: bytes) -> Compiled:
-        """The kernel of a binary, parsed once."""
+        """The kernel of a text, parsed once."""
         if binary not in self.programs:
-            text = self.texts[binary]
+            text = binary.decode()
             self.programs[binary] = Compiled(self.edit(text) if self.edit else text)
         return self.programs[binary]
 
