@@ -20,7 +20,8 @@ help:
 	@echo "make plots           pictures of the newest results; PNG under bench/results/plots"
 	@echo "make readme          README's tables from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
-	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time"
+	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"
+	@echo "                     instructions, sectors and estimates of the time; JSON of those (OUTPUT=dir)"
 	@echo "make gpu             on a machine with a GPU, in nine minutes: its tests, then timings (OUTPUT=dir)"
 	@echo "make soak            what takes long"
 
@@ -83,6 +84,7 @@ compare: setup
 
 kernels-report: setup
 	$(BIN)/python -m deltamem_kernels.report
+	$(BIN)/python -m bench.executed --output $(OUTPUT)/emulated
 
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m bench.gpu --output $(OUTPUT)

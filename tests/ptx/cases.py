@@ -1,17 +1,19 @@
 """Calls of every launcher at the released adapter's sizes (bfloat16, r 8, H 1), whose costs are counted.
 
-Their floor is what ``bench.problems`` says a call must move: each input read once, each output written once.
+Inputs, what they must give and the least bytes that a call moves are those of ``bench.problems``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from bench import problems
+from deltamem_fast import reference_heads
 from deltamem_kernels import heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
 
 
@@ -21,7 +23,7 @@ class Case:
 
     Attributes:
         name: the launcher's.
-        of: its sizes, as the benchmarks have them.
+        of: its sizes, as the benchmarks have them; ``…_gradient`` for a backward pass, of which this is that alone.
         options: further arguments of the launcher.
     """
 
@@ -44,33 +46,55 @@ class Case:
         whole = problems.least_bytes(self.of)
         if self.of.kernel == self.of.forward:
             return whole
-        return whole - problems.least_bytes(replace(self.of, kernel=self.of.forward))  # of the backward pass alone
+        return whole - problems.least_bytes(replace(self.of, kernel=self.of.forward))
 
-    def call(self) -> Callable[[], object]:
-        """The call on fresh random inputs, on the CPU."""
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Random arguments on the CPU, the same every time."""
         torch.manual_seed(0)
-        return _calls(problems.random_inputs(self.of, "cpu"), self.of.rule, self.options)[self.name]
+        return problems.random_inputs(self.of, "cpu")
+
+    def call(self, inputs: dict[str, torch.Tensor] | None = None) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """The call on some inputs, some of which it changes; it returns what ``exact`` does."""
+        inputs = self.inputs() if inputs is None else inputs
+        if self.of.kernel == self.of.forward:
+            return lambda: problems.apply(self.of, inputs, *_with(self.options))
+        return lambda: _backward(self.name, inputs, self.of.rule, self.options)
+
+    def exact(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What the reference makes of the inputs in float64."""
+        wide = {name: problems._wide(name, tensor.clone()) for name, tensor in inputs.items()}
+        found = problems.apply(self.of, wide, problems._Exact, reference_heads)
+        return found[:2] if self.name == "steer_backward" else found  # the base's gradient is that of the result
+
+    def wrong(self, found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> str:
+        """What is wrong with results, or ""."""
+        for number, (ours, wanted) in enumerate(zip(found, exact, strict=True)):
+            error = problems.relative_error(ours, wanted)
+            allowed = problems.TOLERANCES[str(ours.dtype).removeprefix("torch.")]
+            if not error < allowed:
+                return f"{self}: result {number}: relative error {error:.1e} against float64, allowed {allowed:.0e}"
+        return ""
 
 
-def _calls(i: dict[str, torch.Tensor], rule, options: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    x, turn = i.get("projections"), (i.get("cos"), i.get("sin"))
-    steering = {w: problems._steering(i, w) for w in (False, True)} if "q" in i else {}
-    return {
-        "scan": lambda: scan.scan(x, i["bias"], i["state"], rule, **options),
-        "step": lambda: step.step(x, i["bias"], i["state"], rule, skipped=i["skipped"]),
-        "read": lambda: read.read(x, i["state"], rule),
-        "steer": lambda: steer.steer(i["base"], i["reads"], i["o"], 2.0),
-        "steer_heads": lambda: heads.steer_heads_(i["packed"], i["reads"], problems.LAYOUT, steering[False], *turn),
-        "decode": lambda: heads.decode_(
-            i["packed"], i["bias"], i["state"], rule, problems.LAYOUT, steering[True], *turn,
-            skipped=i["skipped"], arrived=i["arrived"], **options,
+def _with(options: dict[str, Any]) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """The launchers as ``problems.apply`` calls them, with further arguments."""
+    return (
+        SimpleNamespace(
+            scan=lambda *given: scan.scan(*given, **options), step=step.step, read=read.read, steer=steer.steer
         ),
-        "scan_backward": lambda: scan_backward.scan_backward(
-            i["d_reads"], i["d_state"], x, i["bias"], i["state"], rule, **options
+        SimpleNamespace(
+            steer_heads_=heads.steer_heads_, decode_=lambda *given, **more: heads.decode_(*given, **more, **options)
         ),
-        "read_backward": lambda: read_backward.read_backward(i["d_reads"], x, i["state"], rule),
-        "steer_backward": lambda: steer_backward.steer_backward(i["d_out"], i["reads"], i["o"], 2.0),
-    }  # fmt: skip
+    )
+
+
+def _backward(name: str, i: dict[str, torch.Tensor], rule, options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    if name == "steer_backward":
+        return steer_backward.steer_backward(i["d_out"], i["reads"], i["o"], 2.0)[:2]
+    if name == "read_backward":
+        return read_backward.read_backward(i["d_reads"], i["projections"], i["state"], rule)
+    given = i["d_reads"], i["d_state"], i["projections"], i["bias"], i["state"]
+    return scan_backward.scan_backward(*given, rule, **options)
 
 
 def _of(kernel: str, batch: int = 1, tokens: int = 1) -> problems.Case:

@@ -74,10 +74,16 @@ def figures(record) -> Figures:
 
 
 def measure(case, emulator) -> list[Figures]:
-    """Run one of ``cases.CASES`` on ``emulator``: the figures of its launches; the emulator's records hold them too."""
-    run = case.call()
+    """Run one of ``cases.CASES`` on ``emulator``: the figures of its launches; the emulator's records hold them too.
+
+    Raises:
+        ValueError: the results are wrong, so that what they cost says nothing.
+    """
+    inputs = case.inputs()
+    exact = case.exact(inputs)
     emulator.records.clear()
-    run()
+    if wrong := case.wrong(case.call(inputs)(), exact):
+        raise ValueError(wrong)
     return [figures(record) for record in emulator.records]
 
 

@@ -1,4 +1,4 @@
-"""Every kernel as compiled, at two or three specialisations, against the reference; and the promised bits."""
+"""Every kernel as compiled, at unusual specialisations (the released one: see costs), and the promised bits."""
 
 import heads_properties
 import kernel_properties as properties
@@ -19,7 +19,7 @@ every_rule = pytest.mark.parametrize(("rule", "dtype"), RULES.values(), ids=RULE
 
 
 @pytest.mark.parametrize(("name", "length", "chunk", "every"), [
-    ("released", 6, 0, 0), ("released", 35, 16, 5), ("several-tiles", 5, 0, 2), ("odd", 9, 4, 0),
+    ("released", 6, 0, 3), ("several-tiles", 5, 0, 2), ("odd", 9, 4, 0),
 ])  # fmt: skip
 def test_scan(name, length, chunk, every):
     rule, dtype = RULES[name]
@@ -41,7 +41,7 @@ def test_read(rule, dtype):
     properties.check_read(rule, x, state, mask=mask)
 
 
-@pytest.mark.parametrize(("dtype", "n", "width"), [(BF16, 64, 8), (FP32, 130, 20)])
+@pytest.mark.parametrize(("dtype", "n", "width"), [(FP32, 130, 20)])
 def test_steer(dtype, n, width):
     make = torch.Generator().manual_seed(0)
     base, weight = torch.randn(2, 3, n, generator=make).to(dtype), torch.randn(n, width, generator=make).to(dtype)
@@ -49,7 +49,7 @@ def test_steer(dtype, n, width):
     properties.check_steer(base, reads, weight, 2.0, norm if dtype == FP32 else None)
 
 
-@pytest.mark.parametrize(("dtype", "shape", "which"), [(BF16, (128, 128), "qo"), (FP32, (24, 8), "qkvo")])
+@pytest.mark.parametrize(("dtype", "shape", "which"), [(FP32, (24, 8), "qkvo")])
 def test_steer_heads(dtype, shape, which):
     layout = HeadLayout(2, 1, 1, *shape)
     packed, cos, sin = heads_properties.random_rows(layout, (2, 3), 5, dtype, seed=3)
@@ -59,7 +59,7 @@ def test_steer_heads(dtype, shape, which):
 
 
 @pytest.mark.parametrize(("name", "shape", "which", "frozen"), [
-    ("released", (16, 16), "qo", False), ("several-tiles", (16, 8), "qkvo", False), ("released", (16, 16), "q", True),
+    ("several-tiles", (16, 8), "qkvo", False), ("released", (16, 16), "q", True),
 ])  # fmt: skip
 def test_decode(name, shape, which, frozen):
     """However many programs share a row: the bits of step, and heads to one rounding."""
@@ -76,7 +76,7 @@ def test_decode(name, shape, which, frozen):
 
 
 @pytest.mark.parametrize(("name", "length", "chunk", "spacing", "every"), [
-    ("released", 35, 16, None, 5), ("several-tiles", 4, 0, (2, 2), 0), ("odd", 5, 4, (4, 2), 2),
+    ("several-tiles", 4, 0, (2, 2), 2),
 ])  # fmt: skip
 def test_scan_gradient(name, length, chunk, spacing, every):
     rule, dtype = RULES[name]
@@ -84,14 +84,14 @@ def test_scan_gradient(name, length, chunk, spacing, every):
     properties.check_scan_gradient(rule, x, bias, state, chunk, spacing, checkpoint_every=every, mask=mask)
 
 
-@pytest.mark.parametrize("name", ["released", "odd"])
+@pytest.mark.parametrize("name", ["odd"])
 def test_read_gradient(name):
     rule, dtype = RULES[name]
     x, _, state, mask = properties.random_problem(rule, 2, 9, dtype, seed=6, masked=True)
     properties.check_read_gradient(rule, x, state, mask=mask)
 
 
-@pytest.mark.parametrize(("dtype", "weight_dtype", "normed"), [(BF16, BF16, False), (FP16, FP32, True)])
+@pytest.mark.parametrize(("dtype", "weight_dtype", "normed"), [(FP16, FP32, True)])
 def test_steer_gradient(dtype, weight_dtype, normed, monkeypatch):
     monkeypatch.setattr(steer_backward, "ROWS", 16)
     make = torch.Generator().manual_seed(0)
@@ -106,7 +106,7 @@ def test_bits_of_packed_sequences():
     x, bias, _, mask = properties.random_problem(rule, 1, 9, seed=7, masked=True)
     state = properties.random_problem(rule, 3, 1, seed=8)[2]
     properties.check_packed(rule, x, bias, state, mask, [4, 0, 5], 0)
-    properties.check_packed_gradient(rule, x, bias, state, [4, 0, 5], chunk=2, spacing=(2, 1))
+    properties.check_packed_gradient(rule, x, bias, state, [4, 0, 5], chunk=0, spacing=(2, 1))
 
 
 def test_bits_without_masked_tokens():
@@ -116,7 +116,6 @@ def test_bits_without_masked_tokens():
     properties.check_masked_gradient(rule, *problem, spacing=(2, 1))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_bits_wherever_numbers_lie(dtype):
+def test_bits_wherever_numbers_lie():
     rule = DeltaRule(4)
-    properties.check_strides(rule, *properties.random_problem(rule, 2, 4, dtype, seed=10, masked=True), 0)
+    properties.check_strides(rule, *properties.random_problem(rule, 2, 4, FP32, seed=10, masked=True), 0)

@@ -50,6 +50,7 @@ class Emulator:
         records: of the launches so far; to be cleared by whoever reads it.
         names: how often each kernel was launched.
         benign: races without effect, and how often.
+        arch: what kernels are compiled for, once it is installed.
         edit: a function of a PTX text → the text to run instead, or None. It is asked when a kernel is first launched.
     """
 
@@ -58,6 +59,7 @@ class Emulator:
         self.programs: dict[bytes, Compiled] = {}
         self.records: list[Record] = []
         self.names, self.benign = Counter(), Counter()
+        self.arch = None
         self.edit = None
 
     def install(self, arch: int = 90) -> Emulator:
@@ -68,6 +70,7 @@ class Emulator:
         import triton
         from triton.backends.nvidia.compiler import CUDABackend
 
+        self.arch = arch
         CUDABackend.make_cubin = lambda backend, text, *_: text.encode()
         triton.runtime.driver.set_active(_driver(self, arch))
         if self.fusion is not None:
