@@ -164,6 +164,12 @@ def locate(
 
 
 @triton.jit
+def owned(slot, states):
+    """A slot → the row of the state that it names, int64; −1 where it names none: no kernel leaves the state."""
+    return tl.where((slot >= 0) & (slot < states), slot, -1).to(tl.int64)
+
+
+@triton.jit
 def state_pointers(
     p_state, h, i, stride_s_h, stride_s_i, stride_s_j, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr
 ):  # fmt: skip

@@ -25,12 +25,15 @@ from .columns import (
     load_bias,
     load_vector,
     load_write,
+    owned,
     sigmoid,
     state_pointers,
     written,
 )
 from .launch import (
     check_device,
+    check_reach,
+    compiler_sees,
     float32_only,
     half_or_single,
     launch,
@@ -43,7 +46,7 @@ from .launch import (
     whole_keys,
 )
 from .layout import HeadLayout, Steering, check_heads
-from .rule import DeltaRule, check_arguments
+from .rule import DeltaRule, check_arguments, check_together
 
 TOKENS = 16  # tokens of a tile of ``steer_heads_``: the least that fills a matrix instruction
 HEADS_IN_TURN = 8  # heads that a program of it takes one after another, cosines and sines staying
@@ -433,7 +436,7 @@ def output_unit(
 def decode_kernel(
     x_ptr, m_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, reads_ptr, skipped_ptr, arrived_ptr, delta_ptr,
     q_ptr, k_ptr, v_ptr, o_ptr, raw_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
-    batch, n, scale, scale_max, eps,
+    batch, states, n, scale, scale_max, eps,
     stride_x_b, stride_bias, stride_mask_b, stride_skipped,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     stride_q_n, stride_q_c, stride_k_n, stride_k_c, stride_v_n, stride_v_c, stride_o_n, stride_o_c,
@@ -479,7 +482,7 @@ def decode_kernel(
     b = row.to(tl.int64)
     state_row = b
     if HAS_SLOTS:
-        state_row = tl.load(slots_ptr + row).to(tl.int64)
+        state_row = owned(tl.load(slots_ptr + row), states)
     live = tl.where(state_row >= 0, 1, 0)
     p_mask = m_ptr  # not None, which a tuple does not take
     if HAS_MASK:
@@ -588,14 +591,16 @@ def decode_kernel(
 
 def _check(packed: torch.Tensor, steering: Steering, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
     check_device(packed)
+    check_reach("packed", packed, 1)
     half_or_single("packed", packed)
     named = {"cos": cos, "sin": sin, "q": steering.q, "k": steering.k, "v": steering.v, "o": steering.o}
     named |= {"q_norm": steering.q_norm, "k_norm": steering.k_norm, "scale_raw": steering.scale_raw}
     for name, tensor in named.items():
         if tensor is not None:
             half_or_single(name, tensor)
-            if tensor.device != packed.device:
-                raise ValueError(f"{name}: on {tensor.device}, but packed is on {packed.device}")
+            # Rows and tokens of the tables have 64-bit offsets.
+            check_reach(name, tensor, 1 if name in ("cos", "sin") else tensor.ndim)
+    check_together("packed", packed, **named)
 
 
 def _arguments(layout: HeadLayout, steering: Steering, cos: torch.Tensor | None, sin: torch.Tensor | None) -> dict:
@@ -666,6 +671,8 @@ def steer_heads_(
         check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
         _check(packed, steering, cos, sin)
         half_or_single("reads", reads)
+        check_together("packed", packed, reads=reads)
+        check_reach("reads", reads, 1)
         if reads.shape[:-1] != packed.shape[:-1]:
             raise ValueError(f"reads: got shape {list(reads.shape)}, allowed {[*packed.shape[:-1], reads.shape[-1]]}")
     heads = _heads(layout, steering)
@@ -744,6 +751,8 @@ def decode_(
     if check:
         _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived)
     batch = packed.shape[0]
+    if slots is not None:
+        slots = slots.contiguous()
     rows = packed.narrow(1, layout.width, rule.width)
     weights = steering.q, steering.k, steering.v, steering.o, steering.q_norm, steering.k_norm, steering.scale_raw
     key = (
@@ -751,7 +760,7 @@ def decode_(
         steering.scale, steering.scale_max, steering.eps,
         *((None if t is None else (t.dtype, *t.shape, *t.stride())) for t in (cos, sin, *weights)),
         *((None if t is None else (t.dtype, *t.stride())) for t in (packed, gate_bias, state, mask, slots, skipped)),
-        arrived is None,
+        arrived is None, None if slots is None else state.shape[0],
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -784,6 +793,8 @@ def _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, ma
     check_arguments(rows, gate_bias, state, rule, mask=mask, slots=slots)
     float32_only("state", state)
     half_or_single("gate_bias", gate_bias)
+    check_reach("gate_bias", gate_bias, 1)
+    check_together("packed", packed, skipped=skipped, arrived=arrived)
     for name, counts, length in (("skipped", skipped, state.shape[0]), ("arrived", arrived, packed.shape[0])):
         if counts is not None and (counts.dtype != torch.int32 or tuple(counts.shape) != (length,)):
             raise ValueError(f"{name}: got {counts.dtype} {list(counts.shape)}, allowed int32 [{length}]")
@@ -832,7 +843,8 @@ class _Plan:
         arguments |= state_strides(state)
         arguments |= rule_flags(rule, rows)
         arguments |= {
-            "batch": batch, "n": outputs, "stride_x_b": packed.stride(0), "stride_bias": gate_bias.stride(0),
+            "batch": batch, "states": state.shape[0] if slots is not None else 0, "n": outputs,
+            "stride_x_b": packed.stride(0), "stride_bias": gate_bias.stride(0),
             "stride_mask_b": mask.stride(0) if mask is not None else 0,
             "stride_skipped": skipped.stride(0) if skipped is not None else 0,
             "stride_o_n": steering.o.stride(0) if outputs else 0, "stride_o_c": steering.o.stride(1) if outputs else 0,
@@ -851,10 +863,10 @@ class _Plan:
 
     def launch(self, *tensors: torch.Tensor | None) -> None:
         """Launch with the tensors in the order of TENSORS."""
-        aligned = tuple(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        compiled = self._compiled.get(aligned)
+        known = tuple(None if tensor is None else compiler_sees(tensor) for tensor in tensors)
+        compiled = self._compiled.get(known)
         if compiled is None:
-            self._compiled[aligned] = launch(
+            self._compiled[known] = launch(
                 decode_kernel, self.programs, tensors[0], num_warps=self.warps,
                 **dict(zip(self.TENSORS, tensors)), **self.arguments,
             )  # fmt: skip

@@ -25,12 +25,29 @@ def interpreted() -> bool:
 
 
 def check_device(tensor: torch.Tensor) -> None:
-    """Raises: ValueError if Triton cannot run on the tensor's device, or its last axis reaches too far."""
+    """Raises: ValueError if Triton cannot run on the tensor's device."""
     if not (tensor.is_cuda or recorded is not None or interpreted()):
-        raise ValueError(f"projections: on {tensor.device}; the Triton kernels need a GPU")
-    if tensor.shape[-1] * tensor.stride(-1) >= 2**31:
-        # Rows and tokens have 64-bit offsets, the numbers of a token 32-bit ones.
-        raise ValueError(f"projections: a last stride of {tensor.stride(-1)}, allowed below 2^31 / {tensor.shape[-1]}")
+        raise ValueError(f"tensors: on {tensor.device}; the Triton kernels need a GPU")
+
+
+def check_reach(name: str, tensor: torch.Tensor, axes: int) -> None:
+    """Rows, tokens and states have 64-bit offsets; inside a token, and inside a weight, they are 32-bit numbers.
+
+    Raises: ValueError if the last ``axes`` axes of the tensor reach 2^31 elements or more.
+    """
+    first = tensor.ndim - axes
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape[first:], tensor.stride()[first:]) if n > 1)
+    if reach >= 2**31:
+        raise ValueError(
+            f"{name}: got strides {list(tensor.stride())} at shape {list(tensor.shape)}, allowed a reach below 2^31 "
+            f"elements along the last {axes} axes"
+        )
+
+
+def compiler_sees(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """What Triton compiles differently for from one tensor to the next, its dtype apart: whether it is aligned to 16
+    bytes and, on AMD, whether all of its storage lies within 2 GiB."""
+    return tensor.data_ptr() % 16 == 0, torch.version.hip is not None and tensor.untyped_storage().nbytes() < 2**31
 
 
 def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arguments):

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .columns import columns, direction, dot, load_flag, load_vector, state_pointers
-from .launch import check_device, float32_only, half_or_single, launch, state_strides, tile, whole_keys
+from .columns import columns, direction, dot, load_flag, load_vector, owned, state_pointers
+from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, tile, whole_keys
 from .rule import DeltaRule, check_arguments
 from .scan import LOOK_WIDTH, find_flags
 
@@ -21,7 +21,7 @@ from .scan import LOOK_WIDTH, find_flags
 @triton.jit
 def read_kernel(
     x_ptr, s_ptr, slots_ptr, flags_ptr, mask_ptr, reads_ptr,
-    total_groups, length, stride_x_b, stride_x_t, stride_x_w, stride_mask_b, stride_mask_t,
+    total_groups, states, length, stride_x_b, stride_x_t, stride_x_w, stride_mask_b, stride_mask_t,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -43,7 +43,7 @@ def read_kernel(
     live = m_column
     state_row = b
     if HAS_SLOTS:
-        state_row = tl.load(slots_ptr + row, mask=m_column, other=-1).to(tl.int64)
+        state_row = owned(tl.load(slots_ptr + row, mask=m_column, other=-1), states)
         live = m_column & (state_row >= 0)
     p_s = state_pointers(
         s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
@@ -84,6 +84,7 @@ def read(
     bias = projections.new_empty(rule.bias_width)
     check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
     check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
     batch, length, width = projections.shape
@@ -92,6 +93,8 @@ def read(
         return reads
     if mask is not None:
         mask = mask.view(torch.uint8)
+    if slots is not None:
+        slots = slots.contiguous()
     flags = None
     if width > LOOK_WIDTH:
         flags, mask = find_flags(projections, mask), None
@@ -99,7 +102,7 @@ def read(
     launch(
         read_kernel, triton.cdiv(batch * length * rule.read_width, cols), projections, num_warps=1,
         x_ptr=projections, s_ptr=state, slots_ptr=slots, flags_ptr=flags, mask_ptr=mask, reads_ptr=reads,
-        total_groups=batch * length * rule.heads, length=length,
+        total_groups=batch * length * rule.heads, states=state.shape[0], length=length,
         stride_x_b=projections.stride(0), stride_x_t=projections.stride(1), stride_x_w=projections.stride(2),
         stride_mask_b=mask.stride(0) if mask is not None else 0,
         stride_mask_t=mask.stride(1) if mask is not None else 0,

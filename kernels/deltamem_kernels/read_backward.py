@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .columns import across, columns, direction, direction_backward, group_sum, load_vector, state_pointers
-from .launch import check_device, float32_only, half_or_single, launch, state_strides, whole_keys
+from .columns import across, columns, direction, direction_backward, group_sum, load_vector, owned, state_pointers
+from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, whole_keys
 from .rule import DeltaRule, check_arguments
 from .scan import find_flags
 from .scan_backward import check_gradient, choose_spacing, scatter_rows, token_tile
@@ -23,10 +23,12 @@ from .scan_backward import check_gradient, choose_spacing, scatter_rows, token_t
 @triton.jit
 def read_backward_kernel(
     x_ptr, s_ptr, slots_ptr, flags_ptr, d_reads_ptr, d_x_ptr, d_state_ptr,
-    total_groups, length, blocks_per_row, stride_x_b, stride_x_t, stride_x_w, stride_d_b, stride_d_t, stride_d_c,
+    total_groups, states, length, blocks_per_row,
+    stride_x_b, stride_x_t, stride_x_w, stride_d_b, stride_d_t, stride_d_c,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The q part of the projections' gradient, and d_state[row, block, h, i, :], the sum over the block's tokens."""
     group, i, m_column = columns(total_groups, R, COLUMNS)
@@ -39,7 +41,7 @@ def read_backward_kernel(
     live = m_column
     state_row = b
     if HAS_SLOTS:
-        state_row = tl.load(slots_ptr + row, mask=m_column, other=-1).to(tl.int64)
+        state_row = owned(tl.load(slots_ptr + row, mask=m_column, other=-1), states)
         live = m_column & (state_row >= 0)
     m_row = live[None, :] & (o_j < RANK)
     p_s = state_pointers(
@@ -102,10 +104,13 @@ def read_backward(
     bias = projections.new_empty(rule.bias_width)
     check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
     check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
     batch, length, width = projections.shape
-    check_gradient("d_reads", d_reads, (batch, length, rule.read_width))
+    check_gradient("d_reads", d_reads, (batch, length, rule.read_width), projections)
+    if slots is not None:
+        slots = slots.contiguous()
     # k, v and the gates are read by nobody.
     d_x = torch.zeros(projections.shape, dtype=projections.dtype, device=projections.device)
     block, _ = choose_spacing(rule)
@@ -121,7 +126,8 @@ def read_backward(
         launch(
             read_backward_kernel, triton.cdiv(groups * rows, cols), projections, num_warps=warps,
             x_ptr=projections, s_ptr=state, slots_ptr=slots, flags_ptr=flags, d_reads_ptr=d_reads,
-            d_x_ptr=d_x, d_state_ptr=sums, total_groups=groups, length=length, blocks_per_row=blocks,
+            d_x_ptr=d_x, d_state_ptr=sums,
+            total_groups=groups, states=state.shape[0], length=length, blocks_per_row=blocks,
             stride_x_b=projections.stride(0), stride_x_t=projections.stride(1), stride_x_w=projections.stride(2),
             stride_d_b=d_reads.stride(0), stride_d_t=d_reads.stride(1), stride_d_c=d_reads.stride(2),
             **state_strides(state), HEADS=rule.heads, RANK=rule.rank, R=rows, COLUMNS=cols, WIDTH=width,

@@ -86,6 +86,24 @@ class ScanOutput(NamedTuple):
     checkpoints: torch.Tensor | None
 
 
+def check_together(name: str, tensor: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises: ValueError unless the others, where given, are on the device of the tensor called ``name``."""
+    for other, found in others.items():
+        if found is not None and found.device != tensor.device:
+            raise ValueError(f"{other}: on {found.device}, but {name} is on {tensor.device}")
+
+
+def check_slots(slots: torch.Tensor, states: int) -> None:
+    """Look at the slots, where the host need not wait for them: on a CPU, not traced.
+
+    Raises: IndexError if one is neither −1 nor a row of the state.
+    """
+    if slots.device.type == "cpu" and type(slots) is torch.Tensor and not torch.compiler.is_compiling():
+        if slots.numel() and not -1 <= int(slots.min()) <= int(slots.max()) < states:
+            wrong = next(slot for slot in slots.tolist() if not -1 <= slot < states)
+            raise IndexError(f"slots: got {wrong}, allowed −1 to {states - 1}")
+
+
 def _shape(tensor: torch.Tensor) -> str:
     return str(list(tensor.shape))
 
@@ -149,9 +167,12 @@ def check_arguments(
             raise ValueError(f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them")
         if state.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"state: got dtype {state.dtype}, allowed float32 (the reference also takes float64)")
+        if slots is not None:
+            check_slots(slots, state.shape[0])
     if checkpoint_every < 0:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, allowed 0 (none) or more")
-    for name, tensor in (("gate_bias", gate_bias), ("state", state), ("mask", mask), ("slots", slots)):
-        if tensor is not None and tensor.device != projections.device:
-            raise ValueError(f"{name}: on {tensor.device}, but projections are on {projections.device}")
+    check_together(
+        "projections", projections,
+        gate_bias=gate_bias, state=state, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
+    )  # fmt: skip
     return sequences

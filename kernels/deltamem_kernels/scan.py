@@ -33,12 +33,14 @@ from .columns import (
     load_vector,
     load_write,
     locate,
+    owned,
     state_pointers,
     written,
     zero_or_nan,
 )
 from .launch import (
     check_device,
+    check_reach,
     float32_only,
     half_or_single,
     launch,
@@ -180,7 +182,7 @@ def carry(
 @triton.jit(do_not_specialize=["stride_m_a", "stride_m_j"])
 def carry_kernel(
     maps_ptr, s_ptr, slots_ptr, starts_ptr, final_ptr, chunk_first_ptr,
-    chunks_per_sequence, stride_m_a, stride_m_j, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    chunks_per_sequence, states, stride_m_a, stride_m_j, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +204,7 @@ def carry_kernel(
     s = tl.zeros([R, 1], tl.float32)
     state_row = sequence.to(tl.int64)
     if HAS_SLOTS:
-        state_row = tl.load(slots_ptr + sequence).to(tl.int64)
+        state_row = owned(tl.load(slots_ptr + sequence), states)
     m_s = (o_0 < RANK) & (o_none + state_row >= 0)
     if HAS_STATE:
         p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i.to(tl.int64) * stride_s_i
@@ -222,7 +224,7 @@ def carry_kernel(
 def scan_kernel(
     x_ptr, bias_ptr, s_ptr, slots_ptr, flags_ptr, mask_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
     reads_ptr, final_ptr, skipped_ptr, checkpoints_ptr, checkpoint_first_ptr,
-    total_groups, length, chunk_length, chunks_per_sequence, every,
+    total_groups, states, length, chunk_length, chunks_per_sequence, every,
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_mask_b, stride_mask_t,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
@@ -246,7 +248,7 @@ def scan_kernel(
     m_state = m_column
     state_row = sequence.to(tl.int64)
     if HAS_SLOTS:
-        state_row = tl.load(slots_ptr + sequence, mask=m_column, other=-1).to(tl.int64)
+        state_row = owned(tl.load(slots_ptr + sequence, mask=m_column, other=-1), states)
         m_state = m_column & (state_row >= 0)
     live = m_state
     if IS_CHUNKED:
@@ -425,8 +427,10 @@ def scan(
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
+    check_reach("gate_bias", gate_bias, 1)
     batch, length, width = projections.shape
     heads, rank, every = rule.heads, rule.rank, checkpoint_every
     device, packed = projections.device, cu_seqlens is not None
@@ -438,6 +442,11 @@ def scan(
         raise ValueError(f"chunk: got {chunk} at rank {rank}, allowed 0 above rank {CHUNKED_RANK}")
     if mask is not None:
         mask = mask.view(torch.uint8)
+    states = 0 if state is None else state.shape[0]
+    if slots is not None:
+        slots = slots.contiguous()
+    if packed:
+        cu_seqlens = cu_seqlens.contiguous()
 
     # Tokens outside of every packed sequence, and checkpoints past the last, are written by no kernel.
     allocate = torch.zeros if packed else _launch.empty
@@ -486,7 +495,7 @@ def scan(
         launch(
             carry_kernel, sequences * heads * rank, projections, num_warps=1,
             maps_ptr=maps, s_ptr=state, slots_ptr=slots, starts_ptr=start, final_ptr=final,
-            chunk_first_ptr=chunk_first, chunks_per_sequence=chunks_per_sequence,
+            chunk_first_ptr=chunk_first, chunks_per_sequence=chunks_per_sequence, states=states,
             stride_m_a=rank, stride_m_j=1, **state_strides(state), HEADS=heads, RANK=rank, R=rows,
             HAS_STATE=state is not None, HAS_SLOTS=slots is not None, IS_PACKED=packed,
         )  # fmt: skip
@@ -495,7 +504,7 @@ def scan(
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=start, slots_ptr=slots, flags_ptr=flags, mask_ptr=mask,
         reads_ptr=reads, final_ptr=None if chunk else final, skipped_ptr=skipped,
         checkpoints_ptr=checkpoints, checkpoint_first_ptr=checkpoint_first,
-        total_groups=chunks * heads, every=every, **place, **strides,
+        total_groups=chunks * heads, states=states, every=every, **place, **strides,
         stride_mask_b=mask.stride(0) if mask is not None else 0,
         stride_mask_t=mask.stride(1) if mask is not None else 0,
         **state_strides(start), WIDTH=width, COLUMNS=cols,

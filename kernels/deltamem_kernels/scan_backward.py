@@ -44,11 +44,13 @@ from .columns import (
     load_vector,
     load_write,
     locate,
+    owned,
     state_pointers,
     written,
 )
 from .launch import (
     check_device,
+    check_reach,
     float32_only,
     half_or_single,
     launch,
@@ -57,7 +59,7 @@ from .launch import (
     state_strides,
     tile,
 )
-from .rule import DeltaRule, check_arguments
+from .rule import DeltaRule, check_arguments, check_together
 from .scan import CHUNKED_RANK, MAP_WARPS, carry, choose_chunk, chunk_table, find_flags
 
 
@@ -259,7 +261,7 @@ def map_both_kernel(
 @triton.jit(do_not_specialize=["stride_m_a", "stride_m_j"])
 def carry_both_kernel(
     maps_ptr, s_ptr, slots_ptr, d_state_ptr, edges_ptr, d_initial_ptr, chunk_first_ptr,
-    chunks_per_sequence, stride_m_a, stride_m_j,
+    chunks_per_sequence, states, stride_m_a, stride_m_j,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_d_n, stride_d_h, stride_d_i, stride_d_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
@@ -283,7 +285,7 @@ def carry_both_kernel(
     if HAS_STATE:
         state_row = row
         if HAS_SLOTS:
-            state_row = tl.load(slots_ptr + sequence).to(tl.int64)
+            state_row = owned(tl.load(slots_ptr + sequence), states)
         p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i.to(tl.int64) * stride_s_i
         s = tl.load(
             p_s + o_j.to(tl.int64) * stride_s_j,
@@ -315,7 +317,7 @@ def walk_kernel(
     x_ptr, bias_ptr, s_ptr, slots_ptr, d_state_ptr, edges_ptr, flags_ptr, d_reads_ptr, d_checkpoints_ptr,
     bounds_ptr, d_initial_ptr,
     cu_ptr, chunk_sequence_ptr, chunk_first_ptr, block_first_ptr, checkpoint_first_ptr,
-    total_groups, length, chunk_length, chunks_per_sequence, blocks_per_sequence, every,
+    total_groups, states, length, chunk_length, chunks_per_sequence, blocks_per_sequence, every,
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_d_b, stride_d_t, stride_d_c,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_g_n, stride_g_h, stride_g_i, stride_g_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
@@ -350,7 +352,7 @@ def walk_kernel(
         if HAS_STATE:
             state_row = sequence.to(tl.int64)
             if HAS_SLOTS:
-                state_row = tl.load(slots_ptr + sequence, mask=m_column, other=-1).to(tl.int64)
+                state_row = owned(tl.load(slots_ptr + sequence, mask=m_column, other=-1), states)
             p_s = state_pointers(
                 s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
             )  # fmt: skip
@@ -385,7 +387,7 @@ def walk_kernel(
 def token_kernel(
     x_ptr, bias_ptr, slots_ptr, flags_ptr, d_reads_ptr, d_checkpoints_ptr, bounds_ptr, d_x_ptr, d_bias_ptr,
     cu_ptr, block_sequence_ptr, block_first_ptr, checkpoint_first_ptr,
-    total_groups, blocks, padded_blocks, length, blocks_per_sequence, every,
+    total_groups, states, blocks, padded_blocks, length, blocks_per_sequence, every,
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_d_b, stride_d_t, stride_d_c,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -418,7 +420,7 @@ def token_kernel(
     g = tl.load(p_bound[None, :] + RANK * RANK + o_j, mask=m_row, other=0.0)
     live = m_column
     if HAS_SLOTS:
-        live = m_column & (tl.load(slots_ptr + sequence, mask=m_column, other=-1) >= 0)
+        live = m_column & (owned(tl.load(slots_ptr + sequence, mask=m_column, other=-1), states) >= 0)
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
     p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
     p_flag = flags_ptr + row.to(tl.int64) * length + begin
@@ -542,7 +544,7 @@ def token_tile(rule: DeltaRule) -> tuple[int, int]:
 
 
 def parts_together(parts: int, warps: int) -> int:
-    """Parts of a block in one program of ``token_kernel``, where the bounds that they share lie in L1: up to 4 warps."""
+    """Parts of a block in one program of ``token_kernel``, up to 4 warps: the bounds that they share lie in L1."""
     return math.gcd(parts, max(1, 4 // warps))
 
 
@@ -557,17 +559,21 @@ def scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor | 
     """The gradient of the rows [N, H, r, r] → that of the state they were taken from."""
     if slots is None:
         return grad
-    grad = torch.where((slots >= 0)[:, None, None, None], grad, 0.0)
+    live = (slots >= 0) & (slots < state.shape[0])
+    grad = torch.where(live[:, None, None, None], grad, 0.0)
     # index_put_ sorts where index_add_ takes atomics: two sequences may start from one slot.
     return torch.zeros_like(state, memory_format=torch.contiguous_format).index_put_(
-        (slots.clamp(min=0).long(),), grad, accumulate=True
+        (torch.where(live, slots, 0).long(),), grad, accumulate=True
     )
 
 
-def check_gradient(name: str, grad: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Raises: ValueError unless the gradient has the shape of what it is the gradient of."""
+def check_gradient(name: str, grad: torch.Tensor, shape: tuple[int, ...], projections: torch.Tensor) -> None:
+    """Raises: ValueError unless the gradient has the shape of what it is the gradient of, beside the projections;
+    TypeError unless it is bfloat16, float16 or float32."""
     if tuple(grad.shape) != shape:
         raise ValueError(f"{name}: got shape {list(grad.shape)}, allowed {list(shape)}")
+    half_or_single(name, grad)
+    check_together("projections", projections, **{name: grad})
 
 
 def scan_backward(
@@ -608,8 +614,10 @@ def scan_backward(
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
+    check_reach("gate_bias", gate_bias, 1)
     batch, length, width = projections.shape
     heads, rank, every = rule.heads, rule.rank, checkpoint_every if d_checkpoints is not None else 0
     device, packed = projections.device, cu_seqlens is not None
@@ -620,13 +628,18 @@ def scan_backward(
     block, part = spacing or choose_spacing(rule)
     if (chunk and rank > CHUNKED_RANK) or chunk % block or block % part:
         raise ValueError(f"chunk, spacing: got {chunk}, {(block, part)}, allowed multiples, no chunk above rank 16")
-    check_gradient("d_reads", d_reads, (batch, length, rule.read_width))
-    check_gradient("d_state", d_state, (sequences, heads, rank, rank))
+    check_gradient("d_reads", d_reads, (batch, length, rule.read_width), projections)
+    check_gradient("d_state", d_state, (sequences, heads, rank, rank), projections)
     if every:
         lead = (length // every,) if packed else (batch, length // every)
-        check_gradient("d_checkpoints", d_checkpoints, (*lead, heads, rank, rank))
+        check_gradient("d_checkpoints", d_checkpoints, (*lead, heads, rank, rank), projections)
     if mask is not None:
         mask = mask.view(torch.uint8)
+    states = 0 if state is None else state.shape[0]
+    if slots is not None:
+        slots = slots.contiguous()
+    if packed:
+        cu_seqlens = cu_seqlens.contiguous()
     if every:
         d_checkpoints = d_checkpoints.contiguous()
 
@@ -660,7 +673,7 @@ def scan_backward(
     common |= rule_flags(rule, projections)
     place = {"chunk_length": chunk or length, "chunks_per_sequence": chunks_per_sequence}
     place |= {"chunk_sequence_ptr": chunk_sequence, "chunk_first_ptr": chunk_first}
-    initial = {"s_ptr": state, "slots_ptr": slots, "d_state_ptr": d_state, "d_initial_ptr": d_initial}
+    initial = {"s_ptr": state, "slots_ptr": slots, "d_state_ptr": d_state, "d_initial_ptr": d_initial, "states": states}
     initial |= {"HAS_STATE": state is not None, "HAS_SLOTS": slots is not None, **state_strides(state)}
     rows, cols = tile(rule)
 
@@ -704,7 +717,7 @@ def scan_backward(
             slots_ptr=slots, bounds_ptr=bounds, d_x_ptr=d_x, d_bias_ptr=d_bias,
             block_sequence_ptr=block_sequence, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=block // part * heads * padded, blocks=blocks, padded_blocks=padded,
-            COLUMNS=together * cols, TOGETHER=together,
+            states=states, COLUMNS=together * cols, TOGETHER=together,
             HAS_SLOTS=slots is not None, WIDTH=width, SPACING=block, PART=part, **common,
         )  # fmt: skip
     # One gate a row, or one a head, which every row of it has.

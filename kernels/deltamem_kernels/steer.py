@@ -16,7 +16,8 @@ import triton.language as tl
 
 from . import launch as _launch
 from .columns import dot_rows
-from .launch import check_device, half_or_single, launch, matrix_precision, next_power_of_two
+from .launch import check_device, check_reach, half_or_single, launch, matrix_precision, next_power_of_two
+from .rule import check_together
 
 
 @triton.jit
@@ -147,6 +148,7 @@ def steer(
     if out is not None and out is not base:
         raise ValueError("out: allowed None or the tensor given as base")
     check_device(base)
+    check_together("base", base, reads=reads, weight=weight, norm_weight=norm_weight)
     for name, tensor in (("base", base), ("reads", reads), ("weight", weight)):
         half_or_single(name, tensor)
     if out is None:
@@ -188,6 +190,7 @@ def delta(
     if norm_weight is not None and norm_weight.shape != weight.shape[:1]:
         raise ValueError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(weight.shape[:1])}")
     check_device(reads)
+    check_together("reads", reads, weight=weight, norm_weight=norm_weight)
     out = _launch.empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype, device=reads.device)
     for name, tensor in (("reads", reads), ("weight", weight), ("dtype", out)):
         half_or_single(name, tensor)
@@ -198,6 +201,9 @@ def delta(
 def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
     if out.numel() == 0:
         return
+    for name, tensor, axes in (("reads", reads, 1), ("weight", weight, 2), ("norm_weight", norm_weight, 1)):
+        if tensor is not None:
+            check_reach(name, tensor, axes)
     p_base, p_reads, p_out = None if base is None else batch_time(base), batch_time(reads), batch_time(out)
     strides = (0, 0, 0) if p_base is None else p_base.stride()
     total, n = p_out.shape[0] * p_out.shape[1], out.shape[-1]

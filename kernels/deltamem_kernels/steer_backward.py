@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
-from .launch import check_device, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
+from .launch import check_device, check_reach, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
+from .rule import check_together
 from .steer import batch_time
 
 SPLITS = 128  # sums over tokens that are added at last: a fixed number, so the same bits on every device
@@ -168,6 +169,10 @@ def steer_backward(
             "allowed [..., N], [..., H·r] and [N, H·r]"
         )
     check_device(grad)
+    check_together("grad", grad, reads=reads, weight=weight, norm_weight=norm_weight)
+    for name, tensor, axes in (("reads", reads, 1), ("weight", weight, 2), ("norm_weight", norm_weight, 1)):
+        if tensor is not None:
+            check_reach(name, tensor, axes)
     for name, tensor in (("grad", grad), ("reads", reads), ("weight", weight)):
         half_or_single(name, tensor)
     float32 = {"dtype": torch.float32, "device": grad.device}

@@ -22,17 +22,18 @@ from .columns import (
     load_flag,
     load_vector,
     load_write,
+    owned,
     state_pointers,
     written,
 )
-from .launch import check_device, float32_only, half_or_single, launch, rule_flags, state_strides, tile
-from .rule import DeltaRule, check_arguments
+from .launch import check_device, check_reach, float32_only, half_or_single, launch, rule_flags, state_strides, tile
+from .rule import DeltaRule, check_arguments, check_together
 
 
 @triton.jit
 def step_kernel(
     x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, reads_ptr, skipped_ptr,
-    total_groups, stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_skipped,
+    total_groups, states, stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_skipped,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
@@ -50,7 +51,7 @@ def step_kernel(
     live = m_column
     state_row = b
     if HAS_SLOTS:
-        state_row = tl.load(slots_ptr + row, mask=m_column, other=-1).to(tl.int64)
+        state_row = owned(tl.load(slots_ptr + row, mask=m_column, other=-1), states)
         live = m_column & (state_row >= 0)
     p_s = state_pointers(
         s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
@@ -111,21 +112,26 @@ def step(
     """
     check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
     check_device(projections)
+    check_reach("projections", projections, 1)
     half_or_single("projections", projections)
     float32_only("state", state)
+    check_reach("gate_bias", gate_bias, 1)
     batch, width = projections.shape
     if skipped is not None and (skipped.dtype != torch.int32 or tuple(skipped.shape) != (state.shape[0],)):
         raise ValueError(f"skipped: got {skipped.dtype} {list(skipped.shape)}, allowed int32 [{state.shape[0]}]")
+    check_together("projections", projections, skipped=skipped)
     reads = _launch.empty((batch, rule.read_width), dtype=torch.float32, device=projections.device)
     if batch == 0:
         return reads
     if mask is not None:
         mask = mask.view(torch.uint8)
+    if slots is not None:
+        slots = slots.contiguous()
     _, cols = tile(rule)
     launch(
         step_kernel, triton.cdiv(batch * rule.read_width, cols), projections, num_warps=1,
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
-        reads_ptr=reads, skipped_ptr=skipped, total_groups=batch * rule.heads,
+        reads_ptr=reads, skipped_ptr=skipped, total_groups=batch * rule.heads, states=state.shape[0],
         stride_x_b=projections.stride(0), stride_x_w=projections.stride(1), stride_bias=gate_bias.stride(0),
         stride_mask_b=mask.stride(0) if mask is not None else 0,
         stride_skipped=skipped.stride(0) if skipped is not None else 0,
