@@ -7,6 +7,7 @@ from cases import CASES
 from bench import executed, machine
 
 COMMITTED = executed.newest()
+QUICK = [case for case in CASES if case.of.batch != 4]  # whole: python -m bench.executed --check
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +16,7 @@ def without_races(emulator, monkeypatch):
     monkeypatch.setattr(emulator, "races", False)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", QUICK, ids=str)
 def test_costs(emulator, case):
     if emulator.arch != executed.TARGET:
         pytest.skip(f"the committed figures are of sm_{executed.TARGET}")

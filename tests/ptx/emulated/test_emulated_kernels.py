@@ -59,7 +59,7 @@ def test_steer_heads(dtype, shape, which):
 
 
 @pytest.mark.parametrize(("name", "shape", "which", "frozen"), [
-    ("several-tiles", (16, 8), "qkvo", False), ("released", (16, 16), "q", True),
+    ("odd", (16, 8), "qkvo", False), ("released", (16, 16), "q", True),
 ])  # fmt: skip
 def test_decode(name, shape, which, frozen):
     """However many programs share a row: the bits of step, and heads to one rounding."""
@@ -71,7 +71,7 @@ def test_decode(name, shape, which, frozen):
     packed[1, layout.width + 1] = float("nan")
     steering = heads_properties.random_steering(layout, rule.read_width, which, raws=1, dtype=dtype)
     heads_properties.check_decode(
-        rule, layout, packed, bias, state, steering, cos, sin, parts=(1, 3, None), mask=mask[:, 0], frozen=frozen
+        rule, layout, packed, bias, state, steering, cos, sin, parts=(1, 3), mask=mask[:, 0], frozen=frozen
     )
 
 
@@ -106,7 +106,6 @@ def test_bits_of_packed_sequences():
     x, bias, _, mask = properties.random_problem(rule, 1, 9, seed=7, masked=True)
     state = properties.random_problem(rule, 3, 1, seed=8)[2]
     properties.check_packed(rule, x, bias, state, mask, [4, 0, 5], 0)
-    properties.check_packed_gradient(rule, x, bias, state, [4, 0, 5], chunk=0, spacing=(2, 1))
 
 
 def test_bits_without_masked_tokens():
