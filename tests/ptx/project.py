@@ -32,7 +32,7 @@ def prepare() -> None:
         raise RuntimeError("Triton was imported with TRITON_INTERPRET=1; the emulator runs what Triton compiles")
     os.environ.pop("TRITON_INTERPRET", None)
     # Not the user's: what lies there are texts, which a GPU could not load.
-    cache = Path(tempfile.gettempdir()) / f"deltamem-emulated-{os.getuid()}"
+    cache = Path(tempfile.gettempdir()) / f"deltamem-emulated-ptx-{os.getuid()}"
     os.environ["TRITON_CACHE_DIR"] = os.environ.get("DELTAMEM_EMULATED_CACHE", str(cache))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "kernels"), str(ROOT / "tests" / "ptx")]
