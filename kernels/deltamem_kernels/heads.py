@@ -265,7 +265,7 @@ def recall(
 ):  # fmt: skip
     """Columns ``first`` to ``first`` + COLUMNS − 1 → (their reads, their state after the token, the token's flag).
 
-    The same operations on the same tile as in ``step_kernel``, hence the same bits.
+    The same operations in the same order as in ``step_kernel``, hence the same bits.
     """
     p_x, p_mask, bias_ptr, stride_bias, _, _, _, _, live = memory
     column = first + tl.arange(0, COLUMNS)
@@ -863,7 +863,7 @@ class _Plan:
 
     def launch(self, *tensors: torch.Tensor | None) -> None:
         """Launch with the tensors in the order of TENSORS."""
-        known = tuple(None if tensor is None else compiler_sees(tensor) for tensor in tensors)
+        known = compiler_sees(tensors)
         compiled = self._compiled.get(known)
         if compiled is None:
             self._compiled[known] = launch(

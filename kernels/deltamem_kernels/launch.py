@@ -44,17 +44,21 @@ def check_reach(name: str, tensor: torch.Tensor, axes: int) -> None:
         )
 
 
-def compiler_sees(tensor: torch.Tensor) -> tuple[bool, bool]:
+def compiler_sees(tensors: tuple[torch.Tensor | None, ...]) -> tuple[bool, ...]:
     """What Triton compiles differently for from one tensor to the next, its dtype apart: whether it is aligned to 16
     bytes and, on AMD, whether all of its storage lies within 2 GiB."""
-    return tensor.data_ptr() % 16 == 0, torch.version.hip is not None and tensor.untyped_storage().nbytes() < 2**31
+    seen = tuple([tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors])
+    if torch.version.hip is None:
+        return seen
+    return seen + tuple([tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors])
 
 
 def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arguments):
     """Launch ``kernel`` with a one-dimensional grid on the device of ``tensor`` → what ``launch_again`` takes, or None.
 
-    FP fusion is asked for by name: Triton 3.10 changes what happens without, and a result that depends on
-    the compiler's version is nobody's wish. One stage: the loops fetch the next token themselves.
+    No FP fusion: of a·b + c·d the compiler would fuse one product here and the other there, from one copy of a
+    function to the next, and what two kernels compute alike would differ in its last bits. The kernels say ``tl.fma``
+    where they mean it. One stage: the loops fetch the next token themselves.
     """
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
     if recorded is not None:
@@ -137,7 +141,14 @@ def rule_flags(rule: DeltaRule, projections: torch.Tensor) -> dict:
 
 
 def state_strides(state: torch.Tensor | None) -> dict:
-    """Strides, and whether a sequence's states lie end to end; the rest of a state's place is its row's."""
+    """Strides, and whether the heads and rows of one state lie end to end, as the compiler then knows."""
     strides = state.stride() if state is not None else (0, 0, 0, 0)
     found = {f"stride_s_{name}": stride for name, stride in zip("nhij", strides)}
-    return found | {"DENSE_STATE": state is not None and state[:1].is_contiguous()}
+    return found | {"DENSE_STATE": state is not None and dense_state(state)}
+
+
+def dense_state(state: torch.Tensor) -> bool:
+    """Whether a state [N, H, r, r] has its heads and rows end to end."""
+    heads, rank = state.shape[1], state.shape[-1]
+    _, of_head, of_row, of_key = state.stride()
+    return of_key == 1 and of_row == rank and (heads == 1 or of_head == rank * rank)

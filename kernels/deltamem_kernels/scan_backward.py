@@ -51,6 +51,7 @@ from .columns import (
 from .launch import (
     check_device,
     check_reach,
+    dense_state,
     float32_only,
     half_or_single,
     launch,
@@ -699,7 +700,7 @@ def scan_backward(
             walk_kernel, triton.cdiv(chunks * heads * 2 * rank, cols), projections, num_warps=1,
             edges_ptr=edges, bounds_ptr=bounds, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=chunks * heads, COLUMNS=cols, IS_CHUNKED=bool(chunk), SPACING=block,
-            DENSE_GRADIENT=d_state[:1].is_contiguous(),
+            DENSE_GRADIENT=dense_state(d_state),
             **{f"stride_g_{name}": stride for name, stride in zip("nhij", d_state.stride())},
             **common, **place, **initial,
         )  # fmt: skip

@@ -80,3 +80,30 @@ def test_what_differs_is_launched_anew(launches, other):
     assert len(launches) == 2 and not any(compiled.calls for _, _, compiled in launches)
     decode(**other)
     assert len(launches) == 2 and len(launches[1][2].calls) == 1
+
+
+def test_on_amd_a_storage_past_2_gib_is_launched_anew(launches, monkeypatch):
+    """Triton compiles 32-bit offsets for tensors that lie within 2 GiB there."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    decode()
+    real = torch.Tensor.untyped_storage
+    monkeypatch.setattr(torch.Tensor, "untyped_storage", lambda tensor: Vast() if tensor.ndim == 4 else real(tensor))
+    decode()
+    decode()
+    assert len(launches) == 2 and len(launches[1][2].calls) == 1
+
+
+class Vast:
+    def nbytes(self):
+        return 2**31
+
+
+def test_fusion_is_not_left_to_the_compiler(monkeypatch):
+    """Which product of a sum becomes part of an fma would differ from kernel to kernel, and with it the last bits."""
+    from deltamem_kernels import launch
+
+    found = []
+    monkeypatch.setattr(launch, "recorded", found)
+    decode()
+    ((_, _, options),) = found
+    assert options["enable_fp_fusion"] is False

@@ -20,12 +20,11 @@ FAR = 2**31 + 16
 RULE = DeltaRule(4)
 
 
-def far(near: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """The same numbers, two along ``dim`` lying FAR elements apart."""
-    assert near.shape[dim] == 2
+def far(near: torch.Tensor, dim: int = 0, last: int = FAR) -> torch.Tensor:
+    """The same numbers, the last along ``dim`` lying ``last`` elements, or a few more, from the first."""
     strides = list(near.contiguous().stride())
-    strides[dim] = FAR
-    storage = torch.empty(FAR + near.numel(), dtype=near.dtype)
+    strides[dim] = last // (near.shape[dim] - 1) + near.numel()
+    storage = torch.empty(strides[dim] * (near.shape[dim] - 1) + near.numel(), dtype=near.dtype)
     return storage.as_strided(near.shape, strides).copy_(near)
 
 
@@ -59,6 +58,36 @@ def test_read_and_step():
     one, two = state.clone(), far(state)
     reads = step(x[:, 0], bias, one, RULE)
     assert torch.equal(step(far(x[:, 0]), bias, two, RULE), reads) and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_states_of_any_stride(dim):
+    """Each stride fits 32 bits, and the last row, key or head lies past them."""
+    rule = DeltaRule(4, 2)
+    x, bias, state, _ = properties.random_problem(rule, 2, 5, seed=1)
+    d_reads, d_state = torch.randn(2, 5, 8), torch.randn(2, 2, 4, 4)
+    packed, layout = torch.randn(2, 64 + rule.width), HeadLayout(2, 1, 1, 16)
+    for chunk in (0, 2):
+        near, there = (scan(x, bias, s, rule, chunk=chunk)[:2] for s in (state, far(state, dim)))
+        assert properties.equal(there, near)
+    for chunk, spacing in ((0, (4, 2)), (4, (4, 2))):
+        given = {"chunk": chunk, "spacing": spacing}
+        near = scan_backward(d_reads, d_state, x, bias, state, rule, **given)
+        there = scan_backward(d_reads, far(d_state, dim), x, bias, far(state, dim), rule, **given)
+        assert properties.equal(there, near)
+    assert torch.equal(read(x, far(state, dim), rule), read(x, state, rule))
+    near = read_backward(d_reads, x, state, rule)
+    assert properties.equal(read_backward(d_reads, x, far(state, dim), rule), near)
+    one, two = state.clone(), far(state, dim)
+    assert torch.equal(step(x[:, 0], bias, two, rule), step(x[:, 0], bias, one, rule)) and torch.equal(one, two)
+    steering = heads_properties.random_steering(layout, 8, "qo")
+    for parts in (1, 3):
+        one, two = state.clone(), far(state, dim)
+        arrived = torch.zeros(2, dtype=torch.int32)
+        near, there = (
+            decode_(packed.clone(), bias, s, rule, layout, steering, arrived=arrived, parts=parts) for s in (one, two)
+        )
+        assert properties.equal(there, near) and torch.equal(one, two)
 
 
 def test_steer():
