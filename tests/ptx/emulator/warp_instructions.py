@@ -44,10 +44,10 @@ class WarpInstructions(LaneInstructions):
             if register == "_":
                 continue
             bits = self.width(register)
-            if kind[0] == "s" and bits > size * 8:
-                raise EmuError(f"unknown instruction {i}")
-            into = self.slot(register, f"b{bits}")
-            lines.append(f"    {into}[{'...' if mask == 'None' else 'M'}] = T[{n}]")
+            extend = kind[0] == "s" and bits > size * 8  # by the sign
+            into = self.slot(register, f"{'s' if extend else 'b'}{bits}")
+            value = f"T[{n}].view(np.int{size * 8})" if extend else f"T[{n}]"
+            lines.append(f"    {into}[{'...' if mask == 'None' else 'M'}] = {value}")
         loaded = f"T = W.ld_{space}({address}, {offset}, {size}, {len(registers)}, {mask}, {i.line})"
         return [loaded, "if T is not None:", *(lines or ["    pass"])]
 
