@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test lint format bench recall holding plots readme compare gpu soak kernels-report clean
+.PHONY: help setup browser demo test lint format bench recall holding plots readme compare gpu soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked"
@@ -20,7 +20,8 @@ help:
 	@echo "make plots           pictures of the newest results; PNG under bench/results/plots"
 	@echo "make readme          README's tables from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
-	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time"
+	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"
+	@echo "                     instructions, sectors and estimates of the time; JSON of those (OUTPUT=dir)"
 	@echo "make gpu             on a machine with a GPU, in nine minutes: its tests, then timings (OUTPUT=dir)"
 	@echo "make soak            what takes long"
 
@@ -83,12 +84,22 @@ compare: setup
 
 kernels-report: setup
 	$(BIN)/python -m deltamem_kernels.report
+	$(BIN)/python -m bench.executed --output $(OUTPUT)/emulated
 
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m bench.gpu --output $(OUTPUT)
 
-soak: setup
-	$(BIN)/python -m pytest -m "soak and not gpu" -q
+soak: setup triton36
+	DELTAMEM_TRITON36=$(CURDIR)/$(VENV)36/bin/python $(BIN)/python -m pytest -m "soak and not gpu" -q
+
+# The oldest Triton that is supported, of which the emulator runs the PTX too. torch first: it asks for a newer one.
+triton36: $(VENV)36/.ready
+
+$(VENV)36/.ready: constraints.txt
+	test -x $(VENV)36/bin/python || $(PYTHON) -m venv $(VENV)36
+	$(VENV)36/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(VENV)36/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 pytest hypothesis transformers safetensors
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,10 @@ from .rows import Row
 from .tables import duration, number, parameters
 
 # Counts and sizes of which less is better; the other values follow from the times or describe the row.
-COSTS = ("peak_memory", "extra_memory", "operations", "launches", "registers", "shared", "spills", "stack", "depth")
+COSTS = (
+    "peak_memory", "extra_memory", "operations", "launches", "registers", "shared", "spills", "stack", "depth",
+    "instructions", "sectors", "sectors_past_l1", "distinct_sectors", "bytes_to_floor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ def named_value(name: str, value: float) -> str:
         return f"{value / 1e9:,.3g} GB/s"
     if name in ("bytes", "peak_memory"):
         return f"{name.replace('_', ' ')} {size(value)}"
+    if name.startswith("estimate_"):
+        return f"{name.removeprefix('estimate_')} {duration(value)}, estimated, not measured"
     if name == "back_to_back":
         return f"back to back {duration(value)}"
     text = f"{value:,.0f}" if float(value).is_integer() else number(value)

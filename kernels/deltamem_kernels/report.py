@@ -6,7 +6,8 @@
 Runs the launchers on tensors without memory, takes down what they would launch, and compiles that for each
 target: what is reported is what a launch would run, specialised as Triton would (an alignment of 16 bytes, a
 stride of 1). Not to be run with TRITON_INTERPRET=1. The last table (with --depth the only one) says how many steps
-of a scan wait for one another, and what the maps of its chunks weigh against the tokens.
+of a scan wait for one another, and what the maps of its chunks weigh against the tokens. What the kernels execute and
+ask of memory is counted on an emulator, which the repository has: make kernels-report.
 """
 
 from __future__ import annotations

@@ -1,0 +1,165 @@
+"""What the kernels execute and ask of memory, counted on the PTX emulator: no GPU, no clock, the same every time.
+
+python -m bench.executed [--output bench/results/emulated]     writes a result; without --output only a table
+python -m bench.executed --check                               exit 1 if the newest result is not what the code does
+
+A row ``executed/…`` is a call of a launcher, or (with ``kernel``) one of its launches, as compiled for sm_90.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import machine, results
+from .compare import key
+from .results import Result
+from .rows import Row, counted
+from .tables import duration, markdown, number, parameters
+
+DIRECTORY = results.DIRECTORY / "emulated"
+TARGET = 90
+TOLERANCE = 0.02  # of a committed figure, by which the code's may differ
+COUNTED = ("instructions", "sectors", "distinct_sectors", "sectors_past_l1")
+SECTOR = 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an estimate needs to know: bytes per second of a copy, multiprocessors, cycles per second."""
+
+    bandwidth: float
+    processors: int = 132
+    clock: float = 1.755e9
+
+
+DEVICES = {"H100": Device(3.0e12), "H200": Device(4.3e12)}
+ESTIMATE = "the times are estimated, not measured"
+
+
+def seconds(figures: Iterable, device: Device) -> float:
+    """The roofline of launches one after another: memory, instructions issued, or the longest warp of each.
+
+    A multiprocessor issues four instructions a cycle, one of a warp. Latencies and the launch itself come on top: a
+    bound from below.
+    """
+    total = 0.0
+    for f in figures:
+        busy = min(f.programs, device.processors) * min(4, f.warps * -(-f.programs // device.processors))
+        cycles = max(f.longest, f.instructions / busy)
+        total += max(SECTOR * f.there / device.bandwidth, cycles / device.clock)
+    return total
+
+
+def _counts(figures: list) -> dict[str, float]:
+    asked, there, past = (sum(getattr(f, name) for f in figures) for name in ("asked", "there", "past_l1"))
+    return {
+        "instructions": sum(f.instructions for f in figures), "sectors": asked, "distinct_sectors": there,
+        "sectors_past_l1": past, "sectors_to_distinct": asked / there,
+    }  # fmt: skip
+
+
+def rows_of(case, figures: list) -> list[Row]:
+    """A row of the call, and of each launch if there are several."""
+    name, sizes = f"executed/{case.name}", case.parameters | {"target": f"sm_{TARGET}"}
+    counts = _counts(figures)
+    counts["bytes_to_floor"] = SECTOR * counts["sectors_past_l1"] / case.floor
+    counts |= {f"estimate_{name}": seconds(figures, device) for name, device in DEVICES.items()}
+    found = [counted(name, sizes, ESTIMATE, **counts)]
+    if len(figures) > 1:
+        found += [counted(name, sizes | {"kernel": f.kernel}, **_counts([f])) for f in figures]
+    return found
+
+
+def run(progress: Callable[[str], None] = lambda text: None) -> list[Row]:
+    """All rows; to be called in a process of its own, before anything imports Triton.
+
+    Raises:
+        ValueError: a call's results are wrong.
+    """
+    sys.path.insert(0, str(machine.ROOT / "tests" / "ptx"))
+    import project
+
+    emulator = project.emulator(TARGET, seed=1, races=False)
+    import traffic
+    from cases import CASES
+
+    found = []
+    for case in CASES:
+        progress(str(case))
+        found += rows_of(case, traffic.measure(case, emulator))
+    return found
+
+
+def collect(rows: list[Row]) -> Result:
+    """A result whose device is the emulator."""
+    result = results.collect(rows, "cpu", {})
+    result.head["device"] = f"PTX emulator, sm_{TARGET}"
+    return result
+
+
+def newest(directory: Path = DIRECTORY) -> Result | None:
+    """The newest result there, or None.
+
+    Raises:
+        ValueError, OSError: a file there cannot be read.
+    """
+    found = results.newest(directory) if directory.is_dir() else []
+    return max(found, key=lambda result: result.head["time"], default=None)
+
+
+def differences(committed: Result | None, rows: list[Row], tolerance: float = TOLERANCE) -> list[str]:
+    """Figures of ``rows`` that are not those of a committed result, in words. Of another Triton's they may differ."""
+    if committed is None:
+        return ["no result of the emulator is committed"]
+    triton = machine.version("triton")
+    if committed.head["triton"] != triton:
+        return [f"the committed result is of Triton {committed.head['triton']}, this is {triton}"]
+    old, found = {key(row): row for row in committed.rows}, []
+    for row in rows:
+        if key(row) not in old:
+            found.append(f"{row.name} {parameters(row)}: not committed")
+            continue
+        for name in COUNTED:
+            before, after = old[key(row)].values[name], row.values[name]
+            if abs(after - before) > tolerance * before:
+                found.append(f"{row.name} {parameters(row)}: {name.replace('_', ' ')} {before:,.0f} → {after:,.0f}")
+    return found
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Columns for people; Markdown."""
+    heading = ["call or kernel", "sizes", "instructions", "sectors ÷ distinct", "past L1 ÷ distinct", "bytes ÷ floor"]
+    lines = [heading + [f"{name}, {ESTIMATE.split(' are ')[1]}" for name in DEVICES]]
+    for row in rows:
+        v, sizes = row.values, {k: v for k, v in row.parameters.items() if k not in ("kernel", "target")}
+        name = row.parameters.get("kernel", row.name.removeprefix("executed/"))
+        words = " ".join(f"{k}={x}" for k, x in sizes.items()) if "kernel" not in row.parameters else ""
+        past = number(v["sectors_past_l1"] / v["distinct_sectors"])
+        cells = [name, words, f"{v['instructions']:,.0f}", number(v["sectors_to_distinct"]), past]
+        cells += [number(v["bytes_to_floor"]) if "bytes_to_floor" in v else ""]
+        lines.append(cells + [duration(v.get(f"estimate_{device}")) for device in DEVICES])
+    return markdown(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print, write or check; the exit status is 1 if ``--check`` finds a difference."""
+    parser = argparse.ArgumentParser(prog="python -m bench.executed", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for the JSON")
+    parser.add_argument("--check", action="store_true", help="compare with the newest committed result")
+    options = parser.parse_args(arguments)
+    rows = run(lambda text: print(text, file=sys.stderr, flush=True))
+    print(table(rows))
+    if options.output:
+        print(results.write(options.output, collect(rows)))
+    wrong = differences(newest(), rows) if options.check else []
+    if wrong:
+        print("\n".join([*wrong, "intended? make kernels-report, and commit what it writes"]))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
