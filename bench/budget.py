@@ -77,7 +77,8 @@ def _distinct(kernel, arguments: dict, options: dict) -> tuple:
         (name, value.dtype if isinstance(value, torch.Tensor) else value if name in fixed or value is None else None)
         for name, value in arguments.items()
     ]
-    return getattr(kernel, "fn", kernel).__name__, options.get("num_warps"), tuple(sorted(kept, key=lambda pair: pair[0]))
+    name = getattr(kernel, "fn", kernel).__name__
+    return name, options.get("num_warps"), tuple(sorted(kept, key=lambda pair: pair[0]))
 
 
 def of_kernels(cases: Iterable[problems.Case], turns: int) -> Estimate:

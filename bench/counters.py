@@ -24,7 +24,14 @@ from . import budget, machine, problems, results, suite
 from .problems import Case
 from .rows import Row, absent, counted
 
-CASES = (Case("decode_"), Case("decode_", 1, 512), Case("step", 1, 32), Case("scan", 64), Case("scan", 8192))
+CASES = (
+    Case("decode_"),
+    Case("decode_", 1, 4),
+    Case("step"),
+    Case("step", 1, 32),
+    Case("scan", 64),
+    Case("scan", 8192),
+)
 METRICS = {
     "smsp__inst_executed.sum": "instructions",
     "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": "load_sectors",
@@ -35,7 +42,8 @@ METRICS = {
     "dram__bytes_write.sum": "dram_written",
 }
 SECONDS = 75  # of ncu; the part's own limit is later
-EMULATED = "emulated"  # rows of this name, with the kernel as a parameter, hold the emulator's figures
+EMULATED = "emulated"  # rows named emulated/KERNEL hold the emulator's figures; their parameters are the sizes
+CHOSEN = ("parts", "chunk", "spacing")  # parameters of rows of which a launcher did not choose by itself
 # Their names in those rows' values, first found first: instructions, sectors loaded, sectors stored.
 SAME = {
     "instructions": ("instructions",),
@@ -137,7 +145,9 @@ def beside(kernel: str, case: Case, figures: list[dict]) -> dict[str, float]:
     """The emulator's figures of one launch by this module's names, from the row of the same kernel and sizes; or {}."""
     sizes = {"tokens": case.tokens, "batch": case.batch, "rank": case.rank, "heads": case.heads, "dtype": case.dtype}
     for row in figures:
-        same = row["kernel"] == kernel and str(row.get("target", "sm_90")) in ("sm_90", "90")
+        same = row["kernel"].removesuffix("_kernel").strip("_") == kernel.removesuffix("_kernel")
+        same = same and not any(row.get(key) for key in CHOSEN)
+        same = same and str(row.get("target", "sm_90")) in ("sm_90", "90")
         if same and all(row.get(key, value) == value for key, value in sizes.items()):
             pairs = {ours: next((row[name] for name in names if name in row), None) for ours, names in SAME.items()}
             return {key: float(value) for key, value in pairs.items() if isinstance(value, int | float)}

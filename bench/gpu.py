@@ -60,6 +60,11 @@ def wait(process: subprocess.Popen, seconds: float | None) -> int | None:
         return None
 
 
+def limit_of(name: str) -> float:
+    """Seconds that a part may take."""
+    return PARTS[name].seconds(Plan("cuda"))
+
+
 def plan_table(seconds: float) -> str:
     """Part by part, from what it launches and compiles, how long it should take and how long it gets at most."""
     plan = Plan("cuda")
@@ -128,7 +133,7 @@ def measure(options: argparse.Namespace, start: float) -> Iterator[list[Row]]:
         say(start, "tests")
         yield [suite.run(options.output, 3600 if unlimited else budget.of_tests().limit, unlimited)]
     for name in options.only or PARTS:
-        limit = None if unlimited else min(PARTS[name].seconds(Plan("cuda")), left())
+        limit = None if unlimited else min(limit_of(name), left())
         if limit is not None and limit < LEAST:
             say(start, f"{name}: left out, no time")
             yield [absent(name, "left out: no time")]

@@ -193,7 +193,9 @@ def _run(function, args, kwargs):
     if not cuda:
         return function(*args, **kwargs)
     if function.namespace not in ("aten", "prims"):
-        # An operator of this project's: its Python, on tensors that still say where they lie.
+        # An operator of this project's: its Python, on tensors that still say where they lie. Zeros that autograd has
+        # put where a result got no gradient are of C++, which takes all tensors here for a CPU's.
+        args, kwargs = tree_map_only(torch.Tensor, _moved_zeros, (args, kwargs))
         with _Mode(), _Uploads():
             return torch._library.custom_ops.OPDEFS[function._schema.name]._init_fn(*args, **kwargs)
     mixed = on_cuda and any(t.ndim > 0 for t in tensors if not isinstance(t, CudaTensor))
@@ -214,6 +216,11 @@ def _run(function, args, kwargs):
     if here.tape is not None:
         here.tape.append(_Recorded(function, _plain(args), _plain(kwargs), found))
     return tree_map_only(torch.Tensor, CudaTensor, found)
+
+
+def _moved_zeros(tensor: torch.Tensor) -> torch.Tensor:
+    is_zero = not isinstance(tensor, CudaTensor) and tensor.is_floating_point() and not tensor.any()
+    return CudaTensor(tensor) if is_zero else tensor
 
 
 class _Recorded:
@@ -253,6 +260,20 @@ class Event:
         if not (self.timing and other.timing) or self.time is None or other.time is None:
             raise RuntimeError("both events must be recorded, with timing, before the time between them is asked for")
         return max(1e-3, (other.time - self.time) * 1e3)
+
+
+class Stream:
+    """Everything happens at once."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, other) -> None:
+        """Nothing to wait for."""
+
+    wait_event = wait_stream
 
 
 class CUDAGraph:
@@ -319,7 +340,7 @@ def device(name: str = "H100"):
         name=it.name, total_memory=it.memory.total, L2_cache_size=it.l2, multi_processor_count=it.processors,
         major=9, minor=0,
     )  # fmt: skip
-    stream = SimpleNamespace(wait_stream=nothing, synchronize=nothing, wait_event=nothing, cuda_stream=0)
+    stream = Stream()
 
     @contextmanager
     def on(_):
@@ -343,9 +364,10 @@ def device(name: str = "H100"):
         "mem_get_info": lambda *a: (it.memory.total - it.memory.now, it.memory.total),
         "memory_allocated": lambda *a: it.memory.now, "max_memory_allocated": lambda *a: it.memory.peak,
         "reset_peak_memory_stats": lambda *a: reset(), "empty_cache": nothing,
-        "synchronize": lambda *a: it.waits("synchronize"), "Event": Event, "Stream": lambda *a, **k: stream,
+        "synchronize": lambda *a: it.waits("synchronize"), "Event": Event, "Stream": Stream,
         "current_stream": lambda *a: stream, "stream": on, "CUDAGraph": CUDAGraph, "graph": graph,
         "is_current_stream_capturing": lambda: it.tape is not None, "device": on,
+        "profiler": SimpleNamespace(start=nothing, stop=nothing),
     }  # fmt: skip
     with ExitStack() as stack:
         for key, value in replaced.items():
