@@ -71,6 +71,7 @@ class Device:
         self.name, total, self.l2, self.processors = DEVICES[name]
         self.memory = Memory(total)
         self.tape: list | None = None
+        self.before: dict[int, tuple] = {}  # of a capture: storages that it may write, and what was in them
         self.calls: Counter = Counter()
         self.idle = False  # kernels are counted, not run: for what is timed and looked at by nobody
 
@@ -212,6 +213,7 @@ def _run(function, args, kwargs):
         kwargs = kwargs | {"device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = kwargs | {"pin_memory": False}
+    _keep(_plain((args, kwargs)))
     found = function(*_plain(args), **_plain(kwargs))
     if here.tape is not None:
         here.tape.append(_Recorded(function, _plain(args), _plain(kwargs), found))
@@ -292,14 +294,27 @@ class CUDAGraph:
 
 @contextmanager
 def graph(which: CUDAGraph):
-    """Capture: what is done runs once, which a GPU would not do, so callers compare replays alone."""
-    here.tape = []
+    """Capture: what is done runs once here, and is then undone; a GPU would not run it."""
+    if here.tape is not None:
+        raise RuntimeError("a graph is being captured already")
+    here.tape, here.before = [], {}
     try:
         yield
-        which.tape, here.tape = here.tape, None
+        which.tape = here.tape
         here.calls["captures"] += 1
     finally:
-        here.tape = None
+        for storage, content in here.before.values():
+            storage.copy_(content)
+        here.tape, here.before = None, {}
+
+
+def _keep(tree) -> None:
+    """Remember, while a graph is captured, what lies in the storages of these plain tensors."""
+    for tensor in tree_leaves(tree):
+        if here.tape is not None and isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in here.before:
+                here.before[storage.data_ptr()] = storage, storage.clone()
 
 
 def _launches(stack: ExitStack) -> None:
@@ -313,6 +328,7 @@ def _launches(stack: ExitStack) -> None:
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         args, kwargs = _plain(args), _plain(dict(kwargs))
         here.calls["launches"] += 1
+        _keep((args, kwargs))
 
         def run():
             if not here.idle:
@@ -365,7 +381,7 @@ def device(name: str = "H100"):
         "memory_allocated": lambda *a: it.memory.now, "max_memory_allocated": lambda *a: it.memory.peak,
         "reset_peak_memory_stats": lambda *a: reset(), "empty_cache": nothing,
         "synchronize": lambda *a: it.waits("synchronize"), "Event": Event, "Stream": Stream,
-        "current_stream": lambda *a: stream, "stream": on, "CUDAGraph": CUDAGraph, "graph": graph,
+        "current_stream": lambda *a: stream, "default_stream": lambda *a: stream, "stream": on, "CUDAGraph": CUDAGraph, "graph": graph,
         "is_current_stream_capturing": lambda: it.tape is not None, "device": on,
         "profiler": SimpleNamespace(start=nothing, stop=nothing),
     }  # fmt: skip
@@ -375,6 +391,10 @@ def device(name: str = "H100"):
         for key in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, key, from_host(getattr(torch, key))))
         stack.enter_context(mock.patch.object(torch.compiler, "cudagraph_mark_step_begin", nothing))
+        # ``module.cuda()`` makes new parameters: the class of one that there is cannot change.
+        keep = torch.__future__.get_overwrite_module_params_on_conversion()
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, keep)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         _launches(stack)
         stack.enter_context(_Mode())
         stack.enter_context(_Uploads())
