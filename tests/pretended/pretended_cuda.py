@@ -381,7 +381,8 @@ def device(name: str = "H100"):
         "memory_allocated": lambda *a: it.memory.now, "max_memory_allocated": lambda *a: it.memory.peak,
         "reset_peak_memory_stats": lambda *a: reset(), "empty_cache": nothing,
         "synchronize": lambda *a: it.waits("synchronize"), "Event": Event, "Stream": Stream,
-        "current_stream": lambda *a: stream, "default_stream": lambda *a: stream, "stream": on, "CUDAGraph": CUDAGraph, "graph": graph,
+        "current_stream": lambda *a: stream, "default_stream": lambda *a: stream,
+        "stream": on, "CUDAGraph": CUDAGraph, "graph": graph,
         "is_current_stream_capturing": lambda: it.tape is not None, "device": on,
         "profiler": SimpleNamespace(start=nothing, stop=nothing),
     }  # fmt: skip
