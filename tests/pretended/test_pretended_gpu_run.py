@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pretended_cuda
 import pytest
 import torch
 
-from deltamem_kernels.launch import interpreted
-from deltamem_kernels.layout import HeadLayout
+pytest.importorskip("triton")
+import pretended_cuda  # noqa: E402
+
+from deltamem_kernels.launch import interpreted  # noqa: E402
+from deltamem_kernels.layout import HeadLayout  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not interpreted(), reason="test_bench_gpu.py runs it in a process of its own")
