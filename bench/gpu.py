@@ -1,20 +1,17 @@
 """On a machine with a GPU: its tests, then kernel and model timings; JSON under --output, a table last.
 
-python -m bench.gpu [--output DIR] [--seconds N] [--full] [--only PART ...] [--skip-tests]        (make gpu)
+python -m bench.gpu [--output DIR] [--seconds N] [--full] [--only PART ...] [--skip-tests] [--plan]     (make gpu)
 
 Each part runs in a process of its own with a time limit, so that one that fails or hangs costs no other; rows are
-kept as they come. A part that there is no time left for is named and left out. ``--dry-run`` runs the same parts with
-tiny sizes on a CPU.
+kept as they come, and the result is written after each part. A part that there is no time left for is named and left
+out. ``--plan`` prints how long each should take; ``--dry-run`` runs the same parts with tiny sizes on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,16 +21,13 @@ from pathlib import Path
 
 import torch
 
-from . import machine, results
+from . import budget, machine, results, suite
 from .parts import PARTS, Plan
-from .rows import Row, absent, counted, from_dict, refused
-from .tables import plain_table
+from .rows import Row, absent, from_dict, refused
+from .tables import aligned, plain_table
 
 ROOT = machine.ROOT
 SECONDS = 520  # of nine minutes; what is left is for starting, writing and the table
-TEST_SECONDS = 240
-FAREWELL = 15  # seconds in which interrupted tests name their failures
-TEST_LOG = "gpu-tests.txt"
 LEAST = 25  # seconds under which no further part is begun
 
 
@@ -45,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the full sweep, without a time limit (make bench)")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--skip-tests", action="store_true", help="timings alone")
+    parser.add_argument("--plan", action="store_true", help="print what each part does and how long it should take")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU, to see that every part runs")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)  # what a part's own process does
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
@@ -56,55 +51,32 @@ def say(start: float, text: str) -> None:
     print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-def wait(process: subprocess.Popen, seconds: float | None, farewell: float = 0.0) -> int | None:
-    """The exit status, or None if it took longer: then it is ended with everything that it started.
-
-    Args:
-        farewell: seconds that it gets, interrupted, to say what it knows.
-    """
+def wait(process: subprocess.Popen, seconds: float | None) -> int | None:
+    """The exit status, or None if it took longer: then it is ended with everything that it started."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        pass
-    if farewell:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(farewell)
-    with contextlib.suppress(ProcessLookupError):  # the group goes on while one of it does
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return None
+        suite.end(process)
+        return None
 
 
-def gpu_tests() -> list[str]:
-    """The files with tests for a GPU: every worker would import all the others too."""
-    return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+def limit_of(name: str) -> float:
+    """Seconds that a part may take."""
+    return PARTS[name].seconds(Plan("cuda"))
 
 
-def run_tests(output: Path, seconds: float, full: bool) -> Row:
-    """pytest -m gpu in a process of its own, as a row; what it printed goes to ``output`` if something failed."""
-    marker = "gpu" if full else "gpu and not soak"
-    command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "--tb=short", "--maxfail=20"]
-    command += ["-p", "no:cacheprovider", *gpu_tests()]
-    if importlib.util.find_spec("xdist"):
-        # Most of the time goes into compiling kernels; neighbours in a file share theirs.
-        command += ["-n", str(min(12, machine.cores())), "--dist", "worksteal"]
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        status = wait(process, seconds, FAREWELL)
-        file.seek(0)
-        text = file.read()
-    print(text[-3000:], flush=True)
-    if status == 0:
-        row = counted("tests", {"marker": marker}, _last_line(text))
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / TEST_LOG).write_text(text, encoding="utf-8")
-        note = f"not through after {seconds:.0f} s: " if status is None else ""
-        row = refused("tests", {"marker": marker}, note + _last_line(text))
-    row.values["seconds"] = round(time.perf_counter() - start)
-    return row
+def plan_table(seconds: float) -> str:
+    """Part by part, from what it launches and compiles, how long it should take and how long it gets at most."""
+    plan = Plan("cuda")
+    estimates = {"tests": budget.of_tests()} | {name: part.estimate(plan) for name, part in PARTS.items()}
+    lines, total = [["part", "kernels compiled", "our launches", "s", "at most", "begins at"]], 0.0
+    for name, found in estimates.items():
+        limit = min(found.limit, seconds - total)
+        begins = f"{total:.0f}" if limit >= LEAST else "left out"
+        counts = [f"{found.compiled}", f"{found.launches:,}" if found.launches else ""]
+        lines.append([name, *counts, f"{found.seconds:.0f}", f"{max(0, limit):.0f}", begins])
+        total = min(seconds, total + found.seconds) if limit >= LEAST else total
+    return aligned(lines) + f"\nin all {total:.0f} of {seconds:.0f} s; assumptions in bench/budget.py"
 
 
 def run_part(options: argparse.Namespace) -> int:
@@ -159,9 +131,9 @@ def measure(options: argparse.Namespace, start: float) -> Iterator[list[Row]]:
     unlimited = options.full or options.dry_run
     if not (options.skip_tests or options.dry_run or options.only):
         say(start, "tests")
-        yield [run_tests(options.output, 3600 if unlimited else TEST_SECONDS, unlimited)]
+        yield [suite.run(options.output, 3600 if unlimited else budget.of_tests().limit, unlimited)]
     for name in options.only or PARTS:
-        limit = None if unlimited else min(PARTS[name].seconds, left())
+        limit = None if unlimited else min(limit_of(name), left())
         if limit is not None and limit < LEAST:
             say(start, f"{name}: left out, no time")
             yield [absent(name, "left out: no time")]
@@ -173,6 +145,9 @@ def measure(options: argparse.Namespace, start: float) -> Iterator[list[Row]]:
 def main(arguments: list[str] | None = None) -> int:
     """Run everything; the exit status is 1 if the tests or a check failed, 2 if there is no GPU."""
     options = parse(arguments)
+    if options.plan:
+        print(plan_table(options.seconds))
+        return 0
     if not options.dry_run and not torch.cuda.is_available():
         print("bench.gpu: error: PyTorch sees no CUDA device here; make test runs without one", file=sys.stderr)
         return 2

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import decode, kernels, model, prefill, timing
+from . import budget, counters, decode, kernels, model, prefill, timing
+from .budget import Estimate
 from .rows import Row, absent, counted, refused
+
+PREFILL_TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,16 @@ class Plan:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of a long prompt."""
         return (48,) if self.dry else (8192, 32768)
+
+    @property
+    def scans(self) -> tuple[int, ...]:
+        """Tokens of the scans that peers are timed beside."""
+        return (128, 2048, 8192, 32768, 131_072) if self.full and not self.dry else self.lengths
+
+    @property
+    def gradients(self) -> tuple[int, ...]:
+        """The same of their gradients."""
+        return (48,) if self.dry else (8192, 2048, 32768)
 
     @property
     def turns(self) -> int:
@@ -72,11 +85,11 @@ def _static(plan: Plan, models: model.Models, modes: tuple[str, ...], batches: t
 
 
 def model_decode(plan: Plan, name: str = "Qwen3-4B") -> Iterator[Row]:
-    """Eager decode with short prompts, and the hand-captured CUDA graph, at 1 and 16 rows."""
+    """Decode at 1 row, then at 16: eager after short prompts, then the hand-captured CUDA graph."""
     models = _models(plan, name)
     for batch in (1, 16):
         yield from model.eager_rows(models, plan.eager(batch), batch)
-    yield from _static(plan, models, ("graph",), (1, 16))
+        yield from _static(plan, models, ("graph",), (batch,))
 
 
 def model_compiled(plan: Plan, name: str = "Qwen3-4B") -> Iterator[Row]:
@@ -87,13 +100,15 @@ def model_compiled(plan: Plan, name: str = "Qwen3-4B") -> Iterator[Row]:
 
 
 def model_prefill(plan: Plan, name: str = "Qwen3-4B") -> Iterator[Row]:
-    """Long prompts: seconds and peak memory."""
+    """Long prompts: seconds and peak memory. The released scan, a token at a time, is in the first length alone."""
     models = _models(plan, name)
     for length in plan.lengths:
         try:
-            yield from prefill.rows(models, length, turns=3 if plan.dry else 5)
+            yield from prefill.rows(models, length, turns=3 if plan.dry else PREFILL_TURNS)
         except torch.OutOfMemoryError:
             yield absent("prefill/patched", "does not fit the device", models.parameters(batch=1, tokens=length))
+        if models.variants.pop("released", None) is not None and not plan.full:
+            models.refusals["released"] = absent("", f"left out beyond {plan.lengths[0]} tokens: no time")
 
 
 def other_model(plan: Plan, name: str) -> Iterator[Row]:
@@ -110,37 +125,76 @@ def other_model(plan: Plan, name: str) -> Iterator[Row]:
 
 def scan_peers(plan: Plan) -> Iterator[Row]:
     """The scan and its gradient against peers."""
-    lengths = plan.lengths if not plan.full else (128, 2048, 8192, 32768, 131_072)
-    gradients = (48,) if plan.dry else (8192, 2048, 32768)
-    yield from kernels.released_rows(lengths, gradients, plan.device, plan.turns)
-    yield from kernels.fla_rows(lengths, plan.device, plan.turns)
+    yield from kernels.released_rows(plan.scans, plan.gradients, plan.device, plan.turns)
+    yield from kernels.fla_rows(plan.scans, plan.device, plan.turns)
 
 
 def microbenchmarks(plan: Plan) -> Iterator[Row]:
-    """Every kernel, against the roofline, and where it can be compiled the reference."""
+    """Every kernel, against the roofline."""
     bandwidth = timing.copy_bandwidth(plan.device)
     yield counted("copy", {"device": plan.device}, "one tensor onto another, read and written", bandwidth=bandwidth)
     cases = kernels.full_sweep() if plan.full else kernels.short_sweep()
     yield from kernels.rows(kernels.tiny_sweep() if plan.dry else cases, plan.device, plan.turns)
-    compiled = [kernels.Case("decode_"), kernels.Case("steer_heads_", 8192), kernels.Case("step"), kernels.Case("scan")]
-    yield from kernels.compiled_rows(compiled[-1:] if plan.dry else compiled, plan.device, plan.turns)
+
+
+def compiled_kernels(plan: Plan) -> Iterator[Row]:
+    """Kernels beside what torch.compile makes of the reference."""
+    cases = [kernels.Case("decode_"), kernels.Case("steer_heads_", 8192), kernels.Case("step"), kernels.Case("scan")]
+    yield from kernels.compiled_rows(cases[-1:] if plan.dry else cases, plan.device, plan.turns)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its rows, and how long it may take (seconds; the full sweep has no limit)."""
+    """One process.
+
+    Attributes:
+        run: its rows.
+        estimate: what it launches and compiles, and how long that should take; that and half as much again is its
+            limit (none in the full sweep).
+    """
 
     run: Callable[[Plan], Iterator[Row]]
-    seconds: float
+    estimate: Callable[[Plan], Estimate]
+
+    def seconds(self, plan: Plan) -> float:
+        """How long it may take."""
+        return self.estimate(plan).limit
 
 
-# The compiler takes minutes for whole models: what takes seconds comes before it.
+PEERS = ("unpatched", "patched", "released")
+OURS = PEERS[:2]
+
+
+def _decode_estimate(plan: Plan, name: str = "Qwen3-4B") -> Estimate:
+    each = [budget.of_eager(name, plan.eager(batch), PEERS) for batch in (1, 16)]
+    each += [budget.of_graph(name, **plan.static())] * 2
+    return budget.started(budget.of_model(name), *each)
+
+
+def _prefill_estimate(plan: Plan, name: str = "Qwen3-4B") -> Estimate:
+    first, *others = plan.lengths
+    long = [budget.of_prefill(name, length, PREFILL_TURNS, OURS) for length in others]
+    return budget.started(budget.of_model(name), budget.of_prefill(name, first, PREFILL_TURNS, PEERS), *long)
+
+
+def _other_estimate(plan: Plan, name: str) -> Estimate:
+    graphs = [budget.of_graph(name, **plan.static())] * 2
+    eager = budget.of_eager(name, plan.eager(1), OURS)
+    return budget.started(budget.of_model(name), *graphs, eager, budget.of_prefill(name, plan.lengths[0], 3, OURS))
+
+
+# What tells most comes first, so that a run that is cut off has it: decode, the scan, each kernel. The compiler takes
+# minutes for whole models: what takes seconds comes before it.
 PARTS = {
-    "decode": Part(model_decode, 110),
-    "kernels": Part(microbenchmarks, 100),
-    "prefill": Part(model_prefill, 80),
-    "compiled": Part(model_compiled, 200),
-    "scan-peers": Part(scan_peers, 60),
-    "Qwen3-8B": Part(lambda plan: other_model(plan, "Qwen3-8B"), 90),
-    "SmolLM3-3B": Part(lambda plan: other_model(plan, "SmolLM3-3B"), 90),
+    "decode": Part(model_decode, _decode_estimate),
+    "scan-peers": Part(
+        scan_peers, lambda plan: budget.started(budget.of_scan_peers(plan.scans, plan.gradients, plan.turns))
+    ),
+    "kernels": Part(microbenchmarks, lambda plan: budget.started(budget.of_kernels(kernels.short_sweep(), plan.turns))),
+    "counters": Part(counters.rows, lambda plan: budget.started(budget.of_counters(counters.CASES))),
+    "prefill": Part(model_prefill, _prefill_estimate),
+    "compiled": Part(model_compiled, lambda plan: budget.started(budget.of_compiled("Qwen3-4B", 4, plan.static()))),
+    "compiled-kernels": Part(compiled_kernels, lambda plan: budget.started(budget.of_compiled_kernels(3))),
+    "Qwen3-8B": Part(lambda plan: other_model(plan, "Qwen3-8B"), lambda plan: _other_estimate(plan, "Qwen3-8B")),
+    "SmolLM3-3B": Part(lambda plan: other_model(plan, "SmolLM3-3B"), lambda plan: _other_estimate(plan, "SmolLM3-3B")),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import targets
+from . import devices, targets
 from .rows import Row
 
 HEADINGS = ("benchmark", "parameters", "p20", "p50", "p80", "tokens/s", "times as fast as (p20 to p80)", "", "target")
@@ -43,6 +43,8 @@ def named_value(name: str, value: float) -> str:
         return f"{name.replace('_', ' ')} {size(value)}"
     if name.startswith("estimate_"):
         return f"{name.removeprefix('estimate_')} {duration(value)}, estimated, not measured"
+    if name.endswith("_to_emulated"):
+        return f"{name.removesuffix('_to_emulated').replace('_', ' ')} ÷ emulated {value:.3f}"
     if name == "back_to_back":
         return f"back to back {duration(value)}"
     text = f"{value:,.0f}" if float(value).is_integer() else number(value)
@@ -65,6 +67,9 @@ def cells(row: Row) -> list[str]:
     """One line of a table, under HEADINGS."""
     ratios = "; ".join(f"{name} {ratio(values)}" for name, values in row.ratios.items())
     values = ", ".join(named_value(name, value) for name, value in row.values.items())
+    if row.name.startswith("kernel/") and "bytes" in row.values:
+        known = devices.floors(row.values["bytes"])
+        values += "; floor " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in known.items())
     verdict = targets.verdict(row)
     if row.status != "measured":
         verdict = row.status
@@ -81,7 +86,12 @@ def _without_empty_columns(lines: list[list[str]]) -> list[list[str]]:
 
 def plain_table(rows: Sequence[Row]) -> str:
     """Aligned text; columns in which no row has anything are left out."""
-    lines = _without_empty_columns([list(HEADINGS), *(cells(row) for row in rows)])
+    return aligned(_without_empty_columns([list(HEADINGS), *(cells(row) for row in rows)]))
+
+
+def aligned(lines: Sequence[list[str]]) -> str:
+    """A heading line and the lines under it, columns aligned."""
+    lines = list(lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)] + [0]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)

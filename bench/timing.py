@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU of today
+COPY_BYTES = 2 << 30  # of the copy that a device's bandwidth is measured by
 Call = Callable[[int], object]
 
 
@@ -112,7 +113,7 @@ def l2_bytes(device: str) -> int:
 @functools.cache
 def copy_bandwidth(device: str) -> float:
     """Bytes per second of a large copy within the device's memory, read and written bytes both counted."""
-    count = (2 << 30) if device == "cuda" else (4 << 20)
+    count = COPY_BYTES if device == "cuda" else (4 << 20)
     source = torch.empty(count, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     times = in_turns({"copy": lambda n: target.copy_(source)}, 10, device)["copy"]

@@ -72,8 +72,10 @@ def quarters(x):
 
 @triton.jit
 def dot(a, b):
-    """Σ_j a b over axis 0 of two tiles [R, COLUMNS]: four keys at a time with fma, these sums ``pairwise``. Above 8 rows
-    plain products, ``pairwise``: taken apart, tiles of 16 keep ``token_kernel`` from fitting its registers."""
+    """Σ_j a b over axis 0 of two tiles [R, COLUMNS]: four keys at a time with fma, these sums ``pairwise``.
+
+    Above 8 rows plain products, ``pairwise``: taken apart, tiles of 16 keep ``token_kernel`` from fitting its registers.
+    """
     if a.shape[0] == 4 or a.shape[0] == 8:
         a_0, a_1, a_2, a_3 = quarters(a)
         b_0, b_1, b_2, b_3 = quarters(b)
