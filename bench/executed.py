@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import machine, results
+from . import devices, machine, results
 from .compare import key
 from .results import Result
 from .rows import Row, counted
@@ -36,7 +36,7 @@ class Device:
     clock: float = 1.755e9
 
 
-DEVICES = {"H100": Device(3.0e12), "H200": Device(4.3e12)}
+DEVICES = {known.name: Device(known.copy) for known in devices.KNOWN}
 ESTIMATE = "the times are estimated, not measured"
 
 

@@ -74,7 +74,7 @@ def quarters(x):
 def dot(a, b):
     """Σ_j a b over axis 0 of two tiles [R, COLUMNS]: four keys at a time with fma, these sums ``pairwise``.
 
-    Above 8 rows plain products, ``pairwise``: taken apart, tiles of 16 keep ``token_kernel`` from fitting its registers.
+    Above 8 rows plain products, ``pairwise``: taken apart, tiles of 16 leave ``token_kernel`` too few registers.
     """
     if a.shape[0] == 4 or a.shape[0] == 8:
         a_0, a_1, a_2, a_3 = quarters(a)
