@@ -10,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import pretended_cuda  # noqa: E402
+import pretended_cuda
 
-from deltamem_kernels.launch import interpreted  # noqa: E402
-from deltamem_kernels.layout import HeadLayout  # noqa: E402
+from deltamem_kernels.launch import interpreted
+from deltamem_kernels.layout import HeadLayout
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not interpreted(), reason="test_bench_gpu.py runs it in a process of its own")
