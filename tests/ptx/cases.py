@@ -102,7 +102,7 @@ def _of(kernel: str, batch: int = 1, tokens: int = 1) -> problems.Case:
 
 
 CASES = (
-    Case("scan", _of("scan", 1, 256), {"chunk": 64}),
+    Case("scan", _of("scan", 1, 512), {"chunk": 64}),
     Case("scan", _of("scan", 1, 64)),
     Case("step", _of("step", 32)),
     Case("step", _of("step", 1)),
@@ -113,7 +113,7 @@ CASES = (
     Case("steer_heads", _of("steer_heads_", 1, 32)),
     Case("steer", _of("steer", 1, 32)),
     Case("steer", _of("steer", 1, 1)),
-    Case("scan_backward", _of("scan_gradient", 1, 128), {"chunk": 64}),
+    Case("scan_backward", _of("scan_gradient", 1, 256), {"chunk": 64}),
     Case("read_backward", _of("read_gradient", 1, 64)),
     Case("steer_backward", _of("steer_gradient", 1, 32)),
 )
