@@ -42,7 +42,7 @@ METRICS = {
     "dram__bytes_write.sum": "dram_written",
 }
 SECONDS = 75  # of ncu; the part's own limit is later
-EMULATED = "emulated"  # rows named emulated/KERNEL hold the emulator's figures; their parameters are the sizes
+EMULATED = "executed"  # rows named executed/KERNEL hold the emulator's figures; their parameters are the sizes
 CHOSEN = ("parts", "chunk", "spacing")  # parameters of rows of which a launcher did not choose by itself
 # Their names in those rows' values, first found first: instructions, sectors loaded, sectors stored.
 SAME = {
@@ -132,8 +132,10 @@ def emulated(directory: Path = results.DIRECTORY) -> list[dict]:
         try:
             data = json.loads(path.read_text("utf-8"))
             rows = [row for row in data["rows"] if str(row["name"]).split("/")[0] == EMULATED]
-            flat = [{**row["parameters"], **row["values"]} for row in rows if row.get("status") == "measured"]
-            flat = [{"kernel": row["name"].partition("/")[2], **one} for row, one in zip(rows, flat)]
+            flat = [
+                {"kernel": row["name"].partition("/")[2], **row["parameters"], **row["values"]}
+                for row in rows if row.get("status") == "measured"
+            ]  # fmt: skip
             if flat and str(data["time"]) >= found[0]:
                 found = str(data["time"]), flat
         except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -58,6 +58,7 @@ def _counts(figures: list) -> dict[str, float]:
     asked, there, past = (sum(getattr(f, name) for f in figures) for name in ("asked", "there", "past_l1"))
     return {
         "instructions": sum(f.instructions for f in figures), "sectors": asked, "distinct_sectors": there,
+        "load_sectors": sum(f.loads for f in figures), "store_sectors": sum(f.stores for f in figures),
         "sectors_past_l1": past, "sectors_to_distinct": asked / there,
     }  # fmt: skip
 

@@ -186,7 +186,7 @@ def test_ncu_s_lines_are_read():
 def emulated(kernel="decode", status="measured", **more):
     parameters = {"tokens": 1, "batch": 1, "rank": 8, "heads": 1, "dtype": "bfloat16", **more}
     values = {"instructions": 40000, "load_sectors": 3000, "store_sectors": 100}
-    return {"name": f"emulated/{kernel}", "parameters": parameters, "values": values, "status": status}
+    return {"name": f"executed/{kernel}", "parameters": parameters, "values": values, "status": status}
 
 
 def test_counters_stand_beside_the_emulator_s(tmp_path):
@@ -194,7 +194,7 @@ def test_counters_stand_beside_the_emulator_s(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"rows": 3, "time": null}')
     assert counters.emulated(tmp_path) == []
-    rows = [emulated(status="refused"), emulated(parts=1), emulated(batch=4), emulated()]
+    rows = [emulated("step", status="refused"), emulated(parts=1), emulated(batch=4), emulated()]
     (tmp_path / "new.json").write_text(json.dumps({"time": "2026", "rows": rows}))
     figures = counters.emulated(tmp_path)
     assert len(figures) == 3

@@ -22,6 +22,6 @@ def test_costs(emulator, case):
         pytest.skip(f"the committed figures are of sm_{executed.TARGET}")
     rows = executed.rows_of(case, traffic.measure(case, emulator))
     if COMMITTED is not None and COMMITTED.head["triton"] != machine.version("triton"):
-        return  # another compiler: other figures
+        pytest.skip(f"the committed figures are of Triton {COMMITTED.head['triton']}: right, but not compared")
     found = executed.differences(COMMITTED, rows)
     assert not found, "\n".join([*found, "intended? make kernels-report, and commit what it writes"])
