@@ -31,6 +31,7 @@ from .columns import (
     written,
 )
 from .launch import (
+    MOST_REGISTERS,
     check_device,
     check_reach,
     compiler_sees,
@@ -807,7 +808,7 @@ class _Plan:
 
     Attributes:
         arguments: all but the tensors.
-        parts, warps: programs per row, warps of each.
+        parts, warps, registers: programs per row, warps of each, registers of a thread (see ``launch``).
         scratch: rows of reads that it needs; programs whose reads do not fit into registers keep them there, each its
             own; all the same, the first's are returned.
     """
@@ -836,6 +837,7 @@ class _Plan:
         # A program that has a row to itself has as many threads for it as eight (or four) of the others.
         self.warps = warps = 1 if parts > 1 else 8 if rule.rank <= 16 else 4
         self.programs = batch * parts
+        self.registers = None if rule.read_width <= 16 else MOST_REGISTERS
         count = [triton.cdiv(n, warps) for n in count]
         _, cols = tile(rule)
         cols *= warps
@@ -867,7 +869,7 @@ class _Plan:
         compiled = self._compiled.get(known)
         if compiled is None:
             self._compiled[known] = launch(
-                decode_kernel, self.programs, tensors[0], num_warps=self.warps,
+                decode_kernel, self.programs, tensors[0], num_warps=self.warps, registers=self.registers,
                 **dict(zip(self.TENSORS, tensors)), **self.arguments,
             )  # fmt: skip
             return

@@ -12,6 +12,8 @@ from .rule import DeltaRule
 # A warp on AMD's data-centre cards is 64 threads wide. A program of the recurrence gives one thread one column.
 WARP = 64 if torch.version.hip else 32
 
+MOST_REGISTERS = 255  # of a thread on NVIDIA
+
 # Tests replace it, to fill the buffers with NaN first: an element that no kernel writes is then seen.
 empty = torch.empty
 
@@ -53,14 +55,19 @@ def compiler_sees(tensors: tuple[torch.Tensor | None, ...]) -> tuple[bool, ...]:
     return seen + tuple([tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors])
 
 
-def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, **arguments):
+def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, registers: int | None = None, **arguments):
     """Launch ``kernel`` with a one-dimensional grid on the device of ``tensor`` → what ``launch_again`` takes, or None.
+
+    registers: how many a thread may have; None leaves it to ptxas, which sometimes spills a few so that more warps fit
+    beside each other.
 
     No FP fusion: of a·b + c·d the compiler would fuse one product here and the other there, from one copy of a
     function to the next, and what two kernels compute alike would differ in its last bits. The kernels say ``tl.fma``
     where they mean it. One stage: the loops fetch the next token themselves.
     """
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
+    if registers is not None and WARP == 32:
+        options["maxnreg"] = registers
     if recorded is not None:
         recorded.append((kernel, arguments, options))
         return None

@@ -49,6 +49,7 @@ from .columns import (
     written,
 )
 from .launch import (
+    MOST_REGISTERS,
     check_device,
     check_reach,
     dense_state,
@@ -550,11 +551,12 @@ def choose_spacing(rule: DeltaRule) -> tuple[int, int]:
 
 
 def token_tile(rule: DeltaRule) -> tuple[int, int]:
-    """Columns and warps of a program of ``token_kernel``: whole heads, and 8 numbers of a tile for each thread (16 at
-    r = 64), of which it has a dozen tiles."""
+    """Columns and warps of a program of ``token_kernel``: whole heads, and 8 numbers of a tile for each thread (at
+    r = 64 16, and 4 on AMD, whose scalar registers hold the masks), of which it has a dozen tiles."""
     rows = next_power_of_two(rule.rank)
     cols = max(rows, min(_launch.WARP, 8 * _launch.WARP // rows))
-    return cols, max(1, rows * cols // (max(8, rows // 4) * _launch.WARP))
+    numbers = max(8, rows // 4) if _launch.WARP == 32 else 4 if rows == 64 else 8
+    return cols, max(1, rows * cols // (numbers * _launch.WARP))
 
 
 def parts_together(rule: DeltaRule, parts: int) -> int:
@@ -712,6 +714,7 @@ def scan_backward(
     if sequences:
         launch(
             walk_kernel, triton.cdiv(chunks * heads * 2 * rank, cols), projections, num_warps=1,
+            registers=None if rank <= 8 else MOST_REGISTERS,
             edges_ptr=edges, bounds_ptr=bounds, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=chunks * heads, COLUMNS=cols, IS_CHUNKED=bool(chunk), SPACING=block,
             DENSE_GRADIENT=dense_state(d_state),
@@ -729,6 +732,7 @@ def scan_backward(
     if d_bias.numel():
         launch(
             token_kernel, d_bias.numel() // (kinds * rows), projections, num_warps=together * warps,
+            registers=None if rank <= 8 else MOST_REGISTERS,
             slots_ptr=slots, bounds_ptr=bounds, d_x_ptr=d_x, d_bias_ptr=d_bias,
             block_sequence_ptr=block_sequence, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=block // part * heads * padded, blocks=blocks, padded_blocks=padded,
