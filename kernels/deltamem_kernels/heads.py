@@ -462,8 +462,8 @@ def decode_kernel(
     that it is done with the old state by adding 1 to the row's count, and the one that finds PARTS − 1 there, the
     last, writes. Why no program can see the new state instead of the old one:
 
-    - In a program, every thread's loads of the state come before ``debug_barrier`` (they are complete, too: their
-      values are in the reads), and the barrier comes before the one thread's addition.
+    - In a program, every thread's loads of the state come before ``debug_barrier``, and the barrier comes before the
+      one thread's addition.
     - The addition is a release and an acquire at the scope of the GPU, on one location, and additions extend each
       other's release sequence: the last one to arrive synchronises with all the others.
     - Its result reaches the other threads of its program through shared memory and a barrier, and their stores to
@@ -724,7 +724,7 @@ def decode_(
     Args:
         packed: bfloat16, float16 or float32 [B, N], last stride 1: q, k, v (changed in place), then the memory's W
             projections, raw. Heads to which nothing is done are neither read nor written.
-        gate_bias: [β's (and λ's) biases], of any floating dtype; not used if frozen.
+        gate_bias: [β's (and λ's) biases], of any floating dtype up to float32; not used if frozen.
         state: float32 [B, H, r, r], of any strides, or [S, H, r, r] with ``slots``; changed in place.
         rule: the recurrence.
         layout: which heads lie where.

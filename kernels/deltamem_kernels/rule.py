@@ -5,6 +5,7 @@ Nothing here needs Triton, so a reference can share this module with the kernels
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -124,6 +125,7 @@ def check_arguments(
     Raises:
         ValueError: an argument has a wrong shape or value; the message names it, what it is and what is allowed.
         TypeError: an argument has a wrong dtype.
+        IndexError: a slot names no row of the state (seen on a CPU; a GPU would have to be waited for).
     """
     tokens = projections.shape[:-1]
     if projections.ndim not in (2, 3) or projections.shape[-1] != rule.width:
@@ -135,6 +137,10 @@ def check_arguments(
         raise TypeError(f"projections: got dtype {projections.dtype}, allowed floating point")
     if tuple(gate_bias.shape) != (rule.bias_width,):
         raise ValueError(f"gate_bias: got shape {_shape(gate_bias)}, allowed [{rule.bias_width}]")
+    if math.prod(tokens) * rule.heads >= 2**31:
+        raise ValueError(
+            f"projections: got {math.prod(tokens)} tokens of {rule.heads} head(s), allowed below 2^31 in all"
+        )
     sequences = tokens[0]
     if cu_seqlens is not None:
         if projections.ndim != 3 or tokens[0] != 1:

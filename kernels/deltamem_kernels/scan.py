@@ -379,7 +379,11 @@ def chunk_table(cu_seqlens: torch.Tensor, length: int, chunk: int):
         return first[:-1], first
     first = torch.zeros(sequences + 1, dtype=torch.int32, device=cu_seqlens.device)
     torch.cumsum((lengths + chunk - 1) // chunk, 0, dtype=torch.int32, out=first[1:])
-    chunks = torch.arange(length // chunk + sequences, dtype=torch.int32, device=cu_seqlens.device)
+    most = length // chunk + sequences
+    first.clamp_(
+        max=most
+    )  # starts past T are wrong, and are not seen here: nothing is written past the chunks for them
+    chunks = torch.arange(most, dtype=torch.int32, device=cu_seqlens.device)
     sequence = torch.searchsorted(first[1:], chunks, right=True, out_int32=True)
     return torch.where(sequence < sequences, sequence, -1), first
 

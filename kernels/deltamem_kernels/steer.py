@@ -149,8 +149,9 @@ def steer(
         raise ValueError("out: allowed None or the tensor given as base")
     check_device(base)
     check_together("base", base, reads=reads, weight=weight, norm_weight=norm_weight)
-    for name, tensor in (("base", base), ("reads", reads), ("weight", weight)):
-        half_or_single(name, tensor)
+    for name, tensor in (("base", base), ("reads", reads), ("weight", weight), ("norm_weight", norm_weight)):
+        if tensor is not None:
+            half_or_single(name, tensor)
     if out is None:
         out = _launch.empty(base.shape, dtype=base.dtype, device=base.device)
     elif base.ndim > 3 and not base.is_contiguous():
@@ -192,8 +193,9 @@ def delta(
     check_device(reads)
     check_together("reads", reads, weight=weight, norm_weight=norm_weight)
     out = _launch.empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype, device=reads.device)
-    for name, tensor in (("reads", reads), ("weight", weight), ("dtype", out)):
-        half_or_single(name, tensor)
+    for name, tensor in (("reads", reads), ("weight", weight), ("norm_weight", norm_weight), ("dtype", out)):
+        if tensor is not None:
+            half_or_single(name, tensor)
     _steer(None, reads, weight, scale, norm_weight, eps, out)
     return out
 
@@ -213,6 +215,8 @@ def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
     block = min(1024 if rows == 1 else 128, next_power_of_two(n))
     if norm_weight is None and rows == 1:
         block = min(256, block)
+    if rows > 1:
+        block = max(16, block)
     blocks = 1 if norm_weight is not None else triton.cdiv(n, block)
     launch(
         steer_kernel, triton.cdiv(total, rows) * blocks, out, num_warps=4,

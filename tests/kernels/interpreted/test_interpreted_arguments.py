@@ -158,3 +158,24 @@ def test_reaches_past_32_bits_are_refused():
     packed, cos, sin, steering = rows()
     with pytest.raises(ValueError, match="q: got strides"):
         decode(packed, BIAS, POOL[:2].clone(), None, cos, sin, steering._replace(q=spread(steering.q, 1, half)))
+
+
+def test_float64_norms_and_too_many_tokens_are_refused():
+    norm = torch.ones(8, dtype=torch.float64)
+    with pytest.raises(TypeError, match="norm_weight: got dtype torch.float64"):
+        steer(*(STEERED[name] for name in ("base", "reads", "weight")), 1.0, norm_weight=norm)
+    with pytest.raises(TypeError, match="norm_weight: got dtype torch.float64"):
+        delta(STEERED["reads"], W, 1.0, torch.float32, norm_weight=norm)
+    with pytest.raises(TypeError, match="norm_weight: got dtype torch.float64"):
+        steer_backward(*(STEERED[name] for name in ("base", "reads", "weight")), 1.0, norm_weight=norm)
+    with pytest.raises(ValueError, match=r"projections: got \d+ tokens × 2 head\(s\), allowed below 2\^31"):
+        read(X[:, :1].expand(2, 2**29, -1), POOL[:2], RULE)
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_sequence_starts_past_the_tokens_write_nowhere_else(chunk):
+    """The host cannot see them without waiting; the kernels stay inside of what they were given."""
+    x = X.reshape(1, 2, -1)
+    right = scan(x, BIAS, None, RULE, cu_seqlens=torch.tensor([0, 2]), chunk=chunk)
+    wrong = scan(x, BIAS, None, RULE, cu_seqlens=torch.tensor([0, 2000]), chunk=chunk)
+    assert torch.equal(wrong.reads, right.reads) and wrong.state.isfinite().all()
