@@ -138,9 +138,7 @@ def check_arguments(
     if tuple(gate_bias.shape) != (rule.bias_width,):
         raise ValueError(f"gate_bias: got shape {_shape(gate_bias)}, allowed [{rule.bias_width}]")
     if math.prod(tokens) * rule.heads >= 2**31:
-        raise ValueError(
-            f"projections: got {math.prod(tokens)} tokens of {rule.heads} head(s), allowed below 2^31 in all"
-        )
+        raise ValueError(f"projections: got {math.prod(tokens)} tokens × {rule.heads} head(s), allowed below 2^31")
     sequences = tokens[0]
     if cu_seqlens is not None:
         if projections.ndim != 3 or tokens[0] != 1:
