@@ -380,9 +380,7 @@ def chunk_table(cu_seqlens: torch.Tensor, length: int, chunk: int):
     first = torch.zeros(sequences + 1, dtype=torch.int32, device=cu_seqlens.device)
     torch.cumsum((lengths + chunk - 1) // chunk, 0, dtype=torch.int32, out=first[1:])
     most = length // chunk + sequences
-    first.clamp_(
-        max=most
-    )  # starts past T are wrong, and are not seen here: nothing is written past the chunks for them
+    first.clamp_(max=most)  # starts past T are wrong and not seen: still, nothing is written past the chunks
     chunks = torch.arange(most, dtype=torch.int32, device=cu_seqlens.device)
     sequence = torch.searchsorted(first[1:], chunks, right=True, out_int32=True)
     return torch.where(sequence < sequences, sequence, -1), first
