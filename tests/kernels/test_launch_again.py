@@ -24,7 +24,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(heads, "_plans", {})
     found = []
 
-    def launch(kernel, programs, tensor, *, num_warps, **arguments):
+    def launch(kernel, programs, tensor, *, num_warps, registers, **arguments):
         found.append((programs, arguments, Compiled()))
         return found[-1][2]
 
