@@ -128,8 +128,7 @@ def differences(committed: Result | None, rows: list[Row], tolerance: float = TO
             before, after = old[key(row)].values[name], row.values[name]
             if abs(after - before) > tolerance * before:
                 found.append(f"{row.name} {parameters(row)}: {name.replace('_', ' ')} {before:,.0f} → {after:,.0f}")
-    gone = old.keys() - {key(row) for row in rows}
-    return found + [f"{old[one].name} {parameters(old[one])}: committed, and no longer there" for one in sorted(gone)]
+    return found
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -17,6 +17,8 @@ class Figures:
     warps: int = 1
     instructions: int = 1000
     longest: int = 1000
+    loads: int = 200
+    stores: int = 100
     asked: int = 300
     there: int = 100
     past_l1: int = 150
