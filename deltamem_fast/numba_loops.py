@@ -14,13 +14,15 @@ import types
 import numpy as np
 from numba import njit
 
+from .numba_machine import fma
+
 STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
 BLOCK = 64
-# No fast-math, not even fused multiply-add, in the flat loops: their vectorised part and its scalar rest may fuse
-# differently, and a token's bits would depend on its place in the block.
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
-# The recurrence runs the same instructions for every token, so it may fuse; nothing else of fast-math.
-_FUSED = _OPTIONS | {"fastmath": {"contract"}}
+# No fast-math, not even fused multiply-add: the vectorised part of a loop and its scalar rest, and the copies of one
+# loop in several functions, may fuse differently, and a token's bits would depend on its place in the block, and on
+# who computes it. What the recurrence fuses is written out. Said aloud: numba hands a caller's fast-math down to what
+# says nothing, so that the first caller, in this process or the one that filled the cache on disk, would choose.
+_OPTIONS = {"cache": True, "fastmath": False, "nogil": True, "error_model": "numpy"}
 _EXPONENT = np.int32(0x7F800000)
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -148,6 +150,111 @@ def _gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
     _sigmoid(flat, powers[: flat.size])
 
 
+@njit(inline="always")
+def scan_sequences(
+    rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
+    skipped,
+):  # fmt: skip
+    """Read and write B sequences, one after another.
+
+    projections float32 [B, T, W], bias [bias_width], mask bool or uint8 [B, T], state [S, H, r, r] (in place), slots
+    int64 [B] (row of the state, −1: neither read nor written), reads [B, T, H·r] and saved [B, T // every, H, r, r]
+    (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not finite).
+    """
+    batch, length = projections.shape[0], projections.shape[1]
+    width = heads * rank
+    gates = width if row_gates else heads
+    block = min(BLOCK, length)
+    q_block, k_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
+    beta_block, keep_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
+    scratch, powers = np.empty(block * width, np.float32), np.empty(block * width, np.int32)
+    column = np.empty(rank, np.float32)
+    work = np.empty((heads, rank, rank), np.float32)  # [H, j, i]
+    for n in range(batch):
+        slot = slots[n]
+        if slot < 0:
+            reads[n] = _ZERO
+            saved[n] = _ZERO
+            continue
+        for h in range(heads):
+            for i in range(rank):
+                for j in range(rank):
+                    work[h, j, i] = state[slot, h, i, j]
+        for first in range(0, length, BLOCK):
+            count = min(BLOCK, length - first)
+            rows = projections[n, first : first + count]
+            q, k = q_block[:count], k_block[:count]
+            beta, keep = beta_block[:count], keep_block[:count]
+            _directions(rows, 0, heads, rank, normalize, q, scratch, powers)
+            _directions(rows, width, heads, rank, normalize, k, scratch, powers)
+            _gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
+            if own_lambda:
+                _gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
+            else:
+                for t in range(count):
+                    for i in range(width):
+                        keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
+            # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
+            all_finite = _finite(rows)
+            for t in range(count):
+                at = first + t
+                valid = mask[n, at] != 0
+                if valid and not all_finite and not _finite(rows[t]):
+                    skipped[slot] += 1
+                    valid = False
+                if not valid:
+                    for i in range(width):
+                        reads[n, at, i] = _ZERO
+                else:
+                    for h in range(heads):
+                        base = h * rank
+                        # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
+                        for i in range(rank):
+                            read, predicted = _ZERO, _ZERO
+                            for j in range(rank):
+                                read = fma(work[h, j, i], q[t, base + j], read)
+                                predicted = fma(work[h, j, i], k[t, base + j], predicted)
+                            reads[n, at, base + i] = read
+                            b = beta[t, base + i]
+                            erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
+                            column[i] = fma(b, rows[t, 2 * width + base + i], -(erase * predicted))
+                        for j in range(rank):
+                            k_j = k[t, base + j]
+                            for i in range(rank):
+                                work[h, j, i] = fma(keep[t, base + i], work[h, j, i], column[i] * k_j)
+                if every > 0 and (first + t + 1) % every == 0:
+                    for h in range(heads):
+                        for i in range(rank):
+                            for j in range(rank):
+                                saved[n, (first + t + 1) // every - 1, h, i, j] = work[h, j, i]
+        for h in range(heads):
+            for i in range(rank):
+                for j in range(rank):
+                    state[slot, h, i, j] = work[h, j, i]
+
+
+@njit(inline="always")
+def read_sequences(rank, projections, mask, state, slots, heads, normalize, reads):
+    """Reads of frozen states: projections [B, T, W], reads [B, T, H·r]; the rest as in ``scan_sequences``."""
+    width = heads * rank
+    q = np.empty((1, width), np.float32)
+    scratch, powers = np.empty(width, np.float32), np.empty(width, np.int32)
+    for n in range(projections.shape[0]):
+        slot = slots[n]
+        for t in range(projections.shape[1]):
+            if slot < 0 or mask[n, t] == 0 or not _finite(projections[n, t]):
+                for i in range(width):
+                    reads[n, t, i] = _ZERO
+            else:
+                _directions(projections[n, t : t + 1], 0, heads, rank, normalize, q, scratch, powers)
+                for h in range(heads):
+                    for i in range(rank):
+                        total = _ZERO
+                        for j in range(rank):
+                            total += state[slot, h, i, j] * q[0, h * rank + j]
+                        reads[n, t, h * rank + i] = total
+
+
 @functools.cache
 def loops(rank: int) -> types.SimpleNamespace:
     """``scan_rows`` and ``read_rows`` for one rank, which is a constant in them.
@@ -156,119 +263,20 @@ def loops(rank: int) -> types.SimpleNamespace:
     compiled function in it again.
     """
 
-    @njit(**_FUSED)
+    @njit(**_OPTIONS)
     def scan_rows(
-        projections,
-        bias,
-        mask,
-        state,
-        slots,
-        heads,
-        mode,
-        row_gates,
-        own_lambda,
-        normalize,
-        every,
-        reads,
-        saved,
+        projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
         skipped,
-    ):
-        """Read and write B sequences, one after another.
-
-        projections float32 [B, T, W], bias [bias_width], mask bool [B, T], state [S, H, r, r] (in place), slots
-        int64 [B] (row of the state, −1: neither read nor written), reads [B, T, H·r] and saved [B, T // every, H,
-        r, r] (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not finite).
-        """
-        batch, length = projections.shape[0], projections.shape[1]
-        width = heads * rank
-        gates = width if row_gates else heads
-        block = min(BLOCK, length)
-        q_block, k_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
-        beta_block, keep_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
-        scratch, powers = np.empty(block * width, np.float32), np.empty(block * width, np.int32)
-        column = np.empty(rank, np.float32)
-        work = np.empty((heads, rank, rank), np.float32)  # [H, j, i]
-        for n in range(batch):
-            slot = slots[n]
-            if slot < 0:
-                reads[n] = _ZERO
-                saved[n] = _ZERO
-                continue
-            for h in range(heads):
-                for i in range(rank):
-                    for j in range(rank):
-                        work[h, j, i] = state[slot, h, i, j]
-            for first in range(0, length, BLOCK):
-                count = min(BLOCK, length - first)
-                rows = projections[n, first : first + count]
-                q, k = q_block[:count], k_block[:count]
-                beta, keep = beta_block[:count], keep_block[:count]
-                _directions(rows, 0, heads, rank, normalize, q, scratch, powers)
-                _directions(rows, width, heads, rank, normalize, k, scratch, powers)
-                _gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
-                if own_lambda:
-                    _gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
-                else:
-                    for t in range(count):
-                        for i in range(width):
-                            keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
-                # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
-                all_finite = _finite(rows)
-                for t in range(count):
-                    at = first + t
-                    valid = mask[n, at]
-                    if valid and not all_finite and not _finite(rows[t]):
-                        skipped[slot] += 1
-                        valid = False
-                    if not valid:
-                        for i in range(width):
-                            reads[n, at, i] = _ZERO
-                    else:
-                        for h in range(heads):
-                            base = h * rank
-                            # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
-                            for i in range(rank):
-                                read, predicted = _ZERO, _ZERO
-                                for j in range(rank):
-                                    read += work[h, j, i] * q[t, base + j]
-                                    predicted += work[h, j, i] * k[t, base + j]
-                                reads[n, at, base + i] = read
-                                b = beta[t, base + i]
-                                erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
-                                column[i] = b * rows[t, 2 * width + base + i] - erase * predicted
-                            for j in range(rank):
-                                k_j = k[t, base + j]
-                                for i in range(rank):
-                                    work[h, j, i] = keep[t, base + i] * work[h, j, i] + column[i] * k_j
-                    if every > 0 and (first + t + 1) % every == 0:
-                        for h in range(heads):
-                            for i in range(rank):
-                                for j in range(rank):
-                                    saved[n, (first + t + 1) // every - 1, h, i, j] = work[h, j, i]
-            for h in range(heads):
-                for i in range(rank):
-                    for j in range(rank):
-                        state[slot, h, i, j] = work[h, j, i]
+    ):  # fmt: skip
+        """``scan_sequences``."""
+        scan_sequences(
+            rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads,
+            saved, skipped,
+        )  # fmt: skip
 
     @njit(**_OPTIONS)
     def read_rows(projections, mask, state, slots, heads, normalize, reads):
-        """Reads of frozen states: projections [B, T, W], reads [B, T, H·r]; the rest as in ``scan_rows``."""
-        width = heads * rank
-        q = np.empty((1, width), np.float32)
-        scratch, powers = np.empty(width, np.float32), np.empty(width, np.int32)
-        for n in range(projections.shape[0]):
-            slot = slots[n]
-            for t in range(projections.shape[1]):
-                if slot < 0 or not mask[n, t] or not _finite(projections[n, t]):
-                    for i in range(width):
-                        reads[n, t, i] = _ZERO
-                else:
-                    _directions(projections[n, t : t + 1], 0, heads, rank, normalize, q, scratch, powers)
-                    for h in range(heads):
-                        for i in range(rank):
-                            total = _ZERO
-                            for j in range(rank):
-                                total += state[slot, h, i, j] * q[0, h * rank + j]
-                            reads[n, t, h * rank + i] = total
+        """``read_sequences``."""
+        read_sequences(rank, projections, mask, state, slots, heads, normalize, reads)
 
     return types.SimpleNamespace(scan_rows=scan_rows, read_rows=read_rows)

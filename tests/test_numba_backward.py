@@ -363,3 +363,23 @@ def test_peak_memory_as_the_process_counts_it():
     length, rule = 1 << 18, DeltaRule(8)
     beyond = int(done.stdout) - length * rule.width * 4  # the gradient of the projections
     assert -(4 << 20) < beyond < 0.2 * length * rule.rank**2 * 4
+
+
+def test_a_caller_hands_no_fast_math_down():
+    """A function that says nothing of fast-math gets its first caller's, so bits would depend on who came first."""
+    import numpy as np
+    from numba import njit
+
+    from deltamem_fast import numba_loops
+
+    callee = njit(**numba_loops._OPTIONS | {"cache": False})(numba_loops._squares.py_func)
+
+    @njit(fastmath=True)
+    def caller(x, out):
+        callee(x, out)
+
+    x = np.ones(8, np.float32)
+    caller(x, x.copy())
+    (code,) = callee.inspect_llvm().values()
+    assert "fmul float" in code or "fmul <" in code
+    assert "fmul fast" not in code
