@@ -1,4 +1,8 @@
-"""What numba has no function for: one rounding for a · b + c."""
+"""What numba has no function for: one rounding for a · b + c, and memory by its address.
+
+Handing an array from Python to a compiled function costs more than what a decoded token is computed with; an address
+is an integer.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +24,24 @@ def fma(context, a, b, c):
         return builder.fma(*arguments)
 
     return types.float32(a, b, c), generate
+
+
+def _pointer_to(dtype):
+    @intrinsic
+    def pointer(context, address):
+        """The address, an integer, as a pointer, which ``numba.carray`` makes an array of."""
+        if not isinstance(address, types.Integer):
+            return None
+
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(address), generate
+
+    return pointer
+
+
+floats = _pointer_to(types.float32)
+bytes_ = _pointer_to(types.uint8)
+integers = _pointer_to(types.int32)
+long_integers = _pointer_to(types.int64)
