@@ -54,6 +54,9 @@ class MemoryCall:
         self.bridge = bridge
         self.gates = gates
         self.projections = projections
+        # Whether one token a row may be read, or read and written, where the state lies; but for that state itself.
+        self.may_read = cu_seqlens is None and projections is None
+        self.may_step = self.may_read and self.in_place and gates is None and segment_ids is None
 
     def start(self, layer: int) -> tuple[torch.Tensor, bool]:
         """The state that a layer starts from, and whether this is its first run in this forward."""
@@ -72,15 +75,10 @@ class MemoryCall:
             raise ValueError(UNKNOWN_CHECKPOINTS)
         self.bridge.unseen.add(layer)
 
-    def steps(self, layer: int, projections: torch.Tensor) -> bool:
-        """Whether this is decode: one token a row, written where the state lies."""
+    def steps(self, layer: int) -> bool:
+        """Whether a layer's state can be written where it lies, by a forward of one token a row: decode."""
         return (
-            projections.shape[1] == 1
-            and self.in_place
-            and self.gates is None
-            and self.projections is None
-            and self.cu_seqlens is None
-            and self.segment_ids is None
+            self.may_step
             and writable(self.initial.get(layer, self.state[layer]))
             and writable(self.state._skipped[layer])
         )
@@ -118,7 +116,7 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
         out = ops.scan(means, gate_bias, initial, rule, mask=present)
         return _commit(call, layer, first_run, reads, out.state, skipped, gates)
 
-    if call.steps(layer, projections):
+    if projections.shape[1] == 1 and call.steps(layer):
         reads = ops.step(
             projections.squeeze(1), gate_bias, initial, rule,
             mask=None if mask is None else mask.squeeze(1), skipped=call.state._skipped[layer],

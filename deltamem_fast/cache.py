@@ -12,7 +12,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .state import MemoryState
+from .state import MemoryState, writable
 
 _ATTRIBUTE = "_delta_memory"
 
@@ -62,8 +62,86 @@ class MemoryLayerMixin:
         )
 
 
+ROOM = 64  # tokens
+
+
+class _Room:
+    """Keys and values that have room for more tokens, [B, heads, length, D] each, and views of what is written.
+
+    Several layers may come to share one (copies of a layer, one that was set back to an earlier length): what one has
+    written, no other overwrites.
+    """
+
+    def __init__(self, old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]):
+        self._whole = tuple(map(_longer, old, new))
+        self._claims: dict[int, object] = {}
+        self._see(old[0].shape[2] + new[0].shape[2])
+
+    def _see(self, filled: int) -> None:
+        self.views = tuple(whole.narrow(2, 0, filled) for whole in self._whole)
+
+    def append(self, old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Write keys and values behind the ``old`` ones; False if those are not all that is here, or there is no room.
+
+        Threads may call it at once: one of them gets the place.
+        """
+        views, count = self.views, new[0].shape[2]
+        at = views[0].shape[2]
+        if old[0] is not views[0] or old[1] is not views[1] or not writable(self._whole[0]):
+            return False
+        for mine, before, after in zip(self._whole, old, new):
+            batch, heads, room, dim = mine.shape
+            # The address: a view that was pickled, or given other data, is no view of this any more.
+            if before.data_ptr() != mine.data_ptr() or at + count > room or after.dtype != mine.dtype:
+                return False
+            if after.shape != (batch, heads, count, dim):
+                return False
+        claim = object()
+        if self._claims.setdefault(at, claim) is not claim:
+            return False
+        for mine, after in zip(self._whole, new):
+            mine.narrow(2, at, count).copy_(after)
+        self._see(at + count)
+        return True
+
+
 class MemoryDynamicLayer(MemoryLayerMixin, DynamicLayer):
-    """DynamicLayer with a memory."""
+    """DynamicLayer with a memory.
+
+    On a CPU, and where nothing is differentiated, keys and values grow inside tensors that have room for more: the
+    plain layer copies all of them for each token. ``keys`` and ``values`` are what has been written, as ever, but need
+    not be contiguous.
+    """
+
+    _room: _Room | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values [B, heads, T, D] of new tokens; returns those of all tokens."""
+        if (
+            torch.compiler.is_compiling()
+            or key_states.device.type != "cpu"
+            or torch.is_grad_enabled()
+            or not self.is_initialized
+            or not self.keys.numel()
+            or self.keys.dtype != key_states.dtype
+        ):
+            return super().update(key_states, value_states, *args, **kwargs)
+        old, new = (self.keys, self.values), (key_states, value_states)
+        room = self._room
+        if room is None or not room.append(old, new):
+            room = self._room = _Room(old, new)
+        self.keys, self.values = room.views
+        return self.keys, self.values
+
+
+def _longer(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Tokens [B, heads, T, D], then new ones, then room."""
+    length = old.shape[2] + new.shape[2]
+    made = new.new_empty(*new.shape[:2], length + ROOM, new.shape[3])
+    torch.cat([old, new], 2, out=made.narrow(2, 0, length))
+    return made
 
 
 class MemoryDynamicSlidingWindowLayer(MemoryLayerMixin, DynamicSlidingWindowLayer):

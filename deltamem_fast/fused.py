@@ -36,14 +36,13 @@ def fused_forward(
     """
     weights = memory.weights
     shape = weights.shape
-    packed = F.linear(hidden_states, weights.rows.tensor, None if weights.bias is None else weights.bias.tensor)
-    rotates = not shape.rope or getattr(attention, shape.rope)
-    cos, sin = position_embeddings if rotates else (None, None)
-    reads, addend = _steer(attention, memory, call, packed, cos, sin)
-
     batch, length = hidden_states.shape[:2]
-    heads = packed.narrow(-1, 0, weights.first_memory_row).view(batch, length, -1, attention.head_dim).transpose(1, 2)
-    query, key, value = heads.split_with_sizes(weights.heads, 1)
+    bias = None if weights.bias is None else weights.bias.tensor
+    packed = F.linear(hidden_states.flatten(0, 1), weights.rows.tensor, bias)
+    cos, sin = position_embeddings if not shape.rope or getattr(attention, shape.rope) else (None, None)
+    reads, addend = _steer(attention, memory, call, packed, length, cos, sin)
+
+    query, key, value = _heads(packed, batch, length, weights.heads, attention.head_dim)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, attention.layer_idx)
     family = sys.modules[type(attention).__module__]
@@ -57,46 +56,71 @@ def fused_forward(
         attention, query, key, value, attention_mask,
         dropout=attention.attention_dropout if attention.training else 0.0, scaling=attention.scaling, **kwargs,
     )  # fmt: skip
-    out = out.reshape(batch, length, -1)
-    return _project_out(attention, memory, out, reads, addend), attention_weights
+    out = _project_out(attention, memory, out.reshape(batch * length, -1), reads, addend)
+    return out.view(batch, length, -1), attention_weights
+
+
+def _heads(packed: torch.Tensor, batch: int, length: int, counts: tuple[int, ...], dim: int) -> list[torch.Tensor]:
+    """q, k and v [B, heads, T, D], views of the packed rows [B · T, N]."""
+    width = packed.shape[1]
+    if torch.compiler.is_compiling():
+        rows = packed.narrow(1, 0, sum(counts) * dim).view(batch, length, -1, dim)
+        return list(rows.transpose(1, 2).split_with_sizes(counts, 1))
+    found, first = [], 0
+    for count in counts:
+        found.append(packed.as_strided((batch, count, length, dim), (length * width, dim, width, 1), first))
+        first += count * dim
+    return found
 
 
 def _steer(
-    attention: nn.Module, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, cos, sin
+    attention: nn.Module, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, length: int, cos, sin
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Read, write and steer the packed rows in place → the reads, and at decode Δo (None: still to be added)."""
+    """Read, write and steer the packed rows [B · T, N] in place → the reads [B · T, H·r] and, at decode, Δo.
+
+    Δo is None where it is still to be added.
+    """
     weights = memory.weights
     layout = weights.layout(attention.head_dim, 0 if cos is None else cos.shape[-1])
     steering = weights.steering(attention, memory)
     heads = head_operations(memory.backend, packed.device)
     bias = weights.gate_bias.tensor
-    reads_only = call.frozen and call.projections is None
-    decodes = packed.shape[1] == 1 and (reads_only or call.steps(memory.layer_idx, packed))
-    if decodes and call.cu_seqlens is None:
-        initial, _ = call.start(memory.layer_idx)
-        reads, addend = heads.decode_(
-            packed.squeeze(1), bias, initial, memory.rule, layout, steering, cos, sin,
-            mask=None if call.token_mask is None else call.token_mask.squeeze(1),
-            skipped=call.state._skipped[memory.layer_idx], arrived=call.state._arrived.get(memory.layer_idx),
-            frozen=call.frozen, check=False, prepared=weights.prepared,
-        )  # fmt: skip
-        return reads.unsqueeze(1), addend
+    layer, token_mask = memory.layer_idx, call.token_mask
+    if call.may_read if call.frozen else call.steps(layer):
+        skipped = call.state._skipped[layer]
+        if length == 1:
+            initial, _ = call.start(layer)
+            return heads.decode_(
+                packed, bias, initial, memory.rule, layout, steering, cos, sin,
+                mask=None if token_mask is None else token_mask.squeeze(1), skipped=skipped,
+                arrived=call.state._arrived.get(layer), frozen=call.frozen, check=False, prepared=weights.prepared,
+            )  # fmt: skip
+        prefill = getattr(heads, "prefill_", None)
+        if prefill is not None and layer not in call.initial:
+            reads = prefill(
+                packed, length, bias, call.state[layer], memory.rule, layout, steering, cos, sin, mask=token_mask,
+                skipped=skipped, frozen=call.frozen, prepared=weights.prepared,
+            )  # fmt: skip
+            if reads is not None:
+                call.start(layer)
+                return reads, None
+    packed = packed.view(-1, length, packed.shape[1])
     reads = advance(memory, packed[..., layout.width : layout.width + memory.rule.width], bias, call)
     heads.steer_heads_(packed, reads, layout, steering, cos, sin, check=False)
-    return reads, None
+    return reads.flatten(0, 1), None
 
 
 def _project_out(
     attention: nn.Module, memory: DeltaMemory, out: torch.Tensor, reads: torch.Tensor, addend: torch.Tensor | None
 ) -> torch.Tensor:
-    """o_proj of ``out`` plus Δo."""
-    o_proj = attention._modules["o_proj"]
-    weight, bias = o_proj._parameters["weight"], o_proj._parameters["bias"]
+    """o_proj of ``out`` [B · T, …] plus Δo."""
+    parameters = attention._modules["o_proj"]._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
     if "o" not in memory.config.delta_heads:
         return F.linear(out, weight, bias)
     # The matmul adds to what lies there already; in decode and prefill alike, so that both round alike.
     if addend is None:
-        addend = memory.output_delta(reads, out.dtype).flatten(0, 1)
+        addend = memory.output_delta(reads, out.dtype)
     if bias is not None:
         addend += bias
-    return addend.addmm_(out.flatten(0, 1), weight.t()).view(*out.shape[:-1], -1)
+    return addend.addmm_(out, weight.t())

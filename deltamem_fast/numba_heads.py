@@ -5,89 +5,35 @@ float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatur
 
 from __future__ import annotations
 
-import functools
-import threading
-
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit
 
 from deltamem_kernels.layout import HeadLayout, Steering, check_heads
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
 
 from . import reference_heads
-from .numba_loops import loops
+from .numba_loops import _OPTIONS
+from .numba_machine import floats
+from .numba_rows import row_loop, turn_heads
 
-delta = reference_heads.delta
-
-# Every head takes the same instructions in the same order, wherever it lies, so sums may be reordered for the
-# vector unit without a token's bits depending on its place. NaN and Inf keep their meaning.
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
-_ONE = np.float32(1.0)
 _EMPTY = np.zeros(0, np.float32)
-_EMPTY_WEIGHT = np.zeros((0, 0), np.float32)
-_EMPTY_TABLE = np.zeros((1, 1, 0), np.float32)
 
 
 @njit(**_OPTIONS)
-def _add_delta(row, reads, weight, factor):
-    """row += factor · weight reads for one token: row [n], reads [c], weight [n, c]."""
-    for n in range(row.size):
-        total = np.float32(0.0)
-        for c in range(reads.size):
-            total += weight[n, c] * reads[c]
-        row[n] += factor * total
+def _turn_tokens(packed, stride, batch, length, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary, step):
+    """Norms and RoPE for packed float32 [B, T, stride] and cos, sin [1 or B, T, rotary], all by address.
 
-
-@njit(**_OPTIONS)
-def _turn_heads(row, heads, dim, norm, eps, cos, sin):
-    """RMS norm (norm [dim] or empty) and RoPE (cos, sin [rotary] or empty) of the heads in row [heads · dim]."""
-    rotary = cos.size
-    half = rotary // 2
-    for h in range(heads):
-        head = row[h * dim : (h + 1) * dim]
-        if norm.size:
-            square = np.float32(0.0)
-            for j in range(dim):
-                square += head[j] * head[j]
-            inverse = _ONE / np.float32(np.sqrt(square / np.float32(dim) + eps))
-            for j in range(dim):
-                head[j] = head[j] * inverse * norm[j]
-        for j in range(half):
-            low, high = head[j], head[j + half]
-            head[j] = low * cos[j] - high * sin[j]
-            head[j + half] = high * cos[j + half] + low * sin[j + half]
-
-
-@njit(**_OPTIONS)
-def _turn_tokens(packed, q, k, dim, q_norm, k_norm, eps, cos, sin):
-    """``_turn_heads`` for packed [B, T, N]; cos and sin [1 or B, T, rotary]."""
-    for b in range(packed.shape[0]):
-        c = b if cos.shape[0] > 1 else 0
-        for t in range(packed.shape[1]):
-            _turn_heads(packed[b, t, : q * dim], q, dim, q_norm, eps, cos[c, t], sin[c, t])
-            _turn_heads(packed[b, t, q * dim : (q + k) * dim], k, dim, k_norm, eps, cos[c, t], sin[c, t])
-
-
-@njit(**_OPTIONS)
-def _steer_rows(packed, reads, q, k, v, dim, q_weight, k_weight, v_weight, o_weight, factors, q_norm, k_norm, eps,
-                cos, sin, delta):  # fmt: skip
-    """One token a row: corrections, norms and RoPE in packed [B, N], and Δo in delta [B, N_o]."""
-    k_first, v_first, end = q * dim, (q + k) * dim, (q + k + v) * dim
-    for b in range(packed.shape[0]):
-        row, read = packed[b], reads[b]
-        if q_weight.size:
-            _add_delta(row[:k_first], read, q_weight, factors[0])
-        if k_weight.size:
-            _add_delta(row[k_first:v_first], read, k_weight, factors[1])
-        if v_weight.size:
-            _add_delta(row[v_first:end], read, v_weight, factors[2])
-        c = b if cos.shape[0] > 1 else 0
-        _turn_heads(row[:k_first], q, dim, q_norm, eps, cos[c, 0], sin[c, 0])
-        _turn_heads(row[k_first:v_first], k, dim, k_norm, eps, cos[c, 0], sin[c, 0])
-        if delta.size:
-            delta[b] = np.float32(0.0)
-            _add_delta(delta[b], read, o_weight, factors[3])
+    ``step`` is 0 where every sequence has the same cos and sin, else 1; q_norm and k_norm [dim] or empty.
+    """
+    rows = carray(floats(packed), (batch * length, stride))
+    for b in range(batch):
+        for t in range(length):
+            row, at = rows[b * length + t], (b * length * step + t) * rotary
+            c = carray(floats(cos), (at + rotary,))[at:]
+            s = carray(floats(sin), (at + rotary,))[at:]
+            turn_heads(row[: q * dim], q, dim, q_norm, eps, c, s)
+            turn_heads(row[q * dim : (q + k) * dim], k, dim, k_norm, eps, c, s)
 
 
 def _array(tensor: torch.Tensor | None, empty: np.ndarray) -> np.ndarray:
@@ -101,82 +47,73 @@ def _array(tensor: torch.Tensor | None, empty: np.ndarray) -> np.ndarray:
     return tensor.numpy()
 
 
-@functools.lru_cache(maxsize=64)
-def _all_rows(batch: int, heads: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nothing masked [B, 1], row b's state in slot b, no state to be kept on the way."""
-    return (
-        np.ones((batch, 1), np.bool_),
-        np.arange(batch, dtype=np.int64),
-        np.empty((batch, 0, heads, rank, rank), np.float32),
-    )
+class _Layer:
+    """What ``steer_rows`` takes of one layer from token to token, and the tensors that it is made of.
 
-
-class _Arrays:
-    """What the loops take of one layer's weights as arrays, and the tensors that they are.
-
-    An array keeps its memory alive, so an address that has not changed is the same memory. Never changed once made:
-    threads share it.
+    Never changed once made: threads share it. The tensors are held, so an address that has not changed is the same
+    memory.
     """
 
-    __slots__ = ("addresses", "factors", "gate_bias", "matrices", "norms", "tensors")
+    __slots__ = ("addresses", "arrays", "factors", "layout", "o_rows", "read_width", "rule", "run", "table", "tensors")
 
-    def __init__(self, steering: Steering, gate_bias: torch.Tensor):
-        found = (steering.q, steering.k, steering.v, steering.o, steering.q_norm, steering.k_norm, gate_bias)
+    def __init__(self, rule: DeltaRule, layout: HeadLayout, steering: Steering, gate_bias: torch.Tensor):
+        found = (gate_bias, *steering[:4], steering.q_norm, steering.k_norm)
+        self.rule, self.layout = rule, layout
         self.tensors = [tensor for tensor in found if tensor is not None]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        self.matrices = tuple(_array(weight, _EMPTY_WEIGHT) for weight in found[:4])
-        self.norms = tuple(_array(norm, _EMPTY) for norm in found[4:6])
-        self.gate_bias = _array(gate_bias, _EMPTY)
-        self.factors = _factors(steering) if steering.scale_raw is None else None
+        arrays = [_array(tensor, _EMPTY) for tensor in found]
+        factors = _factors(steering)
+        numbers = [rule.heads, STATE_UPDATE_MODES.index(rule.mode), rule.row_gates, rule.has_lambda, rule.normalize]
+        numbers += [layout.q, layout.k, layout.v, layout.dim, layout.rotary]
+        self.read_width, self.o_rows = rule.read_width, 0 if steering.o is None else steering.o.shape[0]
+        numbers.append(self.o_rows)
+        numbers += [array.ctypes.data if array.size else 0 for array in arrays]
+        table = np.array(numbers, np.int64)
+        self.arrays = (*arrays, factors, table)
+        self.table = table.ctypes.data
+        self.factors = factors.ctypes.data if steering.scale_raw is None else None
+        self.run = row_loop(rule.rank)
 
     def are_the_tensors(self) -> bool:
         """Whether every array is its tensor's own memory, so that writes are seen."""
         return all(t.dtype == torch.float32 and t.is_contiguous() for t in self.tensors)
 
-    def hold_for(self, gate_bias: torch.Tensor) -> bool:
-        """Whether no tensor has moved since."""
-        return self.tensors[-1] is gate_bias and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
+    def holds_for(self, rule: DeltaRule, layout: HeadLayout, gate_bias: torch.Tensor) -> bool:
+        """Whether it was made of these, and no tensor has moved since."""
+        if self.rule is not rule or self.layout is not layout or self.tensors[0] is not gate_bias:
+            return False
+        return [tensor.data_ptr() for tensor in self.tensors] == self.addresses
 
 
-def _arrays(steering: Steering, gate_bias: torch.Tensor, prepared: dict | None) -> _Arrays:
-    if prepared is None:
-        return _Arrays(steering, gate_bias)
-    found = prepared.get("numba")
-    if found is None or not found.hold_for(gate_bias):
-        found = _Arrays(steering, gate_bias)
-        if found.are_the_tensors():
+def _layer(rule, layout, steering: Steering, gate_bias: torch.Tensor, prepared: dict | None) -> _Layer:
+    found = None if prepared is None else prepared.get("numba")
+    if found is None or not found.holds_for(rule, layout, gate_bias):
+        found = _Layer(rule, layout, steering, gate_bias)
+        if prepared is not None and found.are_the_tensors():
             prepared["numba"] = found
     return found
 
 
-_last = threading.local()
-
-
-def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays of cosines and sines; every layer of a forward gets the same, so this thread's last are kept."""
-    if cos is None:
-        return _EMPTY_TABLE, _EMPTY_TABLE
-    known, also, arrays = getattr(_last, "tables", (None, None, None))
-    if cos is not known or sin is not also:
-        arrays = _array(cos, _EMPTY_TABLE), _array(sin, _EMPTY_TABLE)
-        if all(table.dtype == torch.float32 and table.is_contiguous() for table in (cos, sin)):
-            _last.tables = cos, sin, arrays  # not copies: what is written to the tensors is seen
-    return arrays
+def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor of ``dtype``: itself, or a copy."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def _factors(steering: Steering) -> np.ndarray:
-    """scale · c of q, k, v and o."""
-    if steering.scale_raw is None:
-        return np.full(4, steering.scale, np.float32)
-    found = [reference_heads.factor(steering, head, torch.float32).item() for head in "qkvo"]
-    return np.array(found, np.float32)
+    """scale · c of q, k, v and o, and the norms' eps."""
+    scales = [steering.scale] * 4
+    if steering.scale_raw is not None:
+        scales = [reference_heads.factor(steering, head, torch.float32).item() for head in "qkvo"]
+    return np.array([*scales, steering.eps], np.float32)
 
 
-def _loops_take(packed: torch.Tensor, state: torch.Tensor | None = None) -> bool:
+def _loops_take(packed: torch.Tensor, state: torch.Tensor | None = None, skipped: torch.Tensor | None = None) -> bool:
     """Whether the loops can take these tensors as they lie."""
     if packed.dtype != torch.float32 or not packed.is_contiguous():
         return False
-    return state is None or (state.dtype == torch.float32 and state.is_contiguous())
+    if state is not None and (state.dtype != torch.float32 or not state.is_contiguous()):
+        return False
+    return skipped is None or (skipped.dtype == torch.int32 and skipped.is_contiguous())
 
 
 def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin) -> None:
@@ -191,47 +128,54 @@ def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin
             rows.addmm_(reads.flatten(0, 1), weight.detach().float().t(), alpha=factor)
     if steering.q_norm is None and steering.k_norm is None and cos is None:
         return
-    arrays = [_array(steering.q_norm, _EMPTY), _array(steering.k_norm, _EMPTY), np.float32(steering.eps)]
-    tables = [_array(cos, _EMPTY_TABLE), _array(sin, _EMPTY_TABLE)]
-    if cos is None:
-        tables = [np.broadcast_to(_EMPTY_TABLE, (1, packed.shape[1], 0)).copy()] * 2
+    norms = [_array(norm, _EMPTY) for norm in (steering.q_norm, steering.k_norm)]
+    tables, step = (0, 0), 0
+    if cos is not None:
+        cos, sin = _plain(cos, torch.float32), _plain(sin, torch.float32)
+        tables, step = (cos.data_ptr(), sin.data_ptr()), int(cos.shape[0] > 1)
+    batch, length, width = packed.shape
     # One thread: it is a thousandth of the matmuls' work, and others would wait for PyTorch's, which spin.
-    _turn_tokens(packed.numpy(), layout.q, layout.k, layout.dim, *arrays, *tables)
-
-
-def _decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared=None):
-    batch, first = packed.shape[0], layout.width
-    rows = packed.numpy()
-    projections = np.ascontiguousarray(rows[:, first : first + rule.width])[:, None]
-    everything, places, nothing = _all_rows(batch, rule.heads, rule.rank)
-    if slots is not None:
-        places = slots.long().contiguous().numpy()
-        if batch and int(places.max()) >= state.shape[0]:
-            raise IndexError(f"slots: got {int(places.max())}, allowed −1 to {state.shape[0] - 1}")
-    if mask is not None:
-        everything = np.ascontiguousarray(mask.numpy())[:, None]
-    arrays = _arrays(steering, gate_bias, prepared)
-    reads = np.empty((batch, 1, rule.read_width), np.float32)
-    run = loops(rule.rank)
-    if frozen:
-        states = _array(state, _EMPTY)
-        run.read_rows(projections, everything, states, places, rule.heads, rule.normalize, reads)
-    else:
-        if skipped is None:
-            skipped = torch.zeros(state.shape[0], dtype=torch.int32)
-        run.scan_rows(
-            projections, arrays.gate_bias, everything, state.numpy(), places, rule.heads,
-            STATE_UPDATE_MODES.index(rule.mode), rule.row_gates, rule.has_lambda, rule.normalize, 0, reads, nothing,
-            skipped.numpy(),
-        )  # fmt: skip
-    reads = reads[:, 0]
-    addend = _EMPTY_WEIGHT if steering.o is None else np.empty((batch, steering.o.shape[0]), np.float32)
-    factors = _factors(steering) if arrays.factors is None else arrays.factors
-    _steer_rows(
-        rows, reads, layout.q, layout.k, layout.v, layout.dim, *arrays.matrices, factors, *arrays.norms,
-        np.float32(steering.eps), *_tables(cos, sin), addend,
+    _turn_tokens(
+        packed.data_ptr(), width, batch, length, layout.q, layout.k, layout.dim, *norms, np.float32(steering.eps),
+        *tables, layout.rotary, step,
     )  # fmt: skip
-    return torch.from_numpy(reads), None if steering.o is None else torch.from_numpy(addend)
+
+
+def _steer_rows(
+    packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+):  # fmt: skip
+    """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B, N_o] where T = 1, else None."""
+    layer = _layer(rule, layout, steering, gate_bias, prepared)
+    count = packed.shape[0]
+    reads, delta = torch.empty(count, layer.read_width), None
+    cos_at = sin_at = step = slots_at = mask_at = delta_at = 0
+    if layer.o_rows and length == 1:
+        delta = torch.empty(count, layer.o_rows)
+        delta_at = delta.data_ptr()
+    if cos is not None:
+        cos, sin = _plain(cos, torch.float32), _plain(sin, torch.float32)
+        cos_at, sin_at = cos.data_ptr(), sin.data_ptr()
+        step = length * layout.rotary if cos.shape[0] > 1 else 0
+    if slots is not None:
+        slots = _plain(slots, torch.int64)
+        if count and int(slots.max()) >= state.shape[0]:
+            raise IndexError(f"slots: got {int(slots.max())}, allowed −1 to {state.shape[0] - 1}")
+        slots_at = slots.data_ptr()
+    if mask is not None:
+        mask = _plain(mask, torch.bool)
+        mask_at = mask.data_ptr()
+    if skipped is None:
+        skipped = torch.zeros(state.shape[0], dtype=torch.int32)
+    factors = layer.factors
+    if factors is None:
+        current = _factors(steering)
+        factors = current.ctypes.data
+    # A name here holds every tensor until the call is over.
+    layer.run(
+        layer.table, factors, packed.data_ptr(), packed.shape[1], count // length, length, state.data_ptr(), slots_at,
+        mask_at, skipped.data_ptr(), cos_at, sin_at, step, frozen, reads.data_ptr(), delta_at,
+    )  # fmt: skip
+    return reads, delta
 
 
 def _flat(rule: DeltaRule, layout: HeadLayout) -> tuple:
@@ -293,9 +237,9 @@ def _(packed, gate_bias, state, skipped, rank, heads, update, row_gates, coupled
 def _run_decode(
     packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared=None
 ):  # fmt: skip
-    if _loops_take(packed, state):
-        return _decode(
-            packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+    if _loops_take(packed, state, skipped):
+        return _steer_rows(
+            packed, 1, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
         )  # fmt: skip
     return reference_heads.decode_(
         packed, gate_bias, state, rule, layout, steering, cos, sin,
@@ -360,3 +304,51 @@ def decode_(
         packed, gate_bias, state, skipped, *_flat(rule, layout), *steering, cos, sin, mask, slots, frozen
     )
     return reads, None if steering.o is None else delta
+
+
+def prefill_(
+    packed: torch.Tensor,
+    length: int,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    layout: HeadLayout,
+    steering: Steering,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    *,
+    mask: torch.Tensor | None,
+    skipped: torch.Tensor,
+    frozen: bool,
+    prepared: dict | None,
+) -> torch.Tensor | None:
+    """A prompt's reads [B · T, H·r]: ``decode_`` for T tokens a row but for Δo, in one call.
+
+    Args:
+        packed: [B · T, N], contiguous.
+        length: T, 1 or more.
+        cos, sin: [1 or B, T, rotary]; mask: bool [B, T]. The rest as in ``decode_``; nothing is checked.
+
+    Returns:
+        None, and nothing is done, where the loops cannot take the tensors as they lie.
+    """
+    if torch.compiler.is_compiling() or not _loops_take(packed, state, skipped):
+        return None
+    return _steer_rows(
+        packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, None, skipped, frozen, prepared
+    )[0]
+
+
+def delta(
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """``reference_heads.delta``; float32 without a norm in one operation."""
+    if norm_weight is not None or not reads.dtype == weight.dtype == dtype == torch.float32 or reads.ndim != 2:
+        return reference_heads.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
+    return reads.new_empty(reads.shape[0], weight.shape[0]).addmm_(reads, weight.t(), beta=0, alpha=scale)

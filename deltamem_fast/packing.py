@@ -35,7 +35,7 @@ class PackedRows:
             else:
                 row = first.shape[1:]
                 self.tensor = torch.cat([first.new_zeros(p, *row) if isinstance(p, int) else p.data for p in parts])
-            self._addresses = []
+            self.addresses = []
             start = 0
             for part in parts:
                 rows = part if isinstance(part, int) else part.shape[0]
@@ -43,7 +43,7 @@ class PackedRows:
                     part.data = self.tensor[start : start + rows]
                     # From the tensor, not from the parameter: what else may happen to that must not look right.
                     offset = start * self.tensor.stride(0) * self.tensor.element_size()
-                    self._addresses.append(self.tensor.data_ptr() + offset)
+                    self.addresses.append(self.tensor.data_ptr() + offset)
                 start += rows
         if self.tensor.is_cuda:
             # CUDA graphs copy their inputs but for those that stay where they are, as parameters do.
@@ -51,11 +51,11 @@ class PackedRows:
 
     def is_whole(self) -> bool:
         """Whether every parameter still is its rows."""
-        return [parameter.data_ptr() for parameter in self.parameters] == self._addresses
+        return [parameter.data_ptr() for parameter in self.parameters] == self.addresses
 
     def in_place(self) -> list[nn.Parameter]:
         """The parameters that still are their rows."""
-        return [p for p, address in zip(self.parameters, self._addresses) if p.data_ptr() == address]
+        return [p for p, address in zip(self.parameters, self.addresses) if p.data_ptr() == address]
 
     @torch.no_grad()
     def release(self) -> None:

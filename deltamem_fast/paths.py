@@ -88,6 +88,8 @@ class LayerWeights:
         self._steering: Steering | None = None
         # What was found where when the path was chosen: dictionaries, keys, objects; the types of the parts.
         self._places: tuple[tuple, tuple, tuple] = ((), (), ())
+        # The packed parameters, and where their rows lie.
+        self._packed: tuple[list[nn.Parameter], list[int]] = ([], [])
         self._parts: tuple[nn.Module, ...] = ()
         self._types: tuple[type, ...] = ()
         self._hooks: tuple[dict, ...] = ()
@@ -162,6 +164,8 @@ class LayerWeights:
             places += [(attributes, n, attributes.get(n)) for n in ("_forward_hooks", "_forward_pre_hooks", "forward")]
         places += [(memory._parameters, name, parameter) for name, parameter in memory._parameters.items()]
         self._places = tuple(zip(*places))
+        packs = [packed for packed in (self.rows, self.gate_bias, self.bias) if packed is not None]
+        self._packed = [p for pack in packs for p in pack.parameters], [a for pack in packs for a in pack.addresses]
         self._hooks = tuple(hooks for part in self._parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
 
     def is_current(self) -> bool:
@@ -170,10 +174,8 @@ class LayerWeights:
             return False
         if tuple(map(type, self._parts)) != self._types:
             return False
-        for packed in (self.rows, self.gate_bias, self.bias):
-            if packed is not None and not packed.is_whole():
-                return False
-        return True
+        parameters, addresses = self._packed
+        return list(map(torch.Tensor.data_ptr, parameters)) == addresses
 
     def release(self) -> None:
         """Give every parameter its own storage again."""
@@ -181,6 +183,7 @@ class LayerWeights:
             if packed is not None:
                 packed.release()
         self.rows = self.bias = self.gate_bias = None
+        self._packed = [], []
 
     def unpack(self) -> None:
         """Keep every parameter in storage of its own from now on, until ``plain`` is False again."""

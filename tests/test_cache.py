@@ -1,13 +1,18 @@
 """The memory in caches and in generate: whatever moves the rows of a cache moves the memory."""
 
 import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from support import loud_adapter, relative_error, tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_state, patch_model
+from deltamem_fast.cache import ROOM, MemoryDynamicLayer
 
 FAMILIES = ("qwen3", "smollm3", "mistral")
 IDS = torch.randint(3, 128, (3, 26), generator=torch.Generator().manual_seed(3))
@@ -476,3 +481,108 @@ def test_offloaded_caches(kind):
     for part in ids.split([20, 1, 5], 1):
         run(model, part, past_key_values=cache)
     assert close(memory_state(cache), memory_state(expected))
+
+
+# --- keys and values that grow in place
+
+
+def tokens(count, batch=2):
+    return torch.randn(batch, 3, count, 4), torch.randn(batch, 3, count, 4)
+
+
+def grown(*counts):
+    """A layer that grows in place, having got so many tokens at a time, and the plain one."""
+    layers = MemoryDynamicLayer(), DynamicLayer()
+    with torch.no_grad():
+        for count in counts:
+            new = tokens(count)
+            ours, theirs = (layer.update(*new) for layer in layers)
+            assert all(map(torch.equal, ours, theirs))
+    return layers
+
+
+def test_keys_and_values_grow_in_place():
+    layer, _ = grown(5, 1, 1, 7, ROOM + 3, 1)
+    with torch.no_grad():
+        held, address = (layer.keys, layer.values), layer.keys.data_ptr()
+        before = [tensor.clone() for tensor in held]
+        for _ in range(ROOM - 1):
+            layer.update(*tokens(1))
+        assert layer.keys.data_ptr() == address and all(map(torch.equal, held, before))
+        layer.update(*tokens(1))
+        assert layer.keys.data_ptr() != address
+
+
+def through_a_file(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "fork", (copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), through_a_file)
+)
+def test_forks_of_a_layer_do_not_meet(fork):
+    layer, _ = grown(5, 1)
+    past = layer.keys.clone()
+    forks = [layer, fork(layer), fork(layer)]
+    with torch.no_grad():
+        for _ in range(3):
+            new = [tokens(1) for _ in forks]
+            expected = [torch.cat([fork.keys, keys], 2) for fork, (keys, _) in zip(forks, new)]
+            found = [fork.update(*more)[0] for fork, more in zip(forks, new)]
+            assert all(map(torch.equal, found, expected))
+    assert all(torch.equal(fork.keys[:, :, :6], past) for fork in forks)
+
+
+def test_a_layer_set_back_overwrites_nothing():
+    layer, _ = grown(5, 1)
+    with torch.no_grad():
+        mark = dict(vars(layer))
+        layer.update(*tokens(1))
+        ahead, kept = layer.keys, layer.keys.clone()
+        vars(layer).update(mark)
+        layer.update(*tokens(1))
+        assert torch.equal(ahead, kept) and torch.equal(layer.keys[:, :, :6], kept[:, :, :6])
+        layer.keys, layer.values = layer.keys[:, :, :4], layer.values[:, :, :4]
+        last, kept = layer.keys, ahead.clone()
+        layer.update(*tokens(1))
+        assert torch.equal(ahead, kept) and torch.equal(layer.keys[:, :, :4], last)
+        layer.keys = layer.keys + 1
+        expected = torch.cat([layer.keys, layer.keys[:, :, :1]], 2)
+        assert torch.equal(layer.update(layer.keys[:, :, :1], layer.values[:, :, :1])[0], expected)
+        layer.batch_select_indices(torch.tensor([1]))
+        layer.update(*tokens(1, batch=1))
+        assert layer.keys.shape == (1, 3, 7, 4)
+
+
+def test_growing_leaves_gradients_and_inference_tensors_alone():
+    layer, _ = grown(5, 1)
+    keys, values = tokens(1)
+    keys.requires_grad_()
+    layer.update(keys, values)[0].sum().backward()
+    assert torch.equal(keys.grad, torch.ones_like(keys))
+    layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    with torch.inference_mode():
+        layer.update(*tokens(1))
+        layer.update(*tokens(1))
+    with torch.no_grad():
+        assert layer.update(*tokens(1))[0].shape[2] == 10
+        narrow = [tensor.bfloat16() for tensor in tokens(1)]
+        assert layer.update(*narrow)[0].dtype == torch.float32
+
+
+def test_one_thread_gets_the_place():
+    layer, _ = grown(5, 1)
+    forks = [copy.copy(layer) for _ in range(8)]
+    new = [tokens(1) for _ in forks]
+    expected = [torch.cat([layer.keys, keys], 2) for keys, _ in new]
+
+    def add(fork, more):
+        with torch.no_grad():
+            return fork.update(*more)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(add, forks, new))
+    assert all(map(torch.equal, found, expected))

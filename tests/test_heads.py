@@ -115,6 +115,81 @@ def test_decode(rule, layout, which, normed, raws, batch, masked, slotted, froze
         assert torch.equal(count, counts[0])
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rule=RULES, layout=LAYOUTS, which=WHICH, normed=st.booleans(), raws=st.sampled_from([0, 4]),
+    batch=st.integers(1, 3), length=st.sampled_from([2, 5, 70]), masked=st.booleans(), broken=st.booleans(),
+    frozen=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_prefill(rule, layout, which, normed, raws, batch, length, masked, broken, frozen, seed):
+    """A prompt in one call: the definition's numbers, and the very state of its tokens one by one."""
+    tables_of = 1 + (batch - 1) * (seed % 2)
+    packed, steering, *tables = problem(
+        layout, rule.read_width, which, normed, raws, (batch, length), tables_of, rule.width, seed
+    )  # fmt: skip
+    make = torch.Generator().manual_seed(seed)
+    if broken:
+        packed[0, 1, layout.width] = float("inf")
+    bias, mask = torch.randn(rule.bias_width, generator=make), None
+    if masked:
+        mask = torch.rand(batch, length, generator=make) > 0.4
+    first = torch.randn(batch, rule.heads, rule.rank, rule.rank, generator=make)
+    exact, exact_state, exact_reads = packed.double(), first.double(), []
+    rows, tokens = packed.flatten(0, 1).clone(), packed.clone()
+    state, one_by_one = first.clone(), first.clone()
+    skipped, counted = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+    reads = numba_heads.prefill_(
+        rows, length, bias, state, rule, layout, steering, *tables, mask=mask, skipped=skipped, frozen=frozen,
+        prepared=None,
+    )  # fmt: skip
+    for t in range(length):
+        turn = [None if table is None else table[:, t : t + 1].contiguous() for table in tables]
+        options = {"mask": None if mask is None else mask[:, t], "frozen": frozen}
+        token = exact[:, t].clone()
+        exact_reads.append(
+            reference_heads.decode_(
+                token, wide(bias), exact_state, rule, layout, wide(steering), *map(wide, turn), **options
+            )[0]
+        )  # fmt: skip
+        exact[:, t] = token
+        own = tokens[:, t].clone()
+        numba_heads.decode_(own, bias, one_by_one, rule, layout, steering, *turn, skipped=counted, **options)
+    assert torch.equal(state, one_by_one) and torch.equal(skipped, counted)
+    assert_close(state, exact_state)
+    assert_close(reads.view(batch, length, -1), torch.stack(exact_reads, 1))
+    assert_close(rows.view(packed.shape)[..., : layout.width], exact[..., : layout.width])
+
+
+def test_prefill_leaves_what_it_cannot_take():
+    rule, layout = DeltaRule(8), HeadLayout(2, 1, 1, 16, 16)
+    packed, steering, *tables = problem(layout, 8, "qo", True, 0, (6,), 1, rule.width, 0)
+    tables, options = [torch.randn(1, 3, 16) for _ in tables], {"mask": None, "frozen": False, "prepared": None}
+    state, skipped = torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.int32)
+    for rows, own, count in (
+        (packed.bfloat16(), state, skipped),
+        (torch.cat([packed, packed], 1)[:, : packed.shape[1]], state, skipped),
+        (packed, state.transpose(2, 3), skipped),
+        (packed, state, skipped.long()),
+    ):
+        before, start = rows.clone(), own.clone()
+        found = numba_heads.prefill_(
+            rows, 3, torch.zeros(8), own, rule, layout, steering, *tables, skipped=count, **options
+        )  # fmt: skip
+        assert found is None and torch.equal(rows, before) and torch.equal(own, start)
+
+
+def test_delta_alone():
+    make = torch.Generator().manual_seed(0)
+    reads, weight, norm = (torch.randn(*shape, generator=make) for shape in ((7, 8), (20, 8), (20,)))
+    for norm_weight in (None, norm):
+        for lead in ((7,), (7, 1)):
+            found = numba_heads.delta(reads.view(*lead, 8), weight, 0.5, torch.float32, norm_weight=norm_weight)
+            exact = reference_heads.delta(
+                reads.view(*lead, 8).double(), weight, 0.5, torch.float64, norm_weight=norm_weight
+            )  # fmt: skip
+            assert_close(found, exact)
+
+
 def test_what_is_prepared_follows_the_weights():
     rule, layout = DeltaRule(8), HeadLayout(2, 1, 1, 16, 16)
     packed, steering, *tables = problem(layout, 8, "qo", True, 0, (2,), 1, rule.width, 0)

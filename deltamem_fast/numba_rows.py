@@ -1,0 +1,178 @@
+"""Packed rows in one call: the memory read and written, and the heads steered. Compiled by numba, once per rank.
+
+Every tensor comes as its address: to hand an array to a compiled function costs more than what a decoded token is
+computed with. What does not change from token to token lies in a table of integers, made once a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numba import carray, njit
+
+from .numba_loops import _ONE, _OPTIONS, _ZERO, read_sequences, scan_sequences
+from .numba_machine import bytes_, floats, fma, integers, long_integers
+
+# The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
+TABLE = (
+    "heads", "mode", "row_gates", "own_lambda", "normalize", "q", "k", "v", "dim", "rotary", "o_rows",
+    "gate_bias", "q_weight", "k_weight", "v_weight", "o_weight", "q_norm", "k_norm",
+)  # fmt: skip
+_LENGTH = len(TABLE)
+_ANY = 1 << 40  # as many as there are
+
+
+# Every head takes the same instructions in the same order, wherever it lies, so this sum may be reordered for the
+# vector unit. NaN and Inf keep their meaning.
+@njit(**_OPTIONS | {"fastmath": {"contract", "reassoc"}})
+def _square(head):
+    """Σ of squares."""
+    total = _ZERO
+    for j in range(head.size):
+        total += head[j] * head[j]
+    return total
+
+
+@njit(inline="always")
+def turn_heads(row, heads, dim, norm, eps, cos, sin):
+    """RMS norm (norm [dim] or empty) and RoPE (cos, sin [rotary] or empty) of the heads in row [heads · dim]."""
+    half = cos.size // 2
+    for h in range(heads):
+        head = row[h * dim : (h + 1) * dim]
+        low, high = head[:half], head[half : 2 * half]
+        if norm.size:
+            inverse = _ONE / np.float32(np.sqrt(_square(head) / np.float32(dim) + eps))
+            for j in range(half):
+                x, y = low[j] * inverse * norm[j], high[j] * inverse * norm[half + j]
+                low[j] = fma(x, cos[j], -(y * sin[j]))
+                high[j] = fma(y, cos[half + j], x * sin[half + j])
+            for j in range(2 * half, dim):
+                head[j] = head[j] * inverse * norm[j]
+        else:
+            for j in range(half):
+                x, y = low[j], high[j]
+                low[j] = fma(x, cos[j], -(y * sin[j]))
+                high[j] = fma(y, cos[half + j], x * sin[half + j])
+
+
+@njit(inline="always")
+def _add_delta(rank, row, weight, reads, factor):
+    """row += factor · weight reads: row [n], weight [n, H, r], reads [H·r]."""
+    for n in range(row.size):
+        total = _ZERO
+        for h in range(weight.shape[1]):
+            for c in range(rank):
+                total = fma(weight[n, h, c], reads[h * rank + c], total)
+        row[n] = fma(factor, total, row[n])
+
+
+@njit(inline="always")
+def _add_deltas(rank, rows, first, weight, reads, factor):
+    """rows[:, first : first + n] += factor · weight reads: weight [n, H, r], reads [T, H·r].
+
+    For many tokens: along n, which the weights are turned for, the loop vectorises.
+    """
+    count, heads = weight.shape[0], weight.shape[1]
+    columns, scaled = np.empty((heads, rank, count), np.float32), np.empty((heads, rank), np.float32)
+    for n in range(count):
+        for h in range(heads):
+            for c in range(rank):
+                columns[h, c, n] = weight[n, h, c]
+    for t in range(rows.shape[0]):
+        row = rows[t, first : first + count]
+        for h in range(heads):
+            for c in range(rank):
+                scaled[h, c] = factor * reads[t, h * rank + c]
+            for n in range(count):
+                total = row[n]
+                for c in range(rank):
+                    total = fma(columns[h, c, n], scaled[h, c], total)
+                row[n] = total
+
+
+@functools.cache
+def row_loop(rank: int):
+    """``steer_rows`` for one rank, which is a constant in it; it closes over nothing else, see ``loops``."""
+
+    @njit(**_OPTIONS)
+    def steer_rows(
+        table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads, delta
+    ):  # fmt: skip
+        """Read, write and steer B sequences of T packed rows: ``reference_heads.decode_`` for any T.
+
+        Args:
+            table: int64, as ``TABLE``.
+            factors: float32 [5], scale · c of q, k, v and o, and the norms' eps.
+            packed: float32 [B, T, N], ``stride`` numbers from row to row.
+            state: float32 [S, H, r, r]. slots: int64 [B], or 0: sequence n's state is the n-th.
+            mask: bool [B, T], or 0: all are real. skipped: int32 [S].
+            cos, sin: float32 [1 or B, T, rotary], ``step`` numbers from one sequence to the next (0: all have the
+                same); 0 without RoPE.
+            frozen: state and skipped are not written.
+            reads: float32 [B, T, H·r], written.
+            delta: float32 [B, o_rows], written for T = 1 where the table has an o_weight; else Δo is not computed.
+        """
+        fixed = carray(long_integers(table), (_LENGTH,))
+        heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
+        q_heads, k_heads, dim, rotary, o_rows = fixed[5], fixed[6], fixed[8], fixed[9], fixed[10]
+        k_first, v_first, end = q_heads * dim, (q_heads + k_heads) * dim, (q_heads + k_heads + fixed[7]) * dim
+        width = heads * rank
+        used = 3 * width + (width if row_gates else heads) * (2 if own_lambda else 1)
+        bias = carray(floats(fixed[11]), (used - 3 * width,))
+        q_weight = carray(floats(fixed[12]), (k_first if fixed[12] else 0, heads, rank))
+        k_weight = carray(floats(fixed[13]), (v_first - k_first if fixed[13] else 0, heads, rank))
+        v_weight = carray(floats(fixed[14]), (end - v_first if fixed[14] else 0, heads, rank))
+        o_weight = carray(floats(fixed[15]), (o_rows if fixed[15] else 0, heads, rank))
+        q_norm = carray(floats(fixed[16]), (dim if fixed[16] else 0,))
+        k_norm = carray(floats(fixed[17]), (dim if fixed[17] else 0,))
+        factor = carray(floats(factors), (5,))
+        rows = carray(floats(packed), (batch, length, stride))
+        states = carray(floats(state), (_ANY, heads, rank, rank))
+        out = carray(floats(reads), (batch, length, width))
+
+        projections = np.empty((batch, length, used), np.float32)
+        for b in range(batch):
+            for t in range(length):
+                for i in range(used):
+                    projections[b, t, i] = rows[b, t, end + i]
+        places = carray(long_integers(slots), (batch,)) if slots else np.arange(batch)
+        real = carray(bytes_(mask), (batch, length)) if mask else np.ones((batch, length), np.uint8)
+        if frozen:
+            read_sequences(rank, projections, real, states, places, heads, normalize, out)
+        else:
+            nothing = np.empty((batch, 0, heads, rank, rank), np.float32)
+            scan_sequences(
+                rank, projections, bias, real, states, places, heads, mode, row_gates, own_lambda, normalize, 0, out,
+                nothing, carray(integers(skipped), (_ANY,)),
+            )  # fmt: skip
+
+        for b in range(batch):
+            if length == 1:
+                row, read = rows[b, 0], out[b, 0]
+                if q_weight.size:
+                    _add_delta(rank, row[:k_first], q_weight, read, factor[0])
+                if k_weight.size:
+                    _add_delta(rank, row[k_first:v_first], k_weight, read, factor[1])
+                if v_weight.size:
+                    _add_delta(rank, row[v_first:end], v_weight, read, factor[2])
+                if o_weight.size:
+                    added = carray(floats(delta), (batch, o_rows))[b]
+                    for i in range(o_rows):
+                        added[i] = _ZERO
+                    _add_delta(rank, added, o_weight, read, factor[3])
+            else:
+                if q_weight.size:
+                    _add_deltas(rank, rows[b], 0, q_weight, out[b], factor[0])
+                if k_weight.size:
+                    _add_deltas(rank, rows[b], k_first, k_weight, out[b], factor[1])
+                if v_weight.size:
+                    _add_deltas(rank, rows[b], v_first, v_weight, out[b], factor[2])
+            if q_norm.size or k_norm.size or rotary:
+                for t in range(length):
+                    row, at = rows[b, t], b * step + t * rotary
+                    c, s = carray(floats(cos), (at + rotary,))[at:], carray(floats(sin), (at + rotary,))[at:]
+                    turn_heads(row[:k_first], q_heads, dim, q_norm, factor[4], c, s)
+                    turn_heads(row[k_first:v_first], k_heads, dim, k_norm, factor[4], c, s)
+
+    return steer_rows
