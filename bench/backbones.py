@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, SmolLM3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, SmolLM3Config
 
 KINDS = {
     "Qwen3-4B": (Qwen3Config, {
@@ -22,6 +22,10 @@ KINDS = {
     "Qwen3-48M": (Qwen3Config, {
         "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False,
+    }),
+    "SmolLM2-135M": (LlamaConfig, {
+        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
     }),
 }  # fmt: skip
 TINY = {

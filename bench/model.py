@@ -25,6 +25,8 @@ from .timing import wall
 TOLERANCE = 1e-4  # of the logits in float32, against the patch computed by the reference
 NOISE = 8.0  # in another dtype: times the error that rounding gives the backbone itself
 PHASES = ("prefill", "decode")
+BLOCK = 4  # tokens that a variant decodes before another has its turn
+SMALL = ("Qwen3-48M", "SmolLM2-135M")  # what a CPU is measured with
 
 
 @dataclass(frozen=True)
@@ -204,41 +206,48 @@ def _add_released(models: Models, bare: nn.Module, patched: nn.Module, ids: torc
         models.refusals["released"] = refused("", {}, note, error)
 
 
-def turn(model: nn.Module, ids: torch.Tensor, prefill: int, device: str) -> dict[str, float]:
-    """Seconds of one prefill and of the decode after it, a token at a time, each the likeliest after the last."""
-    peers.forget(model)
-    cache = DynamicCache(config=model.config)
-    # As generate does: the logits of the last token only.
-    step = functools.partial(model, past_key_values=cache, logits_to_keep=1)
-    last = []
-    seconds = wall(lambda: last.append(step(ids[:, :prefill]).logits), device)
+def turn(variants: list[tuple[str, nn.Module]], ids: torch.Tensor, prefill: int, device: str) -> dict:
+    """Seconds by phase and variant of one prefill and of the decode after it, the likeliest token fed next.
 
-    def decode():
-        token = last.pop().argmax(-1)
-        for _ in range(prefill, ids.shape[1]):
-            token = step(token).logits.argmax(-1)
+    The variants decode a few tokens each, in turns, so that what else the machine does meets all of them; in every
+    other block in the opposite order.
+    """
+    states, times = {}, {phase: {name: 0.0 for name, _ in variants} for phase in PHASES}
 
-    return {"prefill": seconds, "decode": wall(decode, device)}
+    def decode(name: str, step: Callable, count: int) -> None:
+        for _ in range(count):
+            states[name] = step(states[name]).logits.argmax(-1)
+
+    steps = {}
+    for name, model in variants:
+        peers.forget(model)
+        # As generate does: the logits of the last token only.
+        step = functools.partial(model, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        steps[name], states[name] = step, ids[:, :prefill]
+        times["prefill"][name] = wall(functools.partial(decode, name, step, 1), device)
+    for first in range(prefill, ids.shape[1], BLOCK):
+        count = min(BLOCK, ids.shape[1] - first)
+        for name, step in list(steps.items())[:: 1 if (first - prefill) // BLOCK % 2 == 0 else -1]:
+            times["decode"][name] += wall(functools.partial(decode, name, step, count), device)
+    return times
 
 
 @torch.no_grad()
 def measure(models: Models, sizes: Sizes, batch: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by phase and variant, one entry a turn: the models run in turns on the same tokens."""
-    variants, length = models.variants, sizes.prefill + sizes.decode
+    variants, length = list(models.variants.items()), sizes.prefill + sizes.decode
     fresh = functools.partial(random_ids, models.config.vocab_size, batch, length, models.device)
-    times = {phase: {name: [] for name in variants} for phase in PHASES}
-    for model in variants.values():
-        turn(model, fresh(), sizes.prefill, models.device)  # warm-up
+    times = {phase: {name: [] for name in models.variants} for phase in PHASES}
+    turn(variants, fresh(), sizes.prefill, models.device)  # warm-up
     least, most = sizes.turns
     start = time.perf_counter()
     for count in itertools.count():
         if count >= most or (count >= least and time.perf_counter() - start > sizes.budget):
             return times
-        ids = fresh()
         # Who goes first changes from turn to turn, so that neither always follows the other.
-        for name in list(variants)[:: 1 if count % 2 == 0 else -1]:
-            for phase, value in turn(variants[name], ids, sizes.prefill, models.device).items():
-                times[phase][name].append(value)
+        found = turn(variants[:: 1 if count % 2 == 0 else -1], fresh(), sizes.prefill, models.device)
+        for phase, name in itertools.product(PHASES, models.variants):
+            times[phase][name].append(found[phase][name])
 
 
 def eager_rows(models: Models, sizes: Sizes, batch: int) -> list[Row]:
@@ -252,10 +261,11 @@ def eager_rows(models: Models, sizes: Sizes, batch: int) -> list[Row]:
 def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
     """All rows of the model benchmark on a CPU."""
     sizes = QUICK if quick else FULL
-    models = make("Qwen3-48M", "cpu", tiny=quick)
-    progress(f"model: {models.count:,} parameters")
     rows = []
-    for batch in sizes.batches:
-        progress(f"model: batch {batch}")
-        rows += eager_rows(models, sizes, batch)
+    for name in SMALL:
+        models = make(name, "cpu", tiny=quick)
+        progress(f"model: {name}, {models.count:,} parameters")
+        for batch in sizes.batches:
+            progress(f"model: {name}, batch {batch}")
+            rows += eager_rows(models, sizes, batch)
     return rows

@@ -75,10 +75,10 @@ def _decode(mode: str, text: str, batch: int, goal: float, stretch: float | None
     )  # fmt: skip
 
 
-def _small(phase: str, batch: int) -> Target:
-    parameters = {"model": "Qwen3-48M", "batch": batch}
-    what = f"CPU: {phase}, patched ÷ unpatched, a 48 M-parameter backbone, B = {batch}"
-    return Target(what, f"{phase}/patched", 0.95, None, parameters, baseline="unpatched")
+def _small(model: str, text: str, phase: str, batch: int, stretch: float | None) -> Target:
+    what = f"CPU: {phase}, patched ÷ unpatched, {text}, B = {batch}"
+    parameters = {"model": model, "batch": batch}
+    return Target(what, f"{phase}/patched", 1.0, stretch, parameters, baseline="unpatched")
 
 
 def _scan(length: int, goal: float, stretch: float) -> Target:
@@ -112,7 +112,14 @@ TARGETS = (
            {"model": "Qwen3-4B", "tokens": 32768, "batch": 1}, value="extra_memory", at_most=True),
     Target("CPU: scan ÷ the per-token PyTorch loop, T = 8 k", "scan/numba", 500, None,
            {"tokens": 8192, "rank": 8, "heads": 1}, baseline="reference"),
-    *(_small(phase, batch) for phase in ("prefill", "decode") for batch in (1, 4)),
+    *(
+        _small(model, text, phase, batch, stretch)
+        for model, text, stretch in (
+            ("Qwen3-48M", "a 48 M-parameter backbone", 1.05), ("SmolLM2-135M", "SmolLM2-135M's shape", None),
+        )
+        for phase in ("prefill", "decode")
+        for batch in (1, 4)
+    ),
     Target("tensor operations + kernel launches per decoded token and layer, fast path (unpatched: 56)",
            "operations/patched", 56, 34, {"backend": "triton"}, value="operations", at_most=True),
     *(
