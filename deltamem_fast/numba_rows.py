@@ -68,27 +68,27 @@ def _add_delta(rank, row, weight, reads, factor):
 
 
 @njit(inline="always")
-def _add_deltas(rank, rows, first, weight, reads, factor):
-    """rows[:, first : first + n] += factor · weight reads: weight [n, H, r], reads [T, H·r].
-
-    For many tokens: along n, which the weights are turned for, the loop vectorises.
-    """
-    count, heads = weight.shape[0], weight.shape[1]
-    columns, scaled = np.empty((heads, rank, count), np.float32), np.empty((heads, rank), np.float32)
-    for n in range(count):
-        for h in range(heads):
+def _columns_of(rank, weight):
+    """weight [n, H, r] as [H, r, n]: for many tokens, whose loop over n then vectorises."""
+    columns = np.empty((weight.shape[1], rank, weight.shape[0]), np.float32)
+    for n in range(weight.shape[0]):
+        for h in range(weight.shape[1]):
             for c in range(rank):
                 columns[h, c, n] = weight[n, h, c]
-    for t in range(rows.shape[0]):
-        row = rows[t, first : first + count]
-        for h in range(heads):
+    return columns
+
+
+@njit(inline="always")
+def _add_delta_by_columns(rank, row, columns, reads, factor, scaled):
+    """``_add_delta`` of columns [H, r, n]; scaled is scratch, [r]."""
+    for h in range(columns.shape[0]):
+        for c in range(rank):
+            scaled[c] = factor * reads[h * rank + c]
+        for n in range(row.size):
+            total = row[n]
             for c in range(rank):
-                scaled[h, c] = factor * reads[t, h * rank + c]
-            for n in range(count):
-                total = row[n]
-                for c in range(rank):
-                    total = fma(columns[h, c, n], scaled[h, c], total)
-                row[n] = total
+                total = fma(columns[h, c, n], scaled[c], total)
+            row[n] = total
 
 
 @functools.cache
@@ -147,30 +147,36 @@ def row_loop(rank: int):
                 nothing, carray(integers(skipped), (_ANY,)),
             )  # fmt: skip
 
+        turns = q_norm.size or k_norm.size or rotary
+        if length > 1:
+            scaled = np.empty(rank, np.float32)
+            q_columns, k_columns, v_columns = (
+                _columns_of(rank, q_weight), _columns_of(rank, k_weight), _columns_of(rank, v_weight)
+            )  # fmt: skip
         for b in range(batch):
-            if length == 1:
-                row, read = rows[b, 0], out[b, 0]
-                if q_weight.size:
-                    _add_delta(rank, row[:k_first], q_weight, read, factor[0])
-                if k_weight.size:
-                    _add_delta(rank, row[k_first:v_first], k_weight, read, factor[1])
-                if v_weight.size:
-                    _add_delta(rank, row[v_first:end], v_weight, read, factor[2])
-                if o_weight.size:
-                    added = carray(floats(delta), (batch, o_rows))[b]
-                    for i in range(o_rows):
-                        added[i] = _ZERO
-                    _add_delta(rank, added, o_weight, read, factor[3])
-            else:
-                if q_weight.size:
-                    _add_deltas(rank, rows[b], 0, q_weight, out[b], factor[0])
-                if k_weight.size:
-                    _add_deltas(rank, rows[b], k_first, k_weight, out[b], factor[1])
-                if v_weight.size:
-                    _add_deltas(rank, rows[b], v_first, v_weight, out[b], factor[2])
-            if q_norm.size or k_norm.size or rotary:
-                for t in range(length):
-                    row, at = rows[b, t], b * step + t * rotary
+            for t in range(length):
+                row, read = rows[b, t], out[b, t]
+                if length > 1:
+                    if q_weight.size:
+                        _add_delta_by_columns(rank, row[:k_first], q_columns, read, factor[0], scaled)
+                    if k_weight.size:
+                        _add_delta_by_columns(rank, row[k_first:v_first], k_columns, read, factor[1], scaled)
+                    if v_weight.size:
+                        _add_delta_by_columns(rank, row[v_first:end], v_columns, read, factor[2], scaled)
+                else:
+                    if q_weight.size:
+                        _add_delta(rank, row[:k_first], q_weight, read, factor[0])
+                    if k_weight.size:
+                        _add_delta(rank, row[k_first:v_first], k_weight, read, factor[1])
+                    if v_weight.size:
+                        _add_delta(rank, row[v_first:end], v_weight, read, factor[2])
+                    if o_weight.size:
+                        added = carray(floats(delta), (batch, o_rows))[b]
+                        for i in range(o_rows):
+                            added[i] = _ZERO
+                        _add_delta(rank, added, o_weight, read, factor[3])
+                if turns:
+                    at = b * step + t * rotary
                     c, s = carray(floats(cos), (at + rotary,))[at:], carray(floats(sin), (at + rotary,))[at:]
                     turn_heads(row[:k_first], q_heads, dim, q_norm, factor[4], c, s)
                     turn_heads(row[k_first:v_first], k_heads, dim, k_norm, factor[4], c, s)
