@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from deltamem_kernels.rule import DeltaRule
+
 from .backends import operations
 from .bridge import UNKNOWN_CHECKPOINTS, Bridge, join
 from .gates import GateSums, gate_sums
@@ -55,8 +57,9 @@ class MemoryCall:
         self.gates = gates
         self.projections = projections
         # Whether one token a row may be read, or read and written, where the state lies; but for that state itself.
-        self.may_read = cu_seqlens is None and projections is None
-        self.may_step = self.may_read and self.in_place and gates is None and segment_ids is None
+        # Never by what is recorded: recording changes no bit.
+        self.may_read = cu_seqlens is None
+        self.may_step = self.may_read and self.in_place and segment_ids is None
 
     def start(self, layer: int) -> tuple[torch.Tensor, bool]:
         """The state that a layer starts from, and whether this is its first run in this forward."""
@@ -74,6 +77,18 @@ class MemoryCall:
         if self.initial[layer].requires_grad and not self.bridge.entered:
             raise ValueError(UNKNOWN_CHECKPOINTS)
         self.bridge.unseen.add(layer)
+
+    def record(self, layer: int, projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule) -> None:
+        """Keep what was asked for of a layer's tokens, [B, T, W] raw, read or written where the state lies."""
+        self.keep(layer, projections)
+        if self.gates is not None:
+            self.gates[layer] = gate_sums(projections, gate_bias, rule, self.token_mask)
+
+    def keep(self, layer: int, projections: torch.Tensor) -> None:
+        """Keep a layer's raw projections [B, T, W], if they were asked for."""
+        if self.projections is not None:
+            # A copy: on the fast path they lie in a packed row, whose other columns are changed in place.
+            self.projections[layer] = projections.detach().clone()
 
     def steps(self, layer: int) -> bool:
         """Whether a layer's state can be written where it lies, by a forward of one token a row: decode."""
@@ -100,9 +115,8 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
     ops = operations(memory.backend, projections.device)
     initial, first_run = call.start(layer)
     mask, rule = call.token_mask, memory.rule
-    if call.projections is not None and first_run:
-        # A copy: on the fast path they lie in a packed row, whose other columns are changed in place.
-        call.projections[layer] = projections.detach().clone()
+    if first_run:
+        call.keep(layer, projections)
 
     if call.frozen:
         if call.cu_seqlens is not None:
@@ -117,6 +131,8 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
         return _commit(call, layer, first_run, reads, out.state, skipped, gates)
 
     if projections.shape[1] == 1 and call.steps(layer):
+        if call.gates is not None:
+            call.gates[layer] = gate_sums(projections, gate_bias, rule, mask)
         reads = ops.step(
             projections.squeeze(1), gate_bias, initial, rule,
             mask=None if mask is None else mask.squeeze(1), skipped=call.state._skipped[layer],

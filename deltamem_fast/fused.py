@@ -85,29 +85,42 @@ def _steer(
     steering = weights.steering(attention, memory)
     heads = head_operations(memory.backend, packed.device)
     bias = weights.gate_bias.tensor
-    layer, token_mask = memory.layer_idx, call.token_mask
-    if call.may_read if call.frozen else call.steps(layer):
-        skipped = call.state._skipped[layer]
-        if length == 1:
-            initial, _ = call.start(layer)
-            return heads.decode_(
-                packed, bias, initial, memory.rule, layout, steering, cos, sin,
-                mask=None if token_mask is None else token_mask.squeeze(1), skipped=skipped,
-                arrived=call.state._arrived.get(layer), frozen=call.frozen, check=False, prepared=weights.prepared,
-            )  # fmt: skip
-        prefill = getattr(heads, "prefill_", None)
-        if prefill is not None and layer not in call.initial:
-            reads = prefill(
-                packed, length, bias, call.state[layer], memory.rule, layout, steering, cos, sin, mask=token_mask,
-                skipped=skipped, frozen=call.frozen, prepared=weights.prepared,
-            )  # fmt: skip
-            if reads is not None:
-                call.start(layer)
-                return reads, None
-    packed = packed.view(-1, length, packed.shape[1])
-    reads = advance(memory, packed[..., layout.width : layout.width + memory.rule.width], bias, call)
-    heads.steer_heads_(packed, reads, layout, steering, cos, sin, check=False)
+    rows = packed.view(-1, length, packed.shape[1])
+    projections = rows[..., layout.width : layout.width + memory.rule.width]
+    if call.may_read if call.frozen else call.steps(memory.layer_idx):
+        found = _in_place(heads, memory, call, packed, length, layout, steering, cos, sin)
+        if found is not None:
+            call.record(memory.layer_idx, projections, bias, memory.rule)
+            return found
+    reads = advance(memory, projections, bias, call)
+    heads.steer_heads_(rows, reads, layout, steering, cos, sin, check=False)
     return reads.flatten(0, 1), None
+
+
+def _in_place(
+    heads, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, length: int, layout, steering, cos, sin
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """``_steer`` in one call, the state read and written where it lies; None, and nothing is done, if there is none."""
+    weights, layer, mask = memory.weights, memory.layer_idx, call.token_mask
+    skipped, bias = call.state._skipped[layer], weights.gate_bias.tensor
+    if length == 1:
+        initial, _ = call.start(layer)
+        return heads.decode_(
+            packed, bias, initial, memory.rule, layout, steering, cos, sin,
+            mask=None if mask is None else mask.squeeze(1), skipped=skipped, arrived=call.state._arrived.get(layer),
+            frozen=call.frozen, check=False, prepared=weights.prepared,
+        )  # fmt: skip
+    prefill = getattr(heads, "prefill_", None)
+    if prefill is None or layer in call.initial:
+        return None
+    reads = prefill(
+        packed, length, bias, call.state[layer], memory.rule, layout, steering, cos, sin, mask=mask,
+        skipped=skipped, frozen=call.frozen, prepared=weights.prepared,
+    )  # fmt: skip
+    if reads is None:
+        return None
+    call.start(layer)
+    return reads, None
 
 
 def _project_out(

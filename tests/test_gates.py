@@ -7,6 +7,7 @@ import torch
 from support import loud_adapter, relative_error, tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, record_gates
+from deltamem_fast.capture import capture_projections
 from deltamem_fast.reference import split_projections
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -175,13 +176,40 @@ def test_recording_belongs_to_its_context():
     assert outer.mean_beta() == {} and inner.statistics()[0]["written"] == 2 * 9 * 8
 
 
-def test_recording_changes_no_bit():
-    model = patched()
+def conversation(model, frozen):
+    """Logits of a padded prompt and two more tokens, and the memory after them."""
+    memory = MemoryState.zeros(model, 2)
+    if frozen:
+        model(IDS.flip(1), memory=memory, use_cache=False)
+        memory.frozen = True
+    out = model(IDS, attention_mask=MASK, memory=memory)
+    logits, mask = [out.logits], MASK
+    for token in (5, 6):
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        cache = out.past_key_values
+        out = model(torch.full((2, 1), token), attention_mask=mask, memory=memory, past_key_values=cache)
+        logits.append(out.logits)
+    return torch.cat([x.flatten() for x in (*logits, *(memory[i] for i in range(3)))])
+
+
+@pytest.mark.parametrize("frozen", (False, True), ids=("live", "frozen"))
+@pytest.mark.parametrize("backend", ("numba", "reference"))
+@pytest.mark.parametrize("record", (record_gates, capture_projections))
+@pytest.mark.parametrize("fused", (True, False), ids=("fused", "generic"))
+def test_recording_changes_no_bit(fused, record, backend, frozen):
+    model = patched(backend=backend)
+    if not fused:  # a hook on a projection is what the generic path is for
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.register_forward_hook(lambda *_: None)
     with torch.no_grad():
-        expected = model(IDS, use_cache=False).logits
-        with record_gates():
-            found = model(IDS, use_cache=False).logits
-    assert torch.equal(found, expected)
+        expected = conversation(model, frozen)
+        with record() as found:
+            assert torch.equal(conversation(model, frozen), expected)
+    if record is capture_projections:
+        lengths = [raw[0].shape[1] for raw in found]
+        assert lengths == ([9, 9, 1, 1] if frozen else [9, 1, 1])
+    else:
+        assert found.statistics()[0]["written"] == 8 * (2 * 9 if frozen else int(MASK.sum()) + 4)
 
 
 def test_a_recomputation_does_not_count_again():
