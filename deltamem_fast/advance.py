@@ -56,6 +56,7 @@ class MemoryCall:
         self.bridge = bridge
         self.gates = gates
         self.projections = projections
+        self.records = gates is not None or projections is not None
         # Whether one token a row may be read, or read and written, where the state lies; but for that state itself.
         # Never by what is recorded: recording changes no bit.
         self.may_read = cu_seqlens is None

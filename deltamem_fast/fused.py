@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltamem_kernels.layout import HeadLayout
+from deltamem_kernels.rule import DeltaRule
+
 from .advance import MemoryCall, advance
 from .backends import head_operations
 from .memory import DeltaMemory
@@ -85,16 +88,21 @@ def _steer(
     steering = weights.steering(attention, memory)
     heads = head_operations(memory.backend, packed.device)
     bias = weights.gate_bias.tensor
-    rows = packed.view(-1, length, packed.shape[1])
-    projections = rows[..., layout.width : layout.width + memory.rule.width]
     if call.may_read if call.frozen else call.steps(memory.layer_idx):
         found = _in_place(heads, memory, call, packed, length, layout, steering, cos, sin)
         if found is not None:
-            call.record(memory.layer_idx, projections, bias, memory.rule)
+            if call.records:
+                call.record(memory.layer_idx, _projections(packed, length, layout, memory.rule), bias, memory.rule)
             return found
-    reads = advance(memory, projections, bias, call)
+    rows = packed.view(-1, length, packed.shape[1])
+    reads = advance(memory, _projections(packed, length, layout, memory.rule), bias, call)
     heads.steer_heads_(rows, reads, layout, steering, cos, sin, check=False)
     return reads.flatten(0, 1), None
+
+
+def _projections(packed: torch.Tensor, length: int, layout: HeadLayout, rule: DeltaRule) -> torch.Tensor:
+    """The memory's raw projections [B, T, W], a view of the packed rows [B · T, N]."""
+    return packed.view(-1, length, packed.shape[1]).narrow(2, layout.width, rule.width)
 
 
 def _in_place(
