@@ -193,7 +193,11 @@ def make(name: str, device: str, dtype: str = "float32", tiny: bool = False, pee
 
 @torch.no_grad()
 def _add_released(models: Models, bare: nn.Module, patched: nn.Module, ids: torch.Tensor, found: Check) -> None:
-    model = peers.released_model(bare, patched)
+    try:
+        model = peers.released_model(bare, patched)
+    except RuntimeError as error:  # it knows Qwen3 and SmolLM3 alone
+        models.refusals["released"] = absent("", f"the released package takes no {type(bare).__name__}: {error}")
+        return
     if model is None:
         models.refusals["released"] = absent("", peers.MISSING["released"])
         return

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,20 @@ def test_a_wrong_patch_is_refused(monkeypatch):
     rows = model.run(True, lambda text: None)
     assert [row.status for row in rows] == ["measured", "refused", "absent"] * 8
     assert all("disabled" in row.note for row in rows if row.status == "refused")
+
+
+def test_a_backbone_that_the_released_package_does_not_know(monkeypatch):
+    model = bench("model")
+
+    def attach(*_):
+        raise RuntimeError("No target modules were replaced")
+
+    package = types.SimpleNamespace(HFDeltaMemConfig=dict, attach_delta_mem=attach)
+    monkeypatch.setattr(model.peers, "released", lambda: package)
+    models = model.make("SmolLM2-135M", "cpu", tiny=True)
+    assert list(models.variants) == ["unpatched", "patched"]
+    missing = models.refusals["released"]
+    assert missing.status == "absent" and "LlamaForCausalLM" in missing.note
 
 
 def test_a_wrong_adapter_is_refused(monkeypatch):
