@@ -25,6 +25,7 @@ from .timing import wall
 TOLERANCE = 1e-4  # of the logits in float32, against the patch computed by the reference
 NOISE = 8.0  # in another dtype: times the error that rounding gives the backbone itself
 PHASES = ("prefill", "decode")
+PREFILLS = 4  # of a variant in a turn, the other variants' in between
 BLOCK = 4  # tokens that a variant decodes before another has its turn
 SMALL = ("Qwen3-48M", "SmolLM2-135M")  # what a CPU is measured with
 
@@ -211,10 +212,10 @@ def _add_released(models: Models, bare: nn.Module, patched: nn.Module, ids: torc
 
 
 def turn(variants: list[tuple[str, nn.Module]], ids: torch.Tensor, prefill: int, device: str) -> dict:
-    """Seconds by phase and variant of one prefill and of the decode after it, the likeliest token fed next.
+    """Seconds by phase and variant of a prefill and of the decode after it, the likeliest token fed next.
 
-    The variants decode a few tokens each, in turns, so that what else the machine does meets all of them; in every
-    other block in the opposite order.
+    The variants read the prompt once and decode a few tokens each, in turns, so that what else the machine does meets
+    all of them; every other time in the opposite order. A prefill's seconds are the mean over several.
     """
     states, times = {}, {phase: {name: 0.0 for name, _ in variants} for phase in PHASES}
 
@@ -223,12 +224,13 @@ def turn(variants: list[tuple[str, nn.Module]], ids: torch.Tensor, prefill: int,
             states[name] = step(states[name]).logits.argmax(-1)
 
     steps = {}
-    for name, model in variants:
-        peers.forget(model)
-        # As generate does: the logits of the last token only.
-        step = functools.partial(model, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
-        steps[name], states[name] = step, ids[:, :prefill]
-        times["prefill"][name] = wall(functools.partial(decode, name, step, 1), device)
+    for count in range(PREFILLS):
+        for name, model in variants[:: 1 if count % 2 == 0 else -1]:
+            peers.forget(model)
+            # As generate does: the logits of the last token only.
+            step = functools.partial(model, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+            steps[name], states[name] = step, ids[:, :prefill]
+            times["prefill"][name] += wall(functools.partial(decode, name, step, 1), device) / PREFILLS
     for first in range(prefill, ids.shape[1], BLOCK):
         count = min(BLOCK, ids.shape[1] - first)
         for name, step in list(steps.items())[:: 1 if (first - prefill) // BLOCK % 2 == 0 else -1]:

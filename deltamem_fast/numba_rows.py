@@ -68,17 +68,6 @@ def _add_delta(rank, row, weight, reads, factor):
 
 
 @njit(inline="always")
-def _columns_of(rank, weight):
-    """weight [n, H, r] as [H, r, n]: for many tokens, whose loop over n then vectorises."""
-    columns = np.empty((weight.shape[1], rank, weight.shape[0]), np.float32)
-    for n in range(weight.shape[0]):
-        for h in range(weight.shape[1]):
-            for c in range(rank):
-                columns[h, c, n] = weight[n, h, c]
-    return columns
-
-
-@njit(inline="always")
 def _add_delta_by_columns(rank, row, columns, reads, factor, scaled):
     """``_add_delta`` of columns [H, r, n]; scaled is scratch, [r]."""
     for h in range(columns.shape[0]):
@@ -115,17 +104,12 @@ def row_loop(rank: int):
         """
         fixed = carray(long_integers(table), (_LENGTH,))
         heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
-        q_heads, k_heads, dim, rotary, o_rows = fixed[5], fixed[6], fixed[8], fixed[9], fixed[10]
-        k_first, v_first, end = q_heads * dim, (q_heads + k_heads) * dim, (q_heads + k_heads + fixed[7]) * dim
+        dim, rotary, o_rows = fixed[8], fixed[9], fixed[10]
+        # q, k and v lie in a row from bounds[n] to bounds[n + 1].
+        bounds = (0, fixed[5] * dim, (fixed[5] + fixed[6]) * dim, (fixed[5] + fixed[6] + fixed[7]) * dim)
         width = heads * rank
         used = 3 * width + (width if row_gates else heads) * (2 if own_lambda else 1)
         bias = carray(floats(fixed[11]), (used - 3 * width,))
-        q_weight = carray(floats(fixed[12]), (k_first if fixed[12] else 0, heads, rank))
-        k_weight = carray(floats(fixed[13]), (v_first - k_first if fixed[13] else 0, heads, rank))
-        v_weight = carray(floats(fixed[14]), (end - v_first if fixed[14] else 0, heads, rank))
-        o_weight = carray(floats(fixed[15]), (o_rows if fixed[15] else 0, heads, rank))
-        q_norm = carray(floats(fixed[16]), (dim if fixed[16] else 0,))
-        k_norm = carray(floats(fixed[17]), (dim if fixed[17] else 0,))
         factor = carray(floats(factors), (5,))
         rows = carray(floats(packed), (batch, length, stride))
         states = carray(floats(state), (_ANY, heads, rank, rank))
@@ -135,7 +119,7 @@ def row_loop(rank: int):
         for b in range(batch):
             for t in range(length):
                 for i in range(used):
-                    projections[b, t, i] = rows[b, t, end + i]
+                    projections[b, t, i] = rows[b, t, bounds[3] + i]
         places = carray(long_integers(slots), (batch,)) if slots else np.arange(batch)
         real = carray(bytes_(mask), (batch, length)) if mask else np.ones((batch, length), np.uint8)
         if frozen:
@@ -147,38 +131,40 @@ def row_loop(rank: int):
                 nothing, carray(integers(skipped), (_ANY,)),
             )  # fmt: skip
 
-        turns = q_norm.size or k_norm.size or rotary
+        # Of many tokens, the weights as [H, r, n], whose loop over n vectorises. One loop over the heads, not a copy
+        # of its body for each: it is compiled on every machine anew.
+        columns = np.empty((heads, rank, bounds[3] if length > 1 else 0), np.float32)
         if length > 1:
-            scaled = np.empty(rank, np.float32)
-            q_columns, k_columns, v_columns = (
-                _columns_of(rank, q_weight), _columns_of(rank, k_weight), _columns_of(rank, v_weight)
-            )  # fmt: skip
+            for n in range(3):
+                if fixed[12 + n]:
+                    weight = carray(floats(fixed[12 + n]), (bounds[n + 1] - bounds[n], heads, rank))
+                    for i in range(weight.shape[0]):
+                        for h in range(heads):
+                            for c in range(rank):
+                                columns[h, c, bounds[n] + i] = weight[i, h, c]
+        scaled = np.empty(rank, np.float32)
         for b in range(batch):
             for t in range(length):
-                row, read = rows[b, t], out[b, t]
-                if length > 1:
-                    if q_weight.size:
-                        _add_delta_by_columns(rank, row[:k_first], q_columns, read, factor[0], scaled)
-                    if k_weight.size:
-                        _add_delta_by_columns(rank, row[k_first:v_first], k_columns, read, factor[1], scaled)
-                    if v_weight.size:
-                        _add_delta_by_columns(rank, row[v_first:end], v_columns, read, factor[2], scaled)
-                else:
-                    if q_weight.size:
-                        _add_delta(rank, row[:k_first], q_weight, read, factor[0])
-                    if k_weight.size:
-                        _add_delta(rank, row[k_first:v_first], k_weight, read, factor[1])
-                    if v_weight.size:
-                        _add_delta(rank, row[v_first:end], v_weight, read, factor[2])
-                    if o_weight.size:
-                        added = carray(floats(delta), (batch, o_rows))[b]
-                        for i in range(o_rows):
-                            added[i] = _ZERO
-                        _add_delta(rank, added, o_weight, read, factor[3])
-                if turns:
-                    at = b * step + t * rotary
-                    c, s = carray(floats(cos), (at + rotary,))[at:], carray(floats(sin), (at + rotary,))[at:]
-                    turn_heads(row[:k_first], q_heads, dim, q_norm, factor[4], c, s)
-                    turn_heads(row[k_first:v_first], k_heads, dim, k_norm, factor[4], c, s)
+                row, read = packed + 4 * (b * length + t) * stride, out[b, t]
+                for n in range(4 if length == 1 else 3):
+                    if fixed[12 + n]:
+                        first, count = bounds[n % 3], o_rows if n == 3 else bounds[n + 1] - bounds[n]
+                        target = carray(floats(delta + 4 * b * o_rows if n == 3 else row + 4 * first), (count,))
+                        if length > 1:
+                            _add_delta_by_columns(
+                                rank, target, columns[:, :, first : first + count], read, factor[n], scaled
+                            )
+                        else:
+                            if n == 3:
+                                target[:] = _ZERO
+                            weight = carray(floats(fixed[12 + n]), (count, heads, rank))
+                            _add_delta(rank, target, weight, read, factor[n])
+                if fixed[16] or fixed[17] or rotary:
+                    at = 4 * (b * step + t * rotary)
+                    c, s = carray(floats(cos + at), (rotary,)), carray(floats(sin + at), (rotary,))
+                    for n in range(2):
+                        norm = carray(floats(fixed[16 + n]), (dim if fixed[16 + n] else 0,))
+                        target = carray(floats(row + 4 * bounds[n]), (bounds[n + 1] - bounds[n],))
+                        turn_heads(target, fixed[5 + n], dim, norm, factor[4], c, s)
 
     return steer_rows

@@ -103,6 +103,8 @@ CASES = [
     Case(BF16, 64, 1, True, parts=(None,)),
     Case(FP32, 64, 4, False, length=64, backward=False, parts=(1,)),
 ]
+# Every kernel, at the released adapters' rank and at one whose registers are scarce: --brief.
+BRIEF = [CASES[0], CASES[2]]
 # The full product of what the released adapters and their neighbours use: --full, and make soak.
 PRODUCT = [
     Case(dtype, rank, heads, mask, length)
@@ -232,10 +234,10 @@ def _nvidia(binary: bytes) -> tuple[int, int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-        code = subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True).stdout
+        command = [tool, "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True).stdout
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.M)
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.M)
     spills = sum(name.startswith(("LDL", "STL")) for name in instructions)
     return found["REG"], found["STACK"] + found["LOCAL"], spills, len(instructions)
 
@@ -306,19 +308,22 @@ def print_depth() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=list(TARGETS))
-    parser.add_argument("--full", action="store_true", help="the full product of dtypes, ranks, heads, masks, lengths")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--brief", action="store_true", help="every kernel, in few cases")
+    sizes.add_argument("--full", action="store_true", help="the full product of dtypes, ranks, heads, masks, lengths")
     parser.add_argument("--depth", action="store_true", help="only how many steps of a scan wait for one another")
     options = parser.parse_args()
     if options.depth:
         return print_depth()
     targets = options.target or list(TARGETS)
+    cases = BRIEF if options.brief else PRODUCT if options.full else CASES
     print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
     print(f"{'case':<50} {'kernel':<23}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TRITON_CACHE_DIR"] = directory
         for target in targets:
             seen: set = set()
-            for case in PRODUCT if options.full else CASES:
+            for case in cases:
                 for row in measure(target, case, seen):
                     print(
                         f"{row.case:<50} {row.kernel:<23}{row.target:<7}{row.registers:>5}{row.shared:>7}"
