@@ -196,6 +196,8 @@ def make(name: str, device: str, dtype: str = "float32", tiny: bool = False, pee
 def _add_released(models: Models, bare: nn.Module, patched: nn.Module, ids: torch.Tensor, found: Check) -> None:
     try:
         model = peers.released_model(bare, patched)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # it knows Qwen3 and SmolLM3 alone
         models.refusals["released"] = absent("", f"the released package takes no {type(bare).__name__}: {error}")
         return
@@ -231,9 +233,11 @@ def turn(variants: list[tuple[str, nn.Module]], ids: torch.Tensor, prefill: int,
             step = functools.partial(model, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
             steps[name], states[name] = step, ids[:, :prefill]
             times["prefill"][name] += wall(functools.partial(decode, name, step, 1), device) / PREFILLS
-    for first in range(prefill, ids.shape[1], BLOCK):
-        count = min(BLOCK, ids.shape[1] - first)
-        for name, step in list(steps.items())[:: 1 if (first - prefill) // BLOCK % 2 == 0 else -1]:
+    # On a GPU all tokens at once: to wait for it after each block would cost more than what it shares out.
+    block = BLOCK if device == "cpu" else max(ids.shape[1] - prefill, 1)
+    for first in range(prefill, ids.shape[1], block):
+        count = min(block, ids.shape[1] - first)
+        for name, step in list(steps.items())[:: 1 if (first - prefill) // block % 2 == 0 else -1]:
             times["decode"][name] += wall(functools.partial(decode, name, step, count), device)
     return times
 

@@ -11,7 +11,7 @@ from .bridge import UNKNOWN_CHECKPOINTS, Bridge, join
 from .gates import GateSums, gate_sums
 from .memory import DeltaMemory
 from .segment_means import segment_means
-from .state import MemoryState, writable
+from .state import MemoryState, writable, written
 
 
 class MemoryCall:
@@ -138,6 +138,7 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
             projections.squeeze(1), gate_bias, initial, rule,
             mask=None if mask is None else mask.squeeze(1), skipped=call.state._skipped[layer],
         )  # fmt: skip
+        written(initial)
         return reads.unsqueeze(1)
 
     gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)

@@ -78,23 +78,24 @@ class _Room:
         self._see(old[0].shape[2] + new[0].shape[2])
 
     def _see(self, filled: int) -> None:
-        self.views = tuple(whole.narrow(2, 0, filled) for whole in self._whole)
+        self._filled = filled
+        # .data: what is written behind a view later does not count as a change of it, for autograd.
+        self.views = tuple(whole.data.narrow(2, 0, filled) for whole in self._whole)
 
     def append(self, old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> bool:
         """Write keys and values behind the ``old`` ones; False if those are not all that is here, or there is no room.
 
         Threads may call it at once: one of them gets the place.
         """
-        views, count = self.views, new[0].shape[2]
-        at = views[0].shape[2]
+        views, at, count = self.views, self._filled, new[0].shape[2]
         if old[0] is not views[0] or old[1] is not views[1] or not writable(self._whole[0]):
             return False
         for mine, before, after in zip(self._whole, old, new):
             batch, heads, room, dim = mine.shape
-            # The address: a view that was pickled, or given other data, is no view of this any more.
-            if before.data_ptr() != mine.data_ptr() or at + count > room or after.dtype != mine.dtype:
+            # Address and shape: a view that was given other data is no view of this any more.
+            if before.data_ptr() != mine.data_ptr() or before.shape != (batch, heads, at, dim):
                 return False
-            if after.shape != (batch, heads, count, dim):
+            if at + count > room or after.dtype != mine.dtype or after.shape != (batch, heads, count, dim):
                 return False
         claim = object()
         if self._claims.setdefault(at, claim) is not claim:
@@ -126,7 +127,10 @@ class MemoryDynamicLayer(MemoryLayerMixin, DynamicLayer):
             or not self.is_initialized
             or not self.keys.numel()
             or self.keys.dtype != key_states.dtype
+            or self.values.dtype != value_states.dtype
         ):
+            if self._room is not None:
+                self._room = None
             return super().update(key_states, value_states, *args, **kwargs)
         old, new = (self.keys, self.values), (key_states, value_states)
         room = self._room
@@ -135,12 +139,42 @@ class MemoryDynamicLayer(MemoryLayerMixin, DynamicLayer):
         self.keys, self.values = room.views
         return self.keys, self.values
 
+    # What is replaced is not kept.
+    def reset(self) -> None:
+        self._room = None
+        super().reset()
+
+    def reorder_cache(self, *args, **kwargs) -> None:
+        self._room = None
+        super().reorder_cache(*args, **kwargs)
+
+    def batch_repeat_interleave(self, *args, **kwargs) -> None:
+        self._room = None
+        super().batch_repeat_interleave(*args, **kwargs)
+
+    def batch_select_indices(self, *args, **kwargs) -> None:
+        self._room = None
+        super().batch_select_indices(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        """What is pickled or copied deeply: keys and values without the room."""
+        found = self.__dict__ | {"_room": None}
+        if self._room is not None:
+            found |= {name: found[name].contiguous() for name in ("keys", "values")}
+        return found
+
+    def __copy__(self) -> MemoryDynamicLayer:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
 
 def _longer(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """Tokens [B, heads, T, D], then new ones, then room."""
     length = old.shape[2] + new.shape[2]
     made = new.new_empty(*new.shape[:2], length + ROOM, new.shape[3])
     torch.cat([old, new], 2, out=made.narrow(2, 0, length))
+    made.narrow(2, length, ROOM).zero_()  # torch.save of a view writes its whole storage
     return made
 
 

@@ -18,6 +18,7 @@ from deltamem_kernels.rule import DeltaRule
 from .advance import MemoryCall, advance
 from .backends import head_operations
 from .memory import DeltaMemory
+from .state import written
 
 
 def fused_forward(
@@ -43,6 +44,8 @@ def fused_forward(
     bias = None if weights.bias is None else weights.bias.tensor
     packed = F.linear(hidden_states.flatten(0, 1), weights.rows.tensor, bias)
     cos, sin = position_embeddings if not shape.rope or getattr(attention, shape.rope) else (None, None)
+    if cos is not None and cos.shape[1] != length:  # one position for all tokens
+        cos, sin = (table.expand(-1, length, -1).contiguous() for table in (cos, sin))
     reads, addend = _steer(attention, memory, call, packed, length, cos, sin)
 
     query, key, value = _heads(packed, batch, length, weights.heads, attention.head_dim)
@@ -91,6 +94,8 @@ def _steer(
     if call.may_read if call.frozen else call.steps(memory.layer_idx):
         found = _in_place(heads, memory, call, packed, length, layout, steering, cos, sin)
         if found is not None:
+            if not call.frozen:
+                written(call.initial[memory.layer_idx])
             if call.records:
                 call.record(memory.layer_idx, _projections(packed, length, layout, memory.rule), bias, memory.rule)
             return found

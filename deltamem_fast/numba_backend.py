@@ -12,6 +12,9 @@ from . import reference
 from .numba_backward import backward_loops
 from .numba_loops import BLOCK, loops
 
+# The loops read and write float32, whatever PyTorch's default dtype and device are just now.
+_FLOAT = {"dtype": torch.float32, "device": "cpu"}
+
 
 def _flags(rule: DeltaRule) -> tuple:
     mode = STATE_UPDATE_MODES.index(rule.mode)
@@ -34,13 +37,13 @@ def _floats(tensor: torch.Tensor) -> torch.Tensor:
 
 def _mask_of(projections: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     tokens = projections.shape[:-1]
-    return torch.ones(tokens, dtype=torch.bool) if mask is None else mask.contiguous()
+    return torch.ones(tokens, dtype=torch.bool, device="cpu") if mask is None else mask.contiguous()
 
 
 def _start(state, slots, sequences: int, rule: DeltaRule) -> torch.Tensor:
     """A fresh float32 copy of each sequence's first state."""
     if state is None:
-        return torch.zeros(sequences, rule.heads, rule.rank, rule.rank)
+        return torch.zeros(sequences, rule.heads, rule.rank, rule.rank, **_FLOAT)
     if slots is None:
         return state.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     rows = state.detach().float()[slots.clamp(min=0).long()]
@@ -52,16 +55,16 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     final = _start(state, slots, sequences, rule)
     mask = _mask_of(projections, mask)
-    reads = torch.empty(batch, length, rule.read_width)
-    skipped = torch.zeros(sequences, dtype=torch.int32)
+    reads = torch.empty(batch, length, rule.read_width, **_FLOAT)
+    skipped = torch.zeros(sequences, dtype=torch.int32, device="cpu")
     inputs, bias = _floats(projections), _floats(gate_bias)
-    places = torch.arange(sequences)
+    places = torch.arange(sequences, device="cpu")
     if slots is not None:
         places = torch.where(slots >= 0, places, -1)
     per_row = length // every if every else 0
     run, shape = loops(rule.rank).scan_rows, (rule.heads, rule.rank, rule.rank)
     if cu_seqlens is None:
-        saved = torch.empty(batch, per_row, *shape)
+        saved = torch.empty(batch, per_row, *shape, **_FLOAT)
         run(
             _array(inputs), _array(bias), _array(mask), _array(final), _array(places), *_flags(rule), every,
             _array(reads), _array(saved), _array(skipped),
@@ -69,7 +72,7 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -
         return reads, final, skipped, saved
     bounds = cu_seqlens.tolist()
     reference.check_bounds(bounds, length)
-    saved = torch.zeros(per_row, *shape)
+    saved = torch.zeros(per_row, *shape, **_FLOAT)
     first = 0
     for i in range(sequences):
         tokens = slice(bounds[i], bounds[i + 1])
@@ -130,7 +133,7 @@ def _scan_backward(d_reads, d_state, d_saved, projections, gate_bias, state, rul
     length, sequences = projections.shape[1], d_state.shape[0]
     start = _start(state, slots, sequences, rule)
     grad = d_state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    places = torch.arange(sequences)
+    places = torch.arange(sequences, device="cpu")
     if slots is not None:
         places = torch.where(slots >= 0, places, -1)
     inputs, bias, mask = _floats(projections), _floats(gate_bias), _mask_of(projections, mask)
@@ -139,7 +142,7 @@ def _scan_backward(d_reads, d_state, d_saved, projections, gate_bias, state, rul
     d_bias = torch.zeros(rule.bias_width, dtype=torch.float64)
     bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     longest = max((end - begin for begin, end in itertools.pairwise(bounds)), default=0)
-    starts = torch.empty(-(-longest // BLOCK), rule.heads, rule.rank, rule.rank)
+    starts = torch.empty(-(-longest // BLOCK), rule.heads, rule.rank, rule.rank, **_FLOAT)
     run, first = backward_loops(rule.rank).scan_backward_rows, 0
     for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         tokens = slice(begin, end)
@@ -160,7 +163,7 @@ def _scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor |
     if slots is None:
         return grad.to(state.dtype)
     live = slots >= 0
-    pool = torch.zeros(state.shape).index_add_(0, slots[live].long(), grad[live])
+    pool = torch.zeros(state.shape, **_FLOAT).index_add_(0, slots[live].long(), grad[live])
     return pool.to(state.dtype)
 
 
@@ -223,10 +226,10 @@ def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, update_m
 
 def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Tensor:
     batch = projections.shape[0]
-    reads = torch.empty(batch, 1, rule.read_width)
-    slots = torch.arange(batch) if slots is None else _checked_slots(slots, state)
+    reads = torch.empty(batch, 1, rule.read_width, **_FLOAT)
+    slots = torch.arange(batch, device="cpu") if slots is None else _checked_slots(slots, state)
     work = state if state.dtype == torch.float32 and state.is_contiguous() else _floats(state)
-    nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank)
+    nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank, **_FLOAT)
     loops(rule.rank).scan_rows(
         _array(_floats(projections[:, None])), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)[:, None]),
         _array(work), _array(slots), *_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
@@ -251,8 +254,8 @@ def _(projections, state, mask, slots, rank, heads, update_mode, row_gates, coup
 
 def _read(projections, state, rule, mask, slots) -> torch.Tensor:
     batch, length = projections.shape[:2]
-    reads = torch.empty(batch, length, rule.read_width)
-    slots = torch.arange(batch) if slots is None else _checked_slots(slots, state)
+    reads = torch.empty(batch, length, rule.read_width, **_FLOAT)
+    slots = torch.arange(batch, device="cpu") if slots is None else _checked_slots(slots, state)
     loops(rule.rank).read_rows(
         _array(_floats(projections)), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(slots),
         rule.heads, rule.normalize, _array(reads),
@@ -262,9 +265,9 @@ def _read(projections, state, rule, mask, slots) -> torch.Tensor:
 
 def _read_backward(d_reads, projections, state, rule, mask, slots) -> tuple[torch.Tensor, torch.Tensor]:
     batch = projections.shape[0]
-    inputs, d_rows = _floats(projections), torch.empty(batch, rule.heads, rule.rank, rule.rank)
+    inputs, d_rows = _floats(projections), torch.empty(batch, rule.heads, rule.rank, rule.rank, **_FLOAT)
     d_projections = torch.empty_like(inputs)
-    places = torch.arange(batch) if slots is None else _checked_slots(slots, state)
+    places = torch.arange(batch, device="cpu") if slots is None else _checked_slots(slots, state)
     backward_loops(rule.rank).read_backward_rows(
         _array(inputs), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(places),
         rule.heads, rule.normalize, _array(_floats(d_reads)), _array(d_rows), _array(d_projections),
@@ -351,7 +354,7 @@ def step(
     """``reference.step`` on a CPU: same arguments, results and errors."""
     check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
     if skipped is None:
-        skipped = torch.zeros(state.shape[0], dtype=torch.int32)
+        skipped = torch.zeros(state.shape[0], dtype=torch.int32, device="cpu")
     if torch.compiler.is_compiling():
         return _step_op(projections, gate_bias, state, skipped, mask, slots, *_arguments(rule))
     return _step(projections, gate_bias, state, rule, mask, slots, skipped)

@@ -16,7 +16,6 @@ else has the length of the sequence.
 from __future__ import annotations
 
 import functools
-import os
 import types
 
 import numpy as np
@@ -38,6 +37,7 @@ from .numba_loops import (
     _tanh,
     _unit,
 )
+from .numba_machine import changed
 
 # The walk back runs the same instructions for every token too, so its sums over i may also be reordered.
 _REORDERED = _OPTIONS | {"fastmath": {"contract", "reassoc"}}
@@ -136,10 +136,9 @@ def _direction_backward(d_unit, unit, t, h, heads, rank, normalize, slopes, inve
 def backward_loops(rank: int) -> types.SimpleNamespace:
     """``scan_backward_rows`` and ``read_backward_rows`` for one rank, which is a constant in them.
 
-    They close over numbers alone, as ``numba_loops.loops`` do. numba's cache on disk sees when this file changes but
-    not when the other does, whose functions are compiled into these: its time of change is one of the numbers.
+    They close over numbers alone, as ``numba_loops.loops`` do, and ``numba_machine.changed`` is one of them.
     """
-    stamp = os.stat(numba_loops.__file__).st_mtime_ns
+    stamp = changed(numba_loops)
 
     @njit(**_REORDERED)
     def scan_backward_rows(

@@ -7,33 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, njit
 
 from deltamem_kernels.layout import HeadLayout, Steering, check_heads
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
 
 from . import reference_heads
-from .numba_loops import _OPTIONS
-from .numba_machine import floats
-from .numba_rows import row_loop, turn_heads
+from .numba_rows import row_loop, turn_loop
 
 _EMPTY = np.zeros(0, np.float32)
-
-
-@njit(**_OPTIONS)
-def _turn_tokens(packed, stride, batch, length, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary, step):
-    """Norms and RoPE for packed float32 [B, T, stride] and cos, sin [1 or B, T, rotary], all by address.
-
-    ``step`` is 0 where every sequence has the same cos and sin, else 1; q_norm and k_norm [dim] or empty.
-    """
-    rows = carray(floats(packed), (batch * length, stride))
-    for b in range(batch):
-        for t in range(length):
-            row, at = rows[b * length + t], (b * length * step + t) * rotary
-            c = carray(floats(cos), (at + rotary,))[at:]
-            s = carray(floats(sin), (at + rotary,))[at:]
-            turn_heads(row[: q * dim], q, dim, q_norm, eps, c, s)
-            turn_heads(row[q * dim : (q + k) * dim], k, dim, k_norm, eps, c, s)
 
 
 def _array(tensor: torch.Tensor | None, empty: np.ndarray) -> np.ndarray:
@@ -135,7 +116,7 @@ def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin
         tables, step = (cos.data_ptr(), sin.data_ptr()), int(cos.shape[0] > 1)
     batch, length, width = packed.shape
     # One thread: it is a thousandth of the matmuls' work, and others would wait for PyTorch's, which spin.
-    _turn_tokens(
+    turn_loop()(
         packed.data_ptr(), width, batch, length, layout.q, layout.k, layout.dim, *norms, np.float32(steering.eps),
         *tables, layout.rotary, step,
     )  # fmt: skip
@@ -147,10 +128,10 @@ def _steer_rows(
     """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B, N_o] where T = 1, else None."""
     layer = _layer(rule, layout, steering, gate_bias, prepared)
     count = packed.shape[0]
-    reads, delta = torch.empty(count, layer.read_width), None
+    reads, delta = packed.new_empty(count, layer.read_width), None
     cos_at = sin_at = step = slots_at = mask_at = delta_at = 0
     if layer.o_rows and length == 1:
-        delta = torch.empty(count, layer.o_rows)
+        delta = packed.new_empty(count, layer.o_rows)
         delta_at = delta.data_ptr()
     if cos is not None:
         cos, sin = _plain(cos, torch.float32), _plain(sin, torch.float32)
@@ -165,7 +146,7 @@ def _steer_rows(
         mask = _plain(mask, torch.bool)
         mask_at = mask.data_ptr()
     if skipped is None:
-        skipped = torch.zeros(state.shape[0], dtype=torch.int32)
+        skipped = state.new_zeros(state.shape[0], dtype=torch.int32)
     factors = layer.factors
     if factors is None:
         current = _factors(steering)
@@ -299,7 +280,7 @@ def decode_(
             packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
         )  # fmt: skip
     if skipped is None:
-        skipped = torch.zeros(state.shape[0], dtype=torch.int32)
+        skipped = state.new_zeros(state.shape[0], dtype=torch.int32)
     reads, delta = _decode_op(
         packed, gate_bias, state, skipped, *_flat(rule, layout), *steering, cos, sin, mask, slots, frozen
     )

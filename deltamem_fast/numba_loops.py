@@ -14,7 +14,7 @@ import types
 import numpy as np
 from numba import njit
 
-from .numba_machine import fma
+from .numba_machine import changed, fma
 
 STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
 BLOCK = 64
@@ -259,9 +259,10 @@ def read_sequences(rank, projections, mask, state, slots, heads, normalize, read
 def loops(rank: int) -> types.SimpleNamespace:
     """``scan_rows`` and ``read_rows`` for one rank, which is a constant in them.
 
-    They close over the rank alone: numba's cache on disk knows a function by its closure, and finds no other
-    compiled function in it again.
+    They close over numbers alone: numba's cache on disk knows a function by its closure, and finds no other compiled
+    function in it again.
     """
+    stamp = changed()
 
     @njit(**_OPTIONS)
     def scan_rows(
@@ -269,6 +270,7 @@ def loops(rank: int) -> types.SimpleNamespace:
         skipped,
     ):  # fmt: skip
         """``scan_sequences``."""
+        _ = stamp
         scan_sequences(
             rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads,
             saved, skipped,
@@ -277,6 +279,7 @@ def loops(rank: int) -> types.SimpleNamespace:
     @njit(**_OPTIONS)
     def read_rows(projections, mask, state, slots, heads, normalize, reads):
         """``read_sequences``."""
+        _ = stamp
         read_sequences(rank, projections, mask, state, slots, heads, normalize, reads)
 
     return types.SimpleNamespace(scan_rows=scan_rows, read_rows=read_rows)

@@ -6,6 +6,9 @@ is an integer.
 
 from __future__ import annotations
 
+import os
+from types import ModuleType
+
 from numba import types
 from numba.extending import intrinsic
 
@@ -45,3 +48,12 @@ floats = _pointer_to(types.float32)
 bytes_ = _pointer_to(types.uint8)
 integers = _pointer_to(types.int32)
 long_integers = _pointer_to(types.int64)
+
+
+def changed(*modules: ModuleType) -> int:
+    """A number that is another one when this file or one of the modules has changed.
+
+    numba's cache on disk sees when the file of a compiled function changes, but not when others do, whose functions
+    are compiled into it. It looks at the numbers that a function closes over, too: let this be one.
+    """
+    return hash(tuple(os.stat(path).st_mtime_ns for path in (__file__, *(module.__file__ for module in modules))))

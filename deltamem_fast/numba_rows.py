@@ -11,8 +11,9 @@ import functools
 import numpy as np
 from numba import carray, njit
 
+from . import numba_loops
 from .numba_loops import _ONE, _OPTIONS, _ZERO, read_sequences, scan_sequences
-from .numba_machine import bytes_, floats, fma, integers, long_integers
+from .numba_machine import bytes_, changed, floats, fma, integers, long_integers
 
 # The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
 TABLE = (
@@ -81,8 +82,33 @@ def _add_delta_by_columns(rank, row, columns, reads, factor, scaled):
 
 
 @functools.cache
+def turn_loop():
+    """``turn_tokens``: norms and RoPE of rows whose heads are corrected already."""
+    stamp = changed(numba_loops)
+
+    @njit(**_OPTIONS)
+    def turn_tokens(packed, stride, batch, length, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary, step):
+        """Norms and RoPE for packed float32 [B, T, stride] and cos, sin [1 or B, T, rotary], all by address.
+
+        ``step`` is 0 where every sequence has the same cos and sin, else 1; q_norm and k_norm [dim] or empty.
+        """
+        _ = stamp
+        rows = carray(floats(packed), (batch * length, stride))
+        for b in range(batch):
+            for t in range(length):
+                row, at = rows[b * length + t], (b * length * step + t) * rotary
+                c = carray(floats(cos), (at + rotary,))[at:]
+                s = carray(floats(sin), (at + rotary,))[at:]
+                turn_heads(row[: q * dim], q, dim, q_norm, eps, c, s)
+                turn_heads(row[q * dim : (q + k) * dim], k, dim, k_norm, eps, c, s)
+
+    return turn_tokens
+
+
+@functools.cache
 def row_loop(rank: int):
-    """``steer_rows`` for one rank, which is a constant in it; it closes over nothing else, see ``loops``."""
+    """``steer_rows`` for one rank, which is a constant in it; it closes over numbers alone, see ``loops``."""
+    stamp = changed(numba_loops)
 
     @njit(**_OPTIONS)
     def steer_rows(
@@ -102,6 +128,7 @@ def row_loop(rank: int):
             reads: float32 [B, T, H·r], written.
             delta: float32 [B, o_rows], written for T = 1 where the table has an o_weight; else Δo is not computed.
         """
+        _ = stamp
         fixed = carray(long_integers(table), (_LENGTH,))
         heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
         dim, rotary, o_rows = fixed[8], fixed[9], fixed[10]

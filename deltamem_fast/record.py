@@ -40,7 +40,7 @@ class LayerSpec:
         return self.heads, self.rank, self.rank
 
     def zeros(self, batch_size: int) -> torch.Tensor:
-        return torch.zeros(batch_size, *self.shape, device=self.device)
+        return torch.zeros(batch_size, *self.shape, dtype=torch.float32, device=self.device)
 
 
 @dataclass(eq=False)

@@ -350,6 +350,12 @@ def writable(tensor: torch.Tensor) -> bool:
     return not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
+def written(tensor: torch.Tensor) -> None:
+    """Say that a tensor was changed by its address: a backward that has saved it raises instead of using it."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensor)
+
+
 def _counter(state: torch.Tensor) -> torch.Tensor:
     return torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
 

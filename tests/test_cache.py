@@ -586,3 +586,58 @@ def test_one_thread_gets_the_place():
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(add, forks, new))
     assert all(map(torch.equal, found, expected))
+
+
+def test_what_is_replaced_is_not_kept():
+    changes = (
+        lambda layer: layer.reset(),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.batch_select_indices(torch.tensor([1])),
+        lambda layer: layer.batch_repeat_interleave(2),
+    )
+    for change in changes:
+        layer, _ = grown(5, 1)
+        address = layer.keys.data_ptr()
+        with torch.no_grad():
+            change(layer)
+        assert layer._room is None and (layer.keys is None or layer.keys.data_ptr() != address)
+
+
+def test_a_file_holds_what_was_written_alone():
+    layer, plain = grown(5, 1)
+    assert len(pickle.dumps(layer)) < len(pickle.dumps(plain)) + 500
+    file = io.BytesIO()
+    torch.save(layer.keys, file)  # writes the view's whole storage
+    file.seek(0)
+    storage = torch.load(file).untyped_storage()
+    loaded = torch.tensor([], dtype=torch.float32).set_(storage).view(2, 3, -1, 4)
+    assert torch.equal(loaded[:, :, :6], layer.keys) and not loaded[:, :, 6:].any()
+
+
+def test_a_view_shortened_by_its_data_overwrites_nothing():
+    layer, _ = grown(5, 1)
+    earlier, kept = layer.keys.view_as(layer.keys), layer.keys.clone()
+    layer.keys.data, layer.values.data = layer.keys.data[:, :, :4], layer.values.data[:, :, :4]
+    with torch.no_grad():
+        assert layer.update(*tokens(1))[0].shape[2] == 5
+    assert torch.equal(earlier, kept)
+
+
+def test_tokens_that_come_later_do_not_disturb_a_backward():
+    layer, _ = grown(5, 1)
+    weight = torch.ones(4, requires_grad=True)
+    loss, expected = (layer.keys * weight).sum(), layer.keys.sum((0, 1, 2))
+    with torch.no_grad():
+        layer.update(*tokens(1))
+    loss.backward()
+    assert relative_error(weight.grad, expected) < 1e-6
+
+
+def test_wider_values_are_not_narrowed():
+    layer, plain = MemoryDynamicLayer(), DynamicLayer()
+    with torch.no_grad():
+        for wide in (True, False):
+            keys, values = tokens(2)
+            for each in (layer, plain):
+                each.update(keys, values.double() if wide else values)
+    assert layer.values.dtype == plain.values.dtype and torch.equal(layer.values, plain.values)

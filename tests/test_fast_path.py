@@ -510,3 +510,59 @@ def test_functional_call_borrows_nothing():
     assert relative_error(out, other(IDS, use_cache=False).logits) < 1e-5
     assert places == {name: tensor.untyped_storage().data_ptr() for name, tensor in given.items()}
     assert relative_error(run(model)[0], before) < 1e-6
+
+
+def test_one_position_for_all_tokens():
+    fast, generic = both(config=DeltaMemConfig(), attention="eager")
+    position = torch.full((1, 1), 7)
+    ids = torch.randint(3, 128, (2, 300), generator=torch.Generator().manual_seed(1))
+    ours, theirs = (model(ids, position_ids=position, use_cache=False).logits for model in (fast, generic))
+    assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", (1, 9), ids=("one token", "prompt"))
+@pytest.mark.parametrize("path", ("fused", "generic"))
+@pytest.mark.parametrize("backend", ("numba", "reference"))
+def test_a_write_under_a_pending_backward_is_noticed(backend, path, tokens):
+    model = loud_adapter(patch_model(tiny_model(), backend=backend))
+    if path == "generic":
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    memory = MemoryState.zeros(model, 2)
+    model(IDS, memory=memory, use_cache=False)
+    with torch.enable_grad():
+        loss = model(IDS, memory=memory.read_only(), use_cache=False).logits.square().mean()
+    model(IDS[:, :tokens], memory=memory, use_cache=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ("numba", "reference"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_the_default_dtype_of_the_process_does_not_matter(dtype, backend):
+    """Another thread may load a model in bfloat16 just now."""
+    model = loud_adapter(patch_model(tiny_model(), backend=backend))
+    model.requires_grad_(True)
+
+    def everything():
+        cache = DynamicCache(config=model.config)
+        logits = [model(IDS, past_key_values=cache).logits, model(IDS[:, :1], past_key_values=cache).logits]
+        memory = MemoryState.zeros(model, 2)
+        model(IDS, memory=memory, use_cache=False)
+        memory.frozen = True
+        logits.append(model(IDS, memory=memory, use_cache=False).logits)
+        with torch.enable_grad():
+            model(IDS, memory=MemoryState.zeros(model, 2), use_cache=False).logits.square().mean().backward()
+        gradient = model.model.layers[0].self_attn.delta_memory.memory_v_proj.grad.clone()
+        model.zero_grad()
+        return [*logits, *(memory[i] for i in memory), gradient]
+
+    expected = everything()
+    torch.set_default_dtype(dtype)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(
+        ours.dtype == theirs.dtype and relative_error(ours, theirs) < 1e-6 for ours, theirs in zip(found, expected)
+    )
