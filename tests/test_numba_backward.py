@@ -1,7 +1,9 @@
 """The gradients of the CPU backend against autograd of the reference in float64, and what they cost in memory."""
 
+import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +17,10 @@ from deltamem_fast import reference
 from deltamem_kernels.rule import DeltaRule
 
 pytest.importorskip("numba", reason="the CPU backend needs numba")
-from deltamem_fast import numba_backend
+from deltamem_fast import numba_backend, numba_loops
+from deltamem_fast.numba_backward import backward_loops
+from deltamem_fast.numba_machine import changed
+from deltamem_fast.numba_rows import row_loop, turn_loop
 
 RULES = st.builds(
     DeltaRule,
@@ -383,3 +388,20 @@ def test_a_caller_hands_no_fast_math_down():
     (code,) = callee.inspect_llvm().values()
     assert "fmul float" in code or "fmul <" in code
     assert "fmul fast" not in code
+
+
+def test_numbas_cache_notices_every_file(tmp_path):
+    """What is compiled in from another file is a number in the closure, which numba's cache on disk looks at."""
+    file = tmp_path / "module.py"
+    file.write_text("")
+    module = types.SimpleNamespace(__file__=str(file))
+    numbers = [changed(module)]
+    os.utime(file, ns=(0, 1))
+    assert changed(module) not in numbers
+    with_loops, alone = changed(numba_loops), changed()
+    functions = {alone: [*vars(numba_loops.loops(8)).values()]}
+    functions[with_loops] = [*vars(backward_loops(8)).values(), row_loop(8), turn_loop()]
+    for stamp, compiled in functions.items():
+        for function in compiled:
+            closure = function.py_func.__closure__
+            assert stamp in [cell.cell_contents for cell in closure], function.py_func.__name__
