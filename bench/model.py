@@ -189,7 +189,20 @@ def make(name: str, device: str, dtype: str = "float32", tiny: bool = False, pee
         models.variants["patched"], models.errors["patched"] = patched, found.error
     if peer:
         _add_released(models, bare, patched, ids, found)
+    for variant in models.variants.values():
+        _share(bare, variant)
     return models
+
+
+def _share(bare: nn.Module, variant: nn.Module) -> None:
+    """What lies outside of attention is one memory from now on.
+
+    The same matmul takes up to a tenth longer or shorter by where its weights happen to lie; that is no variant's.
+    """
+    own = dict(bare.named_parameters())
+    for name, parameter in variant.named_parameters():
+        if ".self_attn." not in name and name in own:
+            parameter.data = own[name].data
 
 
 @torch.no_grad()

@@ -16,6 +16,9 @@ def pytest_collection_modifyitems(config, items):
             # The marker, not the keyword: a checkout in a folder called gpu gives that to every test.
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+    # The longest first, so that no worker is left with one at the end.
+    long = ("interpret", "compile_ahead", "emulated")
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, long)))
     # bench.suite deals tests out to processes: a few neighbours at a time, which share kernels.
     if "DELTAMEM_SHARD" in os.environ:
         index, count = map(int, os.environ["DELTAMEM_SHARD"].split("/"))

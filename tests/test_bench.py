@@ -181,6 +181,9 @@ def test_a_backbone_that_the_released_package_does_not_know(monkeypatch):
     monkeypatch.setattr(model.peers, "released", lambda: package)
     models = model.make("SmolLM2-135M", "cpu", tiny=True)
     assert list(models.variants) == ["unpatched", "patched"]
+    theirs, ours = ({name: p.data_ptr() for name, p in m.named_parameters()} for m in models.variants.values())
+    shared = {name for name in theirs if theirs[name] == ours[name]}
+    assert shared == {name for name in theirs if ".self_attn." not in name}
     missing = models.refusals["released"]
     assert missing.status == "absent" and "LlamaForCausalLM" in missing.note
 

@@ -27,11 +27,13 @@ def check(pairs):
 
 
 # The kernels are behind the projections, whatever attention does; so each case under one, and in make soak under both.
+@pytest.mark.interpret
 @pytest.mark.parametrize("first", (0, 1))
 def test_golden_cases_interpreted(first):
     check([(case, ATTENTIONS[n % 2]) for n, case in enumerate(CASES) if n % 2 == first])
 
 
 @pytest.mark.soak
+@pytest.mark.interpret
 def test_golden_cases_interpreted_under_the_other_attention():
     check([(case, ATTENTIONS[(n + 1) % 2]) for n, case in enumerate(CASES)])
