@@ -11,6 +11,8 @@ import pytest
 from deltamem_fast import __version__
 
 ROOT = Path(__file__).parent.parent
+# One worker: building writes into the tree, and two at once meet there.
+pytestmark = pytest.mark.xdist_group("packaging")
 # Builds write into the tree: one at a time.
 pytestmark = pytest.mark.xdist_group("packaging")
 
