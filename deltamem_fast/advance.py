@@ -57,7 +57,7 @@ class MemoryCall:
         self.gates = gates
         self.projections = projections
         self.records = gates is not None or projections is not None
-        # Whether one token a row may be read, or read and written, where the state lies; but for that state itself.
+        # Whether tokens may be read, or read and written, where the state lies; but for that state itself.
         # Never by what is recorded: recording changes no bit.
         self.may_read = cu_seqlens is None
         self.may_step = self.may_read and self.in_place and segment_ids is None
@@ -79,20 +79,19 @@ class MemoryCall:
             raise ValueError(UNKNOWN_CHECKPOINTS)
         self.bridge.unseen.add(layer)
 
-    def record(self, layer: int, projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule) -> None:
-        """Keep what was asked for of a layer's tokens, [B, T, W] raw, read or written where the state lies."""
-        self.keep(layer, projections)
-        if self.gates is not None:
-            self.gates[layer] = gate_sums(projections, gate_bias, rule, self.token_mask)
-
     def keep(self, layer: int, projections: torch.Tensor) -> None:
         """Keep a layer's raw projections [B, T, W], if they were asked for."""
         if self.projections is not None:
             # A copy: on the fast path they lie in a packed row, whose other columns are changed in place.
             self.projections[layer] = projections.detach().clone()
 
+    def count_gates(self, layer: int, projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule) -> None:
+        """Sum over the gates of a layer's tokens [B, T, W], written where the state lies, if it was asked for."""
+        if self.gates is not None:
+            self.gates[layer] = gate_sums(projections, gate_bias, rule, self.token_mask)
+
     def steps(self, layer: int) -> bool:
-        """Whether a layer's state can be written where it lies, by a forward of one token a row: decode."""
+        """Whether a layer's state can be written where it lies."""
         return (
             self.may_step
             and writable(self.initial.get(layer, self.state[layer]))
@@ -132,8 +131,7 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
         return _commit(call, layer, first_run, reads, out.state, skipped, gates)
 
     if projections.shape[1] == 1 and call.steps(layer):
-        if call.gates is not None:
-            call.gates[layer] = gate_sums(projections, gate_bias, rule, mask)
+        call.count_gates(layer, projections, gate_bias, rule)
         reads = ops.step(
             projections.squeeze(1), gate_bias, initial, rule,
             mask=None if mask is None else mask.squeeze(1), skipped=call.state._skipped[layer],

@@ -139,22 +139,9 @@ class MemoryDynamicLayer(MemoryLayerMixin, DynamicLayer):
         self.keys, self.values = room.views
         return self.keys, self.values
 
-    # What is replaced is not kept.
-    def reset(self) -> None:
-        self._room = None
-        super().reset()
-
-    def reorder_cache(self, *args, **kwargs) -> None:
-        self._room = None
-        super().reorder_cache(*args, **kwargs)
-
-    def batch_repeat_interleave(self, *args, **kwargs) -> None:
-        self._room = None
-        super().batch_repeat_interleave(*args, **kwargs)
-
-    def batch_select_indices(self, *args, **kwargs) -> None:
-        self._room = None
-        super().batch_select_indices(*args, **kwargs)
+    def _move_memory(self, change) -> None:
+        self._room = None  # every move has replaced the keys and values, too
+        super()._move_memory(change)
 
     def __getstate__(self) -> dict:
         """What is pickled or copied deeply: keys and values without the room."""

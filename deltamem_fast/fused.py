@@ -97,7 +97,9 @@ def _steer(
             if not call.frozen:
                 written(call.initial[memory.layer_idx])
             if call.records:
-                call.record(memory.layer_idx, _projections(packed, length, layout, memory.rule), bias, memory.rule)
+                projections = _projections(packed, length, layout, memory.rule)
+                call.keep(memory.layer_idx, projections)
+                call.count_gates(memory.layer_idx, projections, bias, memory.rule)
             return found
     rows = packed.view(-1, length, packed.shape[1])
     reads = advance(memory, _projections(packed, length, layout, memory.rule), bias, call)

@@ -25,7 +25,8 @@ def _array(tensor: torch.Tensor):
     return tensor.detach().numpy()
 
 
-def _checked_slots(slots: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+def checked_slots(slots: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """The slots as the loops take them, int64. Raises: IndexError if one is past the state."""
     if slots.numel() and int(slots.max()) >= state.shape[0]:
         raise IndexError(f"slots: got {int(slots.max())}, allowed −1 to {state.shape[0] - 1}")
     return slots.long().contiguous()
@@ -227,7 +228,7 @@ def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, update_m
 def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Tensor:
     batch = projections.shape[0]
     reads = torch.empty(batch, 1, rule.read_width, **_FLOAT)
-    slots = torch.arange(batch, device="cpu") if slots is None else _checked_slots(slots, state)
+    slots = torch.arange(batch, device="cpu") if slots is None else checked_slots(slots, state)
     work = state if state.dtype == torch.float32 and state.is_contiguous() else _floats(state)
     nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank, **_FLOAT)
     loops(rule.rank).scan_rows(
@@ -255,7 +256,7 @@ def _(projections, state, mask, slots, rank, heads, update_mode, row_gates, coup
 def _read(projections, state, rule, mask, slots) -> torch.Tensor:
     batch, length = projections.shape[:2]
     reads = torch.empty(batch, length, rule.read_width, **_FLOAT)
-    slots = torch.arange(batch, device="cpu") if slots is None else _checked_slots(slots, state)
+    slots = torch.arange(batch, device="cpu") if slots is None else checked_slots(slots, state)
     loops(rule.rank).read_rows(
         _array(_floats(projections)), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(slots),
         rule.heads, rule.normalize, _array(reads),
@@ -267,7 +268,7 @@ def _read_backward(d_reads, projections, state, rule, mask, slots) -> tuple[torc
     batch = projections.shape[0]
     inputs, d_rows = _floats(projections), torch.empty(batch, rule.heads, rule.rank, rule.rank, **_FLOAT)
     d_projections = torch.empty_like(inputs)
-    places = torch.arange(batch, device="cpu") if slots is None else _checked_slots(slots, state)
+    places = torch.arange(batch, device="cpu") if slots is None else checked_slots(slots, state)
     backward_loops(rule.rank).read_backward_rows(
         _array(inputs), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(places),
         rule.heads, rule.normalize, _array(_floats(d_reads)), _array(d_rows), _array(d_projections),

@@ -12,6 +12,7 @@ from deltamem_kernels.layout import HeadLayout, Steering, check_heads
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
 
 from . import reference_heads
+from .numba_backend import checked_slots
 from .numba_rows import row_loop, turn_loop
 
 _EMPTY = np.zeros(0, np.float32)
@@ -138,9 +139,7 @@ def _steer_rows(
         cos_at, sin_at = cos.data_ptr(), sin.data_ptr()
         step = length * layout.rotary if cos.shape[0] > 1 else 0
     if slots is not None:
-        slots = _plain(slots, torch.int64)
-        if count and int(slots.max()) >= state.shape[0]:
-            raise IndexError(f"slots: got {int(slots.max())}, allowed −1 to {state.shape[0] - 1}")
+        slots = checked_slots(slots, state)
         slots_at = slots.data_ptr()
     if mask is not None:
         mask = _plain(mask, torch.bool)

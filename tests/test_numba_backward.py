@@ -375,8 +375,6 @@ def test_a_caller_hands_no_fast_math_down():
     import numpy as np
     from numba import njit
 
-    from deltamem_fast import numba_loops
-
     callee = njit(**numba_loops._OPTIONS | {"cache": False})(numba_loops._squares.py_func)
 
     @njit(fastmath=True)

@@ -107,9 +107,9 @@ def float32_only(name: str, tensor: torch.Tensor | None) -> None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed float32")
 
 
-def half_or_single(name: str, tensor: torch.Tensor) -> None:
-    """Raises: TypeError unless the tensor is bfloat16, float16 or float32."""
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+def half_or_single(name: str, tensor: torch.Tensor | None) -> None:
+    """Raises: TypeError unless the tensor is bfloat16, float16 or float32, or None."""
+    if tensor is not None and tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed bfloat16, float16 or float32")
 
 

@@ -150,8 +150,7 @@ def steer(
     check_device(base)
     check_together("base", base, reads=reads, weight=weight, norm_weight=norm_weight)
     for name, tensor in (("base", base), ("reads", reads), ("weight", weight), ("norm_weight", norm_weight)):
-        if tensor is not None:
-            half_or_single(name, tensor)
+        half_or_single(name, tensor)
     if out is None:
         out = _launch.empty(base.shape, dtype=base.dtype, device=base.device)
     elif base.ndim > 3 and not base.is_contiguous():
@@ -194,8 +193,7 @@ def delta(
     check_together("reads", reads, weight=weight, norm_weight=norm_weight)
     out = _launch.empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype, device=reads.device)
     for name, tensor in (("reads", reads), ("weight", weight), ("norm_weight", norm_weight), ("dtype", out)):
-        if tensor is not None:
-            half_or_single(name, tensor)
+        half_or_single(name, tensor)
     _steer(None, reads, weight, scale, norm_weight, eps, out)
     return out
 

@@ -174,8 +174,7 @@ def steer_backward(
         if tensor is not None:
             check_reach(name, tensor, axes)
     for name, tensor in (("grad", grad), ("reads", reads), ("weight", weight), ("norm_weight", norm_weight)):
-        if tensor is not None:
-            half_or_single(name, tensor)
+        half_or_single(name, tensor)
     float32 = {"dtype": torch.float32, "device": grad.device}
     n, width = weight.shape
     d_reads = (_launch.empty if n else torch.zeros)(reads.shape, dtype=reads.dtype, device=reads.device)
