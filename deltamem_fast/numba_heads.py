@@ -111,16 +111,19 @@ def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin
     if steering.q_norm is None and steering.k_norm is None and cos is None:
         return
     norms = [_array(norm, _EMPTY) for norm in (steering.q_norm, steering.k_norm)]
-    tables, step = (0, 0), 0
+    batch, length, width = packed.shape
+    cos_at = sin_at = step = 0
     if cos is not None:
         cos, sin = _plain(cos, torch.float32), _plain(sin, torch.float32)
-        tables, step = (cos.data_ptr(), sin.data_ptr()), int(cos.shape[0] > 1)
-    batch, length, width = packed.shape
+        cos_at, sin_at = cos.data_ptr(), sin.data_ptr()
+        step = 4 * length * layout.rotary if cos.shape[0] > 1 else 0
     # One thread: it is a thousandth of the matmuls' work, and others would wait for PyTorch's, which spin.
-    turn_loop()(
-        packed.data_ptr(), width, batch, length, layout.q, layout.k, layout.dim, *norms, np.float32(steering.eps),
-        *tables, layout.rotary, step,
-    )  # fmt: skip
+    for b in range(batch):
+        turn_loop()(
+            packed.data_ptr() + 4 * b * length * width, width, length, layout.q, layout.k, layout.dim,
+            *(norm.ctypes.data if norm.size else 0 for norm in norms), np.float32(steering.eps), cos_at + b * step,
+            sin_at + b * step, layout.rotary,
+        )  # fmt: skip
 
 
 def _steer_rows(

@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray, njit
 
 from . import numba_loops
-from .numba_loops import _ONE, _OPTIONS, _ZERO, read_sequences, scan_sequences
+from .numba_loops import _ONE, _OPTIONS, _ZERO, BLOCK, read_sequences, scan_sequences
 from .numba_machine import bytes_, changed, floats, fma, integers, long_integers
 
 # The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
@@ -22,6 +22,8 @@ TABLE = (
 )  # fmt: skip
 _LENGTH = len(TABLE)
 _ANY = 1 << 40  # as many as there are
+# Of functions that others are made of: only those others are cached on disk, for they notice every file that changes.
+_PART = _OPTIONS | {"cache": False}
 
 
 # Every head takes the same instructions in the same order, wherever it lies, so this sum may be reordered for the
@@ -36,10 +38,10 @@ def _square(head):
 
 
 @njit(inline="always")
-def turn_heads(row, heads, dim, norm, eps, cos, sin):
+def _turn_heads(row, dim, norm, eps, cos, sin):
     """RMS norm (norm [dim] or empty) and RoPE (cos, sin [rotary] or empty) of the heads in row [heads · dim]."""
     half = cos.size // 2
-    for h in range(heads):
+    for h in range(row.size // dim):
         head = row[h * dim : (h + 1) * dim]
         low, high = head[:half], head[half : 2 * half]
         if norm.size:
@@ -57,6 +59,36 @@ def turn_heads(row, heads, dim, norm, eps, cos, sin):
                 high[j] = fma(y, cos[half + j], x * sin[half + j])
 
 
+@njit(**_PART)
+def _turn_rows(rows, stride, count, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary):
+    """Norms and RoPE of q and k heads of ``dim`` numbers in ``count`` packed rows.
+
+    Addresses: rows (``stride`` numbers from one to the next), cos and sin [count, rotary], and q_norm and k_norm [dim]
+    or 0.
+    """
+    for t in range(count):
+        c = carray(floats(cos + 4 * t * rotary), (rotary,))
+        s = carray(floats(sin + 4 * t * rotary), (rotary,))
+        row = rows + 4 * t * stride
+        for heads, at, norm in ((q, row, q_norm), (k, row + 4 * q * dim, k_norm)):
+            weight = carray(floats(norm), (dim if norm else 0,))
+            _turn_heads(carray(floats(at), (heads * dim,)), dim, weight, eps, c, s)
+
+
+@functools.cache
+def turn_loop():
+    """``turn_rows``, for rows whose heads are corrected already."""
+    stamp = changed(numba_loops)
+
+    @njit(**_OPTIONS)
+    def turn_rows(rows, stride, count, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary):
+        """``_turn_rows``."""
+        _ = stamp
+        _turn_rows(rows, stride, count, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary)
+
+    return turn_rows
+
+
 @njit(inline="always")
 def _add_delta(rank, row, weight, reads, factor):
     """row += factor · weight reads: row [n], weight [n, H, r], reads [H·r]."""
@@ -68,41 +100,32 @@ def _add_delta(rank, row, weight, reads, factor):
         row[n] = fma(factor, total, row[n])
 
 
-@njit(inline="always")
-def _add_delta_by_columns(rank, row, columns, reads, factor, scaled):
-    """``_add_delta`` of columns [H, r, n]; scaled is scratch, [r]."""
-    for h in range(columns.shape[0]):
-        for c in range(rank):
-            scaled[c] = factor * reads[h * rank + c]
-        for n in range(row.size):
-            total = row[n]
-            for c in range(rank):
-                total = fma(columns[h, c, n], scaled[c], total)
-            row[n] = total
+# A function of its own, and every array from its first number: an index of which the compiler does not know that it is
+# not negative costs a comparison for each number, and the loop over n does not vectorise. Four columns at a time, so
+# that a row is loaded and stored for every fourth.
+@njit(**_PART)
+def _add_deltas(rows, stride, count, width, columns, columns_stride, reads, factor):
+    """The first ``width`` numbers of ``count`` packed rows += factor · columns reads.
 
-
-@functools.cache
-def turn_loop():
-    """``turn_tokens``: norms and RoPE of rows whose heads are corrected already."""
-    stamp = changed(numba_loops)
-
-    @njit(**_OPTIONS)
-    def turn_tokens(packed, stride, batch, length, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary, step):
-        """Norms and RoPE for packed float32 [B, T, stride] and cos, sin [1 or B, T, rotary], all by address.
-
-        ``step`` is 0 where every sequence has the same cos and sin, else 1; q_norm and k_norm [dim] or empty.
-        """
-        _ = stamp
-        rows = carray(floats(packed), (batch * length, stride))
-        for b in range(batch):
-            for t in range(length):
-                row, at = rows[b * length + t], (b * length * step + t) * rotary
-                c = carray(floats(cos), (at + rotary,))[at:]
-                s = carray(floats(sin), (at + rotary,))[at:]
-                turn_heads(row[: q * dim], q, dim, q_norm, eps, c, s)
-                turn_heads(row[q * dim : (q + k) * dim], k, dim, k_norm, eps, c, s)
-
-    return turn_tokens
+    Addresses: rows, ``stride`` numbers from one to the next, and columns [H·r, width], ``columns_stride`` from one to
+    the next. reads: [count, H·r].
+    """
+    for t in range(count):
+        row = carray(floats(rows + 4 * t * stride), (width,))
+        for c in range(reads.shape[1] // 4):
+            at = columns + 16 * c * columns_stride
+            w0 = carray(floats(at), (width,))
+            w1 = carray(floats(at + 4 * columns_stride), (width,))
+            w2 = carray(floats(at + 8 * columns_stride), (width,))
+            w3 = carray(floats(at + 12 * columns_stride), (width,))
+            r0, r1 = reads[t, 4 * c] * factor, reads[t, 4 * c + 1] * factor
+            r2, r3 = reads[t, 4 * c + 2] * factor, reads[t, 4 * c + 3] * factor
+            for n in range(width):
+                row[n] = fma(w3[n], r3, fma(w2[n], r2, fma(w1[n], r1, fma(w0[n], r0, row[n]))))
+        for c in range(reads.shape[1] // 4 * 4, reads.shape[1]):
+            w0, r0 = carray(floats(columns + 4 * c * columns_stride), (width,)), reads[t, c] * factor
+            for n in range(width):
+                row[n] = fma(w0[n], r0, row[n])
 
 
 @functools.cache
@@ -158,40 +181,38 @@ def row_loop(rank: int):
                 nothing, carray(integers(skipped), (_ANY,)),
             )  # fmt: skip
 
-        # Of many tokens, the weights as [H, r, n], whose loop over n vectorises. One loop over the heads, not a copy
-        # of its body for each: it is compiled on every machine anew.
-        columns = np.empty((heads, rank, bounds[3] if length > 1 else 0), np.float32)
+        columns = np.empty((width, bounds[3] if length > 1 else 0), np.float32)
         if length > 1:
             for n in range(3):
                 if fixed[12 + n]:
-                    weight = carray(floats(fixed[12 + n]), (bounds[n + 1] - bounds[n], heads, rank))
+                    weight = carray(floats(fixed[12 + n]), (bounds[n + 1] - bounds[n], width))
                     for i in range(weight.shape[0]):
-                        for h in range(heads):
-                            for c in range(rank):
-                                columns[h, c, bounds[n] + i] = weight[i, h, c]
-        scaled = np.empty(rank, np.float32)
+                        for c in range(width):
+                            columns[c, bounds[n] + i] = weight[i, c]
         for b in range(batch):
-            for t in range(length):
-                row, read = packed + 4 * (b * length + t) * stride, out[b, t]
+            # A block of rows stays in the second-level cache from one loop over it to the next.
+            for t in range(0, length, BLOCK):
+                count, row = min(BLOCK, length - t), packed + 4 * (b * length + t) * stride
                 for n in range(4 if length == 1 else 3):
-                    if fixed[12 + n]:
-                        first, count = bounds[n % 3], o_rows if n == 3 else bounds[n + 1] - bounds[n]
-                        target = carray(floats(delta + 4 * b * o_rows if n == 3 else row + 4 * first), (count,))
-                        if length > 1:
-                            _add_delta_by_columns(
-                                rank, target, columns[:, :, first : first + count], read, factor[n], scaled
-                            )
-                        else:
-                            if n == 3:
-                                target[:] = _ZERO
-                            weight = carray(floats(fixed[12 + n]), (count, heads, rank))
-                            _add_delta(rank, target, weight, read, factor[n])
+                    if not fixed[12 + n]:
+                        continue
+                    first, numbers = bounds[n % 3], o_rows if n == 3 else bounds[n + 1] - bounds[n]
+                    if length > 1:
+                        _add_deltas(
+                            row + 4 * first, stride, count, numbers, columns.ctypes.data + 4 * first, bounds[3],
+                            out[b, t : t + count], factor[n],
+                        )  # fmt: skip
+                    else:
+                        target = carray(floats(delta + 4 * b * o_rows if n == 3 else row + 4 * first), (numbers,))
+                        if n == 3:
+                            target[:] = _ZERO
+                        weight = carray(floats(fixed[12 + n]), (numbers, heads, rank))
+                        _add_delta(rank, target, weight, out[b, 0], factor[n])
                 if fixed[16] or fixed[17] or rotary:
                     at = 4 * (b * step + t * rotary)
-                    c, s = carray(floats(cos + at), (rotary,)), carray(floats(sin + at), (rotary,))
-                    for n in range(2):
-                        norm = carray(floats(fixed[16 + n]), (dim if fixed[16 + n] else 0,))
-                        target = carray(floats(row + 4 * bounds[n]), (bounds[n + 1] - bounds[n],))
-                        turn_heads(target, fixed[5 + n], dim, norm, factor[4], c, s)
+                    _turn_rows(
+                        row, stride, count, fixed[5], fixed[6], dim, fixed[16], fixed[17], factor[4], cos + at,
+                        sin + at, rotary,
+                    )  # fmt: skip
 
     return steer_rows
