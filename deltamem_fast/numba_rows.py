@@ -104,16 +104,16 @@ def _add_delta(rank, row, weight, reads, factor):
 # not negative costs a comparison for each number, and the loop over n does not vectorise. Four columns at a time, so
 # that a row is loaded and stored for every fourth.
 @njit(**_PART)
-def _add_deltas(rows, stride, count, width, columns, columns_stride, reads, factor):
-    """The first ``width`` numbers of ``count`` packed rows += factor · columns reads.
+def _add_deltas(rows, stride, count, first, width, columns, reads, factor):
+    """``width`` numbers from the first on of ``count`` packed rows += factor · columns reads.
 
-    Addresses: rows, ``stride`` numbers from one to the next, and columns [H·r, width], ``columns_stride`` from one to
-    the next. reads: [count, H·r].
+    rows: an address, ``stride`` numbers from one to the next. columns: [H·r, ≥ first + width]. reads: [count, H·r].
     """
+    start, columns_stride = columns.ctypes.data + 4 * first, columns.shape[1]
     for t in range(count):
-        row = carray(floats(rows + 4 * t * stride), (width,))
+        row = carray(floats(rows + 4 * (t * stride + first)), (width,))
         for c in range(reads.shape[1] // 4):
-            at = columns + 16 * c * columns_stride
+            at = start + 16 * c * columns_stride
             w0 = carray(floats(at), (width,))
             w1 = carray(floats(at + 4 * columns_stride), (width,))
             w2 = carray(floats(at + 8 * columns_stride), (width,))
@@ -123,7 +123,7 @@ def _add_deltas(rows, stride, count, width, columns, columns_stride, reads, fact
             for n in range(width):
                 row[n] = fma(w3[n], r3, fma(w2[n], r2, fma(w1[n], r1, fma(w0[n], r0, row[n]))))
         for c in range(reads.shape[1] // 4 * 4, reads.shape[1]):
-            w0, r0 = carray(floats(columns + 4 * c * columns_stride), (width,)), reads[t, c] * factor
+            w0, r0 = carray(floats(start + 4 * c * columns_stride), (width,)), reads[t, c] * factor
             for n in range(width):
                 row[n] = fma(w0[n], r0, row[n])
 
@@ -198,10 +198,7 @@ def row_loop(rank: int):
                         continue
                     first, numbers = bounds[n % 3], o_rows if n == 3 else bounds[n + 1] - bounds[n]
                     if length > 1:
-                        _add_deltas(
-                            row + 4 * first, stride, count, numbers, columns.ctypes.data + 4 * first, bounds[3],
-                            out[b, t : t + count], factor[n],
-                        )  # fmt: skip
+                        _add_deltas(row, stride, count, first, numbers, columns, out[b, t : t + count], factor[n])
                     else:
                         target = carray(floats(delta + 4 * b * o_rows if n == 3 else row + 4 * first), (numbers,))
                         if n == 3:
