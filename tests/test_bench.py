@@ -15,6 +15,7 @@ import torch
 from deltamem_fast import reference
 from deltamem_kernels.rule import ScanOutput
 
+pytestmark = pytest.mark.xdist_group("bench")  # one worker runs the quick benchmarks, once
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {
     "format_version", "device", "driver", "processor", "cores", "threads", "python", "torch", "transformers", "numba",

@@ -18,9 +18,9 @@ KERNELS = {
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
-# Every case for the GPU that make gpu expects, every kernel for the others; make soak has every case of all.
+# Every case for the GPU that make gpu expects, every kernel for an older one and for AMD; make soak has all of all.
 @pytest.mark.compile_ahead
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_100"])
 def test_no_spill_and_no_stack(target, tmp_path):
     check(target, tmp_path, *([] if target == "sm_90" else ["--brief"]))
 

@@ -63,7 +63,9 @@ def test_decode(rule, which):
     steering = properties.random_steering(
         layout, rule.read_width, which, case != 1, [0, 1, 4][case % 3], dtype=dtype, seed=case
     )
-    properties.check_decode(rule, layout, *given, steering, *turn, mask=mask if case % 2 else None)
+    # Several tiles take the interpreter long; the emulator has them in any number of parts.
+    parts = (3,) if rule.rank == 16 else (1, 3, None)
+    properties.check_decode(rule, layout, *given, steering, *turn, parts=parts, mask=mask if case % 2 else None)
 
 
 @pytest.mark.parametrize("rank", [1, 17, 64])
