@@ -111,19 +111,22 @@ def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin
     if steering.q_norm is None and steering.k_norm is None and cos is None:
         return
     norms = [_array(norm, _EMPTY) for norm in (steering.q_norm, steering.k_norm)]
+    norms_at = [norm.ctypes.data if norm.size else 0 for norm in norms]
     batch, length, width = packed.shape
-    cos_at = sin_at = step = 0
-    if cos is not None:
-        cos, sin = _plain(cos, torch.float32), _plain(sin, torch.float32)
-        cos_at, sin_at = cos.data_ptr(), sin.data_ptr()
-        step = 4 * length * layout.rotary if cos.shape[0] > 1 else 0
+    _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
     # One thread: it is a thousandth of the matmuls' work, and others would wait for PyTorch's, which spin.
-    for b in range(batch):
-        turn_loop()(
-            packed.data_ptr() + 4 * b * length * width, width, length, layout.q, layout.k, layout.dim,
-            *(norm.ctypes.data if norm.size else 0 for norm in norms), np.float32(steering.eps), cos_at + b * step,
-            sin_at + b * step, layout.rotary,
-        )  # fmt: skip
+    turn_loop()(
+        packed.data_ptr(), width, batch, length, layout.q, layout.k, layout.dim, *norms_at, np.float32(steering.eps),
+        cos_at, sin_at, layout.rotary, step,
+    )  # fmt: skip
+
+
+def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None, length: int, rotary: int) -> tuple[tuple, tuple]:
+    """cos and sin [1 or B, T, rotary] as the loops take them: what is to be held, and addresses and ``step``."""
+    if cos is None:
+        return (), (0, 0, 0)
+    cos, sin = _plain(cos, torch.float32), _plain(sin, torch.float32)
+    return (cos, sin), (cos.data_ptr(), sin.data_ptr(), length * rotary if cos.shape[0] > 1 else 0)
 
 
 def _steer_rows(
@@ -133,14 +136,11 @@ def _steer_rows(
     layer = _layer(rule, layout, steering, gate_bias, prepared)
     count = packed.shape[0]
     reads, delta = packed.new_empty(count, layer.read_width), None
-    cos_at = sin_at = step = slots_at = mask_at = delta_at = 0
+    slots_at = mask_at = delta_at = 0
+    _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
     if layer.o_rows and length == 1:
         delta = packed.new_empty(count, layer.o_rows)
         delta_at = delta.data_ptr()
-    if cos is not None:
-        cos, sin = _plain(cos, torch.float32), _plain(sin, torch.float32)
-        cos_at, sin_at = cos.data_ptr(), sin.data_ptr()
-        step = length * layout.rotary if cos.shape[0] > 1 else 0
     if slots is not None:
         slots = checked_slots(slots, state)
         slots_at = slots.data_ptr()

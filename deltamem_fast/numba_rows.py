@@ -81,10 +81,14 @@ def turn_loop():
     stamp = changed(numba_loops)
 
     @njit(**_OPTIONS)
-    def turn_rows(rows, stride, count, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary):
-        """``_turn_rows``."""
+    def turn_rows(packed, stride, batch, length, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary, step):
+        """``_turn_rows`` of B sequences; ``step`` as ``steer_rows`` takes it."""
         _ = stamp
-        _turn_rows(rows, stride, count, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary)
+        for b in range(batch):
+            _turn_rows(
+                packed + 4 * b * length * stride, stride, length, q, k, dim, q_norm, k_norm, eps, cos + 4 * b * step,
+                sin + 4 * b * step, rotary,
+            )  # fmt: skip
 
     return turn_rows
 
