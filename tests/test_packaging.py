@@ -1,6 +1,5 @@
 """Wheel and source distribution: what is in them, and that each works once installed."""
 
-import fcntl
 import subprocess
 import sys
 import tarfile
@@ -12,6 +11,8 @@ import pytest
 from deltamem_fast import __version__
 
 ROOT = Path(__file__).parent.parent
+# Builds write into the tree: one at a time.
+pytestmark = pytest.mark.xdist_group("packaging")
 
 USE = """
 import sys
@@ -47,11 +48,8 @@ def built(tmp_path_factory):
     """A wheel built from the tree, a source distribution, and a wheel built from that."""
     pytest.importorskip("build")
     place = tmp_path_factory.mktemp("dist")
-    # Building writes into the tree, where two of pytest-xdist's workers would meet.
-    with open(ROOT / "setup.py") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", place / "sdist", ROOT)
-        run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", place / "wheel", ROOT)
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", place / "sdist", ROOT)
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", place / "wheel", ROOT)
     (sdist,), (wheel,) = (place / "sdist").iterdir(), (place / "wheel").iterdir()
     with tarfile.open(sdist) as archive:
         archive.extractall(place / "unpacked", filter="data")
