@@ -13,7 +13,8 @@ from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
 
 from . import reference_heads
 from .numba_backend import checked_slots
-from .numba_rows import row_loop, turn_loop
+from .numba_rows import BLOCK, row_loop, turn_loop
+from .numba_threads import address_of, on_threads, threads_for
 
 _EMPTY = np.zeros(0, np.float32)
 
@@ -36,7 +37,10 @@ class _Layer:
     memory.
     """
 
-    __slots__ = ("addresses", "arrays", "factors", "layout", "o_rows", "read_width", "rule", "run", "table", "tensors")
+    __slots__ = (
+        "addresses", "arrays", "factors", "layout", "o_rows", "read_width", "rule", "run", "run_at", "table",
+        "tensors",
+    )
 
     def __init__(self, rule: DeltaRule, layout: HeadLayout, steering: Steering, gate_bias: torch.Tensor):
         found = (gate_bias, *steering[:4], steering.q_norm, steering.k_norm)
@@ -55,6 +59,7 @@ class _Layer:
         self.table = table.ctypes.data
         self.factors = factors.ctypes.data if steering.scale_raw is None else None
         self.run = row_loop(rule.rank)
+        self.run_at = address_of(self.run)
 
     def are_the_tensors(self) -> bool:
         """Whether every array is its tensor's own memory, so that writes are seen."""
@@ -114,11 +119,24 @@ def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin
     norms_at = [norm.ctypes.data if norm.size else 0 for norm in norms]
     batch, length, width = packed.shape
     _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
-    # One thread: it is a thousandth of the matmuls' work, and others would wait for PyTorch's, which spin.
-    turn_loop()(
-        packed.data_ptr(), width, batch, length, layout.q, layout.k, layout.dim, *norms_at, np.float32(steering.eps),
-        cos_at, sin_at, layout.rotary, step,
+    factors = _factors(steering)
+    _run(
+        turn_loop(), None, batch, length, packed.data_ptr(), width, batch, length, layout.q, layout.k, layout.dim,
+        *norms_at, factors.ctypes.data, cos_at, sin_at, layout.rotary, step,
     )  # fmt: skip
+
+
+def _run(function, address: int | None, batch: int, length: int, *arguments: int) -> None:
+    """Call a loop over B sequences of T rows, on as many of PyTorch's threads as they are worth.
+
+    Its last argument is what the threads share; ``address`` is the function's own, where it is known.
+    """
+    threads = threads_for(batch * -(-length // BLOCK)) if length > 1 else 1
+    if threads == 1:
+        function(*arguments, 0)
+        return
+    work = np.zeros(1 + batch, np.int64)
+    on_threads(address or address_of(function), (*arguments, work.ctypes.data), threads)
 
 
 def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None, length: int, rotary: int) -> tuple[tuple, tuple]:
@@ -154,9 +172,11 @@ def _steer_rows(
         current = _factors(steering)
         factors = current.ctypes.data
     # A name here holds every tensor until the call is over.
-    layer.run(
-        layer.table, factors, packed.data_ptr(), packed.shape[1], count // length, length, state.data_ptr(), slots_at,
-        mask_at, skipped.data_ptr(), cos_at, sin_at, step, frozen, reads.data_ptr(), delta_at,
+    batch = count // length
+    _run(
+        layer.run, layer.run_at, batch, length, layer.table, factors, packed.data_ptr(), packed.shape[1], batch, length,
+        state.data_ptr(), slots_at, mask_at, skipped.data_ptr(), cos_at, sin_at, step, int(frozen), reads.data_ptr(),
+        delta_at,
     )  # fmt: skip
     return reads, delta
 

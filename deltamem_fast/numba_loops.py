@@ -14,7 +14,7 @@ import types
 import numpy as np
 from numba import njit
 
-from .numba_machine import changed, fma
+from .numba_machine import changed, fma, publish
 
 STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
 BLOCK = 64
@@ -153,13 +153,14 @@ def _gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
 @njit(inline="always")
 def scan_sequences(
     rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
-    skipped,
+    skipped, done,
 ):  # fmt: skip
     """Read and write B sequences, one after another.
 
     projections float32 [B, T, W], bias [bias_width], mask bool or uint8 [B, T], state [S, H, r, r] (in place), slots
     int64 [B] (row of the state, −1: neither read nor written), reads [B, T, H·r] and saved [B, T // every, H, r, r]
-    (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not finite).
+    (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not finite). done: the address
+    of int64 [B], or 0; there other threads see up to which token a sequence's reads are written.
     """
     batch, length = projections.shape[0], projections.shape[1]
     width = heads * rank
@@ -175,6 +176,8 @@ def scan_sequences(
         if slot < 0:
             reads[n] = _ZERO
             saved[n] = _ZERO
+            if done:
+                publish(done + 8 * n, length)
             continue
         for h in range(heads):
             for i in range(rank):
@@ -227,6 +230,8 @@ def scan_sequences(
                         for i in range(rank):
                             for j in range(rank):
                                 saved[n, (first + t + 1) // every - 1, h, i, j] = work[h, j, i]
+            if done:
+                publish(done + 8 * n, first + count)
         for h in range(heads):
             for i in range(rank):
                 for j in range(rank):
@@ -273,7 +278,7 @@ def loops(rank: int) -> types.SimpleNamespace:
         _ = stamp
         scan_sequences(
             rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads,
-            saved, skipped,
+            saved, skipped, 0,
         )  # fmt: skip
 
     @njit(**_OPTIONS)

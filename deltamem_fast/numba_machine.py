@@ -1,4 +1,4 @@
-"""What numba has no function for: one rounding for a · b + c, and memory by its address.
+"""What numba has no function for: one rounding for a · b + c, memory by its address, and words that threads share.
 
 Handing an array from Python to a compiled function costs more than what a decoded token is computed with; an address
 is an integer.
@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+WORD = ir.IntType(64)
 
 
 @intrinsic
@@ -48,6 +51,42 @@ floats = _pointer_to(types.float32)
 bytes_ = _pointer_to(types.uint8)
 integers = _pointer_to(types.int32)
 long_integers = _pointer_to(types.int64)
+
+
+def words_at(builder, address):
+    """An address, an integer, as a pointer to 64-bit words."""
+    return builder.inttoptr(address, WORD.as_pointer())
+
+
+@intrinsic
+def take(context, address):
+    """The 64-bit word at ``address``, which grows by one; no two threads get the same."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", words_at(builder, arguments[0]), ir.Constant(WORD, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def publish(context, address, value):
+    """Write the 64-bit word at ``address``; who sees it by ``seen`` sees all that was written before, too."""
+
+    def generate(context, builder, signature, arguments):
+        builder.store_atomic(arguments[1], words_at(builder, arguments[0]), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def seen(context, address):
+    """The 64-bit word at ``address``, as ``publish`` wrote it."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.load_atomic(words_at(builder, arguments[0]), "acquire", 8)
+
+    return types.int64(types.int64), generate
 
 
 def changed(*modules: ModuleType) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from numba import carray, njit
+from numba import carray, njit, types
 
 from . import numba_loops
 from .numba_loops import _ONE, _OPTIONS, _ZERO, BLOCK, read_sequences, scan_sequences
-from .numba_machine import bytes_, changed, floats, fma, integers, long_integers
+from .numba_machine import bytes_, changed, floats, fma, integers, long_integers, publish, seen, take
 
 # The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
 TABLE = (
@@ -80,15 +80,20 @@ def turn_loop():
     """``turn_rows``, for rows whose heads are corrected already."""
     stamp = changed(numba_loops)
 
-    @njit(**_OPTIONS)
-    def turn_rows(packed, stride, batch, length, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary, step):
-        """``_turn_rows`` of B sequences; ``step`` as ``steer_rows`` takes it."""
+    @njit(types.void(*[types.int64] * 15), **_OPTIONS)
+    def turn_rows(packed, stride, batch, length, q, k, dim, q_norm, k_norm, factors, cos, sin, rotary, step, work):
+        """``_turn_rows`` of B sequences; factors, step and work as ``steer_rows`` takes them."""
         _ = stamp
-        for b in range(batch):
+        blocks = (length + BLOCK - 1) // BLOCK
+        item = take(work) if work else 0
+        while item < batch * blocks:
+            b, t = item // blocks, item % blocks * BLOCK
             _turn_rows(
-                packed + 4 * b * length * stride, stride, length, q, k, dim, q_norm, k_norm, eps, cos + 4 * b * step,
-                sin + 4 * b * step, rotary,
+                packed + 4 * (b * length + t) * stride, stride, min(BLOCK, length - t), q, k, dim, q_norm, k_norm,
+                carray(floats(factors), (5,))[4], cos + 4 * (b * step + t * rotary), sin + 4 * (b * step + t * rotary),
+                rotary,
             )  # fmt: skip
+            item = take(work) if work else item + 1
 
     return turn_rows
 
@@ -137,9 +142,10 @@ def row_loop(rank: int):
     """``steer_rows`` for one rank, which is a constant in it; it closes over numbers alone, see ``loops``."""
     stamp = changed(numba_loops)
 
-    @njit(**_OPTIONS)
+    @njit(types.void(*[types.int64] * 17), **_OPTIONS)
     def steer_rows(
-        table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads, delta
+        table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads, delta,
+        work,
     ):  # fmt: skip
         """Read, write and steer B sequences of T packed rows: ``reference_heads.decode_`` for any T.
 
@@ -154,6 +160,7 @@ def row_loop(rank: int):
             frozen: state and skipped are not written.
             reads: float32 [B, T, H·r], written.
             delta: float32 [B, o_rows], written for T = 1 where the table has an o_weight; else Δo is not computed.
+            work: int64 [1 + B], zeros, from which the threads of one call take what is to be done; 0: there is one.
         """
         _ = stamp
         fixed = carray(long_integers(table), (_LENGTH,))
@@ -168,43 +175,60 @@ def row_loop(rank: int):
         rows = carray(floats(packed), (batch, length, stride))
         states = carray(floats(state), (_ANY, heads, rank, rank))
         out = carray(floats(reads), (batch, length, width))
-
-        projections = np.empty((batch, length, used), np.float32)
-        for b in range(batch):
-            for t in range(length):
-                for i in range(used):
-                    projections[b, t, i] = rows[b, t, bounds[3] + i]
         places = carray(long_integers(slots), (batch,)) if slots else np.arange(batch)
         real = carray(bytes_(mask), (batch, length)) if mask else np.ones((batch, length), np.uint8)
-        if frozen:
-            read_sequences(rank, projections, real, states, places, heads, normalize, out)
-        else:
-            nothing = np.empty((batch, 0, heads, rank, rank), np.float32)
-            scan_sequences(
-                rank, projections, bias, real, states, places, heads, mode, row_gates, own_lambda, normalize, 0, out,
-                nothing, carray(integers(skipped), (_ANY,)),
-            )  # fmt: skip
+        columns = np.empty((width, 0), np.float32)
 
-        columns = np.empty((width, bounds[3] if length > 1 else 0), np.float32)
-        if length > 1:
-            for n in range(3):
-                if fixed[12 + n]:
-                    weight = carray(floats(fixed[12 + n]), (bounds[n + 1] - bounds[n], width))
-                    for i in range(weight.shape[0]):
-                        for c in range(width):
-                            columns[c, bounds[n] + i] = weight[i, c]
-        for b in range(batch):
-            # A block of rows stays in the second-level cache from one loop over it to the next.
-            for t in range(0, length, BLOCK):
+        # First the recurrence, for all sequences or, where threads share the work, for one at a time. Then blocks of
+        # rows, which stay in the second-level cache from one loop over them to the next: the first block of every
+        # sequence, the second … A thread that has come to them follows those that are still at the recurrence.
+        at_once = 1 if work else batch
+        scans, blocks = batch // at_once, (length + BLOCK - 1) // BLOCK
+        item = take(work) if work else 0
+        while item < scans + batch * blocks:
+            if item < scans:
+                first, last = item * at_once, (item + 1) * at_once
+                projections = np.empty((at_once, length, used), np.float32)
+                for b in range(at_once):
+                    for t in range(length):
+                        for i in range(used):
+                            projections[b, t, i] = rows[first + b, t, bounds[3] + i]
+                done = work + 8 * (1 + item) if work else 0
+                if frozen:
+                    read_sequences(
+                        rank, projections, real[first:last], states, places[first:last], heads, normalize,
+                        out[first:last],
+                    )  # fmt: skip
+                    if done:
+                        publish(done, length)
+                else:
+                    nothing = np.empty((at_once, 0, heads, rank, rank), np.float32)
+                    scan_sequences(
+                        rank, projections, bias, real[first:last], states, places[first:last], heads, mode, row_gates,
+                        own_lambda, normalize, 0, out[first:last], nothing, carray(integers(skipped), (_ANY,)), done,
+                    )  # fmt: skip
+            else:
+                b, t = (item - scans) % batch, (item - scans) // batch * BLOCK
                 count, row = min(BLOCK, length - t), packed + 4 * (b * length + t) * stride
+                if length > 1 and columns.shape[1] == 0:
+                    columns = np.empty((width, bounds[3]), np.float32)
+                    for n in range(3):
+                        if fixed[12 + n]:
+                            weight = carray(floats(fixed[12 + n]), (bounds[n + 1] - bounds[n], width))
+                            for i in range(weight.shape[0]):
+                                for c in range(width):
+                                    columns[c, bounds[n] + i] = weight[i, c]
+                if work:
+                    while seen(work + 8 * (1 + b)) < t + count:
+                        pass
                 for n in range(4 if length == 1 else 3):
                     if not fixed[12 + n]:
                         continue
-                    first, numbers = bounds[n % 3], o_rows if n == 3 else bounds[n + 1] - bounds[n]
+                    start, numbers = bounds[n % 3], o_rows if n == 3 else bounds[n + 1] - bounds[n]
                     if length > 1:
-                        _add_deltas(row, stride, count, first, numbers, columns, out[b, t : t + count], factor[n])
+                        _add_deltas(row, stride, count, start, numbers, columns, out[b, t : t + count], factor[n])
                     else:
-                        target = carray(floats(delta + 4 * b * o_rows if n == 3 else row + 4 * first), (numbers,))
+                        target = carray(floats(delta + 4 * b * o_rows if n == 3 else row + 4 * start), (numbers,))
                         if n == 3:
                             target[:] = _ZERO
                         weight = carray(floats(fixed[12 + n]), (numbers, heads, rank))
@@ -215,5 +239,6 @@ def row_loop(rank: int):
                         row, stride, count, fixed[5], fixed[6], dim, fixed[16], fixed[17], factor[4], cos + at,
                         sin + at, rotary,
                     )  # fmt: skip
+            item = take(work) if work else item + 1
 
     return steer_rows

@@ -10,6 +10,7 @@ from deltamem_kernels.layout import HeadLayout, Steering
 from deltamem_kernels.rule import DeltaRule
 
 numba_heads = pytest.importorskip("deltamem_fast.numba_heads", reason="needs numba")
+numba_threads = pytest.importorskip("deltamem_fast.numba_threads", reason="needs numba")
 
 LAYOUTS = st.builds(
     lambda q, k, v, dim, share: HeadLayout(q, k, v, dim, {"none": 0, "half": dim // 4 * 2, "all": dim}[share]),
@@ -158,6 +159,54 @@ def test_prefill(rule, layout, which, normed, raws, batch, length, masked, broke
     assert_close(state, exact_state)
     assert_close(reads.view(batch, length, -1), torch.stack(exact_reads, 1))
     assert_close(rows.view(packed.shape)[..., : layout.width], exact[..., : layout.width])
+
+
+@pytest.fixture
+def regions(monkeypatch):
+    """How many threads each call of a compiled loop was given, with PyTorch on three; one is not noted."""
+    found, start, before = [], numba_heads.on_threads, torch.get_num_threads()
+    monkeypatch.setattr(numba_heads, "on_threads", lambda *given: (found.append(given[-1]), start(*given)))
+    torch.set_num_threads(3)
+    yield found
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(numba_threads._openmp() is None, reason="PyTorch runs on no OpenMP that starts regions")
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(("batch", "length", "threads"), [(1, 64, []), (1, 100, [2]), (1, 400, [3]), (5, 130, [3])])
+def test_threads_change_no_bit(regions, batch, length, threads, heads):
+    """The threads of a prompt follow one another; which of them computes what is not to be seen."""
+    rule, layout = DeltaRule(8, heads), HeadLayout(2, 1, 1, 16, 16)
+    packed, steering, *tables = problem(layout, rule.read_width, "qo", True, 0, (batch, length), 1, rule.width, 0)
+    bias, mask = torch.zeros(rule.bias_width), torch.rand(batch, length) > 0.1
+    packed[0, 3, layout.width] = float("nan")
+
+    def run(frozen):
+        rows, state = packed.flatten(0, 1).clone(), torch.ones(batch, heads, 8, 8)
+        skipped = torch.zeros(batch, dtype=torch.int32)
+        reads = numba_heads.prefill_(
+            rows, length, bias, state, rule, layout, steering, *tables, mask=mask, skipped=skipped, frozen=frozen,
+            prepared=None,
+        )  # fmt: skip
+        steered = packed.clone()
+        numba_heads.steer_heads_(steered, reads.view(batch, length, -1).nan_to_num(), layout, steering, *tables)
+        return rows, reads, state, skipped, steered
+
+    for frozen in (False, True):
+        torch.set_num_threads(1)
+        alone = run(frozen)
+        assert not regions
+        torch.set_num_threads(3)
+        for _ in range(20):
+            for mine, other in zip(run(frozen), alone, strict=True):
+                assert torch.equal(mine.nan_to_num(), other.nan_to_num())
+        assert regions == 40 * threads  # the prompt and its heads alone
+        regions.clear()
+
+
+def test_without_openmp_there_is_one_thread(monkeypatch, regions):
+    monkeypatch.setattr(numba_threads, "_openmp", lambda: None)
+    assert numba_threads.threads_for(8) == 1
 
 
 def test_prefill_leaves_what_it_cannot_take():
