@@ -115,4 +115,6 @@ def heading(result: Result) -> str:
         place = f"**{head['device']}**, driver {head['driver']}, {head['processor']} with {head['cores']} cores"
     else:
         place = f"**{head['device']}**, {head['cores']} cores, {head['threads']} threads"
+    if head.get("freed_memory") == "kept":
+        place += ", freed memory kept by the process"
     return f"{place}; {versions}; commit {commit}; {head['time'][:10]}"

@@ -40,7 +40,7 @@ class _Layer:
     __slots__ = (
         "addresses", "arrays", "factors", "layout", "o_rows", "read_width", "rule", "run", "run_at", "table",
         "tensors",
-    )
+    )  # fmt: skip
 
     def __init__(self, rule: DeltaRule, layout: HeadLayout, steering: Steering, gate_bias: torch.Tensor):
         found = (gate_bias, *steering[:4], steering.q_norm, steering.k_norm)

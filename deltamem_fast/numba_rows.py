@@ -144,8 +144,8 @@ def row_loop(rank: int):
 
     @njit(types.void(*[types.int64] * 17), **_OPTIONS)
     def steer_rows(
-        table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads, delta,
-        work,
+        table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads,
+        delta, work,
     ):  # fmt: skip
         """Read, write and steer B sequences of T packed rows: ``reference_heads.decode_`` for any T.
 
