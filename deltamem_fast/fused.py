@@ -82,9 +82,9 @@ def _heads(packed: torch.Tensor, batch: int, length: int, counts: tuple[int, ...
 def _steer(
     attention: nn.Module, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, length: int, cos, sin
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Read, write and steer the packed rows [B · T, N] in place → the reads [B · T, H·r] and, at decode, Δo.
+    """Read, write and steer the packed rows [B · T, N] in place → the reads [B · T, H·r] and Δo.
 
-    Δo is None where it is still to be added.
+    Δo is None where it is still to be computed.
     """
     weights = memory.weights
     layout = weights.layout(attention.head_dim, 0 if cos is None else cos.shape[-1])
@@ -128,14 +128,13 @@ def _in_place(
     prefill = getattr(heads, "prefill_", None)
     if prefill is None or layer in call.initial:
         return None
-    reads = prefill(
+    found = prefill(
         packed, length, bias, call.state[layer], memory.rule, layout, steering, cos, sin, mask=mask,
         skipped=skipped, frozen=call.frozen, prepared=weights.prepared,
     )  # fmt: skip
-    if reads is None:
-        return None
-    call.start(layer)
-    return reads, None
+    if found is not None:
+        call.start(layer)
+    return found
 
 
 def _project_out(

@@ -150,13 +150,13 @@ def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None, length: int, rot
 def _steer_rows(
     packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
 ):  # fmt: skip
-    """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B, N_o] where T = 1, else None."""
+    """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B · T, N_o] or None."""
     layer = _layer(rule, layout, steering, gate_bias, prepared)
     count = packed.shape[0]
     reads, delta = packed.new_empty(count, layer.read_width), None
     slots_at = mask_at = delta_at = 0
     _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
-    if layer.o_rows and length == 1:
+    if layer.o_rows:
         delta = packed.new_empty(count, layer.o_rows)
         delta_at = delta.data_ptr()
     if slots is not None:
@@ -324,8 +324,8 @@ def prefill_(
     skipped: torch.Tensor,
     frozen: bool,
     prepared: dict | None,
-) -> torch.Tensor | None:
-    """A prompt's reads [B · T, H·r]: ``decode_`` for T tokens a row but for Δo, in one call.
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """A prompt in one call: ``decode_`` for T tokens a row → its reads [B · T, H·r] and Δo [B · T, N_o] or None.
 
     Args:
         packed: [B · T, N], contiguous.
@@ -339,7 +339,7 @@ def prefill_(
         return None
     return _steer_rows(
         packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, None, skipped, frozen, prepared
-    )[0]
+    )  # fmt: skip
 
 
 def delta(

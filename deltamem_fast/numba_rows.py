@@ -113,14 +113,15 @@ def _add_delta(rank, row, weight, reads, factor):
 # not negative costs a comparison for each number, and the loop over n does not vectorise. Four columns at a time, so
 # that a row is loaded and stored for every fourth.
 @njit(**_PART)
-def _add_deltas(rows, stride, count, first, width, columns, reads, factor):
-    """``width`` numbers from the first on of ``count`` packed rows += factor · columns reads.
+def _add_deltas(rows, stride, count, width, columns, first, reads, factor):
+    """``width`` numbers of ``count`` rows += factor · columns reads.
 
-    rows: an address, ``stride`` numbers from one to the next. columns: [H·r, ≥ first + width]. reads: [count, H·r].
+    rows: an address, ``stride`` numbers from one to the next. columns: [H·r, ≥ first + width], from the first on.
+    reads: [count, H·r].
     """
     start, columns_stride = columns.ctypes.data + 4 * first, columns.shape[1]
     for t in range(count):
-        row = carray(floats(rows + 4 * (t * stride + first)), (width,))
+        row = carray(floats(rows + 4 * t * stride), (width,))
         for c in range(reads.shape[1] // 4):
             at = start + 16 * c * columns_stride
             w0 = carray(floats(at), (width,))
@@ -159,15 +160,16 @@ def row_loop(rank: int):
                 same); 0 without RoPE.
             frozen: state and skipped are not written.
             reads: float32 [B, T, H·r], written.
-            delta: float32 [B, o_rows], written for T = 1 where the table has an o_weight; else Δo is not computed.
+            delta: float32 [B, T, o_rows], written where the table has an o_weight: Δo.
             work: int64 [1 + B], zeros, from which the threads of one call take what is to be done; 0: there is one.
         """
         _ = stamp
         fixed = carray(long_integers(table), (_LENGTH,))
         heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
         dim, rotary, o_rows = fixed[8], fixed[9], fixed[10]
-        # q, k and v lie in a row from bounds[n] to bounds[n + 1].
-        bounds = (0, fixed[5] * dim, (fixed[5] + fixed[6]) * dim, (fixed[5] + fixed[6] + fixed[7]) * dim)
+        # q, k and v lie in a row from bounds[n] to bounds[n + 1]; o's numbers come after them in the columns alone.
+        bounds = np.array((0, fixed[5], fixed[5] + fixed[6], fixed[5] + fixed[6] + fixed[7], 0)) * dim
+        bounds[4] = bounds[3] + o_rows
         width = heads * rank
         used = 3 * width + (width if row_gates else heads) * (2 if own_lambda else 1)
         bias = carray(floats(fixed[11]), (used - 3 * width,))
@@ -211,8 +213,8 @@ def row_loop(rank: int):
                 b, t = (item - scans) % batch, (item - scans) // batch * BLOCK
                 count, row = min(BLOCK, length - t), packed + 4 * (b * length + t) * stride
                 if length > 1 and columns.shape[1] == 0:
-                    columns = np.empty((width, bounds[3]), np.float32)
-                    for n in range(3):
+                    columns = np.empty((width, bounds[4]), np.float32)
+                    for n in range(4):
                         if fixed[12 + n]:
                             weight = carray(floats(fixed[12 + n]), (bounds[n + 1] - bounds[n], width))
                             for i in range(weight.shape[0]):
@@ -221,18 +223,18 @@ def row_loop(rank: int):
                 if work:
                     while seen(work + 8 * (1 + b)) < t + count:
                         pass
-                for n in range(4 if length == 1 else 3):
+                for n in range(4):
                     if not fixed[12 + n]:
                         continue
-                    start, numbers = bounds[n % 3], o_rows if n == 3 else bounds[n + 1] - bounds[n]
+                    numbers, apart = bounds[n + 1] - bounds[n], o_rows if n == 3 else stride
+                    to = delta + 4 * (b * length + t) * o_rows if n == 3 else row + 4 * bounds[n]
+                    if n == 3:
+                        carray(floats(to), (count * o_rows,))[:] = _ZERO
                     if length > 1:
-                        _add_deltas(row, stride, count, start, numbers, columns, out[b, t : t + count], factor[n])
+                        _add_deltas(to, apart, count, numbers, columns, bounds[n], out[b, t : t + count], factor[n])
                     else:
-                        target = carray(floats(delta + 4 * b * o_rows if n == 3 else row + 4 * start), (numbers,))
-                        if n == 3:
-                            target[:] = _ZERO
                         weight = carray(floats(fixed[12 + n]), (numbers, heads, rank))
-                        _add_delta(rank, target, weight, out[b, 0], factor[n])
+                        _add_delta(rank, carray(floats(to), (numbers,)), weight, out[b, 0], factor[n])
                 if fixed[16] or fixed[17] or rotary:
                     at = 4 * (b * step + t * rotary)
                     _turn_rows(

@@ -18,8 +18,8 @@ from deltamem_kernels.rule import ScanOutput
 pytestmark = pytest.mark.xdist_group("bench")  # one worker runs the quick benchmarks, once
 ROOT = Path(__file__).resolve().parent.parent
 TOP = {
-    "format_version", "device", "driver", "processor", "cores", "threads", "python", "torch", "transformers", "numba",
-    "triton", "commit", "dirty", "time", "arguments", "rows",
+    "format_version", "device", "driver", "processor", "cores", "threads", "freed_memory", "python", "torch",
+    "transformers", "numba", "triton", "commit", "dirty", "time", "arguments", "rows",
 }  # fmt: skip
 ROW = {"name", "parameters", "status", "note", "error", "samples", "p20", "p50", "p80", "ratios", "values"}
 

@@ -93,7 +93,7 @@ def test_error_budget_against_float64(family, dtype):
 @given(
     heads=st.sampled_from([(4, 2), (2, 2), (3, 1)]),
     head_dim=st.sampled_from([8, 16, 24]),
-    rank=st.sampled_from((1, 4, 8, 9)),  # a few: for each the loops are compiled
+    rank=st.sampled_from((1, 3, 8, 12)),  # those of the other files too: for each the loops are compiled
     memory_heads=st.integers(1, 3),
     delta=st.sets(st.sampled_from("qkvo"), min_size=1),
     padding=st.integers(0, 4),

@@ -18,7 +18,7 @@ LAYOUTS = st.builds(
     share=st.sampled_from(["none", "half", "all"]),
 )  # fmt: skip
 RULES = st.builds(
-    DeltaRule, rank=st.integers(1, 9), heads=st.integers(1, 3),
+    DeltaRule, rank=st.sampled_from([1, 3, 8, 12]), heads=st.integers(1, 3),
     mode=st.sampled_from(["standard", "lambda_outside", "no_lambda"]), row_gates=st.booleans(),
     coupled=st.booleans(), normalize=st.booleans(),
 )  # fmt: skip
@@ -135,11 +135,11 @@ def test_prefill(rule, layout, which, normed, raws, batch, length, masked, broke
     if masked:
         mask = torch.rand(batch, length, generator=make) > 0.4
     first = torch.randn(batch, rule.heads, rule.rank, rule.rank, generator=make)
-    exact, exact_state, exact_reads = packed.double(), first.double(), []
+    exact, exact_state, exact_reads, exact_deltas = packed.double(), first.double(), [], []
     rows, tokens = packed.flatten(0, 1).clone(), packed.clone()
     state, one_by_one = first.clone(), first.clone()
     skipped, counted = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
-    reads = numba_heads.prefill_(
+    reads, delta = numba_heads.prefill_(
         rows, length, bias, state, rule, layout, steering, *tables, mask=mask, skipped=skipped, frozen=frozen,
         prepared=None,
     )  # fmt: skip
@@ -147,11 +147,11 @@ def test_prefill(rule, layout, which, normed, raws, batch, length, masked, broke
         turn = [None if table is None else table[:, t : t + 1].contiguous() for table in tables]
         options = {"mask": None if mask is None else mask[:, t], "frozen": frozen}
         token = exact[:, t].clone()
-        exact_reads.append(
-            reference_heads.decode_(
-                token, wide(bias), exact_state, rule, layout, wide(steering), *map(wide, turn), **options
-            )[0]
+        found = reference_heads.decode_(
+            token, wide(bias), exact_state, rule, layout, wide(steering), *map(wide, turn), **options
         )  # fmt: skip
+        exact_reads.append(found[0])
+        exact_deltas.append(found[1])
         exact[:, t] = token
         own = tokens[:, t].clone()
         numba_heads.decode_(own, bias, one_by_one, rule, layout, steering, *turn, skipped=counted, **options)
@@ -159,6 +159,9 @@ def test_prefill(rule, layout, which, normed, raws, batch, length, masked, broke
     assert_close(state, exact_state)
     assert_close(reads.view(batch, length, -1), torch.stack(exact_reads, 1))
     assert_close(rows.view(packed.shape)[..., : layout.width], exact[..., : layout.width])
+    assert (delta is None) == (steering.o is None)
+    if delta is not None:
+        assert_close(delta.view(batch, length, -1), torch.stack(exact_deltas, 1))
 
 
 @pytest.fixture
@@ -184,13 +187,13 @@ def test_threads_change_no_bit(regions, batch, length, threads, heads):
     def run(frozen):
         rows, state = packed.flatten(0, 1).clone(), torch.ones(batch, heads, 8, 8)
         skipped = torch.zeros(batch, dtype=torch.int32)
-        reads = numba_heads.prefill_(
+        reads, delta = numba_heads.prefill_(
             rows, length, bias, state, rule, layout, steering, *tables, mask=mask, skipped=skipped, frozen=frozen,
             prepared=None,
         )  # fmt: skip
         steered = packed.clone()
         numba_heads.steer_heads_(steered, reads.view(batch, length, -1).nan_to_num(), layout, steering, *tables)
-        return rows, reads, state, skipped, steered
+        return rows, reads, delta, state, skipped, steered
 
     for frozen in (False, True):
         torch.set_num_threads(1)

@@ -103,8 +103,8 @@ CASES = [
     Case(BF16, 64, 1, True, parts=(None,)),
     Case(FP32, 64, 4, False, length=64, backward=False, parts=(1,)),
 ]
-# Every kernel, at the released adapters' rank and at one whose registers are scarce: --brief.
-BRIEF = [CASES[0], CASES[2]]
+# Every kernel, at the released adapters' rank and at two whose registers are scarce: --brief.
+BRIEF = [CASES[0], CASES[2], CASES[8]]
 # The full product of what the released adapters and their neighbours use: --full, and make soak.
 PRODUCT = [
     Case(dtype, rank, heads, mask, length)

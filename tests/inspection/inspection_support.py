@@ -18,7 +18,7 @@ CONFIGS = {
     "tsw": DeltaMemConfig.tsw(),
     "msw": DeltaMemConfig.msw(3, rank=4),
     "ssw": DeltaMemConfig.ssw("sentence_mean"),
-    "message": DeltaMemConfig.ssw("message_mean", rank=5),
+    "message": DeltaMemConfig.ssw("message_mean", rank=3),
     "uncoupled": DeltaMemConfig(couple_lambda=False, rankwise_gates=False),
     "outside": DeltaMemConfig(state_update_mode="lambda_outside", couple_lambda=False, rank=3),
     "no_lambda": DeltaMemConfig(state_update_mode="no_lambda"),
