@@ -23,6 +23,8 @@ BLOCK = 64
 # who computes it. What the recurrence fuses is written out. Said aloud: numba hands a caller's fast-math down to what
 # says nothing, so that the first caller, in this process or the one that filled the cache on disk, would choose.
 _OPTIONS = {"cache": True, "fastmath": False, "nogil": True, "error_model": "numpy"}
+# Of functions that others are made of: only those others are cached on disk, for they notice every file that changes.
+_PART = _OPTIONS | {"cache": False}
 _EXPONENT = np.int32(0x7F800000)
 
 _LOG2E = np.float32(1.4426950408889634)
@@ -103,7 +105,7 @@ def _finite(x):
     return broken == 0
 
 
-@njit(inline="always")
+@njit(**_PART)
 def _columns(rows, start, width, out):
     """out [n, width] = rows[:, start : start + width]."""
     for t in range(rows.shape[0]):
@@ -128,7 +130,7 @@ def _unit(flat, rank, scratch):
             flat[n * rank + j] *= inverse
 
 
-@njit(inline="always")
+@njit(**_PART)
 def _directions(rows, start, heads, rank, normalize, out, scratch, powers):
     """out [n, H·r] = unit(tanh(rows[:, start : start + H·r])) per head, or the raw values."""
     _columns(rows, start, heads * rank, out)
@@ -138,7 +140,7 @@ def _directions(rows, start, heads, rank, normalize, out, scratch, powers):
         _unit(flat, rank, scratch)
 
 
-@njit(inline="always")
+@njit(**_PART)
 def _gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
     """out [n, H·r] = sigmoid(rows[:, start :] + bias[offset :]), a head's single gate spread over its rows."""
     for t in range(rows.shape[0]):

@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from . import numba_loops
-from .numba_loops import _ONE, _OPTIONS, _ZERO, BLOCK, read_sequences, scan_sequences
+from .numba_loops import _ONE, _OPTIONS, _PART, _ZERO, BLOCK, read_sequences, scan_sequences
 from .numba_machine import bytes_, changed, floats, fma, integers, long_integers, publish, seen, take
 
 # The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
@@ -22,8 +22,6 @@ TABLE = (
 )  # fmt: skip
 _LENGTH = len(TABLE)
 _ANY = 1 << 40  # as many as there are
-# Of functions that others are made of: only those others are cached on disk, for they notice every file that changes.
-_PART = _OPTIONS | {"cache": False}
 
 
 # Every head takes the same instructions in the same order, wherever it lies, so this sum may be reordered for the
