@@ -166,6 +166,8 @@ def results(request, tmp_path_factory):
     """The directory of what the wanted cases found."""
     wanted = {item.callspec.params["case"] for item in request.session.items if item.path == request.path}
     path = tmp_path_factory.mktemp("distributed")
+    for case in wanted:  # the loops are compiled once, before two processes need them at a time
+        one_process(case.config, case.dtype)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
