@@ -154,11 +154,14 @@ def _steer_rows(
     layer = _layer(rule, layout, steering, gate_bias, prepared)
     count = packed.shape[0]
     reads, delta = packed.new_empty(count, layer.read_width), None
-    slots_at = mask_at = delta_at = 0
+    slots_at = mask_at = delta_at = scratch_at = 0
     _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
     if layer.o_rows:
         delta = packed.new_empty(count, layer.o_rows)
         delta_at = delta.data_ptr()
+    if length > 1:
+        scratch = packed.new_empty(count, rule.width)
+        scratch_at = scratch.data_ptr()
     if slots is not None:
         slots = checked_slots(slots, state)
         slots_at = slots.data_ptr()
@@ -176,7 +179,7 @@ def _steer_rows(
     _run(
         layer.run, layer.run_at, batch, length, layer.table, factors, packed.data_ptr(), packed.shape[1], batch, length,
         state.data_ptr(), slots_at, mask_at, skipped.data_ptr(), cos_at, sin_at, step, int(frozen), reads.data_ptr(),
-        delta_at,
+        delta_at, scratch_at,
     )  # fmt: skip
     return reads, delta
 

@@ -141,10 +141,10 @@ def row_loop(rank: int):
     """``steer_rows`` for one rank, which is a constant in it; it closes over numbers alone, see ``loops``."""
     stamp = changed(numba_loops)
 
-    @njit(types.void(*[types.int64] * 17), **_OPTIONS)
+    @njit(types.void(*[types.int64] * 18), **_OPTIONS)
     def steer_rows(
         table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads,
-        delta, work,
+        delta, scratch, work,
     ):  # fmt: skip
         """Read, write and steer B sequences of T packed rows: ``reference_heads.decode_`` for any T.
 
@@ -159,7 +159,10 @@ def row_loop(rank: int):
             frozen: state and skipped are not written.
             reads: float32 [B, T, H·r], written.
             delta: float32 [B, T, o_rows], written where the table has an o_weight: Δo.
+            scratch: float32 [B, T, the memory's projections], written; 0: the function's own, for a few tokens. (Where
+                threads share the work nothing large is allocated: one that failed would leave the others waiting.)
             work: int64 [1 + B], zeros, from which the threads of one call take what is to be done; 0: there is one.
+                No two sequences may have the same slot then.
         """
         _ = stamp
         fixed = carray(long_integers(table), (_LENGTH,))
@@ -182,13 +185,16 @@ def row_loop(rank: int):
         # First the recurrence, for all sequences or, where threads share the work, for one at a time. Then blocks of
         # rows, which stay in the second-level cache from one loop over them to the next: the first block of every
         # sequence, the second … A thread that has come to them follows those that are still at the recurrence.
-        at_once = 1 if work else batch
-        scans, blocks = batch // at_once, (length + BLOCK - 1) // BLOCK
+        at_once, scans = (1, batch) if work else (batch, min(batch, 1))
+        blocks = (length + BLOCK - 1) // BLOCK
         item = take(work) if work else 0
         while item < scans + batch * blocks:
             if item < scans:
                 first, last = item * at_once, (item + 1) * at_once
-                projections = np.empty((at_once, length, used), np.float32)
+                if scratch:
+                    projections = carray(floats(scratch + 4 * first * length * used), (at_once, length, used))
+                else:
+                    projections = np.empty((at_once, length, used), np.float32)
                 for b in range(at_once):
                     for t in range(length):
                         for i in range(used):
