@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import costs, gpu, gradient, model, results, scan
+from . import costs, gpu, gradient, machine, model, results, scan
 from .tables import plain_table
 
 PARTS = {"scan": scan.run, "gradient": gradient.run, "model": model.run, "costs": costs.run}
@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         return gpu.main(["--full", "--output", str(options.output)])
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if not options.quick:  # a process that measures nothing goes on as it was
+        machine.keep_memory()
     start = time.perf_counter()
 
     def progress(text: str) -> None:

@@ -80,7 +80,7 @@ def driver() -> str:
 
 @functools.cache
 def keep_memory() -> bool:
-    """Have glibc keep what is freed, from now on; False with another allocator. For good: a process's setting.
+    """Have glibc keep what is freed, from now on; False without glibc. For good: a process's setting.
 
     Else it returns large tensors' pages to the system and gets them anew, zeroed: up to 100,000 page faults, a tenth
     of a prefill's time, and more for one variant or the other by what is freed just before.

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PretrainedConfig
 from deltamem_fast import DeltaMemConfig, memory_disabled, patch_model
 from deltamem_fast.backends import resolve_backend
 
-from . import backbones, machine, peers
+from . import backbones, peers
 from .problems import relative_error
 from .rows import Row, absent, compare, measured, refused
 from .timing import wall
@@ -284,8 +284,6 @@ def eager_rows(models: Models, sizes: Sizes, batch: int) -> list[Row]:
 def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
     """All rows of the model benchmark on a CPU."""
     sizes = QUICK if quick else FULL
-    if not quick:  # a process that measures nothing goes on as it was
-        machine.keep_memory()
     rows = []
     for name in SMALL:
         models = make(name, "cpu", tiny=quick)

@@ -16,6 +16,9 @@ from .numba_backend import checked_slots
 from .numba_rows import BLOCK, row_loop, turn_loop
 from .numba_threads import address_of, on_threads, threads_for
 
+# Rows whose Δo may lie there through the attention; those of a longer prompt are made behind it, at a higher price, for
+# there they might be what its peak memory consists of.
+MOST_DELTAS = 8192
 _EMPTY = np.zeros(0, np.float32)
 
 
@@ -106,37 +109,43 @@ def _loops_take(packed: torch.Tensor, state: torch.Tensor | None = None, skipped
 def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin) -> None:
     if packed.numel() == 0:
         return
+    factors = _factors(steering)
     for n, head in enumerate("qkv"):
         weight = getattr(steering, head)
         if weight is not None:
             first, last = layout.span(head)
             rows = packed.view(-1, packed.shape[-1])[:, first:last]
-            factor = float(_factors(steering)[n])
-            rows.addmm_(reads.flatten(0, 1), weight.detach().float().t(), alpha=factor)
+            rows.addmm_(reads.flatten(0, 1), weight.detach().float().t(), alpha=float(factors[n]))
     if steering.q_norm is None and steering.k_norm is None and cos is None:
         return
     norms = [_array(norm, _EMPTY) for norm in (steering.q_norm, steering.k_norm)]
     norms_at = [norm.ctypes.data if norm.size else 0 for norm in norms]
     batch, length, width = packed.shape
     _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
-    factors = _factors(steering)
     _run(
-        turn_loop(), None, batch, length, packed.data_ptr(), width, batch, length, layout.q, layout.k, layout.dim,
-        *norms_at, factors.ctypes.data, cos_at, sin_at, layout.rotary, step,
+        turn_loop(), None, _blocks(batch, length), batch, packed.data_ptr(), width, batch, length, layout.q, layout.k,
+        layout.dim, *norms_at, factors.ctypes.data, cos_at, sin_at, layout.rotary, step,
     )  # fmt: skip
 
 
-def _run(function, address: int | None, batch: int, length: int, *arguments: int) -> None:
-    """Call a loop over B sequences of T rows, on as many of PyTorch's threads as they are worth.
+def _blocks(batch: int, length: int) -> int:
+    """The blocks of B sequences of T rows; 1, that is all at once, for few rows or a token of each."""
+    return batch * -(-length // BLOCK) if length > 1 and batch * length > BLOCK else 1
+
+
+def _run(function, address: int | None, parts: int, batch: int, *arguments: int) -> None:
+    """Call a loop over B sequences that has ``parts`` parts, on PyTorch's threads if it has several.
 
     Its last argument is what the threads share; ``address`` is the function's own, where it is known.
     """
-    threads = threads_for(batch * -(-length // BLOCK)) if length > 1 else 1
+    threads = threads_for(parts)
     if threads == 1:
         function(*arguments, 0)
         return
-    work = np.zeros(1 + batch, np.int64)
+    work = np.zeros(2 + batch, np.int64)
     on_threads(address or address_of(function), (*arguments, work.ctypes.data), threads)
+    if work[1] != parts:  # an exception in there is printed, not raised
+        raise MemoryError(f"{parts - work[1]} of {parts} parts of a prompt were not computed")
 
 
 def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None, length: int, rotary: int) -> tuple[tuple, tuple]:
@@ -150,13 +159,16 @@ def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None, length: int, rot
 def _steer_rows(
     packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
 ):  # fmt: skip
-    """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B · T, N_o] or None."""
+    """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B · T, N_o].
+
+    Δo is None without o's weight and for more than ``MOST_DELTAS`` rows.
+    """
     layer = _layer(rule, layout, steering, gate_bias, prepared)
     count = packed.shape[0]
     reads, delta = packed.new_empty(count, layer.read_width), None
     slots_at = mask_at = delta_at = scratch_at = 0
     _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
-    if layer.o_rows:
+    if layer.o_rows and count <= MOST_DELTAS:
         delta = packed.new_empty(count, layer.o_rows)
         delta_at = delta.data_ptr()
     if length > 1:
@@ -176,8 +188,10 @@ def _steer_rows(
         factors = current.ctypes.data
     # A name here holds every tensor until the call is over.
     batch = count // length
+    blocks = _blocks(batch, length)
+    parts = batch + blocks if blocks > 1 else 1  # each sequence's recurrence is one
     _run(
-        layer.run, layer.run_at, batch, length, layer.table, factors, packed.data_ptr(), packed.shape[1], batch, length,
+        layer.run, layer.run_at, parts, batch, layer.table, factors, packed.data_ptr(), packed.shape[1], batch, length,
         state.data_ptr(), slots_at, mask_at, skipped.data_ptr(), cos_at, sin_at, step, int(frozen), reads.data_ptr(),
         delta_at, scratch_at,
     )  # fmt: skip
@@ -328,7 +342,7 @@ def prefill_(
     frozen: bool,
     prepared: dict | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """A prompt in one call: ``decode_`` for T tokens a row → its reads [B · T, H·r] and Δo [B · T, N_o] or None.
+    """A prompt in one call: ``decode_`` for T tokens a row → its reads [B · T, H·r] and Δo, see ``_steer_rows``.
 
     Args:
         packed: [B · T, N], contiguous.

@@ -23,7 +23,8 @@ BLOCK = 64
 # who computes it. What the recurrence fuses is written out. Said aloud: numba hands a caller's fast-math down to what
 # says nothing, so that the first caller, in this process or the one that filled the cache on disk, would choose.
 _OPTIONS = {"cache": True, "fastmath": False, "nogil": True, "error_model": "numpy"}
-# Of functions that others are made of: only those others are cached on disk, for they notice every file that changes.
+# Of functions that rows and gradients are made of too: only those are cached on disk, for they notice every file that
+# changes.
 _PART = _OPTIONS | {"cache": False}
 _EXPONENT = np.int32(0x7F800000)
 
@@ -241,7 +242,7 @@ def scan_sequences(
 
 
 @njit(inline="always")
-def read_sequences(rank, projections, mask, state, slots, heads, normalize, reads):
+def read_sequences(rank, projections, mask, state, slots, heads, normalize, reads, done):
     """Reads of frozen states: projections [B, T, W], reads [B, T, H·r]; the rest as in ``scan_sequences``."""
     width = heads * rank
     q = np.empty((1, width), np.float32)
@@ -260,6 +261,10 @@ def read_sequences(rank, projections, mask, state, slots, heads, normalize, read
                         for j in range(rank):
                             total += state[slot, h, i, j] * q[0, h * rank + j]
                         reads[n, t, h * rank + i] = total
+            if done and (t + 1) % BLOCK == 0:
+                publish(done + 8 * n, t + 1)
+        if done:
+            publish(done + 8 * n, projections.shape[1])
 
 
 @functools.cache
@@ -287,6 +292,6 @@ def loops(rank: int) -> types.SimpleNamespace:
     def read_rows(projections, mask, state, slots, heads, normalize, reads):
         """``read_sequences``."""
         _ = stamp
-        read_sequences(rank, projections, mask, state, slots, heads, normalize, reads)
+        read_sequences(rank, projections, mask, state, slots, heads, normalize, reads, 0)
 
     return types.SimpleNamespace(scan_rows=scan_rows, read_rows=read_rows)

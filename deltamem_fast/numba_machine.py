@@ -7,10 +7,12 @@ is an integer.
 from __future__ import annotations
 
 import os
+import platform
 from types import ModuleType
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 WORD = ir.IntType(64)
@@ -77,6 +79,19 @@ def publish(context, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def pause(context):
+    """A moment's rest in a loop that waits for another thread, which may share this one's core."""
+
+    def generate(context, builder, signature, arguments):
+        if platform.machine() in ("x86_64", "AMD64"):
+            function = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

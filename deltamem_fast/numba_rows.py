@@ -13,7 +13,7 @@ from numba import carray, njit, types
 
 from . import numba_loops
 from .numba_loops import _ONE, _OPTIONS, _PART, _ZERO, BLOCK, read_sequences, scan_sequences
-from .numba_machine import bytes_, changed, floats, fma, integers, long_integers, publish, seen, take
+from .numba_machine import bytes_, changed, floats, fma, integers, long_integers, pause, seen, take
 
 # The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
 TABLE = (
@@ -91,6 +91,8 @@ def turn_loop():
                 carray(floats(factors), (5,))[4], cos + 4 * (b * step + t * rotary), sin + 4 * (b * step + t * rotary),
                 rotary,
             )  # fmt: skip
+            if work:
+                take(work + 8)
             item = take(work) if work else item + 1
 
     return turn_rows
@@ -158,11 +160,12 @@ def row_loop(rank: int):
                 same); 0 without RoPE.
             frozen: state and skipped are not written.
             reads: float32 [B, T, H·r], written.
-            delta: float32 [B, T, o_rows], written where the table has an o_weight: Δo.
+            delta: float32 [B, T, o_rows], written: Δo; 0: it is not computed.
             scratch: float32 [B, T, the memory's projections], written; 0: the function's own, for a few tokens. (Where
-                threads share the work nothing large is allocated: one that failed would leave the others waiting.)
-            work: int64 [1 + B], zeros, from which the threads of one call take what is to be done; 0: there is one.
-                No two sequences may have the same slot then.
+                threads share the work little is allocated: a failure would leave those waiting who follow.)
+            work: int64 [2 + B], zeros, where the threads of one call take what is to be done and count what is done,
+                and see how far each sequence's reads are; 0: there is one thread. No two sequences may have the same
+                slot then.
         """
         _ = stamp
         fixed = carray(long_integers(table), (_LENGTH,))
@@ -199,14 +202,12 @@ def row_loop(rank: int):
                     for t in range(length):
                         for i in range(used):
                             projections[b, t, i] = rows[first + b, t, bounds[3] + i]
-                done = work + 8 * (1 + item) if work else 0
+                done = work + 8 * (2 + item) if work else 0
                 if frozen:
                     read_sequences(
                         rank, projections, real[first:last], states, places[first:last], heads, normalize,
-                        out[first:last],
+                        out[first:last], done,
                     )  # fmt: skip
-                    if done:
-                        publish(done, length)
                 else:
                     nothing = np.empty((at_once, 0, heads, rank, rank), np.float32)
                     scan_sequences(
@@ -225,9 +226,9 @@ def row_loop(rank: int):
                                 for c in range(width):
                                     columns[c, bounds[n] + i] = weight[i, c]
                 if work:
-                    while seen(work + 8 * (1 + b)) < t + count:
-                        pass
-                for n in range(4):
+                    while seen(work + 8 * (2 + b)) < t + count:
+                        pause()
+                for n in range(4 if delta else 3):
                     if not fixed[12 + n]:
                         continue
                     numbers, apart = bounds[n + 1] - bounds[n], o_rows if n == 3 else stride
@@ -245,6 +246,8 @@ def row_loop(rank: int):
                         row, stride, count, fixed[5], fixed[6], dim, fixed[16], fixed[17], factor[4], cos + at,
                         sin + at, rotary,
                     )  # fmt: skip
+            if work:
+                take(work + 8)
             item = take(work) if work else item + 1
 
     return steer_rows

@@ -2,7 +2,7 @@
 
 numba has a pool of threads of its own, but PyTorch's spin for a while after each matmul and would take the cores from
 it. So the OpenMP library that PyTorch has loaded starts the region, on its own threads. What they do there is dealt
-out by a counter in shared memory, and nothing that is computed depends on who takes which part.
+out by a counter in shared memory, and no part's numbers depend on who takes it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _region(count: int):
 
 @functools.cache
 def _openmp():
-    """``GOMP_parallel`` of the OpenMP library that PyTorch runs on, or None where there is none."""
+    """``GOMP_parallel`` as PyTorch's libraries find it in this process, or None where there is none."""
     try:
         start = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):  # TypeError: a platform that has no handle for the whole process
@@ -60,8 +60,11 @@ def _openmp():
 
 
 def threads_for(parts: int) -> int:
-    """How many threads ``parts`` equal parts of work are worth: PyTorch's, and not more than parts."""
-    return min(torch.get_num_threads(), parts) if parts > 1 and _openmp() is not None else 1
+    """How many threads ``parts`` parts of work get: one, or all of PyTorch's.
+
+    Not fewer: libgomp would end the others, and PyTorch's next matmul start them anew.
+    """
+    return torch.get_num_threads() if parts > 1 and _openmp() is not None else 1
 
 
 def address_of(function) -> int:

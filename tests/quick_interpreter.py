@@ -14,8 +14,8 @@ def install():
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch, scope_type = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", None)
-    if scope_type is None or hasattr(patch, "once"):
+    patch, scope_type = (getattr(interpreter, name, None) for name in ("_patch_lang", "_LangPatchScope"))
+    if patch is None or scope_type is None or hasattr(patch, "once"):
         return
     patched = set()
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import loud_adapter, tiny_model
 
-from deltamem_fast import reference, reference_heads
+from deltamem_fast import DeltaMemConfig, patch_model, reference, reference_heads
 from deltamem_kernels.layout import HeadLayout, Steering
 from deltamem_kernels.rule import DeltaRule
 
@@ -176,13 +177,15 @@ def regions(monkeypatch):
 
 @pytest.mark.skipif(numba_threads._openmp() is None, reason="PyTorch runs on no OpenMP that starts regions")
 @pytest.mark.parametrize("heads", [1, 4])
-@pytest.mark.parametrize(("batch", "length", "threads"), [(1, 64, []), (1, 100, [2]), (1, 400, [3]), (5, 130, [3])])
+@pytest.mark.parametrize(
+    ("batch", "length", "threads"), [(1, 64, []), (3, 5, []), (1, 100, [3]), (1, 400, [3]), (5, 130, [3]), (30, 3, [3])]
+)
 def test_threads_change_no_bit(regions, batch, length, threads, heads):
     """The threads of a prompt follow one another; which of them computes what is not to be seen."""
     rule, layout = DeltaRule(8, heads), HeadLayout(2, 1, 1, 16, 16)
     packed, steering, *tables = problem(layout, rule.read_width, "qo", True, 0, (batch, length), 1, rule.width, 0)
     bias, mask = torch.zeros(rule.bias_width), torch.rand(batch, length) > 0.1
-    packed[0, 3, layout.width] = float("nan")
+    packed[0, 2, layout.width] = float("nan")
 
     def run(frozen):
         rows, state = packed.flatten(0, 1).clone(), torch.ones(batch, heads, 8, 8)
@@ -205,6 +208,31 @@ def test_threads_change_no_bit(regions, batch, length, threads, heads):
                 assert torch.equal(mine.nan_to_num(), other.nan_to_num())
         assert regions == 40 * threads  # the prompt and its heads alone
         regions.clear()
+
+
+def test_a_part_that_failed_is_an_error(monkeypatch, regions):
+    """numba prints what is raised on a thread and goes on; here nothing is done at all."""
+    monkeypatch.setattr(numba_heads, "on_threads", lambda *given: None)
+    rule, layout = DeltaRule(8), HeadLayout(2, 1, 1, 16, 16)
+    packed, steering, *tables = problem(layout, 8, "qo", True, 0, (1, 100), 1, rule.width, 0)
+    with pytest.raises(MemoryError, match="3 of 3 parts"):
+        numba_heads.prefill_(
+            packed[0], 100, torch.zeros(8), torch.zeros(1, 1, 8, 8), rule, layout, steering, *tables, mask=None,
+            skipped=torch.zeros(1, dtype=torch.int32), frozen=False, prepared=None,
+        )  # fmt: skip
+
+
+def test_the_deltas_of_a_long_prompt_wait_for_the_attention(monkeypatch):
+    """Before it they would be a part of its peak memory; behind it they are the same within rounding."""
+    model = loud_adapter(patch_model(tiny_model(), DeltaMemConfig(), backend="numba"))
+    ids, made = torch.randint(3, 128, (2, 40)), []
+    original = numba_heads._steer_rows
+    monkeypatch.setattr(numba_heads, "_steer_rows", lambda *given: made.append(original(*given)) or made[-1])
+    wanted = model(ids).logits
+    monkeypatch.setattr(numba_heads, "MOST_DELTAS", 79)
+    found = model(ids).logits
+    assert [delta is None for _, delta in made] == len(made) // 2 * [False] + len(made) // 2 * [True] != []
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_without_openmp_there_is_one_thread(monkeypatch, regions):
