@@ -1,10 +1,12 @@
 import os
 
 import pytest
-import quick_interpreter
 import torch
 
-quick_interpreter.install()
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
 # Two cores are shared between pytest-xdist's workers.
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

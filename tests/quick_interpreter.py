@@ -4,13 +4,10 @@ Each time it looks through all members of the language, which was a third of wha
 """
 
 import functools
-import os
 
 
 def install():
-    """Where TRITON_INTERPRET=1; a Triton whose interpreter is another one stays as it is."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
+    """For a process that has TRITON_INTERPRET=1; a Triton whose interpreter is another one stays as it is."""
     import triton.language as tl
     from triton.runtime import interpreter
 

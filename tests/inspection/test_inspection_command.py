@@ -189,7 +189,7 @@ def test_errors_name_the_argument(files, tmp_path, capsys):
         (["/no/such"], "MEMORY: /no/such: no such file"),
         ([a, "/no/such"], "OTHER: /no/such: no such file"),
         ([tmp_path / "text"], "MEMORY: .*text: not a safetensors file"),
-        ([a, small], r"OTHER: got layers \{0: \[1, 5, 5\]"),
+        ([a, small], r"OTHER: got layers \{0: \[1, 3, 3\]"),
         ([a, files / "one.safetensors"], "OTHER: got 1 rows, allowed 2"),
         ([a, "--row", "2"], "--row: got 2, allowed 0 to 1"),
         ([a, files / "one.safetensors", "--row", "1"], "--row: OTHER: got 1, allowed 0 to 0"),
