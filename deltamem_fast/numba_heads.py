@@ -14,7 +14,7 @@ from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
 from . import reference_heads
 from .numba_backend import checked_slots
 from .numba_rows import BLOCK, row_loop, turn_loop
-from .numba_threads import address_of, on_threads, threads_for
+from .numba_threads import on_threads, threads_for
 
 # Rows whose Δo may lie there through the attention; those of a longer prompt are made behind it, at a higher price, for
 # there they might be what its peak memory consists of.
@@ -40,10 +40,7 @@ class _Layer:
     memory.
     """
 
-    __slots__ = (
-        "addresses", "arrays", "factors", "layout", "o_rows", "read_width", "rule", "run", "run_at", "table",
-        "tensors",
-    )  # fmt: skip
+    __slots__ = ("addresses", "arrays", "factors", "layout", "o_rows", "read_width", "rule", "run", "table", "tensors")
 
     def __init__(self, rule: DeltaRule, layout: HeadLayout, steering: Steering, gate_bias: torch.Tensor):
         found = (gate_bias, *steering[:4], steering.q_norm, steering.k_norm)
@@ -62,7 +59,6 @@ class _Layer:
         self.table = table.ctypes.data
         self.factors = factors.ctypes.data if steering.scale_raw is None else None
         self.run = row_loop(rule.rank)
-        self.run_at = address_of(self.run)
 
     def are_the_tensors(self) -> bool:
         """Whether every array is its tensor's own memory, so that writes are seen."""
@@ -123,7 +119,7 @@ def _steer_heads(packed, reads, layout: HeadLayout, steering: Steering, cos, sin
     batch, length, width = packed.shape
     _held, (cos_at, sin_at, step) = _tables(cos, sin, length, layout.rotary)
     _run(
-        turn_loop(), None, _blocks(batch, length), batch, packed.data_ptr(), width, batch, length, layout.q, layout.k,
+        turn_loop(), _blocks(batch, length), batch, packed.data_ptr(), width, batch, length, layout.q, layout.k,
         layout.dim, *norms_at, factors.ctypes.data, cos_at, sin_at, layout.rotary, step,
     )  # fmt: skip
 
@@ -133,17 +129,17 @@ def _blocks(batch: int, length: int) -> int:
     return batch * -(-length // BLOCK) if length > 1 and batch * length > BLOCK else 1
 
 
-def _run(function, address: int | None, parts: int, batch: int, *arguments: int) -> None:
+def _run(function, parts: int, batch: int, *arguments: int) -> None:
     """Call a loop over B sequences that has ``parts`` parts, on PyTorch's threads if it has several.
 
-    Its last argument is what the threads share; ``address`` is the function's own, where it is known.
+    Its last argument is what the threads share.
     """
     threads = threads_for(parts)
     if threads == 1:
         function(*arguments, 0)
         return
     work = np.zeros(2 + batch, np.int64)
-    on_threads(address or address_of(function), (*arguments, work.ctypes.data), threads)
+    on_threads(function, (*arguments, work.ctypes.data), threads)
     if work[1] != parts:  # an exception in there is printed, not raised
         raise MemoryError(f"{parts - work[1]} of {parts} parts of a prompt were not computed")
 
@@ -191,7 +187,7 @@ def _steer_rows(
     blocks = _blocks(batch, length)
     parts = batch + blocks if blocks > 1 else 1  # each sequence's recurrence is one
     _run(
-        layer.run, layer.run_at, parts, batch, layer.table, factors, packed.data_ptr(), packed.shape[1], batch, length,
+        layer.run, parts, batch, layer.table, factors, packed.data_ptr(), packed.shape[1], batch, length,
         state.data_ptr(), slots_at, mask_at, skipped.data_ptr(), cos_at, sin_at, step, int(frozen), reads.data_ptr(),
         delta_at, scratch_at,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, types
+from numba.core.types.function_type import CompileResultWAP
 from numba.extending import intrinsic
 
 from .numba_machine import WORD, words_at
@@ -67,13 +68,17 @@ def threads_for(parts: int) -> int:
     return torch.get_num_threads() if parts > 1 and _openmp() is not None else 1
 
 
-def address_of(function) -> int:
-    """The address that C calls a compiled function by, of integers alone and with one signature."""
+@functools.cache
+def _address(function) -> int:
+    """The address that C calls a compiled function by."""
     (compiled,) = function.overloads.values()
-    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return CompileResultWAP(compiled).address
 
 
-def on_threads(address: int, arguments: tuple[int, ...], threads: int) -> None:
-    """Call a function on each of ``threads`` threads with the same integers, and return when all are done."""
-    job = np.array([address, *arguments], np.int64)
+def on_threads(function, arguments: tuple[int, ...], threads: int) -> None:
+    """Call a compiled function on each of ``threads`` threads with the same integers; returns when all are done.
+
+    The function has one signature, of integers alone.
+    """
+    job = np.array([_address(function), *arguments], np.int64)
     _openmp()(_region(len(arguments)).address, job.ctypes.data, threads, 0)
