@@ -133,8 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         text, bad = report(options.old, options.new, options.ratio)
     except (ValueError, OSError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        print(f"bench/compare: error: {message}", file=sys.stderr)
+        print(f"bench/compare: error: {error}", file=sys.stderr)
         return 2
     print(text)
     return int(bad)

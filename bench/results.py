@@ -68,7 +68,7 @@ def file_name(result: Result) -> str:
 def write(directory: Path, result: Result) -> Path:
     """Write a result under its name in ``directory``; returns the path."""
     data = result.head | {"rows": [row.to_dict() for row in result.rows]}
-    return write_json(directory / file_name(result), data)
+    return write_json(directory / file_name(result), data, private=False)
 
 
 def load(path: str | Path) -> Result:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .bank import BankConflict, MemoryBank
     from .cache import memory_state
     from .config import DeltaMemConfig
+    from .errors import DeltaMemError
     from .gates import record_gates
     from .operators import forget, ingest, retrieve, revise
     from .patch import layer_paths, patch_model, unpatch_model
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BankConflict": "bank",
     "DeltaMemConfig": "config",
+    "DeltaMemError": "errors",
     "MemoryBank": "bank",
     "MemorySession": "session",
     "MemoryState": "state",
@@ -53,6 +55,7 @@ _HOMES = {
 __all__ = [
     "BankConflict",
     "DeltaMemConfig",
+    "DeltaMemError",
     "MemoryBank",
     "MemorySession",
     "MemoryState",

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .config import CONFIG_NAME, DeltaMemConfig
+from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from .files import read_tensors, write_atomically
 from .memory import DeltaMemory
 from .record import identity_of, record_of, unwrap
@@ -47,7 +48,7 @@ def read_adapter(adapter) -> AdapterSource:
     if isinstance(adapter, DeltaMemConfig):
         return AdapterSource(adapter, None, "a fresh adapter")
     if not isinstance(adapter, str | os.PathLike):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"adapter: got {type(adapter).__name__}, allowed a directory, a hub id, a DeltaMemConfig or None"
         )
     directory = _directory_of(adapter)
@@ -61,14 +62,14 @@ def _directory_of(adapter: str | os.PathLike) -> Path:
         return path
     name = os.fspath(adapter)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise FileNotFoundError(f"adapter: got {name!r}, which is neither a directory nor a hub id (owner/name)")
+        raise FileMissingError(f"adapter: got {name!r}, which is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, SAFETENSORS_NAME, RELEASED_NAME]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
+        raise FileMissingError(
             f"adapter: got {name!r}, which is no directory here and could not be had from the hub: {error}"
         ) from error
 
@@ -85,15 +86,15 @@ def read_weights(directory: str | os.PathLike) -> dict[str, torch.Tensor]:
     if ours.is_file():
         return _read_safetensors(ours)
     if not released.is_file():
-        raise FileNotFoundError(f"adapter: {directory} holds neither {SAFETENSORS_NAME} nor {RELEASED_NAME}")
+        raise FileMissingError(f"adapter: {directory} holds neither {SAFETENSORS_NAME} nor {RELEASED_NAME}")
     try:
         weights = torch.load(released, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"adapter: {released} cannot be read as weights: {error}") from error
+        raise FileFormatError(f"adapter: {released} cannot be read as weights: {error}") from error
     if not isinstance(weights, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()
     ):
-        raise ValueError(f"adapter: {released} holds something else than named tensors")
+        raise FileFormatError(f"adapter: {released} holds something else than named tensors")
     return weights
 
 
@@ -101,7 +102,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     metadata, weights = read_tensors(path, "adapter")
     version = metadata.get("format_version", "")
     if metadata.get("format") != FORMAT or not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
-        raise ValueError(
+        raise FileFormatError(
             f"adapter: {path} has format {metadata.get('format')!r} version {version!r}, this version reads "
             f"{FORMAT!r} 1 to {FORMAT_VERSION}"
         )
@@ -136,10 +137,10 @@ def assign_weights(memories: dict[str, DeltaMemory], source: AdapterSource) -> N
     if missing or unexpected:
         parts = [f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
                  for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]  # fmt: skip
-        raise ValueError(f"adapter: {source.name} does not fit the model: of its weights it {' and '.join(parts)}")
+        raise ArgumentError(f"adapter: {source.name} does not fit the model: of its weights it {' and '.join(parts)}")
     for key, parameter in targets.items():
         if weights[key].shape != parameter.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"adapter: {source.name} has {key} of shape {list(weights[key].shape)}, the model needs "
                 f"{list(parameter.shape)}"
             )
@@ -169,7 +170,7 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
         ValueError: the model is not patched, or an unknown format.
     """
     if format not in FORMATS:
-        raise ValueError(f"format: got {format!r}, allowed {', '.join(FORMATS)}")
+        raise ArgumentError(f"format: got {format!r}, allowed {', '.join(FORMATS)}")
     config = identity_of(model).config
     return write_adapter(directory, config, adapter_state_dict(model), format)
 
@@ -180,7 +181,7 @@ def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Te
     # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
     weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
-        write_atomically(directory / RELEASED_NAME, lambda path: torch.save(weights, path))
+        write_atomically(directory / RELEASED_NAME, lambda path: torch.save(weights, path), private=False)
     else:
         from safetensors.torch import save_file
 
@@ -189,7 +190,7 @@ def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Te
             "format_version": str(FORMAT_VERSION),
             "config": json.dumps(config.to_dict()),
         }
-        write_atomically(directory / SAFETENSORS_NAME, lambda path: save_file(weights, path, metadata))
+        write_atomically(directory / SAFETENSORS_NAME, lambda path: save_file(weights, path, metadata), private=False)
     config.save(directory, released=format == "released")
     # One directory holds one adapter: a file of the other format would be an older one.
     (directory / (SAFETENSORS_NAME if format == "released" else RELEASED_NAME)).unlink(missing_ok=True)
@@ -213,7 +214,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     ours, theirs = identity.config.to_dict(), source.config.to_dict()
     if ours != theirs:
         differing = ", ".join(f"{k} {theirs[k]!r} (the model's: {ours[k]!r})" for k in ours if ours[k] != theirs[k])
-        raise ValueError(f"adapter: {source.name} has another configuration: {differing}; unpatch and patch again")
+        raise ArgumentError(f"adapter: {source.name} has another configuration: {differing}; unpatch and patch again")
     memories = {
         name.removesuffix(".delta_memory"): module
         for name, module in unwrap(model).named_modules()

@@ -8,6 +8,7 @@ from deltamem_kernels.rule import DeltaRule
 
 from .backends import operations
 from .bridge import UNKNOWN_CHECKPOINTS, Bridge, join
+from .errors import ArgumentError
 from .gates import GateSums, gate_sums
 from .memory import DeltaMemory
 from .segment_means import segment_means
@@ -76,7 +77,7 @@ class MemoryCall:
     def _run_unseen(self, layer: int) -> None:
         """A layer runs without a graph in a differentiable forward: reentrant checkpointing recomputes it later."""
         if self.initial[layer].requires_grad and not self.bridge.entered:
-            raise ValueError(UNKNOWN_CHECKPOINTS)
+            raise ArgumentError(UNKNOWN_CHECKPOINTS)
         self.bridge.unseen.add(layer)
 
     def keep(self, layer: int, projections: torch.Tensor) -> None:

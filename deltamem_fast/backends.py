@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from .errors import ArgumentError
+
 BACKENDS = ("auto", "triton", "numba", "reference")
 logger = logging.getLogger("deltamem_fast")
 _loaded: dict[tuple[str, str], ModuleType] = {}
@@ -38,7 +40,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
         ValueError: an unknown backend, or one that cannot run there; never a silent fallback.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, allowed {', '.join(BACKENDS)}")
+        raise ArgumentError(f"backend: got {backend!r}, allowed {', '.join(BACKENDS)}")
     gpu = device_type in ("cuda", "xpu")
     if backend == "auto":
         if gpu and installed("triton"):
@@ -53,17 +55,17 @@ def resolve_backend(backend: str, device_type: str) -> str:
         return chosen
     if backend == "triton":
         if not installed("triton"):
-            raise ValueError("backend: got 'triton', but the package triton is not installed")
+            raise ArgumentError("backend: got 'triton', but the package triton is not installed")
         if not gpu and not interpreting():
-            raise ValueError(
+            raise ArgumentError(
                 f"backend: got 'triton' for tensors on {device_type}, allowed on a GPU "
                 "(on a CPU only with TRITON_INTERPRET=1 set before Python starts)"
             )
     if backend == "numba":
         if not installed("numba"):
-            raise ValueError("backend: got 'numba', but the package numba is not installed (extra: cpu)")
+            raise ArgumentError("backend: got 'numba', but the package numba is not installed (extra: cpu)")
         if device_type != "cpu":
-            raise ValueError(f"backend: got 'numba' for tensors on {device_type}, allowed on cpu")
+            raise ArgumentError(f"backend: got 'numba' for tensors on {device_type}, allowed on cpu")
     return backend
 
 

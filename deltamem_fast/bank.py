@@ -20,6 +20,14 @@ from pathlib import Path
 import numpy
 import torch
 
+from .errors import (
+    ArgumentError,
+    ArgumentKeyError,
+    ArgumentTypeError,
+    FileFormatError,
+    FileMissingError,
+    PathExistsError,
+)
 from .files import read_json, write_json
 from .record import describe_difference, identity_of
 from .state import MemoryState
@@ -137,7 +145,7 @@ class MemoryBank:
         finite = numpy.isfinite(words[:, : self._state_words].view(numpy.float32)).all(1)
         if not finite.all():
             broken = [id for id, good in zip(ids, finite.tolist()) if not good]
-            raise ValueError(f"state: the memories of {_some(broken)} hold NaN or Inf")
+            raise ArgumentError(f"state: the memories of {_some(broken)} hold NaN or Inf")
         data, size = memoryview(words.reshape(-1)).cast("B"), 4 * self._words
         rows = [data[start : start + size] for start in range(0, len(data), size)]
         expected = None if overwrite else [state._versions.get(id, 0) for id in ids]
@@ -199,7 +207,7 @@ class MemoryBank:
         """
         memory = self.gather([check_id(id)], "cpu")
         if memory._versions[id] == 0:
-            raise KeyError(f"id: {id!r}: not in the bank")
+            raise ArgumentKeyError(f"id: {id!r}: not in the bank")
         return memory.save(path)
 
     def import_(self, id: str, path: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -213,7 +221,7 @@ class MemoryBank:
         check_id(id)
         memory = MemoryState.load(path, self._model)
         if memory.batch_size != 1:
-            raise ValueError(f"path: {path}: holds {memory.batch_size} memories, allowed 1")
+            raise FileFormatError(f"path: {path}: holds {memory.batch_size} memories, allowed 1")
         self.commit([id], memory, overwrite=overwrite)
 
     def export_all(self, directory: str | os.PathLike, *, batch_size: int = 512) -> int:
@@ -228,10 +236,10 @@ class MemoryBank:
         """
         directory = Path(directory)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size!r}, allowed an integer, 1 or more")
+            raise ArgumentError(f"batch_size: got {batch_size!r}, allowed an integer, 1 or more")
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
-            raise FileExistsError(f"directory: {directory}: not empty")
+            raise PathExistsError(f"directory: {directory}: not empty")
         ids = [entry.id for entry in self.list()]
         files = []
         for start in range(0, len(ids), batch_size):
@@ -263,7 +271,9 @@ class MemoryBank:
         for name, names in files:
             memory = MemoryState.load(directory / name, self._model)
             if memory.batch_size != len(names):
-                raise ValueError(f"directory: {name} holds {memory.batch_size} memories, the index says {len(names)}")
+                raise FileFormatError(
+                    f"directory: {name} holds {memory.batch_size} memories, the index says {len(names)}"
+                )
             self.commit(names, memory, overwrite=overwrite)
         return len(ids)
 
@@ -271,15 +281,15 @@ class MemoryBank:
 
     def _check_state(self, ids: builtins.list[str], state: MemoryState) -> None:
         if not isinstance(state, MemoryState):
-            raise TypeError(f"state: got a {type(state).__name__}, allowed a MemoryState")
+            raise ArgumentTypeError(f"state: got a {type(state).__name__}, allowed a MemoryState")
         if state.batch_size != len(ids):
-            raise ValueError(f"state: got {state.batch_size} memories for {len(ids)} ids, allowed one for each")
+            raise ArgumentError(f"state: got {state.batch_size} memories for {len(ids)} ids, allowed one for each")
         shapes = {i: tuple(layer.shape[1:]) for i, layer in state.items()}
         if shapes != self._shapes:
-            raise ValueError(f"state: got layers {shapes}, allowed {self._shapes}")
+            raise ArgumentError(f"state: got layers {shapes}, allowed {self._shapes}")
         dtypes = {layer.dtype for _, layer in state.items()}
         if dtypes - {torch.float32}:
-            raise ValueError(f"state: got {', '.join(sorted(map(str, dtypes)))}, allowed torch.float32")
+            raise ArgumentError(f"state: got {', '.join(sorted(map(str, dtypes)))}, allowed torch.float32")
         self._identity.check(state._identity)
 
     def _read(self, ids: builtins.list[str]) -> tuple:
@@ -336,34 +346,36 @@ class MemoryBank:
 def _check_layout(store: BankStore, ours: dict[str, str], row_bytes: int) -> None:
     difference = describe_difference(store.layout, ours)
     if difference:
-        raise ValueError(f"path: {store.path}: a bank of memories made under {difference}")
+        raise FileFormatError(f"path: {store.path}: a bank of memories made under {difference}")
     for name in ("byteorder", "layers"):
         if store.layout.get(name) != ours[name]:
-            raise ValueError(
+            raise FileFormatError(
                 f"path: {store.path}: a bank of {name} {store.layout.get(name)}, but here it is {ours[name]}"
             )
     if store.row_bytes != row_bytes:
-        raise ValueError(f"path: {store.path}: a bank of {store.row_bytes} bytes a memory, but here it is {row_bytes}")
+        raise FileFormatError(
+            f"path: {store.path}: a bank of {store.row_bytes} bytes a memory, but here it is {row_bytes}"
+        )
 
 
 def _read_index(path: Path) -> list[tuple[str, list[str]]]:
     """(file name, ids) of each file of an export."""
     if not path.is_file():
-        raise FileNotFoundError(f"directory: {path}: no such file")
+        raise FileMissingError(f"directory: {path}: no such file")
     index = read_json(path)
     if index.get("format") != EXPORT_FORMAT:
-        raise ValueError(
+        raise FileFormatError(
             f"directory: {path}: no export of a bank (format {index.get('format')!r}, allowed {EXPORT_FORMAT!r})"
         )
     if index.get("format_version") != EXPORT_VERSION:
-        raise ValueError(
+        raise FileFormatError(
             f"directory: {path}: format version {index.get('format_version')!r}, this version reads {EXPORT_VERSION}"
         )
     files = index.get("files")
     for file in files if isinstance(files, list) else [None]:
         # The index may come from elsewhere: only files beside it are read.
         if not isinstance(file, dict) or Path(str(file.get("file"))).name != file.get("file"):
-            raise ValueError(f"directory: {path}: got {file!r}, allowed the name of a file beside it and its ids")
+            raise FileFormatError(f"directory: {path}: got {file!r}, allowed the name of a file beside it and its ids")
     return [(file["file"], check_ids(file.get("ids"), f"directory: {path}: ids")) for file in files]
 
 

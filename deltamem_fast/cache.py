@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .state import MemoryState, writable
 
 _ATTRIBUTE = "_delta_memory"
@@ -56,7 +57,7 @@ class MemoryLayerMixin:
 
     def crop(self, *args, **kwargs) -> None:
         """Raises: what the memory has written cannot be taken back."""
-        raise NotImplementedError(
+        raise UnsupportedError(
             "crop: a cache of a patched model cannot be cropped, because the memory has already written the tokens "
             "that would go; keep a copy (copy.deepcopy(cache), memory.clone()) from before them instead"
         )
@@ -201,7 +202,7 @@ def memory_state(cache: Cache) -> MemoryState:
     """
     memory = getattr(cache, _ATTRIBUTE, None)
     if memory is None:
-        raise ValueError(
+        raise ArgumentError(
             f"cache: this {type(cache).__name__} holds no memory; it does once a patched model has run with it and "
             "without memory="
         )
@@ -223,7 +224,7 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
         identity.check(own._identity)
         return own  # every forward but a conversation's first
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
+        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
     if external:
         check_rows(memory, batch_size)
         if own is not None and all(_is_empty(cache.layers[layer_idx]) for layer_idx in own):
@@ -231,7 +232,7 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
             for layer_idx in own:
                 cache.layers[layer_idx].memory = None
         elif own is not None:
-            raise ValueError(
+            raise ArgumentError(
                 "memory: this cache already carries a memory of its own; pass memory_state(cache) or a fresh cache"
             )
         _replace_layers(cache, identity)
@@ -240,7 +241,7 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
     _replace_layers(cache, identity)
     if own is None:
         if not all(_is_empty(cache.layers[layer_idx]) for layer_idx in specs):
-            raise ValueError(
+            raise ArgumentError(
                 "past_key_values: this cache was filled with a memory= of the caller's; pass that memory again, or "
                 "start a new cache"
             )
@@ -250,7 +251,7 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
         layer = cache.layers[layer_idx]
         if layer_idx in own and not _is_empty(layer):
             rows = own[layer_idx].shape[0]
-            raise ValueError(f"input_ids: got a batch of {batch_size}, but the cache's memory has {rows} row(s)")
+            raise ArgumentError(f"input_ids: got a batch of {batch_size}, but the cache's memory has {rows} row(s)")
         layer.memory, layer.memory_layer_idx = own, layer_idx
         own._start(layer_idx, spec, batch_size)
     return own
@@ -269,7 +270,7 @@ def mark_missed(cache) -> None:
 def check_rows(memory: MemoryState, batch_size: int) -> None:
     """Raise ValueError unless ``memory`` has ``batch_size`` rows."""
     if memory.batch_size != batch_size:
-        raise ValueError(
+        raise ArgumentError(
             f"memory: got {memory.batch_size} row(s) for a batch of {batch_size}; see MemoryState.select and repeat"
         )
 
@@ -286,9 +287,11 @@ def _replace_layers(cache: Cache, identity) -> None:
         kind = _WITH_MEMORY.get(type(layer))
         if kind is None:
             allowed = ", ".join(plain.__name__ for plain in _WITH_MEMORY)
-            raise TypeError(f"past_key_values: layer {layer_idx} is a {type(layer).__name__}, allowed {allowed}")
+            raise ArgumentTypeError(
+                f"past_key_values: layer {layer_idx} is a {type(layer).__name__}, allowed {allowed}"
+            )
         if not _is_empty(layer):
-            raise ValueError(
+            raise ArgumentError(
                 f"past_key_values: layer {layer_idx} already holds tokens that the memory has not read (the model "
                 "was not patched, or its memory was disabled); start with an empty cache"
             )

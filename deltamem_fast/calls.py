@@ -12,6 +12,7 @@ from .advance import MemoryCall
 from .bridge import Bridge, is_sharded
 from .cache import adopt, check_rows
 from .capture import current_capture
+from .errors import ArgumentError, ArgumentTypeError
 from .gates import current_record
 from .state import MemoryState
 
@@ -46,10 +47,10 @@ def begin(
     """
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
-        raise ValueError("input_ids: got neither input_ids nor inputs_embeds")
+        raise ArgumentError("input_ids: got neither input_ids nor inputs_embeds")
     batch, length = tokens.shape[:2]
     if memory is not None and not isinstance(memory, MemoryState):
-        raise TypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
+        raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
     if memory is not None:
         _check_memory(memory, identity)
     if segment_ids is not None:
@@ -60,7 +61,7 @@ def begin(
 
     if cu_seqlens is not None:
         if segment_ids is not None:
-            raise ValueError("segment_ids: not supported with packed sequences (cu_seq_lens_q)")
+            raise ArgumentError("segment_ids: not supported with packed sequences (cu_seq_lens_q)")
         rows = cu_seqlens.numel() - 1
         if memory is not None:
             check_rows(memory, rows)
@@ -69,7 +70,7 @@ def begin(
         if cache is None and _uses_cache(decoder, kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         if cache is not None and decoder.training and getattr(decoder, "gradient_checkpointing", False):
-            raise ValueError("past_key_values: got a cache, which transformers drops under gradient checkpointing")
+            raise ArgumentError("past_key_values: got a cache, which transformers drops under gradient checkpointing")
         if cache is not None:
             state = adopt(cache, identity, memory, batch)
         elif memory is not None:
@@ -78,7 +79,7 @@ def begin(
         else:
             state = _zeros(identity, batch)
     if state._broken and (state is not memory or torch.is_grad_enabled()):
-        raise ValueError(state._broken)
+        raise ArgumentError(state._broken)
     return MemoryCall(
         state,
         token_mask,
@@ -110,25 +111,27 @@ def _check_memory(memory: MemoryState, identity) -> None:
     if layers.keys() != specs.keys() or any(layers[i].shape[1:] != spec.shape for i, spec in specs.items()):
         have = {i: list(state.shape[1:]) for i, state in memory.items()}
         want = {i: list(spec.shape) for i, spec in specs.items()}
-        raise ValueError(f"memory: got layers {have}, the model's adapter has {want}")
+        raise ArgumentError(f"memory: got layers {have}, the model's adapter has {want}")
     for i, spec in specs.items():
         if layers[i].dtype != torch.float32:
-            raise TypeError(f"memory: layer {i} is {layers[i].dtype}, allowed float32")
+            raise ArgumentTypeError(f"memory: layer {i} is {layers[i].dtype}, allowed float32")
         if layers[i].device != spec.device:
-            raise ValueError(f"memory: layer {i} is on {layers[i].device}, the model's is on {spec.device}; see to()")
+            raise ArgumentError(
+                f"memory: layer {i} is on {layers[i].device}, the model's is on {spec.device}; see to()"
+            )
     identity.check(memory._identity)
 
 
 def _check_segments(segment_ids, identity, batch: int, length: int, device) -> torch.Tensor:
     if not identity.config.segmented:
-        raise ValueError(
+        raise ArgumentError(
             "segment_ids: the adapter writes every token (memory_write_granularity 'token'), allowed with "
             "'message_mean' or 'sentence_mean' only"
         )
     if not isinstance(segment_ids, torch.Tensor) or segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
-        raise TypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written")
+        raise ArgumentTypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written")
     if tuple(segment_ids.shape) != (batch, length):
-        raise ValueError(f"segment_ids: got shape {list(segment_ids.shape)}, allowed [{batch}, {length}]")
+        raise ArgumentError(f"segment_ids: got shape {list(segment_ids.shape)}, allowed [{batch}, {length}]")
     return segment_ids.to(device)
 
 
@@ -139,7 +142,7 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
     if token_mask is not None:
         if not isinstance(token_mask, torch.Tensor) or tuple(token_mask.shape) != (batch, length):
             shape = list(token_mask.shape) if isinstance(token_mask, torch.Tensor) else token_mask
-            raise ValueError(f"token_mask: got {shape}, allowed a tensor [{batch}, {length}] or True")
+            raise ArgumentError(f"token_mask: got {shape}, allowed a tensor [{batch}, {length}] or True")
         return token_mask != 0
     if attention_mask is None:
         return None
@@ -149,7 +152,7 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
         shape = (
             list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
         )
-        raise ValueError(
+        raise ArgumentError(
             f"attention_mask: got {shape}, allowed [batch, length]: which tokens are real cannot be told from a "
             f"prepared mask; pass token_mask=, a bool tensor [{batch}, {length}] or True, beside it"
         )
@@ -158,11 +161,11 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
     width = attention_mask.shape[1]
     if isinstance(past, torch.Tensor):  # a static cache counts on its device: do not wait for it
         if width < length:
-            raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, past + {length}]")
+            raise ArgumentError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, past + {length}]")
         columns = past + torch.arange(length, device=past.device)
         return attention_mask.index_select(1, columns.to(attention_mask.device)) != 0
     if attention_mask.shape[0] != batch or width < past + length:
-        raise ValueError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, {past + length}]")
+        raise ArgumentError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, {past + length}]")
     return attention_mask[:, past : past + length] != 0
 
 
@@ -171,15 +174,15 @@ def _packed(kwargs: dict[str, Any], cache, batch: int, length: int) -> torch.Ten
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         if cache is not None:
-            raise ValueError("past_key_values: got a cache with packed sequences (cu_seq_lens_q), allowed None")
+            raise ArgumentError("past_key_values: got a cache with packed sequences (cu_seq_lens_q), allowed None")
         if batch != 1:
-            raise ValueError(f"cu_seq_lens_q: got with a batch of {batch}, allowed 1")
+            raise ArgumentError(f"cu_seq_lens_q: got with a batch of {batch}, allowed 1")
         return cu_seqlens
     position_ids = kwargs.get("position_ids")
     if cache is None and batch == 1 and length > 1 and kwargs.get("attention_mask") is None:
         if position_ids is not None and position_ids.ndim == 2 and not torch.compiler.is_compiling():
             if not bool((position_ids.diff(dim=-1) == 1).all()):
-                raise ValueError(
+                raise ArgumentError(
                     "position_ids: they restart inside the row, so it holds several packed sequences; pass "
                     "cu_seq_lens_q as well, so that each gets a memory of its own"
                 )

@@ -15,6 +15,7 @@ from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, rea
 from .chat.command import add_chat_command
 from .config import CONFIG_NAME
 from .demo_command import add_demo_command
+from .errors import ArgumentError, DeltaMemError
 from .inspection.command import add_inspect_command
 from .training.command import add_train_command
 from .version import __version__
@@ -58,7 +59,7 @@ def _run(argv: list[str] | None) -> int:
         return arguments.command(arguments)
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (DeltaMemError, ValueError, TypeError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"deltamem: error: {message}", file=sys.stderr)
         return USER_ERROR
@@ -129,7 +130,7 @@ def _info(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))
         return 0
     if arguments.adapter is not None:
-        raise ValueError("--adapter: given without MODEL, which it belongs to")
+        raise ArgumentError("--adapter: given without MODEL, which it belongs to")
     from .environment import environment
 
     facts = environment()
@@ -192,15 +193,15 @@ def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: b
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
     if target.resolve() == source.resolve():
-        raise ValueError(f"TARGET: got {target}, which is SOURCE; allowed another directory")
+        raise ArgumentError(f"TARGET: got {target}, which is SOURCE; allowed another directory")
     if target.exists() and not target.is_dir():
-        raise ValueError(f"TARGET: got {target}, which is a file; allowed a directory")
+        raise ArgumentError(f"TARGET: got {target}, which is a file; allowed a directory")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise ValueError(f"TARGET: {target} is not empty; --force replaces the adapter in it")
+        raise ArgumentError(f"TARGET: {target} is not empty; --force replaces the adapter in it")
 
 
 def _check_written(directory: Path, weights: dict[str, torch.Tensor]) -> None:
     written = read_weights(directory)
     same = written.keys() == weights.keys() and all(same_bits(written[name], weights[name]) for name in weights)
     if not same:
-        raise ValueError(f"TARGET: {directory} does not read back as it was written")
+        raise ArgumentError(f"TARGET: {directory} does not read back as it was written")

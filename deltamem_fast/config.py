@@ -11,6 +11,7 @@ from typing import Any
 
 from deltamem_kernels.rule import MAX_RANK, STATE_UPDATE_MODES, DeltaRule
 
+from .errors import ArgumentError, FileFormatError, FileMissingError
 from .files import read_json, write_json
 
 CONFIG_NAME = "delta_mem_config.json"
@@ -131,9 +132,9 @@ class DeltaMemConfig:
         _allow("delta_scale_init", self.delta_scale_init, between, f"between 0 and {self.delta_scale_max}")
         for key, value in self.archived.items():
             if key not in ARCHIVED:
-                raise ValueError(f"{key}: unknown configuration key")
+                raise ArgumentError(f"{key}: unknown configuration key")
             if _plain(value) != ARCHIVED[key] or isinstance(value, bool) is not isinstance(ARCHIVED[key], bool):
-                raise ValueError(f"{key}: archived, got {value!r}, allowed its default {ARCHIVED[key]!r} only")
+                raise ArgumentError(f"{key}: archived, got {value!r}, allowed its default {ARCHIVED[key]!r} only")
 
     @classmethod
     def tsw(cls, **changes) -> DeltaMemConfig:
@@ -199,7 +200,7 @@ class DeltaMemConfig:
         if version is None:
             values = _RELEASED_DEFAULTS | values
         elif type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise ValueError(
+            raise ArgumentError(
                 f"format_version: got {version!r}, this version of deltamem-fast reads 1 to {FORMAT_VERSION}"
             )
         active = {f.name for f in dataclasses.fields(cls)} - {"archived"}
@@ -209,18 +210,18 @@ class DeltaMemConfig:
     def save(self, directory: str | os.PathLike, *, released: bool = False) -> Path:
         """Write ``delta_mem_config.json`` into ``directory``, atomically; ``released`` leaves out our version."""
         version = {} if released else {"format_version": FORMAT_VERSION}
-        return write_json(Path(directory) / CONFIG_NAME, version | self.to_dict())
+        return write_json(Path(directory) / CONFIG_NAME, version | self.to_dict(), private=False)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> DeltaMemConfig:
         """Read ``delta_mem_config.json`` from ``directory``; errors name the file."""
         path = Path(directory) / CONFIG_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; an adapter directory holds a {CONFIG_NAME}")
+            raise FileMissingError(f"{path}: no such file; an adapter directory holds a {CONFIG_NAME}")
         try:
             return cls.from_dict(read_json(path))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise FileFormatError(f"{path}: {error}") from error
 
 
 def _plain(value):
@@ -229,7 +230,7 @@ def _plain(value):
 
 def _allow(name: str, value, condition: bool, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"{name}: got {value!r}, allowed {allowed}")
+        raise ArgumentError(f"{name}: got {value!r}, allowed {allowed}")
 
 
 def _choose(name: str, value, choices) -> None:

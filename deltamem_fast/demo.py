@@ -21,6 +21,7 @@ from torch import nn
 from .adapter import same_bits
 from .backends import BACKENDS, installed, resolve_backend
 from .environment import versions
+from .errors import ArgumentError
 from .inspection.heatmap import Snapshot, draw_heat_map
 from .patch import patch_model, unpatch_model
 from .recall import story as stories
@@ -183,11 +184,11 @@ def device_for(backend: str) -> torch.device:
 
 def _check_arguments(strategy: str, questions: int, backend: str) -> None:
     if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: got {strategy!r}, allowed {', '.join(STRATEGIES)}")
+        raise ArgumentError(f"strategy: got {strategy!r}, allowed {', '.join(STRATEGIES)}")
     if questions < 1:
-        raise ValueError(f"questions: got {questions}, allowed 1 or more")
+        raise ArgumentError(f"questions: got {questions}, allowed 1 or more")
     if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, allowed {', '.join(BACKENDS)}")
+        raise ArgumentError(f"backend: got {backend!r}, allowed {', '.join(BACKENDS)}")
 
 
 def _device_name(device: torch.device) -> str:

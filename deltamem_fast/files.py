@@ -1,74 +1,359 @@
-"""Writing files so that nothing is lost: to a temporary name beside the target, then renamed."""
+"""Reading and writing files so that nothing is lost, nothing is trusted, and what is private stays so."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
+import math
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+import shutil
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .errors import FileAccessError, FileFormatError, FileMissingError, WrongPathKindError, file_error
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     import torch
 
+MOST_JSON_BYTES = 2**28
+_MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library has it
+_OLD = 24 * 3600.0  # seconds after which a leftover is one, where no lock tells
+_TEMPORARY = ".tmp"
 
-def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
+# A tensor in a file's header: its dtype as safetensors names it, and its shape.
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+# --- writing
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], None], *, private: bool = True) -> Path:
     """Have ``write`` produce a file under a temporary name, sync it, and rename it to ``path``.
 
-    A reader sees the old file or the new one, never a part of it; after an error the old one stands.
+    A reader sees the old file or the new one, never a part of it; after an error the old one stands. A file that
+    exists keeps its mode, and a symbolic link stays one: the file that it points to is replaced. What a killed writer
+    of this file has left behind is removed.
 
     Args:
         path: the target; its directory is made if needed.
         write: called with the temporary path.
+        private: a new file (and a new directory) is for this user alone; else as the umask says.
+
+    Raises:
+        FileAccessError (an OSError): it cannot be written; names the path.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        # mkstemp makes files private; the result has the mode that open() would have given it.
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+    with naming_files("path", path):
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise WrongPathKindError(f"path: {path}: a directory, allowed a file")
+        make_directory(target.parent, private=private)
+        with _temporary_directory(target) as folder:
+            # ``write`` may itself write beside its file and rename; all of that stays in the folder.
+            temporary = folder / "file"
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+            mode = stat.S_IMODE(os.stat(temporary).st_mode)
+            write(temporary)
+            old = os.stat(target) if target.exists() else None
+            os.chmod(temporary, mode if old is None else stat.S_IMODE(old.st_mode))
+            if old is not None and hasattr(os, "chown") and old.st_uid != os.stat(temporary).st_uid:
+                with contextlib.suppress(OSError):  # root writes a user's file: it stays the user's
+                    os.chown(temporary, old.st_uid, old.st_gid)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        _sync_directory(target.parent)
     return path
 
 
-def write_json(path: str | os.PathLike, value) -> Path:
-    """Write ``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def make_directory(path: str | os.PathLike, *, private: bool = True) -> Path:
+    """Make a directory and what is missing above it, each ``private`` (0700) or as the umask says."""
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+    if not path.is_dir():
+        raise WrongPathKindError(f"path: {path}: a file, allowed a directory")
+    return path
 
 
-def read_json(path: str | os.PathLike) -> dict:
-    """Read a JSON object; an error names the file."""
+@contextlib.contextmanager
+def _temporary_directory(target: Path) -> Iterator[Path]:
+    """A private directory beside ``target``, gone afterwards; those that killed processes have left go first."""
+    _sweep(target)
+    while True:
+        folder = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}{_TEMPORARY}")
+        folder.mkdir(mode=0o700)
+        lock = _lock(folder)
+        if lock is None or _holds(lock, folder):  # else another writer took it for a leftover, before it was locked
+            break
+        os.close(lock)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what writers of ``target`` that were killed have left; those that still write hold a lock."""
+    prefix = f".{target.name[:200]}."
+    with contextlib.suppress(OSError):  # it takes room and does no other harm
+        for path in target.parent.iterdir():
+            middle = path.name.removeprefix(prefix).removesuffix(_TEMPORARY)
+            if path.name == f"{prefix}{middle}{_TEMPORARY}" and "." not in middle:
+                with contextlib.suppress(OSError):
+                    remove_leftover(path)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove what a killed ``write_atomically`` has left, unless its writer lives (BlockingIOError)."""
+    if not path.is_dir() or path.is_symlink() or fcntl is None:
+        # A file: of versions that wrote without a folder.
+        if time.time() - path.lstat().st_mtime > _OLD:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return
+    lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    if fcntl is None:
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    return os.open(os.devnull, os.O_RDONLY)  # it is gone: ``_holds`` says so
+
+
+def _holds(lock: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def write_text(path: str | os.PathLike, text: str, *, private: bool = True) -> Path:
+    """Write ``text`` as UTF-8, atomically; half a surrogate pair, which UTF-8 cannot hold, becomes "?"."""
+    data = text.encode("utf-8", "replace")
+    return write_atomically(path, lambda temporary: temporary.write_bytes(data), private=private)
+
+
+def write_json(path: str | os.PathLike, value, *, private: bool = True) -> Path:
+    """Write ``value`` as indented JSON, atomically.
+
+    Raises:
+        TypeError, ValueError: it is not JSON (NaN and Inf are not); nothing is written.
+    """
+    return write_atomically(path, lambda temporary: temporary.write_bytes(json_bytes(value)), private=private)
+
+
+def json_bytes(value) -> bytes:
+    """``value`` as indented JSON in UTF-8. Half a surrogate pair is written as its escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode("ascii")
+
+
+# --- reading
+
+
+@contextlib.contextmanager
+def naming_files(name: str, path: str | os.PathLike) -> Iterator[None]:
+    """The operating system's errors inside come out as ours, which name the argument and the path."""
+    try:
+        yield
+    except FileAccessError:
+        raise
+    except OSError as error:
+        raise file_error(error, name, path) from error
+
+
+def read_bytes(path: str | os.PathLike, name: str = "path", *, most: int | None = None) -> bytes:
+    """All of a file; ``name`` is the argument that an error names.
+
+    Raises:
+        FileMissingError: there is none.
+        FileAccessError: it cannot be read, or is no plain file.
+        FileFormatError: it has more than ``most`` bytes.
+    """
+    with _opened(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most is not None and size > most:
+            raise FileFormatError(f"{name}: {path}: has {size:,} bytes, allowed at most {most:,}")
+        return file.read()
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike, name: str):
+    with naming_files(name, path):
+        try:
+            kind = os.stat(path).st_mode
+        except FileNotFoundError:
+            raise file_error(FileNotFoundError(errno.ENOENT, "no such file"), name, path) from None
+        except ValueError as error:  # NUL in the path
+            raise FileMissingError(f"{name}: {path!r}: no such file: {error}") from None
+        # A pipe or a device would never end.
+        if not stat.S_ISREG(kind):
+            raise WrongPathKindError(f"{name}: {path}: not a file" + (" but a directory" * stat.S_ISDIR(kind)))
+        with open(path, "rb") as file:
+            yield file
+
+
+def read_json(path: str | os.PathLike, name: str = "") -> dict:
+    """Read a JSON object.
+
+    Raises:
+        FileMissingError, FileAccessError: see ``read_bytes``.
+        FileFormatError (a ValueError): not a JSON object, or one with NaN, Inf, or nested without end; names the file.
+    """
+    return parse_json(read_bytes(path, name or "path", most=MOST_JSON_BYTES), path, name)
+
+
+def parse_json(data: bytes | str, path: str | os.PathLike, name: str = "") -> dict:
+    """A JSON object from the bytes of the file ``path``; errors as ``read_json``."""
+    where = f"{name}: {path}" if name else f"{path}"
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object)
+    except RecursionError:
+        raise FileFormatError(f"{where}: not JSON: nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise FileFormatError(f"{where}: not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: got a JSON {type(value).__name__}, allowed an object")
+        raise FileFormatError(f"{where}: got a JSON {type(value).__name__}, allowed an object")
     return value
 
 
-def read_tensors(path: str | os.PathLike, name: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors, on the CPU, of a safetensors file; ``name`` is the argument that an error names."""
-    from safetensors import SafetensorError, safe_open
+def _refuse_constant(text: str):
+    raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is beyond every float")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key comes twice in an object of {sorted(found)[:8]}")
+    return found
+
+
+def read_tensors(
+    path: str | os.PathLike, name: str, check: Callable[[dict[str, str], Header], None] | None = None
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Metadata and tensors, on the CPU, of a safetensors file; the tensors are this process's own, not mapped.
+
+    Args:
+        name: the argument that an error names.
+        check: is given the metadata and every tensor's dtype and shape before the tensors are read; raises.
+
+    Raises:
+        FileMissingError, FileAccessError: see ``read_bytes``.
+        FileFormatError: not a safetensors file, or cut short.
+    """
+    with _opened(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if not length <= min(size - 8, _MOST_HEADER_BYTES):
+            raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
+        head = file.read(length)
+        metadata, header = _parse_header(head, path, name)
+        if check is not None:
+            check(metadata, header)
+        data = start + head + file.read()
+    return metadata, _tensors(data, path, name)
+
+
+def parse_tensors(
+    data: bytes,
+    path: str | os.PathLike,
+    name: str,
+    check: Callable[[dict[str, str], Header], None] | None = None,
+) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """As ``read_tensors``, of the bytes of the file ``path``."""
+    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else len(data)
+    if length > len(data) - 8:
+        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
+    metadata, header = _parse_header(data[8 : 8 + length], path, name)
+    if check is not None:
+        check(metadata, header)
+    return metadata, _tensors(data, path, name)
+
+
+def _parse_header(data: bytes, path: str | os.PathLike, name: str) -> tuple[dict[str, str], Header]:
+    entries = parse_json(data, path, name)
+    metadata = entries.pop("__metadata__", None) or {}
+    text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    found = {}
+    for key, entry in entries.items():
+        dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
+        sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        if not isinstance(dtype, str) or not sizes or not text:
+            raise FileFormatError(f"{name}: {path}: not a safetensors file: entry {key!r}")
+        found[key] = (dtype, tuple(shape))
+    return metadata, found
+
+
+def _tensors(data: bytes, path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, "pt", device="cpu") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
+        return load(data)
+    except Exception as error:  # SafetensorError, or KeyError for a dtype that this torch does not have
+        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
+
+
+# --- checksums
+
+
+def seal(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over metadata (but its own entry, ``sha256``) and tensors, by name: dtype, shape, bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for key, value in sorted(metadata.items()):
+        if key != "sha256":
+            digest.update(json.dumps([key, value]).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def check_seal(
+    path: str | os.PathLike, name: str, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise FileFormatError unless the metadata's ``sha256`` is what ``seal`` gives."""
+    if metadata.get("sha256") != seal(metadata, tensors):
+        raise FileFormatError(f"{name}: {path}: damaged: its content is not what was written (sha256)")
 
 
 def _sync_directory(directory: Path) -> None:

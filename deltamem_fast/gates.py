@@ -11,6 +11,8 @@ import torch
 
 from deltamem_kernels.rule import DeltaRule
 
+from .errors import ArgumentError
+
 OPEN, SHUT = 0.99, 0.01
 
 
@@ -61,10 +63,10 @@ class GateRecord:
             ValueError: target is not between 0 and 1, or no forward has written a memory.
         """
         if not 0 <= target <= 1:
-            raise ValueError(f"target: got {target}, allowed 0 to 1")
+            raise ArgumentError(f"target: got {target}, allowed 0 to 1")
         means = self.mean_beta()
         if not means:
-            raise ValueError("record_gates: no forward of a patched model has written a memory inside it")
+            raise ArgumentError("record_gates: no forward of a patched model has written a memory inside it")
         device = next(iter(means.values())).device
         terms = [(mean - target) ** 2 * (self._layers[layer].rest[0] > 0) for layer, mean in means.items()]
         return torch.stack([term.to(device) for term in terms]).mean()

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .record import identity_of, is_disabled
 
 
@@ -59,7 +60,7 @@ def _refusing(name: str):
     def refuse(self, *args, **kwargs):
         if is_disabled(self):
             return _original(self, name)(*args, **kwargs)
-        raise NotImplementedError(_NO_BATCHING)
+        raise UnsupportedError(_NO_BATCHING)
 
     return refuse
 
@@ -123,39 +124,41 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
         or config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION
     )
     if assisted:
-        raise NotImplementedError(
+        raise UnsupportedError(
             "generate: assisted and prompt-lookup decoding take tokens back that were not accepted; what the memory "
             "has written cannot be taken back"
         )
     if settings["cache_implementation"] == "paged":
-        raise NotImplementedError(_NO_BATCHING)
+        raise UnsupportedError(_NO_BATCHING)
     if kwargs.get("token_mask") is not None:
-        raise ValueError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
+        raise ArgumentError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
     if memory is not None:
         for name in ("num_beams", "num_return_sequences"):
             if settings[name] > 1:
-                raise ValueError(
+                raise ArgumentError(
                     f"{name}: got {settings[name]} with memory=, allowed 1: the caller's memory has one row for each "
                     "prompt and cannot follow several continuations; leave memory out (the cache's own memory does), "
                     "or pass memory.repeat(n) with the prompts repeated"
                 )
         if settings["use_cache"] is False:
-            raise ValueError("use_cache: got False with memory=, allowed True: every step would write the prompt again")
+            raise ArgumentError(
+                "use_cache: got False with memory=, allowed True: every step would write the prompt again"
+            )
     if identity_of(self).config.segmented and settings["prefill_chunk_size"] is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"prefill_chunk_size: got {settings['prefill_chunk_size']}, allowed None with SSW, whose tokens read the "
             "state from before the whole prompt"
         )
     if segment_ids is not None:
         if not isinstance(segment_ids, torch.Tensor):
-            raise TypeError(f"segment_ids: got {type(segment_ids).__name__}, allowed an integer tensor [B, T]")
+            raise ArgumentTypeError(f"segment_ids: got {type(segment_ids).__name__}, allowed an integer tensor [B, T]")
         prompt = given["inputs"] if given.get("inputs") is not None else kwargs.get("input_ids")
         if prompt is not None and tuple(segment_ids.shape) != tuple(prompt.shape):
-            raise ValueError(
+            raise ArgumentError(
                 f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {list(prompt.shape)}"
             )
         if settings["use_cache"] is False:
-            raise ValueError(
+            raise ArgumentError(
                 "use_cache: got False with segment_ids=, allowed True: every later step would write the prompt "
                 "token by token"
             )

@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapter import read_adapter
 from .backends import resolve_backend
+from .errors import ArgumentError, FileMissingError
 from .patch import layer_paths, patch_model
 from .record import identity_of
 
@@ -32,9 +33,9 @@ def load_patched(name: str, adapter: str | None, dtype: str, device: str) -> nn.
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {device!r}, which torch cannot use here ({error})") from error
+        raise ArgumentError(f"device: got {device!r}, which torch cannot use here ({error})") from error
     if not Path(name).expanduser().is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"MODEL: {name}: no such directory")
+        raise FileMissingError(f"MODEL: {name}: no such directory")
     read_adapter(adapter)  # a wrong one is told before gigabytes are read
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted).eval().to(target)

@@ -9,6 +9,7 @@ import torch
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
 
 from . import reference
+from .errors import ArgumentIndexError
 from .numba_backward import backward_loops
 from .numba_loops import BLOCK, loops
 
@@ -28,7 +29,7 @@ def _array(tensor: torch.Tensor):
 def checked_slots(slots: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """The slots as the loops take them, int64. Raises: IndexError if one is past the state."""
     if slots.numel() and int(slots.max()) >= state.shape[0]:
-        raise IndexError(f"slots: got {int(slots.max())}, allowed −1 to {state.shape[0] - 1}")
+        raise ArgumentIndexError(f"slots: got {int(slots.max())}, allowed −1 to {state.shape[0] - 1}")
     return slots.long().contiguous()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .capture import capture_projections
+from .errors import ArgumentError, ArgumentTypeError
 from .record import decoder_of, identity_of, input_device, is_disabled, unwrap
 from .reference import split_projections, valid_tokens
 from .segment_means import segment_means
@@ -55,9 +56,9 @@ def ingest(
     """
     _check(model, memory)
     if memory.frozen:
-        raise ValueError("memory: it is frozen (read-only), allowed one that may be written")
+        raise ArgumentError("memory: it is frozen (read-only), allowed one that may be written")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens: got {tokens!r}, allowed an integer, 1 or more")
+        raise ArgumentError(f"tokens: got {tokens!r}, allowed an integer, 1 or more")
     pieces = [_encoded(model, tokenizer, piece) for piece in _pieces(tokenizer, _checked_text(text), tokens)]
     total = sum(arguments["input_ids"].shape[1] for arguments in pieces)
     for arguments in _with_bar(pieces, total, progress):
@@ -95,7 +96,7 @@ def retrieve(
     _check(model, memory)
     messages = _as_messages(_checked_text(question))
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("tokenizer: has no chat template, which shows the model where its answer begins")
+        raise ArgumentError("tokenizer: has no chat template, which shows the model where its answer begins")
     template = dict(template or {})
     ids = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template
@@ -163,7 +164,7 @@ def forget(
     if strength is None:
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
-        raise ValueError(f"strength: got {strength!r}, allowed a number, 0 or more")
+        raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more")
     pieces = [_encoded(model, tokenizer, piece) for piece in _pieces(tokenizer, _checked_text(text), WRITE_TOKENS)]
     scratch = MemoryState.zeros(model)
     with capture_projections() as found:
@@ -202,12 +203,12 @@ def _erased(adapter, projections: torch.Tensor, segment_ids, state: torch.Tensor
 def _checked_text(text: Text) -> Text:
     if isinstance(text, str):
         if not text.strip():
-            raise ValueError("text: got nothing but white space, allowed a text")
+            raise ArgumentError("text: got nothing but white space, allowed a text")
         return text
     if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
-        raise TypeError(f"text: got {type(text).__name__}, allowed a str or a list of messages")
+        raise ArgumentTypeError(f"text: got {type(text).__name__}, allowed a str or a list of messages")
     if not text:
-        raise ValueError("text: got no message, allowed one or more")
+        raise ArgumentError("text: got no message, allowed one or more")
     return list(text)
 
 
@@ -286,9 +287,9 @@ def _with_bar(pieces: list[dict[str, torch.Tensor]], total: int, progress: bool 
 def _check(model: nn.Module, memory: MemoryState) -> None:
     identity = identity_of(model)
     if not isinstance(memory, MemoryState):
-        raise TypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
+        raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
     if memory.batch_size != 1:
-        raise ValueError(f"memory: got {memory.batch_size} rows, allowed 1; see MemoryState.select")
+        raise ArgumentError(f"memory: got {memory.batch_size} rows, allowed 1; see MemoryState.select")
     if is_disabled(unwrap(model)):
-        raise ValueError("model: its memory is disabled here (memory_disabled)")
+        raise ArgumentError("model: its memory is disabled here (memory_disabled)")
     identity.check(memory._identity)

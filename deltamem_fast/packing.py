@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .errors import ArgumentError
+
 
 class PackedRows:
     """Rows of several parameters in one tensor. Each parameter stays what it was, but is a view of its rows.
@@ -28,7 +30,7 @@ class PackedRows:
         first = self.parameters[0]
         alike = {(p.dtype, p.device, p.shape[1:]) for p in self.parameters}
         if len(alike) > 1 or len({id(p) for p in self.parameters}) < len(self.parameters):
-            raise ValueError(f"parts: got {alike}, allowed different parameters of one dtype, device and row length")
+            raise ArgumentError(f"parts: got {alike}, allowed different parameters of one dtype, device and row length")
         with torch.no_grad(), torch.inference_mode(False):  # an inference tensor could not be a parameter's storage
             if len(parts) == 1:
                 self.tensor = first.data

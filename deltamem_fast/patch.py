@@ -16,6 +16,7 @@ from .cache import mark_missed
 from .calls import CallersMemory, begin
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
+from .errors import ArgumentError, ArgumentTypeError, StateError
 from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
@@ -46,7 +47,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     """
     outer, model = model, unwrap(model)
     if (record := find_record(model)) is not None:
-        raise ValueError(
+        raise ArgumentError(
             f"model: already patched with {record.identity.adapter_name}; call unpatch_model before another adapter"
         )
     source = read_adapter(adapter)
@@ -96,18 +97,18 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
         and getattr(module, "layer_idx", None) is not None
     }
     if not found:
-        raise ValueError(
+        raise ArgumentError(
             f"model: {type(model).__name__} has no attention named {' or '.join(config.target_modules)} with q_proj "
             "and o_proj, which the adapter corrects"
         )
     indices = [module.layer_idx for module in found.values()]
     if len(set(indices)) != len(indices):
-        raise ValueError(f"model: {type(model).__name__} has several attentions with one layer index: {indices}")
+        raise ArgumentError(f"model: {type(model).__name__} has several attentions with one layer index: {indices}")
     for name, module in found.items():
         _check_attention(model, name, module)
     missing = sorted(set(config.target_layers) - set(indices))
     if missing:
-        raise ValueError(
+        raise ArgumentError(
             f"target_layers: the adapter names layers {missing}, the model has {min(indices)} to {max(indices)}"
         )
     if config.target_layers:
@@ -115,7 +116,7 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
     for name, module in found.items():
         for head in config.delta_heads:
             if not _is_linear(getattr(module, f"{head}_proj", None)):
-                raise ValueError(f"delta_heads: the adapter corrects {head}, but {name} has no {head}_proj")
+                raise ArgumentError(f"delta_heads: the adapter corrects {head}, but {name} has no {head}_proj")
     return found
 
 
@@ -125,17 +126,17 @@ def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
     for part, module in (("decoder layer", layer), ("attention", attention)):
         kinds = [p.kind for p in inspect.signature(type(module).forward).parameters.values()]
         if inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise ValueError(
+            raise ArgumentError(
                 f"model: the {part} {type(module).__name__} takes no keyword arguments beyond its own, so the memory "
                 f"cannot be handed to {name}; such models are not supported"
             )
     if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
-        raise ValueError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
+        raise ArgumentError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
 
 def _refuse_sharded(model: nn.Module) -> None:
     if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
-        raise ValueError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
+        raise ArgumentError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
 
 
 def _shape_of(attention: nn.Module) -> LayerShape:
@@ -192,12 +193,12 @@ def _is_plain(weight: torch.Tensor) -> bool:
 def _refuse_unreadable(name: str, base: dict[str, torch.Tensor | None], config: DeltaMemConfig) -> None:
     for head in config.delta_heads:
         if base[head].device.type == "meta":
-            raise ValueError(
+            raise ArgumentError(
                 f"output_init: got {config.output_init!r}, but the weight of {name}.{head}_proj is offloaded; allowed "
                 "there: zero, random, or an adapter with weights"
             )
         if not _is_plain(base[head]):
-            raise ValueError(
+            raise ArgumentError(
                 f"output_init: got {config.output_init!r}, but {name}.{head}_proj is quantised ({base[head].dtype}); "
                 "allowed there: zero, random, or an adapter with weights"
             )
@@ -329,7 +330,7 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     output = original(**kwargs, memory=call)
     if len(call.initial) != len(record.identity.memories):
         missing = sorted(set(record.identity.memories) - set(call.initial))
-        raise RuntimeError(
+        raise StateError(
             f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
             "keyword arguments down to it, so it cannot be patched"
         )
@@ -349,11 +350,13 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
 def _by_name(module: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict) -> dict:
     """Positional arguments of a forward by name."""
     if len(args) > len(names):
-        raise TypeError(f"{type(module).__name__}.forward: got {len(args)} positional arguments, allowed {len(names)}")
+        raise ArgumentTypeError(
+            f"{type(module).__name__}.forward: got {len(args)} positional arguments, allowed {len(names)}"
+        )
     named = dict(zip(names, args))
     for name in named:
         if name in kwargs:
-            raise TypeError(f"{type(module).__name__}.forward: got {name} twice")
+            raise ArgumentTypeError(f"{type(module).__name__}.forward: got {name} twice")
     return named
 
 

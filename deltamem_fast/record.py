@@ -15,6 +15,7 @@ from torch import nn
 from deltamem_kernels.rule import DeltaRule
 
 from .config import DeltaMemConfig
+from .errors import ArgumentError, ArgumentTypeError
 from .fingerprint import adapter_fingerprint, backbone_fingerprint, backbone_name
 from .memory import DeltaMemory
 
@@ -75,7 +76,7 @@ class Identity:
             return
         difference = describe_difference(other.fingerprints(), self.fingerprints())
         if difference:
-            raise ValueError(f"memory: made under {difference}")
+            raise ArgumentError(f"memory: made under {difference}")
         self.accepted.append(other)
 
 
@@ -116,7 +117,7 @@ class PatchRecord:
         """
         for owner, name, value, _, _ in self.replaced:
             if vars(owner).get(name) is not value:
-                raise ValueError(
+                raise ArgumentError(
                     f"model: {type(owner).__name__}.{name} was replaced after patch_model (by a hook, or another "
                     "patch); undo that first"
                 )
@@ -146,7 +147,7 @@ class PatchRecord:
             torch.cuda.empty_cache()
 
     def __reduce_ex__(self, protocol):
-        raise TypeError(
+        raise ArgumentTypeError(
             "a patched model cannot be pickled; use save_pretrained (it writes the adapter too), or unpatch_model first"
         )
 
@@ -166,7 +167,7 @@ def find_record(model: nn.Module) -> PatchRecord | None:
 def record_of(model: nn.Module) -> PatchRecord:
     record = find_record(model)
     if record is None:
-        raise ValueError(f"model: this {type(model).__name__} is not patched; call patch_model first")
+        raise ArgumentError(f"model: this {type(model).__name__} is not patched; call patch_model first")
     return record
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from deltamem_kernels.rule import DeltaRule, ScanOutput, check_arguments
 
+from .errors import ArgumentError
+
 EPS = 1e-6
 UNDIVIDED = 64  # tokens of a row whose graph is kept whole
 
@@ -112,7 +114,7 @@ def _initial(state, slots, sequences: int, rule: DeltaRule, dtype, device) -> to
 def check_bounds(bounds: list[int], length: int) -> None:
     """Raise ValueError unless ``bounds`` cut T = ``length`` tokens into sequences."""
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: got {bounds}, allowed a non-decreasing list from 0 to T = {length}")
+        raise ArgumentError(f"cu_seqlens: got {bounds}, allowed a non-decreasing list from 0 to T = {length}")
 
 
 def full_precision(function):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .errors import ArgumentError
+
 _GRANULARITIES = {
     "message": False,
     "message_mean": False,
@@ -113,13 +115,13 @@ def segment_ids_from_messages(
             message in such a way that its block cannot be found (the text names the message).
     """
     if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
-        raise ValueError(f"granularity: got {granularity!r}, allowed {', '.join(_GRANULARITIES)}")
+        raise ArgumentError(f"granularity: got {granularity!r}, allowed {', '.join(_GRANULARITIES)}")
     refused = sorted(set(template_kwargs).intersection(_REFUSED_KWARGS))
     if refused:
-        raise ValueError(f"template_kwargs: got {', '.join(refused)}, allowed only what the chat template reads")
+        raise ArgumentError(f"template_kwargs: got {', '.join(refused)}, allowed only what the chat template reads")
     messages = _checked_messages(messages)
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
+        raise ArgumentError(
             f"tokenizer: got {type(tokenizer).__name__}, which is no fast tokenizer; segments need one, "
             "because only fast tokenizers say which characters a token covers"
         )
@@ -141,7 +143,7 @@ def segment_ids_from_messages(
     if isinstance(expected, Mapping):
         expected = expected["input_ids"]
     if list(expected) != input_ids:
-        raise ValueError(
+        raise ArgumentError(
             "tokenizer: tokenizing the rendered text with offsets gives other ids than apply_chat_template"
         )
 
@@ -180,24 +182,24 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 def _checked_messages(messages) -> list[dict]:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ValueError(f"messages: got {type(messages).__name__}, allowed a list of messages")
+        raise ArgumentError(f"messages: got {type(messages).__name__}, allowed a list of messages")
     if not messages:
-        raise ValueError("messages: got an empty list, allowed at least one message")
+        raise ArgumentError("messages: got an empty list, allowed at least one message")
     for index, message in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{name}: got {type(message).__name__}, allowed a dict with role and content")
+            raise ArgumentError(f"{name}: got {type(message).__name__}, allowed a dict with role and content")
         if not isinstance(message.get("role"), str) or not message["role"]:
-            raise ValueError(f"{name}: got role {message.get('role')!r}, allowed a string that is not empty")
+            raise ArgumentError(f"{name}: got role {message.get('role')!r}, allowed a string that is not empty")
         content = message.get("content")
         if content is None:
             if not message.get("tool_calls") and not message.get("reasoning_content"):
-                raise ValueError(f"{name}: has no content, and neither tool_calls nor reasoning_content")
+                raise ArgumentError(f"{name}: has no content, and neither tool_calls nor reasoning_content")
         elif isinstance(content, (list, tuple)):
             if not all(_is_text_part(part) for part in content):
-                raise ValueError(f'{name}: content is a list, allowed in it {{"type": "text", "text": ...}} only')
+                raise ArgumentError(f'{name}: content is a list, allowed in it {{"type": "text", "text": ...}} only')
         elif not isinstance(content, str):
-            raise ValueError(f"{name}: got content of type {type(content).__name__}, allowed str or a list of text")
+            raise ArgumentError(f"{name}: got content of type {type(content).__name__}, allowed str or a list of text")
     return [dict(message) for message in messages]
 
 
@@ -235,7 +237,7 @@ def _pieces(render: Render, messages, text: str, add_generation_prompt: bool, by
         if end is None:
             raise _not_found(index)
         if end < start:
-            raise ValueError(f"messages[{index}]: the chat template renders it before the message that precedes it")
+            raise ArgumentError(f"messages[{index}]: the chat template renders it before the message that precedes it")
         if messages[index]["role"] in _SYSTEM_ROLES:
             pieces.append((start, False))
         else:

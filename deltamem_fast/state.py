@@ -10,6 +10,14 @@ from pathlib import Path
 
 import torch
 
+from .errors import (
+    ArgumentError,
+    ArgumentIndexError,
+    ArgumentKeyError,
+    ArgumentTypeError,
+    FileFormatError,
+    FileMissingError,
+)
 from .files import read_tensors, write_atomically
 from .record import LayerSpec, describe_difference, identity_of
 
@@ -32,7 +40,7 @@ class MemoryState:
     def __init__(self, layers: dict[int, torch.Tensor], *, identity=None, frozen: bool = False, skipped=None):
         sizes = {int(state.shape[0]) for state in layers.values()}
         if len(sizes) > 1:
-            raise ValueError(f"layers: got differing batch sizes {sorted(sizes)}, allowed one")
+            raise ArgumentError(f"layers: got differing batch sizes {sorted(sizes)}, allowed one")
         self._layers = dict(layers)
         self._skipped = dict(skipped) if skipped is not None else {i: _counter(s) for i, s in layers.items()}
         self._arrived = {i: _counter(s) for i, s in layers.items() if s.is_cuda}
@@ -53,7 +61,7 @@ class MemoryState:
             ValueError: the model is not patched, or batch_size < 0.
         """
         if not isinstance(batch_size, int) or batch_size < 0:
-            raise ValueError(f"batch_size: got {batch_size!r}, allowed an integer, 0 or more")
+            raise ArgumentError(f"batch_size: got {batch_size!r}, allowed an integer, 0 or more")
         identity = identity_of(model)
         layers = {i: spec.zeros(batch_size) for i, spec in identity.layer_specs().items()}
         return cls(layers, identity=identity)
@@ -64,7 +72,7 @@ class MemoryState:
         try:
             return self._layers[layer_idx]
         except KeyError:
-            raise KeyError(f"layer {layer_idx}: no memory there, only in layers {list(self._layers)}") from None
+            raise ArgumentKeyError(f"layer {layer_idx}: no memory there, only in layers {list(self._layers)}") from None
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -126,7 +134,7 @@ class MemoryState:
             TypeError: a dtype was given; a memory is float32 always.
         """
         if isinstance(device, torch.dtype):
-            raise TypeError(f"device: got {device}, allowed a device (a memory is float32 always)")
+            raise ArgumentTypeError(f"device: got {device}, allowed a device (a memory is float32 always)")
         target = None if device is None else torch.empty(0, device=device).device
         if target is None or all(state.device == target for _, state in self.items()):
             return self
@@ -147,19 +155,19 @@ class MemoryState:
         index = torch.as_tensor(rows)
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
-                raise IndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
+                raise ArgumentIndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
             index = index.nonzero().flatten()
         if index.numel() and (index.is_floating_point() or index.is_complex()):
-            raise IndexError(f"rows: got {rows!r}, allowed integers or a bool mask")
+            raise ArgumentIndexError(f"rows: got {rows!r}, allowed integers or a bool mask")
         index = index.long().reshape(-1)
         if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
-            raise IndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
+            raise ArgumentIndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
         return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
     def repeat(self, times: int) -> MemoryState:
         """Every row ``times`` times in a row (0, 0, 1, 1, …), as ``generate`` expands a batch."""
         if not isinstance(times, int) or times < 1:
-            raise ValueError(f"times: got {times!r}, allowed an integer, 1 or more")
+            raise ArgumentError(f"times: got {times!r}, allowed an integer, 1 or more")
         return self._map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     @staticmethod
@@ -171,11 +179,11 @@ class MemoryState:
         """
         memories = list(memories)
         if not memories:
-            raise ValueError("memories: got none, allowed one or more")
+            raise ArgumentError("memories: got none, allowed one or more")
         first = memories[0]
         for other in memories[1:]:
             if _shapes(other) != _shapes(first) or other.frozen != first.frozen:
-                raise ValueError(f"memories: {other!r} does not fit {first!r}")
+                raise ArgumentError(f"memories: {other!r} does not fit {first!r}")
             if first._identity is not None:
                 first._identity.check(other._identity)
         layers = {i: torch.cat([m[i] for m in memories]) for i in first}
@@ -221,7 +229,7 @@ class MemoryState:
             ValueError: rate is no number from 0 to 1; nothing is changed.
         """
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-            raise ValueError(f"rate: got {rate!r}, allowed a number from 0 to 1")
+            raise ArgumentError(f"rate: got {rate!r}, allowed a number from 0 to 1")
         for i, state in self._layers.items():
             self.put(i, state * (1 - rate), in_place=True)
         return self
@@ -304,7 +312,7 @@ class MemoryState:
         from safetensors.torch import save_file
 
         if self._identity is None:
-            raise ValueError("memory: made without a model, so it has no adapter to be saved for")
+            raise ArgumentError("memory: made without a model, so it has no adapter to be saved for")
         tensors = {f"layers.{i}.state": state.detach().cpu().contiguous() for i, state in self._layers.items()}
         counters = list(self._skipped.values())
         tensors["skipped"] = torch.stack([c.cpu() for c in counters]) if counters else torch.zeros(0, 0)
@@ -328,14 +336,14 @@ class MemoryState:
         """
         identity = identity_of(model)
         if not Path(path).is_file():
-            raise FileNotFoundError(f"path: {path}: no such file")
+            raise FileMissingError(f"path: {path}: no such file")
         metadata, tensors = read_tensors(path, "path")
         _check_metadata(path, metadata, identity)
         specs = identity.layer_specs()
         saved = {int(i): tuple(shape) for i, shape in json.loads(metadata["layers"]).items()}
         wanted = {i: (spec.heads, spec.rank, spec.rank) for i, spec in specs.items()}
         if saved != wanted:
-            raise ValueError(f"path: {path}: holds layers {saved}, the model's are {wanted}")
+            raise FileFormatError(f"path: {path}: holds layers {saved}, the model's are {wanted}")
         layers = {i: tensors[f"layers.{i}.state"].to(spec.device) for i, spec in specs.items()}
         skipped = {i: tensors["skipped"][n].to(spec.device) for n, (i, spec) in enumerate(specs.items())}
         return cls(layers, identity=identity, frozen=json.loads(metadata["frozen"]), skipped=skipped)
@@ -366,10 +374,12 @@ def _shapes(memory: MemoryState) -> dict[int, list[int]]:
 
 def _check_metadata(path, metadata: dict[str, str], identity) -> None:
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"path: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})")
+        raise FileFormatError(
+            f"path: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})"
+        )
     version = metadata.get("format_version", "")
     if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
-        raise ValueError(f"path: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
+        raise FileFormatError(f"path: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
     difference = describe_difference(metadata, identity.fingerprints())
     if difference:
-        raise ValueError(f"path: {path}: saved under {difference}")
+        raise FileFormatError(f"path: {path}: saved under {difference}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .config import DeltaMemConfig
+from .errors import ArgumentError
 from .segments import _tokenize, segment_ids_from_messages, sentence_spans
 
 
@@ -27,9 +28,9 @@ def encode_text(
             return _encode_plain(tokenizer, text, config)
         text = [{"role": "user", "content": text}]
     elif isinstance(text, bytes | Mapping) or not isinstance(text, Sequence):
-        raise ValueError(f"text: got {type(text).__name__}, allowed a string or a list of messages")
+        raise ArgumentError(f"text: got {type(text).__name__}, allowed a string or a list of messages")
     elif not has_template:
-        raise ValueError("tokenizer: has no chat template, which messages need; allowed with it: a string")
+        raise ArgumentError("tokenizer: has no chat template, which messages need; allowed with it: a string")
     if config.segmented:
         return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
     ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .errors import ArgumentError
 from .memory import DeltaMemory
 from .patch import computing_dtype
 from .record import PatchRecord, record_of, unwrap
@@ -68,7 +69,7 @@ def _refuse_sharded(record: PatchRecord) -> None:
     for name, attention in record.attentions.items():
         for key, parameter in attention.delta_memory.named_parameters():
             if type(parameter) is not nn.Parameter or parameter.device.type == "meta":
-                raise ValueError(
+                raise ArgumentError(
                     f"model: {name}.delta_memory.{key} is sharded or offloaded already; prepare the model before it "
                     "is wrapped"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltamem_fast.files import read_json, write_atomically
+from deltamem_fast.files import read_json, write_text
 
 _TEXT = """---
 license: apache-2.0
@@ -55,7 +55,7 @@ def write(directory: Path) -> Path:
         rows="\n".join(map(_row, folders)), vocabulary=vocabulary, other_weight=backbone["options"]["other_weight"],
         **{name: backbone[name] for name in ("parameters", "first_phase_steps", "steps")},
     )  # fmt: skip
-    return write_atomically(directory / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return write_text(directory / "README.md", text, private=False)
 
 
 def _row(folder: Path) -> str:

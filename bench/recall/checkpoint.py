@@ -19,7 +19,7 @@ def save(output: Path, options: dict, model: dict, optimizer: torch.optim.Optimi
         "options": options, "model": model, "optimizer": optimizer.state_dict(),
         "random": [version, list(internal), gauss], "place": place,
     }  # fmt: skip
-    write_atomically(output / NAME, lambda temporary: torch.save(state, temporary))
+    write_atomically(output / NAME, lambda temporary: torch.save(state, temporary), private=False)
 
 
 def load(output: Path, options: dict, device) -> dict | None:

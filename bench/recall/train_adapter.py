@@ -218,6 +218,6 @@ def train_adapter(
         **{name: sum(place[key][-50:]) / max(1, len(place[key][-50:])) for name, key in _FIGURES},
         **report(model, tokenizer),
     }  # fmt: skip
-    write_json(output / "training.json", figures)
+    write_json(output / "training.json", figures, private=False)
     checkpoint.remove(output)
     return figures

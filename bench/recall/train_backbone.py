@@ -290,6 +290,6 @@ def train_backbone(options: BackboneOptions, output: Path, device: str = "cpu", 
         "steps": run.step, "seconds": round(run.seconds, 1), "options": asdict(options),
         **{name: sum(entry[name] for entry in last) / len(last) for name in ("answer_loss", "other_loss", "right")},
     }  # fmt: skip
-    write_json(output / "training.json", figures)
+    write_json(output / "training.json", figures, private=False)
     checkpoint.remove(output)
     return figures

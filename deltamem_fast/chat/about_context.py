@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import ArgumentError
 from .wording import counted, shortened
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ def context(chat: Chat, rest: str) -> None:
     elif len(words) == 1:
         _limit(chat, _number(rest, words[0]), chat.session.limits.tokens)
     else:
-        raise ValueError(f"/context: got {rest!r}, allowed {_ALLOWED}")
+        raise ArgumentError(f"/context: got {rest!r}, allowed {_ALLOWED}")
 
 
 def _number(rest: str, text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"/context: got {rest!r}, allowed {_ALLOWED}, N 1 or more")
+        raise ArgumentError(f"/context: got {rest!r}, allowed {_ALLOWED}, N 1 or more")
     return int(text)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..errors import ArgumentError
 from ..session import MemorySession
 from ..storage.snapshots import MANIFEST, SUFFIX
 from .about_context import summary
@@ -31,7 +32,7 @@ def save(chat: Chat, rest: str) -> None:
     directory = Path(name).expanduser()
     earlier = (directory / MANIFEST).exists()
     if directory.is_dir() and not earlier and any(directory.iterdir()):
-        raise ValueError(f"/save: {name} is not empty and holds no session; allowed a new or empty directory")
+        raise ArgumentError(f"/save: {name} is not empty and holds no session; allowed a new or empty directory")
     chat.session.save(directory)
     chat.saved(name)
     written = [directory / MANIFEST, *sorted(directory.glob(f"*{SUFFIX}"))]

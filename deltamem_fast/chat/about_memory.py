@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ArgumentError, FileMissingError
 from ..inspection.heatmap import Snapshot, heat_map_lines, snapshot
 from ..inspection.table import number
 from ..state import MemoryState
@@ -30,7 +31,7 @@ def memory(chat: Chat, rest: str) -> None:
         ValueError: ``rest`` is something else.
     """
     if rest not in ("", "all"):
-        raise ValueError(f"/memory: got {rest!r}, allowed nothing or all")
+        raise ArgumentError(f"/memory: got {rest!r}, allowed nothing or all")
     state, screen = chat.session.memory, chat.screen
     rows: dict[int, list[LayerReport]] = {}
     for row in state.report():
@@ -115,18 +116,18 @@ def read_text(name: str) -> str:
     """The text of a file, which must be UTF-8 and of at most ``MOST_BYTES``."""
     path = Path(name).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"/ingest: {name}: no such file")
+        raise FileMissingError(f"/ingest: {name}: no such file")
     if not path.is_file():
-        raise ValueError(f"/ingest: {name}: not a file")
+        raise ArgumentError(f"/ingest: {name}: not a file")
     size = path.stat().st_size
     if size > MOST_BYTES:
-        raise ValueError(f"/ingest: {name}: {in_bytes(size)}, allowed up to {in_bytes(MOST_BYTES)}")
+        raise ArgumentError(f"/ingest: {name}: {in_bytes(size)}, allowed up to {in_bytes(MOST_BYTES)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"/ingest: {name}: not UTF-8 (byte {error.start}); convert it first") from error
+        raise ArgumentError(f"/ingest: {name}: not UTF-8 (byte {error.start}); convert it first") from error
     if not text.strip():
-        raise ValueError(f"/ingest: {name}: nothing but white space")
+        raise ArgumentError(f"/ingest: {name}: nothing but white space")
     return text
 
 

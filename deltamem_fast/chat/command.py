@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from ..backends import BACKENDS
+from ..errors import ArgumentError, MissingPackageError
 from ..recall.weights import STRATEGIES
 from .history import VARIABLE
 from .loading import ATTENTIONS, DTYPES, QUANTIZED
@@ -83,7 +84,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     try:
         return _in_terminal(arguments, opening) if in_terminal else _over_pipe(arguments, opening)
     except ImportError as error:
-        raise ValueError(str(error)) from error
+        raise ArgumentError(str(error)) from error
 
 
 def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
@@ -91,7 +92,7 @@ def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
                 f"a chat in a terminal needs the package {package}, which cannot be imported ({error}); "
                 "pip install deltamem-fast[chat] (over a pipe, or with --say, none is needed)"
             ) from error

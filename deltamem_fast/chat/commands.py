@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..errors import ArgumentError
 from ..record import unwrap
 from ..session import MemorySession
 from ..session.session import DEFAULT_NEW_TOKENS
@@ -38,12 +39,12 @@ def run_command(chat: Chat, line: str) -> None:
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         meant = f" (did you mean /{near[0]}?)" if near else ""
-        raise ValueError(f"/{name}: no such command{meant}; allowed {', '.join('/' + name for name in COMMANDS)}")
+        raise ArgumentError(f"/{name}: no such command{meant}; allowed {', '.join('/' + name for name in COMMANDS)}")
     rest = rest[0].strip() if rest else ""
     if rest and not command.arguments:
-        raise ValueError(f"/{name}: got {rest!r}, allowed nothing after it")
+        raise ArgumentError(f"/{name}: got {rest!r}, allowed nothing after it")
     if not rest and command.arguments and not command.arguments.startswith("["):
-        raise ValueError(f"/{name}: got nothing after it, allowed /{name} {command.arguments}")
+        raise ArgumentError(f"/{name}: got nothing after it, allowed /{name} {command.arguments}")
     command.run(chat, rest)
 
 

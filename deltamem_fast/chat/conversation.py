@@ -9,6 +9,7 @@ from random import Random
 
 import torch
 
+from ..errors import ArgumentError
 from ..session import MemorySession, SessionSnapshot
 from . import small_world
 from .commands import run_command
@@ -114,7 +115,7 @@ class Chat:
             ValueError: there is none.
         """
         if not self._past:
-            raise ValueError(f"/undo: nothing left to undo (the last {KEPT} changes can be)")
+            raise ArgumentError(f"/undo: nothing left to undo (the last {KEPT} changes can be)")
         change = self._past.pop()
         remembers = self.session.remembers
         self.session = change.session

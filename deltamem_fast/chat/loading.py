@@ -15,6 +15,7 @@ from torch import nn
 
 from ..adapter import read_adapter
 from ..backends import resolve_backend
+from ..errors import ArgumentError, FileAccessError, FileMissingError, MissingPackageError
 from .wording import shortened
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -77,7 +78,7 @@ def require(packages: tuple[str, ...], what: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ImportError(
+            raise MissingPackageError(
                 f"{what}: needs the package {package}, which cannot be imported here ({error}); pip install {package}"
             ) from error
 
@@ -87,10 +88,10 @@ def _found(name: str) -> str:
     directory = Path(name).expanduser()
     if directory.is_dir():
         if not (directory / "config.json").is_file():
-            raise FileNotFoundError(f"MODEL: {name}: no model there (no config.json)")
+            raise FileMissingError(f"MODEL: {name}: no model there (no config.json)")
         return str(directory)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"MODEL: {name}: no such directory")
+        raise FileMissingError(f"MODEL: {name}: no such directory")
     return name
 
 
@@ -99,7 +100,7 @@ def _usable(device: torch.device | str) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
+        raise ArgumentError(
             f"device: got {str(device)!r}, which torch cannot use here ({shortened(error, _LONG)})"
         ) from error
     return target
@@ -110,9 +111,9 @@ def _tokenizer(name: str):
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.is_fast:
-        raise ValueError("a slow one, allowed one with a tokenizer.json")
+        raise ArgumentError("a slow one, allowed one with a tokenizer.json")
     if not tokenizer.chat_template:
-        raise ValueError("has no chat template, allowed that of a chat (instruct) model")
+        raise ArgumentError("has no chat template, allowed that of a chat (instruct) model")
     return tokenizer
 
 
@@ -148,11 +149,11 @@ def _told(argument: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"{argument}: {shortened(error, _LONG)}") from error
+        raise MissingPackageError(f"{argument}: {shortened(error, _LONG)}") from error
     except OSError as error:
-        raise OSError(f"{argument}: {shortened(error, _LONG)}") from error
+        raise FileAccessError(f"{argument}: {shortened(error, _LONG)}") from error
     except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{argument}: {shortened(error, _LONG)}") from error
+        raise ArgumentError(f"{argument}: {shortened(error, _LONG)}") from error
 
 
 @contextlib.contextmanager

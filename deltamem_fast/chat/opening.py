@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ArgumentError, FileMissingError
 from ..recall.weights import find_weights
 from ..storage.snapshots import MANIFEST
 from .loading import load_for_chat
@@ -63,9 +64,11 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
 
     shipped = arguments.model is None
     if shipped and arguments.adapter is not None:
-        raise ValueError("--adapter: given without MODEL, which it belongs to")
+        raise ArgumentError("--adapter: given without MODEL, which it belongs to")
     if not shipped and arguments.strategy is not None:
-        raise ValueError("--strategy: given with MODEL, allowed for the shipped adapters alone; --adapter names yours")
+        raise ArgumentError(
+            "--strategy: given with MODEL, allowed for the shipped adapters alone; --adapter names yours"
+        )
     model, adapter = arguments.model, arguments.adapter
     if shipped:
         found = find_weights()
@@ -104,16 +107,16 @@ def _limit(argument: str, text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{argument}: got {text!r}, allowed an integer, 1 or more, or all")
+        raise ArgumentError(f"{argument}: got {text!r}, allowed an integer, 1 or more, or all")
     return int(text)
 
 
 def _check_load(arguments: argparse.Namespace) -> None:
     for argument, value in (("--system", arguments.system), ("--thinking, --no-thinking", arguments.thinking)):
         if value is not None:
-            raise ValueError(f"{argument}: given with --load, whose session has its own")
+            raise ArgumentError(f"{argument}: given with --load, whose session has its own")
     if not (Path(arguments.load).expanduser() / MANIFEST).is_file():
-        raise FileNotFoundError(f"--load: {arguments.load}: no session there (no {MANIFEST})")
+        raise FileMissingError(f"--load: {arguments.load}: no session there (no {MANIFEST})")
 
 
 @contextlib.contextmanager

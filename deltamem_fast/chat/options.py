@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ArgumentError
+
 Value = int | float
 
 
@@ -45,14 +47,14 @@ def read_option(name: str, text: str, label: str | None = None) -> Value:
         ValueError: no such option, or not a value of it; ``label`` (default: the name) is what the message names.
     """
     if name not in OPTIONS:
-        raise ValueError(f"{label or name}: no such option, allowed {', '.join(OPTIONS)}")
+        raise ArgumentError(f"{label or name}: no such option, allowed {', '.join(OPTIONS)}")
     option = OPTIONS[name]
     try:
         value = option.read(text)
     except ValueError:
         value = None
     if value is None or not option.holds(value):
-        raise ValueError(f"{label or name}: got {text!r}, allowed {option.allowed}")
+        raise ArgumentError(f"{label or name}: got {text!r}, allowed {option.allowed}")
     return value
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..errors import ArgumentError, FileMissingError
 from .memory_file import MemoryFile, read_memory_file
 from .table import number, printable
 
@@ -63,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
         try:
             found["distance"] = distance(file.memory, other.memory, arguments.row)
         except ValueError as error:
-            raise ValueError(f"OTHER: {str(error).removeprefix('b: ')}") from error
+            raise ArgumentError(f"OTHER: {str(error).removeprefix('b: ')}") from error
     if text is not None or arguments.html or arguments.png:
         rows_of(file.memory, arguments.row or 0, "--row")
     if text is not None:
@@ -84,21 +85,21 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
     if arguments.text is None and arguments.text_file is None:
         for name in ("tokens", "model", "adapter"):
             if getattr(arguments, name):
-                raise ValueError(f"--{name}: given without --text or --text-file, which it belongs to")
+                raise ArgumentError(f"--{name}: given without --text or --text-file, which it belongs to")
         return None
     if arguments.adapter is not None and arguments.model is None:
-        raise ValueError("--adapter: given without --model, which it belongs to")
+        raise ArgumentError("--adapter: given without --model, which it belongs to")
     if arguments.model is not None and arguments.adapter is None:
-        raise ValueError("--model: given without --adapter; a memory fits one adapter only")
+        raise ArgumentError("--model: given without --adapter; a memory fits one adapter only")
     if arguments.text is not None:
         return arguments.text
     path = Path(arguments.text_file)
     if not path.is_file():
-        raise FileNotFoundError(f"--text-file: {path}: no such file")
+        raise FileMissingError(f"--text-file: {path}: no such file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--text-file: {path}: not UTF-8: {error}") from error
+        raise ArgumentError(f"--text-file: {path}: not UTF-8: {error}") from error
 
 
 # --- the model for a text
@@ -112,7 +113,7 @@ def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
     try:
         memory = MemoryState.load(file.path, model)
     except ValueError as error:
-        raise ValueError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
+        raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
     return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
 
 
@@ -220,7 +221,7 @@ def _draw(draw, what, path: Path) -> Path:
     try:
         return draw(what, path)
     except ImportError as error:
-        raise ValueError(f"--png: {error}") from error
+        raise ArgumentError(f"--png: {error}") from error
 
 
 def _count(number: int, of: str) -> str:

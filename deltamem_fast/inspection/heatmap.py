@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..backends import installed
+from ..errors import ArgumentError, MissingPackageError
 from ..files import write_atomically
 from ..state import MemoryState
 
@@ -61,9 +62,9 @@ def heat_map_lines(snapshots: Sequence[Snapshot], style: str = "ascii", width: i
         ValueError: an unknown style, or no snapshot.
     """
     if style not in STYLES:
-        raise ValueError(f"style: got {style!r}, allowed {', '.join(STYLES)}")
+        raise ArgumentError(f"style: got {style!r}, allowed {', '.join(STYLES)}")
     if not snapshots:
-        raise ValueError("snapshots: got none, allowed one or more")
+        raise ArgumentError("snapshots: got none, allowed one or more")
     bands = _bands(snapshots)
     if len(snapshots) == 1:
         states = snapshots[0].states
@@ -111,9 +112,9 @@ def draw_heat_map(snapshots: Sequence[Snapshot], path: str | os.PathLike) -> Pat
         ValueError: no snapshot.
     """
     if not snapshots:
-        raise ValueError("snapshots: got none, allowed one or more")
+        raise ArgumentError("snapshots: got none, allowed one or more")
     if not installed("matplotlib"):
-        raise ImportError("matplotlib is not installed (extra: demo)")
+        raise MissingPackageError("matplotlib is not installed (extra: demo)")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import FileFormatError, FileMissingError
 from ..files import read_tensors
 from ..state import FORMAT, FORMAT_VERSION, MemoryState
 
@@ -53,20 +54,22 @@ def read_memory_file(path: str | os.PathLike, name: str = "path") -> MemoryFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{name}: {path}: no such file")
+        raise FileMissingError(f"{name}: {path}: no such file")
     metadata, tensors = read_tensors(path, name)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{name}: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})")
+        raise FileFormatError(
+            f"{name}: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})"
+        )
     version = metadata.get("format_version", "")
     if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
-        raise ValueError(f"{name}: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
+        raise FileFormatError(f"{name}: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
     try:
         shapes = {int(i): tuple(shape) for i, shape in json.loads(metadata["layers"]).items()}
         frozen = bool(json.loads(metadata["frozen"]))
         layers = {i: tensors[f"layers.{i}.state"] for i in shapes}
         skipped = tensors["skipped"]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: {path}: a broken memory file: {type(error).__name__} {error}") from error
+        raise FileFormatError(f"{name}: {path}: a broken memory file: {type(error).__name__} {error}") from error
     _check(path, name, shapes, layers, skipped)
     counters = {i: skipped[n].to(torch.int32) for n, i in enumerate(layers)}
     memory = MemoryState(layers, frozen=frozen, skipped=counters)
@@ -79,9 +82,9 @@ def _check(path: Path, name: str, shapes: dict, layers: dict[int, torch.Tensor],
         wanted = (batch, *shapes[i])
         fits = state.ndim == 4 and tuple(state.shape) == wanted and state.shape[2] == state.shape[3]
         if not fits or state.dtype != torch.float32:
-            raise ValueError(
+            raise FileFormatError(
                 f"{name}: {path}: layer {i} is {state.dtype} {list(state.shape)}, allowed float32 {list(wanted)}, "
                 "[rows, heads, rank, rank]"
             )
     if tuple(skipped.shape) != (len(layers), batch):
-        raise ValueError(f"{name}: {path}: skipped is {list(skipped.shape)}, allowed [{len(layers)}, {batch}]")
+        raise FileFormatError(f"{name}: {path}: skipped is {list(skipped.shape)}, allowed [{len(layers)}, {batch}]")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..files import write_atomically
+from ..errors import ArgumentError
+from ..files import write_text
 from ..state import MemoryState
 from .report import check_alike, distance, report, rows_of
 from .table import plain
@@ -52,14 +53,14 @@ def write_page(
             not start from this one.
     """
     if memory is None and trace is None:
-        raise ValueError("memory: got neither a memory nor a trace, allowed one of them or both")
+        raise ArgumentError("memory: got neither a memory nor a trace, allowed one of them or both")
     begin = memory is not None
     if memory is None:
         memory, row = trace.memory, 0
     rows_of(memory, row)
     shapes = {tuple(state.shape[1:]) for _, state in memory.items()}
     if len(shapes) != 1:
-        raise ValueError(f"memory: got layers of shapes {sorted(shapes)}, allowed one shape")
+        raise ArgumentError(f"memory: got layers of shapes {sorted(shapes)}, allowed one shape")
     data = {
         "title": title,
         "facts": [[str(name), str(value)] for name, value in (facts or {}).items()],
@@ -77,10 +78,12 @@ def write_page(
         data["other"] = {"name": other_name, "figures": apart, "state": _packed(_stacked(other, row))}
     if trace is not None:
         if begin and not _starts_from(trace, memory, row):
-            raise ValueError("trace: did not start from this memory; leave the memory out to show what the text left")
+            raise ArgumentError(
+                "trace: did not start from this memory; leave the memory out to show what the text left"
+            )
         data["trace"] = _trace_data(trace, begin)
     text = fill(TEMPLATE.read_text(encoding="utf-8"), title, data)
-    return write_atomically(path, lambda temporary: temporary.write_bytes(text.encode("utf-8", "replace")))
+    return write_text(path, text)
 
 
 def fill(template: str, title: str, data: dict) -> str:

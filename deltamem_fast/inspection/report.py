@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ArgumentError
 from ..state import MemoryState
 from .table import number, plain, table
 
@@ -139,7 +140,7 @@ def rows_of(memory: MemoryState, row: int | None, name: str = "row") -> list[int
         return list(range(memory.batch_size))
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < memory.batch_size:
         allowed = f"0 to {memory.batch_size - 1}" if memory.batch_size else "none (the memory holds no conversation)"
-        raise ValueError(f"{name}: got {row!r}, allowed {allowed}")
+        raise ArgumentError(f"{name}: got {row!r}, allowed {allowed}")
     return [row]
 
 
@@ -202,7 +203,7 @@ def distance(a: MemoryState, b: MemoryState, row: int | None = None) -> Distance
     """
     check_alike(a, b)
     if row is None and a.batch_size != b.batch_size:
-        raise ValueError(f"b: got {b.batch_size} rows, allowed {a.batch_size} as in the other one; or name one row")
+        raise ArgumentError(f"b: got {b.batch_size} rows, allowed {a.batch_size} as in the other one; or name one row")
     rows = rows_of(a, row)
     rows_of(b, row)
     found = {layer: _layer_distances(layer, state, b[layer], rows) for layer, state in a.items()}
@@ -213,7 +214,7 @@ def check_alike(a: MemoryState, b: MemoryState, name: str = "b") -> None:
     """Raise ValueError unless both have the same layers, heads and rank."""
     ours, theirs = ({layer: list(state.shape[1:]) for layer, state in memory.items()} for memory in (a, b))
     if ours != theirs:
-        raise ValueError(f"{name}: got layers {theirs}, allowed {ours}, [heads, rank, rank] by layer")
+        raise ArgumentError(f"{name}: got layers {theirs}, allowed {ours}, [heads, rank, rank] by layer")
 
 
 def _layer_distances(layer: int, a: torch.Tensor, b: torch.Tensor, rows: list[int]) -> list[list[LayerDistance]]:

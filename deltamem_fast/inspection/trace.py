@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..capture import capture_projections
+from ..errors import ArgumentError
 from ..memory import DeltaMemory
 from ..record import decoder_of, identity_of, input_device, is_disabled, unwrap
 from ..state import MemoryState
@@ -84,7 +85,7 @@ class Trace:
             measure: ``writes`` or ``reads``.
         """
         if measure not in MEASURES:
-            raise ValueError(f"measure: got {measure!r}, allowed {', '.join(MEASURES)}")
+            raise ArgumentError(f"measure: got {measure!r}, allowed {', '.join(MEASURES)}")
         sizes = self.total(measure).tolist()
         groups: dict[int, list[int]] = {}
         for position, size in enumerate(sizes):
@@ -159,13 +160,13 @@ def trace(
     """
     identity = identity_of(model)
     if is_disabled(model):
-        raise ValueError("model: its memory is switched off here (memory_disabled), so nothing is written or read")
+        raise ArgumentError("model: its memory is switched off here (memory_disabled), so nothing is written or read")
     if memory is not None and memory.batch_size != 1:
-        raise ValueError(f"memory: got {memory.batch_size} rows, allowed 1; see select()")
+        raise ArgumentError(f"memory: got {memory.batch_size} rows, allowed 1; see select()")
     after = MemoryState.zeros(model) if memory is None else memory.clone()
     ids, segments = encode_text(tokenizer, text, identity.config)
     if not ids.shape[1]:
-        raise ValueError(f"text: got {text!r}, which has no token")
+        raise ArgumentError(f"text: got {text!r}, which has no token")
 
     initial = {layer: state.detach().cpu().clone() for layer, state in after.items()}
     decoder = decoder_of(unwrap(model))
@@ -174,7 +175,9 @@ def trace(
     with capture_projections() as found:
         decoder(input_ids=ids.to(device), memory=after, use_cache=False, **given)
     if not found:
-        raise ValueError("model: nothing was seen of its forward, which is compiled; trace the model without compile")
+        raise ArgumentError(
+            "model: nothing was seen of its forward, which is compiled; trace the model without compile"
+        )
 
     layers = sorted(found[0])
     bias = [_gate_bias(identity.memories[layer]) for layer in layers]

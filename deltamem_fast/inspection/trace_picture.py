@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 from ..backends import installed
+from ..errors import MissingPackageError
 from ..files import write_atomically
 from .heatmap import DPI
 from .table import printable
@@ -34,7 +35,7 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> Path:
         ImportError: matplotlib is not installed (extra: demo).
     """
     if not installed("matplotlib"):
-        raise ImportError("matplotlib is not installed (extra: demo)")
+        raise MissingPackageError("matplotlib is not installed (extra: demo)")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,6 +8,7 @@ from random import Random
 
 from torch import nn
 
+from ..errors import ArgumentError
 from ..state import MemoryState
 from . import world
 from .chats import Chat, ask, tell
@@ -57,9 +58,9 @@ def recall(
         ValueError: an unknown condition, or no episode.
     """
     if condition not in CONDITIONS:
-        raise ValueError(f"condition: got {condition!r}, allowed {', '.join(CONDITIONS)}")
+        raise ArgumentError(f"condition: got {condition!r}, allowed {', '.join(CONDITIONS)}")
     if not episodes:
-        raise ValueError("episodes: got none, allowed one or more")
+        raise ArgumentError("episodes: got none, allowed one or more")
     right = total = 0
     for first in range(0, len(episodes), rows):
         chunk = episodes[first : first + rows]

@@ -8,6 +8,7 @@ from random import Random
 
 from torch import nn
 
+from ..errors import ArgumentError
 from .chats import ask, tell
 from .measure import Episode, draw_episode
 from .task import Fact, changed, user
@@ -54,7 +55,7 @@ def revise(
         ValueError: no revision, or one without another fact.
     """
     if not revisions or any(len(revision.episode.facts) < 2 for revision in revisions):
-        raise ValueError("revisions: got none, or one of a single fact, allowed one or more of two facts or more")
+        raise ArgumentError("revisions: got none, or one of a single fact, allowed one or more of two facts or more")
     revised = stale = kept = others = 0
     for first in range(0, len(revisions), rows):
         chunk = revisions[first : first + rows]

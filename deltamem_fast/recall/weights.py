@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import CONFIG_NAME
+from ..errors import ArgumentError, FileMissingError
 
 SHIPPED = Path(__file__).parent.parent / "data" / "recall"
 # Write strategy → the directory of its adapter.
@@ -35,7 +36,7 @@ def find_weights(directory: str | os.PathLike | None = None) -> Weights:
     weights = Weights(directory / "backbone", {name: directory / folder for name, folder in STRATEGIES.items()})
     for path in (weights.backbone / "config.json", *(folder / CONFIG_NAME for folder in weights.adapters.values())):
         if not path.is_file():
-            raise FileNotFoundError(f"weights: {path}: no such file; `{MADE_BY} --output {directory}` makes them")
+            raise FileMissingError(f"weights: {path}: no such file; `{MADE_BY} --output {directory}` makes them")
     return weights
 
 
@@ -55,7 +56,7 @@ def load_backbone(directory: str | os.PathLike, device: torch.device | str = "cp
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except SafetensorError as error:
-        raise ValueError(f"weights: {directory}: not safetensors, or cut short: {error}") from error
+        raise ArgumentError(f"weights: {directory}: not safetensors, or cut short: {error}") from error
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ArgumentError
 from ..segments import segment_ids_from_messages
 
 # Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.
@@ -104,7 +105,7 @@ class Renderer:
         written = [place for place, owner in enumerate(owners) if owner >= 0]
         numbers = {owners[place] for place in written}
         if len(numbers) != len(messages):
-            raise ValueError(
+            raise ArgumentError(
                 f"messages: got {len(messages)}, but the chat template renders {len(numbers)} of them to tokens"
             )
         first, last = written[0], written[-1] + 1

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..cache import _replace_layers
+from ..errors import ArgumentTypeError, FileFormatError
 from ..files import read_tensors
 from ..record import decoder_of, describe_difference, identity_of, unwrap
 from ..state import MemoryState
@@ -39,7 +40,7 @@ def commit(directory: str | os.PathLike, content: dict[str, Any], tensors: dict[
     try:
         return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write)
     except TypeError as error:
-        raise TypeError(
+        raise ArgumentTypeError(
             f"session: its messages, template and generation settings must be JSON to be saved: {error}"
         ) from error
 
@@ -89,7 +90,7 @@ def load(kind: type[MemorySession], directory: str | os.PathLike, model: nn.Modu
     def make(manifest: dict[str, Any], files: dict[str, Path]) -> MemorySession:
         difference = describe_difference(manifest["identity"], identity.fingerprints())
         if difference:
-            raise ValueError(f"directory: {directory}: saved under {difference}")
+            raise FileFormatError(f"directory: {directory}: saved under {difference}")
         _, tensors = read_tensors(files["state"], "directory")
         settings = dict(manifest["settings"])
         remembers = settings.pop("remembers")

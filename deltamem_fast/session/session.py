@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..operators import forget, ingest, retrieve, revise
 from ..record import identity_of, memory_disabled, unwrap
 from ..state import MemoryState
@@ -86,13 +87,13 @@ class MemorySession:
     ):
         identity = identity_of(model)
         if memory is not None and not isinstance(memory, MemoryState):
-            raise TypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState or None")
+            raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState or None")
         if memory is not None and memory.batch_size != 1:
-            raise ValueError(f"memory: got {memory.batch_size} rows, allowed 1: a session is one conversation")
+            raise ArgumentError(f"memory: got {memory.batch_size} rows, allowed 1: a session is one conversation")
         if system is not None and not isinstance(system, str):
-            raise TypeError(f"system: got {type(system).__name__}, allowed a str or None")
+            raise ArgumentTypeError(f"system: got {type(system).__name__}, allowed a str or None")
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("tokenizer: has no chat template, which a session renders its messages with")
+            raise ArgumentError("tokenizer: has no chat template, which a session renders its messages with")
         if memory is not None:
             identity.check(memory._identity)
         self.model = model
@@ -221,7 +222,7 @@ class MemorySession:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._turn.acquire(blocking=False):
-            raise RuntimeError("session: a turn is under way; exhaust or close its iterator first")
+            raise StateError("session: a turn is under way; exhaust or close its iterator first")
         try:
             yield
         finally:
@@ -256,7 +257,7 @@ class MemorySession:
             TypeError: no snapshot of a session.
         """
         if not isinstance(snapshot, SessionSnapshot):
-            raise TypeError(f"snapshot: got {type(snapshot).__name__}, allowed a SessionSnapshot")
+            raise ArgumentTypeError(f"snapshot: got {type(snapshot).__name__}, allowed a SessionSnapshot")
         with self._alone():
             now = snapshot.now
             self._now = replace(now, memory=now.memory.clone())
@@ -275,7 +276,7 @@ class MemorySession:
         """
         for name, value in (("context_turns", turns), ("context_tokens", tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: got {value!r}, allowed an integer, 1 or more, or None")
+                raise ArgumentError(f"{name}: got {value!r}, allowed an integer, 1 or more, or None")
         self._limits = Limits(turns, tokens)
 
     # --- the memory's operators
@@ -364,20 +365,20 @@ def _one(value) -> list[int]:
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     for option in _RESERVED:
         if option in options:
-            raise ValueError(f"{name}: got {option}, which the session itself decides; allowed generate's others")
+            raise ArgumentError(f"{name}: got {option}, which the session itself decides; allowed generate's others")
     return dict(options)
 
 
 def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...]:
     if isinstance(text, str):
         if not text.strip():
-            raise ValueError("text: got nothing but white space, allowed something to say")
+            raise ArgumentError("text: got nothing but white space, allowed something to say")
         return ({"role": "user", "content": text},)
     if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
-        raise TypeError(f"text: got {type(text).__name__}, allowed a str or a list of messages")
+        raise ArgumentTypeError(f"text: got {type(text).__name__}, allowed a str or a list of messages")
     if not text:
-        raise ValueError("text: got no message, allowed one or more")
+        raise ArgumentError("text: got no message, allowed one or more")
     for place, message in enumerate(text):
         if message.get("role") not in _ROLES:
-            raise ValueError(f"text[{place}]: got role {message.get('role')!r}, allowed {', '.join(_ROLES)}")
+            raise ArgumentError(f"text[{place}]: got role {message.get('role')!r}, allowed {', '.join(_ROLES)}")
     return tuple(dict(message) for message in text)

@@ -18,6 +18,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ConflictError,
+    FileAccessError,
+    FileFormatError,
+    StateError,
+    WaitedTooLongError,
+    WrongPathKindError,
+)
+
 try:
     import fcntl
 except ImportError:  # Windows: SQLite's own locks remain
@@ -57,7 +68,7 @@ CROSS JOIN entries ON entries.id = asked.value
 """
 
 
-class BankConflict(RuntimeError):
+class BankConflict(ConflictError):
     """A write was refused because entries are not at the versions that it was made on; nothing was written.
 
     Attributes:
@@ -138,7 +149,7 @@ class BankStore:
             OSError: it cannot be opened or made.
         """
         if isinstance(row_bytes, bool) or not isinstance(row_bytes, int) or row_bytes < 1:
-            raise ValueError(f"row_bytes: got {row_bytes!r}, allowed an integer, 1 or more")
+            raise ArgumentError(f"row_bytes: got {row_bytes!r}, allowed an integer, 1 or more")
         # The companions' names follow from the real one; a path that goes through a link must find the same.
         self.path = Path(os.path.realpath(path))
         self.durable, self.timeout = durable, timeout
@@ -150,7 +161,7 @@ class BankStore:
         with _fork_lock:
             _stores.add(self)
         if self.path.is_dir():
-            raise IsADirectoryError(f"path: {path}: a directory, allowed a file")
+            raise WrongPathKindError(f"path: {path}: a directory, allowed a file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.layout, self.row_bytes = self._open(dict(layout), row_bytes)
@@ -211,12 +222,12 @@ class BankStore:
             TypeError, ValueError: an argument is not allowed.
         """
         if not isinstance(prefix, str):
-            raise TypeError(f"prefix: got a {type(prefix).__name__}, allowed a string")
+            raise ArgumentTypeError(f"prefix: got a {type(prefix).__name__}, allowed a string")
         if order_by not in ORDERS:
-            raise ValueError(f"order_by: got {order_by!r}, allowed {', '.join(ORDERS)}")
+            raise ArgumentError(f"order_by: got {order_by!r}, allowed {', '.join(ORDERS)}")
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: got {value!r}, allowed an integer, 0 or more")
+                raise FileFormatError(f"{name}: got {value!r}, allowed an integer, 0 or more")
         first, end = prefix, _after(prefix)
         where = "WHERE id >= :first" + ("" if end is None else " AND id < :end") if prefix else ""
         way = "DESC" if descending else "ASC"
@@ -257,10 +268,10 @@ class BankStore:
         ids = check_ids(ids)
         for name, values in (("expected", expected), ("rows", rows)):
             if values is not None and len(values) != len(ids):
-                raise ValueError(f"{name}: got {len(values)}, allowed one for each of {len(ids)} ids")
+                raise FileFormatError(f"{name}: got {len(values)}, allowed one for each of {len(ids)} ids")
         for id, row in zip(ids, rows):
             if memoryview(row).nbytes != self.row_bytes:
-                raise ValueError(f"rows: {id!r}: got {memoryview(row).nbytes} bytes, allowed {self.row_bytes}")
+                raise ArgumentError(f"rows: {id!r}: got {memoryview(row).nbytes} bytes, allowed {self.row_bytes}")
         with self._transaction() as connection:
             found = _find(connection, ids)
             if expected is not None:
@@ -328,19 +339,19 @@ class BankStore:
                 self._handles.add(handle)
         with handle.lock:
             if self._closed:
-                raise ValueError(f"bank: {self.path} was closed")
+                raise ArgumentError(f"bank: {self.path} was closed")
             if handle.connection is not None and handle.process != os.getpid():
                 # SQLite believes to hold locks that belong to the other process. See ``_before_fork``.
-                raise RuntimeError(f"bank: {self.path} was open when this process was forked from outside Python")
+                raise StateError(f"bank: {self.path} was open when this process was forked from outside Python")
             try:
                 if handle.connection is None:
                     handle.keep(self._connect("rw"))
                 yield handle.connection
             except sqlite3.OperationalError as error:
                 if _code(error) == sqlite3.SQLITE_BUSY:
-                    raise TimeoutError(f"bank: {self.path}: others wrote for {self.timeout} s") from error
+                    raise WaitedTooLongError(f"bank: {self.path}: others wrote for {self.timeout} s") from error
                 if _code(error) == sqlite3.SQLITE_CANTOPEN:
-                    raise OSError(f"bank: {self.path}: cannot be opened any more: {error}") from error
+                    raise FileAccessError(f"bank: {self.path}: cannot be opened any more: {error}") from error
                 raise
 
     @contextlib.contextmanager
@@ -363,7 +374,7 @@ class BankStore:
         SQLite alone would let a checkpoint run beside another's commit, which can lose that commit before 3.51.3
         (https://sqlite.org/wal.html#walresetbug), and lets waiting writers sleep up to 0.1 s at a time.
         """
-        late = TimeoutError(f"bank: {self.path}: others wrote for {self.timeout} s")
+        late = WaitedTooLongError(f"bank: {self.path}: others wrote for {self.timeout} s")
         end = time.monotonic() + self.timeout
         if not self._writer.acquire(timeout=self.timeout):
             raise late
@@ -425,13 +436,15 @@ class BankStore:
                 if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                     with self._turn():
                         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-                            raise OSError(f"path: {self.path}: its file system has no shared memory for SQLite's WAL")
+                            raise FileAccessError(
+                                f"path: {self.path}: its file system has no shared memory for SQLite's WAL"
+                            )
                 meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
                 return json.loads(meta["layout"]), meta["row_bytes"]
         except sqlite3.Error as error:
             if _code(error) == sqlite3.SQLITE_NOTADB:
-                raise ValueError(f"path: {self.path}: not a SQLite file") from error
-            raise OSError(f"path: {self.path}: cannot be opened as a bank: {error}") from error
+                raise FileFormatError(f"path: {self.path}: not a SQLite file") from error
+            raise FileAccessError(f"path: {self.path}: cannot be opened as a bank: {error}") from error
 
     def _is_ours(self, connection: sqlite3.Connection) -> bool:
         """True for a store that this version reads, False for an empty file, else ValueError."""
@@ -443,11 +456,11 @@ class BankStore:
         if application == APPLICATION_ID and 1 <= version <= FORMAT_VERSION:
             return True
         if application == APPLICATION_ID:
-            raise ValueError(
+            raise FileFormatError(
                 f"path: {self.path}: a bank of format version {version}, this version reads 1 to {FORMAT_VERSION}"
             )
         if application or version or tables:
-            raise ValueError(f"path: {self.path}: a SQLite file, but no bank (application_id {application:#x})")
+            raise FileFormatError(f"path: {self.path}: a SQLite file, but no bank (application_id {application:#x})")
         return False
 
 
@@ -479,28 +492,28 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
         ValueError: one is empty, longer than 512 bytes of UTF-8, holds NUL or half of a surrogate pair, or comes twice.
     """
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-        raise TypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings")
+        raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings")
     ids = list(ids)
     for id in ids:
         check_id(id, name)
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(id for id in ids if id in seen or seen.add(id))
-        raise ValueError(f"{name}: got {twice!r} twice, allowed each once")
+        raise FileFormatError(f"{name}: got {twice!r} twice, allowed each once")
     return ids
 
 
 def check_id(id: str, name: str = "id") -> str:
     """``id`` itself; errors as ``check_ids``."""
     if not isinstance(id, str):
-        raise TypeError(f"{name}: got {id!r}, a {type(id).__name__}, allowed strings")
+        raise ArgumentTypeError(f"{name}: got {id!r}, a {type(id).__name__}, allowed strings")
     try:
         size = len(id.encode())
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
+        raise FileFormatError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
     if not 1 <= size <= MAX_ID_BYTES or "\0" in id:
         shown = repr(id if size <= 80 else id[:40] + "…")
-        raise ValueError(f"{name}: got {shown} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
+        raise FileFormatError(f"{name}: got {shown} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
     return id
 
 

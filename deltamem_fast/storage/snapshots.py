@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import read_json, write_atomically, write_json
+from ..errors import ArgumentError, FileFormatError, FileMissingError
+from ..files import read_json, remove_leftover, write_atomically, write_json
 
 MANIFEST = "session.json"
 SUFFIX = ".safetensors"
@@ -48,7 +49,7 @@ def commit(
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"directory: got {directory}, which is a file; allowed a directory")
+        raise ArgumentError(f"directory: got {directory}, which is a file; allowed a directory")
     json.dumps(dict(content))
     directory.mkdir(parents=True, exist_ok=True)
     with _only_writer(directory):
@@ -79,7 +80,7 @@ def read(
     while True:
         path = directory / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"directory: {directory}: no snapshot there (no {MANIFEST})")
+            raise FileMissingError(f"directory: {directory}: no snapshot there (no {MANIFEST})")
         manifest = read_json(path)
         _check_format(path, manifest, format_name, format_version)
         try:
@@ -102,19 +103,21 @@ def _checked_files(directory: Path, manifest: dict[str, Any]) -> dict[str, Path]
         path = directory / entry["name"]
         # A name is no way out of the directory, whoever wrote the manifest.
         if Path(entry["name"]).name != entry["name"] or not path.is_file():
-            raise ValueError(f"directory: {directory}: damaged: {entry['name']} is missing")
+            raise FileFormatError(f"directory: {directory}: damaged: {entry['name']} is missing")
         if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
-            raise ValueError(f"directory: {path}: damaged: not what was written")
+            raise FileFormatError(f"directory: {path}: damaged: not what was written")
         found[name] = path
     return found
 
 
 def _check_format(path: Path, manifest: dict[str, Any], name: str, version: int) -> None:
     if manifest.get("format") != name:
-        raise ValueError(f"directory: {path}: not a snapshot (format {manifest.get('format')!r}, allowed {name!r})")
+        raise FileFormatError(
+            f"directory: {path}: not a snapshot (format {manifest.get('format')!r}, allowed {name!r})"
+        )
     found = manifest.get("format_version")
     if not isinstance(found, int) or not 1 <= found <= version:
-        raise ValueError(f"directory: {path}: format version {found!r}, this version reads 1 to {version}")
+        raise FileFormatError(f"directory: {path}: format version {found!r}, this version reads 1 to {version}")
 
 
 def _generation(directory: Path, format_name: str) -> int:
@@ -123,7 +126,9 @@ def _generation(directory: Path, format_name: str) -> int:
         return 0
     manifest = read_json(path)
     if manifest.get("format") != format_name:
-        raise ValueError(f"directory: {path}: of another format ({manifest.get('format')!r}); it is not overwritten")
+        raise FileFormatError(
+            f"directory: {path}: of another format ({manifest.get('format')!r}); it is not overwritten"
+        )
     return int(manifest.get("generation", 0))
 
 
@@ -132,7 +137,7 @@ def _sweep(directory: Path, kept: set[str]) -> None:
     for path in directory.iterdir():
         if path.name not in kept and _OURS.fullmatch(path.name):
             with contextlib.suppress(OSError):  # it takes room and does no other harm
-                path.unlink()
+                remove_leftover(path) if path.suffix == ".tmp" else path.unlink()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adapter import SAFETENSORS_NAME
 from ..config import CONFIG_NAME
+from ..errors import ArgumentError
 from ..files import read_json, write_json
 from .options import CHANGEABLE, TrainingOptions
 
@@ -38,7 +39,7 @@ class Run:
 
     def save(self, directory: Path) -> None:
         """Write ``training.json``."""
-        write_json(directory / RUN_NAME, vars(self))
+        write_json(directory / RUN_NAME, vars(self), private=False)
 
     def check(self, directory: Path) -> None:
         """Raise ValueError if the run in ``directory`` is another one; names what differs."""
@@ -55,7 +56,7 @@ class Run:
                 if name not in changeable and before.get(name) != now.get(name)
             ]
         if differing:
-            raise ValueError(
+            raise ArgumentError(
                 f"resume: {directory} holds a run with {', '.join(differing)}; allowed: the same, or another --output"
             )
 
@@ -78,7 +79,7 @@ def step_of(checkpoint: Path) -> int:
 
 def mark_whole(checkpoint: Path, step: int) -> None:
     """Say that everything of a checkpoint is on the disk."""
-    write_json(checkpoint / WHOLE_NAME, {"step": step})
+    write_json(checkpoint / WHOLE_NAME, {"step": step}, private=False)
 
 
 def unmark(checkpoint: Path) -> None:
@@ -103,12 +104,14 @@ def checkpoint_to_resume(options: TrainingOptions) -> Path | None:
     if options.resume and options.resume != "auto":
         checkpoint = Path(options.resume)
         if not is_whole(checkpoint):
-            raise ValueError(f"resume: got {checkpoint}, which is no whole checkpoint; allowed auto, or one that is")
+            raise ArgumentError(f"resume: got {checkpoint}, which is no whole checkpoint; allowed auto, or one that is")
         return checkpoint
     if options.resume:
         return newest_checkpoint(output)
     if (output / RUN_NAME).is_file():
-        raise ValueError(f"output: {output} holds a training run; --resume goes on with it, or name another directory")
+        raise ArgumentError(
+            f"output: {output} holds a training run; --resume goes on with it, or name another directory"
+        )
     if output.exists() and not output.is_dir():
-        raise ValueError(f"output: got {output}, which is a file; allowed a directory")
+        raise ArgumentError(f"output: got {output}, which is a file; allowed a directory")
     return None

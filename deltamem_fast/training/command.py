@@ -11,6 +11,7 @@ from pathlib import Path
 from ..adapter import read_adapter
 from ..backends import BACKENDS
 from ..config import DELTA_HEADS, GRANULARITIES, OUTPUT_INITS, STATE_UPDATE_MODES, DeltaMemConfig
+from ..errors import ArgumentError, FileMissingError
 from .lengths import OVER_LONG
 from .options import DTYPES, REPORTERS, TrainingOptions
 
@@ -123,7 +124,7 @@ def _train(arguments: argparse.Namespace) -> int:
     adapter = adapter_of(arguments)
     for name in (*arguments.data, *arguments.evaluate):
         if not Path(name).is_file():
-            raise FileNotFoundError(f"DATA: {name}: no such file")
+            raise FileMissingError(f"DATA: {name}: no such file")
     read_adapter(adapter)  # a wrong one is told before gigabytes are read
     from .run import train
 
@@ -153,12 +154,12 @@ def adapter_of(arguments: argparse.Namespace):
     if arguments.adapter is not None:
         if given:
             flag = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{flag}: given with --adapter, whose configuration says it")
+            raise ArgumentError(f"--{flag}: given with --adapter, whose configuration says it")
         return arguments.adapter
     strategy = given.pop("strategy", "tsw")
     for name, needed in (("granularity", "ssw"), ("heads", "msw")):
         if name in given and strategy != needed:
-            raise ValueError(f"--{name}: got {given[name]!r} with --strategy {strategy}, allowed with {needed} only")
+            raise ArgumentError(f"--{name}: got {given[name]!r} with --strategy {strategy}, allowed with {needed} only")
     if "delta_heads" in given:
         given["delta_heads"] = tuple(given["delta_heads"].split(","))
     return DeltaMemConfig.preset(strategy, **given)
@@ -175,10 +176,10 @@ def load_backbone(name: str, dtype: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not Path(name).expanduser().is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"MODEL: {name}: no such directory")
+        raise FileMissingError(f"MODEL: {name}: no such directory")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not tokenizer.chat_template:
-        raise ValueError(f"MODEL: the tokenizer of {name} has no chat template, which episodes are rendered with")
+        raise ArgumentError(f"MODEL: the tokenizer of {name} has no chat template, which episodes are rendered with")
     return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)), tokenizer
 
 

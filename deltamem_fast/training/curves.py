@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import ArgumentError
 from ..files import write_atomically
 from .log import read_log
 
@@ -26,7 +27,7 @@ def draw_curves(log: str | os.PathLike, target: str | os.PathLike) -> Path:
     training = [entry for entry in entries if "loss" in entry]
     evaluations = [entry for entry in entries if "evaluation" in entry]
     if not training:
-        raise ValueError(f"log: {log} holds no training step")
+        raise ArgumentError(f"log: {log} holds no training step")
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     (loss, gates), (norm, rate) = figure.subplots(2, 2)
@@ -37,7 +38,7 @@ def draw_curves(log: str | os.PathLike, target: str | os.PathLike) -> Path:
     for axes in (loss, gates, norm, rate):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    return write_atomically(target, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return write_atomically(target, lambda temporary: figure.savefig(temporary, format="png", dpi=110), private=False)
 
 
 def _number(value) -> float:

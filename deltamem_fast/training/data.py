@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ArgumentError, FileFormatError, FileMissingError
+
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
@@ -80,13 +82,13 @@ class ExampleFiles(Sequence):
         digest = hashlib.sha256()
         for number, path in enumerate(self.paths):
             if not path.is_file():
-                raise FileNotFoundError(f"data: {path}: no such file")
+                raise FileMissingError(f"data: {path}: no such file")
             self._index(number, path, digest, errors)
         if errors:
             more = f" (and {len(errors) - 1} more lines that cannot be used)" if len(errors) > 1 else ""
-            raise ValueError(errors[0] + more)
+            raise ArgumentError(errors[0] + more)
         if not self._places:
-            raise ValueError(f"data: {', '.join(map(str, self.paths))}: holds no example")
+            raise ArgumentError(f"data: {', '.join(map(str, self.paths))}: holds no example")
         self.digest = digest.hexdigest()
 
     def _index(self, number: int, path: Path, digest, errors: list[str]) -> None:
@@ -122,27 +124,27 @@ def parse_line(raw: bytes, where: str, visible_turns: int = 1) -> list[Example]:
     try:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
         if not isinstance(value, dict):
-            raise ValueError(f"got a JSON {type(value).__name__}, allowed an object")
+            raise ArgumentError(f"got a JSON {type(value).__name__}, allowed an object")
         if "messages" in value:
             return _from_chat(value, where, visible_turns)
         if "write" in value or "read" in value:
             return [_from_parts(value, where)]
-        raise ValueError(f"got keys {sorted(value)}, allowed messages, or write, read and answer")
+        raise ArgumentError(f"got keys {sorted(value)}, allowed messages, or write, read and answer")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+        raise FileFormatError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        raise FileFormatError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
-        raise ValueError(f"{where}: not JSON that can be read: nested too deeply") from error
+        raise FileFormatError(f"{where}: not JSON that can be read: nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise FileFormatError(f"{where}: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice, allowed once")
+        raise ArgumentError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice, allowed once")
     return value
 
 
@@ -151,18 +153,18 @@ def _from_chat(value: dict, where: str, visible_turns: int) -> list[Example]:
     messages = _messages(value["messages"], "messages")
     targets = value.get("targets", [len(messages) - 1])
     if not isinstance(targets, list) or not targets or any(type(t) is not int for t in targets):
-        raise ValueError(f"targets: got {targets!r}, allowed a list of places in messages, counted from 0")
+        raise ArgumentError(f"targets: got {targets!r}, allowed a list of places in messages, counted from 0")
     return [_from_target(messages, target, where, visible_turns) for target in targets]
 
 
 def _from_target(messages: tuple[dict, ...], target: int, where: str, visible_turns: int) -> Example:
     if not 0 <= target < len(messages):
-        raise ValueError(f"targets: got {target}, allowed 0 to {len(messages) - 1}")
+        raise ArgumentError(f"targets: got {target}, allowed 0 to {len(messages) - 1}")
     answer = _answer(messages[target], f"messages[{target}]")
     system, turns = _split_system(messages[:target])
     start = _last_turns(turns, visible_turns)
     if start is None:
-        raise ValueError(f"messages: got no user message before messages[{target}], which is the answer")
+        raise ArgumentError(f"messages: got no user message before messages[{target}], which is the answer")
     return Example(where, system + turns[:start] if start else (), system + turns[start:], answer)
 
 
@@ -170,11 +172,11 @@ def _from_parts(value: dict, where: str) -> Example:
     _only(value, PARTS_KEYS)
     for key in PARTS_KEYS[:3]:
         if key not in value:
-            raise ValueError(f"{key}: is missing, allowed write, read and answer together")
+            raise ArgumentError(f"{key}: is missing, allowed write, read and answer together")
     write = _messages(value["write"], "write", empty=True)
     read = _messages(value["read"], "read")
     if not any(message["role"] == "user" for message in read):
-        raise ValueError("read: got no user message, allowed at least one")
+        raise ArgumentError("read: got no user message, allowed at least one")
     answer = value["answer"]
     if isinstance(answer, str):
         answer = {"role": "assistant", "content": answer}
@@ -186,24 +188,24 @@ def _from_parts(value: dict, where: str) -> Example:
 def _only(value: dict, allowed: tuple[str, ...], name: str = "") -> None:
     unknown = sorted(value.keys() - set(allowed))
     if unknown:
-        raise ValueError(f"{name}{unknown[0]!r}: unknown key, allowed {', '.join(allowed)}")
+        raise ArgumentError(f"{name}{unknown[0]!r}: unknown key, allowed {', '.join(allowed)}")
 
 
 def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
     if not isinstance(value, list) or not (value or empty):
         got = "an empty list" if value == [] else type(value).__name__
-        raise ValueError(f"{name}: got {got}, allowed a list of messages")
+        raise ArgumentError(f"{name}: got {got}, allowed a list of messages")
     for place, message in enumerate(value):
         part = name if name == "answer" else f"{name}[{place}]"
         if not isinstance(message, dict):
-            raise ValueError(f"{part}: got {type(message).__name__}, allowed an object with role and content")
+            raise ArgumentError(f"{part}: got {type(message).__name__}, allowed an object with role and content")
         _only(message, MESSAGE_KEYS, f"{part}: ")
         if message.get("role") not in ROLES:
-            raise ValueError(f"{part}.role: got {message.get('role')!r}, allowed {', '.join(ROLES)}")
+            raise ArgumentError(f"{part}.role: got {message.get('role')!r}, allowed {', '.join(ROLES)}")
         if not _is_content(message.get("content")) and not (
             message.get("content") is None and (message.get("tool_calls") or message.get("reasoning_content"))
         ):
-            raise ValueError(
+            raise ArgumentError(
                 f"{part}.content: got {message.get('content')!r:.80}, allowed a string or a list of "
                 '{"type": "text", "text": "…"}'
             )
@@ -218,11 +220,11 @@ def _is_content(content) -> bool:
 
 def _answer(message: dict, name: str) -> dict:
     if message["role"] != "assistant":
-        raise ValueError(f"{name}.role: got {message['role']!r}, allowed assistant: it is the answer")
+        raise ArgumentError(f"{name}.role: got {message['role']!r}, allowed assistant: it is the answer")
     content = message.get("content")
     text = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
     if not text.strip() and not message.get("tool_calls"):
-        raise ValueError(f"{name}.content: got an empty answer, allowed one with text (or tool_calls)")
+        raise ArgumentError(f"{name}.content: got an empty answer, allowed one with text (or tool_calls)")
     return message
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..config import DeltaMemConfig
+from ..errors import ArgumentError
 from .data import Example
 from .loss import IGNORED, EpisodeBatch
 
@@ -65,7 +66,7 @@ def build_episode(tokenizer, config: DeltaMemConfig, example: Example, kind: str
             write_ids, segment_ids = _tokenise_write(tokenizer, config, list(example.write))
         read_ids, start = _tokenise_read(tokenizer, list(example.read), example.answer)
     except Exception as error:  # templates raise errors of their own
-        raise ValueError(f"{example.where}: {error}") from error
+        raise ArgumentError(f"{example.where}: {error}") from error
     labels = [IGNORED] * start + read_ids[start:]
     return Episode(write_ids, read_ids, labels, segment_ids, kind)
 
@@ -88,7 +89,7 @@ def _tokenise_read(tokenizer, messages: list[dict], answer: dict) -> tuple[list[
     ]
     prompts = [prompt for prompt in prompts if text.startswith(prompt) and len(prompt) < len(text)]
     if not prompts:
-        raise ValueError("the chat template renders the answer other than its generation prompt announces")
+        raise ArgumentError("the chat template renders the answer other than its generation prompt announces")
     prompt = max(prompts, key=len)
     ids, prompt_ids = _tokenise(tokenizer, text), _tokenise(tokenizer, prompt)
     # Where a token spans the end of the prompt, it is the answer's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..errors import ArgumentError
 from .data import Example
 from .episode import Episode
 
@@ -110,7 +111,7 @@ def check_lengths(
         write_tokens += len(episodes[0].write_ids)
         read_tokens += len(episodes[0].read_ids)
     if found and (over_long == "error" or not kept):
-        raise ValueError(_refusal(found, len(examples)))
+        raise ArgumentError(_refusal(found, len(examples)))
     return Checked(Chosen(examples, kept), found, empty, write_tokens, read_tokens)
 
 

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..errors import ArgumentError
+from ..files import write_text
 
 LOG_NAME = "log.jsonl"
 
@@ -30,7 +31,7 @@ class TrainingLog:
         known = read_log(self.path) if step and self.path.is_file() else []
         kept = [entry for entry in known if entry["step"] <= step]
         text = "".join(_line(entry) for entry in kept)
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(self.path, text, private=False)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry."""
@@ -65,10 +66,10 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                raise ValueError("got something else than an object with a step")
+                raise ArgumentError("got something else than an object with a step")
         except ValueError as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
-            raise ValueError(f"{path}:{number}: not an entry of a training log: {error}") from error
+            raise ArgumentError(f"{path}:{number}: not an entry of a training log: {error}") from error
         entries.append(entry)
     return entries

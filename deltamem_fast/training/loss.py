@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import ArgumentError
 from ..gates import GateRecord, record_gates
 from ..record import decoder_of, identity_of, unwrap
 from ..state import MemoryState
@@ -46,10 +47,10 @@ class EpisodeBatch:
                              ("labels", "read_ids")):  # fmt: skip
             tensor, other = getattr(self, name), getattr(self, beside)
             if tensor is not None and tensor.shape != other.shape:
-                raise ValueError(f"{name}: got shape {list(tensor.shape)}, allowed {beside}'s {list(other.shape)}")
+                raise ArgumentError(f"{name}: got shape {list(tensor.shape)}, allowed {beside}'s {list(other.shape)}")
         rows, contexts = self.read_ids.shape[0], self.write_ids.shape[0]
         if not contexts or not rows or rows % contexts:
-            raise ValueError(
+            raise ArgumentError(
                 f"read_ids: got {rows} rows for {contexts} write contexts, allowed as many, or a multiple of it "
                 "(several read parts for each context, one behind another)"
             )
@@ -107,7 +108,7 @@ def episode_loss(
     config = identity_of(model).config
     if config.segmented is not (batch.segment_ids is not None):
         needed = "segment_ids" if config.segmented else "no segment_ids"
-        raise ValueError(
+        raise ArgumentError(
             f"batch: the adapter's memory_write_granularity {config.memory_write_granularity!r} takes {needed}, got "
             "the opposite"
         )
@@ -150,7 +151,9 @@ def answer_losses(model: nn.Module, batch: EpisodeBatch, memory: MemoryState) ->
     # Logits where at least one row has an answer: a full row of them is 150,000 numbers a token.
     places = labelled.any(0).nonzero().flatten()
     if not len(places):
-        raise ValueError("labels: got none that is not −100 behind the first token, so there is nothing to learn from")
+        raise ArgumentError(
+            "labels: got none that is not −100 behind the first token, so there is nothing to learn from"
+        )
     questions = batch.read_ids.shape[0] // memory.batch_size
     if questions > 1:
         memory = memory.repeat(questions)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ArgumentError
 from .lengths import OVER_LONG
 
 DTYPES = ("bfloat16", "float32")
@@ -99,14 +100,16 @@ class TrainingOptions:
             _number(name, getattr(self, name), "0 to 1", lambda value: 0 <= value <= 1)
         both = self.state_only_probability + self.no_memory_probability
         if both > 1:
-            raise ValueError(f"no_memory_probability: with state_only_probability it makes {both}, allowed 1 at most")
+            raise ArgumentError(
+                f"no_memory_probability: with state_only_probability it makes {both}, allowed 1 at most"
+            )
         if self.over_long not in OVER_LONG:
-            raise ValueError(f"over_long: got {self.over_long!r}, allowed {', '.join(OVER_LONG)}")
+            raise ArgumentError(f"over_long: got {self.over_long!r}, allowed {', '.join(OVER_LONG)}")
         for name in self.report_to:
             if name not in REPORTERS:
-                raise ValueError(f"report_to: got {name!r}, allowed {', '.join(REPORTERS)}")
+                raise ArgumentError(f"report_to: got {name!r}, allowed {', '.join(REPORTERS)}")
         if self.reentrant and not self.gradient_checkpointing:
-            raise ValueError("reentrant: given without gradient_checkpointing, whose kind it is")
+            raise ArgumentError("reentrant: given without gradient_checkpointing, whose kind it is")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -120,10 +123,10 @@ class TrainingOptions:
 
 def _integer(name: str, value, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: got {value!r}, allowed an integer, {least} or more")
+        raise ArgumentError(f"{name}: got {value!r}, allowed an integer, {least} or more")
 
 
 def _number(name: str, value, allowed: str, condition) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not condition(value):
-        raise ValueError(f"{name}: got {value!r}, allowed a number, {allowed}")
+        raise ArgumentError(f"{name}: got {value!r}, allowed a number, {allowed}")

@@ -14,7 +14,8 @@ from pathlib import Path
 from torch import nn
 
 from ..adapter import AdapterSource, load_adapter, read_adapter
-from ..files import write_atomically
+from ..errors import ArgumentError
+from ..files import write_text
 from ..fingerprint import backbone_name
 from ..patch import patch_model
 from ..record import is_patched, unwrap
@@ -87,7 +88,7 @@ def train(
         FileNotFoundError: no such file or adapter.
     """
     if is_patched(model):
-        raise ValueError("model: already patched; allowed a bare one, train patches it")
+        raise ArgumentError("model: already patched; allowed a bare one, train patches it")
     _check_installed(options)
     from transformers import set_seed
 
@@ -112,7 +113,7 @@ def _check_installed(options: TrainingOptions) -> None:
     needed += [("report_to", {"tensorboard": ("tensorboard", "tensorboardX")}.get(n, (n,))) for n in options.report_to]
     for name, packages in needed:
         if not any(find_spec(package) for package in packages):
-            raise ValueError(f"{name}: {packages[0]} is not installed, which it needs (pip install {packages[0]})")
+            raise ArgumentError(f"{name}: {packages[0]} is not installed, which it needs (pip install {packages[0]})")
 
 
 def _rank() -> int:
@@ -219,7 +220,7 @@ def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
         _draw(output)
         if not stop.stopped:
             card = model_card(run, checked, steps_done, evaluation)
-            write_atomically(output / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+            write_text(output / "README.md", card, private=False)
     trainer.accelerator.wait_for_everyone()
     interrupted_at = output / f"checkpoint-{steps_done}" if stop.stopped else None
     return TrainingResult(output, steps_done, steps, interrupted_at, evaluation)

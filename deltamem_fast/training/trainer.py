@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..adapter import write_adapter
+from ..errors import ArgumentError
 from ..gates import GateRecord
 from ..memory import DeltaMemory
 from ..record import identity_of, unwrap
@@ -133,13 +134,13 @@ class DeltaMemTrainer(Trainer):
     def _refuse_unsupported(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-            raise ValueError(
+            raise ArgumentError(
                 "fsdp_version: got 1, allowed 2: its flat parameters cannot mix a frozen bfloat16 backbone with a "
                 "float32 adapter"
             )
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError("zero_stage: got 3, allowed 0 to 2; FSDP shards a backbone's parameters")
+            raise ArgumentError("zero_stage: got 3, allowed 0 to 2; FSDP shards a backbone's parameters")
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset or self.train_dataset)  # the schedule has its order in itself
@@ -178,7 +179,7 @@ class DeltaMemTrainer(Trainer):
         """Raise before a checkpoint is made of such weights; all processes see the same numbers, and raise together."""
         for name in ("loss", "grad_norm"):
             if not math.isfinite(entry.get(name, 0.0)):
-                raise ValueError(
+                raise ArgumentError(
                     f"{name}: got {entry[name]} at step {entry['step']}; checkpoints in {self.args.output_dir} are "
                     "from before; allowed: another run with a lower learning rate or other data"
                 )

@@ -30,6 +30,7 @@ from .columns import (
     state_pointers,
     written,
 )
+from .errors import ArgumentError
 from .launch import (
     MOST_REGISTERS,
     check_device,
@@ -675,7 +676,9 @@ def steer_heads_(
         check_together("packed", packed, reads=reads)
         check_reach("reads", reads, 1)
         if reads.shape[:-1] != packed.shape[:-1]:
-            raise ValueError(f"reads: got shape {list(reads.shape)}, allowed {[*packed.shape[:-1], reads.shape[-1]]}")
+            raise ArgumentError(
+                f"reads: got shape {list(reads.shape)}, allowed {[*packed.shape[:-1], reads.shape[-1]]}"
+            )
     heads = _heads(layout, steering)
     tokens = packed.shape[0] * packed.shape[1]
     if tokens == 0 or sum(heads) == 0:
@@ -800,7 +803,7 @@ def _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, ma
         if counts is not None and (counts.dtype != torch.int32 or tuple(counts.shape) != (length,)):
             raise ValueError(f"{name}: got {counts.dtype} {list(counts.shape)}, allowed int32 [{length}]")
     if arrived is not None and not arrived.is_contiguous():
-        raise ValueError(f"arrived: got a stride of {arrived.stride(0)}, allowed 1")
+        raise ArgumentError(f"arrived: got a stride of {arrived.stride(0)}, allowed 1")
 
 
 class _Plan:

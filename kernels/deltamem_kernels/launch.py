@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 import triton
 
+from .errors import ArgumentError, ArgumentTypeError
 from .rule import DeltaRule
 
 # A warp on AMD's data-centre cards is 64 threads wide. A program of the recurrence gives one thread one column.
@@ -29,7 +30,7 @@ def interpreted() -> bool:
 def check_device(tensor: torch.Tensor) -> None:
     """Raises: ValueError if Triton cannot run on the tensor's device."""
     if not (tensor.is_cuda or recorded is not None or interpreted()):
-        raise ValueError(f"tensors: on {tensor.device}; the Triton kernels need a GPU")
+        raise ArgumentError(f"tensors: on {tensor.device}; the Triton kernels need a GPU")
 
 
 def check_reach(name: str, tensor: torch.Tensor, axes: int) -> None:
@@ -104,13 +105,13 @@ def matrix_precision() -> str:
 def float32_only(name: str, tensor: torch.Tensor | None) -> None:
     """Raises: TypeError unless the tensor is float32 (the reference alone takes float64)."""
     if tensor is not None and tensor.dtype != torch.float32:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed float32")
+        raise ArgumentTypeError(f"{name}: got dtype {tensor.dtype}, allowed float32")
 
 
 def half_or_single(name: str, tensor: torch.Tensor | None) -> None:
     """Raises: TypeError unless the tensor is bfloat16, float16 or float32, or None."""
     if tensor is not None and tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, allowed bfloat16, float16 or float32")
+        raise ArgumentTypeError(f"{name}: got dtype {tensor.dtype}, allowed bfloat16, float16 or float32")
 
 
 def tile(rule: DeltaRule) -> tuple[int, int]:

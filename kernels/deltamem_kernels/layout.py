@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from .errors import ArgumentError, ArgumentTypeError
 from .rule import DeltaRule
 
 
@@ -32,9 +33,9 @@ class HeadLayout:
 
     def __post_init__(self):
         if self.dim < 2 or self.dim % 2:
-            raise ValueError(f"dim: got {self.dim}, allowed an even number, 2 or more")
+            raise ArgumentError(f"dim: got {self.dim}, allowed an even number, 2 or more")
         if self.rotary < 0 or self.rotary % 2 or self.rotary > self.dim:
-            raise ValueError(f"rotary: got {self.rotary}, allowed an even number, 0 to {self.dim}")
+            raise ArgumentError(f"rotary: got {self.rotary}, allowed an even number, 0 to {self.dim}")
         for name in ("q", "k", "v"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)} heads, allowed 1 or more")
@@ -93,14 +94,14 @@ def check_heads(
     width = layout.width + (0 if rule is None else rule.width)
     if packed.ndim != (3 if rule is None else 2) or packed.shape[-1] < width or packed.stride(-1) != 1:
         lead = "[B, T, N]" if rule is None else "[B, N]"
-        raise ValueError(
+        raise ArgumentError(
             f"packed: got shape {list(packed.shape)} with strides {list(packed.stride())}, allowed {lead} with "
             f"N ≥ {width} and a last stride of 1"
         )
     if not packed.dtype.is_floating_point:
-        raise TypeError(f"packed: got dtype {packed.dtype}, allowed floating point")
+        raise ArgumentTypeError(f"packed: got dtype {packed.dtype}, allowed floating point")
     if (cos is None) != (sin is None) or (layout.rotary > 0) != (cos is not None):
-        raise ValueError(f"cos, sin: allowed both where the layout has RoPE (rotary {layout.rotary}), else neither")
+        raise ArgumentError(f"cos, sin: allowed both where the layout has RoPE (rotary {layout.rotary}), else neither")
     length = packed.shape[1] if rule is None else 1
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tensor is not None and (
@@ -114,13 +115,13 @@ def check_heads(
     for head in ("q", "k", "v"):
         weight, rows = getattr(steering, head), getattr(layout, head) * layout.dim
         if weight is not None and tuple(weight.shape) != (rows, read_width):
-            raise ValueError(f"{head}: got shape {list(weight.shape)}, allowed [{rows}, {read_width}]")
+            raise ArgumentError(f"{head}: got shape {list(weight.shape)}, allowed [{rows}, {read_width}]")
     if steering.o is not None and (steering.o.ndim != 2 or steering.o.shape[1] != read_width):
-        raise ValueError(f"o: got shape {list(steering.o.shape)}, allowed [N, {read_width}]")
+        raise ArgumentError(f"o: got shape {list(steering.o.shape)}, allowed [N, {read_width}]")
     for name in ("q_norm", "k_norm"):
         weight = getattr(steering, name)
         if weight is not None and tuple(weight.shape) != (layout.dim,):
             raise ValueError(f"{name}: got shape {list(weight.shape)}, allowed [{layout.dim}]")
     raw = steering.scale_raw
     if raw is not None and tuple(raw.shape) not in ((1,), (4,)):
-        raise ValueError(f"scale_raw: got shape {list(raw.shape)}, allowed [1] or [4]")
+        raise ArgumentError(f"scale_raw: got shape {list(raw.shape)}, allowed [1] or [4]")

@@ -19,6 +19,7 @@ from . import scan_backward as _scan_backward
 from . import steer as _steer
 from . import steer_backward as _steer_backward
 from . import step as _step
+from .errors import ArgumentError
 from .layout import HeadLayout, Steering, check_heads
 from .rule import DeltaRule, ScanOutput, check_arguments
 
@@ -418,7 +419,7 @@ def steer(
     if out is None:
         return steer_op(base, reads, weight, scale, norm_weight, eps)
     if out is not base:
-        raise ValueError("out: allowed None or the tensor given as base")
+        raise ArgumentError("out: allowed None or the tensor given as base")
     steer_in_place_op(base, reads, weight, scale, norm_weight, eps)
     return base
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .errors import ArgumentError, ArgumentIndexError, ArgumentTypeError
+
 STATE_UPDATE_MODES = ("standard", "lambda_outside", "no_lambda")
 MAX_RANK = 64
 
@@ -37,11 +39,11 @@ class DeltaRule:
 
     def __post_init__(self):
         if not 1 <= self.rank <= MAX_RANK:
-            raise ValueError(f"rank: got {self.rank}, allowed 1 to {MAX_RANK}")
+            raise ArgumentError(f"rank: got {self.rank}, allowed 1 to {MAX_RANK}")
         if self.heads < 1:
-            raise ValueError(f"heads: got {self.heads}, allowed 1 or more")
+            raise ArgumentError(f"heads: got {self.heads}, allowed 1 or more")
         if self.mode not in STATE_UPDATE_MODES:
-            raise ValueError(f"mode: got {self.mode!r}, allowed {', '.join(STATE_UPDATE_MODES)}")
+            raise ArgumentError(f"mode: got {self.mode!r}, allowed {', '.join(STATE_UPDATE_MODES)}")
 
     @property
     def read_width(self) -> int:
@@ -91,7 +93,7 @@ def check_together(name: str, tensor: torch.Tensor, **others: torch.Tensor | Non
     """Raises: ValueError unless the others, where given, are on the device of the tensor called ``name``."""
     for other, found in others.items():
         if found is not None and found.device != tensor.device:
-            raise ValueError(f"{other}: on {found.device}, but {name} is on {tensor.device}")
+            raise ArgumentError(f"{other}: on {found.device}, but {name} is on {tensor.device}")
 
 
 def check_slots(slots: torch.Tensor, states: int) -> None:
@@ -102,7 +104,7 @@ def check_slots(slots: torch.Tensor, states: int) -> None:
     if slots.device.type == "cpu" and type(slots) is torch.Tensor and not torch.compiler.is_compiling():
         if slots.numel() and not -1 <= int(slots.min()) <= int(slots.max()) < states:
             wrong = next(slot for slot in slots.tolist() if not -1 <= slot < states)
-            raise IndexError(f"slots: got {wrong}, allowed −1 to {states - 1}")
+            raise ArgumentIndexError(f"slots: got {wrong}, allowed −1 to {states - 1}")
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -129,52 +131,54 @@ def check_arguments(
     """
     tokens = projections.shape[:-1]
     if projections.ndim not in (2, 3) or projections.shape[-1] != rule.width:
-        raise ValueError(
+        raise ArgumentError(
             f"projections: got shape {_shape(projections)}, allowed [..., {rule.width}] with one or two leading "
             f"dimensions (q, k, v and gates of rank {rule.rank}, {rule.heads} head(s))"
         )
     if not projections.dtype.is_floating_point:
-        raise TypeError(f"projections: got dtype {projections.dtype}, allowed floating point")
+        raise ArgumentTypeError(f"projections: got dtype {projections.dtype}, allowed floating point")
     if tuple(gate_bias.shape) != (rule.bias_width,):
-        raise ValueError(f"gate_bias: got shape {_shape(gate_bias)}, allowed [{rule.bias_width}]")
+        raise ArgumentError(f"gate_bias: got shape {_shape(gate_bias)}, allowed [{rule.bias_width}]")
     if math.prod(tokens) * rule.heads >= 2**31:
-        raise ValueError(f"projections: got {math.prod(tokens)} tokens × {rule.heads} head(s), allowed below 2^31")
+        raise ArgumentError(f"projections: got {math.prod(tokens)} tokens × {rule.heads} head(s), allowed below 2^31")
     sequences = tokens[0]
     if cu_seqlens is not None:
         if projections.ndim != 3 or tokens[0] != 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"projections: got shape {_shape(projections)} with cu_seqlens, allowed [1, T, {rule.width}]"
             )
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
-            raise ValueError(f"cu_seqlens: got shape {_shape(cu_seqlens)}, allowed [N + 1]")
+            raise ArgumentError(f"cu_seqlens: got shape {_shape(cu_seqlens)}, allowed [N + 1]")
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, allowed int32 or int64")
+            raise ArgumentTypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, allowed int32 or int64")
         sequences = cu_seqlens.numel() - 1
     if mask is not None:
         if tuple(mask.shape) != tuple(tokens):
-            raise ValueError(f"mask: got shape {_shape(mask)}, allowed {list(tokens)}")
+            raise ArgumentError(f"mask: got shape {_shape(mask)}, allowed {list(tokens)}")
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask: got dtype {mask.dtype}, allowed bool (True = a real token)")
+            raise ArgumentTypeError(f"mask: got dtype {mask.dtype}, allowed bool (True = a real token)")
     if slots is not None:
         if state is None:
-            raise ValueError("slots: given without a state to index")
+            raise ArgumentError("slots: given without a state to index")
         if tuple(slots.shape) != (sequences,):
-            raise ValueError(f"slots: got shape {_shape(slots)}, allowed [{sequences}]")
+            raise ArgumentError(f"slots: got shape {_shape(slots)}, allowed [{sequences}]")
         if slots.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"slots: got dtype {slots.dtype}, allowed int32 or int64")
+            raise ArgumentTypeError(f"slots: got dtype {slots.dtype}, allowed int32 or int64")
     if state is not None:
         rows = "any" if slots is not None else sequences
         if state.ndim != 4 or tuple(state.shape[1:]) != (rule.heads, rule.rank, rule.rank):
             allowed = f"[{rows}, {rule.heads}, {rule.rank}, {rule.rank}]"
-            raise ValueError(f"state: got shape {_shape(state)}, allowed {allowed}")
+            raise ArgumentError(f"state: got shape {_shape(state)}, allowed {allowed}")
         if slots is None and state.shape[0] != sequences:
-            raise ValueError(f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them")
+            raise ArgumentError(f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them")
         if state.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"state: got dtype {state.dtype}, allowed float32 (the reference also takes float64)")
+            raise ArgumentTypeError(
+                f"state: got dtype {state.dtype}, allowed float32 (the reference also takes float64)"
+            )
         if slots is not None:
             check_slots(slots, state.shape[0])
     if checkpoint_every < 0:
-        raise ValueError(f"checkpoint_every: got {checkpoint_every}, allowed 0 (none) or more")
+        raise ArgumentError(f"checkpoint_every: got {checkpoint_every}, allowed 0 (none) or more")
     check_together(
         "projections", projections,
         gate_bias=gate_bias, state=state, mask=mask, cu_seqlens=cu_seqlens, slots=slots,

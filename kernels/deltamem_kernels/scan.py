@@ -38,6 +38,7 @@ from .columns import (
     written,
     zero_or_nan,
 )
+from .errors import ArgumentError
 from .launch import (
     check_device,
     check_reach,
@@ -441,7 +442,7 @@ def scan(
     if projections.numel() == 0:
         chunk = 0
     if chunk and rank > CHUNKED_RANK:
-        raise ValueError(f"chunk: got {chunk} at rank {rank}, allowed 0 above rank {CHUNKED_RANK}")
+        raise ArgumentError(f"chunk: got {chunk} at rank {rank}, allowed 0 above rank {CHUNKED_RANK}")
     if mask is not None:
         mask = mask.view(torch.uint8)
     states = 0 if state is None else state.shape[0]

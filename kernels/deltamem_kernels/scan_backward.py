@@ -48,6 +48,7 @@ from .columns import (
     state_pointers,
     written,
 )
+from .errors import ArgumentError
 from .launch import (
     MOST_REGISTERS,
     check_device,
@@ -644,7 +645,7 @@ def scan_backward(
         chunk = 0
     block, part = spacing or choose_spacing(rule)
     if (chunk and rank > CHUNKED_RANK) or chunk % block or block % part:
-        raise ValueError(f"chunk, spacing: got {chunk}, {(block, part)}, allowed multiples, no chunk above rank 16")
+        raise ArgumentError(f"chunk, spacing: got {chunk}, {(block, part)}, allowed multiples, no chunk above rank 16")
     check_gradient("d_reads", d_reads, (batch, length, rule.read_width), projections)
     check_gradient("d_state", d_state, (sequences, heads, rank, rank), projections)
     if every:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from . import launch as _launch
 from .columns import dot_rows
+from .errors import ArgumentError
 from .launch import check_device, check_reach, half_or_single, launch, matrix_precision, next_power_of_two
 from .rule import check_together
 
@@ -139,14 +140,14 @@ def steer(
         TypeError: a float64 tensor.
     """
     if base.shape[:-1] != reads.shape[:-1] or weight.shape != (base.shape[-1], reads.shape[-1]):
-        raise ValueError(
+        raise ArgumentError(
             f"steer: got base {list(base.shape)}, reads {list(reads.shape)}, weight {list(weight.shape)}, "
             "allowed [..., N], [..., H·r] and [N, H·r]"
         )
     if norm_weight is not None and norm_weight.shape != base.shape[-1:]:
-        raise ValueError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(base.shape[-1:])}")
+        raise ArgumentError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(base.shape[-1:])}")
     if out is not None and out is not base:
-        raise ValueError("out: allowed None or the tensor given as base")
+        raise ArgumentError("out: allowed None or the tensor given as base")
     check_device(base)
     check_together("base", base, reads=reads, weight=weight, norm_weight=norm_weight)
     for name, tensor in (("base", base), ("reads", reads), ("weight", weight), ("norm_weight", norm_weight)):
@@ -154,7 +155,7 @@ def steer(
     if out is None:
         out = _launch.empty(base.shape, dtype=base.dtype, device=base.device)
     elif base.ndim > 3 and not base.is_contiguous():
-        raise ValueError("base: more than three dimensions, not contiguous, cannot be written in place")
+        raise ArgumentError("base: more than three dimensions, not contiguous, cannot be written in place")
     _steer(base, reads, weight, scale, norm_weight, eps, out)
     return out
 
@@ -184,11 +185,11 @@ def delta(
         TypeError: a float64 tensor.
     """
     if weight.ndim != 2 or weight.shape[1] != reads.shape[-1]:
-        raise ValueError(
+        raise ArgumentError(
             f"delta: got reads {list(reads.shape)}, weight {list(weight.shape)}, allowed [..., H·r] and [N, H·r]"
         )
     if norm_weight is not None and norm_weight.shape != weight.shape[:1]:
-        raise ValueError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(weight.shape[:1])}")
+        raise ArgumentError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(weight.shape[:1])}")
     check_device(reads)
     check_together("reads", reads, weight=weight, norm_weight=norm_weight)
     out = _launch.empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype, device=reads.device)

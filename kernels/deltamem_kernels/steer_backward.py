@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import launch as _launch
+from .errors import ArgumentError
 from .launch import check_device, check_reach, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
 from .rule import check_together
 from .steer import batch_time
@@ -164,7 +165,7 @@ def steer_backward(
         TypeError: a float64 tensor.
     """
     if grad.shape[:-1] != reads.shape[:-1] or weight.shape != (grad.shape[-1], reads.shape[-1]):
-        raise ValueError(
+        raise ArgumentError(
             f"steer_backward: got grad {list(grad.shape)}, reads {list(reads.shape)}, weight {list(weight.shape)}, "
             "allowed [..., N], [..., H·r] and [N, H·r]"
         )

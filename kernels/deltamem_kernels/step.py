@@ -26,6 +26,7 @@ from .columns import (
     state_pointers,
     written,
 )
+from .errors import ArgumentError
 from .launch import check_device, check_reach, float32_only, half_or_single, launch, rule_flags, state_strides, tile
 from .rule import DeltaRule, check_arguments, check_together
 
@@ -118,7 +119,7 @@ def step(
     check_reach("gate_bias", gate_bias, 1)
     batch, width = projections.shape
     if skipped is not None and (skipped.dtype != torch.int32 or tuple(skipped.shape) != (state.shape[0],)):
-        raise ValueError(f"skipped: got {skipped.dtype} {list(skipped.shape)}, allowed int32 [{state.shape[0]}]")
+        raise ArgumentError(f"skipped: got {skipped.dtype} {list(skipped.shape)}, allowed int32 [{state.shape[0]}]")
     check_together("projections", projections, skipped=skipped)
     reads = _launch.empty((batch, rule.read_width), dtype=torch.float32, device=projections.device)
     if batch == 0:

@@ -1,0 +1,102 @@
+"""The errors of this package: each is a DeltaMemError, and the built-in error that fits.
+
+Standard library alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+from deltamem_kernels.errors import (
+    ArgumentError,
+    ArgumentIndexError,
+    ArgumentKeyError,
+    ArgumentTypeError,
+    DeltaMemError,
+    UnsupportedError,
+)
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentIndexError",
+    "ArgumentKeyError",
+    "ArgumentTypeError",
+    "ConflictError",
+    "DeltaMemError",
+    "FileAccessError",
+    "FileFormatError",
+    "FileMissingError",
+    "FilePermissionError",
+    "MissingPackageError",
+    "PathExistsError",
+    "StateError",
+    "UnsupportedError",
+    "WaitedTooLongError",
+    "WrongPathKindError",
+    "file_error",
+]
+
+
+class FileFormatError(DeltaMemError, ValueError):
+    """A file does not hold what it should: damaged, of another or a newer format, or made for another model."""
+
+
+class FileAccessError(DeltaMemError, OSError):
+    """A file cannot be read or written: a full disk, a missing right, a file where a directory should be."""
+
+    def __str__(self) -> str:
+        # OSError would put its number in front, and the file's name behind.
+        return str(self.args[-1]) if self.args else ""
+
+
+class FileMissingError(FileAccessError, FileNotFoundError):
+    """There is no such file."""
+
+
+class FilePermissionError(FileAccessError, PermissionError):
+    """There is no right to read or write this file."""
+
+
+class WrongPathKindError(FileAccessError, IsADirectoryError, NotADirectoryError):
+    """A directory where a file should be, or the other way round."""
+
+
+class PathExistsError(FileAccessError, FileExistsError):
+    """There is something already under this path."""
+
+
+class WaitedTooLongError(FileAccessError, TimeoutError):
+    """Others held a file for too long."""
+
+
+class StateError(DeltaMemError, RuntimeError):
+    """This object cannot do that now: it is in use, was closed, or was left half-written by an error."""
+
+
+class ConflictError(StateError):
+    """Somebody else has written meanwhile; nothing was written."""
+
+
+class MissingPackageError(DeltaMemError, ImportError):
+    """A package that this needs is not installed."""
+
+
+_KINDS = (
+    (FileNotFoundError, FileMissingError),
+    (PermissionError, FilePermissionError),
+    (IsADirectoryError, WrongPathKindError),
+    (NotADirectoryError, WrongPathKindError),
+    (FileExistsError, PathExistsError),
+    (TimeoutError, WaitedTooLongError),
+)
+
+
+def file_error(error: OSError, name: str, path) -> FileAccessError:
+    """The operating system's ``error`` as one of ours, which names the argument and the path."""
+    if isinstance(error, FileAccessError):
+        return error
+    kind = next((ours for theirs, ours in _KINDS if isinstance(error, theirs)), FileAccessError)
+    reason = error.strerror or str(error)
+    made = kind(f"{name}: {path}: {reason}")
+    made.errno, made.strerror, made.filename = error.errno, reason, os.fspath(path)
+    return made
