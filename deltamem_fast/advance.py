@@ -25,7 +25,7 @@ class MemoryCall:
             without, and its tensors' graphs lead back to this call.
         token_mask: bool [B, T], True = a real token, or None = all are.
         segment_ids: int [B, T] (SSW) or None.
-        cu_seqlens: int [N + 1] for packed sequences, or None.
+        cu_seqlens: int [N + 1] over B · T tokens, for packed sequences, or None.
         frozen: read-only.
         in_place: no autograd outside: states keep their address.
         initial: the state that each layer started this forward from. A recomputation (gradient checkpointing)
@@ -112,13 +112,30 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
     Returns:
         reads, float32 [B, T, H·r].
     """
-    layer = memory.layer_idx
-    ops = operations(memory.backend, projections.device)
-    initial, first_run = call.start(layer)
-    mask, rule = call.token_mask, memory.rule
+    batch, length = projections.shape[:2]
+    initial, first_run = call.start(memory.layer_idx)
     if first_run:
-        call.keep(layer, projections)
+        call.keep(memory.layer_idx, projections)
+    mask = call.token_mask
+    if call.cu_seqlens is not None and batch > 1:
+        # Packed sequences are counted over the rows, one behind another.
+        projections = projections.reshape(1, batch * length, -1)
+        mask = None if mask is None else mask.reshape(1, batch * length)
+    return _advance(memory, projections, gate_bias, call, mask, initial, first_run).view(batch, length, -1)
 
+
+def _advance(
+    memory: DeltaMemory,
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    call: MemoryCall,
+    mask: torch.Tensor | None,
+    initial: torch.Tensor,
+    first_run: bool,
+) -> torch.Tensor:
+    """``advance`` of the tokens as the operators take them: packed sequences in one row."""
+    layer, rule = memory.layer_idx, memory.rule
+    ops = operations(memory.backend, projections.device)
     if call.frozen:
         if call.cu_seqlens is not None:
             return _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)

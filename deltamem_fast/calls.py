@@ -12,8 +12,9 @@ from .advance import MemoryCall
 from .bridge import Bridge, is_sharded
 from .cache import adopt, check_rows
 from .capture import current_capture
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .gates import current_record
+from .sequences import sequence_starts
 from .state import MemoryState
 
 
@@ -57,14 +58,14 @@ def begin(
         segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
     cache = kwargs.get("past_key_values")
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
-    cu_seqlens = _packed(kwargs, cache, batch, length)
+    cu_seqlens = sequence_starts(kwargs, cache, token_mask, batch, length)
 
     if cu_seqlens is not None:
         if segment_ids is not None:
-            raise ArgumentError("segment_ids: not supported with packed sequences (cu_seq_lens_q)")
+            raise UnsupportedError("segment_ids: not supported with several sequences in a row (packed)")
         rows = cu_seqlens.numel() - 1
-        if memory is not None:
-            check_rows(memory, rows)
+        if memory is not None and memory.batch_size != rows:
+            raise ArgumentError(f"memory: got {memory.batch_size} row(s), allowed {rows}: one for each packed sequence")
         state = memory if memory is not None else _zeros(identity, rows)
     else:
         if cache is None and _uses_cache(decoder, kwargs):
@@ -167,23 +168,3 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
     if attention_mask.shape[0] != batch or width < past + length:
         raise ArgumentError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, {past + length}]")
     return attention_mask[:, past : past + length] != 0
-
-
-def _packed(kwargs: dict[str, Any], cache, batch: int, length: int) -> torch.Tensor | None:
-    """Starts of packed sequences, as padding-free training passes them, or None."""
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is not None:
-        if cache is not None:
-            raise ArgumentError("past_key_values: got a cache with packed sequences (cu_seq_lens_q), allowed None")
-        if batch != 1:
-            raise ArgumentError(f"cu_seq_lens_q: got with a batch of {batch}, allowed 1")
-        return cu_seqlens
-    position_ids = kwargs.get("position_ids")
-    if cache is None and batch == 1 and length > 1 and kwargs.get("attention_mask") is None:
-        if position_ids is not None and position_ids.ndim == 2 and not torch.compiler.is_compiling():
-            if not bool((position_ids.diff(dim=-1) == 1).all()):
-                raise ArgumentError(
-                    "position_ids: they restart inside the row, so it holds several packed sequences; pass "
-                    "cu_seq_lens_q as well, so that each gets a memory of its own"
-                )
-    return None

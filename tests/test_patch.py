@@ -374,8 +374,6 @@ def test_packed_sequences_get_a_memory_each():
     alone.frozen = True
     assert relative_error(read[:, 8:], logits(model, IDS[:1, 8:], memory=alone)) < 1e-5
     assert all(torch.equal(memory[i], kept[i]) for i in kept)
-    with pytest.raises(ValueError, match="position_ids: they restart inside the row"):
-        model(IDS[:1], position_ids=positions, use_cache=False)
 
 
 def test_output_attentions_and_hidden_states():
