@@ -8,6 +8,7 @@ from deltamem_kernels.rule import DeltaRule
 
 from .backends import operations
 from .bridge import UNKNOWN_CHECKPOINTS, Bridge, join
+from .cache import Fed
 from .errors import ArgumentError
 from .gates import GateSums, gate_sums
 from .memory import DeltaMemory
@@ -32,6 +33,8 @@ class MemoryCall:
             finds it here, and does not write a second time.
         bridge: of gradients past checkpointed and sharded layers; None in place.
         gates: sums over the gates of each layer's written tokens, empty when the forward is over; None: nobody asked.
+        fed: what is known of the cache that keys and values go to; None: there is none.
+        held: how many tokens that had got before this forward; None: not counted.
         projections: by layer the raw projections [B, T, W] of this forward's tokens; None: nobody asked.
     """
 
@@ -46,6 +49,8 @@ class MemoryCall:
         bridge: Bridge | None = None,
         gates: dict[int, GateSums] | None = None,
         projections: dict[int, torch.Tensor] | None = None,
+        fed: Fed | None = None,
+        held: int | None = None,
     ):
         self.state: MemoryState | None = state
         self.token_mask = token_mask
@@ -57,6 +62,8 @@ class MemoryCall:
         self.bridge = bridge
         self.gates = gates
         self.projections = projections
+        self.fed = fed
+        self.held = held
         self.records = gates is not None or projections is not None
         # Whether tokens may be read, or read and written, where the state lies; but for that state itself.
         # Never by what is recorded: recording changes no bit.
@@ -79,6 +86,15 @@ class MemoryCall:
         if self.initial[layer].requires_grad and not self.bridge.entered:
             raise ArgumentError(UNKNOWN_CHECKPOINTS)
         self.bridge.unseen.add(layer)
+
+    def cut_short(self, error: BaseException) -> None:
+        """Mark what a forward that failed may have left half-written; nothing, if no layer had begun."""
+        if self.fed is not None and self.initial:
+            self.fed.cut_short(error)
+        elif self.fed is not None:
+            self.fed.tokens = self.held
+        if self.initial and not self.frozen and self.state is not None:
+            self.state.interrupt(error)
 
     def keep(self, layer: int, projections: torch.Tensor) -> None:
         """Keep a layer's raw projections [B, T, W], if they were asked for."""

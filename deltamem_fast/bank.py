@@ -290,6 +290,7 @@ class MemoryBank:
         dtypes = {layer.dtype for _, layer in state.items()}
         if dtypes - {torch.float32}:
             raise ArgumentError(f"state: got {', '.join(sorted(map(str, dtypes)))}, allowed torch.float32")
+        state.check_whole()
         self._identity.check(state._identity)
 
     def _read(self, ids: builtins.list[str]) -> tuple:

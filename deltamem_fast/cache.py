@@ -12,10 +12,42 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
 from .state import MemoryState, writable
 
 _ATTRIBUTE = "_delta_memory"
+_FED = "_delta_memory_fed"
+
+
+class Fed:
+    """What a cache was fed with while a memory was at work, whoever owns that.
+
+    Attributes:
+        identity: of the adapter and backbone that its keys and values were computed under.
+        tokens: how many the memory was given, too; None: not counted (compiled forwards).
+        broken: why the cache must not go on, or "".
+    """
+
+    def __init__(self, identity):
+        self.identity = identity
+        self.tokens: int | None = None
+        self.broken = ""
+
+    def cut_short(self, error: BaseException) -> None:
+        """Note that a forward with the cache has failed on its way."""
+        self.broken = (
+            f"past_key_values: a forward with this cache was cut short by {type(error).__name__}, so that it may hold "
+            "tokens whose outcome nobody has; start with an empty cache, or a copy from before"
+        )
+
+    def __deepcopy__(self, memo) -> Fed:
+        # The identity refers to the model's adapter; a copied cache must not copy that.
+        copied = Fed(self.identity)
+        copied.tokens, copied.broken = self.tokens, self.broken
+        return copied
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"identity": None}
 
 
 class MemoryLayerMixin:
@@ -53,7 +85,7 @@ class MemoryLayerMixin:
         super().reset()
         self._move_memory(torch.zeros_like)
         if self.memory is not None:
-            self.memory._broken = ""
+            self.memory._broken = self.memory._interrupted = ""
 
     def crop(self, *args, **kwargs) -> None:
         """Raises: what the memory has written cannot be taken back."""
@@ -170,11 +202,30 @@ class MemoryDynamicSlidingWindowLayer(MemoryLayerMixin, DynamicSlidingWindowLaye
     """DynamicSlidingWindowLayer with a memory; the memory keeps what has left the window."""
 
 
-class MemoryStaticLayer(MemoryLayerMixin, StaticLayer):
+class CountingMixin:
+    """Counts a static layer's tokens on the host as well: the layer's own count lies on its device."""
+
+    counted: int = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values [B, heads, T, D] of new tokens."""
+        if not torch.compiler.is_compiling():  # compiled forwards are not counted at the other end, either
+            self.counted += key_states.shape[2]
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Empty the layer and forget its memory, in place."""
+        super().reset()
+        self.counted = 0
+
+
+class MemoryStaticLayer(CountingMixin, MemoryLayerMixin, StaticLayer):
     """StaticLayer with a memory."""
 
 
-class MemoryStaticSlidingWindowLayer(MemoryLayerMixin, StaticSlidingWindowLayer):
+class MemoryStaticSlidingWindowLayer(CountingMixin, MemoryLayerMixin, StaticSlidingWindowLayer):
     """StaticSlidingWindowLayer with a memory; the memory keeps what has left the window."""
 
 
@@ -257,14 +308,79 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
     return own
 
 
+def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
+    """Check that a forward may go on with what ``cache`` holds → what is known of it, and how many tokens it holds.
+
+    The number is None where it is not counted (compiled forwards).
+
+    Raises:
+        ValueError: keys and values of another adapter, tokens that the memory never read, or a forward that an error
+            has cut short; a cache that is empty again is as good as new.
+    """
+    fed = getattr(cache, _FED, None)
+    if torch.compiler.is_compiling():
+        if fed is None:
+            fed = Fed(identity)
+            setattr(cache, _FED, fed)
+        elif fed.identity is not identity:
+            _check_same(fed, identity)
+        return fed, None
+    layer = cache.layers[next(iter(identity.memories))]
+    held = layer.counted if isinstance(layer, CountingMixin) else layer.get_seq_length()
+    if fed is None or not held:
+        fed = Fed(identity)
+        setattr(cache, _FED, fed)
+    elif fed.broken:
+        raise StateError(fed.broken)
+    elif fed.identity is not identity:
+        _check_same(fed, identity)
+    if fed.tokens is not None and held > fed.tokens:
+        raise StateError(
+            f"past_key_values: this cache holds {held} tokens, of which its memory has read {fed.tokens} (the model "
+            "was not patched, or another one used it); start with an empty cache"
+        )
+    return fed, held
+
+
+def _check_same(fed: Fed, identity) -> None:
+    try:
+        identity.check(fed.identity)
+    except ValueError as error:
+        raise ArgumentError(
+            f"past_key_values: its keys and values were computed under another adapter or backbone ({error}); start "
+            "with an empty cache"
+        ) from None
+
+
 def mark_missed(cache) -> None:
     """Note that ``cache`` gets tokens which its memory does not read (the memory is disabled)."""
-    memory = getattr(cache, _ATTRIBUTE, None)
-    if memory is not None:
-        memory._broken = (
+    fed = getattr(cache, _FED, None)
+    if fed is not None:
+        fed.broken = (
             "past_key_values: this cache got tokens while the memory was disabled, which its memory has not read; "
             "start with an empty cache"
         )
+
+
+def fed_tokens(cache) -> int | None:
+    """How many tokens ``cache`` got from a patched model; None: none yet, or they were not counted."""
+    fed = getattr(cache, _FED, None)
+    return None if fed is None else fed.tokens
+
+
+def cut_short(cache, error: BaseException) -> None:
+    """Note that a forward failed after ``cache`` and its memory had got its tokens."""
+    getattr(cache, _FED).cut_short(error)
+    memory = getattr(cache, _ATTRIBUTE, None)
+    if memory is not None:
+        memory.interrupt(error)
+
+
+def rewound(cache) -> None:
+    """Note that ``cache`` was taken back to an earlier length, in all layers; a forward that failed is undone."""
+    fed = getattr(cache, _FED, None)
+    if fed is not None:
+        fed.broken, fed.tokens = "", None
 
 
 def check_rows(memory: MemoryState, batch_size: int) -> None:

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from .advance import MemoryCall
 from .bridge import Bridge, is_sharded
-from .cache import adopt, check_rows
+from .cache import Fed, adopt, check_rows, expect
 from .capture import current_capture
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .gates import current_record
@@ -23,6 +23,7 @@ class CallersMemory:
 
     def __init__(self, state: Any):
         self.state = state
+        self.written = False
 
 
 def begin(
@@ -58,6 +59,8 @@ def begin(
         segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
     cache = kwargs.get("past_key_values")
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
+    fed: Fed | None = None
+    held: int | None = None
     cu_seqlens = sequence_starts(kwargs, cache, token_mask, batch, length)
 
     if cu_seqlens is not None:
@@ -72,8 +75,11 @@ def begin(
             cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
         if cache is not None and decoder.training and getattr(decoder, "gradient_checkpointing", False):
             raise ArgumentError("past_key_values: got a cache, which transformers drops under gradient checkpointing")
+        if memory is not None:
+            memory.check_whole()
         if cache is not None:
             state = adopt(cache, identity, memory, batch)
+            fed, held = expect(cache, identity)
         elif memory is not None:
             check_rows(memory, batch)
             state = memory
@@ -81,6 +87,9 @@ def begin(
             state = _zeros(identity, batch)
     if state._broken and (state is not memory or torch.is_grad_enabled()):
         raise ArgumentError(state._broken)
+    state.check_whole()
+    if fed is not None:
+        fed.tokens = None if held is None else held + length
     return MemoryCall(
         state,
         token_mask,
@@ -90,6 +99,8 @@ def begin(
         bridge=Bridge(ordered=is_sharded(decoder)) if torch.is_grad_enabled() else None,
         gates={} if current_record() is not None and not state.frozen else None,
         projections={} if current_capture() is not None else None,
+        fed=fed,
+        held=held,
     )
 
 

@@ -66,7 +66,8 @@ def _refusing(name: str):
 
 
 def _original(self, name: str):
-    return self._delta_memory_patch.originals[name]
+    own = self._delta_memory_patch.originals[name]
+    return getattr(type(self), name).__get__(self) if own is None else own
 
 
 def _generate(self, *args, **kwargs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 
@@ -12,7 +13,7 @@ from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
 from .attention import attention_forward
 from .backends import operations
 from .bridge import enter, leave
-from .cache import mark_missed
+from .cache import cut_short, fed_tokens, mark_missed
 from .calls import CallersMemory, begin
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
@@ -216,18 +217,15 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
         memories[name].weights = LayerWeights()
     record.pack()
     decoder = record.decoder
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(decoder.forward).parameters.values()
-    record.decoder_arguments = tuple(p.name for p in parameters if p.kind in positional)
-    record.originals["decoder"] = decoder.forward
+    record.originals["decoder"] = vars(decoder).get("forward")
     record.replace(decoder, RECORD, record)
     record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
     if model is not decoder:
-        record.originals["outer"] = model.forward
+        record.originals["outer"] = vars(model).get("forward")
         record.replace(model, RECORD, record)
         record.replace(model, "forward", types.MethodType(_with_signature(model, _outer_forward), model))
     for name, function in generation_overrides(model).items():
-        record.originals[name] = getattr(model, name)
+        record.originals[name] = vars(model).get(name)
         record.replace(model, name, types.MethodType(function, model))
     # A checkpoint of the backbone stays one: the adapter goes beside it, in files of its own.
     keys = [f"{name}.delta_memory.{key}" for name, m in memories.items() for key in m.state_dict()]
@@ -305,35 +303,56 @@ def _with_signature(module: nn.Module, function):
 
 
 def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
+    record = self._delta_memory_patch
+    carried = None
     if memory is not None:
         # Hooks that move arguments between devices would copy it, and the copy would be written.
-        kwargs["memory"] = CallersMemory(memory)
+        kwargs["memory"] = carried = CallersMemory(memory)
     if segment_ids is not None:
         kwargs["segment_ids"] = segment_ids
     if token_mask is not None:
         kwargs["token_mask"] = token_mask
-    return self._delta_memory_patch.originals["outer"](*args, **kwargs)
+    own = record.originals["outer"]
+    cache = kwargs.get("past_key_values")
+    before = fed_tokens(cache)
+    try:
+        return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+    except BaseException as error:
+        # The decoder has written wholly, but nobody gets to know what it said.
+        if carried is not None and carried.written:
+            carried.state.interrupt(error)
+        if fed_tokens(cache) != before:
+            cut_short(cache, error)
+        raise
 
 
 def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
     record = self._delta_memory_patch
-    original = record.originals["decoder"]
+    own = record.originals["decoder"]
+    carried = None
     if isinstance(memory, CallersMemory):
-        memory = memory.state
-    kwargs.update(_by_name(self, record.decoder_arguments, args, kwargs))
+        carried, memory = memory, memory.state
+    if args:
+        kwargs.update(_by_name(self, args, kwargs))
     if record_disabled(record):
         mark_missed(kwargs.get("past_key_values"))
-        return original(**kwargs)
+        return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
-    if not call.in_place:
-        enter(self, call, kwargs)
-    output = original(**kwargs, memory=call)
-    if len(call.initial) != len(record.identity.memories):
-        missing = sorted(set(record.identity.memories) - set(call.initial))
-        raise StateError(
-            f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
-            "keyword arguments down to it, so it cannot be patched"
-        )
+    try:
+        if not call.in_place:
+            enter(self, call, kwargs)
+        output = type(self).forward(self, **kwargs, memory=call) if own is None else own(**kwargs, memory=call)
+        if len(call.initial) != len(record.identity.memories):
+            missing = sorted(set(record.identity.memories) - set(call.initial))
+            raise StateError(
+                f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
+                "keyword arguments down to it, so it cannot be patched"
+            )
+    except BaseException as error:
+        call.cut_short(error)
+        raise
+    if carried is not None:
+        carried.written = not call.frozen
     if not call.in_place:
         output = leave(call, output)
     if call.gates is not None:
@@ -347,8 +366,9 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     return output
 
 
-def _by_name(module: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dict) -> dict:
+def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """Positional arguments of a forward by name."""
+    names = _positional(type(module).forward)
     if len(args) > len(names):
         raise ArgumentTypeError(
             f"{type(module).__name__}.forward: got {len(args)} positional arguments, allowed {len(names)}"
@@ -358,6 +378,13 @@ def _by_name(module: nn.Module, names: tuple[str, ...], args: tuple, kwargs: dic
         if name in kwargs:
             raise ArgumentTypeError(f"{type(module).__name__}.forward: got {name} twice")
     return named
+
+
+@functools.lru_cache(maxsize=64)
+def _positional(forward) -> tuple[str, ...]:
+    """The arguments of a class's forward that may be given by position, without self."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional)[1:]
 
 
 def _save_pretrained(self, save_directory, *args, **kwargs):

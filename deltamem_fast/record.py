@@ -98,9 +98,9 @@ class PatchRecord:
     decoder: nn.Module
     attentions: dict[str, nn.Module]
     replaced: list[tuple[Any, str, Any, bool, Any]] = field(default_factory=list)
+    # Methods that stood on the instance before; None: the class's, looked up at each call (it may be replaced).
     originals: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
-    decoder_arguments: tuple[str, ...] = ()
     disabled_depth: int = 0
 
     def replace(self, owner: Any, name: str, value: Any) -> None:

@@ -72,7 +72,7 @@ def sequence_starts(
 
 
 def _compiled(name: str) -> str:
-    return f"{name}: by it {_HOLDS_SEVERAL}; compiled forwards need cu_seq_lens_q as well, so that each gets its own memory"
+    return f"{name}: by it {_HOLDS_SEVERAL}; compiled forwards need cu_seq_lens_q as well, to give each its own memory"
 
 
 def _real_before(token_mask: torch.Tensor | None, length: int) -> torch.Tensor:

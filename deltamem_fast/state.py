@@ -17,6 +17,7 @@ from .errors import (
     ArgumentTypeError,
     FileFormatError,
     FileMissingError,
+    StateError,
 )
 from .files import read_tensors, write_atomically
 from .record import LayerSpec, describe_difference, identity_of
@@ -51,6 +52,8 @@ class MemoryState:
         self._versions: dict[str, int] = {}
         # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
         self._broken = ""
+        # Why layers have written that others have not: "" or the reason that every later use gives.
+        self._interrupted = ""
         self.frozen = frozen
 
     @classmethod
@@ -113,7 +116,7 @@ class MemoryState:
             frozen=self.frozen,
             skipped={i: change(counter) for i, counter in self._skipped.items()},
         )
-        made._broken = self._broken
+        made._broken, made._interrupted = self._broken, self._interrupted
         made._versions = dict(self._versions)
         return made
 
@@ -143,7 +146,7 @@ class MemoryState:
     def read_only(self) -> MemoryState:
         """A frozen memory over the same tensors: it sees what is written here, and forwards do not write it."""
         made = MemoryState(self._layers, identity=self._identity, frozen=True, skipped=self._skipped)
-        made._broken = self._broken
+        made._broken, made._interrupted = self._broken, self._interrupted
         return made
 
     def select(self, rows) -> MemoryState:
@@ -191,6 +194,7 @@ class MemoryState:
         made = MemoryState(layers, identity=first._identity, frozen=first.frozen, skipped=skipped)
         for memory in memories:
             made._versions |= memory._versions
+            made._interrupted = made._interrupted or memory._interrupted
         return made
 
     def __deepcopy__(self, memo) -> MemoryState:
@@ -201,6 +205,7 @@ class MemoryState:
         copied._skipped = copy.deepcopy(self._skipped, memo)
         copied._arrived = copy.deepcopy(self._arrived, memo)
         copied._identity, copied.frozen, copied._broken = self._identity, self.frozen, self._broken
+        copied._interrupted = self._interrupted
         copied._versions = dict(self._versions)
         return copied
 
@@ -216,8 +221,20 @@ class MemoryState:
             self.put(i, torch.zeros_like(state), in_place=True)
             self._count(i, -self._skipped[i])
             self._count_arrivals(i)
-        self._broken = ""
+        self._broken = self._interrupted = ""
         return self
+
+    def check_whole(self) -> None:
+        """Raise StateError if an error has cut short a forward that was writing this memory."""
+        if self._interrupted:
+            raise StateError(self._interrupted)
+
+    def interrupt(self, error: BaseException) -> None:
+        """Mark this memory as half-written: from now on its use raises, until ``zero_``."""
+        self._interrupted = (
+            f"memory: a forward that was to write it was cut short by {type(error).__name__}, so that some layers have "
+            "written and others may not have; go back to a copy from before (clone), or zero_()"
+        )
 
     def decay(self, rate: float) -> MemoryState:
         """Let everything fade alike, in place: S ← (1 − rate) S; returns itself.
@@ -311,6 +328,7 @@ class MemoryState:
         """
         from safetensors.torch import save_file
 
+        self.check_whole()
         if self._identity is None:
             raise ArgumentError("memory: made without a model, so it has no adapter to be saved for")
         tensors = {f"layers.{i}.state": state.detach().cpu().contiguous() for i, state in self._layers.items()}

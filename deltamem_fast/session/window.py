@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..cache import rewound
 from ..record import decoder_of, input_device, is_disabled, unwrap
 from ..state import MemoryState
 from .blocks import Block, Message
@@ -114,6 +115,7 @@ class Mark:
                 vars(layer).update(mark)
             elif layer.is_initialized:
                 layer.keys, layer.values = layer.keys[..., :mark, :], layer.values[..., :mark, :]
+        rewound(cache)
 
 
 def _mark(layer, hold: bool) -> int | dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Forwards that fail half-way, and caches that went on without their memory: the next use says so."""
+
+import copy
+
+import pytest
+import torch
+from support import loud_adapter, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from deltamem_fast import (
+    DeltaMemError,
+    MemoryState,
+    load_adapter,
+    memory_disabled,
+    memory_state,
+    patch_model,
+    save_adapter,
+    unpatch_model,
+)
+
+IDS = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loud_adapter(patch_model(tiny_model()))
+
+
+def cache_of(model, kind):
+    return StaticCache(config=model.config, max_cache_len=64) if kind == "static" else DynamicCache(config=model.config)
+
+
+class failing:
+    """Inside, a part of the model raises."""
+
+    def __init__(self, module, error):
+        self.handle = module.register_forward_hook(self.fail)
+        self.error = error
+
+    def fail(self, *_):
+        raise self.error("on the way")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+PLACES = {
+    "first layer": lambda model: model.model.layers[0].mlp,
+    "last layer": lambda model: model.model.layers[-1].mlp,
+    "after the layers": lambda model: model.model.norm,
+    "logits": lambda model: model.lm_head,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("length", [12, 1])
+def test_a_memory_that_a_forward_left_half_written_is_marked(model, place, error, length):
+    memory = MemoryState.zeros(model)
+    with torch.no_grad():
+        model(IDS, memory=memory, use_cache=False)
+    before = memory.clone()
+    with torch.no_grad(), failing(PLACES[place](model), error), pytest.raises(error):
+        model(IDS[:, :length], memory=memory, use_cache=False)
+    for use in (
+        lambda: model(IDS, memory=memory, use_cache=False),
+        lambda: model.generate(IDS, memory=memory, max_new_tokens=1),
+        lambda: memory.save("never.safetensors"),
+        lambda: model(IDS, memory=memory.clone(), use_cache=False),
+        lambda: model(IDS, memory=memory.detach().read_only(), use_cache=False),
+        lambda: model(IDS, memory=MemoryState.cat([memory]), use_cache=False),
+        lambda: model(IDS, memory=copy.deepcopy(memory), use_cache=False),
+    ):
+        with torch.no_grad(), pytest.raises(DeltaMemError, match=f"memory: a forward .* cut short by {error.__name__}"):
+            use()
+    with torch.no_grad():
+        model(IDS, memory=before, use_cache=False)
+        model(IDS, memory=memory.zero_(), use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("place", PLACES)
+def test_so_is_a_cache(model, kind, place):
+    cache = cache_of(model, kind)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        with failing(PLACES[place](model), RuntimeError), pytest.raises(RuntimeError):
+            model(IDS, past_key_values=cache)
+        with pytest.raises(DeltaMemError, match="past_key_values: a forward with this cache was cut short"):
+            model(IDS, past_key_values=cache)
+        with pytest.raises(DeltaMemError, match="cut short"):
+            memory_state(cache).save("never.safetensors")
+        cache.reset()
+        if kind == "static":
+            model(IDS, past_key_values=cache)
+
+
+def test_what_fails_before_the_layers_marks_nothing(model):
+    memory, cache = MemoryState.zeros(model), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for arguments in ({"input_ids": IDS + 1000}, {"input_ids": IDS, "token_mask": 3}):
+            with pytest.raises((IndexError, ValueError)):
+                model(memory=memory, past_key_values=cache, **arguments)
+        model(IDS, memory=memory, past_key_values=cache)
+        with pytest.raises(IndexError):
+            model(IDS + 1000, memory=memory, past_key_values=cache)
+        model(IDS, memory=memory, past_key_values=cache)
+
+
+def test_a_frozen_memory_is_not_marked(model):
+    memory = MemoryState.zeros(model)
+    memory.frozen = True
+    with torch.no_grad(), failing(model.lm_head, RuntimeError), pytest.raises(RuntimeError):
+        model(IDS, memory=memory, use_cache=False)
+    model(IDS, memory=memory, use_cache=False)
+
+
+def test_under_autograd_too(model):
+    memory = MemoryState.zeros(model)
+    with failing(model.model.layers[1], RuntimeError), pytest.raises(RuntimeError):
+        model(IDS, memory=memory, use_cache=False)
+    with pytest.raises(DeltaMemError, match="cut short"):
+        model(IDS, memory=memory, use_cache=False)
+
+
+@pytest.mark.parametrize("owner", ["caller", "cache"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_tokens_that_the_memory_has_not_read_are_noticed(owner, kind, tmp_path):
+    model = loud_adapter(patch_model(tiny_model()))
+    save_adapter(model, tmp_path)
+    memory = {"memory": MemoryState.zeros(model)} if owner == "caller" else {}
+
+    def filled():
+        cache = cache_of(model, kind)
+        if memory:
+            memory["memory"].zero_()
+        model(IDS, past_key_values=cache, **memory)
+        return cache
+
+    with torch.no_grad():
+        cache, copied = filled(), copy.deepcopy(filled())
+        for used in (cache, copied):
+            with memory_disabled(model):
+                model(IDS, past_key_values=used)
+            with pytest.raises(DeltaMemError, match="got tokens while the memory was disabled"):
+                model(IDS, past_key_values=used, **memory)
+        if owner == "cache":  # also where its memory is handed over as if it were the caller's
+            with pytest.raises(DeltaMemError, match="got tokens while the memory was disabled"):
+                model(IDS, past_key_values=cache, memory=memory_state(cache))
+        cache = filled()
+        unpatch_model(model)
+        model(IDS, past_key_values=cache)
+        patch_model(model, tmp_path)
+        with pytest.raises(DeltaMemError, match="holds 24 tokens, of which its memory has read 12"):
+            model(IDS, past_key_values=cache, **memory)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_keys_of_one_adapter_do_not_go_on_under_another(kind, tmp_path):
+    model, other = (loud_adapter(patch_model(tiny_model()), seed=seed) for seed in (1, 2))
+    save_adapter(other, tmp_path)
+    cache, memory = cache_of(model, kind), MemoryState.zeros(other)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache, memory=MemoryState.zeros(model))
+        with pytest.raises(DeltaMemError, match="its keys and values were computed under another adapter"):
+            other(IDS, past_key_values=cache, memory=memory)
+        load_adapter(model, tmp_path)
+        with pytest.raises(DeltaMemError, match="its keys and values were computed under another adapter"):
+            model(IDS, past_key_values=cache, memory=MemoryState.zeros(model))
+        cache.reset()
+        if kind == "static":  # a dynamic one keeps the length of its keys
+            model(IDS, past_key_values=cache, memory=MemoryState.zeros(model))
