@@ -6,10 +6,12 @@ import inspect
 import operator
 import sys
 import threading
+import types
 import weakref
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import torch.nn.modules.module as _modules
 from torch import nn
 
@@ -88,6 +90,8 @@ class LayerWeights:
         self._steering: Steering | None = None
         # What was found where when the path was chosen: dictionaries, keys, objects; the types of the parts.
         self._places: tuple[tuple, tuple, tuple] = ((), (), ())
+        # The functions that the fused forward goes past: owners (classes, modules), names, functions.
+        self._functions: tuple[tuple, tuple, tuple] = ((), (), ())
         # The packed parameters, and where their rows lie.
         self._packed: tuple[list[nn.Parameter], list[int]] = ([], [])
         self._parts: tuple[nn.Module, ...] = ()
@@ -131,8 +135,11 @@ class LayerWeights:
                     bias = [p.out_features if b is None else b for p, b in zip(projections, biases)]
                     bias.append(memory.rule.width)
             used = [part for part in (*rows, *gates, *(bias or ())) if not isinstance(part, int)]
-            if trusted:
-                self._known = [weakref.ref(part) for part in used if part is not None]
+            if trusted:  # also what is not packed now: the reason may go
+                own = [
+                    p for name in PROJECTIONS for p in getattr(attention._modules.get(name), "_parameters", {}).values()
+                ]
+                self._known = [weakref.ref(part) for part in (*used, *own) if part is not None]
             elif not all(any(part is known() for known in self._known) for part in used):
                 reason = reason or "a weight was replaced after patching"
                 rows, first, bias = rows[-len(memory.row_names) :], 0, None
@@ -163,7 +170,14 @@ class LayerWeights:
             places += [(part._parameters, name, part._parameters.get(name)) for name in ("weight", "bias")]
             places += [(attributes, n, attributes.get(n)) for n in ("_forward_hooks", "_forward_pre_hooks", "forward")]
         places += [(memory._parameters, name, parameter) for name, parameter in memory._parameters.items()]
+        norms = [part for part in self._parts if "variance_epsilon" in vars(part)]
+        places += [(vars(norm), "variance_epsilon", norm.variance_epsilon) for norm in norms]
+        places += [(vars(attention), "head_dim", vars(attention).get("head_dim"))]
+        bypassed = [(owner, name, getattr(owner, name, None)) for owner, name in bypassed_functions(attention)]
+        # A function that a kernel from the hub may stand in for is a module, and gets that as its forward.
+        places += [(vars(f), "forward", vars(f).get("forward")) for *_, f in bypassed if isinstance(f, nn.Module)]
         self._places = tuple(zip(*places))
+        self._functions = tuple(zip(*bypassed)) if bypassed else ((), (), ())
         packs = [packed for packed in (self.rows, self.gate_bias, self.bias) if packed is not None]
         self._packed = [p for pack in packs for p in pack.parameters], [a for pack in packs for a in pack.addresses]
         self._hooks = tuple(hooks for part in self._parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
@@ -171,6 +185,8 @@ class LayerWeights:
     def is_current(self) -> bool:
         """Whether nothing that the choice and the packing rest on has been replaced or moved."""
         if not all(map(operator.is_, map(dict.get, *self._places[:2]), self._places[2])):
+            return False
+        if not all(map(operator.is_, map(getattr, *self._functions[:2]), self._functions[2])):
             return False
         if tuple(map(type, self._parts)) != self._types:
             return False
@@ -211,6 +227,9 @@ class LayerWeights:
             # Addresses cannot be asked for here; that each parameter is the one packed is a guard of the graph.
             for places, name, known in zip(*self._places):
                 if places.get(name) is not known:
+                    return False
+            for owner, name, known in zip(*self._functions):
+                if getattr(owner, name) is not known:
                     return False
         elif not self.is_current():
             self.refresh(attention, memory, trusted=False)
@@ -261,19 +280,25 @@ def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -
     shape, kind = shape_of(attention), type(attention)
     if shape is None:
         return f"{kind.__name__} is not one of the attentions that the fused forward knows"
+    for owner, name in bypassed_functions(attention):
+        if _is_replaced(owner, name):
+            return f"{getattr(owner, '__name__', owner)}.{name} was replaced"
     unknown = set(inspect.unwrap(kind.forward).__code__.co_names) - _FORWARD_NAMES
     if unknown:
         return f"the forward of this version's {kind.__name__} uses {', '.join(sorted(unknown))}"
     parameters = []
     for name in _parts_of(attention):
         part = attention._modules.get(name)
-        wanted = nn.Linear if name in PROJECTIONS else getattr(sys.modules[kind.__module__], _norm_name(kind), None)
-        if type(part) is not wanted:
-            return f"{name} is a {type(part).__module__}.{type(part).__qualname__}"
+        found = f"{type(part).__module__}.{type(part).__qualname__}"
+        if type(part) is not nn.Linear if name in PROJECTIONS else found != f"{kind.__module__}.{_norm_name(kind)}":
+            return f"{name} is a {found}"
         if "forward" in vars(part) or (hooks and (part._forward_hooks or part._forward_pre_hooks)):
             return f"{name} has hooks"
-        if part._parameters.get("weight") is None:
+        weight = part._parameters.get("weight")
+        if weight is None:
             return f"{name} has no weight of its own"
+        if name in PROJECTIONS and tuple(weight.shape) != (part.out_features, part.in_features):
+            return f"{name} has a weight of shape {list(weight.shape)}"
         parameters += [(f"{name}.{key}", value) for key, value in part._parameters.items() if value is not None]
     parameters += list(memory._parameters.items())
     first = parameters[0][1]
@@ -286,6 +311,8 @@ def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -
             return f"{name} is offloaded"
         if value.dtype != first.dtype or value.device != first.device:
             return f"{name} is {value.dtype} on {value.device}, q_proj {first.dtype} on {first.device}"
+    if shape.norms and attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
+        return "q_norm and k_norm have different variance_epsilon"
     if attention.head_dim % 2:
         return f"a head of {attention.head_dim} numbers has no halves for RoPE"
     if first.shape[1] * first.element_size() % 64:
@@ -300,6 +327,41 @@ def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -
             if reason:
                 return reason
     return ""
+
+
+def bypassed_functions(attention: nn.Module) -> list[tuple[object, str]]:
+    """(owner, name) of each function that the attention's own forward runs through and the fused one does not."""
+    shape, kind = shape_of(attention), type(attention)
+    if shape is None:
+        return []
+    family = sys.modules[kind.__module__]
+    found = [(kind, "forward"), (family, "apply_rotary_pos_emb"), (family, "rotate_half")]
+    found += [(nn.Linear, "forward"), (nn.Module, "__call__"), (F, "linear")]
+    if shape.norms and (norm := attention._modules.get("q_norm")) is not None:
+        found.append((type(norm), "forward"))
+    return found
+
+
+def _is_replaced(owner, name: str) -> bool:
+    """Whether a function is another than the one that its library defines there."""
+    function = getattr(owner, name, None)
+    if owner is F:
+        return function is not torch._C._nn.linear
+    if isinstance(function, nn.Module):  # a kernel from the hub may take its place; until then it calls the function
+        cells = getattr(type(function).forward, "__closure__", None) or ()
+        inner = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, types.FunctionType)]
+        if "forward" in vars(function) or len(inner) != 1:
+            return True
+        function = inner[0]
+    module = owner if isinstance(owner, types.ModuleType) else sys.modules[owner.__module__]
+    # The library's own decorators may be around it, nobody else's.
+    while hasattr(function, "__wrapped__") and _library(function) in ("transformers", "torch"):
+        function = function.__wrapped__
+    return getattr(function, "__globals__", None) is not vars(module) or hasattr(function, "__wrapped__")
+
+
+def _library(function) -> str:
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
 
 
 def why_unpackable(name: str, value, ours: set[int]) -> str:

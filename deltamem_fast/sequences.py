@@ -98,9 +98,13 @@ def _at(values: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     return values.expand(rows, -1).gather(1, before.expand(rows, -1))
 
 
+def _one_a_token(values, before: torch.Tensor) -> bool:
+    return isinstance(values, torch.Tensor) and values.ndim == 2 and values.shape[1] == before.shape[1] + 1
+
+
 def _where_positions_restart(positions, before: torch.Tensor, with_cache: bool) -> torch.Tensor | None:
     """bool [B or 1, T − 1]: where a token's position is not the next one. A cache's rows may have gaps."""
-    if not isinstance(positions, torch.Tensor) or positions.ndim != 2:
+    if not _one_a_token(positions, before):
         return None
     steps = positions[:, 1:] - _at(positions, before)
     if with_cache:
@@ -111,7 +115,7 @@ def _where_positions_restart(positions, before: torch.Tensor, with_cache: bool) 
 
 
 def _where_numbers_change(numbers, before: torch.Tensor) -> torch.Tensor | None:
-    if not isinstance(numbers, torch.Tensor) or numbers.ndim != 2:
+    if not _one_a_token(numbers, before):
         return None
     return numbers[:, 1:] != _at(numbers, before)
 

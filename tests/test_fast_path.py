@@ -1,6 +1,8 @@
 """The fast path: the same numbers as the generic one, packed weights that nobody notices, and when it steps aside."""
 
 import copy
+import functools
+import sys
 
 import pytest
 import torch
@@ -299,10 +301,107 @@ def test_a_forward_that_computes_something_else(monkeypatch):
     kind.gate = 1.0
     try:
         patched = patch_model(model)
-        assert all("uses" in reason and "gate" in reason for reason in reasons(patched))
+        assert reasons(patched) == {"Qwen3Attention.forward was replaced"}
         run(patched)
     finally:
         del kind.gate
+
+
+def said(model):
+    """Logits of a prompt and of a decoded token, of a patched or a bare model."""
+    cache = DynamicCache(config=model.config)
+    return torch.cat([model(ids, past_key_values=cache).logits for ids in (IDS[:, :12], IDS[:, 12:13])], 1)
+
+
+def halved(function):
+    """``function`` with its first result halved: stands for a kernel that computes something else."""
+
+    @functools.wraps(function)  # looks like the original by every name
+    def forward(*args, **kwargs):
+        found = function(*args, **kwargs)
+        return (found[0] / 2, *found[1:]) if isinstance(found, tuple) else found / 2
+
+    return forward
+
+
+def replaced_parts(model):
+    """(owner, name) of what the fused forward goes past."""
+    attention = model.model.layers[0].self_attn
+    family = sys.modules[type(attention).__module__]
+    found = [(family, "apply_rotary_pos_emb"), (family, "rotate_half"), (type(attention), "forward")]
+    found += [(torch.nn.Linear, "forward"), (torch.nn.functional, "linear")]
+    return found + ([(type(attention.q_norm), "forward")] if hasattr(attention, "q_norm") else [])
+
+
+@pytest.mark.parametrize("family", ("qwen3", "llama"))
+@pytest.mark.parametrize("when", ("before", "after"))
+@pytest.mark.parametrize("place", range(6))
+def test_functions_that_were_replaced_are_not_gone_past(family, when, place, monkeypatch):
+    models = [tiny_model(family) for _ in range(2)]
+    parts = replaced_parts(models[0])
+    if place >= len(parts):
+        pytest.skip("llama has no norms over its heads")
+    owner, name = parts[place]
+    plain, patched = models
+    if when == "after":
+        patch_model(patched, DeltaMemConfig(output_init="zero"))
+        run(patched)
+    before = said(plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, halved(getattr(owner, name)))
+        if when == "before":
+            patch_model(patched, DeltaMemConfig(output_init="zero"))
+        wanted, ours = said(plain), said(patched)
+        assert relative_error(before, wanted) > 1e-3
+        assert relative_error(ours, wanted) < 1e-5
+        assert all(name in reason and "replaced" in reason for reason in reasons(patched))
+    assert relative_error(said(patched), before) < 1e-5
+    assert reasons(patched) == {""}
+
+
+def test_norms_with_different_eps():
+    plain, patched = tiny_model(), patch_model(tiny_model(), DeltaMemConfig(output_init="zero"))
+    run(patched)
+    for model in (plain, patched):
+        for layer in model.model.layers:
+            layer.self_attn.k_norm.variance_epsilon = 0.5
+    assert relative_error(said(patched), said(plain)) < 1e-5
+    assert reasons(patched) == {"q_norm and k_norm have different variance_epsilon"}
+    for model in (plain, patched):
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.variance_epsilon = 0.5
+    assert relative_error(said(patched), said(plain)) < 1e-5
+    assert reasons(patched) == {""}
+
+
+def test_a_function_that_a_kernel_of_the_hub_may_replace(monkeypatch):
+    family = sys.modules["transformers.models.qwen3.modeling_qwen3"]
+    own = family.apply_rotary_pos_emb
+
+    class Func(torch.nn.Module):  # as the package ``kernels`` wraps it
+        def forward(self, *args, **kwargs):
+            return own(*args, **kwargs)
+
+    function = Func()
+    monkeypatch.setattr(family, "apply_rotary_pos_emb", function)
+    plain, patched = tiny_model(), patch_model(tiny_model(), DeltaMemConfig(output_init="zero"))
+    assert relative_error(said(patched), said(plain)) < 1e-5 and reasons(patched) == {""}
+    function.forward = halved(own)
+    assert relative_error(said(patched), said(plain)) < 1e-5
+    assert reasons(patched) == {"transformers.models.qwen3.modeling_qwen3.apply_rotary_pos_emb was replaced"}
+
+
+def test_forwards_of_classes_that_are_replaced_after_patching(monkeypatch):
+    plain, patched = tiny_model(), patch_model(tiny_model(), DeltaMemConfig(output_init="zero"))
+    for owner in (type(plain), type(plain.model)):
+
+        def forward(self, *args, own=owner.forward, **kwargs):
+            out = own(self, *args, **kwargs)
+            out[0].mul_(0.5)
+            return out
+
+        monkeypatch.setattr(owner, "forward", forward)
+    assert relative_error(said(patched), said(plain)) < 1e-5
 
 
 def test_lora_takes_the_generic_path_and_back():
