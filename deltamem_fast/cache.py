@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -96,6 +97,8 @@ class MemoryLayerMixin:
 
 
 ROOM = 64  # tokens
+# What MemoryDynamicLayer goes past on a CPU; None: somebody had replaced it already.
+_UPDATE = DynamicLayer.update if DynamicLayer.update.__globals__ is vars(cache_utils) else None
 
 
 class _Room:
@@ -157,6 +160,7 @@ class MemoryDynamicLayer(MemoryLayerMixin, DynamicLayer):
             torch.compiler.is_compiling()
             or key_states.device.type != "cpu"
             or torch.is_grad_enabled()
+            or DynamicLayer.update is not _UPDATE
             or not self.is_initialized
             or not self.keys.numel()
             or self.keys.dtype != key_states.dtype

@@ -69,7 +69,7 @@ class WaitedTooLongError(FileAccessError, TimeoutError):
     """Others held a file for too long."""
 
 
-class StateError(DeltaMemError, RuntimeError):
+class StateError(DeltaMemError, RuntimeError, ValueError):
     """This object cannot do that now: it is in use, was closed, or was left half-written by an error."""
 
 
@@ -77,7 +77,7 @@ class ConflictError(StateError):
     """Somebody else has written meanwhile; nothing was written."""
 
 
-class MissingPackageError(DeltaMemError, ImportError):
+class MissingPackageError(DeltaMemError, ImportError, ValueError):
     """A package that this needs is not installed."""
 
 

@@ -641,3 +641,20 @@ def test_wider_values_are_not_narrowed():
             for each in (layer, plain):
                 each.update(keys, values.double() if wide else values)
     assert layer.values.dtype == plain.values.dtype and torch.equal(layer.values, plain.values)
+
+
+def test_an_update_that_was_replaced_is_not_gone_past(monkeypatch):
+    from transformers.cache_utils import DynamicLayer
+
+    model, seen = loud_adapter(patch_model(tiny_model())), []
+    cache, own = DynamicCache(config=model.config), DynamicLayer.update
+
+    def update(self, keys, values, *args, **kwargs):
+        seen.append(keys.shape[2])
+        return own(self, keys, values, *args, **kwargs)
+
+    with torch.no_grad():
+        model(IDS[:, :3], past_key_values=cache)
+        monkeypatch.setattr(DynamicLayer, "update", update)
+        model(IDS[:, 3:4], past_key_values=cache)
+    assert seen == [1] * 3
