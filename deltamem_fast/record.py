@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,16 @@ from deltamem_kernels.rule import DeltaRule
 
 from .config import DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError
-from .fingerprint import adapter_fingerprint, backbone_fingerprint, backbone_name
+from .fingerprint import (
+    adapter_fingerprint,
+    backbone_fields,
+    backbone_fingerprint,
+    backbone_name,
+    differing_fields,
+    first_backbone_fingerprint,
+    public_label,
+    public_name,
+)
 from .memory import DeltaMemory
 
 RECORD = "_delta_memory_patch"
@@ -59,14 +69,24 @@ class Identity:
         """Layer index → shape and device of its state."""
         return {i: LayerSpec.of(m.rule, m._parameters["memory_q_proj"].device) for i, m in self.memories.items()}
 
+    def __post_init__(self):
+        self.adapter_name = public_name(self.adapter_name)
+
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprints and readable names of adapter and backbone, as a saved memory holds them."""
+        """Fingerprints and readable names of adapter and backbone, as a saved memory holds them.
+
+        ``backbone_fields`` is JSON. ``backbone_fingerprint_1`` is what the first format of the files has for
+        ``backbone_fingerprint``.
+        """
         if self.kept_fingerprints is not None:
             return self.kept_fingerprints
+        fields = backbone_fields(self.backbone_config)
         return {
             "adapter_fingerprint": adapter_fingerprint(self.config, self.memories),
             "adapter_name": self.adapter_name,
-            "backbone_fingerprint": backbone_fingerprint(self.backbone_config),
+            "backbone_fields": json.dumps(fields),
+            "backbone_fingerprint": backbone_fingerprint(fields),
+            "backbone_fingerprint_1": first_backbone_fingerprint(self.backbone_config),
             "backbone_name": backbone_name(self.backbone_config),
         }
 
@@ -80,14 +100,36 @@ class Identity:
         self.accepted.append(other)
 
 
-def describe_difference(theirs: dict[str, str], ours: dict[str, str]) -> str:
-    """What differs between the fingerprints of a memory and of a model, both named; "" if nothing."""
+def describe_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """What differs between the fingerprints of a memory and of a model, both named; "" if nothing.
+
+    Args:
+        theirs: as a file has them; of the first format too.
+        ours: of ``Identity.fingerprints``.
+    """
     for part in ("backbone", "adapter"):
-        if theirs.get(f"{part}_fingerprint") != ours[f"{part}_fingerprint"]:
-            them = f"{theirs.get(f'{part}_name')} ({theirs.get(f'{part}_fingerprint', '?')[:12]})"
-            us = f"{ours[f'{part}_name']} ({ours[f'{part}_fingerprint'][:12]})"
-            return f"{part} {them}, but the model's {part} is {us}"
+        found = theirs.get(f"{part}_fingerprint")
+        known = [ours[f"{part}_fingerprint"]]
+        if "backbone_fields" not in theirs:
+            known.append(ours.get(f"{part}_fingerprint_1"))
+        if isinstance(found, str) and found in known:
+            continue
+        them = f"{public_label(str(theirs.get(f'{part}_name')))} ({str(found or '?')[:12]})"
+        us = f"{ours[f'{part}_name']} ({ours[f'{part}_fingerprint'][:12]})"
+        return f"{part} {them}, but the model's {part} is {us}" + _reason(part, theirs, ours)
     return ""
+
+
+def _reason(part: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """Which fields of the backbones differ, as far as the file says."""
+    if part != "backbone":
+        return ""
+    try:
+        fields = json.loads(theirs["backbone_fields"])
+        difference = differing_fields(fields, json.loads(ours["backbone_fields"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return "; the file has no fields of its backbone, only a fingerprint, so that it cannot say which differ"
+    return f"; they differ in {difference}" if difference else ""
 
 
 @dataclass(eq=False)

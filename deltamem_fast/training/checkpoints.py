@@ -10,6 +10,7 @@ from ..adapter import SAFETENSORS_NAME
 from ..config import CONFIG_NAME
 from ..errors import ArgumentError
 from ..files import read_json, write_json
+from ..fingerprint import public_label
 from .options import CHANGEABLE, TrainingOptions
 
 RUN_NAME = "training.json"
@@ -44,6 +45,8 @@ class Run:
     def check(self, directory: Path) -> None:
         """Raise ValueError if the run in ``directory`` is another one; names what differs."""
         theirs = read_json(directory / RUN_NAME)
+        # Versions before wrote the backbone's path.
+        theirs |= {"model": public_label(str(theirs.get("model")))}
         differing = []
         for name in ("model", "dtype", "data", "episodes_a_step"):
             if theirs.get(name) != getattr(self, name):
