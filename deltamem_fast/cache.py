@@ -84,9 +84,10 @@ class MemoryLayerMixin:
     def reset(self) -> None:
         """Empty the layer and forget its memory, in place."""
         super().reset()
-        self._move_memory(torch.zeros_like)
         if self.memory is not None:
             self.memory._broken = self.memory._interrupted = ""
+            self.memory._rows = None
+        self._move_memory(torch.zeros_like)
 
     def crop(self, *args, **kwargs) -> None:
         """Raises: what the memory has written cannot be taken back."""

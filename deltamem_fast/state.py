@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,14 +16,10 @@ from .errors import (
     ArgumentKeyError,
     ArgumentTypeError,
     FileFormatError,
-    FileMissingError,
     StateError,
 )
-from .files import read_tensors, write_atomically
+from .memory_format import read_memory, write_memory
 from .record import LayerSpec, describe_difference, identity_of
-
-FORMAT = "deltamem-memory"
-FORMAT_VERSION = 1
 
 
 class MemoryState:
@@ -48,8 +44,8 @@ class MemoryState:
         for i in self._arrived:
             self._keep_in_place(i)
         self._identity = identity
-        # Id → version of the MemoryBank rows that this was gathered from; copies keep it, and can be committed.
-        self._versions: dict[str, int] = {}
+        # (id, version) of the MemoryBank row that each of these was gathered from, None for others; None: no row was.
+        self._rows: tuple[tuple[str, int] | None, ...] | None = None
         # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
         self._broken = ""
         # Why layers have written that others have not: "" or the reason that every later use gives.
@@ -103,13 +99,25 @@ class MemoryState:
             return torch.zeros(0, dtype=torch.int32)
         return torch.stack([counter.to(counters[0].device) for counter in counters]).sum(0, dtype=torch.int32)
 
+    @property
+    def ids(self) -> list[str | None]:
+        """Of each row the id under which a MemoryBank has it, or None where it came from no bank."""
+        return [None] * self.batch_size if self._rows is None else [None if row is None else row[0] for row in self._rows]
+
     def __repr__(self) -> str:
-        shape = list(next(iter(self._layers.values())).shape) if self._layers else []
-        return f"MemoryState(layers={list(self._layers)}, shape={shape}, frozen={self.frozen})"
+        """Norm is that of all states together."""
+        first = next(iter(self._layers.values()), None)
+        parts = [f"batch_size={self.batch_size}", f"layers={_few(list(self._layers))}"]
+        if first is not None:
+            parts += [f"shape={list(first.shape)}", f"norm={_norm(self._layers.values())}"]
+            parts.append(f"device={', '.join(sorted({str(state.device) for state in self._layers.values()}))}")
+        parts.append(f"adapter={None if self._identity is None else self._identity.adapter_name!r}")
+        return f"MemoryState({', '.join(parts)}, frozen={self.frozen})"
 
     # --- making others of it
 
-    def _map(self, change) -> MemoryState:
+    def _map(self, change, rows=None) -> MemoryState:
+        """``change`` of every tensor; ``rows``, the same for the names of the rows."""
         made = MemoryState(
             {i: change(state) for i, state in self._layers.items()},
             identity=self._identity,
@@ -117,7 +125,7 @@ class MemoryState:
             skipped={i: change(counter) for i, counter in self._skipped.items()},
         )
         made._broken, made._interrupted = self._broken, self._interrupted
-        made._versions = dict(self._versions)
+        made._rows = self._rows if rows is None or self._rows is None else tuple(rows(self._rows))
         return made
 
     def clone(self) -> MemoryState:
@@ -146,7 +154,16 @@ class MemoryState:
     def read_only(self) -> MemoryState:
         """A frozen memory over the same tensors: it sees what is written here, and forwards do not write it."""
         made = MemoryState(self._layers, identity=self._identity, frozen=True, skipped=self._skipped)
-        made._broken, made._interrupted = self._broken, self._interrupted
+        made._broken, made._interrupted, made._rows = self._broken, self._interrupted, self._rows
+        return made
+
+    def unnamed(self) -> MemoryState:
+        """A copy that has forgotten which rows of a MemoryBank it came from, to store it under another id on purpose.
+
+        ``bank.commit(["ada-before"], bank.gather(["ada"]).unnamed())``
+        """
+        made = self.clone()
+        made._rows = None
         return made
 
     def select(self, rows) -> MemoryState:
@@ -165,13 +182,18 @@ class MemoryState:
         index = index.long().reshape(-1)
         if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
             raise ArgumentIndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
-        return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        places = [] if self._rows is None else index.tolist()
+        return self._map(
+            lambda tensor: tensor.index_select(0, index.to(tensor.device)), lambda rows: [rows[n] for n in places]
+        )
 
     def repeat(self, times: int) -> MemoryState:
         """Every row ``times`` times in a row (0, 0, 1, 1, …), as ``generate`` expands a batch."""
         if not isinstance(times, int) or times < 1:
             raise ArgumentError(f"times: got {times!r}, allowed an integer, 1 or more")
-        return self._map(lambda tensor: tensor.repeat_interleave(times, 0))
+        return self._map(
+            lambda tensor: tensor.repeat_interleave(times, 0), lambda rows: [row for row in rows for _ in range(times)]
+        )
 
     @staticmethod
     def cat(memories: Iterable[MemoryState]) -> MemoryState:
@@ -193,8 +215,9 @@ class MemoryState:
         skipped = {i: torch.cat([m._skipped[i] for m in memories]) for i in first}
         made = MemoryState(layers, identity=first._identity, frozen=first.frozen, skipped=skipped)
         for memory in memories:
-            made._versions |= memory._versions
             made._interrupted = made._interrupted or memory._interrupted
+        if any(memory._rows is not None for memory in memories):
+            made._rows = tuple(row for m in memories for row in (m._rows or (None,) * m.batch_size))
         return made
 
     def __deepcopy__(self, memo) -> MemoryState:
@@ -205,8 +228,7 @@ class MemoryState:
         copied._skipped = copy.deepcopy(self._skipped, memo)
         copied._arrived = copy.deepcopy(self._arrived, memo)
         copied._identity, copied.frozen, copied._broken = self._identity, self.frozen, self._broken
-        copied._interrupted = self._interrupted
-        copied._versions = dict(self._versions)
+        copied._interrupted, copied._rows = self._interrupted, self._rows
         return copied
 
     def __getstate__(self) -> dict:
@@ -275,6 +297,7 @@ class MemoryState:
             self._skipped[layer_idx] = counter + more
 
     def _start(self, layer_idx: int, spec: LayerSpec, batch_size: int) -> None:
+        self._rows = None
         self._layers[layer_idx] = spec.zeros(batch_size)
         self._skipped[layer_idx] = _counter(self._layers[layer_idx])
         self._count_arrivals(layer_idx)
@@ -302,6 +325,9 @@ class MemoryState:
     def _gather(self, layer_idx: int, change) -> None:
         """Reorder, repeat or select rows of one layer; keeps the address where the shape stays."""
         if layer_idx in self._layers:
+            if self._rows is not None and layer_idx == next(iter(self._layers)):  # once for all layers
+                places = change(torch.arange(self.batch_size, device=self._layers[layer_idx].device)).tolist()
+                self._rows = tuple(self._rows[place] for place in places)
             self.put(layer_idx, change(self._layers[layer_idx]), in_place=True)
             self._count_arrivals(layer_idx)
             counter = change(self._skipped[layer_idx])
@@ -321,50 +347,51 @@ class MemoryState:
     # --- files
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write to a safetensors file, atomically, with the fingerprints of adapter and backbone.
+        """Write to a safetensors file, atomically, with the fingerprints of adapter and backbone and a checksum.
+
+        A new file is its user's alone (0600); one that is there keeps its mode.
 
         Raises:
-            ValueError: this memory was made without a model, so there is nothing to fingerprint.
+            ValueError: this memory was made without a model, so there is nothing to fingerprint, or it holds NaN or
+                Inf; nothing is written.
+            OSError: it cannot be written; an old file stands.
         """
-        from safetensors.torch import save_file
-
         self.check_whole()
         if self._identity is None:
             raise ArgumentError("memory: made without a model, so it has no adapter to be saved for")
-        tensors = {f"layers.{i}.state": state.detach().cpu().contiguous() for i, state in self._layers.items()}
-        counters = list(self._skipped.values())
-        tensors["skipped"] = torch.stack([c.cpu() for c in counters]) if counters else torch.zeros(0, 0)
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "layers": json.dumps({str(i): list(state.shape[1:]) for i, state in self._layers.items()}),
-            "frozen": json.dumps(self.frozen),
-            **self._identity.fingerprints(),
-        }
-        return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+        return write_memory(path, self._layers, self._skipped, self.frozen, self._identity.fingerprints())
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model) -> MemoryState:
+    def load(cls, path: str | os.PathLike, model, *, adopt: bool = False) -> MemoryState:
         """Read a memory that ``save`` wrote, onto the devices of ``model``'s layers.
+
+        Args:
+            adopt: True takes a memory of another adapter or backbone too, if its shapes fit: for one that you know to
+                be the model's, such as an old file whose fingerprint no longer matches. What a memory means, only its
+                own adapter knows. Saved again, it is the model's.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a memory file, a newer format, or one saved under another adapter or backbone;
-                the message names both.
+            ValueError: not a memory file, damaged, of a newer format, or saved under another adapter or backbone; the
+                message names both, and what differs.
         """
         identity = identity_of(model)
-        if not Path(path).is_file():
-            raise FileMissingError(f"path: {path}: no such file")
-        metadata, tensors = read_tensors(path, "path")
-        _check_metadata(path, metadata, identity)
         specs = identity.layer_specs()
-        saved = {int(i): tuple(shape) for i, shape in json.loads(metadata["layers"]).items()}
-        wanted = {i: (spec.heads, spec.rank, spec.rank) for i, spec in specs.items()}
-        if saved != wanted:
-            raise FileFormatError(f"path: {path}: holds layers {saved}, the model's are {wanted}")
-        layers = {i: tensors[f"layers.{i}.state"].to(spec.device) for i, spec in specs.items()}
-        skipped = {i: tensors["skipped"][n].to(spec.device) for n, (i, spec) in enumerate(specs.items())}
-        return cls(layers, identity=identity, frozen=json.loads(metadata["frozen"]), skipped=skipped)
+        wanted = {i: spec.shape for i, spec in specs.items()}
+
+        def check(metadata, shapes) -> None:
+            difference = "" if adopt else describe_difference(metadata, identity.fingerprints())
+            if difference:
+                raise FileFormatError(
+                    f"path: {path}: saved under {difference}; adopt=True takes it all the same, if its shapes fit"
+                )
+            if shapes != wanted:
+                raise FileFormatError(f"path: {path}: holds layers {_short(shapes)}, the model's are {_short(wanted)}")
+
+        content = read_memory(path, "path", check)
+        layers = {i: content.layers[i].to(spec.device) for i, spec in specs.items()}
+        skipped = {i: content.skipped[i].to(spec.device) for i, spec in specs.items()}
+        return cls(layers, identity=identity, frozen=content.frozen, skipped=skipped)
 
 
 def writable(tensor: torch.Tensor) -> bool:
@@ -390,14 +417,27 @@ def _shapes(memory: MemoryState) -> dict[int, list[int]]:
     return {i: list(state.shape[1:]) for i, state in memory.items()}
 
 
-def _check_metadata(path, metadata: dict[str, str], identity) -> None:
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(
-            f"path: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})"
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
-        raise FileFormatError(f"path: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
-    difference = describe_difference(metadata, identity.fingerprints())
-    if difference:
-        raise FileFormatError(f"path: {path}: saved under {difference}")
+def _short(shapes: dict[int, tuple[int, ...]]) -> str:
+    """Layers and their shapes; where all are alike, once."""
+    alike = len(set(shapes.values())) == 1
+    return f"{_few(list(shapes))} of {list(next(iter(shapes.values())))}" if alike else str(shapes)
+
+
+def _few(layers: list[int]) -> str:
+    """Layer indices; many in a row as their ends."""
+    in_a_row = len(layers) > 8 and layers == list(range(layers[0], layers[-1] + 1))
+    return f"[{layers[0]}, ..., {layers[-1]}]" if in_a_row else str(layers)
+
+
+def _norm(states: Iterable[torch.Tensor]) -> str:
+    """‖all states‖ as text; "?" where there are no values to be had: on meta, while a graph is captured or traced."""
+    states = list(states)
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if captured or torch.compiler.is_compiling() or any(state.is_meta for state in states):
+        return "?"
+    try:
+        with torch.no_grad():
+            norms = [torch.linalg.vector_norm(state.detach(), dtype=torch.float64) for state in states]
+            return f"{math.hypot(*map(float, norms)):.4g}"
+    except Exception:  # a repr must not raise, whatever tensors these are
+        return "?"

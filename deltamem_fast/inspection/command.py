@@ -135,7 +135,7 @@ def _shipped(arguments: argparse.Namespace, file: MemoryFile):
     from ..model_info import load_patched
     from ..patch import patch_model, unpatch_model
     from ..recall.weights import find_weights
-    from ..record import identity_of
+    from ..record import describe_difference, identity_of
 
     unknown = ValueError(
         f"--model: not given, and MEMORY was not made with the demo's weights but with {file.made_with}; pass --model "
@@ -152,10 +152,10 @@ def _shipped(arguments: argparse.Namespace, file: MemoryFile):
                 model = load_patched(str(weights.backbone), str(directory), arguments.dtype, arguments.device)
             else:
                 patch_model(unpatch_model(model), directory)
-            names = identity_of(model).fingerprints()
-            if names["backbone_fingerprint"] != file.backbone_fingerprint:
+            difference = describe_difference(file.fingerprints, identity_of(model).fingerprints())
+            if difference.startswith("backbone"):
                 break
-            if names["adapter_fingerprint"] == file.adapter_fingerprint:
+            if not difference:
                 return model, AutoTokenizer.from_pretrained(weights.backbone, local_files_only=True)
     raise unknown
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from ..errors import FileFormatError, FileMissingError
-from ..files import read_tensors
-from ..state import FORMAT, FORMAT_VERSION, MemoryState
+from ..fingerprint import public_label
+from ..memory_format import read_memory
+from ..state import MemoryState
 
 NAMES = ("adapter_name", "adapter_fingerprint", "backbone_name", "backbone_fingerprint")
 
@@ -25,6 +22,7 @@ class MemoryFile:
         memory: on the CPU; it belongs to no model, so it can be looked at, but no model takes it as its own.
         adapter_name, adapter_fingerprint, backbone_name, backbone_fingerprint: of what it was made with, "" where the
             file does not say.
+        fingerprints: as the file has them.
     """
 
     path: Path
@@ -33,6 +31,7 @@ class MemoryFile:
     adapter_fingerprint: str
     backbone_name: str
     backbone_fingerprint: str
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def made_with(self) -> str:
@@ -50,41 +49,12 @@ def read_memory_file(path: str | os.PathLike, name: str = "path") -> MemoryFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no memory file, a newer format, or its tensors are not what its metadata says.
+        ValueError: no memory file, a newer format, or damaged: its tensors are not what its metadata says.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileMissingError(f"{name}: {path}: no such file")
-    metadata, tensors = read_tensors(path, name)
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(
-            f"{name}: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})"
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
-        raise FileFormatError(f"{name}: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
-    try:
-        shapes = {int(i): tuple(shape) for i, shape in json.loads(metadata["layers"]).items()}
-        frozen = bool(json.loads(metadata["frozen"]))
-        layers = {i: tensors[f"layers.{i}.state"] for i in shapes}
-        skipped = tensors["skipped"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{name}: {path}: a broken memory file: {type(error).__name__} {error}") from error
-    _check(path, name, shapes, layers, skipped)
-    counters = {i: skipped[n].to(torch.int32) for n, i in enumerate(layers)}
-    memory = MemoryState(layers, frozen=frozen, skipped=counters)
-    return MemoryFile(path, memory, *(metadata.get(key, "") for key in NAMES))
-
-
-def _check(path: Path, name: str, shapes: dict, layers: dict[int, torch.Tensor], skipped: torch.Tensor) -> None:
-    batch = next((int(state.shape[0]) for state in layers.values() if state.ndim), 0)
-    for i, state in layers.items():
-        wanted = (batch, *shapes[i])
-        fits = state.ndim == 4 and tuple(state.shape) == wanted and state.shape[2] == state.shape[3]
-        if not fits or state.dtype != torch.float32:
-            raise FileFormatError(
-                f"{name}: {path}: layer {i} is {state.dtype} {list(state.shape)}, allowed float32 {list(wanted)}, "
-                "[rows, heads, rank, rank]"
-            )
-    if tuple(skipped.shape) != (len(layers), batch):
-        raise FileFormatError(f"{name}: {path}: skipped is {list(skipped.shape)}, allowed [{len(layers)}, {batch}]")
+    content = read_memory(path, name)
+    memory = MemoryState(content.layers, frozen=content.frozen, skipped=content.skipped)
+    said = {key: content.fingerprints.get(key, "") for key in NAMES}
+    # Versions before wrote paths.
+    said |= {key: public_label(value) for key, value in said.items() if key.endswith("_name")}
+    return MemoryFile(path, memory, **said, fingerprints=content.fingerprints)

@@ -1,0 +1,160 @@
+"""The file of a memory: safetensors with a float32 [B, H, r, r] state per layer and int32 [layers, B] counters."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import ArgumentError, FileFormatError
+from .files import Header, check_seal, parse_json, read_tensors, seal, write_atomically
+
+FORMAT = "deltamem-memory"
+FORMAT_VERSION = 2  # 1 had no checksum, and no fields of the backbone
+_SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class MemoryContent:
+    """What a file holds, checked.
+
+    Attributes:
+        layers: layer index → float32 [B, H, r, r], finite; each with storage of its own.
+        skipped: layer index → int32 [B], 0 or more.
+        fingerprints: what the file says of adapter and backbone, and its other metadata.
+    """
+
+    layers: dict[int, torch.Tensor]
+    skipped: dict[int, torch.Tensor]
+    frozen: bool
+    fingerprints: dict[str, str]
+
+
+def write_memory(
+    path: str | os.PathLike,
+    layers: Mapping[int, torch.Tensor],
+    skipped: Mapping[int, torch.Tensor],
+    frozen: bool,
+    fingerprints: Mapping[str, str],
+) -> Path:
+    """Write a memory, atomically; a new file is its user's alone.
+
+    Raises:
+        ValueError: a state is not finite, or on the meta device; nothing is written.
+        OSError: it cannot be written; an old file stands.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {_name(i): state.detach().contiguous() for i, state in layers.items()}
+    for name, state in tensors.items():
+        if state.is_meta:
+            raise ArgumentError(f"memory: {name} is on the meta device, where it has no values")
+        tensors[name] = state.cpu()
+        if not bool(tensors[name].isfinite().all()):
+            raise ArgumentError(f"memory: {name} holds NaN or Inf, which a file must not; nothing was written")
+    counters = [counter.detach().cpu() for counter in skipped.values()]
+    tensors[_SKIPPED] = torch.stack(counters) if counters else torch.zeros(0, 0, dtype=torch.int32, device="cpu")
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "layers": json.dumps({str(i): list(state.shape[1:]) for i, state in layers.items()}),
+        "frozen": json.dumps(frozen),
+        **fingerprints,
+    }
+    metadata["sha256"] = seal(metadata, tensors)
+    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_memory(
+    path: str | os.PathLike,
+    name: str = "path",
+    check: Callable[[dict[str, str], dict[int, tuple[int, ...]]], None] | None = None,
+) -> MemoryContent:
+    """Read a memory of either version onto the CPU.
+
+    Args:
+        name: the argument that an error names.
+        check: is given the metadata and each layer's (H, r, r) before a tensor is read; raises.
+
+    Raises:
+        FileMissingError, FileAccessError (each an OSError): there is none, or it cannot be read.
+        FileFormatError (a ValueError): not a memory file, of a newer format, or damaged; names the file.
+    """
+    found: dict = {}
+
+    def check_header(metadata: dict[str, str], header: Header) -> None:
+        version = _check_version(path, name, metadata)
+        shapes = _shapes(path, name, metadata)
+        _check_tensors(path, name, shapes, header)
+        frozen = metadata.get("frozen")
+        if frozen not in ("true", "false"):
+            raise FileFormatError(f"{name}: {path}: frozen is {frozen!r}, allowed true and false")
+        if check is not None:
+            check(metadata, shapes)
+        found.update(version=version, shapes=shapes, frozen=frozen == "true")
+
+    metadata, tensors = read_tensors(path, name, check_header)
+    if found["version"] > 1:
+        check_seal(path, name, metadata, tensors)
+    layers = {i: tensors[_name(i)] for i in found["shapes"]}
+    for i, state in layers.items():
+        if not bool(state.isfinite().all()):
+            raise FileFormatError(f"{name}: {path}: damaged: layer {i} holds NaN or Inf")
+    counters = tensors[_SKIPPED]
+    if bool((counters < 0).any()):
+        raise FileFormatError(f"{name}: {path}: damaged: skipped holds counts below 0")
+    # Each layer's are updated in place, so that none may share storage with another's.
+    skipped = {i: counters[n].clone() for n, i in enumerate(layers)}
+    return MemoryContent(layers, skipped, found["frozen"], metadata)
+
+
+def _name(layer: int) -> str:
+    return f"layers.{layer}.state"
+
+
+def _check_version(path, name: str, metadata: Mapping[str, str]) -> int:
+    if metadata.get("format") != FORMAT:
+        raise FileFormatError(
+            f"{name}: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})"
+        )
+    version = metadata.get("format_version", "")
+    if not re.fullmatch("[0-9]{1,9}", version) or not 1 <= int(version) <= FORMAT_VERSION:
+        raise FileFormatError(f"{name}: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
+    return int(version)
+
+
+def _shapes(path, name: str, metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
+    """Layer index → (H, r, r), as the metadata has it."""
+    said = parse_json(metadata.get("layers", ""), path, name)
+    for layer, shape in said.items():
+        whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", layer) or not whole or shape[1] != shape[2]:
+            raise FileFormatError(
+                f"{name}: {path}: layer {layer!r} is said to be {shape!r}, allowed [heads, rank, rank]"
+            )
+    return {int(layer): tuple(shape) for layer, shape in said.items()}
+
+
+def _check_tensors(path, name: str, shapes: Mapping[int, tuple[int, ...]], header: Header) -> None:
+    """Raise unless the file holds the tensors that its metadata says, all of one batch size, and no other."""
+    wanted = {_name(i) for i in shapes} | {_SKIPPED}
+    if header.keys() != wanted:
+        missing, more = sorted(wanted - header.keys()), sorted(header.keys() - wanted)
+        raise FileFormatError(
+            f"{name}: {path}: a broken memory file: it lacks {missing[:3]}, and has unexpected {more[:3]}"
+        )
+    rows = next((header[_name(i)][1][:1] for i in shapes), (0,))
+    for tensor, kind, shape in (
+        *((_name(i), "F32", (*rows, *shape)) for i, shape in shapes.items()),
+        (_SKIPPED, "I32", (len(shapes), *rows)),
+    ):
+        if header[tensor] != (kind, shape):
+            raise FileFormatError(
+                f"{name}: {path}: {tensor} is {header[tensor][0]} {list(header[tensor][1])}, allowed {kind} "
+                f"{list(shape)}"
+            )
