@@ -9,6 +9,7 @@ with MemoryBank("users.bank", model) as bank:
 from __future__ import annotations
 
 import builtins  # inside the class, ``list`` is its method
+import hashlib
 import itertools
 import json
 import math
@@ -24,19 +25,19 @@ from .errors import (
     ArgumentError,
     ArgumentKeyError,
     ArgumentTypeError,
+    DeltaMemError,
     FileFormatError,
-    FileMissingError,
     PathExistsError,
 )
-from .files import read_json, write_json
+from .files import make_directory, naming_files, read_json, write_json
 from .record import describe_difference, identity_of
-from .state import MemoryState
+from .state import MemoryState, place_of
 from .storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids
 
 __all__ = ["BankConflict", "BankEntry", "MemoryBank"]
 
 EXPORT_FORMAT = "deltamem-bank-export"
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2  # 1 had no checksums
 INDEX = "index.json"
 _STAGE_BYTES = 2**20  # of rows between the file and the layers' tensors
 
@@ -50,16 +51,22 @@ class MemoryBank:
     Qwen3-4B with the released recipe.
     """
 
-    def __init__(self, path: str | os.PathLike, model, *, durable: bool = True):
+    def __init__(self, path: str | os.PathLike, model, *, durable: bool = True, adopt: bool = False):
         """Open the bank at ``path``, or make it; on a disk of this machine, no network share.
+
+        A new file is its user's alone (0600). A bank of the version before is upgraded in place, in one transaction;
+        processes of that version which have it open then fail at their next call.
 
         Args:
             model: patched; its adapter and backbone are the bank's from then on.
             durable: True syncs every commit to the disk. False is faster, and a power cut may lose the last commits
                 (a killed process loses none).
+            adopt: True takes a bank of another adapter or backbone too, if its rows fit, and makes it the model's from
+                then on: for one that you know to be the model's, such as an old bank whose fingerprint no longer
+                matches. What a memory means, only its own adapter knows.
 
         Raises:
-            ValueError: the model is not patched, the file is no bank, one of a newer format, or one made under
+            ValueError: the model is not patched, the file is no bank, damaged, of a newer format, or made under
                 another adapter or backbone; the message names both. The file is left as it was.
             OSError: the file cannot be opened or made.
         """
@@ -75,12 +82,12 @@ class MemoryBank:
             "byteorder": sys.byteorder,
             **self._identity.fingerprints(),
         }
-        self._store = BankStore(path, layout, 4 * self._words, durable=durable)
-        try:
-            _check_layout(self._store, layout, 4 * self._words)
-        except ValueError:
-            self.close()
-            raise
+
+        def check(found: dict[str, str], row_bytes: int) -> bool:
+            difference = _check_layout(path, (found, row_bytes), (layout, 4 * self._words), adopt)
+            return bool(difference) or "backbone_fields" not in found  # as of the version before
+
+        self._store = BankStore(path, layout, 4 * self._words, durable=durable, check=check)
 
     def close(self) -> None:
         """Close the file; every later call but this one raises ValueError."""
@@ -105,36 +112,39 @@ class MemoryBank:
             device: of the batch; None is where the model's layers are.
 
         Returns:
-            float32 [len(ids), H, r, r] per layer, with storage of its own. Knows the versions that it was gathered
-            at, and so do its copies (``clone``, ``to``, ``select``, ``cat``, …).
+            float32 [len(ids), H, r, r] per layer, with storage of its own. Every row knows its id and the version
+            that it was gathered at, and takes them along (``clone``, ``to``, ``select``, ``cat``, …).
 
         Raises:
-            TypeError, ValueError: an id is not allowed or comes twice.
+            TypeError, ValueError: an id is not allowed or comes twice; there is no such device; a row is damaged.
         """
         ids = check_ids(ids)
+        given = None if device is None else place_of(device)
         versions, states, counters = self._read(ids)
         layers, skipped = {}, {}
         for i, spec in self._identity.layer_specs().items():
-            place = spec.device if device is None else torch.device(device)
+            place = spec.device if given is None else given
             layers[i], skipped[i] = states[i].to(place), counters[i].to(place)
         memory = MemoryState(layers, identity=self._identity, skipped=skipped)
-        memory._versions = dict(zip(ids, versions))
+        memory._rows = tuple(zip(ids, versions))
         return memory
 
     def commit(self, ids: Iterable[str], state: MemoryState, *, overwrite: bool = False) -> None:
         """Store row n of ``state`` under the n-th id, all or none.
 
-        An id must be at the version that ``state`` was gathered at; one that it was not gathered with must not be
-        there yet. Afterwards ``state`` counts as gathered at the new version, and can be committed again.
+        A row that was gathered goes back under its own id alone, which must be at the version that it was gathered at.
+        A row from elsewhere needs an id that is not there yet. Afterwards the rows of ``state`` count as gathered at
+        the new version, and can be committed again.
 
         Args:
             ids: each once, as many as ``state`` has rows, in its order.
-            overwrite: True stores whatever the versions are.
+            overwrite: True stores whatever the versions are; not under another's id either. To give somebody's memory
+                to another id on purpose, commit ``state.unnamed()``.
 
         Raises:
             BankConflict: ids have moved on (another commit, or a delete): gather again. Nothing is written.
-            TypeError, ValueError: an id is not allowed or comes twice, the state does not fit the ids or the bank, or
-                it holds NaN or Inf. Nothing is written.
+            TypeError, ValueError: an id is not allowed or comes twice, a row was gathered under another id, the state
+                does not fit the ids or the bank, or it holds NaN or Inf. Nothing is written.
             TimeoutError: others were writing for a minute. Nothing is written.
         """
         ids = check_ids(ids)
@@ -148,13 +158,15 @@ class MemoryBank:
             raise ArgumentError(f"state: the memories of {_some(broken)} hold NaN or Inf")
         data, size = memoryview(words.reshape(-1)).cast("B"), 4 * self._words
         rows = [data[start : start + size] for start in range(0, len(data), size)]
-        expected = None if overwrite else [state._versions.get(id, 0) for id in ids]
+        known = state._rows or (None,) * len(ids)
+        expected = None if overwrite else [0 if row is None else row[1] for row in known]
         version = self._store.write(ids, expected, rows)
-        state._versions.update(dict.fromkeys(ids, version))
+        state._rows = tuple((id, version) for id in ids)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete memories, all or none; returns how many there were.
 
+        Their bytes are gone from the file and its log when this returns (see ``BankStore.delete`` on readers at work).
         A later commit of one that was gathered before is refused, also if the id has been made again meanwhile.
 
         Raises:
@@ -206,12 +218,18 @@ class MemoryBank:
             KeyError: no such id.
         """
         memory = self.gather([check_id(id)], "cpu")
-        if memory._versions[id] == 0:
+        if memory._rows == ((id, 0),):
             raise ArgumentKeyError(f"id: {id!r}: not in the bank")
         return memory.save(path)
 
-    def import_(self, id: str, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    def import_(
+        self, id: str, path: str | os.PathLike, *, overwrite: bool = False, adopt: bool = False
+    ) -> None:  # fmt: skip
         """Store under ``id`` the one memory of a file that ``export`` or ``MemoryState.save`` wrote.
+
+        Args:
+            overwrite: True replaces what is there under ``id``.
+            adopt: see ``MemoryState.load``.
 
         Raises:
             BankConflict: the id is there already, and ``overwrite`` is False.
@@ -219,42 +237,50 @@ class MemoryBank:
             ValueError: not such a file, of another adapter or backbone, or not of one memory.
         """
         check_id(id)
-        memory = MemoryState.load(path, self._model)
+        memory = MemoryState.load(path, self._model, adopt=adopt)
         if memory.batch_size != 1:
             raise FileFormatError(f"path: {path}: holds {memory.batch_size} memories, allowed 1")
         self.commit([id], memory, overwrite=overwrite)
 
     def export_all(self, directory: str | os.PathLike, *, batch_size: int = 512) -> int:
-        """Write every memory to ``directory``; returns how many.
+        """Write every memory to ``directory`` (made for this user alone if needed); returns how many.
 
         Files as of ``MemoryState.save``, of ``batch_size`` rows each, and last ``index.json``, which names the rows'
         ids. Each file is of one moment; what is committed meanwhile is in it or not.
 
         Raises:
             FileExistsError: the directory is not empty.
+            OSError: it is a file, or cannot be written.
             ValueError: batch_size < 1.
         """
         directory = Path(directory)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ArgumentError(f"batch_size: got {batch_size!r}, allowed an integer, 1 or more")
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise PathExistsError(f"directory: {directory}: not empty")
+        with naming_files("directory", directory):
+            make_directory(directory)
+            if any(directory.iterdir()):
+                raise PathExistsError(f"directory: {directory}: not empty")
         ids = [entry.id for entry in self.list()]
         files = []
         for start in range(0, len(ids), batch_size):
             memory = self.gather(ids[start : start + batch_size], "cpu")
-            there = [n for n, version in enumerate(memory._versions.values()) if version]  # not deleted meanwhile
+            there = [n for n, (_, version) in enumerate(memory._rows) if version]  # not deleted meanwhile
+            memory = memory.select(there)
             name = f"memories-{len(files):06}.safetensors"
-            memory.select(there).save(directory / name)
-            files.append({"file": name, "ids": [ids[start + n] for n in there]})
-        write_json(directory / INDEX, {"format": EXPORT_FORMAT, "format_version": EXPORT_VERSION, "files": files})
+            path = memory.save(directory / name)
+            files.append({"file": name, "sha256": _digest(path), "ids": memory.ids})
+        index = {"format": EXPORT_FORMAT, "format_version": EXPORT_VERSION, "files": files}
+        write_json(directory / INDEX, index | {"sha256": _digest_of(files)})
         return sum(len(file["ids"]) for file in files)
 
-    def import_all(self, directory: str | os.PathLike, *, overwrite: bool = False) -> int:
+    def import_all(self, directory: str | os.PathLike, *, overwrite: bool = False, adopt: bool = False) -> int:
         """Store every memory that ``export_all`` wrote to ``directory``; returns how many.
 
         File by file, each all or none: after an error the files before it are stored.
+
+        Args:
+            overwrite: True replaces what is there under the same ids.
+            adopt: see ``MemoryState.load``.
 
         Raises:
             BankConflict: ids are there already, and ``overwrite`` is False; found before anything is stored.
@@ -263,13 +289,15 @@ class MemoryBank:
         """
         directory = Path(directory)
         files = _read_index(directory / INDEX)
-        ids = check_ids([id for _, names in files for id in names], "directory: ids of the index")
+        ids = [id for _, names, _ in files for id in names]
         if not overwrite:
             there = {id: (0, version) for id, version in zip(ids, self._store.versions(ids)) if version}
             if there:
                 raise BankConflict(there)
-        for name, names in files:
-            memory = MemoryState.load(directory / name, self._model)
+        for name, names, digest in files:
+            memory = MemoryState.load(directory / name, self._model, adopt=adopt)
+            if digest is not None and _digest(directory / name) != digest:
+                raise FileFormatError(f"directory: {directory / name}: damaged: not what the index names (sha256)")
             if memory.batch_size != len(names):
                 raise FileFormatError(
                     f"directory: {name} holds {memory.batch_size} memories, the index says {len(names)}"
@@ -292,6 +320,14 @@ class MemoryBank:
             raise ArgumentError(f"state: got {', '.join(sorted(map(str, dtypes)))}, allowed torch.float32")
         state.check_whole()
         self._identity.check(state._identity)
+        swapped = [(n, row[0], id) for n, (row, id) in enumerate(zip(state._rows or (), ids)) if row and row[0] != id]
+        if swapped:
+            shown = ", ".join(f"row {n} is the memory of {owner!r}, not of {id!r}" for n, owner, id in swapped[:3])
+            more = f" and {len(swapped) - 3} more" if len(swapped) > 3 else ""
+            raise ArgumentError(
+                f"ids: {shown}{more}; commit rows under their own ids ({_some(state.ids)}), or state.unnamed() to copy "
+                "memories to other ids on purpose"
+            )
 
     def _read(self, ids: builtins.list[str]) -> tuple:
         """Versions, and each layer's state (float32 [B, H, r, r]) and counter (int32 [B]); 0 for unknown ids.
@@ -330,8 +366,21 @@ class MemoryBank:
             for state in states.values():
                 state[unknown] = 0
             counters[:, unknown] = 0
+        if self._store.unchecked:
+            self._check_unchecked(ids, states, counters)
         # Each layer's are updated in place, so that none may share storage with another's.
         return versions, layers, {i: torch.from_numpy(counter.copy()) for i, counter in zip(layers, counters)}
+
+    def _check_unchecked(self, ids: builtins.list[str], states: dict, counters: numpy.ndarray) -> None:
+        """Raise where rows of the version before, which had no checksums, cannot be what was written."""
+        good = (counters >= 0).all(0)
+        for state in states.values():
+            good &= numpy.isfinite(state).all(1)
+        if not good.all():
+            broken = [id for id, fine in zip(ids, good.tolist()) if not fine]
+            raise FileFormatError(
+                f"bank: {self._store.path}: damaged: the memories of {_some(broken)} hold NaN or Inf, or counts below 0"
+            )
 
     def _words_of(self, state: MemoryState) -> torch.Tensor:
         """int32 [B, words], the rows of a state, on the CPU."""
@@ -344,40 +393,61 @@ class MemoryBank:
         return torch.cat(parts, 1).cpu()  # one copy where all layers share a device
 
 
-def _check_layout(store: BankStore, ours: dict[str, str], row_bytes: int) -> None:
-    difference = describe_difference(store.layout, ours)
-    if difference:
-        raise FileFormatError(f"path: {store.path}: a bank of memories made under {difference}")
-    for name in ("byteorder", "layers"):
-        if store.layout.get(name) != ours[name]:
-            raise FileFormatError(
-                f"path: {store.path}: a bank of {name} {store.layout.get(name)}, but here it is {ours[name]}"
-            )
-    if store.row_bytes != row_bytes:
+def _check_layout(path, theirs: tuple[dict[str, str], int], ours: tuple[dict[str, str], int], adopt: bool) -> str:
+    """Raise unless rows of one (layout, bytes) fit the other; returns whose they are instead, where ``adopt`` is."""
+    (found, size), (layout, row_bytes) = theirs, ours
+    difference = describe_difference(found, layout)
+    if difference and not adopt:
         raise FileFormatError(
-            f"path: {store.path}: a bank of {store.row_bytes} bytes a memory, but here it is {row_bytes}"
+            f"path: {path}: a bank of memories made under {difference}; adopt=True takes it all the same, if its rows "
+            "fit"
         )
+    for name in ("byteorder", "layers"):
+        if found.get(name) != layout[name]:
+            raise FileFormatError(f"path: {path}: a bank of {name} {found.get(name)}, but here it is {layout[name]}")
+    if size != row_bytes:
+        raise FileFormatError(f"path: {path}: a bank of {size} bytes a memory, but here it is {row_bytes}")
+    return difference
 
 
-def _read_index(path: Path) -> list[tuple[str, list[str]]]:
-    """(file name, ids) of each file of an export."""
-    if not path.is_file():
-        raise FileMissingError(f"directory: {path}: no such file")
-    index = read_json(path)
+def _read_index(path: Path) -> list[tuple[str, list[str], str | None]]:
+    """(file name, ids, sha256) of each file of an export; exports of version 1 have no sha256."""
+    index = read_json(path, "directory")
     if index.get("format") != EXPORT_FORMAT:
         raise FileFormatError(
             f"directory: {path}: no export of a bank (format {index.get('format')!r}, allowed {EXPORT_FORMAT!r})"
         )
-    if index.get("format_version") != EXPORT_VERSION:
+    version = index.get("format_version")
+    if type(version) is not int or not 1 <= version <= EXPORT_VERSION:
         raise FileFormatError(
-            f"directory: {path}: format version {index.get('format_version')!r}, this version reads {EXPORT_VERSION}"
+            f"directory: {path}: format version {version!r}, this version reads 1 to {EXPORT_VERSION}"
         )
     files = index.get("files")
     for file in files if isinstance(files, list) else [None]:
         # The index may come from elsewhere: only files beside it are read.
-        if not isinstance(file, dict) or Path(str(file.get("file"))).name != file.get("file"):
+        name = file.get("file") if isinstance(file, dict) else None
+        if not isinstance(name, str) or Path(name).name != name or name == "..":
             raise FileFormatError(f"directory: {path}: got {file!r}, allowed the name of a file beside it and its ids")
-    return [(file["file"], check_ids(file.get("ids"), f"directory: {path}: ids")) for file in files]
+        if version > 1 and not isinstance(file.get("sha256"), str):
+            raise FileFormatError(f"directory: {path}: {name} has no sha256")
+        if not isinstance(file.get("ids"), list):
+            raise FileFormatError(f"directory: {path}: ids: got a {type(file.get('ids')).__name__}, allowed a list")
+    try:
+        check_ids([id for file in files for id in file["ids"]], f"directory: {path}: ids")
+    except DeltaMemError as error:
+        raise FileFormatError(str(error)) from error
+    if version > 1 and index.get("sha256") != _digest_of(files):
+        raise FileFormatError(f"directory: {path}: damaged: its content is not what was written (sha256)")
+    return [(file["file"], file["ids"], file.get("sha256") if version > 1 else None) for file in files]
+
+
+def _digest(path: Path) -> str:
+    with naming_files("directory", path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(files: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _some(ids: list[str]) -> str:

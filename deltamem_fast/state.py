@@ -96,13 +96,13 @@ class MemoryState:
         """int32 [B], (token, layer) pairs left out because they were not finite."""
         counters = list(self._skipped.values())
         if not counters:
-            return torch.zeros(0, dtype=torch.int32)
+            return torch.zeros(0, dtype=torch.int32, device="cpu")
         return torch.stack([counter.to(counters[0].device) for counter in counters]).sum(0, dtype=torch.int32)
 
     @property
     def ids(self) -> list[str | None]:
         """Of each row the id under which a MemoryBank has it, or None where it came from no bank."""
-        return [None] * self.batch_size if self._rows is None else [None if row is None else row[0] for row in self._rows]
+        return [None if row is None else row[0] for row in self._rows or (None,) * self.batch_size]
 
     def __repr__(self) -> str:
         """Norm is that of all states together."""
@@ -143,10 +143,11 @@ class MemoryState:
 
         Raises:
             TypeError: a dtype was given; a memory is float32 always.
+            ValueError: there is no such device here.
         """
         if isinstance(device, torch.dtype):
             raise ArgumentTypeError(f"device: got {device}, allowed a device (a memory is float32 always)")
-        target = None if device is None else torch.empty(0, device=device).device
+        target = None if device is None else place_of(device)
         if target is None or all(state.device == target for _, state in self.items()):
             return self
         return self._map(lambda tensor: tensor.to(device=target, non_blocking=non_blocking, copy=True))
@@ -172,7 +173,10 @@ class MemoryState:
         Raises:
             IndexError: a row outside 0 to B − 1.
         """
-        index = torch.as_tensor(rows)
+        try:
+            index = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(list(rows), device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentTypeError(f"rows: got {rows!r}, allowed a list or tensor of integers, or a mask") from error
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
                 raise ArgumentIndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
@@ -392,6 +396,19 @@ class MemoryState:
         layers = {i: content.layers[i].to(spec.device) for i, spec in specs.items()}
         skipped = {i: content.skipped[i].to(spec.device) for i, spec in specs.items()}
         return cls(layers, identity=identity, frozen=content.frozen, skipped=skipped)
+
+
+def place_of(device: torch.device | str | int) -> torch.device:
+    """A device with its index ("cuda" is the current one), which is here and can hold tensors.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        return torch.empty(0, dtype=torch.float32, device=device).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ArgumentError(f"device: got {device!r}, allowed a device of this machine: {reason}") from error
 
 
 def writable(tensor: torch.Tensor) -> bool:

@@ -1,19 +1,23 @@
 """Rows of bytes by id in one SQLite file that many processes and threads share; ``MemoryBank`` without tensors.
 
 Needs the standard library alone. What holds, whoever is killed when: a write is there as a whole or not at all, it
-was made on the version it says it was, and once ``write`` has returned it stays.
+was made on the version it says it was, and once ``write`` has returned it stays. What is read is what was written, or
+an error that names the file: every row and every entry has a checksum, and every id is in two places.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sqlite3
+import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,10 +28,12 @@ from ..errors import (
     ConflictError,
     FileAccessError,
     FileFormatError,
+    FilePermissionError,
     StateError,
     WaitedTooLongError,
     WrongPathKindError,
 )
+from ..files import make_directory, naming_files
 
 try:
     import fcntl
@@ -35,36 +41,62 @@ except ImportError:  # Windows: SQLite's own locks remain
     fcntl = None
 
 APPLICATION_ID = 0x644D656D  # "dMem", in the file's header
-FORMAT_VERSION = 1  # in the file's header as user_version
+FORMAT_VERSION = 2  # in the file's header as user_version; 1 had no checksums
 MAX_ID_BYTES = 512
 ORDERS = ("id", "updated", "created", "bytes")
 
 _PAGE_SIZES = (4096, 8192, 16384)
 _WAL_BYTES = 64 * 2**20  # of the log before it is copied into the file
+_READER_MILLISECONDS = 500  # that a delete waits for readers of the log
 _CACHE_KIB = 4096  # a connection; holds the inner pages of a million rows, and stays in the processor's caches
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-# A list reads entries alone, never a page of states. The states' keys keep rows of one size packed in order of arrival.
+# A list reads ``memories`` alone, never a page of states. The states' keys keep rows of one size packed in order of
+# arrival. ``memories_ids`` is a second place for the ids, so that one that was lost to damage is no unknown one.
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE entries (
+CREATE TABLE memories (
     id TEXT PRIMARY KEY,
     key INTEGER NOT NULL,
     version INTEGER NOT NULL,
     bytes INTEGER NOT NULL,
     created INTEGER NOT NULL,
-    updated INTEGER NOT NULL
+    updated INTEGER NOT NULL,
+    row_crc INTEGER,
+    entry_crc INTEGER
 ) WITHOUT ROWID;
-CREATE INDEX entries_by_update ON entries (updated);
+CREATE INDEX entries_by_update ON memories (updated);
+CREATE INDEX memories_ids ON memories (id);
 CREATE TABLE states (key INTEGER PRIMARY KEY, state BLOB NOT NULL);
 """
-_READ = """
-SELECT asked.key, entries.version, states.state FROM json_each(?) AS asked
-CROSS JOIN entries ON entries.id = asked.value CROSS JOIN states ON states.key = entries.key
+# The table's other name makes a process of the version before, which has the file open still, fail and not half-write.
+# Its rows keep no checksum until they are written again; "unchecked" is the last version among them.
+_UPGRADE = """
+ALTER TABLE entries RENAME TO memories;
+ALTER TABLE memories ADD COLUMN row_crc INTEGER;
+ALTER TABLE memories ADD COLUMN entry_crc INTEGER;
+CREATE INDEX memories_ids ON memories (id);
+INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 'version'
 """
-_FIND = """
-SELECT asked.key, entries.key, entries.version FROM json_each(?) AS asked
-CROSS JOIN entries ON entries.id = asked.value
+# What a file of each version consists of; a trigger or a view among it could change what is written.
+_PARTS = {
+    1: {("table", "meta"), ("table", "entries"), ("table", "states"), ("index", "entries_by_update")},
+    2: {
+        ("table", "meta"), ("table", "memories"), ("table", "states"), ("index", "entries_by_update"),
+        ("index", "memories_ids"),
+    },
+}  # fmt: skip
+_COLUMNS = "memories.id, memories.key, version, bytes, created, updated, row_crc, entry_crc"
+_READ = """
+SELECT asked.key, memories.version, memories.row_crc, states.state FROM json_each(?) AS asked
+CROSS JOIN memories ON memories.id = asked.value LEFT JOIN states ON states.key = memories.key
+"""
+_FIND = f"""
+SELECT asked.key, {_COLUMNS} FROM json_each(?) AS asked CROSS JOIN memories ON memories.id = asked.value
+"""
+_LOST = """
+SELECT asked.value FROM json_each(?) AS asked CROSS JOIN memories INDEXED BY memories_ids
+ON memories.id = asked.value LIMIT 1
 """
 
 
@@ -120,9 +152,13 @@ class BankStore:
     Any number of processes and threads may have it open, each with an object of its own or sharing one across
     ``os.fork``. The file must lie on a file system of this machine: WAL needs shared memory.
 
+    A new file and its companions are their user's alone (0600, a new directory 0700), whatever the umask; a file that
+    is there keeps its mode, and its companions get the same.
+
     Attributes:
         layout, row_bytes: as given when the file was made. Of an existing file they may differ from the arguments:
-            comparing is the caller's part.
+            comparing is the part of ``check``.
+        unchecked: the file was made by the version before, and rows not written since have no checksum.
     """
 
     def __init__(
@@ -133,8 +169,9 @@ class BankStore:
         *,
         durable: bool = True,
         timeout: float = 60.0,
+        check: Callable[[dict[str, str], int], bool] | None = None,
     ):
-        """Open the file, or make it (and its directory) if there is none.
+        """Open the file, or make it (and its directory) if there is none; one of the version before is upgraded.
 
         Args:
             layout: what a later opening has to know of the rows; written when the file is made.
@@ -142,16 +179,18 @@ class BankStore:
             durable: True syncs every write to the disk before it returns. False leaves that to the operating system:
                 a process that is killed loses nothing, a power cut the last writes.
             timeout: seconds to wait for other writers.
+            check: is given layout and row size of an existing file before anything of it is changed; raises, or returns
+                whether ``layout`` takes the stored one's place.
 
         Raises:
-            ValueError: an argument is not allowed, or the file is not such a store, or of a newer format; it is left
-                as it was.
+            ValueError: an argument is not allowed, or the file is not such a store, damaged, or of a newer format; it
+                is left as it was.
             OSError: it cannot be opened or made.
         """
         if isinstance(row_bytes, bool) or not isinstance(row_bytes, int) or row_bytes < 1:
             raise ArgumentError(f"row_bytes: got {row_bytes!r}, allowed an integer, 1 or more")
         # The companions' names follow from the real one; a path that goes through a link must find the same.
-        self.path = Path(os.path.realpath(path))
+        self.path = _real_path(path)
         self.durable, self.timeout = durable, timeout
         self._closed = False
         self._local = threading.local()
@@ -160,11 +199,10 @@ class BankStore:
         self._writer = threading.Lock()
         with _fork_lock:
             _stores.add(self)
-        if self.path.is_dir():
-            raise WrongPathKindError(f"path: {path}: a directory, allowed a file")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.unchecked, self._unchecked_to = False, 0
+        _make_private(self.path)
         try:
-            self.layout, self.row_bytes = self._open(dict(layout), row_bytes)
+            self.layout, self.row_bytes = self._open(dict(layout), row_bytes, check)
         except BaseException:
             self.close()
             raise
@@ -193,14 +231,21 @@ class BankStore:
             TypeError, ValueError: see ``check_ids``; at the first step.
         """
         ids = check_ids(ids)
+        found = 0
         with self._connection() as connection:
-            yield from connection.execute(_READ, (json.dumps(ids),))
+            for place, version, crc, row in connection.execute(_READ, (json.dumps(ids),)):
+                if crc is None or type(row) is not bytes or crc != _row_crc(ids[place], version, row):
+                    self._check_unchecked(ids[place], version, crc, row)
+                found += 1
+                yield place, version, row
+            if found < len(ids):
+                self._check_unknown(connection, ids)
 
     def versions(self, ids: Sequence[str]) -> list[int]:
         """Versions of ``ids``, all of one moment; 0 for an unknown id. Errors as ``read``."""
         ids = check_ids(ids)
         with self._connection() as connection:
-            return [version for _, version in _find(connection, ids)]
+            return [version for _, version, _ in self._find(connection, ids)]
 
     def entries(
         self,
@@ -227,29 +272,30 @@ class BankStore:
             raise ArgumentError(f"order_by: got {order_by!r}, allowed {', '.join(ORDERS)}")
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise FileFormatError(f"{name}: got {value!r}, allowed an integer, 0 or more")
+                raise ArgumentError(f"{name}: got {value!r}, allowed an integer, 0 or more")
         first, end = prefix, _after(prefix)
         where = "WHERE id >= :first" + ("" if end is None else " AND id < :end") if prefix else ""
         way = "DESC" if descending else "ASC"
         order = f"{order_by} {way}" + ("" if order_by == "id" else f", id {way}")
-        sql = (
-            f"SELECT id, version, bytes, created, updated FROM entries {where} ORDER BY {order} "
-            "LIMIT :limit OFFSET :offset"
-        )
+        sql = f"SELECT {_COLUMNS} FROM memories {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
         values = {"first": first, "end": end, "limit": -1 if limit is None else limit, "offset": offset}
         with self._connection() as connection:
-            rows = connection.execute(sql, values).fetchall()
-        return [BankEntry(*row[:3], _moment(row[3]), _moment(row[4])) for row in rows]
+            found = []
+            for row in connection.execute(sql, values):
+                self._check_entry(row)
+                id, _, version, size, created, updated = row[:6]
+                found.append(BankEntry(id, version, size, _moment(created), _moment(updated)))
+        return found
 
     def count(self) -> int:
         """How many ids there are."""
         with self._connection() as connection:
-            return connection.execute("SELECT count(*) FROM entries").fetchone()[0]
+            return connection.execute("SELECT count(*) FROM memories").fetchone()[0]
 
     def total_bytes(self) -> int:
         """Bytes of all rows; the file takes a little more."""
         with self._connection() as connection:
-            return connection.execute("SELECT coalesce(sum(bytes), 0) FROM entries").fetchone()[0]
+            return connection.execute("SELECT coalesce(sum(bytes), 0) FROM memories").fetchone()[0]
 
     # --- writing
 
@@ -268,16 +314,16 @@ class BankStore:
         ids = check_ids(ids)
         for name, values in (("expected", expected), ("rows", rows)):
             if values is not None and len(values) != len(ids):
-                raise FileFormatError(f"{name}: got {len(values)}, allowed one for each of {len(ids)} ids")
+                raise ArgumentError(f"{name}: got {len(values)}, allowed one for each of {len(ids)} ids")
         for id, row in zip(ids, rows):
             if memoryview(row).nbytes != self.row_bytes:
                 raise ArgumentError(f"rows: {id!r}: got {memoryview(row).nbytes} bytes, allowed {self.row_bytes}")
         with self._transaction() as connection:
-            found = _find(connection, ids)
+            found = self._find(connection, ids)
             if expected is not None:
                 moved = {
                     id: (made, version)
-                    for id, made, (_, version) in zip(ids, expected, found)
+                    for id, made, (_, version, _) in zip(ids, expected, found)
                     if made != version
                 }  # fmt: skip
                 if moved:
@@ -286,38 +332,63 @@ class BankStore:
             connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'version'")
             version = connection.execute("SELECT value FROM meta WHERE name = 'version'").fetchone()[0]
             now = time.time_ns() // 1000
+            crcs = [_row_crc(id, version, row) for id, row in zip(ids, rows)]
             # In the order of the trees, so that a page is touched once.
-            new = sorted((id, place) for place, (id, (key, _)) in enumerate(zip(ids, found)) if key is None)
-            old = sorted((key, id, place) for place, (id, (key, _)) in enumerate(zip(ids, found)) if key is not None)
+            new = sorted((id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is None)
+            old = sorted((key, id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is not None)
             free = connection.execute("SELECT coalesce(max(key), 0) + 1 FROM states").fetchone()[0]
-            connection.executemany(
+            changed = connection.executemany(
                 "UPDATE states SET state = ? WHERE key = ?", ((rows[place], key) for key, _, place in old)
             )
+            if old and changed.rowcount != len(old):
+                raise self._damaged("an id has no row")
+
+            def entry(id: str, key: int, created: int, place: int) -> tuple:
+                values = (key, version, self.row_bytes, created, now, crcs[place])
+                return (*values, _entry_crc(id, *values), id)
+
             connection.executemany(
-                "UPDATE entries SET version = ?, bytes = ?, updated = ? WHERE id = ?",
-                ((version, self.row_bytes, now, id) for _, id, _ in sorted(old, key=lambda one: one[1])),
+                "UPDATE memories SET key = ?, version = ?, bytes = ?, created = ?, updated = ?, row_crc = ?, "
+                "entry_crc = ? WHERE id = ?",
+                (entry(id, key, found[place][2], place) for key, id, place in sorted(old, key=lambda one: one[1])),
             )
             connection.executemany(
                 "INSERT INTO states VALUES (?, ?)", ((free + n, rows[place]) for n, (_, place) in enumerate(new))
             )
             connection.executemany(
-                "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)",
-                ((id, free + n, version, self.row_bytes, now, now) for n, (id, _) in enumerate(new)),
+                "INSERT INTO memories (key, version, bytes, created, updated, row_crc, entry_crc, id) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (entry(id, free + n, now, place) for n, (id, place) in enumerate(new)),
             )
         return version
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete the rows of ``ids``, all or none; returns how many there were. Errors as ``write``.
 
-        Their bytes are zeroed in the file, at the latest when the last process closes it, and their room is used
-        again by later rows.
+        Their bytes are zeroed in the file and gone from its log (-wal) when this returns, and their room is used again
+        by later rows. Only where somebody reads just then, for longer than half a second (an unfinished ``each``), does
+        the log keep them: until the next ``delete``, or until the last process closes the file.
         """
         ids = check_ids(ids)
-        with self._transaction() as connection:
-            known = [(id, key) for id, (key, _) in zip(ids, _find(connection, ids)) if key is not None]
-            connection.executemany("DELETE FROM states WHERE key = ?", ((key,) for _, key in known))
-            connection.executemany("DELETE FROM entries WHERE id = ?", ((id,) for id, _ in known))
+        with self._connection() as connection, self._turn():
+            with self._begun(connection):
+                known = [(id, key) for id, (key, *_) in zip(ids, self._find(connection, ids)) if key is not None]
+                connection.executemany("DELETE FROM states WHERE key = ?", ((key,) for _, key in known))
+                connection.executemany("DELETE FROM memories WHERE id = ?", ((id,) for id, _ in known))
+            if known:
+                self._empty_log(connection)
         return len(known)
+
+    def _empty_log(self, connection: sqlite3.Connection) -> None:
+        """Copy the log into the file and cut it to nothing, unless a reader needs it; only within ``_turn``."""
+        connection.execute(f"PRAGMA busy_timeout = {_READER_MILLISECONDS}")
+        try:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.OperationalError as error:
+            if _code(error) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {int(self.timeout * 1000)}")
 
     def close(self) -> None:
         """Close every connection of this process; waits for calls in other threads. Again: nothing happens."""
@@ -326,6 +397,48 @@ class BankStore:
             for handle in list(self._handles):
                 with handle.lock:
                     handle.close()
+
+    # --- damage
+
+    def _damaged(self, what: str) -> FileFormatError:
+        return FileFormatError(f"bank: {self.path}: damaged: {what}")
+
+    def _find(self, connection: sqlite3.Connection, ids: list[str]) -> list[tuple[int | None, int, int]]:
+        """(key, version, created) of each id, checked; (None, 0, 0) if it is unknown."""
+        found: list[tuple[int | None, int, int]] = [(None, 0, 0)] * len(ids)
+        rows = connection.execute(_FIND, (json.dumps(ids),)).fetchall()
+        for place, *row in rows:
+            self._check_entry(row)
+            found[place] = (row[1], row[2], row[4])
+        if len(rows) < len(ids):
+            self._check_unknown(connection, ids)
+        return found
+
+    def _check_entry(self, row: Sequence) -> None:
+        id, *values, crc = row
+        if crc is None and self._may_lack_checksum(values[1]):
+            if all(type(value) is int for value in values[:5]) and type(id) is str:
+                return
+        elif crc is not None and crc == _entry_crc(id, *values):
+            return
+        raise self._damaged(f"the entry of {id!r} is not what was written")
+
+    def _check_unchecked(self, id: str, version: int, crc: int | None, row: bytes | None) -> None:
+        """Of a row whose checksum is not right: raise unless it may lack one."""
+        sound = type(row) is bytes and len(row) == self.row_bytes
+        if crc is not None or not sound or not self._may_lack_checksum(version):
+            raise self._damaged(f"the row of {id!r} is not what was written")
+
+    def _may_lack_checksum(self, version) -> bool:
+        return type(version) is int and 1 <= version <= self._unchecked_to
+
+    def _check_unknown(self, connection: sqlite3.Connection, ids: list[str]) -> None:
+        """Raise if an id that has no entry is in the second place of the ids."""
+        known = {place for place, *_ in connection.execute(_FIND, (json.dumps(ids),))}
+        asked = [id for place, id in enumerate(ids) if place not in known]
+        lost = connection.execute(_LOST, (json.dumps(asked),)).fetchone() if asked else None
+        if lost is not None:
+            raise self._damaged(f"the entry of {lost[0]!r} is lost")
 
     # --- connections
 
@@ -347,25 +460,42 @@ class BankStore:
                 if handle.connection is None:
                     handle.keep(self._connect("rw"))
                 yield handle.connection
-            except sqlite3.OperationalError as error:
-                if _code(error) == sqlite3.SQLITE_BUSY:
-                    raise WaitedTooLongError(f"bank: {self.path}: others wrote for {self.timeout} s") from error
-                if _code(error) == sqlite3.SQLITE_CANTOPEN:
-                    raise FileAccessError(f"bank: {self.path}: cannot be opened any more: {error}") from error
-                raise
+            except sqlite3.ProgrammingError:
+                raise  # a mistake of ours
+            except (sqlite3.Error, MemoryError) as error:
+                raise self._error(error, "bank") from error
+
+    def _error(self, error: Exception, name: str) -> Exception:
+        """SQLite's error as one of ours, which names the file."""
+        code = _code(error)
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return WaitedTooLongError(f"{name}: {self.path}: others wrote for {self.timeout} s")
+        if code == sqlite3.SQLITE_NOTADB:
+            return FileFormatError(f"{name}: {self.path}: not a SQLite file, or damaged at its beginning")
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
+            return FilePermissionError(f"{name}: {self.path}: cannot be written: {error}")
+        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PROTOCOL):
+            return FileAccessError(f"{name}: {self.path}: cannot be read or written: {error}")
+        # Malformed pages, a schema that is not ours, text that is not UTF-8, a constraint that does not hold, …
+        return FileFormatError(f"{name}: {self.path}: damaged: {error or type(error).__name__}")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """A write transaction: committed at the end, undone after an error."""
-        with self._connection() as connection, self._turn():
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
+        with self._connection() as connection, self._turn(), self._begun(connection):
+            yield connection
+
+    @contextlib.contextmanager
+    def _begun(self, connection: sqlite3.Connection) -> Iterator[None]:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                with contextlib.suppress(sqlite3.Error):  # what stopped it is to be told, and closing undoes it too
                     connection.execute("ROLLBACK")
-                raise
+            raise
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -383,7 +513,7 @@ class BankStore:
                 yield
                 return
             # Opened each time: a descriptor that was kept would be shared with forked children, and its lock too.
-            lock = os.open(f"{self.path}-lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = _open_lock(Path(f"{self.path}-lock"), self.path)
             try:
                 while True:
                     try:
@@ -413,6 +543,8 @@ class BankStore:
                 f"wal_autocheckpoint = {_WAL_BYTES // page_size}",
                 f"journal_size_limit = {_WAL_BYTES}",
                 "secure_delete = ON",  # what is forgotten shall not lie in free pages
+                "cell_size_check = ON",  # finds damage before it is followed
+                "trusted_schema = OFF",  # the file may come from elsewhere
             ):
                 connection.execute(f"PRAGMA {setting}")
         except BaseException:
@@ -420,48 +552,78 @@ class BankStore:
             raise
         return connection
 
-    def _open(self, layout: dict[str, str], row_bytes: int) -> tuple[dict[str, str], int]:
-        """Check or make the file; returns its layout and row size."""
+    def _open(self, layout: dict[str, str], row_bytes: int, check) -> tuple[dict[str, str], int]:
+        """Check, make or upgrade the file; returns its layout and row size."""
         handle = _Handle()
         with self._guard:
             self._handles.add(handle)  # so that a fork in another thread waits for it
         try:
             with handle.lock, contextlib.closing(handle):
-                handle.keep(self._connect("rwc"))
+                handle.keep(self._connect("rw"))
                 connection = handle.connection
-                if not self._is_ours(connection):
+                if not self._version_of(connection):
                     with self._turn():
-                        if not self._is_ours(connection):  # nobody else made it meanwhile
+                        if not self._version_of(connection):  # nobody else made it meanwhile
                             _create(connection, layout, row_bytes)
+                found, size, _ = self._read_meta(connection)
+                replace = check is not None and check(found, size)
                 if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                     with self._turn():
                         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                             raise FileAccessError(
                                 f"path: {self.path}: its file system has no shared memory for SQLite's WAL"
                             )
-                meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
-                return json.loads(meta["layout"]), meta["row_bytes"]
-        except sqlite3.Error as error:
-            if _code(error) == sqlite3.SQLITE_NOTADB:
-                raise FileFormatError(f"path: {self.path}: not a SQLite file") from error
-            raise FileAccessError(f"path: {self.path}: cannot be opened as a bank: {error}") from error
+                if replace or self._version_of(connection) < FORMAT_VERSION:
+                    with self._turn(), self._begun(connection):
+                        if self._version_of(connection) < FORMAT_VERSION:
+                            for statement in _UPGRADE.split(";"):
+                                connection.execute(statement)
+                            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+                        if replace:
+                            connection.execute("UPDATE meta SET value = ? WHERE name = 'layout'", (json.dumps(layout),))
+                found, size, self._unchecked_to = self._read_meta(connection)
+                self.unchecked = self._unchecked_to > 0
+                return found, size
+        except sqlite3.ProgrammingError:
+            raise
+        except (sqlite3.Error, MemoryError) as error:
+            raise self._error(error, "path") from error
 
-    def _is_ours(self, connection: sqlite3.Connection) -> bool:
-        """True for a store that this version reads, False for an empty file, else ValueError."""
-        connection.execute("BEGIN")  # one moment for the three
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    def _read_meta(self, connection: sqlite3.Connection) -> tuple[dict[str, str], int, int]:
+        """Layout, row size, and the last version of rows without a checksum (0: there are none)."""
+        meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+        size, unchecked = meta.get("row_bytes"), meta.get("unchecked", 0)
+        try:
+            layout = json.loads(meta.get("layout"))
+        except (TypeError, ValueError, RecursionError):
+            layout = None
+        if type(size) is not int or type(unchecked) is not int or type(meta.get("version")) is not int:
+            layout = None
+        if not isinstance(layout, dict) or not all(isinstance(value, str) for value in layout.values()):
+            raise self._damaged("its head (the table meta) is not what was written")
+        return layout, size, unchecked
+
+    def _version_of(self, connection: sqlite3.Connection) -> int:
+        """The format version of a store that this version reads, 0 for an empty file, else ValueError."""
+        began = not connection.in_transaction
+        if began:
+            connection.execute("BEGIN")  # one moment for the three
+        parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        connection.execute("COMMIT")
+        if began:
+            connection.execute("COMMIT")
         if application == APPLICATION_ID and 1 <= version <= FORMAT_VERSION:
-            return True
+            if (names := {(kind, name) for kind, name in parts if not name.startswith("sqlite_")}) != _PARTS[version]:
+                raise self._damaged(f"its tables and indices are {sorted(names)}")
+            return version
         if application == APPLICATION_ID:
             raise FileFormatError(
                 f"path: {self.path}: a bank of format version {version}, this version reads 1 to {FORMAT_VERSION}"
             )
-        if application or version or tables:
+        if application or version or parts:
             raise FileFormatError(f"path: {self.path}: a SQLite file, but no bank (application_id {application:#x})")
-        return False
+        return 0
 
 
 class _Handle:
@@ -499,7 +661,7 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(id for id in ids if id in seen or seen.add(id))
-        raise FileFormatError(f"{name}: got {twice!r} twice, allowed each once")
+        raise ArgumentError(f"{name}: got {twice!r} twice, allowed each once")
     return ids
 
 
@@ -510,11 +672,65 @@ def check_id(id: str, name: str = "id") -> str:
     try:
         size = len(id.encode())
     except UnicodeEncodeError:
-        raise FileFormatError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
+        raise ArgumentError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
     if not 1 <= size <= MAX_ID_BYTES or "\0" in id:
         shown = repr(id if size <= 80 else id[:40] + "…")
-        raise FileFormatError(f"{name}: got {shown} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
+        raise ArgumentError(f"{name}: got {shown} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
     return id
+
+
+def _real_path(path: str | os.PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise ArgumentTypeError(f"path: got a {type(path).__name__}, allowed a str or a path")
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:  # NUL, half of a surrogate pair
+        raise ArgumentError(f"path: got {os.fspath(path)!r}, which can be no path: {error}") from error
+    except OSError as error:
+        raise FileAccessError(f"path: {path}: {error.strerror}") from error
+
+
+def _make_private(path: Path) -> None:
+    """Make an empty file (and its directory) for this user alone; one that is there is left as it is."""
+    with naming_files("path", path):
+        make_directory(path.parent)
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            found = "a directory" if stat.S_ISDIR(kind) else "no plain file"
+            raise WrongPathKindError(f"path: {path}: {found}, allowed a file")
+
+
+def _open_lock(path: Path, bank: Path) -> int:
+    """A descriptor of the lock file, made with the bank's mode if there is none; a link is not followed."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    with naming_files("bank", path):
+        try:
+            lock = os.open(path, flags)
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                lock = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+                os.fchmod(lock, stat.S_IMODE(os.stat(bank).st_mode) & 0o666)
+                return lock
+            lock = os.open(path, flags)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise WrongPathKindError(f"bank: {path}: a symbolic link, allowed a file") from error
+            raise
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            os.close(lock)
+            raise WrongPathKindError(f"bank: {path}: not a file")
+        return lock
+
+
+def _row_crc(id: str, version: int, row) -> int:
+    """Of a row, and of whose it is and since when."""
+    return zlib.crc32(row, zlib.crc32(f"{version} {id}".encode()))
+
+
+def _entry_crc(id: str, key: int, version: int, size: int, created: int, updated: int, row_crc: int) -> int:
+    return zlib.crc32(f"{key} {version} {size} {created} {updated} {row_crc} {id}".encode())
 
 
 def page_size_for(row_bytes: int) -> int:
@@ -550,14 +766,6 @@ def _create(connection: sqlite3.Connection, layout: dict[str, str], row_bytes: i
     except BaseException:
         connection.execute("ROLLBACK")
         raise
-
-
-def _find(connection: sqlite3.Connection, ids: list[str]) -> list[tuple[int | None, int]]:
-    """(key, version) of each id; (None, 0) if it is unknown."""
-    found: list[tuple[int | None, int]] = [(None, 0)] * len(ids)
-    for place, key, version in connection.execute(_FIND, (json.dumps(ids),)).fetchall():
-        found[place] = (key, version)
-    return found
 
 
 def _after(prefix: str) -> str | None:

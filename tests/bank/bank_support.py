@@ -59,7 +59,7 @@ def check_file(path) -> None:
     """SQLite finds nothing wrong, and every entry has its row."""
     with closing(sqlite3.connect(path, timeout=60)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        entries = connection.execute("SELECT key FROM entries ORDER BY key").fetchall()
+        entries = connection.execute("SELECT key FROM memories ORDER BY key").fetchall()
         assert entries == connection.execute("SELECT key FROM states ORDER BY key").fetchall()
 
 
