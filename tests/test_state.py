@@ -135,14 +135,15 @@ def test_broken_files_are_refused(model, memory, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         MemoryState.load(tmp_path / "other.safetensors", model)
     head, body = header(path)
-    head["__metadata__"]["format_version"] = "2"
+    head["__metadata__"]["format_version"] = "3"
     rewrite(path, head, body)
-    with pytest.raises(ValueError, match="format version '2', this version reads 1 to 1"):
+    with pytest.raises(ValueError, match="format version '3', this version reads 1 to 2"):
         MemoryState.load(path, model)
     head["__metadata__"]["format"] = "something"
     rewrite(path, head, body)
     with pytest.raises(ValueError, match="not a memory file"):
         MemoryState.load(path, model)
+    memory.save(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a safetensors file, or cut short"):
         MemoryState.load(path, model)

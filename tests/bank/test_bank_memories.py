@@ -63,7 +63,7 @@ def bits(memory):
 def content(bank):
     ids = [entry.id for entry in bank.list()]
     memory = bank.gather(ids)
-    return ids, memory._versions, bits(memory)
+    return ids, memory._rows, bits(memory)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -140,7 +140,7 @@ def test_the_same_holder_commits_again(bank, model):
     for _ in range(3):
         memory[0].add_(1)
         bank.commit(["a"], memory)
-    assert bank.gather(["a"])._versions == memory._versions and len(bank) == 1
+    assert bank.gather(["a"])._rows == memory._rows and len(bank) == 1
 
 
 def test_copies_know_their_versions(bank, model):
@@ -160,10 +160,10 @@ def test_a_commit_on_what_moved_on_is_refused(bank, model):
     mine, yours = bank.gather(["a", "b"]), bank.gather(["b"])
     yours.zero_()
     bank.commit(["b"], yours)
-    before, versions = content(bank), dict(mine._versions)
+    before, rows = content(bank), mine._rows
     with pytest.raises(BankConflict, match=r"ids: 'b' \(made on version .*gather again"):
         bank.commit(["a", "b"], mine)
-    assert content(bank) == before and mine._versions == versions
+    assert content(bank) == before and mine._rows == rows
     bank.commit(["a"], mine.select([0]))
     mine = bank.gather(["a", "b"])
     bank.commit(["a", "b"], mine)
@@ -282,7 +282,7 @@ def test_what_is_there(bank, model):
     assert all(entry.created.tzinfo is UTC and entry.created == entry.updated for entry in entries)
     assert [entry.id for entry in bank.list(prefix="team/", order_by="created")] == ["team/bob", "team/alice"]
     assert [entry.id for entry in bank.list(order_by="updated", descending=True, limit=1, offset=1)] == ["team/alice"]
-    assert bank.gather(["eve"])._versions == {"eve": entries[0].version}
+    assert bank.gather(["eve"])._rows == (("eve", entries[0].version),)
     assert repr(bank).startswith("MemoryBank('/") and "a fresh adapter" in repr(bank)
 
 
@@ -306,7 +306,8 @@ def test_other_layouts_are_refused(path, model, tmp_path):
     with MemoryBank(path, model) as bank:
         layout, size = bank._store.layout, bank._store.row_bytes
     assert set(layout) == {
-        "layers", "byteorder", "adapter_fingerprint", "adapter_name", "backbone_fingerprint", "backbone_name",
+        "layers", "byteorder", "adapter_fingerprint", "adapter_name", "backbone_fields", "backbone_fingerprint",
+        "backbone_fingerprint_1", "backbone_name",
     }  # fmt: skip
     other = "big" if sys.byteorder == "little" else "little"
     for changed, row_bytes, message in (
@@ -425,23 +426,25 @@ def test_exports_that_are_not_as_written_are_refused(bank, model, tmp_path):
     bank.export_all(tmp_path / "all")
     index = tmp_path / "all" / "index.json"
     good = json.loads(index.read_text())
+    old = good | {"format_version": 1}
     outside = tmp_path / "outside.safetensors"
     (tmp_path / "all" / "memories-000000.safetensors").rename(outside)
     with closing(MemoryBank(tmp_path / "other.bank", model)) as other:
         for changed, error, message in (
             (good | {"format": "x"}, ValueError, "no export of a bank"),
-            (good | {"format_version": 2}, ValueError, "format version 2, this version reads 1"),
+            (good | {"format_version": 3}, ValueError, "format version 3, this version reads 1 to 2"),
             (good | {"files": None}, ValueError, "got None"),
             (good | {"files": [{"file": "../outside.safetensors", "ids": ["a", "b"]}]}, ValueError, "beside it"),
             (good | {"files": [{"file": str(outside), "ids": ["a", "b"]}]}, ValueError, "beside it"),
-            (good | {"files": [{"file": "x", "ids": "ab"}]}, TypeError, "ids: got a str"),
-            (good | {"files": [{"file": "x", "ids": ["a"]}] * 2}, ValueError, "'a' twice"),
+            (old | {"files": [{"file": "x", "ids": "ab"}]}, ValueError, "ids: got a str"),
+            (old | {"files": [{"file": "x", "ids": ["a"]}] * 2}, ValueError, "'a' twice"),
+            (good | {"files": [good["files"][0] | {"ids": ["b", "a"]}]}, ValueError, "damaged"),
             (good, FileNotFoundError, "no such file"),
         ):
             index.write_text(json.dumps(changed))
             with pytest.raises(error, match=message):
                 other.import_all(tmp_path / "all")
-        index.write_text(json.dumps(good | {"files": [{"file": "x", "ids": ["a"]}]}))
+        index.write_text(json.dumps(old | {"files": [{"file": "x", "ids": ["a"]}]}))
         outside.rename(tmp_path / "all" / "x")
         with pytest.raises(ValueError, match="x holds 2 memories, the index says 1"):
             other.import_all(tmp_path / "all")

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from bank_support import LAYOUT, check_file, open_store
 
+from deltamem_fast.errors import FileFormatError
 from deltamem_fast.storage import bank_store
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
 
@@ -237,11 +238,11 @@ def plan(path, sql, *values):
 def test_nothing_scans_or_sorts(store, path):
     """A million rows: whatever has an index must use it, and rows are looked up by it."""
     store.write(["a"], [0], [A])
-    for sql in (bank_store._READ, bank_store._FIND):
-        assert "SCAN entries" not in plan(path, sql, "[]") and "SCAN states" not in plan(path, sql, "[]")
+    for sql in (bank_store._READ, bank_store._FIND, bank_store._LOST):
+        assert "SCAN memories" not in plan(path, sql, "[]") and "SCAN states" not in plan(path, sql, "[]")
     for order in ("id", "updated DESC, id DESC"):
-        assert "TEMP B-TREE" not in plan(path, f"SELECT id, created FROM entries ORDER BY {order}")
-    assert "SEARCH" in plan(path, "SELECT id FROM entries WHERE id >= 'a' AND id < 'b' ORDER BY id")
+        assert "TEMP B-TREE" not in plan(path, f"SELECT id, created FROM memories ORDER BY {order}")
+    assert "SEARCH" in plan(path, "SELECT id FROM memories WHERE id >= 'a' AND id < 'b' ORDER BY id")
 
 
 @pytest.mark.parametrize("row_bytes", (8, 780, 9360, 4 * 36 * (64 * 4 + 1)))
@@ -305,9 +306,9 @@ def test_other_files_are_refused_and_kept(path, make, message):
 
 def test_a_newer_format_is_refused_and_kept(path):
     open_store(path, SIZE).close()
-    sqlite_file(path, "PRAGMA user_version = 2")
+    sqlite_file(path, "PRAGMA user_version = 3")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="a bank of format version 2, this version reads 1 to 1"):
+    with pytest.raises(ValueError, match="a bank of format version 3, this version reads 1 to 2"):
         open_store(path, SIZE)
     assert path.read_bytes() == before
 
@@ -318,7 +319,7 @@ def test_a_damaged_file_is_no_silent_loss(path):
     data = bytearray(path.read_bytes())
     data[8192:16384] = os.urandom(8192)
     path.write_bytes(data)
-    with pytest.raises((sqlite3.DatabaseError, OSError)), closing(open_store(path, 9360)) as store:
+    with pytest.raises(FileFormatError, match=f"{path}: damaged"), closing(open_store(path, 9360)) as store:
         store.read([f"user-{n}" for n in range(50)])
         store.entries()
 
@@ -340,13 +341,13 @@ def test_the_format_is_frozen(store, path):
             for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
         assert connection.execute("PRAGMA application_id").fetchone() == (0x644D656D,)
-        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert {name for (name,) in connection.execute("SELECT name FROM meta")} == {"layout", "row_bytes", "version"}
-    integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated")]
+    integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated", "row_crc", "entry_crc")]
     assert tables == {
         "meta": [("name", "TEXT"), ("value", "")],
-        "entries": [("id", "TEXT"), *integers],
+        "memories": [("id", "TEXT"), *integers],
         "states": [("key", "INTEGER"), ("state", "BLOB")],
     }
     check_file(path)

@@ -133,7 +133,8 @@ def test_only_json_and_safetensors(tmp_path):
     manifest = read_json(tmp_path / "session.json")
     assert manifest["generation"] == 2 and manifest["messages"] == session.messages
     assert set(manifest["identity"]) == {
-        "adapter_fingerprint", "adapter_name", "backbone_fingerprint", "backbone_name",
+        "adapter_fingerprint", "adapter_name", "backbone_fields", "backbone_fingerprint", "backbone_fingerprint_1",
+        "backbone_name",
     }  # fmt: skip
     with safe_open(tmp_path / manifest["files"]["state"]["name"], "pt") as file:
         assert {"memory.0", "skipped", "cache.0.keys", "cache.1.values"} <= set(file.keys())
