@@ -372,7 +372,7 @@ class MemoryBank:
         return versions, layers, {i: torch.from_numpy(counter.copy()) for i, counter in zip(layers, counters)}
 
     def _check_unchecked(self, ids: builtins.list[str], states: dict, counters: numpy.ndarray) -> None:
-        """Raise where rows of the version before, which had no checksums, cannot be what was written."""
+        """Raise where rows that were damaged while the bank had no checksums cannot be what was written."""
         good = (counters >= 0).all(0)
         for state in states.values():
             good &= numpy.isfinite(state).all(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import operator
 import os
 import sqlite3
 import stat
@@ -50,6 +51,7 @@ _WAL_BYTES = 64 * 2**20  # of the log before it is copied into the file
 _READER_MILLISECONDS = 500  # that a delete waits for readers of the log
 _CACHE_KIB = 4096  # a connection; holds the inner pages of a million rows, and stays in the processor's caches
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST = 253_402_300_799_999_999  # microseconds, the last moment that a datetime can be
 
 # A list reads ``memories`` alone, never a page of states. The states' keys keep rows of one size packed in order of
 # arrival. ``memories_ids`` is a second place for the ids, so that one that was lost to damage is no unknown one.
@@ -70,13 +72,15 @@ CREATE INDEX memories_ids ON memories (id);
 CREATE TABLE states (key INTEGER PRIMARY KEY, state BLOB NOT NULL);
 """
 # The table's other name makes a process of the version before, which has the file open still, fail and not half-write.
-# Its rows keep no checksum until they are written again; "unchecked" is the last version among them.
+# "unchecked" is the last version of the rows that got their checksum here, and not when they were written.
 _UPGRADE = """
 ALTER TABLE entries RENAME TO memories;
 ALTER TABLE memories ADD COLUMN row_crc INTEGER;
 ALTER TABLE memories ADD COLUMN entry_crc INTEGER;
 CREATE INDEX memories_ids ON memories (id);
-INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 'version'
+INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 'version';
+INSERT OR REPLACE INTO meta SELECT 'count', count(*) FROM memories;
+CREATE INDEX memories_by_key ON memories (key)
 """
 # What a file of each version consists of; a trigger or a view among it could change what is written.
 _PARTS = {
@@ -93,6 +97,10 @@ CROSS JOIN memories ON memories.id = asked.value LEFT JOIN states ON states.key 
 """
 _FIND = f"""
 SELECT asked.key, {_COLUMNS} FROM json_each(?) AS asked CROSS JOIN memories ON memories.id = asked.value
+"""
+_NEXT = f"""
+SELECT {_COLUMNS}, state FROM states CROSS JOIN memories INDEXED BY memories_by_key ON memories.key = states.key
+WHERE states.key > ? ORDER BY states.key LIMIT 1000
 """
 _LOST = """
 SELECT asked.value FROM json_each(?) AS asked CROSS JOIN memories INDEXED BY memories_ids
@@ -158,7 +166,8 @@ class BankStore:
     Attributes:
         layout, row_bytes: as given when the file was made. Of an existing file they may differ from the arguments:
             comparing is the part of ``check``.
-        unchecked: the file was made by the version before, and rows not written since have no checksum.
+        unchecked: the file was made by the version before, which had no checksums: what was damaged until it was
+            upgraded was not found.
     """
 
     def __init__(
@@ -199,7 +208,7 @@ class BankStore:
         self._writer = threading.Lock()
         with _fork_lock:
             _stores.add(self)
-        self.unchecked, self._unchecked_to = False, 0
+        self.unchecked = False
         _make_private(self.path)
         try:
             self.layout, self.row_bytes = self._open(dict(layout), row_bytes, check)
@@ -234,8 +243,8 @@ class BankStore:
         found = 0
         with self._connection() as connection:
             for place, version, crc, row in connection.execute(_READ, (json.dumps(ids),)):
-                if crc is None or type(row) is not bytes or crc != _row_crc(ids[place], version, row):
-                    self._check_unchecked(ids[place], version, crc, row)
+                if type(row) is not bytes or crc != _row_crc(ids[place], version, row):
+                    raise self._damaged(f"the row of {ids[place]!r} is not what was written")
                 found += 1
                 yield place, version, row
             if found < len(ids):
@@ -281,16 +290,22 @@ class BankStore:
         values = {"first": first, "end": end, "limit": -1 if limit is None else limit, "offset": offset}
         with self._connection() as connection:
             found = []
-            for row in connection.execute(sql, values):
-                self._check_entry(row)
-                id, _, version, size, created, updated = row[:6]
-                found.append(BankEntry(id, version, size, _moment(created), _moment(updated)))
+            with self._one_moment(connection):
+                for row in connection.execute(sql, values):
+                    self._check_entry(row)
+                    id, _, version, size, created, updated = row[:6]
+                    found.append(BankEntry(id, version, size, _moment(created), _moment(updated)))
+                if not prefix and limit is None and not offset:
+                    self._check_count(connection, len(found))
         return found
 
     def count(self) -> int:
         """How many ids there are."""
         with self._connection() as connection:
-            return connection.execute("SELECT count(*) FROM memories").fetchone()[0]
+            with self._one_moment(connection):
+                found = connection.execute("SELECT count(*) FROM memories").fetchone()[0]
+                self._check_count(connection, found)
+                return found
 
     def total_bytes(self) -> int:
         """Bytes of all rows; the file takes a little more."""
@@ -331,6 +346,8 @@ class BankStore:
             # One count for the whole store: an id that is deleted and made again never gets an old number back.
             connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'version'")
             version = connection.execute("SELECT value FROM meta WHERE name = 'version'").fetchone()[0]
+            if any(known >= version for _, known, _ in found):
+                raise self._damaged("its count of versions is not what was written")
             now = time.time_ns() // 1000
             crcs = [_row_crc(id, version, row) for id, row in zip(ids, rows)]
             # In the order of the trees, so that a page is touched once.
@@ -360,6 +377,7 @@ class BankStore:
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (entry(id, free + n, now, place) for n, (id, place) in enumerate(new)),
             )
+            connection.execute("UPDATE meta SET value = value + ? WHERE name = 'count'", (len(new),))
         return version
 
     def delete(self, ids: Sequence[str]) -> int:
@@ -375,6 +393,7 @@ class BankStore:
                 known = [(id, key) for id, (key, *_) in zip(ids, self._find(connection, ids)) if key is not None]
                 connection.executemany("DELETE FROM states WHERE key = ?", ((key,) for _, key in known))
                 connection.executemany("DELETE FROM memories WHERE id = ?", ((id,) for id, _ in known))
+                connection.execute("UPDATE meta SET value = value - ? WHERE name = 'count'", (len(known),))
             if known:
                 self._empty_log(connection)
         return len(known)
@@ -416,27 +435,19 @@ class BankStore:
 
     def _check_entry(self, row: Sequence) -> None:
         id, *values, crc = row
-        if crc is None and self._may_lack_checksum(values[1]):
-            if all(type(value) is int for value in values[:5]) and type(id) is str:
-                return
-        elif crc is not None and crc == _entry_crc(id, *values):
-            return
-        raise self._damaged(f"the entry of {id!r} is not what was written")
+        if crc != _entry_crc(id, *values):
+            raise self._damaged(f"the entry of {id!r} is not what was written")
 
-    def _check_unchecked(self, id: str, version: int, crc: int | None, row: bytes | None) -> None:
-        """Of a row whose checksum is not right: raise unless it may lack one."""
-        sound = type(row) is bytes and len(row) == self.row_bytes
-        if crc is not None or not sound or not self._may_lack_checksum(version):
-            raise self._damaged(f"the row of {id!r} is not what was written")
-
-    def _may_lack_checksum(self, version) -> bool:
-        return type(version) is int and 1 <= version <= self._unchecked_to
+    def _check_count(self, connection: sqlite3.Connection, found: int) -> None:
+        if (found,) != connection.execute("SELECT value FROM meta WHERE name = 'count'").fetchone():
+            raise self._damaged("it has other entries than were written")
 
     def _check_unknown(self, connection: sqlite3.Connection, ids: list[str]) -> None:
         """Raise if an id that has no entry is in the second place of the ids."""
-        known = {place for place, *_ in connection.execute(_FIND, (json.dumps(ids),))}
-        asked = [id for place, id in enumerate(ids) if place not in known]
-        lost = connection.execute(_LOST, (json.dumps(asked),)).fetchone() if asked else None
+        with self._one_moment(connection):
+            known = {place for place, *_ in connection.execute(_FIND, (json.dumps(ids),))}
+            asked = [id for place, id in enumerate(ids) if place not in known]
+            lost = connection.execute(_LOST, (json.dumps(asked),)).fetchone() if asked else None
         if lost is not None:
             raise self._damaged(f"the entry of {lost[0]!r} is lost")
 
@@ -462,7 +473,7 @@ class BankStore:
                 yield handle.connection
             except sqlite3.ProgrammingError:
                 raise  # a mistake of ours
-            except (sqlite3.Error, MemoryError) as error:
+            except (sqlite3.Error, MemoryError, UnicodeError) as error:
                 raise self._error(error, "bank") from error
 
     def _error(self, error: Exception, name: str) -> Exception:
@@ -484,6 +495,19 @@ class BankStore:
         """A write transaction: committed at the end, undone after an error."""
         with self._connection() as connection, self._turn(), self._begun(connection):
             yield connection
+
+    @contextlib.contextmanager
+    def _one_moment(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """All that is read inside is of one moment, whoever writes meanwhile."""
+        if connection.in_transaction:
+            yield
+            return
+        connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if connection.in_transaction:
+                connection.execute("COMMIT")
 
     @contextlib.contextmanager
     def _begun(self, connection: sqlite3.Connection) -> Iterator[None]:
@@ -576,28 +600,49 @@ class BankStore:
                 if replace or self._version_of(connection) < FORMAT_VERSION:
                     with self._turn(), self._begun(connection):
                         if self._version_of(connection) < FORMAT_VERSION:
-                            for statement in _UPGRADE.split(";"):
-                                connection.execute(statement)
-                            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+                            self._upgrade(connection, size)
                         if replace:
                             connection.execute("UPDATE meta SET value = ? WHERE name = 'layout'", (json.dumps(layout),))
-                found, size, self._unchecked_to = self._read_meta(connection)
-                self.unchecked = self._unchecked_to > 0
+                found, size, unchecked = self._read_meta(connection)
+                self.unchecked = unchecked > 0
                 return found, size
         except sqlite3.ProgrammingError:
             raise
-        except (sqlite3.Error, MemoryError) as error:
+        except (sqlite3.Error, MemoryError, UnicodeError) as error:
             raise self._error(error, "path") from error
 
+    def _upgrade(self, connection: sqlite3.Connection, row_bytes: int) -> None:
+        """Bring a file of the version before to this one, within a transaction; reads every row once."""
+        for statement in _UPGRADE.split(";"):
+            connection.execute(statement)
+        last, done = -1, 0
+        while rows := connection.execute(_NEXT, (last,)).fetchall():
+            checked = []
+            for id, key, version, size, created, updated, _, _, state in rows:
+                numbers = (key, version, size, created, updated)
+                sound = type(id) is str and all(type(number) is int and number >= 0 for number in numbers)
+                if not sound or type(state) is not bytes or len(state) != row_bytes or max(created, updated) > _LAST:
+                    raise self._damaged(f"the row of {id!r} is not as it was written")
+                crc = _row_crc(id, version, state)
+                checked.append((crc, _entry_crc(id, *numbers, crc), id))
+            connection.executemany(
+                "UPDATE memories SET row_crc = ?, entry_crc = ? WHERE id = ?",
+                sorted(checked, key=operator.itemgetter(2)),
+            )
+            last, done = rows[-1][1], done + len(rows)
+        self._check_count(connection, done)
+        connection.execute("DROP INDEX memories_by_key")
+        connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+
     def _read_meta(self, connection: sqlite3.Connection) -> tuple[dict[str, str], int, int]:
-        """Layout, row size, and the last version of rows without a checksum (0: there are none)."""
+        """Layout, row size, and the last version of rows that were written without a checksum (0: there are none)."""
         meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
         size, unchecked = meta.get("row_bytes"), meta.get("unchecked", 0)
         try:
             layout = json.loads(meta.get("layout"))
         except (TypeError, ValueError, RecursionError):
             layout = None
-        if type(size) is not int or type(unchecked) is not int or type(meta.get("version")) is not int:
+        if not all(type(number) is int for number in (size, unchecked, meta.get("version"))):
             layout = None
         if not isinstance(layout, dict) or not all(isinstance(value, str) for value in layout.values()):
             raise self._damaged("its head (the table meta) is not what was written")
@@ -605,14 +650,10 @@ class BankStore:
 
     def _version_of(self, connection: sqlite3.Connection) -> int:
         """The format version of a store that this version reads, 0 for an empty file, else ValueError."""
-        began = not connection.in_transaction
-        if began:
-            connection.execute("BEGIN")  # one moment for the three
-        parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
-        application = connection.execute("PRAGMA application_id").fetchone()[0]
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if began:
-            connection.execute("COMMIT")
+        with self._one_moment(connection):
+            parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
         if application == APPLICATION_ID and 1 <= version <= FORMAT_VERSION:
             if (names := {(kind, name) for kind, name in parts if not name.startswith("sqlite_")}) != _PARTS[version]:
                 raise self._damaged(f"its tables and indices are {sorted(names)}")
@@ -758,7 +799,7 @@ def _create(connection: sqlite3.Connection, layout: dict[str, str], row_bytes: i
             connection.execute(statement)
         # Counted from a random number: a version of one store says nothing about another that was put in its place.
         start = int.from_bytes(os.urandom(5), "big")
-        values = {"layout": json.dumps(layout), "row_bytes": row_bytes, "version": start}
+        values = {"layout": json.dumps(layout), "row_bytes": row_bytes, "version": start, "count": 0}
         connection.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
