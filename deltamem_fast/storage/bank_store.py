@@ -736,7 +736,9 @@ def _make_private(path: Path) -> None:
     with naming_files("path", path):
         make_directory(path.parent)
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            os.chmod(path, 0o600)  # whatever a umask took away
+            os.close(made)
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind):
             found = "a directory" if stat.S_ISDIR(kind) else "no plain file"

@@ -343,7 +343,8 @@ def test_the_format_is_frozen(store, path):
         assert connection.execute("PRAGMA application_id").fetchone() == (0x644D656D,)
         assert connection.execute("PRAGMA user_version").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert {name for (name,) in connection.execute("SELECT name FROM meta")} == {"layout", "row_bytes", "version", "count"}
+        names = {name for (name,) in connection.execute("SELECT name FROM meta")}
+        assert names == {"layout", "row_bytes", "version", "count"}
     integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated", "row_crc", "entry_crc")]
     assert tables == {
         "meta": [("name", "TEXT"), ("value", "")],
