@@ -485,7 +485,10 @@ class BankStore:
             return FileFormatError(f"{name}: {self.path}: not a SQLite file, or damaged at its beginning")
         if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
             return FilePermissionError(f"{name}: {self.path}: cannot be written: {error}")
-        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PROTOCOL):
+        if code == sqlite3.SQLITE_CANTOPEN:
+            again = " any more" if name == "bank" else ""
+            return FileAccessError(f"{name}: {self.path}: cannot be opened{again}: {error}")
+        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PROTOCOL):
             return FileAccessError(f"{name}: {self.path}: cannot be read or written: {error}")
         # Malformed pages, a schema that is not ours, text that is not UTF-8, a constraint that does not hold, …
         return FileFormatError(f"{name}: {self.path}: damaged: {error or type(error).__name__}")

@@ -1,5 +1,6 @@
 """MemoryBank: gather and commit bit for bit, what is refused, files."""
 
+import copy
 import json
 import pickle
 import sys
@@ -10,9 +11,10 @@ import pytest
 import torch
 from bank_support import check_file
 from support import loud_adapter, tiny_model
+from transformers import DynamicCache
 
 import deltamem_fast
-from deltamem_fast import BankConflict, DeltaMemConfig, MemoryBank, MemoryState, patch_model
+from deltamem_fast import BankConflict, DeltaMemConfig, MemoryBank, MemoryState, memory_state, patch_model
 from deltamem_fast.bank import BankEntry
 from deltamem_fast.files import read_tensors
 from deltamem_fast.storage.bank_store import BankStore
@@ -153,6 +155,92 @@ def test_copies_know_their_versions(bank, model):
         assert refused.value.ids == ["a", "c"]
     parts = [bank.gather(["a"]), bank.gather(["b"]), bank.gather(["new"])]
     bank.commit(["a", "b", "new"], MemoryState.cat(parts))
+
+
+SWAPS = {
+    "as it is": lambda memory: memory,
+    "selected": lambda memory: memory.select([1, 0]).select([1, 0]),
+    "cut": lambda memory: MemoryState.cat([memory.select([0]), memory.select([1])]),
+    "repeated": lambda memory: memory.repeat(2).select([0, 2]),
+    "cloned": lambda memory: memory.clone(),
+    "detached": lambda memory: memory.detach(),
+    "copied": copy.deepcopy,
+    "copied flat": copy.copy,
+    "pickled": lambda memory: pickle.loads(pickle.dumps(memory)),
+    "read-only": lambda memory: memory.read_only(),
+}
+
+
+@pytest.mark.parametrize("overwrite", (False, True))
+@pytest.mark.parametrize("way", SWAPS)
+def test_rows_go_back_under_their_own_ids(bank, model, way, overwrite):
+    bank.commit(["ada", "ben"], random_memory(model, 2))
+    before = content(bank)
+    memory = SWAPS[way](bank.gather(["ada", "ben"]))
+    assert memory.ids == ["ada", "ben"]
+    for ids, message in (
+        (["ben", "ada"], "row 0 is the memory of 'ada', not of 'ben', row 1 is the memory of 'ben', not of 'ada'"),
+        (["ada", "eve"], "row 1 is the memory of 'ben', not of 'eve'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bank.commit(ids, memory, overwrite=overwrite)
+    assert content(bank) == before
+    bank.commit(["ada", "ben"], memory, overwrite=overwrite)
+    assert bits(bank.gather(["ada", "ben"])) == bits(random_memory(model, 2))
+
+
+def test_rows_after_forwards_and_in_caches(bank, model):
+    bank.commit(["ada", "ben"], random_memory(model, 2).decay(1))
+    memory, tokens = bank.gather(["ada", "ben"]), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad():
+        model(tokens, memory=memory)
+    model.generate(tokens, max_new_tokens=2, memory=memory, do_sample=False)
+    memory.zero_().decay(0.5)
+    with pytest.raises(ValueError, match="row 0 is the memory of 'ada', not of 'ben'"):
+        bank.commit(["ben", "ada"], memory)
+    bank.commit(["ada", "ben"], memory)
+    # Rows of a cache's own memory get their names by a commit, and keep them when the cache is reordered.
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    assert memory_state(cache).ids == [None, None]
+    bank.commit(["eve", "fay"], memory_state(cache))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert memory_state(cache).ids == ["fay", "eve"]
+    with pytest.raises(ValueError, match="row 0 is the memory of 'fay', not of 'eve'"):
+        bank.commit(["eve", "fay"], memory_state(cache), overwrite=True)
+    cache.batch_repeat_interleave(2)
+    assert memory_state(cache).ids == ["fay", "fay", "eve", "eve"]
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    assert memory_state(cache).ids == ["eve", "fay"]
+    bank.commit(["eve", "fay"], memory_state(cache))
+    cache.reset()
+    assert memory_state(cache).ids == [None, None]
+
+
+def test_one_row_twice(bank, model):
+    bank.commit(["ada"], random_memory(model, 1))
+    twice = bank.gather(["ada"]).repeat(2)
+    with pytest.raises(ValueError, match="row 1 is the memory of 'ada', not of 'copy'"):
+        bank.commit(["ada", "copy"], twice)
+    with pytest.raises(ValueError, match="'ada' twice"):
+        bank.commit(["ada", "ada"], twice)
+    assert len(bank) == 1
+
+
+def test_a_copy_under_another_id_on_purpose(bank, model):
+    bank.commit(["ada", "ben"], random_memory(model, 2))
+    memory = bank.gather(["ada"])
+    copied = memory.unnamed()
+    bank.commit(["ada before"], copied)
+    assert copied.ids == ["ada before"] and memory.ids == ["ada"]
+    with pytest.raises(BankConflict, match="'ben' .made on no entry"):
+        bank.commit(["ben"], memory.unnamed())
+    bank.commit(["ben"], memory.unnamed(), overwrite=True)
+    assert bits(bank.gather(["ada before"])) == bits(bank.gather(["ben"])) == bits(memory)
+    mixed = MemoryState.cat([memory, MemoryState.zeros(model)])
+    assert mixed.ids == ["ada", None]
+    bank.commit(["ada", "new"], mixed)
 
 
 def test_a_commit_on_what_moved_on_is_refused(bank, model):

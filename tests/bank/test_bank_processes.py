@@ -130,7 +130,7 @@ def test_a_reader_is_not_held_up_by_a_writer(path):
         version = store.write(["a"], [0], [sealed({"n": 1})])
         with store._transaction() as connection:
             connection.execute("DELETE FROM states")
-            connection.execute("DELETE FROM entries")
+            connection.execute("DELETE FROM memories")
             found = []
             thread = threading.Thread(target=lambda: found.append(store.read(["a"])))
             thread.start()
