@@ -29,7 +29,7 @@ from .errors import (
     FileFormatError,
     PathExistsError,
 )
-from .files import make_directory, naming_files, read_json, write_json
+from .files import as_path, make_directory, naming_files, read_json, write_json
 from .record import describe_difference, identity_of
 from .state import MemoryState, place_of
 from .storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids
@@ -253,7 +253,7 @@ class MemoryBank:
             OSError: it is a file, or cannot be written.
             ValueError: batch_size < 1.
         """
-        directory = Path(directory)
+        directory = as_path(directory, "directory")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ArgumentError(f"batch_size: got {batch_size!r}, allowed an integer, 1 or more")
         with naming_files("directory", directory):
@@ -287,7 +287,7 @@ class MemoryBank:
             FileNotFoundError: no index, or a file that it names is not there.
             ValueError: the index or a file is not as ``export_all`` wrote it, or of another adapter or backbone.
         """
-        directory = Path(directory)
+        directory = as_path(directory, "directory")
         files = _read_index(directory / INDEX)
         ids = [id for _, names, _ in files for id in names]
         if not overwrite:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
+    DeltaMemError,
     FileAccessError,
     FileFormatError,
     FileMissingError,
@@ -228,7 +229,7 @@ def naming_files(name: str, path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         raise file_error(error, name, path) from error
     except ValueError as error:
-        if "null" not in str(error):
+        if isinstance(error, DeltaMemError) or "null" not in str(error):
             raise
         raise ArgumentError(f"{name}: got {os.fspath(path)!r}, allowed a path (no NUL in it)") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .errors import ArgumentError, FileFormatError
-from .files import Header, check_seal, parse_json, read_tensors, seal, write_atomically
+from .files import Header, as_path, check_seal, parse_json, read_tensors, seal, write_atomically
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 2  # 1 had no checksum, and no fields of the backbone
@@ -45,11 +45,12 @@ def write_memory(
     """Write a memory, atomically; a new file is its user's alone.
 
     Raises:
-        ValueError: a state is not finite, or on the meta device; nothing is written.
+        ValueError, TypeError: a state is not finite, or on the meta device; what can be no path; nothing is written.
         OSError: it cannot be written; an old file stands.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    path = as_path(path, "path")
     tensors = {_name(i): state.detach().contiguous() for i, state in layers.items()}
     for name, state in tensors.items():
         if state.is_meta:
@@ -67,7 +68,8 @@ def write_memory(
         **fingerprints,
     }
     metadata["sha256"] = seal(metadata, tensors)
-    return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    data = save(tensors, metadata)  # safetensors' own writing of files has errors of its own for a full disk
+    return write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def read_memory(
@@ -85,6 +87,7 @@ def read_memory(
         FileMissingError, FileAccessError (each an OSError): there is none, or it cannot be read.
         FileFormatError (a ValueError): not a memory file, of a newer format, or damaged; names the file.
     """
+    path = as_path(path, name)
     found: dict = {}
 
     def check_header(metadata: dict[str, str], header: Header) -> None:

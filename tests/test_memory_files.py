@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryBank, MemoryState, patch_model
-from deltamem_fast.errors import DeltaMemError, FileFormatError
+from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError
 from deltamem_fast.files import read_tensors, seal
 from deltamem_fast.inspection.memory_file import read_memory_file
 
@@ -334,6 +334,39 @@ def test_devices_that_are_not_here(device, written, model, tmp_path):
         written.to(device)
     with MemoryBank(tmp_path / "users.bank", model) as bank, pytest.raises(DeltaMemError, match="device: got"):
         bank.gather(["a"], device)
+
+
+@pytest.mark.parametrize("given", (5, None, b"x", "", "a\0b", "\ud800"))
+def test_what_can_be_no_path(given, written, model, tmp_path):
+    with MemoryBank(tmp_path / "users.bank", model) as bank:
+        bank.commit(["a"], written.select([0]).unnamed())
+        for call in (
+            lambda: written.save(given),
+            lambda: MemoryState.load(given, model),
+            lambda: read_memory_file(given),
+            lambda: bank.export("a", given),
+            lambda: bank.import_("b", given),
+            lambda: bank.export_all(given),
+            lambda: bank.import_all(given),
+            lambda: MemoryBank(given, model),
+        ):
+            with pytest.raises(DeltaMemError, match="(path|directory): got"):
+                call()
+
+
+def test_directories_for_files(written, model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with MemoryBank(tmp_path / "users.bank", model) as bank:
+        for call in (
+            lambda: written.save(tmp_path),
+            lambda: MemoryState.load(tmp_path, model),
+            lambda: bank.import_all(tmp_path / "file"),
+            lambda: bank.export_all(tmp_path / "file"),
+            lambda: MemoryBank(tmp_path, model),
+            lambda: MemoryBank(tmp_path / "file" / "users.bank", model),
+        ):
+            with pytest.raises(FileAccessError, match=str(tmp_path)):
+                call()
 
 
 def test_files_are_private(written, model, tmp_path):

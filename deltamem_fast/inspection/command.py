@@ -183,7 +183,7 @@ def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace
     if arguments.html:
         from .page import write_page
 
-        names = {"File": str(file.path), "Adapter": file.adapter_name, "Backbone": file.backbone_name}
+        names = {"File": file.path.name, "Adapter": file.adapter_name, "Backbone": file.backbone_name}
         rows = file.memory.batch_size
         for layer in list(file.memory)[:1]:
             heads, rank = file.memory[layer].shape[1:3]
@@ -229,7 +229,8 @@ def _count(number: int, of: str) -> str:
 
 
 def _other_name(file: MemoryFile, other: MemoryFile) -> str:
-    return other.path.stem if other.path.stem != file.path.stem else str(other.path)
+    # The folder's name tells two of one name apart; the whole path is nobody's business.
+    return other.path.stem if other.path.stem != file.path.stem else f"{other.path.parent.name}/{other.path.name}"
 
 
 def _facts(file: MemoryFile) -> dict:

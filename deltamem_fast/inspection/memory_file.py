@@ -51,8 +51,8 @@ def read_memory_file(path: str | os.PathLike, name: str = "path") -> MemoryFile:
         FileNotFoundError: no such file.
         ValueError: no memory file, a newer format, or damaged: its tensors are not what its metadata says.
     """
-    path = Path(path)
     content = read_memory(path, name)
+    path = Path(path)
     memory = MemoryState(content.layers, frozen=content.frozen, skipped=content.skipped)
     said = {key: content.fingerprints.get(key, "") for key in NAMES}
     # Versions before wrote paths.

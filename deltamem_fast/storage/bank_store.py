@@ -34,7 +34,7 @@ from ..errors import (
     WaitedTooLongError,
     WrongPathKindError,
 )
-from ..files import make_directory, naming_files
+from ..files import as_path, make_directory, naming_files
 
 try:
     import fcntl
@@ -46,6 +46,7 @@ FORMAT_VERSION = 2  # in the file's header as user_version; 1 had no checksums
 MAX_ID_BYTES = 512
 ORDERS = ("id", "updated", "created", "bytes")
 
+_MOST = 2**63 - 1  # that SQLite knows
 _PAGE_SIZES = (4096, 8192, 16384)
 _WAL_BYTES = 64 * 2**20  # of the log before it is copied into the file
 _READER_MILLISECONDS = 500  # that a delete waits for readers of the log
@@ -199,7 +200,7 @@ class BankStore:
         if isinstance(row_bytes, bool) or not isinstance(row_bytes, int) or row_bytes < 1:
             raise ArgumentError(f"row_bytes: got {row_bytes!r}, allowed an integer, 1 or more")
         # The companions' names follow from the real one; a path that goes through a link must find the same.
-        self.path = _real_path(path)
+        self.path = Path(os.path.realpath(as_path(path, "path")))
         self.durable, self.timeout = durable, timeout
         self._closed = False
         self._local = threading.local()
@@ -277,6 +278,8 @@ class BankStore:
         """
         if not isinstance(prefix, str):
             raise ArgumentTypeError(f"prefix: got a {type(prefix).__name__}, allowed a string")
+        if any("\ud800" <= letter <= "\udfff" for letter in prefix):
+            raise ArgumentError(f"prefix: got {prefix!r}, which holds half of a surrogate pair")
         if order_by not in ORDERS:
             raise ArgumentError(f"order_by: got {order_by!r}, allowed {', '.join(ORDERS)}")
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
@@ -287,7 +290,8 @@ class BankStore:
         way = "DESC" if descending else "ASC"
         order = f"{order_by} {way}" + ("" if order_by == "id" else f", id {way}")
         sql = f"SELECT {_COLUMNS} FROM memories {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
-        values = {"first": first, "end": end, "limit": -1 if limit is None else limit, "offset": offset}
+        values = {"first": first, "end": end, "limit": _MOST if limit is None else min(limit, _MOST)}
+        values["offset"] = min(offset, _MOST)
         with self._connection() as connection:
             found = []
             with self._one_moment(connection):
@@ -721,17 +725,6 @@ def check_id(id: str, name: str = "id") -> str:
         shown = repr(id if size <= 80 else id[:40] + "…")
         raise ArgumentError(f"{name}: got {shown} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
     return id
-
-
-def _real_path(path: str | os.PathLike) -> Path:
-    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
-        raise ArgumentTypeError(f"path: got a {type(path).__name__}, allowed a str or a path")
-    try:
-        return Path(os.path.realpath(path))
-    except ValueError as error:  # NUL, half of a surrogate pair
-        raise ArgumentError(f"path: got {os.fspath(path)!r}, which can be no path: {error}") from error
-    except OSError as error:
-        raise FileAccessError(f"path: {path}: {error.strerror}") from error
 
 
 def _make_private(path: Path) -> None:

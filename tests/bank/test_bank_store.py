@@ -214,6 +214,9 @@ def test_entries(store):
     ):
         with pytest.raises(ValueError, match=message):
             store.entries(**options)
+    assert names(limit=10**400) == sorted(ids) and names(offset=10**400) == []
+    with pytest.raises(ValueError, match="prefix: got .* half of a surrogate pair"):
+        store.entries(prefix="a\ud800")
     with pytest.raises(TypeError, match="prefix: got a int"):
         store.entries(prefix=1)
 
