@@ -46,13 +46,20 @@ _IRRELEVANT = frozenset(
     drop_path_rate logit_scale logits_scaling max_window_layers no_rope_layer_interval num_labels
     num_nextn_predict_layers output_attentions output_hidden_states output_router_logits pretraining_tp problem_type
     quantization_config return_dict router_aux_loss_coef router_jitter_noise router_z_loss_coef sliding_window_pattern
-    tie_encoder_decoder tie_word_embeddings torch_dtype transformers_version unsloth_version use_cache
-    use_sliding_window vocab_size
+    tie_encoder_decoder tie_word_embeddings torch_dtype transformers_version unsloth_version use_associative_scan
+    use_cache use_mamba_kernels use_sliding_window vocab_size
     head_dim rope_parameters rope_scaling rope_theta partial_rotary_factor sliding_window layer_types
     max_position_embeddings original_max_position_embeddings
     """.split()
 )  # the last ones are worked out
 _IRRELEVANT_ENDS = ("_token_id", "_token_ids", "_token_index", "_dropout", "dropout_rate", "_dropout_prob")
+# Kinds of layers that were renamed.
+_KINDS = {
+    "mamba": "linear_attention",
+    "attention": "full_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+    "qwen_sparse_attention": "indexed_attention",
+}
 # Fields that some versions of transformers do not know yet, with what those versions compute.
 _LATER = {"gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7}}
 # RoPE of these types depends on how long a context may be.
@@ -104,10 +111,11 @@ def backbone_fields(config) -> dict[str, Any]:
     if model_type in _FIELDS and type(config).__module__.startswith("transformers.models."):
         fields = {name: values.get(name) for name in _FIELDS[model_type]}
     else:
-        fields = {name: value for name, value in values.items() if _counts(name)}
+        fields = {name: _without(value) for name, value in values.items() if _counts(name)}
         fields = {k: v for k, v in fields.items() if _plain(v) != _LATER.get(model_type, {}).get(k, ...)}
-    heads = values.get("num_attention_heads")
-    head_dim = values.get("head_dim") or (values["hidden_size"] // heads if heads and "hidden_size" in values else None)
+    heads, hidden, head_dim = (values.get(name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
+    if not head_dim and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        head_dim = hidden // heads
     fields |= {
         "model_type": model_type,
         "head_dim": head_dim,
@@ -155,12 +163,22 @@ def _counts(name: str) -> bool:
     return not (name.startswith("_") or name in _IRRELEVANT or name.endswith(_IRRELEVANT_ENDS) or name == "dropout")
 
 
+def _without(value):
+    """A field's value; of a configuration within the configuration, what counts of it."""
+    if isinstance(value, dict) and "model_type" in value:
+        return {name: _without(part) for name, part in value.items() if name == "rope_parameters" or _counts(name)}
+    if isinstance(value, list | tuple):
+        return [_KINDS.get(part, part) if isinstance(part, str) else part for part in value]
+    return value
+
+
 def _rope(values: dict[str, Any]) -> dict[str, Any] | None:
     """RoPE's parameters in one spelling; by kind of layer where the kinds differ. None: the decoder has none."""
     found = values.get("rope_parameters") or values.get("rope_scaling") or {}
     top = {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    if found and all(value is None or isinstance(value, dict) for value in found.values()):
-        return {kind: _rope_of(parameters, top, values) for kind, parameters in found.items() if parameters is not None}
+    kinds = {kind: parameters for kind, parameters in found.items() if isinstance(parameters, dict)}
+    if kinds:  # what some versions leave beside them is not read
+        return {kind: _rope_of(parameters, top, values) for kind, parameters in kinds.items()}
     if not found and top["rope_theta"] is None:
         return None
     return _rope_of(found, top, values)
@@ -187,6 +205,7 @@ def _windows(values: dict[str, Any]) -> dict[str, Any]:
     if not kinds:
         return {"sliding_window": window}
     # "full" says nothing that "no window" does not, and a window of None is full.
+    kinds = [_KINDS.get(kind, kind) for kind in kinds]
     kinds = ["full_attention" if kind == "sliding_attention" and window is None else kind for kind in kinds]
     alike = len(set(kinds)) == 1
     return {
