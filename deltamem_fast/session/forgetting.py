@@ -43,9 +43,7 @@ def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:
 
     messages = tuple(_changed(message, cut) for message in now.messages)
     count = sum(new != old for new, old in zip(messages, now.messages))
-    kept = tuple(
-        turn for turn in now.turns if all(_changed(message, cut) == message for message in turn.messages)
-    )
+    kept = tuple(turn for turn in now.turns if all(_changed(message, cut) == message for message in turn.messages))
     written = now.written and bool(kept) and kept[0] is now.turns[0]
     return replace(now, messages=messages, turns=kept, written=written, cache=None, mark=None), count
 
@@ -53,15 +51,13 @@ def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:
 def places_of(kept: Mapping[str, Any], text: str | Sequence[Message]) -> tuple[str, ...]:
     """Where in ``kept`` all words of a text stand together, in any order."""
     wanted = [words for words in map(_words, _texts(text)) if words]
-    return tuple(
-        place for place, value in _strings(kept, "") if any(words <= _words(value) for words in wanted)
-    )
+    return tuple(place for place, value in strings_of(kept) if any(words <= _words(value) for words in wanted))
 
 
 def _texts(text: str | Sequence[Message]) -> list[str]:
     """The texts of a str, or of messages."""
     contents = [text] if isinstance(text, str) else [message.get("content") for message in text]
-    found = [value for content in contents for place, value in _strings(content, "") if not place.endswith(".type")]
+    found = [value for content in contents for place, value in strings_of(content) if not place.endswith(".type")]
     return [part for part in found if part.strip()]
 
 
@@ -78,7 +74,7 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     return type(value)(_changed(item, change) for item in value) if type(value) in (list, tuple) else value
 
 
-def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:
+def strings_of(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
     """(place, text) for all texts in a value, keys included."""
     if isinstance(value, str):
         yield place, value
@@ -87,7 +83,7 @@ def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:
             name = f"{place}.{key}".removeprefix(".")
             if isinstance(key, str) and place:
                 yield name, key
-            yield from _strings(item, name)
+            yield from strings_of(item, name)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _strings(item, f"{place}[{index}]")
+            yield from strings_of(item, f"{place}[{index}]")

@@ -58,7 +58,7 @@ def _check_can_be_loaded(session: MemorySession, content: dict[str, Any], tensor
     for name, tensor in tensors.items():
         if name.startswith("memory.") and not tensor.isfinite().all():
             raise StateError(
-                f"session: its memory of layer {name.removeprefix('memory.')} holds NaN or Inf, which cannot be loaded; "
+                f"session: its memory of layer {name.removeprefix('memory.')} holds NaN or Inf, which is not saved; "
                 "restore an earlier snapshot, or memory.zero_()"
             )
 
@@ -73,9 +73,7 @@ def commit(
 ) -> Path:
     """Write ``contents`` of a session into a directory, atomically."""
     write = {"state": lambda path: save_tensors(tensors, path, {"format": FORMAT})}
-    return snapshots.commit(
-        directory, FORMAT, FORMAT_VERSION, content, write, known=known, overwrite=overwrite
-    )
+    return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write, known=known, overwrite=overwrite)
 
 
 def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -131,13 +129,14 @@ def load(
 ) -> MemorySession:
     """Read a session; see ``MemorySession.load``."""
     identity = identity_of(model)
-    own = {name: dict(value) for name, value in (("template", template), ("generation", generation)) if value is not None}
+    given = {"template": template, "generation": generation}
+    own = {name: value for name, value in given.items() if value is not None}
 
     def make(manifest: dict[str, Any], files: dict[str, bytes]) -> MemorySession:
         path = snapshots.as_directory(directory) / snapshots.MANIFEST
         content = {name: manifest[name] for name in manifest.keys() - snapshots.HEAD}
         if isinstance(content.get("settings"), dict):
-            content["settings"] |= dict.fromkeys(own, {})
+            content["settings"] |= {name: {} for name in own}
         # The identity first: token ids of another model are not damage.
         check_identity(content.get("identity"), f"directory: {path}", FileFormatError)
         difference = describe_difference(content["identity"], identity.fingerprints())
@@ -147,9 +146,11 @@ def load(
         if files.keys() != {"state"}:
             raise FileFormatError(f"directory: {path}: files: got {sorted(files)}, allowed state")
         data_path = path.with_name(manifest["files"]["state"]["name"])
-        _, tensors = parse_tensors(
-            files["state"], data_path, "directory", lambda _, header: _check_header(content, header, identity, data_path)
-        )
+
+        def check(_, header: Header) -> None:
+            _check_header(content, header, identity, data_path)
+
+        _, tensors = parse_tensors(files["state"], data_path, "directory", check)
         now = _now(model, identity, content, tensors, data_path)
         settings = content["settings"] | own
         remembers = settings.pop("remembers")
@@ -199,9 +200,7 @@ def _check_header(content: dict[str, Any], header: Header, identity, path: Path)
             )
 
 
-def _now(
-    model: nn.Module, identity, content: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path
-) -> Now:
+def _now(model: nn.Module, identity, content: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Now:
     context = content["context"]
     *before, memory = _memories(identity, content["frozen"], tensors, path)
     turns = tuple(_turn_from_json(values, state) for values, state in zip(context["turns"], before, strict=True))

@@ -157,4 +157,3 @@ def _last(messages: list, part: list, end: int) -> int | None:
     """Where ``part`` stands for the last time in ``messages[:end]``."""
     places = range(end - len(part), -1, -1)
     return next((place for place in places if messages[place : place + len(part)] == part), None)
-

@@ -19,7 +19,7 @@ from ..operators import forget, ingest, retrieve, revise
 from ..record import identity_of, memory_disabled, unwrap
 from ..state import MemoryState
 from .blocks import Message, Renderer
-from .forgetting import Forgotten, places_of, without_text
+from .forgetting import Forgotten, places_of, strings_of, without_text
 from .settings import RESERVED_TEMPLATE, shown
 from .turns import Limits, Now, have_turn
 from .window import Mark
@@ -107,8 +107,8 @@ class MemorySession:
         self.tokenizer = tokenizer
         self.system = system
         self.limit_context(context_turns, context_tokens)
-        self.template = _checked_template(template or {})
-        self.generation = _checked_options(generation or {}, "generation")
+        self.template = _checked_template({} if template is None else template)
+        self.generation = _checked_options({} if generation is None else generation, "generation")
         self._renderer = Renderer(tokenizer, system, identity.config.memory_write_granularity, self.template)
         self._now = Now(MemoryState.zeros(model) if memory is None else memory.clone())
         self._remembers = True
@@ -192,6 +192,7 @@ class MemorySession:
             RuntimeError: another turn is under way.
         """
         said = _checked_messages(text)
+        _check_encodable({"text": said, "system": self.system})
         options = self._generate_options(options)
         return self._send(said, on_thinking, options)
 
@@ -422,6 +423,7 @@ def _one(value) -> list[int]:
 
 
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    _check_mapping(options, name)
     for option in _RESERVED:
         if option in options:
             raise ArgumentError(f"{name}: got {option}, which the session itself decides; allowed generate's others")
@@ -431,11 +433,27 @@ def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(options)
 
 
+def _check_mapping(value: Any, name: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ArgumentTypeError(f"{name}: got {type(value).__name__}, allowed a dict or None")
+
+
 def _checked_template(template: Mapping[str, Any]) -> dict[str, Any]:
+    _check_mapping(template, "template")
     for argument in RESERVED_TEMPLATE:
         if argument in template:
             raise ArgumentError(f"template: got {argument}, which the session itself decides; allowed the template's")
     return dict(template)
+
+
+def _check_encodable(texts: Mapping[str, Any]) -> None:
+    for place, value in strings_of(texts):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"{place}: got half a surrogate pair (character {error.start}), which no tokenizer takes"
+            ) from None
 
 
 def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...]:

@@ -174,7 +174,7 @@ def check_template(template: Mapping[str, Any], where: str, error: Error) -> Non
 
 
 def check_json(value: Any, where: str, error: Error, depth: int = MOST_DEPTH) -> None:
-    """Raise ``error`` unless a value is JSON: null, true, false, finite numbers, texts, lists, objects, not too deep."""
+    """Raise ``error`` unless a value is JSON: null, booleans, finite numbers, texts, lists, objects; not too deep."""
     if value is None or isinstance(value, str | bool):
         return
     if isinstance(value, int):

@@ -60,7 +60,13 @@ def change_manifest(directory: Path, change) -> None:
     manifest = json.loads(path.read_text())
     manifest.pop("sha256", None)
     change(manifest)
-    path.write_bytes(snapshots._sealed(manifest)[0] if manifest["format_version"] > 1 else json.dumps(manifest).encode())
+    write_manifest(path, manifest)
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Write a manifest, with the checksum that it has from format version 2 on."""
+    sealed = manifest.get("format_version") != 1
+    path.write_bytes(snapshots._sealed(manifest)[0] if sealed else json.dumps(manifest).encode())
 
 
 def says(tokenizer, text: str) -> dict:
