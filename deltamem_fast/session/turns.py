@@ -195,7 +195,7 @@ def _generate(
     input_ids = torch.tensor([ids], device=device)
     arguments = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
     if not is_disabled(unwrap(model)):
-        arguments["memory"] = memory
+        arguments |= {"memory": memory, "answer_is_fed": True}
         if plan.header.segments is not None:
             own = joined_segments((*plan.prompt, plan.header))
             # Those before are in the cache, and not fed again.
