@@ -18,7 +18,6 @@ from .notices import warn_once
 from .sequences import sequence_starts
 from .state import MemoryState
 
-
 NOT_WRITTEN = -1  # the segment id of tokens that are read and not written
 
 _TOKEN_BY_TOKEN = (

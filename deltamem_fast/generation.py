@@ -41,12 +41,12 @@ _NO_BATCHING = (
     "does not follow that yet. Use generate"
 )
 _ONE_SEGMENT = (
-    "generate: got no segment_ids, and the adapter writes segments ({granularity}): the prompt is written as one segment. "
+    "generate: got no segment_ids, and the adapter writes segments ({granularity}), so that the prompt is written as one. "
     "Pass segment_ids (see segment_ids_from_messages), or segment_ids=-1 to write nothing of it"
 )
 _ANSWER_NOT_WRITTEN = (
-    "generate: the adapter writes segments ({granularity}), and the tokens that are generated have none while they come: "
-    "they are read, and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
+    "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes, so that it is "
+    "read and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
 )
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
 _watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
@@ -83,8 +83,8 @@ def _original(self, name: str):
 def _generate(self, *args, **kwargs):
     """transformers' ``generate`` with a memory: also takes ``memory`` and ``segment_ids``.
 
-    SSW: a prompt without ``segment_ids`` is one segment (what of it is in the cache already left out), −1 writes nothing
-    of it. Generated tokens are read, and not written: their segment is known when the answer has ended.
+    SSW: a prompt without ``segment_ids`` is one segment (without what is in the cache already), −1 writes nothing of
+    it. Generated tokens are read, and not written: their segment is known when the answer has ended.
     ``answer_is_fed``: the caller writes the answer afterwards.
     """
     original = _original(self, "generate")
