@@ -7,12 +7,13 @@ import inspect
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
 
+from .cache import mark_ahead
 from .calls import NOT_WRITTEN
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
 from .record import identity_of, is_disabled
+from .state import MemoryState, taken_back
 
 
 class EndedRows:
@@ -41,12 +42,12 @@ _NO_BATCHING = (
     "does not follow that yet. Use generate"
 )
 _ONE_SEGMENT = (
-    "generate: got no segment_ids, and the adapter writes segments ({granularity}), so that the prompt is written as one. "
-    "Pass segment_ids (see segment_ids_from_messages), or segment_ids=-1 to write nothing of it"
+    "generate: got no segment_ids, and the adapter writes segments ({granularity}): the prompt is written as one. Pass "
+    "segment_ids (see segment_ids_from_messages), or segment_ids=-1 to write nothing of it"
 )
 _ANSWER_NOT_WRITTEN = (
-    "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes, so that it is "
-    "read and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
+    "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes: it is read "
+    "and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
 )
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
 _watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
@@ -86,6 +87,8 @@ def _generate(self, *args, **kwargs):
     SSW: a prompt without ``segment_ids`` is one segment (without what is in the cache already), −1 writes nothing of
     it. Generated tokens are read, and not written: their segment is known when the answer has ended.
     ``answer_is_fed``: the caller writes the answer afterwards.
+
+    After an error or an interrupt a caller's ``memory`` is what it was, and the cache beside it is of no use any more.
     """
     original = _original(self, "generate")
     answer_is_fed = kwargs.pop("answer_is_fed", False)
@@ -100,8 +103,14 @@ def _generate(self, *args, **kwargs):
     if watch is not None:
         kwargs["ended_rows"] = watch
     token = _watching.set(watch)
+    memory = kwargs.get("memory")
     try:
-        return original(*args, **kwargs)
+        with taken_back(None if memory is None or memory.frozen else memory):
+            return original(*args, **kwargs)
+    except BaseException:
+        if memory is not None and not memory.frozen:
+            mark_ahead(kwargs.get("past_key_values"))
+        raise
     finally:
         _watching.reset(token)
 
@@ -120,13 +129,21 @@ def _settings(self, generation_config: GenerationConfig | None, kwargs: dict) ->
     """The generation settings that matter here, from the call, its configuration, or the model's."""
 
     def value(name, default=None):
-        sources = (generation_config, self.generation_config)
-        for found in (kwargs.get(name), *(getattr(source, name, None) for source in sources)):
+        if name in kwargs:  # also None: the configurations do not count then
+            return default if kwargs[name] is None else kwargs[name]
+        for source in (generation_config, self.generation_config):
+            found = getattr(source, name, None)
             if found is not None:
                 return found
         return default
 
-    names = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation")
+    names = (
+        "prefill_chunk_size",
+        "prompt_lookup_num_tokens",
+        "assistant_early_exit",
+        "use_mtp",
+        "cache_implementation",
+    )
     counts = {name: value(name, 1) for name in ("num_beams", "num_return_sequences")}
     return {name: value(name) for name in names} | counts | {"use_cache": value("use_cache", True)}
 
@@ -146,12 +163,11 @@ def _warn_of_segments(self, kwargs: dict, settings: dict, answer_is_fed: bool) -
 def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
     """Raise for what a memory cannot follow, before anything is generated."""
     memory, segment_ids = kwargs.get("memory"), kwargs.get("segment_ids")
-    config = given.get("generation_config") or self.generation_config
     assisted = (
         given.get("assistant_model") is not None
         or settings["prompt_lookup_num_tokens"] is not None
         or settings["assistant_early_exit"] is not None
-        or config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION
+        or bool(settings["use_mtp"])
     )
     if assisted:
         raise UnsupportedError(
@@ -163,6 +179,8 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
     if kwargs.get("token_mask") is not None:
         raise ArgumentError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
     if memory is not None:
+        if not isinstance(memory, MemoryState):
+            raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
         for name in ("num_beams", "num_return_sequences"):
             if settings[name] > 1:
                 raise ArgumentError(

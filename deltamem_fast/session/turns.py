@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..answering import warn_if_cut_off
 from ..record import input_device, is_disabled, unwrap
 from ..state import MemoryState
 from .blocks import NEXT, NOTHING, Block, Chat, Message, Renderer, joined_ids, joined_segments
@@ -30,6 +31,7 @@ class Now:
         written: the preamble was written (the cache begins at the conversation's start).
         cache: keys and values of preamble and turns; None: to be built from them.
         mark: where the cache ends. A turn that failed may have left more in it.
+        finish: how the last turn's answer ended: ``stop``, ``length`` or ``thinking``.
     """
 
     memory: MemoryState
@@ -39,6 +41,7 @@ class Now:
     written: bool = False
     cache: Cache | None = None
     mark: Mark | None = None
+    finish: str | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -160,6 +163,7 @@ def have_turn(
         for token in tokens:
             yield from stream.add(token)
     yield from stream.end()
+    warn_if_cut_off("session", stream)
     end.restore(cache)
 
     reply = {"role": "assistant", "content": stream.answer}
@@ -171,8 +175,18 @@ def have_turn(
         feed(model, cache, memory, block)
     turn = Turn(messages, plan.prompt, answer, before)
     yield Now(
-        memory, (*now.messages, *messages), plan.preamble, (*plan.kept, turn), written, cache, Mark(cache)
+        memory, (*now.messages, *messages), plan.preamble, (*plan.kept, turn), written, cache, Mark(cache),
+        _finish(stream, options),
     )  # fmt: skip
+
+
+def _finish(stream: TextStream, options: dict[str, Any]) -> str:
+    if stream.thinks:
+        return "thinking"
+    limit, ends = options.get("max_new_tokens"), options.get("eos_token_id") or ()
+    ends = ends if isinstance(ends, list | tuple) else (ends,)
+    cut = limit is not None and len(stream.ids) >= limit and stream.ids[-1] not in ends
+    return "length" if cut else "stop"
 
 
 def _window(model: nn.Module, now: Now, plan: Plan, memory: MemoryState) -> tuple[Cache, bool]:
