@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import inspect
+from collections.abc import Iterator
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
 from .cache import mark_ahead
 from .calls import NOT_WRITTEN
@@ -103,16 +105,28 @@ def _generate(self, *args, **kwargs):
     if watch is not None:
         kwargs["ended_rows"] = watch
     token = _watching.set(watch)
-    memory = kwargs.get("memory")
     try:
-        with taken_back(None if memory is None or memory.frozen else memory):
+        with _taken_back(kwargs.get("memory"), kwargs.get("past_key_values")):
             return original(*args, **kwargs)
-    except BaseException:
-        if memory is not None and not memory.frozen:
-            mark_ahead(kwargs.get("past_key_values"))
-        raise
     finally:
         _watching.reset(token)
+
+
+@contextlib.contextmanager
+def _taken_back(memory: MemoryState | None, cache: Cache | None) -> Iterator[None]:
+    """Inside, a caller's memory changes wholly or not at all; a cache that went ahead of it cannot be used any more."""
+    if memory is None or memory.frozen:
+        yield
+        return
+    filled = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    filled = filled.clone() if isinstance(filled, torch.Tensor) else filled  # it counts in place
+    try:
+        with taken_back(memory):
+            yield
+    except BaseException:
+        if isinstance(cache, Cache):
+            mark_ahead(cache, int(filled))
+        raise
 
 
 def _get_stopping_criteria(self, *args, **kwargs):
