@@ -18,7 +18,7 @@ Text = str | Sequence[Message]
 Span = tuple[int, int]
 
 _LINE_END = re.compile(r"\n+")
-_WORD_END = re.compile(r"\s+|[，、]+\s*")
+_WORD_END = re.compile(r"(?<=\S)(?=\s)|[，、]+")  # the space goes with the next word, as in most vocabularies
 _SAMPLE = "a"
 
 
