@@ -18,7 +18,16 @@ from .record import decoder_of, identity_of, input_device, is_disabled, unwrap
 from .reference import split_projections, valid_tokens
 from .segment_means import segment_means
 from .state import MemoryState, taken_back
-from .texts import Message, chat_ids, encode_text, plain_content, plain_messages, says_something
+from .texts import (
+    Message,
+    chat_ids,
+    check_encodable,
+    check_known,
+    encode_text,
+    plain_content,
+    plain_messages,
+    says_something,
+)
 
 Text = str | Sequence[Message]
 
@@ -136,6 +145,7 @@ def retrieve(
         raise ArgumentError("tokenizer: has no chat template, which shows the model where its answer begins")
     template = dict(template or {})
     ids = chat_ids(tokenizer, messages, "question", add_generation_prompt=True, **template)
+    check_known(model, ids)
     options = answer_options(model, tokenizer, options, thinking=_may_think(tokenizer, template) * THINKING_TOKENS)
     input_ids = torch.tensor([ids], device=input_device(model))
     # Not the memory's own flag: another thread may be writing it.
@@ -258,6 +268,7 @@ def _checked_text(text: Text) -> Text:
         return text
     if not text.strip():
         raise ArgumentError("text: got nothing but white space, allowed a text")
+    check_encodable(text, "text")
     return text
 
 
@@ -284,17 +295,15 @@ class _Encoded:
 def _encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int) -> list[_Encoded]:
     """A text in pieces of at most ``tokens`` tokens."""
     config = identity_of(model).config
-    known = unwrap(model).get_input_embeddings().weight.shape[0]
+    if not callable(tokenizer):
+        raise ArgumentTypeError(f"tokenizer: got {type(tokenizer).__name__}, allowed the model's tokenizer")
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
     def encode(part: Text, name: str) -> _Encoded:
         ids, segments = encode_text(tokenizer, part, config, name)
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
-            raise ArgumentError(
-                f"tokenizer: gives token id {int(ids.max())}, the model knows 0 to {known - 1}; is it this model's?"
-            )
+        check_known(model, ids[0].tolist())
         return _Encoded(ids, segments)
 
     found = [encoded for _, encoded in pieces_of(text, tokens, count, encode) if len(encoded)]

@@ -10,6 +10,7 @@ import torch
 
 from .config import DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError
+from .record import unwrap
 from .segments import _tokenize, refused_by_template, segment_ids_from_messages, sentence_spans
 
 Message = Mapping[str, Any]
@@ -46,7 +47,9 @@ def _plain(message: Message, name: str) -> dict[str, Any]:
         if not message.get("tool_calls") and not message.get("reasoning_content"):
             raise ArgumentError(f"{name}: got no content, allowed a string or a list of text parts")
         return dict(message)
-    return {**message, "content": plain_content(content, name)}
+    content = plain_content(content, name)
+    check_encodable(content, name)
+    return {**message, "content": content}
 
 
 def plain_content(content: Any, name: str) -> str:
@@ -69,6 +72,26 @@ def plain_content(content: Any, name: str) -> str:
                 f'{name}: got a content part of type {kind!r:.80}, allowed {{"type": "text", "text": "…"}} only'
             )
     return "\n".join(part["text"] for part in content)
+
+
+def check_encodable(text: str, name: str) -> None:
+    """Raise ValueError for half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"{name}: got half a surrogate pair (character {error.start}), which no tokenizer takes"
+        ) from None
+
+
+def check_known(model, ids: Sequence[int]) -> None:
+    """Raise ValueError for token ids that a model has no embedding for; on a GPU they would end the process."""
+    embeddings = unwrap(model).get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    if ids and not 0 <= min(ids) <= max(ids) < known:
+        raise ArgumentError(
+            f"tokenizer: gives token id {max(ids)}, the model knows 0 to {known - 1}; is it this model's?"
+        )
 
 
 def says_something(messages: Sequence[Message]) -> bool:

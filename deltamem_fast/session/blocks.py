@@ -69,6 +69,10 @@ class Chat:
         return joined_ids((self.preamble, *self.messages, self.header))
 
 
+def _says_something(message: Message) -> bool:
+    return bool(str(message.get("content") or "").strip() or message.get("tool_calls"))
+
+
 class _SystemInUser:
     """A tokenizer whose chat template gets a system message at the beginning of the first user's."""
 
@@ -149,16 +153,23 @@ class Renderer:
             _, segments = self._owners(messages, "sentence", header)
         written = [place for place, owner in enumerate(owners) if owner >= 0]
         numbers = {owners[place] for place in written}
-        if len(numbers) != len(messages):
+        # Some templates leave out a message without content: an answer that is empty.
+        empty = [place for place, message in enumerate(messages) if not _says_something(message)]
+        shown = list(range(len(messages)))
+        if len(numbers) == len(messages) - len(empty):
+            shown = [place for place in shown if place not in empty]
+        if not numbers or len(numbers) != len(shown):
             raise ArgumentError(
                 f"messages: got {len(messages)}, but the chat template renders {len(numbers)} of them to tokens"
             )
         first, last = written[0], written[-1] + 1
         starts = [owners.index(number) for number in sorted(numbers)]
         cuts = [*starts, last]
+        nothing = self._block(ids, segments, 0, 0)
+        blocks = dict(zip(shown, (self._block(ids, segments, begin, end) for begin, end in itertools.pairwise(cuts))))
         return Chat(
             self._block(ids, segments, 0, first),
-            tuple(self._block(ids, segments, begin, end) for begin, end in itertools.pairwise(cuts)),
+            tuple(blocks.get(place, nothing) for place in range(len(messages))),
             self._block(ids, segments, last, len(ids)),
         )
 

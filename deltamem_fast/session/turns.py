@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from ..answering import warn_if_cut_off
 from ..record import input_device, is_disabled, unwrap
 from ..state import MemoryState
+from ..texts import check_known
 from .blocks import NEXT, NOTHING, Block, Chat, Message, Renderer, joined_ids, joined_segments
 from .streaming import TextStream, stream_tokens
 from .window import Mark, Turn, build, feed, feed_preamble, new_cache
@@ -150,6 +151,7 @@ def have_turn(
     remembered, and keys, values and memory follow from the blocks alone, however they were generated.
     """
     plan = plan_turn(renderer, now, said, limits)
+    check_known(model, joined_ids((*plan.prompt, plan.header)))
     before, memory = now.memory.clone(), now.memory.clone()
     cache, written = _window(model, now, plan, memory)
     # SSW reads the state from before the whole prompt: fed ahead, a question would be written over what it asks for.

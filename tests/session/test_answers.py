@@ -215,6 +215,50 @@ def test_segments_of_a_template_that_moves_the_system_message():
     assert tokenizer.decode(ids[segments == -1]) == "<|bos|>[INST] Be kind."
 
 
+# --- answers and texts that are nearly nothing
+
+EMPTY_IS_LEFT_OUT = (
+    "{% for m in messages %}{% if m.content %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("strategy", ("tsw", "ssw"))
+def test_an_empty_answer_under_a_template_that_leaves_it_out(strategy):
+    session = tiny_session(tokenizer_with(EMPTY_IS_LEFT_OUT), strategy, context_turns=2)
+    for text in ("", "She went home.", "", ""):
+        assert session.answer("Where?", **says(session.tokenizer, text)) == text
+    assert session.turns == 4 and session._now.ids == session._renderer.ids(session.context, header=False)
+
+
+@pytest.mark.parametrize("missing", ("pad_token", "eos_token", "bos_token"))
+def test_tokenizers_without_a_special_token(missing):
+    tokenizer, model = chatml_tokenizer(), trap_session().model
+    setattr(tokenizer, missing, None)
+    session = MemorySession(model, tokenizer)
+    assert session.answer("Hi.", max_new_tokens=3) == trap_session().answer("Hi.", max_new_tokens=3)
+    retrieve(model, tokenizer, session.memory, "Where?", max_new_tokens=3)
+
+
+def test_texts_that_no_model_takes():
+    model, tokenizer = trap_session().model, tokenizer_with(EMPTY_IS_LEFT_OUT)
+    tokenizer.add_tokens(["ZZZZ"])
+    memory = MemoryState.zeros(model)
+    for run in (
+        lambda text: ingest(model, tokenizer, memory, text),
+        lambda text: retrieve(model, tokenizer, memory, text),
+        lambda text: MemorySession(model, tokenizer, memory=memory).answer(text),
+        lambda text: memory.forget(model, tokenizer, text),
+    ):
+        with pytest.raises(ValueError, match="tokenizer: gives token id 452, the model knows 0 to 451"):
+            run("ZZZZ went home.")
+        with pytest.raises(ValueError, match="half a surrogate pair"):
+            run([{"role": "user", "content": "a \ud800 b"}])
+    with pytest.raises(TypeError, match="tokenizer: got NoneType"):
+        ingest(model, None, memory, "Hi.")
+    assert all(state.abs().max() == 0 for _, state in memory.items())
+
+
 # --- text streams
 
 
