@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
-from .cache import mark_ahead
+from .cache import cut_short, fed_tokens
 from .calls import NOT_WRITTEN
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
@@ -44,8 +44,8 @@ _NO_BATCHING = (
     "does not follow that yet. Use generate"
 )
 _ONE_SEGMENT = (
-    "generate: got no segment_ids, and the adapter writes segments ({granularity}): the prompt is written as one. Pass "
-    "segment_ids (see segment_ids_from_messages), or segment_ids=-1 to write nothing of it"
+    "generate: got no segment_ids, and the adapter writes segments ({granularity}): the prompt is written as one "
+    "segment. Pass segment_ids (see segment_ids_from_messages), or segment_ids=-1 to write nothing of it"
 )
 _ANSWER_NOT_WRITTEN = (
     "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes: it is read "
@@ -118,14 +118,13 @@ def _taken_back(memory: MemoryState | None, cache: Cache | None) -> Iterator[Non
     if memory is None or memory.frozen:
         yield
         return
-    filled = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    filled = filled.clone() if isinstance(filled, torch.Tensor) else filled  # it counts in place
+    before = fed_tokens(cache)
     try:
         with taken_back(memory):
             yield
-    except BaseException:
-        if isinstance(cache, Cache):
-            mark_ahead(cache, int(filled))
+    except BaseException as error:
+        if fed_tokens(cache) != before:
+            cut_short(cache, error)
         raise
 
 

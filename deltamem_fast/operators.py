@@ -338,3 +338,4 @@ def _check(model: nn.Module, memory: MemoryState) -> None:
     if is_disabled(unwrap(model)):
         raise ArgumentError("model: its memory is disabled here (memory_disabled)")
     identity.check(memory._identity)
+    memory.check_whole()

@@ -114,7 +114,9 @@ def test_generate(model, tokenizer, memory, error, kind):
         model.generate(ids, memory=memory, logits_processor=LogitsProcessorList([Fails(error)]), **given)
     assert seen(memory) == before
     for _ in range(2 * (kind is not None)):  # the cache is ahead of the memory
-        with pytest.raises(ValueError, match="past_key_values: an error or an interrupt ended generate"):
+        with pytest.raises(
+            RuntimeError, match=f"past_key_values: a forward with this cache was cut short by {error.__name__}"
+        ):
             model.generate(ids, memory=memory, **given)
     if kind is StaticCache:
         given["past_key_values"].reset()  # an empty one begins anew
