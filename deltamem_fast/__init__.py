@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .config import DeltaMemConfig
     from .errors import DeltaMemError
     from .gates import record_gates
-    from .operators import forget, ingest, retrieve, revise
+    from .operators import WriteResult, forget, ingest, retrieve, revise
     from .patch import layer_paths, patch_model, unpatch_model
     from .record import is_patched, memory_disabled
     from .segments import segment_ids_from_messages
@@ -35,6 +35,7 @@ _HOMES = {
     "MemoryBank": "bank",
     "MemorySession": "session",
     "MemoryState": "state",
+    "WriteResult": "operators",
     "export_adapter": "adapter",
     "forget": "operators",
     "ingest": "operators",
@@ -59,6 +60,7 @@ __all__ = [
     "MemoryBank",
     "MemorySession",
     "MemoryState",
+    "WriteResult",
     "__version__",
     "export_adapter",
     "forget",

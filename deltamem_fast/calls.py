@@ -14,8 +14,17 @@ from .cache import Fed, adopt, check_rows, expect
 from .capture import current_capture
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .gates import current_record
+from .notices import warn_once
 from .sequences import sequence_starts
 from .state import MemoryState
+
+NOT_WRITTEN = -1  # the segment id of tokens that are read and not written
+
+_TOKEN_BY_TOKEN = (
+    "segment_ids: got none in a forward of an adapter that writes segments ({granularity}), so that each token was "
+    "written by itself, which it was not trained for. Pass segment_ids (see segment_ids_from_messages), or "
+    "segment_ids=-1 to write nothing; generate and MemorySession do so by themselves"
+)
 
 
 class CallersMemory:
@@ -31,7 +40,7 @@ def begin(
     identity,
     kwargs: dict[str, Any],
     memory: MemoryState | None,
-    segment_ids: torch.Tensor | None,
+    segment_ids: torch.Tensor | int | None,
     token_mask: torch.Tensor | bool | None,
 ) -> MemoryCall:
     """Check a forward's arguments and make its MemoryCall.
@@ -41,7 +50,7 @@ def begin(
         identity: of its memory.
         kwargs: the decoder's own arguments by name; gets a cache where the decoder would make one.
         memory: the caller's state, or None = the cache's.
-        segment_ids: int [B, T] (SSW), or None.
+        segment_ids: int [B, T] (SSW); −1 = nothing of this forward is written; None = each token by itself.
         token_mask: bool [B, T]; True = all tokens are real; None = take it from the attention mask.
 
     Raises:
@@ -55,8 +64,10 @@ def begin(
         raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
     if memory is not None:
         _check_memory(memory, identity)
+    unwritten = False
     if segment_ids is not None:
         segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
+        unwritten = segment_ids is None
     cache = kwargs.get("past_key_values")
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
     fed: Fed | None = None
@@ -90,14 +101,18 @@ def begin(
     state.check_whole()
     if fed is not None:
         fed.tokens = None if held is None else held + length
+    frozen = state.frozen or unwritten
+    if segment_ids is None and identity.config.segmented and not frozen and not torch.compiler.is_compiling():
+        granularity = identity.config.memory_write_granularity
+        warn_once("token by token", _TOKEN_BY_TOKEN.format(granularity=granularity))
     return MemoryCall(
         state,
         token_mask,
         segment_ids,
         cu_seqlens,
-        frozen=state.frozen,
+        frozen=frozen,
         bridge=Bridge(ordered=is_sharded(decoder)) if torch.is_grad_enabled() else None,
-        gates={} if current_record() is not None and not state.frozen else None,
+        gates={} if current_record() is not None and not frozen else None,
         projections={} if current_capture() is not None else None,
         fed=fed,
         held=held,
@@ -134,14 +149,17 @@ def _check_memory(memory: MemoryState, identity) -> None:
     identity.check(memory._identity)
 
 
-def _check_segments(segment_ids, identity, batch: int, length: int, device) -> torch.Tensor:
+def _check_segments(segment_ids, identity, batch: int, length: int, device) -> torch.Tensor | None:
+    """Segment ids on the tokens' device; None if nothing is to be written."""
     if not identity.config.segmented:
         raise ArgumentError(
             "segment_ids: the adapter writes every token (memory_write_granularity 'token'), allowed with "
             "'message_mean' or 'sentence_mean' only"
         )
+    if isinstance(segment_ids, int) and segment_ids == NOT_WRITTEN:
+        return None
     if not isinstance(segment_ids, torch.Tensor) or segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
-        raise ArgumentTypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written")
+        raise ArgumentTypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written; or -1 for all tokens")
     if tuple(segment_ids.shape) != (batch, length):
         raise ArgumentError(f"segment_ids: got shape {list(segment_ids.shape)}, allowed [{batch}, {length}]")
     return segment_ids.to(device)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import inspect
+from collections.abc import Iterator
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
+from .cache import cut_short, fed_tokens
+from .calls import NOT_WRITTEN
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .notices import warn_once
 from .record import identity_of, is_disabled
+from .state import MemoryState, taken_back
 
 
 class EndedRows:
@@ -37,6 +42,14 @@ class WatchedCriteria(StoppingCriteriaList):
 _NO_BATCHING = (
     "generate_batch: continuous batching packs many requests into one row and pages their keys and values; a memory "
     "does not follow that yet. Use generate"
+)
+_ONE_SEGMENT = (
+    "generate: got no segment_ids, and the adapter writes segments ({granularity}): the prompt is written as one "
+    "segment. Pass segment_ids (see segment_ids_from_messages), or segment_ids=-1 to write nothing of it"
+)
+_ANSWER_NOT_WRITTEN = (
+    "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes: it is read "
+    "and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
 )
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
 _watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
@@ -71,22 +84,48 @@ def _original(self, name: str):
 
 
 def _generate(self, *args, **kwargs):
-    """transformers' ``generate`` with a memory: also takes ``memory`` and ``segment_ids``."""
+    """transformers' ``generate`` with a memory: also takes ``memory`` and ``segment_ids``.
+
+    SSW: a prompt without ``segment_ids`` is one segment (without what is in the cache already), −1 writes nothing of
+    it. Generated tokens are read, and not written: their segment is known when the answer has ended.
+    ``answer_is_fed``: the caller writes the answer afterwards.
+
+    After an error or an interrupt a caller's ``memory`` is what it was, and the cache beside it is of no use any more.
+    """
     original = _original(self, "generate")
+    answer_is_fed = kwargs.pop("answer_is_fed", False)
     if is_disabled(self):
         return original(*args, **kwargs)
     given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
     settings = _settings(self, given.get("generation_config"), kwargs)
     _check_generate(self, given, kwargs, settings)
+    _warn_of_segments(self, kwargs, settings, answer_is_fed)
     # Beams are rows that never end: what has ended is kept aside.
     watch = EndedRows() if settings["num_beams"] == 1 else None
     if watch is not None:
         kwargs["ended_rows"] = watch
     token = _watching.set(watch)
     try:
-        return original(*args, **kwargs)
+        with _taken_back(kwargs.get("memory"), kwargs.get("past_key_values")):
+            return original(*args, **kwargs)
     finally:
         _watching.reset(token)
+
+
+@contextlib.contextmanager
+def _taken_back(memory: MemoryState | None, cache: Cache | None) -> Iterator[None]:
+    """Inside, a caller's memory changes wholly or not at all; a cache that went ahead of it cannot be used any more."""
+    if memory is None or memory.frozen:
+        yield
+        return
+    before = fed_tokens(cache)
+    try:
+        with taken_back(memory):
+            yield
+    except BaseException as error:
+        if fed_tokens(cache) != before:
+            cut_short(cache, error)
+        raise
 
 
 def _get_stopping_criteria(self, *args, **kwargs):
@@ -103,26 +142,45 @@ def _settings(self, generation_config: GenerationConfig | None, kwargs: dict) ->
     """The generation settings that matter here, from the call, its configuration, or the model's."""
 
     def value(name, default=None):
-        sources = (generation_config, self.generation_config)
-        for found in (kwargs.get(name), *(getattr(source, name, None) for source in sources)):
+        if name in kwargs:  # also None: the configurations do not count then
+            return default if kwargs[name] is None else kwargs[name]
+        for source in (generation_config, self.generation_config):
+            found = getattr(source, name, None)
             if found is not None:
                 return found
         return default
 
-    names = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation")
+    names = (
+        "prefill_chunk_size",
+        "prompt_lookup_num_tokens",
+        "assistant_early_exit",
+        "use_mtp",
+        "cache_implementation",
+    )
     counts = {name: value(name, 1) for name in ("num_beams", "num_return_sequences")}
     return {name: value(name) for name in names} | counts | {"use_cache": value("use_cache", True)}
+
+
+def _warn_of_segments(self, kwargs: dict, settings: dict, answer_is_fed: bool) -> None:
+    """Say what an adapter that writes segments does not write, or writes otherwise than it was trained to."""
+    config = identity_of(self).config
+    memory = kwargs.get("memory")
+    if not config.segmented or settings["use_cache"] is False or getattr(memory, "frozen", False):
+        return
+    if kwargs.get("segment_ids") is None:
+        warn_once("prompt without segments", _ONE_SEGMENT.format(granularity=config.memory_write_granularity))
+    if not answer_is_fed:
+        warn_once("answer not written", _ANSWER_NOT_WRITTEN.format(granularity=config.memory_write_granularity))
 
 
 def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
     """Raise for what a memory cannot follow, before anything is generated."""
     memory, segment_ids = kwargs.get("memory"), kwargs.get("segment_ids")
-    config = given.get("generation_config") or self.generation_config
     assisted = (
         given.get("assistant_model") is not None
         or settings["prompt_lookup_num_tokens"] is not None
         or settings["assistant_early_exit"] is not None
-        or config.get_generation_mode() == GenerationMode.ASSISTED_GENERATION
+        or bool(settings["use_mtp"])
     )
     if assisted:
         raise UnsupportedError(
@@ -134,6 +192,8 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
     if kwargs.get("token_mask") is not None:
         raise ArgumentError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
     if memory is not None:
+        if not isinstance(memory, MemoryState):
+            raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
         for name in ("num_beams", "num_return_sequences"):
             if settings[name] > 1:
                 raise ArgumentError(
@@ -150,10 +210,14 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
             f"prefill_chunk_size: got {settings['prefill_chunk_size']}, allowed None with SSW, whose tokens read the "
             "state from before the whole prompt"
         )
-    if segment_ids is not None:
+    if segment_ids is not None and not (isinstance(segment_ids, int) and segment_ids == NOT_WRITTEN):
         if not isinstance(segment_ids, torch.Tensor):
-            raise ArgumentTypeError(f"segment_ids: got {type(segment_ids).__name__}, allowed an integer tensor [B, T]")
+            raise ArgumentTypeError(
+                f"segment_ids: got {type(segment_ids).__name__}, allowed an integer tensor [B, T], or -1 for all tokens"
+            )
         prompt = given["inputs"] if given.get("inputs") is not None else kwargs.get("input_ids")
+        if kwargs.get("inputs_embeds") is not None:
+            prompt = kwargs["inputs_embeds"][..., 0]
         if prompt is not None and tuple(segment_ids.shape) != tuple(prompt.shape):
             raise ArgumentError(
                 f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {list(prompt.shape)}"
@@ -193,8 +257,10 @@ def _prepare_inputs_for_generation(
     length = tokens.shape[1]
     if memory is not None:
         inputs["memory"] = memory
-    if segment_ids is not None and is_first_iteration:
-        inputs["segment_ids"] = segment_ids[:, -length:]
+    if self._delta_memory_patch.identity.config.segmented:
+        inputs["segment_ids"] = _segments_of(tokens, segment_ids, is_first_iteration and past_key_values is not None)
+    elif segment_ids is not None and is_first_iteration:
+        inputs["segment_ids"] = segment_ids  # refused: the adapter writes every token
     # With a static cache `attention_mask` is a prepared 4-D mask by now; the 2-D one says which tokens are real.
     real = True if attention_mask is None else attention_mask[:, -length:] != 0
     # Without a cache every step runs the whole rows from an empty memory again, and nothing is kept.
@@ -203,3 +269,19 @@ def _prepare_inputs_for_generation(
         real = live if real is True else real & live
     inputs["token_mask"] = real
     return inputs
+
+
+def _segments_of(tokens: torch.Tensor, segment_ids: torch.Tensor | int | None, prompt: bool) -> torch.Tensor | int:
+    """Segment ids of the tokens that one step of ``generate`` feeds: the end of the prompt's, one for all, or none.
+
+    Args:
+        tokens: [B, T] ids, or [B, T, d] embeddings.
+        segment_ids: of the whole prompt, −1, or None.
+        prompt: the step feeds the prompt, and what is written is kept.
+    """
+    batch, length = tokens.shape[:2]
+    if not prompt or isinstance(segment_ids, int):
+        return NOT_WRITTEN
+    if segment_ids is None:
+        return torch.zeros(batch, length, dtype=torch.int64, device=tokens.device)
+    return segment_ids[:, -length:]

@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
 from .capture import capture_projections
+from .cutting import pieces_of
 from .errors import ArgumentError, ArgumentTypeError
 from .record import decoder_of, identity_of, input_device, is_disabled, unwrap
 from .reference import split_projections, valid_tokens
 from .segment_means import segment_means
-from .segments import sentence_spans
-from .state import MemoryState
-from .texts import encode_text
+from .state import MemoryState, taken_back
+from .texts import (
+    Message,
+    chat_ids,
+    check_encodable,
+    check_known,
+    encode_text,
+    plain_content,
+    plain_messages,
+    says_something,
+)
 
-Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 
 WRITE_TOKENS = 8192  # the write budget of the released recipe
 TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # of forget; see bench/holding/operators.py
+
+
+class WriteResult(int):
+    """What ``ingest``, ``revise`` or ``forget`` has done: an int, the tokens that went through the model.
+
+    Attributes:
+        tokens: the same, as an attribute.
+        pieces: in how many contexts they went.
+        skipped: (token, layer) pairs left out because they were not finite.
+    """
+
+    pieces: int
+    skipped: int
+
+    def __new__(cls, tokens: int, *, pieces: int = 1, skipped: int = 0) -> WriteResult:
+        made = super().__new__(cls, tokens)
+        made.pieces, made.skipped = pieces, skipped
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple, dict]:
+        return (int(self),), {"pieces": self.pieces, "skipped": self.skipped}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens went through the model."""
+        return int(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(tokens={int(self)}, pieces={self.pieces}, skipped={self.skipped})"
 
 
 @torch.no_grad()
@@ -34,18 +73,21 @@ def ingest(
     *,
     tokens: int = WRITE_TOKENS,
     progress: bool | None = None,
-) -> int:
+) -> WriteResult:
     """Write a text into a memory, in place, without answering: prefill alone, no logits, no cache that stays.
 
     A long text goes in pieces of whole sentences (or whole messages), each in a context of its own with positions
-    from 0, as adapters are trained; the memory runs on from piece to piece.
+    from 0, as adapters are trained; the memory runs on from piece to piece. A sentence that is too long is cut between
+    lines, words or, at last, characters. It happens wholly or not at all: after an error or an interrupt the memory is
+    what it was, at the same addresses.
 
     Args:
         model: patched.
         tokenizer: of the model; for SSW a fast one.
         memory: of one conversation.
-        text: a str, which a user says (plain text where the tokenizer has no chat template), or messages.
-        tokens: at most in a piece; a single sentence may exceed it.
+        text: a str, which a user says (plain text where the tokenizer has no chat template), or messages, whose
+            contents are strings or lists of text parts.
+        tokens: at most in a piece, what the chat template adds included.
         progress: a bar on stderr; None = if there are several pieces and stderr is a terminal.
 
     Returns:
@@ -59,11 +101,12 @@ def ingest(
         raise ArgumentError("memory: it is frozen (read-only), allowed one that may be written")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ArgumentError(f"tokens: got {tokens!r}, allowed an integer, 1 or more")
-    pieces = [_encoded(model, tokenizer, piece) for piece in _pieces(tokenizer, _checked_text(text), tokens)]
-    total = sum(arguments["input_ids"].shape[1] for arguments in pieces)
-    for arguments in _with_bar(pieces, total, progress):
-        decoder_of(unwrap(model))(**arguments, memory=memory, use_cache=False)
-    return total
+    pieces = _encoded_pieces(model, tokenizer, _checked_text(text), tokens)
+    total, device, before = sum(map(len, pieces)), input_device(model), memory.skipped
+    with taken_back(memory):
+        for piece in _with_bar(pieces, total, progress):
+            decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
+    return WriteResult(total, pieces=len(pieces), skipped=int((memory.skipped - before).sum()))
 
 
 def retrieve(
@@ -83,10 +126,12 @@ def retrieve(
         memory: of one conversation.
         question: a str, which the user asks, or messages.
         template: arguments of the chat template.
-        options: of ``model.generate``.
+        options: of ``model.generate``, over the model's own; ``max_new_tokens`` is 512 unless given, and 2,048 more
+            under a template that lets the model think first. One answer, sampled or greedy: no beams.
 
     Returns:
-        The answer's text, without thinking and special tokens.
+        The answer's text, without thinking and special tokens; "" with a warning (logger ``deltamem_fast``) if it was
+        cut off before its thinking ended.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -94,13 +139,14 @@ def retrieve(
     from .session.streaming import TextStream
 
     _check(model, memory)
+    check_reserved(options, "options", "retrieve")
     messages = _as_messages(_checked_text(question))
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("tokenizer: has no chat template, which shows the model where its answer begins")
     template = dict(template or {})
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template
-    )
+    ids = chat_ids(tokenizer, messages, "question", add_generation_prompt=True, **template)
+    check_known(model, ids)
+    options = answer_options(model, tokenizer, options, thinking=_may_think(tokenizer, template) * THINKING_TOKENS)
     input_ids = torch.tensor([ids], device=input_device(model))
     # Not the memory's own flag: another thread may be writing it.
     arguments = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "memory": memory.read_only()}
@@ -109,16 +155,24 @@ def retrieve(
     for token in found[0, len(ids) :].tolist():
         list(stream.add(token))
     list(stream.end())
+    warn_if_cut_off("retrieve", stream)
     return stream.answer
+
+
+def _may_think(tokenizer, template: Mapping[str, Any]) -> bool:
+    """Whether the chat template knows of thinking, and it is not switched off."""
+    shown = tokenizer.chat_template
+    shown = " ".join(shown.values()) if isinstance(shown, Mapping) else str(shown)
+    return "think>" in shown and template.get("enable_thinking") is not False
 
 
 def revise(
     model: nn.Module, tokenizer, memory: MemoryState, text: Text, *, replaces: Text | None = None, **options: Any
-) -> int:
+) -> WriteResult:
     """Write what holds from now on, in place: by the delta rule the newer value takes the place of the older one.
 
     S ← S − β (S k) kᵀ + β v kᵀ: what the statement's keys pointed to is erased as far as the gate opens, and the new
-    value is written there.
+    value is written there. Wholly or not at all, as ``ingest``.
 
     Args:
         text: the new statement; see ``ingest``.
@@ -128,17 +182,18 @@ def revise(
     Returns:
         How many tokens went through the model to be written.
     """
-    if replaces is not None:
-        _checked_text(text)
-        forget(model, tokenizer, memory, replaces)
-    return ingest(model, tokenizer, memory, text, **options)
+    with taken_back(memory):
+        if replaces is not None:
+            _checked_text(text)
+            forget(model, tokenizer, memory, replaces)
+        return ingest(model, tokenizer, memory, text, **options)
 
 
 @torch.no_grad()
 def forget(
     model: nn.Module, tokenizer, memory: MemoryState, text: Text, *, strength: float | None = None
-) -> MemoryState:
-    """Erase what a text's keys point to, in place, and write nothing; returns the memory.
+) -> WriteResult:
+    """Erase what a text's keys point to, in place, and write nothing.
 
     The text is told to an empty memory, for the keys k and gates β of its tokens (one that knows it shuts its gates).
     Each token then erases here where it would have been written::
@@ -156,8 +211,11 @@ def forget(
         text: what to forget, as it was said; see ``ingest``.
         strength: n, 0 or more; None = 8, and 2 for SSW, whose gates are open wider.
 
+    Returns:
+        How many tokens were told, and how many (token, layer) pairs of them had no finite key and erased nothing.
+
     Raises:
-        ValueError, TypeError: naming the argument; the memory is as it was.
+        ValueError, TypeError: naming the argument; the memory is as it was, also after any other error or an interrupt.
     """
     _check(model, memory)
     config = identity_of(model).config
@@ -165,18 +223,20 @@ def forget(
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
         raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more")
-    pieces = [_encoded(model, tokenizer, piece) for piece in _pieces(tokenizer, _checked_text(text), WRITE_TOKENS)]
-    scratch = MemoryState.zeros(model)
+    pieces = _encoded_pieces(model, tokenizer, _checked_text(text), WRITE_TOKENS)
+    scratch, device = MemoryState.zeros(model), input_device(model)
     with capture_projections() as found:
-        for arguments in pieces:
-            decoder_of(unwrap(model))(**arguments, memory=scratch, use_cache=False)
+        for piece in pieces:
+            decoder_of(unwrap(model))(**piece.arguments(device), memory=scratch, use_cache=False)
     memories = identity_of(model).memories
-    for layer in memory:
-        state = memory[layer]
-        for arguments, projections in zip(pieces, found):
-            state = _erased(memories[layer], projections[layer], arguments.get("segment_ids"), state, strength)
-        memory.put(layer, state, in_place=True)
-    return memory
+    with taken_back(memory):
+        for layer in memory:
+            state = memory[layer]
+            for piece, projections in zip(pieces, found):
+                segments = None if piece.segments is None else piece.segments.to(device)
+                state = _erased(memories[layer], projections[layer], segments, state, strength)
+            memory.put(layer, state, in_place=True)
+    return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
 
 
 def _erased(adapter, projections: torch.Tensor, segment_ids, state: torch.Tensor, strength: float) -> torch.Tensor:
@@ -201,73 +261,58 @@ def _erased(adapter, projections: torch.Tensor, segment_ids, state: torch.Tensor
 
 
 def _checked_text(text: Text) -> Text:
-    if isinstance(text, str):
-        if not text.strip():
-            raise ArgumentError("text: got nothing but white space, allowed a text")
+    if not isinstance(text, str):
+        text = plain_messages(text)
+        if not says_something(text) and not any(plain_content(m.get("content") or "", "text").strip() for m in text):
+            raise ArgumentError("text: got messages with nothing but white space, allowed a text")
         return text
-    if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
-        raise ArgumentTypeError(f"text: got {type(text).__name__}, allowed a str or a list of messages")
-    if not text:
-        raise ArgumentError("text: got no message, allowed one or more")
-    return list(text)
+    if not text.strip():
+        raise ArgumentError("text: got nothing but white space, allowed a text")
+    check_encodable(text, "text")
+    return text
 
 
 def _as_messages(text: Text) -> list[Message]:
     return [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
 
 
-def _pieces(tokenizer, text: Text, tokens: int) -> list[Text]:
-    """The text in pieces of at most about ``tokens`` tokens, cut between sentences or messages."""
-    parts: list[tuple[Text, int]] = []
-    for whole in [text] if isinstance(text, str) else [[message] for message in text]:
-        content = whole if isinstance(whole, str) else whole[0].get("content")
-        if not isinstance(content, str):
-            parts.append((whole, 0))
-            continue
-        spans = sentence_spans(content)
-        counts = _counts(tokenizer, [content[begin:end] for begin, end in spans])
-        if sum(counts) <= tokens:
-            parts.append((whole, sum(counts)))
-            continue
-        for begin, end, count in _grouped(spans, counts, tokens):
-            cut = content[begin:end].strip()
-            parts.append((cut if isinstance(whole, str) else [{**whole[0], "content": cut}], count))
-    if isinstance(text, str):
-        return [part for part, _ in parts]
-    groups: list[list[Message]] = []
-    room = 0
-    for part, count in parts:
-        if not groups or count > room:
-            groups.append([])
-            room = tokens
-        groups[-1] += part
-        room -= count
-    return groups
+@dataclass(frozen=True)
+class _Encoded:
+    """Token ids [1, T] of a text on the CPU, and their segments where the adapter writes segments."""
+
+    ids: torch.Tensor
+    segments: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return self.ids.shape[1]
+
+    def arguments(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """For the decoder's forward."""
+        segments = {} if self.segments is None else {"segment_ids": self.segments.to(device)}
+        return {"input_ids": self.ids.to(device)} | segments
 
 
-def _grouped(spans, counts: list[int], tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, tokens) of runs of sentences, each as long as fits."""
-    begin, total = spans[0][0], 0
-    for (first, _), count in zip(spans, counts):
-        if total and total + count > tokens:
-            yield begin, first, total
-            begin, total = first, 0
-        total += count
-    yield begin, spans[-1][1], total
+def _encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int) -> list[_Encoded]:
+    """A text in pieces of at most ``tokens`` tokens."""
+    config = identity_of(model).config
+    if not callable(tokenizer):
+        raise ArgumentTypeError(f"tokenizer: got {type(tokenizer).__name__}, allowed the model's tokenizer")
+
+    def count(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+    def encode(part: Text, name: str) -> _Encoded:
+        ids, segments = encode_text(tokenizer, part, config, name)
+        check_known(model, ids[0].tolist())
+        return _Encoded(ids, segments)
+
+    found = [encoded for _, encoded in pieces_of(text, tokens, count, encode) if len(encoded)]
+    if not found:
+        raise ArgumentError("text: the tokenizer makes no token of it")
+    return found
 
 
-def _counts(tokenizer, sentences: list[str]) -> list[int]:
-    return [len(ids) for ids in tokenizer(sentences, add_special_tokens=False)["input_ids"]] if sentences else []
-
-
-def _encoded(model: nn.Module, tokenizer, text: Text) -> dict[str, torch.Tensor]:
-    """``input_ids`` [1, T] of a text, with ``segment_ids`` where the adapter writes segments."""
-    device = input_device(model)
-    ids, segments = encode_text(tokenizer, text, identity_of(model).config)
-    return {"input_ids": ids.to(device)} | ({} if segments is None else {"segment_ids": segments.to(device)})
-
-
-def _with_bar(pieces: list[dict[str, torch.Tensor]], total: int, progress: bool | None) -> Iterator[dict]:
+def _with_bar(pieces: list[_Encoded], total: int, progress: bool | None) -> Iterator[_Encoded]:
     if progress is None:
         progress = len(pieces) > 1 and sys.stderr.isatty()
     if not progress:
@@ -276,9 +321,9 @@ def _with_bar(pieces: list[dict[str, torch.Tensor]], total: int, progress: bool 
     from tqdm.auto import tqdm
 
     with tqdm(total=total, unit="tok", unit_scale=True, desc="ingest") as bar:
-        for arguments in pieces:
-            yield arguments
-            bar.update(arguments["input_ids"].shape[1])
+        for piece in pieces:
+            yield piece
+            bar.update(len(piece))
 
 
 # --- models
@@ -293,3 +338,4 @@ def _check(model: nn.Module, memory: MemoryState) -> None:
     if is_disabled(unwrap(model)):
         raise ArgumentError("model: its memory is disabled here (memory_disabled)")
     identity.check(memory._identity)
+    memory.check_whole()

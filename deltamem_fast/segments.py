@@ -8,15 +8,16 @@ shows the content's place as long as the rest of the text stays the same.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from .errors import ArgumentError
+from .errors import ArgumentError, DeltaMemError
 
 _GRANULARITIES = {
     "message": False,
@@ -42,8 +43,11 @@ _REFUSED_KWARGS = (
     "truncation",
 )
 
-# End mark, closing quotes and brackets, white space; or a line break and a line with nothing on it.
-_BOUNDARY = re.compile(r"""[.!?;:]["'”’»›)\]}）】」』]*\s+|\n[^\S\n]*\n\s*""")
+# An end mark with the closing quotes and brackets after it. Marks of scripts that put no space between sentences need
+# none: ideographic 。｡！？；： (no 12：30), danda ।॥, Arabic ؟؛۔, Armenian ։, Ethiopic ።፧፨, Burmese ။, Khmer ។៕,
+# Tibetan །. The others, an ellipsis among them, end a sentence before white space alone. Or a blank line.
+_CLOSING = r"""["'”’»›)\]}）】」』》〉〕〗＂＇]*"""
+_BOUNDARY = re.compile(rf"[.!?;:…‥．]{_CLOSING}\s+|(?:[。｡！？；।॥؟؛۔։።፧፨။។៕།]|：(?!\d))+{_CLOSING}\s*|\n[^\S\n]*\n\s*")
 
 Render = Callable[..., str]
 
@@ -131,7 +135,8 @@ def segment_ids_from_messages(
             conversation, add_generation_prompt=add_generation_prompt, tokenize=False, **template_kwargs
         )
 
-    text = render(messages, add_generation_prompt)
+    with refused_by_template("messages"):
+        text = render(messages, add_generation_prompt)
     input_ids, starts = _tokenize(tokenizer, text)
     expected = tokenizer.apply_chat_template(
         messages,
@@ -161,12 +166,26 @@ def segment_ids_from_messages(
     return torch.tensor([input_ids], dtype=torch.int64), torch.tensor([segment_ids], dtype=torch.int64)
 
 
+@contextlib.contextmanager
+def refused_by_template(name: str) -> Iterator[None]:
+    """Inside, whatever a chat template raises is a ValueError that names the argument."""
+    try:
+        yield
+    except DeltaMemError:
+        raise
+    except Exception as error:
+        # Templates refuse chats with errors of their own and stumble over others with any kind of error.
+        raise ArgumentError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
+
+
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Where the sentences of a text are, as (start, end) in characters.
 
-    A sentence ends at ``. ! ? ;`` or ``:``, with the closing quotes and brackets after it, before white
-    space; or at a blank line. The white space after it belongs to the sentence that ended, and white space at
-    the beginning of the text to the first one. It knows no abbreviations: "Mr. Smith" is cut after "Mr. ".
+    A sentence ends at ``. ! ? ; :`` or an ellipsis, with the closing quotes and brackets after it, before white space;
+    at ``。！？；：``, a danda, an Arabic question mark and their like (see ``_BOUNDARY``) also where none follows; or
+    at a blank line. Several marks in a row end one sentence. The white space after it belongs to the sentence that
+    ended, and white space at the beginning of the text to the first one. It knows no abbreviations: "Mr. Smith" is cut
+    after "Mr. ". Thai and others that write no marks are one sentence a paragraph.
 
     Returns:
         Spans that are not empty, in order, without a gap from 0 to len(text); none for an empty text.
@@ -232,6 +251,7 @@ def _pieces(render: Render, messages, text: str, add_generation_prompt: bool, by
         start = start if header_start is None else header_start
         if start is None:
             raise _not_found(lead - 1)
+    moved = [block.content for block in blocks[:lead] if block.end is None and block.content]
     for index in range(lead, len(messages)):
         content, end = blocks[index]
         if end is None:
@@ -241,7 +261,9 @@ def _pieces(render: Render, messages, text: str, add_generation_prompt: bool, by
         if messages[index]["role"] in _SYSTEM_ROLES:
             pieces.append((start, False))
         else:
-            pieces.append((start, True))
+            # A system message that the template puts into a later one is not written, nor is what stands before it.
+            inside = max((stop for begin, stop in moved if start <= begin and stop <= end), default=None)
+            pieces += [(start, True)] if inside is None else [(start, False), (inside, True)]
             if by_sentence and content is not None:
                 # White space before the content joins the header, so that it never is a sentence.
                 begin, stop = max(content[0], start), min(content[1], end)
@@ -252,8 +274,8 @@ def _pieces(render: Render, messages, text: str, add_generation_prompt: bool, by
     return pieces
 
 
-def _not_found(index: int) -> ValueError:
-    return ValueError(
+def _not_found(index: int) -> ArgumentError:
+    return ArgumentError(
         f"messages[{index}]: cannot find where its block ends: the chat template renders the chat up to it "
         "other than within the whole chat, and a mark in the message changes the text around it"
     )
@@ -263,10 +285,14 @@ def _blocks(render: Render, messages, text: str, add_generation_prompt: bool = F
     """The block of each message; end is None where it cannot be found."""
     sign = _unused_character(messages, text)
     places = _mark_all(render, messages, text, add_generation_prompt, sign)
+    first_said = min((place.position for place in places.values()), default=len(text))
     blocks, start = [], 0
     for index, message in enumerate(messages):
         place = places.get(index) or _mark_one(render, messages, text, add_generation_prompt, index, sign)
         content = None if place is None else _content_span(message, text, place, start)
+        if message["role"] in _SYSTEM_ROLES and start <= first_said and place and place.position > first_said:
+            blocks.append(_Block(content, None))  # moved into a later message, as by Mistral's templates
+            continue
         end = _block_end(render, messages, text, index, place, content, start, sign)
         if content is None and end is not None:
             content = _find_content(message, text, start, end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -277,8 +278,12 @@ class MemoryState:
             self.put(i, state * (1 - rate), in_place=True)
         return self
 
-    def forget(self, model, tokenizer, text, *, strength: float | None = None) -> MemoryState:
-        """Erase what a text's keys point to, in place, and write nothing; returns itself. See ``operators.forget``."""
+    def forget(self, model, tokenizer, text, *, strength: float | None = None):
+        """Erase what a text's keys point to, in place, and write nothing. See ``operators.forget``.
+
+        Returns:
+            A ``WriteResult``.
+        """
         from .operators import forget
 
         return forget(model, tokenizer, self, text, strength=strength)
@@ -409,6 +414,30 @@ def place_of(device: torch.device | str | int) -> torch.device:
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise ArgumentError(f"device: got {device!r}, allowed a device of this machine: {reason}") from error
+
+
+@contextlib.contextmanager
+def taken_back(memory: MemoryState | None) -> Iterator[None]:
+    """Inside, a memory changes wholly or not at all: any exception takes it back to what it was, at its addresses."""
+    if not isinstance(memory, MemoryState):
+        yield
+        return
+    parts = (memory._layers, memory._skipped)
+    before = [{i: (tensor, tensor.detach().clone()) for i, tensor in part.items()} for part in parts]
+    marks = memory._broken, memory._interrupted
+    try:
+        yield
+    except BaseException:
+        for part, kept in zip(parts, before):
+            for i, (tensor, values) in kept.items():
+                if writable(tensor):  # others were not written to, but replaced
+                    with torch.no_grad():
+                        tensor.copy_(values)
+                part[i] = tensor
+        for i in memory:
+            memory._count_arrivals(i)
+        memory._broken, memory._interrupted = marks
+        raise
 
 
 def writable(tensor: torch.Tensor) -> bool:

@@ -4,23 +4,117 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from .config import DeltaMemConfig
-from .errors import ArgumentError
-from .segments import _tokenize, segment_ids_from_messages, sentence_spans
+from .errors import ArgumentError, ArgumentTypeError
+from .record import unwrap
+from .segments import _tokenize, refused_by_template, segment_ids_from_messages, sentence_spans
+
+Message = Mapping[str, Any]
+
+
+def plain_messages(messages: Sequence[Message], name: str = "text") -> list[dict[str, Any]]:
+    """Messages whose contents are strings: text parts are joined by line breaks, because most templates print a list.
+
+    Args:
+        messages: each with a ``role``, and a ``content`` that is a string or a list of ``{"type": "text", "text": …}``;
+            it may be None or missing where there are ``tool_calls`` or ``reasoning_content``.
+        name: of the argument, for errors.
+
+    Raises:
+        ValueError, TypeError: a message is not as described; which one is named.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ArgumentTypeError(f"{name}: got {type(messages).__name__}, allowed a str or a list of messages")
+    if not messages:
+        raise ArgumentError(f"{name}: got no message, allowed one or more")
+    if not all(isinstance(message, Mapping) for message in messages):
+        wrong = next(message for message in messages if not isinstance(message, Mapping))
+        raise ArgumentTypeError(
+            f"{name}: got a list with a {type(wrong).__name__}, allowed a str or a list of messages"
+        )
+    return [_plain(message, f"{name}[{place}]") for place, message in enumerate(messages)]
+
+
+def _plain(message: Message, name: str) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise ArgumentError(f"{name}: got role {role!r:.80}, allowed a string that is not empty")
+    if content is None:
+        if not message.get("tool_calls") and not message.get("reasoning_content"):
+            raise ArgumentError(f"{name}: got no content, allowed a string or a list of text parts")
+        return dict(message)
+    content = plain_content(content, name)
+    check_encodable(content, name)
+    return {**message, "content": content}
+
+
+def plain_content(content: Any, name: str) -> str:
+    """A message's content as a string; text parts are joined by line breaks.
+
+    Raises:
+        ValueError: parts that are not text.
+        TypeError: neither a string nor a list.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise ArgumentTypeError(
+            f"{name}: got content of type {type(content).__name__}, allowed a str or a list of parts"
+        )
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ArgumentError(
+                f'{name}: got a content part of type {kind!r:.80}, allowed {{"type": "text", "text": "…"}} only'
+            )
+    return "\n".join(part["text"] for part in content)
+
+
+def check_encodable(text: str, name: str) -> None:
+    """Raise ValueError for half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"{name}: got half a surrogate pair (character {error.start}), which no tokenizer takes"
+        ) from None
+
+
+def check_known(model, ids: Sequence[int]) -> None:
+    """Raise ValueError for token ids that a model has no embedding for; on a GPU they would end the process."""
+    embeddings = unwrap(model).get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    if ids and not 0 <= min(ids) <= max(ids) < known:
+        raise ArgumentError(
+            f"tokenizer: gives token id {max(ids)}, the model knows 0 to {known - 1}; is it this model's?"
+        )
+
+
+def says_something(messages: Sequence[Message]) -> bool:
+    """Whether a message that is no system message has text, thinking or tool calls in it."""
+    return any(
+        message.get("tool_calls")
+        or str(message.get("reasoning_content") or "").strip()
+        or plain_content(message.get("content") or "", "content").strip()
+        for message in messages
+        if message.get("role") not in ("system", "developer")
+    )
 
 
 def encode_text(
-    tokenizer, text: str | Sequence[Mapping], config: DeltaMemConfig
+    tokenizer, text: str | Sequence[Message], config: DeltaMemConfig, name: str = "text"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Token ids, int64 [1, T], and for an adapter that writes segments their ids, int64 [1, T], else None.
 
     Without a chat template a string is one segment, or with ``sentence_mean`` a segment a sentence.
 
     Raises:
-        ValueError: ``text`` is neither a string nor a list of messages, or there is no chat template for messages.
+        ValueError: ``text`` is neither a string nor a list of messages, there is no chat template for messages, or
+            the template refuses them.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if isinstance(text, str):
@@ -28,13 +122,24 @@ def encode_text(
             return _encode_plain(tokenizer, text, config)
         text = [{"role": "user", "content": text}]
     elif isinstance(text, bytes | Mapping) or not isinstance(text, Sequence):
-        raise ArgumentError(f"text: got {type(text).__name__}, allowed a string or a list of messages")
+        raise ArgumentError(f"{name}: got {type(text).__name__}, allowed a string or a list of messages")
     elif not has_template:
         raise ArgumentError("tokenizer: has no chat template, which messages need; allowed with it: a string")
+    text = plain_messages(text, name)
     if config.segmented:
         return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
-    ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
-    return torch.tensor([list(ids)], dtype=torch.int64), None
+    return torch.tensor([chat_ids(tokenizer, text, name)], dtype=torch.int64), None
+
+
+def chat_ids(tokenizer, messages: Sequence[Message], name: str = "text", **template: Any) -> list[int]:
+    """Token ids of a chat.
+
+    Raises:
+        ValueError: the chat template refuses it.
+    """
+    with refused_by_template(name):
+        ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **template)
+    return list(ids)
 
 
 def _encode_plain(tokenizer, text: str, config: DeltaMemConfig) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -196,8 +196,8 @@ def test_characters_of_several_tokens(make):
         for number, text in pieces(tokenizer, [user("🧠! 👩‍👩‍👧 é"), assistant("日本。 ü:\n🧠")], "sentence")
         if number >= 0
     ]
-    assert len(found) == 4
-    assert "🧠!" in found[0] and "👩‍👩‍👧 é" in found[1] and "ü:" in found[2] and "🧠" in found[3]
+    assert len(found) == 5
+    assert "🧠!" in found[0] and "👩‍👩‍👧 é" in found[1] and "ü:" in found[3] and "🧠" in found[4]
 
 
 @pytest.mark.parametrize("code", [0xE000, 0xE001, 0xF8FF])
@@ -590,7 +590,15 @@ def test_slow_tokenizers_are_refused():
         ["Mr. ", "Smith"],
         [" \n\n "],
         [". ", ". ", "."],
-        ["日本。 then"],
+        ["日本。 ", "then"],
+        ["你好！", "“去吧。”", "价格：100，时间：12：30；", "好吗？！\n", "好……再见｡", "end"],
+        ["वह गया।", "वह आया॥ ", "end"],
+        ["هل هو؟ ", "نعم؛ ", "لا۔ ", "end"],
+        [
+            "Well… ",
+            "no…then",
+        ],
+        ["ရန်ကုန်။", "ပြီ"],
         [],
     ],
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from ..segments import segment_ids_from_messages
+from ..segments import refused_by_template, segment_ids_from_messages
 
 # Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.
 NEXT = {"role": "user", "content": "Probe"}
@@ -69,8 +69,51 @@ class Chat:
         return joined_ids((self.preamble, *self.messages, self.header))
 
 
+def _says_something(message: Message) -> bool:
+    return bool(str(message.get("content") or "").strip() or message.get("tool_calls"))
+
+
+class _SystemInUser:
+    """A tokenizer whose chat template gets a system message at the beginning of the first user's."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **kwargs):
+        return self._tokenizer(*args, **kwargs)
+
+    def apply_chat_template(self, messages: Sequence[Message], **kwargs):
+        """The tokenizer's own, of those messages."""
+        first = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
+        if messages[0]["role"] == "system" and first is not None:
+            said = messages[first]
+            joined = {**said, "content": f"{messages[0]['content']}\n\n{said['content']}"}
+            messages = [*messages[1:first], joined, *messages[first + 1 :]]
+        return self._tokenizer.apply_chat_template(messages, **kwargs)
+
+
+def _stays_in_front(tokenizer, system: Message, template: Mapping[str, Any]) -> bool:
+    """Whether a chat template takes a system message, and leaves it where it is when the chat goes on."""
+    said = {"role": "assistant", "content": "Probe"}
+    try:
+        short, long = (
+            tokenizer.apply_chat_template([system, *chat], tokenize=False, **template)
+            for chat in ([NEXT], [NEXT, said, NEXT])
+        )
+    except Exception:  # templates refuse chats with errors of any kind
+        return False
+    place = short.find(system["content"].strip())
+    return place < 0 or long.startswith(short[: place + len(system["content"].strip())])
+
+
 class Renderer:
     """A tokenizer's chat template, with what it is always given.
+
+    Where the template refuses a system message, or moves it on to the newest question (Gemma's and Mistral's do), the
+    system message stands at the beginning of the first message that a user says.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
@@ -80,16 +123,22 @@ class Renderer:
     """
 
     def __init__(self, tokenizer, system: str | None, granularity: str, template: Mapping[str, Any]):
-        self.tokenizer = tokenizer
         self.system = [] if system is None else [{"role": "system", "content": system}]
+        if self.system and not _stays_in_front(tokenizer, self.system[0], template):
+            tokenizer = _SystemInUser(tokenizer)
+            with refused_by_template("system"):
+                tokenizer.apply_chat_template([*self.system, NEXT], tokenize=False, **template)
+        self.tokenizer = tokenizer
         self.granularity = granularity
         self.template = dict(template)
 
     def ids(self, messages: Sequence[Message], *, header: bool = True) -> tuple[int, ...]:
         """Token ids of a chat, rendered once."""
-        found = self.tokenizer.apply_chat_template(
-            [*self.system, *messages], add_generation_prompt=header, tokenize=True, return_dict=False, **self.template
-        )
+        with refused_by_template("messages"):
+            found = self.tokenizer.apply_chat_template(
+                [*self.system, *messages], add_generation_prompt=header, tokenize=True, return_dict=False,
+                **self.template,
+            )  # fmt: skip
         return tuple(found)
 
     def chat(self, messages: Sequence[Message], *, header: bool = True) -> Chat:
@@ -104,16 +153,23 @@ class Renderer:
             _, segments = self._owners(messages, "sentence", header)
         written = [place for place, owner in enumerate(owners) if owner >= 0]
         numbers = {owners[place] for place in written}
-        if len(numbers) != len(messages):
+        # Some templates leave out a message without content: an answer that is empty.
+        empty = [place for place, message in enumerate(messages) if not _says_something(message)]
+        shown = list(range(len(messages)))
+        if len(numbers) == len(messages) - len(empty):
+            shown = [place for place in shown if place not in empty]
+        if not numbers or len(numbers) != len(shown):
             raise ArgumentError(
                 f"messages: got {len(messages)}, but the chat template renders {len(numbers)} of them to tokens"
             )
         first, last = written[0], written[-1] + 1
         starts = [owners.index(number) for number in sorted(numbers)]
         cuts = [*starts, last]
+        nothing = self._block(ids, segments, 0, 0)
+        blocks = dict(zip(shown, (self._block(ids, segments, begin, end) for begin, end in itertools.pairwise(cuts))))
         return Chat(
             self._block(ids, segments, 0, first),
-            tuple(self._block(ids, segments, begin, end) for begin, end in itertools.pairwise(cuts)),
+            tuple(blocks.get(place, nothing) for place in range(len(messages))),
             self._block(ids, segments, last, len(ids)),
         )
 

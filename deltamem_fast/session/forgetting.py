@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from ..operators import WriteResult
 from .blocks import Message
 from .turns import Now
 
 _WORD = re.compile(r"\w+")
 
 
-@dataclass(frozen=True)
-class Forgotten:
-    """What ``MemorySession.forget`` did beside erasing from the memory.
+class Forgotten(WriteResult):
+    """What ``MemorySession.forget`` did: a ``WriteResult``, and what became of the words themselves.
 
     Attributes:
         messages: how many kept messages the text was taken out of.
@@ -26,6 +26,17 @@ class Forgotten:
     messages: int = 0
     turns: int = 0
     remains: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, result: WriteResult, messages: int, turns: int, remains: tuple[str, ...]) -> Forgotten:
+        """``result`` of the memory's forgetting, with the rest."""
+        made = cls(int(result), pieces=result.pieces, skipped=result.skipped)
+        made.messages, made.turns, made.remains = messages, turns, remains
+        return made
+
+    def __repr__(self) -> str:
+        rest = f"messages={self.messages}, turns={self.turns}, remains={self.remains}"
+        return f"{super().__repr__()[:-1]}, {rest})"
 
 
 def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:

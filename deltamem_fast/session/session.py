@@ -14,23 +14,18 @@ from typing import Any
 
 from torch import nn
 
+from ..answering import answer_options, check_reserved
 from ..errors import ArgumentError, ArgumentTypeError, StateError
-from ..operators import forget, ingest, retrieve, revise
-from ..record import identity_of, memory_disabled, unwrap
+from ..operators import WriteResult, forget, ingest, retrieve, revise
+from ..record import identity_of, memory_disabled
 from ..state import MemoryState
+from ..texts import plain_messages
 from .blocks import Message, Renderer
 from .forgetting import Forgotten, places_of, strings_of, without_text
 from .settings import RESERVED_TEMPLATE, check_values
 from .turns import Limits, Now, have_turn
 from .window import Mark
 
-DEFAULT_NEW_TOKENS = 512
-# What the session itself hands to generate.
-_RESERVED = (
-    "assistant_model", "attention_mask", "cache_implementation", "input_ids", "inputs", "inputs_embeds", "memory",
-    "num_beams", "num_return_sequences", "past_key_values", "prefill_chunk_size", "prompt_lookup_num_tokens",
-    "return_dict_in_generate", "segment_ids", "streamer", "token_mask", "use_cache",
-)  # fmt: skip
 _ROLES = ("user", "tool")
 
 
@@ -152,6 +147,13 @@ class MemorySession:
         return sum(message["role"] == "assistant" for message in self._now.messages)
 
     @property
+    def last_finish(self) -> str | None:
+        """How the last answer ended: ``stop``, ``length`` (cut off by ``max_new_tokens``), ``thinking`` (cut off before
+        its thinking had ended, so that there is no answer); None: no turn since this session was made or loaded.
+        """
+        return self._now.finish
+
+    @property
     def remembers(self) -> bool:
         """False: the bare backbone answers, and nothing is read from the memory or written to it. May be set."""
         return self._remembers
@@ -199,7 +201,11 @@ class MemorySession:
         return self._send(said, on_thinking, options)
 
     def answer(self, text: str | Sequence[Message], **options: Any) -> str:
-        """Say something; the whole answer. See ``send``."""
+        """Say something; the whole answer. See ``send``.
+
+        One that was cut off before its thinking had ended is "": ``last_finish`` is then ``thinking``, and a warning
+        goes to the logger ``deltamem_fast``.
+        """
         return "".join(self.send(text, **options))
 
     def _send(self, said, on_thinking, options) -> Iterator[str]:
@@ -218,22 +224,8 @@ class MemorySession:
                     before.window()  # what the broken turn left in the cache goes
 
     def _generate_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        config = unwrap(self.model).generation_config
         found = {**self.generation, **_checked_options(options, "options")}
-        limited = {"max_new_tokens", "max_length", "max_time", "generation_config"} & found.keys()
-        if not limited and getattr(config, "max_new_tokens", None) is None:
-            found["max_new_tokens"] = DEFAULT_NEW_TOKENS
-        if "eos_token_id" not in found and "generation_config" not in found:
-            # Some chat models' generation_config does not list the token that ends a message.
-            ends = config.eos_token_id
-            ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-            found["eos_token_id"] = list(dict.fromkeys([*ends, *_one(self.tokenizer.eos_token_id)])) or None
-        if found.get("pad_token_id", config.pad_token_id) is None:
-            fillers = _one(self.tokenizer.pad_token_id) + _one(found.get("eos_token_id"))
-            found["pad_token_id"] = next(iter(fillers), None)
-        if "stop_strings" in found:
-            found.setdefault("tokenizer", self.tokenizer)
-        return found
+        return answer_options(self.model, self.tokenizer, found)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -300,11 +292,11 @@ class MemorySession:
 
     # --- the memory's operators
 
-    def ingest(self, text: str | Sequence[Message], **options: Any) -> int:
+    def ingest(self, text: str | Sequence[Message], **options: Any) -> WriteResult:
         """Write a text into the memory without answering; see ``operators.ingest``. The context stays as it is."""
         return self._change(lambda memory: ingest(self.model, self.tokenizer, memory, text, **options))
 
-    def revise(self, text: str | Sequence[Message], **options: Any) -> int:
+    def revise(self, text: str | Sequence[Message], **options: Any) -> WriteResult:
         """Write what holds from now on; see ``operators.revise``. The context stays as it is."""
         return self._change(lambda memory: revise(self.model, self.tokenizer, memory, text, **options))
 
@@ -328,28 +320,30 @@ class MemorySession:
         with self._alone():
             now = self._now
 
-            def without(memory: MemoryState) -> MemoryState:
-                return forget(self.model, self.tokenizer, memory.clone(), text, strength=strength)
+            def without(memory: MemoryState) -> tuple[MemoryState, WriteResult]:
+                memory = memory.clone()
+                return memory, forget(self.model, self.tokenizer, memory, text, strength=strength)
 
-            turns = tuple(replace(turn, before=without(turn.before)) for turn in now.turns)
-            now = replace(now, memory=without(now.memory), turns=turns, cache=None, mark=None)
+            memory, result = without(now.memory)
+            turns = tuple(replace(turn, before=without(turn.before)[0]) for turn in now.turns)
+            now = replace(now, memory=memory, turns=turns, cache=None, mark=None)
             changed = 0
             if messages:
                 now, changed = without_text(now, text)
             self._now = now
             settings = {"system": self.system, "template": self.template, "generation": self.generation}
             places = places_of({"messages": now.messages} | settings, text)
-            return Forgotten(changed, len(turns) - len(now.turns), places)
+            return Forgotten.of(result, changed, len(turns) - len(now.turns), places)
 
     def retrieve(self, question: str | Sequence[Message], **options: Any) -> str:
         """An answer from the memory alone; nothing is written, and the conversation does not go on.
 
         See ``operators.retrieve``.
         """
-        options = self._generate_options(options)
+        options = {**self.generation, **_checked_options(options, "options")}
         return retrieve(self.model, self.tokenizer, self._now.memory, question, template=self.template, **options)
 
-    def _change(self, write: Callable[[MemoryState], int]) -> int:
+    def _change(self, write: Callable[[MemoryState], WriteResult]) -> WriteResult:
         with self._alone():
             memory = self._now.memory.clone()
             count = write(memory)
@@ -431,9 +425,7 @@ def _one(value) -> list[int]:
 
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     _check_mapping(options, name)
-    for option in _RESERVED:
-        if option in options:
-            raise ArgumentError(f"{name}: got {option}, which the session itself decides; allowed generate's others")
+    check_reserved(options, name, "the session")
     check_values(options, name)
     return dict(options)
 
@@ -473,4 +465,4 @@ def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ..
     for place, message in enumerate(text):
         if message.get("role") not in _ROLES:
             raise ArgumentError(f"text[{place}]: got role {message.get('role')!r}, allowed {', '.join(_ROLES)}")
-    return tuple(dict(message) for message in text)
+    return tuple(plain_messages(text))

@@ -76,6 +76,8 @@ def stream_tokens(model: nn.Module, arguments: dict[str, Any]) -> Iterator[int]:
 class TextStream:
     """Tokens → text, thinking apart from the answer. White space around both is left out.
 
+    A tokenizer that is not fast gives its text at the end.
+
     Attributes:
         answer, thinking: the text so far.
         ids: the tokens so far.
@@ -83,10 +85,9 @@ class TextStream:
 
     def __init__(self, tokenizer, header: str):
         """``header``: the text that the answer continues; it may have opened the thinking."""
-        from tokenizers.decoders import DecodeStream
-
-        self._backend = tokenizer.backend_tokenizer
-        self._decode = DecodeStream(skip_special_tokens=False)
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        self._restart()
         # Marks of thinking are read, whether they count as special tokens or not; other special tokens are no text.
         marks = {tokenizer.convert_tokens_to_ids(mark) for mark in (THINK, END_THINK)}
         self._silent = set(tokenizer.all_special_ids) - marks
@@ -95,16 +96,34 @@ class TextStream:
         self._waiting = ""  # text that may be the beginning of a mark, or white space at the end
         self._thinks = header.rfind(THINK) > header.rfind(END_THINK)
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the thinking has begun and not ended."""
+        return self._thinks
+
+    def _restart(self) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._decode = DecodeStream(skip_special_tokens=False)
+
     def add(self, token: int) -> Iterator[tuple[str, bool]]:
         """Text that has become certain by one more token: (piece, whether it is thinking)."""
         self.ids.append(token)
-        if token not in self._silent:
-            piece = self._decode.step(self._backend, token)
+        if token not in self._silent and self._backend is not None:
+            try:
+                piece = self._decode.step(self._backend, token)
+            except Exception:
+                # Some byte sequences decode otherwise once more follows, and the stream gives up: from here on afresh.
+                self._restart()
+                piece = self._decode.step(self._backend, token)
             if piece:
                 yield from self._split(piece)
 
     def end(self) -> Iterator[tuple[str, bool]]:
         """What waited for more that never came."""
+        if self._backend is None:
+            spoken = [token for token in self.ids if token not in self._silent]
+            yield from self._split(self._tokenizer.decode(spoken, skip_special_tokens=False))
         rest = self._waiting.rstrip()
         self._waiting = ""
         yield from self._say(rest)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..answering import warn_if_cut_off
 from ..record import input_device, is_disabled, unwrap
 from ..state import MemoryState
+from ..texts import check_known
 from .blocks import NEXT, NOTHING, Block, Chat, Message, Renderer, joined_ids, joined_segments
 from .streaming import TextStream, stream_tokens
 from .window import Mark, Turn, build, feed, feed_preamble, new_cache
@@ -30,6 +32,7 @@ class Now:
         written: the preamble was written (the cache begins at the conversation's start).
         cache: keys and values of preamble and turns; None: to be built from them.
         mark: where the cache ends. A turn that failed may have left more in it.
+        finish: how the last turn's answer ended: ``stop``, ``length`` or ``thinking``.
     """
 
     memory: MemoryState
@@ -39,6 +42,7 @@ class Now:
     written: bool = False
     cache: Cache | None = None
     mark: Mark | None = None
+    finish: str | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -147,6 +151,7 @@ def have_turn(
     remembered, and keys, values and memory follow from the blocks alone, however they were generated.
     """
     plan = plan_turn(renderer, now, said, limits)
+    check_known(model, joined_ids((*plan.prompt, plan.header)))
     before, memory = now.memory.clone(), now.memory.clone()
     cache, written = _window(model, now, plan, memory)
     # SSW reads the state from before the whole prompt: fed ahead, a question would be written over what it asks for.
@@ -160,6 +165,7 @@ def have_turn(
         for token in tokens:
             yield from stream.add(token)
     yield from stream.end()
+    warn_if_cut_off("session", stream)
     end.restore(cache)
 
     reply = {"role": "assistant", "content": stream.answer}
@@ -171,8 +177,18 @@ def have_turn(
         feed(model, cache, memory, block)
     turn = Turn(messages, plan.prompt, answer, before)
     yield Now(
-        memory, (*now.messages, *messages), plan.preamble, (*plan.kept, turn), written, cache, Mark(cache)
+        memory, (*now.messages, *messages), plan.preamble, (*plan.kept, turn), written, cache, Mark(cache),
+        _finish(stream, options),
     )  # fmt: skip
+
+
+def _finish(stream: TextStream, options: dict[str, Any]) -> str:
+    if stream.thinks:
+        return "thinking"
+    limit, ends = options.get("max_new_tokens"), options.get("eos_token_id") or ()
+    ends = ends if isinstance(ends, list | tuple) else (ends,)
+    cut = limit is not None and len(stream.ids) >= limit and stream.ids[-1] not in ends
+    return "length" if cut else "stop"
 
 
 def _window(model: nn.Module, now: Now, plan: Plan, memory: MemoryState) -> tuple[Cache, bool]:
@@ -195,7 +211,7 @@ def _generate(
     input_ids = torch.tensor([ids], device=device)
     arguments = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
     if not is_disabled(unwrap(model)):
-        arguments["memory"] = memory
+        arguments |= {"memory": memory, "answer_is_fed": True}
         if plan.header.segments is not None:
             own = joined_segments((*plan.prompt, plan.header))
             # Those before are in the cache, and not fed again.

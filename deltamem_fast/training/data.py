@@ -5,6 +5,9 @@ One line is one JSON object of either form::
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
     {"write": [messages], "read": [messages], "answer": "…"}
 
+A content is a string or a list of ``{"type": "text", "text": "…"}``, whose texts are joined by line breaks: most
+templates would print the list itself. A write context with nothing but white space in it counts as empty.
+
 In the first the last message is the answer; of what precedes it the last user turn (``visible_turns`` of them) is the
 read part, and all before that the write context. ``"targets": [3, 5]`` names other answers by their place in
 ``messages``: one line then gives several episodes. In the second the parts are spelt out, and ``write`` may be empty.
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, FileFormatError, FileMissingError
+from ..texts import plain_content, says_something
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
@@ -165,7 +169,8 @@ def _from_target(messages: tuple[dict, ...], target: int, where: str, visible_tu
     start = _last_turns(turns, visible_turns)
     if start is None:
         raise ArgumentError(f"messages: got no user message before messages[{target}], which is the answer")
-    return Example(where, system + turns[:start] if start else (), system + turns[start:], answer)
+    write = system + turns[:start] if says_something(turns[:start]) else ()
+    return Example(where, write, system + turns[start:], answer)
 
 
 def _from_parts(value: dict, where: str) -> Example:
@@ -182,6 +187,8 @@ def _from_parts(value: dict, where: str) -> Example:
         answer = {"role": "assistant", "content": answer}
     else:
         (answer,) = _messages([answer], "answer")
+    if not says_something(write):
+        write = ()
     return Example(where, write, read, _answer(answer, "answer"))
 
 
@@ -195,6 +202,7 @@ def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
     if not isinstance(value, list) or not (value or empty):
         got = "an empty list" if value == [] else type(value).__name__
         raise ArgumentError(f"{name}: got {got}, allowed a list of messages")
+    found = []
     for place, message in enumerate(value):
         part = name if name == "answer" else f"{name}[{place}]"
         if not isinstance(message, dict):
@@ -209,7 +217,10 @@ def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
                 f"{part}.content: got {message.get('content')!r:.80}, allowed a string or a list of "
                 '{"type": "text", "text": "…"}'
             )
-    return tuple(value)
+        if isinstance(message.get("content"), list):
+            message = {**message, "content": plain_content(message["content"], part)}
+        found.append(message)
+    return tuple(found)
 
 
 def _is_content(content) -> bool:
@@ -221,9 +232,7 @@ def _is_content(content) -> bool:
 def _answer(message: dict, name: str) -> dict:
     if message["role"] != "assistant":
         raise ArgumentError(f"{name}.role: got {message['role']!r}, allowed assistant: it is the answer")
-    content = message.get("content")
-    text = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
-    if not text.strip() and not message.get("tool_calls"):
+    if not (message.get("content") or "").strip() and not message.get("tool_calls"):
         raise ArgumentError(f"{name}.content: got an empty answer, allowed one with text (or tool_calls)")
     return message
 

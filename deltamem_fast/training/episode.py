@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError
+from ..texts import plain_messages
 from .data import Example
 from .loss import IGNORED, EpisodeBatch
 
@@ -63,8 +64,9 @@ def build_episode(tokenizer, config: DeltaMemConfig, example: Example, kind: str
             example = example.state_only()
         write_ids, segment_ids = [], [] if config.segmented else None
         if example.write and kind != "no_memory":
-            write_ids, segment_ids = _tokenise_write(tokenizer, config, list(example.write))
-        read_ids, start = _tokenise_read(tokenizer, list(example.read), example.answer)
+            write_ids, segment_ids = _tokenise_write(tokenizer, config, plain_messages(example.write, "write"))
+        (answer,) = plain_messages([example.answer], "answer")
+        read_ids, start = _tokenise_read(tokenizer, plain_messages(example.read, "read"), answer)
     except Exception as error:  # templates raise errors of their own
         raise ArgumentError(f"{example.where}: {error}") from error
     labels = [IGNORED] * start + read_ids[start:]

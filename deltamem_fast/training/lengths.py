@@ -33,7 +33,7 @@ class Checked:
     Attributes:
         examples: those that fit.
         over_long: those that do not.
-        empty_writes: how many of ``examples`` have no write context.
+        empty_writes: how many of ``examples`` write nothing, whatever kind of episode they are.
         write_tokens, read_tokens: of ``examples``, as they stand in the file.
     """
 
@@ -107,12 +107,19 @@ def check_lengths(
             found.append(beyond[0])
             continue
         kept.append(place)
-        empty += not episodes[0].write_ids
+        empty += not any(writes_something(episode) for episode in episodes)
         write_tokens += len(episodes[0].write_ids)
         read_tokens += len(episodes[0].read_ids)
     if found and (over_long == "error" or not kept):
         raise ArgumentError(_refusal(found, len(examples)))
     return Checked(Chosen(examples, kept), found, empty, write_tokens, read_tokens)
+
+
+def writes_something(episode: Episode) -> bool:
+    """Whether a token of the write context is written."""
+    if episode.segment_ids is None:
+        return bool(episode.write_ids)
+    return any(segment >= 0 for segment in episode.segment_ids)
 
 
 def _refusal(found: list[OverLong], total: int) -> str:

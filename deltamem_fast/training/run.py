@@ -17,6 +17,7 @@ from ..adapter import AdapterSource, load_adapter, read_adapter
 from ..errors import ArgumentError
 from ..files import write_text
 from ..fingerprint import backbone_name
+from ..notices import logger
 from ..patch import patch_model
 from ..record import is_patched, unwrap
 from ..training_setup import prepare_for_training
@@ -116,6 +117,20 @@ def _check_installed(options: TrainingOptions) -> None:
             raise ArgumentError(f"{name}: {packages[0]} is not installed, which it needs (pip install {packages[0]})")
 
 
+def _check_writes(checked: Checked, name: str, *, trains: bool) -> None:
+    """Raise if nothing is ever written, and warn if most is not: the memory stays empty then, and learns nothing."""
+    total, empty = len(checked.examples), checked.empty_writes
+    what = f"{name}: {empty:,} of {total:,} examples have no write context"
+    form = (
+        'allowed: chats with turns before those that are shown (see visible_turns), or "write" with messages that say '
+        "something"
+    )
+    if trains and empty == total:
+        raise ArgumentError(f"{what}, so that nothing would be written and nothing trained; {form}")
+    if 2 * empty > total:
+        logger.warning("%s, and read an empty memory; %s", what, form)
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -135,6 +150,8 @@ def _checked(examples: ExampleFiles, build, options: TrainingOptions, name: str,
         kinds=kinds,
         progress=partial(checking, shown=shown),
     )
+    trains = name == "data"
+    _check_writes(checked, ", ".join(map(str, examples.paths)), trains=trains)
     if _rank() == 0:
         for item in checked.over_long:
             print(f"deltamem: left out: {item}", file=sys.stderr)

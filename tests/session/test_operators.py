@@ -8,10 +8,22 @@ from session_support import CONFIGS, recall_model, state_bits
 from support import loud_adapter, relative_error, tiny_model
 from tokenizers_for_tests import chatml_tokenizer, thinking_tokenizer
 
-from deltamem_fast import MemoryState, forget, ingest, memory_disabled, patch_model, record_gates, retrieve, revise
+from deltamem_fast import (
+    DeltaMemConfig,
+    MemoryState,
+    forget,
+    ingest,
+    memory_disabled,
+    patch_model,
+    record_gates,
+    retrieve,
+    revise,
+)
+from deltamem_fast.cutting import pieces_of
 from deltamem_fast.recall.chats import ask, tell
 from deltamem_fast.recall.task import changed, draw_facts, user
 from deltamem_fast.record import decoder_of, identity_of
+from deltamem_fast.texts import encode_text
 
 TEXT = "Ada went to the market. She took the train; then she went home. Where is my dog? He is in Paris."
 
@@ -22,6 +34,13 @@ def tiny(strategy="tsw", tokenizer=None):
         tiny_model(vocab_size=len(tokenizer), num_hidden_layers=2), CONFIGS[strategy], backend="reference"
     )
     return loud_adapter(model), tokenizer
+
+
+def pieces(tokenizer, text, tokens):
+    """The texts that go through the model one by one."""
+    encode = lambda part, name: encode_text(tokenizer, part, DeltaMemConfig(), name)[0][0]  # noqa: E731
+    count = lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # noqa: E731
+    return [piece for piece, _ in pieces_of(text, tokens, count, encode)]
 
 
 # --- ingest
@@ -56,13 +75,11 @@ def test_a_long_text_goes_in_pieces_of_whole_sentences():
     memory = MemoryState.zeros(model)
     total = ingest(model, tokenizer, memory, long, tokens=30)
     hook.remove()
-    assert sum(seen) == total and len(seen) > 5 and max(seen) < 45  # the template's own tokens come on top
+    assert sum(seen) == total and len(seen) == total.pieces > 5 and max(seen) <= 30
     by_hand = MemoryState.zeros(model)
-    from deltamem_fast.operators import _pieces
-
-    pieces = _pieces(tokenizer, long, 30)
-    assert " ".join(pieces) == long and all(piece[-1] in ".?;" for piece in pieces)
-    for piece in pieces:
+    texts = pieces(tokenizer, long, 30)
+    assert " ".join(texts) == long and all(piece[-1] in ".?;" for piece in texts)
+    for piece in texts:
         ingest(model, tokenizer, by_hand, piece)
     assert state_bits(by_hand) == state_bits(memory)
 
@@ -70,14 +87,12 @@ def test_a_long_text_goes_in_pieces_of_whole_sentences():
 def test_messages_are_ingested_with_their_roles_and_cut_between_them():
     model, tokenizer = tiny()
     messages = [user(TEXT), {"role": "assistant", "content": "I see. He is in Paris."}] * 3
-    from deltamem_fast.operators import _pieces
-
-    whole, cut = _pieces(tokenizer, messages, 10_000), _pieces(tokenizer, messages, 20)
+    whole, cut = pieces(tokenizer, messages, 10_000), pieces(tokenizer, messages, 25)
     assert whole == [messages] and len(cut) > 3
     assert [m["role"] for piece in cut for m in piece].count("assistant") == 3
     text = " ".join(m["content"] for piece in cut for m in piece)
     assert text == " ".join(m["content"] for m in messages)
-    assert ingest(model, tokenizer, MemoryState.zeros(model), messages, tokens=20) > 100
+    assert ingest(model, tokenizer, MemoryState.zeros(model), messages, tokens=25) > 100
 
 
 def test_a_tokenizer_without_a_template_and_the_progress_bar(capsys):
@@ -178,7 +193,7 @@ def test_forget_takes_the_fact_and_leaves_the_others(strategy, left_most, kept_l
     before = sum(right(model, tokenizer, memories, first)), sum(right(model, tokenizer, twice, others))
     assert before[0] >= (22 if strategy != "ssw" else 14)
     for memory, facts in zip(memories, drawn):
-        assert memory.forget(model, tokenizer, facts[0].statement()) is memory
+        assert memory.forget(model, tokenizer, facts[0].statement()) > 5
     assert sum(right(model, tokenizer, memories, first)) <= left_most
     assert sum(right(model, tokenizer, twice, others)) >= min(kept_least, before[1])
 
@@ -230,9 +245,11 @@ def test_forget_writes_nothing_and_strength_grades_it():
     before = state_bits(full)
     forget(model, tokenizer, full, TEXT, strength=0)
     assert state_bits(full) == before
-    norms = [
-        float(forget(model, tokenizer, full.clone(), TEXT, strength=strength)[0].norm()) for strength in (0.5, 1, 4, 16)
-    ]
+    norms = []
+    for strength in (0.5, 1, 4, 16):
+        other = full.clone()
+        forget(model, tokenizer, other, TEXT, strength=strength)
+        norms.append(float(other[0].norm()))
     assert norms[-1] < norms[1] < norms[0] < float(full[0].norm())
     addresses = [state.data_ptr() for _, state in full.items()]
     forget(model, tokenizer, full, TEXT)

@@ -159,3 +159,41 @@ def test_no_file_and_no_example(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl: holds no example"):
         ExampleFiles([tmp_path / "empty.jsonl"])
+
+
+# --- content parts, and data in which nothing is written
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+def test_content_parts_are_their_text_in_every_place():
+    parts = [part("My dog is Rex."), part("He is old.")]
+    line = {
+        "write": [{"role": "user", "content": parts}],
+        "read": [{"role": "user", "content": parts}],
+        "answer": {"role": "assistant", "content": parts},
+    }
+    (example,) = parse_line(json.dumps(line).encode(), "x:1")
+    assert {m["content"] for m in (*example.write, *example.read, example.answer)} == {"My dog is Rex.\nHe is old."}
+    chat = [{"role": role, "content": parts} for role in ("user", "assistant") * 2]
+    (example,) = parse_line(json.dumps({"messages": chat}).encode(), "x:1")
+    assert all(isinstance(m["content"], str) for m in (*example.write, *example.read, example.answer))
+    for wrong in ({"type": "image_url"}, "text"):
+        chat[0]["content"] = [part("a"), wrong]
+        with pytest.raises(ValueError, match=r"x:1: messages\[0\].content: got .* allowed a string or a list of"):
+            parse_line(json.dumps({"messages": chat}).encode(), "x:1")
+
+
+@pytest.mark.parametrize("blank", ("", " \n\t ", [part(" ")]), ids=("empty", "white space", "parts"))
+def test_a_write_context_that_says_nothing_is_empty(blank):
+    line = {"write": [{"role": "user", "content": blank}], "read": [{"role": "user", "content": "Q"}], "answer": "A"}
+    (example,) = parse_line(json.dumps(line).encode(), "x:1")
+    assert example.write == ()
+    line["write"] = [{"role": "system", "content": "Be kind."}]
+    (example,) = parse_line(json.dumps(line).encode(), "x:1")
+    assert example.write == ()
+    line["write"] += [{"role": "assistant", "content": "", "reasoning_content": "Hm."}]
+    (example,) = parse_line(json.dumps(line).encode(), "x:1")
+    assert len(example.write) == 2

@@ -234,3 +234,13 @@ def test_kinds_come_as_often_as_asked():
     assert {certain.kind_at(n) for n in range(50)} == {"state_only"}
     built = EpisodeSchedule("abc", lambda item, kind: (item, kind), 3, seed=0, no_memory=1.0)
     assert sorted(built[n] for n in range(3)) == [(item, "no_memory") for item in "abc"]
+
+
+def test_content_parts_are_their_text_in_examples_made_by_hand():
+    parts = [{"type": "text", "text": "Rex."}, {"type": "text", "text": "He is old."}]
+    made = Example("f:1", (*chat(parts),), (*chat(parts),), {"role": "assistant", "content": parts})
+    plain = Example("f:1", (*chat("Rex.\nHe is old."),), (*chat("Rex.\nHe is old."),), chat("", "Rex.\nHe is old.")[1])
+    for config in (TSW, DeltaMemConfig.ssw()):
+        assert build_episode(chatml_tokenizer(), config, made) == build_episode(chatml_tokenizer(), config, plain)
+    with pytest.raises(ValueError, match=r"f:1: read\[0\]: got a content part of type 'image'"):
+        build_episode(chatml_tokenizer(), TSW, Example("f:1", (), (*chat([{"type": "image"}]),), made.answer))

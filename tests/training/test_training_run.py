@@ -438,3 +438,27 @@ def test_the_readme_snippet_loads_into_another_dtype(whole):
     model = tiny_model(vocab_size=len(chatml_tokenizer()), hidden_size=32, num_hidden_layers=2, dtype=torch.bfloat16)
     patch_model(model, whole[0], backend="reference")
     load_adapter(model, whole[0] / "checkpoint-3")
+
+
+def test_data_that_writes_nothing_is_refused_and_half_of_it_warned_of(tmp_path, caplog):
+    nothing = [{"messages": chat("what?", letter)} for letter in "abc"]
+    blank = [{"write": chat(" "), "read": chat("what?"), "answer": "a"}]
+    data = write_lines(tmp_path / "nothing.jsonl", nothing + blank)
+    with pytest.raises(ValueError, match=r"nothing\.jsonl: 4 of 4 examples have no write context, so that nothing"):
+        run(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    some = write_lines(tmp_path / "some.jsonl", nothing + recall_lines(2))
+    with caplog.at_level("WARNING", "deltamem_fast"):
+        run(some, tmp_path / "out", evaluate=[data], steps=1)
+    texts = [record.getMessage() for record in caplog.records if record.name == "deltamem_fast"]
+    assert [text.split("/")[-1].split(",")[0] for text in texts] == [
+        "some.jsonl: 3 of 5 examples have no write context",
+        "nothing.jsonl: 4 of 4 examples have no write context",
+    ]
+
+
+def test_turns_that_only_state_only_episodes_write_are_enough(tmp_path):
+    data = write_lines(tmp_path / "two.jsonl", [{"messages": chat("it is a.", "ok", "what?", "a")}] * 2)
+    with pytest.raises(ValueError, match="no write context"):
+        run(data, tmp_path / "out", visible_turns=2, state_only_probability=0.0)
+    assert run(data, tmp_path / "out", visible_turns=2, state_only_probability=0.5, steps=1).steps == 1

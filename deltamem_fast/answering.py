@@ -1,0 +1,119 @@
+"""How one answer is generated: the options of ``generate``, and what is said of an answer that was cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+
+from .errors import ArgumentError, ArgumentTypeError
+from .notices import logger
+from .record import unwrap
+
+DEFAULT_NEW_TOKENS = 512
+THINKING_TOKENS = 2048  # more, for an answer that is wanted whole where the model may think first
+
+# What a model's generation_config, or one that is given, does not decide: one row, one answer, into our own cache.
+_FIXED = {
+    "num_beams": 1,
+    "num_beam_groups": None,
+    "num_return_sequences": 1,
+    "diversity_penalty": None,
+    "early_stopping": None,
+    "length_penalty": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "low_memory": None,
+    "use_cache": True,
+    "cache_implementation": None,
+    "cache_config": None,
+    "max_cache_len": None,
+    "prefill_chunk_size": None,
+    "is_assistant": None,
+    "use_mtp": None,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "token_healing": None,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+}
+# What a session and retrieve hand to generate themselves.
+RESERVED = (
+    "answer_is_fed", "assistant_early_exit", "assistant_model", "attention_mask", "cache_config",
+    "cache_implementation", "constraints", "custom_generate", "ended_rows", "force_words_ids",
+    "input_ids", "inputs", "inputs_embeds", "is_assistant", "max_cache_len", "memory", "num_beam_groups", "num_beams",
+    "num_return_sequences", "past_key_values", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens",
+    "return_dict_in_generate", "segment_ids", "streamer", "token_healing", "token_mask", "use_cache", "use_mtp",
+)  # fmt: skip
+
+
+def answer_options(model: nn.Module, tokenizer, options: Mapping[str, Any], *, thinking: int = 0) -> dict[str, Any]:
+    """Keyword arguments of ``generate`` for one answer.
+
+    The model's ``generation_config`` gives sampling settings and what is not named here, ``options`` go over it, and
+    what one answer of one conversation needs (``_FIXED``) over both.
+
+    Args:
+        model: whose ``generation_config`` counts; may be wrapped.
+        tokenizer: whose end-of-text token ends the answer, too.
+        options: of ``generate``; a ``generation_config`` among them counts as its settings.
+        thinking: tokens in addition to ``DEFAULT_NEW_TOKENS``, where nothing limits the answer.
+
+    Raises:
+        TypeError: ``generation_config`` is none.
+    """
+    config = unwrap(model).generation_config
+    found = dict(options)
+    given = found.pop("generation_config", None)
+    if given is not None:
+        if not isinstance(given, GenerationConfig):
+            raise ArgumentTypeError(f"generation_config: got {type(given).__name__}, allowed a GenerationConfig")
+        found = {name: value for name, value in given.to_dict().items() if _counts(name, value, config)} | found
+    limits = [name for name in ("max_new_tokens", "max_length", "max_time") if found.get(name) is not None]
+    if not limits and getattr(config, "max_new_tokens", None) is None:
+        found["max_new_tokens"] = DEFAULT_NEW_TOKENS + thinking
+    if found.get("max_new_tokens") is not None:
+        found["max_length"] = None  # transformers warns of both
+    if "eos_token_id" not in found:
+        # Some chat models' generation_config does not list the token that ends a message.
+        ends = _one(config.eos_token_id) + _one(tokenizer.eos_token_id)
+        found["eos_token_id"] = list(dict.fromkeys(ends)) or None
+    if found.get("pad_token_id", config.pad_token_id) is None:
+        fillers = _one(tokenizer.pad_token_id) + _one(found.get("eos_token_id"))
+        found["pad_token_id"] = next(iter(fillers), None)
+    if found.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
+        found.setdefault("tokenizer", tokenizer)
+    return found | {name: value for name, value in _FIXED.items() if hasattr(config, name)}
+
+
+def check_reserved(options: Mapping[str, Any], name: str, owner: str) -> None:
+    """Raise for an option that ``owner`` hands to ``generate`` itself."""
+    for option in RESERVED:
+        if option in options:
+            raise ArgumentError(f"{name}: got {option}, which {owner} itself decides; allowed generate's others")
+
+
+def _counts(name: str, value: Any, config: GenerationConfig) -> bool:
+    """Whether a setting of a ``generation_config`` is one that was made, and that is not fixed here."""
+    return value is not None and name not in _FIXED and not name.startswith("_") and hasattr(config, name)
+
+
+def _one(value) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def warn_if_cut_off(where: str, stream) -> None:
+    """Say that an answer (a ``TextStream`` at its end) was cut off before its thinking had ended."""
+    if stream.thinks:
+        logger.warning(
+            "%s: the answer was cut off before its thinking ended, after %d tokens, so that it is %r; raise "
+            "max_new_tokens, or switch thinking off in the template (enable_thinking=False where it knows that)",
+            where, len(stream.ids), stream.answer,
+        )  # fmt: skip
