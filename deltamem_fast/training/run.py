@@ -149,7 +149,7 @@ def _prepare(model, adapter, source: AdapterSource, checkpoint: Path | None, bac
     prepare_for_training(model)
     if checkpoint is not None:
         load_adapter(model, checkpoint)
-    elif source.weights is not None:
+    elif source.directory is not None:
         load_adapter(model, adapter)  # once more: patching has rounded it to the backbone's dtype
     if options.gradient_checkpointing:
         enable_checkpointing(unwrap(model), options.reentrant)
