@@ -241,7 +241,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     found = {}
     for name, attention in record_of(unwrap(model)).attentions.items():
-        with _weights_here(attention.delta_memory) as memory:
+        # PEFT's modules_to_save puts a wrapper there, which hands attributes on to the copy that it trains.
+        with _weights_here(attention.delta_memory.correct.__self__) as memory:
             for key, value in memory.state_dict().items():
                 value = value.detach()
                 value = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -320,7 +321,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     if ours != theirs:
         differing = ", ".join(f"{k} {theirs[k]!r} (the model's: {ours[k]!r})" for k in ours if ours[k] != theirs[k])
         raise ArgumentError(f"adapter: {source.name} has another configuration: {differing}; unpatch and patch again")
-    memories = {name: a.delta_memory for name, a in record_of(unwrap(model)).attentions.items()}
+    attentions = record_of(unwrap(model)).attentions
+    memories = {name: attention.delta_memory.correct.__self__ for name, attention in attentions.items()}
     for name, memory in memories.items():
         if any(parameter.device.type == "meta" for parameter in memory.parameters()):
             raise ArgumentError(f"model: the adapter of {name} is offloaded; load the adapter before that")
