@@ -31,6 +31,8 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
         # The backbone's checkpoint stays one: from_pretrained of the bare class reads it.
         ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
         record.replace(model, "_keys_to_ignore_on_save", ignored + _keys(record))
+        absent = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        record.replace(model, "_keys_to_ignore_on_load_missing", [*absent, r"(^|\.)delta_memory\."])
         record.replace(model, "_get_files_timestamps", types.MethodType(_get_files_timestamps, model))
         record.originals["save_pretrained"] = model.save_pretrained
         record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))

@@ -187,8 +187,8 @@ def train(output, checkpoint=None, model=None, steps=4):
         parameter.requires_grad_("delta_memory" in name and parameter.requires_grad)
     arguments = TrainingArguments(
         output_dir=output, max_steps=steps, per_device_train_batch_size=2, learning_rate=1.0,
-        lr_scheduler_type="constant", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss",
-        report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no",
+        lr_scheduler_type="constant", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss", report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no",
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=Examples(), eval_dataset=Examples())
     trainer.train(resume_from_checkpoint=checkpoint)
