@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +157,12 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def canonical_name(name: str) -> str:
-    # A patched decoder alone, without its language-model head, has no leading "model.".
-    return name.removeprefix("model.")
+    """A weight's name without what stands before its decoder's layers.
+
+    A decoder is ``model`` in a language model, ``transformer`` or ``model.language_model`` in others, and nothing alone.
+    """
+    found = re.search(r"(?:^|\.)(layers\.\d+\..*)", name)
+    return name.removeprefix("model.") if found is None else found[1]
 
 
 def assign_weights(memories: Mapping[str, DeltaMemory], source: AdapterSource) -> None:
@@ -215,13 +220,16 @@ def stage_weights(memories: Mapping[str, DeltaMemory], source: AdapterSource) ->
 
 
 def _targets(memories: Mapping[str, DeltaMemory]) -> dict[str, nn.Parameter]:
-    return {canonical_name(f"{n}.{key}"): p for n, memory in memories.items() for key, p in memory.named_parameters()}
+    found = {canonical_name(f"{n}.{key}"): p for n, memory in memories.items() for key, p in memory.named_parameters()}
+    if len(found) < sum(len(list(memory.parameters())) for memory in memories.values()):
+        raise ArgumentError(f"model: two of its layers have one name after what stands before it: {sorted(memories)}")
+    return found
 
 
 def _check_fit(header: Header, targets: Mapping[str, nn.Parameter], name: str) -> None:
     shapes = {canonical_name(key): shape for key, (_, shape) in header.items()}
     if len(shapes) < len(header):
-        raise ArgumentError(f"adapter: {name} has two weights under one name, with and without 'model.'")
+        raise ArgumentError(f"adapter: {name} has two weights for one layer, with other names before it")
     missing, unexpected = sorted(targets.keys() - shapes.keys()), sorted(shapes.keys() - targets.keys())
     if missing or unexpected:
         parts = [f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"

@@ -26,7 +26,8 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
     Args:
         outer: what was given to ``patch_model``: ``model`` itself, or PEFT's wrapper of it.
     """
-    record.hooks.append(model.register_load_state_dict_post_hook(_after_loading))
+    record.originals["load_state_dict"] = model.load_state_dict
+    record.replace(model, "load_state_dict", types.MethodType(_load_state_dict, model))
     if hasattr(model, "save_pretrained"):
         # The backbone's checkpoint stays one: from_pretrained of the bare class reads it.
         ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
@@ -121,16 +122,25 @@ def _save_pretrained_of_peft(self, save_directory, *args, **kwargs):
 # --- loading
 
 
-def _after_loading(model: nn.Module, result) -> None:
-    """After ``load_state_dict`` of a state dict without the adapter: the Trainer's checkpoint has it beside."""
-    keys = set(_keys(record_of(model)))
-    if keys <= set(result.missing_keys) and _restore_trainers(model):
+def _load_state_dict(self, state_dict, *args, **kwargs):
+    """``load_state_dict``; the adapter is not missing where ``strict=False`` loads the backbone's own checkpoint.
+
+    The Trainer does that: then the adapter is loaded too, from the files beside that checkpoint.
+    """
+    record = record_of(self)
+    result = record.originals["load_state_dict"](state_dict, *args, **kwargs)
+    keys = set(_keys(record))
+    if keys <= set(result.missing_keys):
+        if not _restore_trainers(self):
+            _logger.warning("load_state_dict: the state dict holds no adapter, so the model's stays as it is")
         result.missing_keys[:] = [key for key in result.missing_keys if key not in keys]
+    return result
 
 
 def _load_adapter_of_peft(self, *args, **kwargs):
     result = record_of(unwrap(self)).originals["outer_load_adapter"](*args, **kwargs)
-    _restore_trainers(self)
+    if _trainers_checkpoint() is not None and not _restore_trainers(self):
+        _logger.warning("load_adapter: no adapter of the memory is beside PEFT's, so the model's stays as it is")
     return result
 
 
@@ -140,7 +150,6 @@ def _restore_trainers(model: nn.Module) -> bool:
     if directory is None:
         return False
     if not (Path(directory) / CONFIG_NAME).is_file():
-        _logger.warning("%s holds no adapter, so the model's stays as it is", os.fspath(directory))
         return False
     load_adapter(model, directory)
     return True

@@ -6,9 +6,10 @@ torch.load believes the sizes that the pickle states; here each is compared with
 
 from __future__ import annotations
 
+import contextlib
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,34 +74,36 @@ def read_released(path: Path, name: str, check: Callable[[Header], None]) -> dic
         FileFormatError: it is damaged, compressed, of torch before 1.6, or holds something else than named tensors,
             each dense and within its storage.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
+    with contextlib.ExitStack() as stack:
+        with _readable(path, name):
+            archive = stack.enter_context(zipfile.ZipFile(path))
             records = _records(archive, path.stat().st_size)
             found = _named(_parse(archive.read(records["data.pkl"])))
             if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
                 raise _Broken("its numbers are big-endian")
             for key, tensor in found.items():
                 _check_bounds(key, tensor, records)
-            check({key: (_STORAGES[tensor.storage.kind][1], tensor.shape) for key, tensor in found.items()})
-            storages = {}
-            for tensor in found.values():
-                record = tensor.storage.record
-                if record not in storages:
-                    # frombuffer refuses to be empty
-                    data = bytearray(archive.read(records[record])) or bytearray(8)
-                    storages[record] = torch.frombuffer(data, dtype=torch.uint8)
-    except OSError as error:
-        raise file_error(error, name, path) from error
-    except FileFormatError:
-        raise
-    except (_Broken, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise FileFormatError(f"{name}: {path} cannot be read as weights: {error}") from error
+        check({key: (_STORAGES[tensor.storage.kind][1], tensor.shape) for key, tensor in found.items()})
+        with _readable(path, name):
+            storages = {record: archive.read(records[record]) for record in {t.storage.record for t in found.values()}}
+    # frombuffer refuses to be empty
+    storages = {key: torch.frombuffer(bytearray(data or bytes(8)), dtype=torch.uint8) for key, data in storages.items()}
     return {
         key: storages[tensor.storage.record]
         .view(_STORAGES[tensor.storage.kind][0])
         .as_strided(tensor.shape, tensor.stride, tensor.offset)
         for key, tensor in found.items()
     }
+
+
+@contextlib.contextmanager
+def _readable(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise file_error(error, name, path) from error
+    except Exception as error:  # zipfile's are of many kinds: BadZipFile, UnicodeDecodeError, NotImplementedError, …
+        raise FileFormatError(f"{name}: {path} cannot be read as weights: {error}") from error
 
 
 def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
@@ -195,9 +198,9 @@ def _parse(data: bytes) -> Any:
                 return stack.pop()
             elif name != "PROTO":
                 raise _Broken("it holds something else than named tensors")
-    except (_Broken, RecursionError, MemoryError):
+    except _Broken:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # cut short, or other values than expected
         raise _Broken(f"data.pkl is damaged: {error}") from error
     raise _Broken("data.pkl is cut short")
 

@@ -152,3 +152,17 @@ def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_an_adapter_goes_from_one_head_to_another(tmp_path):
+    """The decoder has another name in each: ``model``, ``transformer``, or none."""
+    from transformers import Qwen3ForQuestionAnswering
+
+    whole = loud_adapter(patch_model(tiny_model()))
+    save_adapter(whole, tmp_path)
+    answering = patch_model(Qwen3ForQuestionAnswering(whole.config), tmp_path)
+    assert all(name.startswith("transformer.layers.") for name in adapter_state_dict(answering))
+    export_adapter(answering, tmp_path, format="released")
+    decoder = patch_model(tiny_model().model, tmp_path)
+    expected = {key.removeprefix("model."): value for key, value in adapter_state_dict(whole).items()}
+    assert same(adapter_state_dict(decoder), expected)

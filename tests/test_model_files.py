@@ -188,7 +188,8 @@ def train(output, checkpoint=None, model=None, steps=4):
     arguments = TrainingArguments(
         output_dir=output, max_steps=steps, per_device_train_batch_size=2, learning_rate=1.0,
         lr_scheduler_type="constant", save_steps=2, eval_strategy="steps", eval_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="loss", report_to="none", disable_tqdm=True, use_cpu=True, logging_strategy="no",
+        load_best_model_at_end=True, metric_for_best_model="loss", report_to="none", disable_tqdm=True, use_cpu=True,
+        logging_strategy="no",
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=Examples(), eval_dataset=Examples())
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -230,10 +231,16 @@ def test_a_checkpoint_without_an_adapter_leaves_it_and_says_so(tmp_path, caplog)
     assert "holds no adapter" in caplog.text and same(adapter_state_dict(model), before)
 
 
-def test_a_plain_load_state_dict_says_what_is_missing(saved, tmp_path):
+def test_the_backbones_checkpoint_is_loaded_into_a_patched_model(saved, tmp_path, caplog):
     saved.save_pretrained(tmp_path)
-    result = other().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
-    assert len(result.missing_keys) == 27 and not result.unexpected_keys
+    weights, model = load_file(tmp_path / "model.safetensors"), other()
+    adapter = adapter_state_dict(model)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(weights)
+    with caplog.at_level(logging.WARNING, "deltamem_fast"):
+        result = model.load_state_dict(weights, strict=False)
+    assert not result.missing_keys and not result.unexpected_keys and "holds no adapter" in caplog.text
+    assert same(adapter_state_dict(model), adapter) and torch.equal(model.lm_head.weight, saved.lm_head.weight)
 
 
 # --- PEFT

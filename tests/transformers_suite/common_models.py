@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
 
 FAMILY = os.environ["FAMILY"]
@@ -50,7 +51,7 @@ class Tester:
         return self.get_config(), inputs
 
 
-class CommonModelTest(ModelTesterMixin, unittest.TestCase):
+class CommonModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = tuple(getattr(transformers, FAMILY + kind) for kind in KINDS)
     test_resize_embeddings = True
 
