@@ -159,7 +159,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def canonical_name(name: str) -> str:
     """A weight's name without what stands before its decoder's layers.
 
-    A decoder is ``model`` in a language model, ``transformer`` or ``model.language_model`` in others, and nothing alone.
+    A decoder is ``model`` in a language model, ``transformer`` or ``model.language_model`` in others, nothing alone.
     """
     found = re.search(r"(?:^|\.)(layers\.\d+\..*)", name)
     return name.removeprefix("model.") if found is None else found[1]
