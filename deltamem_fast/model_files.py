@@ -26,7 +26,7 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
     Args:
         outer: what was given to ``patch_model``: ``model`` itself, or PEFT's wrapper of it.
     """
-    record.originals["load_state_dict"] = model.load_state_dict
+    record.originals["load_state_dict"] = vars(model).get("load_state_dict")
     record.replace(model, "load_state_dict", types.MethodType(_load_state_dict, model))
     if hasattr(model, "save_pretrained"):
         # The backbone's checkpoint stays one: from_pretrained of the bare class reads it.
@@ -35,13 +35,19 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
         absent = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
         record.replace(model, "_keys_to_ignore_on_load_missing", [*absent, r"(^|\.)delta_memory\."])
         record.replace(model, "_get_files_timestamps", types.MethodType(_get_files_timestamps, model))
-        record.originals["save_pretrained"] = model.save_pretrained
+        record.originals["save_pretrained"] = vars(model).get("save_pretrained")
         record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
     if outer is not model:
-        record.originals["outer_save_pretrained"] = outer.save_pretrained
+        record.originals["outer_save_pretrained"] = vars(outer).get("save_pretrained")
         record.replace(outer, "save_pretrained", types.MethodType(_save_pretrained_of_peft, outer))
-        record.originals["outer_load_adapter"] = outer.load_adapter
+        record.originals["outer_load_adapter"] = vars(outer).get("load_adapter")
         record.replace(outer, "load_adapter", types.MethodType(_load_adapter_of_peft, outer))
+
+
+def _own(module: nn.Module, record: PatchRecord, name: str, prefix: str = ""):
+    """A method as it was before patching: the instance's, or the class's as it is now."""
+    own = record.originals[prefix + name]
+    return types.MethodType(getattr(type(module), name), module) if own is None else own
 
 
 def _keys(record: PatchRecord) -> list[str]:
@@ -64,7 +70,7 @@ def _save_pretrained(self, save_directory, *args, **kwargs):
     Raises:
         ValueError: ``state_dict`` holds a part of the adapter; nothing is written.
     """
-    original = record_of(self).originals["save_pretrained"]
+    original = _own(self, record_of(self), "save_pretrained")
     given = inspect.signature(original).bind_partial(save_directory, *args, **kwargs).arguments
     # Before the model's: it takes the tensors out of the state dict that it writes.
     weights = _weights_to_save(self, given.get("state_dict"))
@@ -111,7 +117,7 @@ def _get_files_timestamps(self, working_dir):
 
 def _save_pretrained_of_peft(self, save_directory, *args, **kwargs):
     """PEFT's own files, and beside them the memory's adapter."""
-    original = record_of(unwrap(self)).originals["outer_save_pretrained"]
+    original = _own(self, record_of(unwrap(self)), "save_pretrained", "outer_")
     result = original(save_directory, *args, **kwargs)
     weights = adapter_state_dict(self)
     if inspect.signature(original).bind_partial(save_directory, *args, **kwargs).arguments.get("is_main_process", True):
@@ -128,7 +134,7 @@ def _load_state_dict(self, state_dict, *args, **kwargs):
     The Trainer does that: then the adapter is loaded too, from the files beside that checkpoint.
     """
     record = record_of(self)
-    result = record.originals["load_state_dict"](state_dict, *args, **kwargs)
+    result = _own(self, record, "load_state_dict")(state_dict, *args, **kwargs)
     keys = set(_keys(record))
     if keys <= set(result.missing_keys):
         if not _restore_trainers(self):
@@ -138,7 +144,7 @@ def _load_state_dict(self, state_dict, *args, **kwargs):
 
 
 def _load_adapter_of_peft(self, *args, **kwargs):
-    result = record_of(unwrap(self)).originals["outer_load_adapter"](*args, **kwargs)
+    result = _own(self, record_of(unwrap(self)), "load_adapter", "outer_")(*args, **kwargs)
     if _trainers_checkpoint() is not None and not _restore_trainers(self):
         _logger.warning("load_adapter: no adapter of the memory is beside PEFT's, so the model's stays as it is")
     return result
