@@ -87,7 +87,7 @@ def run(folder: Path, family: str, patched: bool) -> dict[str, list[str]]:
             "FAMILY": family,
             "PATCHED": "1" if patched else "",
             "OUTCOMES": str(outcomes),
-            "PYTHONPATH": os.pathsep.join(map(str, (HERE, folder, root, root / "kernels"))),
+            "PYTHONPATH": os.pathsep.join([*map(str, (HERE, folder, root, root / "kernels")), *_path()]),
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "CUDA_VISIBLE_DEVICES": "",
@@ -100,6 +100,11 @@ def run(folder: Path, family: str, patched: bool) -> dict[str, list[str]]:
         if done.returncode not in (0, 1) or not outcomes.is_file():
             raise CannotRun(f"{family}: pytest ended with {done.returncode}\n{done.stdout[-5000:]}")
         return json.loads(outcomes.read_text(encoding="utf-8"))
+
+
+def _path() -> list[str]:
+    # Where the caller's own packages come from: another transformers, for one.
+    return [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
 
 
 def counts(found: dict[str, list[str]]) -> str:
