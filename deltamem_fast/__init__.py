@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .config import DeltaMemConfig
     from .errors import DeltaMemError
     from .gates import record_gates
+    from .hub import push_to_hub
     from .operators import WriteResult, forget, ingest, retrieve, revise
     from .patch import layer_paths, patch_model, unpatch_model
     from .record import is_patched, memory_disabled
@@ -45,6 +46,7 @@ _HOMES = {
     "memory_disabled": "record",
     "memory_state": "cache",
     "patch_model": "patch",
+    "push_to_hub": "hub",
     "record_gates": "gates",
     "retrieve": "operators",
     "revise": "operators",
@@ -71,6 +73,7 @@ __all__ = [
     "memory_disabled",
     "memory_state",
     "patch_model",
+    "push_to_hub",
     "record_gates",
     "retrieve",
     "revise",

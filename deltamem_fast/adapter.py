@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,24 +16,38 @@ from torch import nn
 
 from .config import CONFIG_NAME, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from .files import read_tensors, write_atomically
+from .files import Header, check_seal, read_tensors, seal, write_atomically
 from .memory import DeltaMemory
 from .record import identity_of, record_of, unwrap
+from .released_file import read_released
 
 RELEASED_NAME = "delta_mem_adapter.pt"
 SAFETENSORS_NAME = "delta_mem_adapter.safetensors"
 FORMAT = "deltamem-adapter"
 FORMAT_VERSION = 1
 FORMATS = ("safetensors", "released")
+ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_NAME, RELEASED_NAME)
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as a safetensors header names them
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter before it is fitted to a model: its configuration and, unless fresh, its weights by released name."""
+    """An adapter before it is fitted to a model.
+
+    Attributes:
+        config: its configuration.
+        directory: where its weights are, or None: a fresh one.
+        name: for messages.
+    """
 
     config: DeltaMemConfig
-    weights: dict[str, torch.Tensor] | None
+    directory: Path | None
     name: str
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """Its weights by released name, read now; None of a fresh one."""
+        return None if self.directory is None else read_weights(self.directory)
 
 
 def read_adapter(adapter) -> AdapterSource:
@@ -42,6 +59,7 @@ def read_adapter(adapter) -> AdapterSource:
     Raises:
         TypeError: of another type.
         FileNotFoundError: a directory without an adapter, or an id that the hub does not have.
+        ValueError: a broken adapter, as far as its files' headers tell.
     """
     if adapter is None:
         return AdapterSource(DeltaMemConfig(), None, "a fresh adapter")
@@ -53,7 +71,17 @@ def read_adapter(adapter) -> AdapterSource:
         )
     directory = _directory_of(adapter)
     config = DeltaMemConfig.load(directory)
-    return AdapterSource(config, read_weights(directory), str(adapter))
+    with contextlib.suppress(_HeaderRead):
+        read_weights(directory, _stop)
+    return AdapterSource(config, directory, str(adapter))
+
+
+class _HeaderRead(Exception):
+    pass
+
+
+def _stop(header: Header) -> None:
+    raise _HeaderRead
 
 
 def _directory_of(adapter: str | os.PathLike) -> Path:
@@ -67,45 +95,56 @@ def _directory_of(adapter: str | os.PathLike) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, SAFETENSORS_NAME, RELEASED_NAME]))
+        return Path(snapshot_download(name, allow_patterns=list(ADAPTER_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileMissingError(
             f"adapter: got {name!r}, which is no directory here and could not be had from the hub: {error}"
         ) from error
 
 
-def read_weights(directory: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_weights(
+    directory: str | os.PathLike, check: Callable[[Header], None] | None = None
+) -> dict[str, torch.Tensor]:
     """Weights by released name (``model.layers.0.self_attn.memory_q_proj``) from either format.
+
+    Args:
+        check: is given every tensor's dtype and shape before the first is read; raises.
 
     Raises:
         FileNotFoundError: neither file is there.
-        ValueError: a file that is broken, of a newer format, or holds something else than named tensors.
+        ValueError: a file that is damaged, of a newer format, or holds something else than named tensors of floats.
     """
     directory = Path(directory)
     ours, released = directory / SAFETENSORS_NAME, directory / RELEASED_NAME
+
+    def check_all(path: Path, header: Header) -> None:
+        for key, (dtype, _) in header.items():
+            if dtype not in _FLOATS:
+                raise FileFormatError(f"adapter: {path} has {key} of {dtype}, allowed {', '.join(_FLOATS)}")
+        if check is not None:
+            check(header)
+
     if ours.is_file():
-        return _read_safetensors(ours)
+        return _read_safetensors(ours, check_all)
     if not released.is_file():
         raise FileMissingError(f"adapter: {directory} holds neither {SAFETENSORS_NAME} nor {RELEASED_NAME}")
-    try:
-        weights = torch.load(released, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise FileFormatError(f"adapter: {released} cannot be read as weights: {error}") from error
-    if not isinstance(weights, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()
-    ):
-        raise FileFormatError(f"adapter: {released} holds something else than named tensors")
-    return weights
+    return read_released(released, "adapter", lambda header: check_all(released, header))
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    metadata, weights = read_tensors(path, "adapter")
-    version = metadata.get("format_version", "")
-    if metadata.get("format") != FORMAT or not version.isdigit() or not 1 <= int(version) <= FORMAT_VERSION:
-        raise FileFormatError(
-            f"adapter: {path} has format {metadata.get('format')!r} version {version!r}, this version reads "
-            f"{FORMAT!r} 1 to {FORMAT_VERSION}"
-        )
+def _read_safetensors(path: Path, check: Callable[[Path, Header], None]) -> dict[str, torch.Tensor]:
+    def check_all(metadata: Mapping[str, str], header: Header) -> None:
+        version = metadata.get("format_version", "")
+        readable = version.isascii() and version.isdigit() and len(version) < 9 and 1 <= int(version) <= FORMAT_VERSION
+        if metadata.get("format") != FORMAT or not readable:
+            raise FileFormatError(
+                f"adapter: {path} has format {metadata.get('format')!r} version {version!r}, this version reads "
+                f"{FORMAT!r} 1 to {FORMAT_VERSION}"
+            )
+        check(path, header)
+
+    metadata, weights = read_tensors(path, "adapter", check_all)
+    if "sha256" in metadata:  # the first versions wrote none
+        check_seal(path, "adapter", metadata, weights)
     return weights
 
 
@@ -117,46 +156,118 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
-def _canonical(name: str) -> str:
-    # A patched decoder alone, without its language-model head, has no leading "model.".
-    return name.removeprefix("model.")
+def canonical_name(name: str) -> str:
+    """A weight's name without what stands before its decoder's layers.
+
+    A decoder is ``model`` in a language model, ``transformer`` or ``model.language_model`` in others, nothing alone.
+    """
+    found = re.search(r"(?:^|\.)(layers\.\d+\..*)", name)
+    return name.removeprefix("model.") if found is None else found[1]
 
 
-def assign_weights(memories: dict[str, DeltaMemory], source: AdapterSource) -> None:
-    """Copy the weights into freshly built memories, all checked before the first is copied.
+def assign_weights(memories: Mapping[str, DeltaMemory], source: AdapterSource) -> None:
+    """Copy an adapter's weights into memories; ``stage_weights`` checks them all before the first is copied.
 
     Args:
         memories: by attention name, e.g. ``model.layers.0.self_attn``.
 
     Raises:
-        ValueError: a missing or unexpected name, or another shape; the message names both sides.
+        ValueError: as ``stage_weights``; the memories keep their weights.
     """
-    targets = {_canonical(f"{n}.{key}"): p for n, memory in memories.items() for key, p in memory.named_parameters()}
-    weights = {_canonical(key): value for key, value in source.weights.items()}
-    missing, unexpected = sorted(targets.keys() - weights.keys()), sorted(weights.keys() - targets.keys())
+    staged = stage_weights(memories, source)
+    targets = _targets(memories)
+    before = {}
+    with torch.no_grad():
+        try:
+            for key, parameter in targets.items():
+                before[key] = parameter.clone()
+                parameter.copy_(staged[key])
+        except BaseException:  # Ctrl-C, too
+            for key, old in before.items():
+                targets[key].copy_(old)
+            raise
+
+
+def stage_weights(memories: Mapping[str, DeltaMemory], source: AdapterSource) -> dict[str, torch.Tensor]:
+    """An adapter's weights on the CPU, by canonical name, in the dtypes of the memories' parameters.
+
+    Names and shapes are compared by the files' headers, before a tensor is read.
+
+    Args:
+        memories: by attention name; on ``meta``, if only their shapes and dtypes are there yet.
+
+    Raises:
+        ValueError: a missing or unexpected name, another shape, a number that is not finite or that the parameter's
+            dtype cannot hold, a parameter that is sharded; the message names both sides.
+    """
+    targets = _targets(memories)
+    for key, parameter in targets.items():
+        if type(parameter) is not nn.Parameter or not parameter.dtype.is_floating_point:
+            raise ArgumentError(
+                f"model: {key} is a {type(parameter).__name__} of {parameter.dtype}; load the adapter before the "
+                "model is sharded or quantised"
+            )
+    weights = read_weights(source.directory, lambda header: _check_fit(header, targets, source.name))
+    staged = {}
+    for name, value in weights.items():
+        key = canonical_name(name)
+        staged[key] = value.to(targets[key].dtype)
+        if not torch.isfinite(staged[key]).all():
+            finite = bool(torch.isfinite(value).all())
+            what = f"a number that {targets[key].dtype} cannot hold" if finite else "a number that is not finite"
+            raise FileFormatError(f"adapter: {source.name} has {what} in {key}")
+    return staged
+
+
+def _targets(memories: Mapping[str, DeltaMemory]) -> dict[str, nn.Parameter]:
+    found = {canonical_name(f"{n}.{key}"): p for n, memory in memories.items() for key, p in memory.named_parameters()}
+    if len(found) < sum(len(list(memory.parameters())) for memory in memories.values()):
+        raise ArgumentError(f"model: two of its layers have one name after what stands before it: {sorted(memories)}")
+    return found
+
+
+def _check_fit(header: Header, targets: Mapping[str, nn.Parameter], name: str) -> None:
+    shapes = {canonical_name(key): shape for key, (_, shape) in header.items()}
+    if len(shapes) < len(header):
+        raise ArgumentError(f"adapter: {name} has two weights for one layer, with other names before it")
+    missing, unexpected = sorted(targets.keys() - shapes.keys()), sorted(shapes.keys() - targets.keys())
     if missing or unexpected:
         parts = [f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
                  for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]  # fmt: skip
-        raise ArgumentError(f"adapter: {source.name} does not fit the model: of its weights it {' and '.join(parts)}")
+        raise ArgumentError(f"adapter: {name} does not fit the model: of its weights it {' and '.join(parts)}")
     for key, parameter in targets.items():
-        if weights[key].shape != parameter.shape:
+        if shapes[key] != tuple(parameter.shape):
             raise ArgumentError(
-                f"adapter: {source.name} has {key} of shape {list(weights[key].shape)}, the model needs "
-                f"{list(parameter.shape)}"
+                f"adapter: {name} has {key} of shape {list(shapes[key])}, the model needs {list(parameter.shape)}"
             )
-    with torch.no_grad():
-        for key, parameter in targets.items():
-            parameter.copy_(weights[key])
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's weights on the CPU, by released name, in their own dtype."""
-    return {
-        f"{name.removesuffix('.delta_memory')}.{key}": value.detach().cpu().clone()
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, DeltaMemory)
-        for key, value in module.state_dict().items()
-    }
+    """The adapter's weights on the CPU, by released name, in their own dtype.
+
+    Sharded ones are gathered, so that every process has to call it; offloaded ones are fetched.
+    """
+    found = {}
+    for name, attention in record_of(unwrap(model)).attentions.items():
+        # PEFT's modules_to_save puts a wrapper there, which hands attributes on to the copy that it trains.
+        with _weights_here(attention.delta_memory.correct.__self__) as memory:
+            for key, value in memory.state_dict().items():
+                value = value.detach()
+                value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                found[f"{name}.{key}"] = value.cpu().clone()
+    return found
+
+
+@contextlib.contextmanager
+def _weights_here(memory: DeltaMemory) -> Iterator[DeltaMemory]:
+    """Inside, the parameters of a memory that accelerate offloads are where it computes."""
+    if not any(parameter.device.type == "meta" for parameter in memory.parameters()) or not hasattr(memory, "_hf_hook"):
+        yield memory
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(memory):
+        yield memory
 
 
 def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str = "safetensors") -> Path:
@@ -190,6 +301,7 @@ def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Te
             "format_version": str(FORMAT_VERSION),
             "config": json.dumps(config.to_dict()),
         }
+        metadata["sha256"] = seal(metadata, weights)
         write_atomically(directory / SAFETENSORS_NAME, lambda path: save_file(weights, path, metadata), private=False)
     config.save(directory, released=format == "released")
     # One directory holds one adapter: a file of the other format would be an older one.
@@ -211,15 +323,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """
     identity = identity_of(model)
     source = read_adapter(directory)
+    if source.directory is None:
+        raise ArgumentError("adapter: got a configuration, allowed a directory or hub id with weights")
     ours, theirs = identity.config.to_dict(), source.config.to_dict()
     if ours != theirs:
         differing = ", ".join(f"{k} {theirs[k]!r} (the model's: {ours[k]!r})" for k in ours if ours[k] != theirs[k])
         raise ArgumentError(f"adapter: {source.name} has another configuration: {differing}; unpatch and patch again")
-    memories = {
-        name.removesuffix(".delta_memory"): module
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, DeltaMemory)
-    }
+    attentions = record_of(unwrap(model)).attentions
+    memories = {name: attention.delta_memory.correct.__self__ for name, attention in attentions.items()}
+    for name, memory in memories.items():
+        if any(parameter.device.type == "meta" for parameter in memory.parameters()):
+            raise ArgumentError(f"model: the adapter of {name} is offloaded; load the adapter before that")
     before = identity.fingerprints()
     assign_weights(memories, source)
     # Memories made until now go on belonging to the old adapter.

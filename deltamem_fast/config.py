@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,17 @@ from typing import Any
 
 from deltamem_kernels.rule import MAX_RANK, STATE_UPDATE_MODES, DeltaRule
 
-from .errors import ArgumentError, FileFormatError, FileMissingError
-from .files import read_json, write_json
+from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
+from .files import parse_json, read_bytes, write_json
 
 CONFIG_NAME = "delta_mem_config.json"
 FORMAT_VERSION = 1
+# H·r is then at most 4,096: a read has as many numbers as the hidden state of an 8B model, and a layer's states 1 MB.
+MAX_STATE_HEADS = 64
+_MOST_BYTES = 2**20  # of a configuration file; ours has 2 kB
+_MOST_LAYERS = 4096  # entries of target_layers, and indices
+_MOST_NAMES = 64  # of target_modules
+_MOST_FLOAT = 3.4028234663852886e38  # of float32, in which it is computed
 DELTA_HEADS = ("q", "k", "v", "o")
 OUTPUT_INITS = ("zero", "random", "base_slice", "base_slice_fixed")
 GRANULARITIES = ("token", "message_mean", "sentence_mean")
@@ -73,7 +78,7 @@ class DeltaMemConfig:
             ``base_slice_fixed``.
         base_slice_ref_width: columns that ``base_slice_fixed`` takes, at most rank.
         online_gain: their norm, and the factor of ``random``.
-        num_state_heads: H, more than 1 is MSW.
+        num_state_heads: H, 1 to 64; more than 1 is MSW.
         memory_write_granularity: ``token`` (TSW, MSW), ``message_mean`` or ``sentence_mean`` (SSW).
         target_modules: the attention's name in its decoder layer.
         target_layers: layer indices, empty = all.
@@ -114,7 +119,8 @@ class DeltaMemConfig:
             if entry.name != "archived":
                 object.__setattr__(self, entry.name, _typed(entry.name, entry.type, getattr(self, entry.name)))
         _allow("rank", self.rank, 1 <= self.rank <= MAX_RANK, f"1 to {MAX_RANK}")
-        _allow("num_state_heads", self.num_state_heads, self.num_state_heads >= 1, "1 or more")
+        heads = 1 <= self.num_state_heads <= MAX_STATE_HEADS
+        _allow("num_state_heads", self.num_state_heads, heads, f"1 to {MAX_STATE_HEADS}")
         _allow("base_slice_ref_width", self.base_slice_ref_width, self.base_slice_ref_width >= 1, "1 or more")
         _choose("state_update_mode", self.state_update_mode, STATE_UPDATE_MODES)
         _choose("output_init", self.output_init, OUTPUT_INITS)
@@ -123,18 +129,20 @@ class DeltaMemConfig:
         for head in self.delta_heads:
             _choose("delta_heads", head, DELTA_HEADS)
         object.__setattr__(self, "delta_heads", tuple(dict.fromkeys(self.delta_heads)))
+        _allow("target_layers", self.target_layers, len(self.target_layers) <= _MOST_LAYERS, f"{_MOST_LAYERS} at most")
         for layer in self.target_layers:
-            _allow("target_layers", layer, layer >= 0, "layer indices, 0 or more")
-        _allow("target_modules", self.target_modules, len(self.target_modules) > 0, "one name or more")
+            _allow("target_layers", layer, 0 <= layer < _MOST_LAYERS, f"layer indices, 0 to {_MOST_LAYERS - 1}")
+        names = 0 < len(self.target_modules) <= _MOST_NAMES
+        _allow("target_modules", self.target_modules, names, f"1 to {_MOST_NAMES} names")
         _allow("delta_o_rmsnorm_eps", self.delta_o_rmsnorm_eps, self.delta_o_rmsnorm_eps > 0, "more than 0")
         _allow("delta_scale_max", self.delta_scale_max, self.delta_scale_max > 0, "more than 0")
         between = 0 < self.delta_scale_init < self.delta_scale_max
         _allow("delta_scale_init", self.delta_scale_init, between, f"between 0 and {self.delta_scale_max}")
         for key, value in self.archived.items():
             if key not in ARCHIVED:
-                raise ArgumentError(f"{key}: unknown configuration key")
+                raise ArgumentError(f"{str(key)[:200]}: unknown configuration key")
             if _plain(value) != ARCHIVED[key] or isinstance(value, bool) is not isinstance(ARCHIVED[key], bool):
-                raise ArgumentError(f"{key}: archived, got {value!r}, allowed its default {ARCHIVED[key]!r} only")
+                raise ArgumentError(f"{key}: archived, got {_shown(value)}, allowed its default {ARCHIVED[key]!r} only")
 
     @classmethod
     def tsw(cls, **changes) -> DeltaMemConfig:
@@ -195,13 +203,15 @@ class DeltaMemConfig:
             ValueError: an unknown key, an archived key that is not at its default, a value out of range, or a
                 format version that is newer than this code's.
         """
+        if not isinstance(values, dict):
+            raise ArgumentTypeError(f"values: got {type(values).__name__}, allowed a dict of configuration keys")
         values = dict(values)
         version = values.pop("format_version", None)
         if version is None:
             values = _RELEASED_DEFAULTS | values
         elif type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ArgumentError(
-                f"format_version: got {version!r}, this version of deltamem-fast reads 1 to {FORMAT_VERSION}"
+                f"format_version: got {_shown(version)}, this version of deltamem-fast reads 1 to {FORMAT_VERSION}"
             )
         active = {f.name for f in dataclasses.fields(cls)} - {"archived"}
         archived = {key: values.pop(key) for key in list(values) if key not in active}
@@ -219,7 +229,9 @@ class DeltaMemConfig:
         if not path.is_file():
             raise FileMissingError(f"{path}: no such file; an adapter directory holds a {CONFIG_NAME}")
         try:
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(parse_json(read_bytes(path, "adapter", most=_MOST_BYTES), path))
+        except FileFormatError:
+            raise
         except ValueError as error:
             raise FileFormatError(f"{path}: {error}") from error
 
@@ -230,7 +242,16 @@ def _plain(value):
 
 def _allow(name: str, value, condition: bool, allowed: str) -> None:
     if not condition:
-        raise ArgumentError(f"{name}: got {value!r}, allowed {allowed}")
+        raise ArgumentError(f"{name}: got {_shown(value)}, allowed {allowed}")
+
+
+def _shown(value) -> str:
+    """A value in a message: a file may hold an integer of more digits than Python writes, or a list of a million."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _choose(name: str, value, choices) -> None:
@@ -246,8 +267,8 @@ def _typed(name: str, kind: str, value):
         _allow(name, value, isinstance(value, int) and not isinstance(value, bool), "an integer")
         return value
     if kind == "float":
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _allow(name, value, number, "a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _allow(name, value, number and abs(value) <= _MOST_FLOAT, "a finite number that float32 can hold")
         return float(value)
     if kind == "str":
         _allow(name, value, isinstance(value, str), "a string")

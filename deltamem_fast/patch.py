@@ -9,7 +9,7 @@ import types
 import torch
 from torch import nn
 
-from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
+from .adapter import AdapterSource, canonical_name, read_adapter, stage_weights
 from .attention import attention_forward
 from .backends import operations
 from .bridge import enter, leave
@@ -21,6 +21,7 @@ from .errors import ArgumentError, ArgumentTypeError, StateError
 from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
+from .model_files import install_files
 from .paths import LayerPath, LayerWeights, why_generic
 from .record import RECORD, Identity, PatchRecord, decoder_of, find_record, record_disabled, record_of, unwrap
 
@@ -37,8 +38,9 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
             ``numba`` or ``reference``.
 
-    Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
-    nothing of the memory.
+    Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder, or of
+    PEFT's wrapper that was put around a patched model, know nothing of the memory. A wrapper that was there before
+    does: its ``save_pretrained`` writes the adapter beside PEFT's.
 
     Raises:
         ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the
@@ -62,7 +64,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
     record = PatchRecord(identity, decoder, attentions)
     try:
-        _install(model, record, memories)
+        _install(outer, model, record, memories)
     except BaseException:
         _uninstall(model, record)
         raise
@@ -149,25 +151,29 @@ def _shape_of(attention: nn.Module) -> LayerShape:
 
 
 def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:
+    def build(attention: nn.Module, device: torch.device) -> DeltaMemory:
+        dtype = computing_dtype(model, attention.q_proj.weight)
+        return DeltaMemory(
+            source.config, _shape_of(attention), attention.layer_idx, backend, device=device, dtype=dtype
+        )
+
+    staged = None
+    if source.directory is not None:
+        # All of the adapter is read and compared before anything is allocated for it.
+        staged = stage_weights({n: build(a, torch.device("meta")) for n, a in attentions.items()}, source)
     memories = {}
     for name, attention in attentions.items():
-        base = {head: getattr(getattr(attention, f"{head}_proj", None), "weight", None) for head in DELTA_HEADS}
-        weight = base["q"]
-        memory = DeltaMemory(
-            source.config,
-            _shape_of(attention),
-            attention.layer_idx,
-            backend,
-            device=_device_of(attention),
-            dtype=computing_dtype(model, weight),
-        )
-        if source.weights is None:
+        memory = build(attention, _device_of(attention))
+        if staged is None:
+            base = {head: getattr(getattr(attention, f"{head}_proj", None), "weight", None) for head in DELTA_HEADS}
             if source.config.output_init.startswith("base_slice"):
                 _refuse_unreadable(name, base, source.config)
             memory.reset_parameters(base)
+        else:
+            with torch.no_grad():
+                for key, parameter in memory.named_parameters():
+                    parameter.copy_(staged[canonical_name(f"{name}.{key}")])
         memories[name] = memory
-    if source.weights is not None:
-        assign_weights(memories, source)
     return memories
 
 
@@ -208,7 +214,7 @@ def _refuse_unreadable(name: str, base: dict[str, torch.Tensor | None], config: 
 # --- installing
 
 
-def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMemory]) -> None:
+def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMemory]) -> None:
     for name, attention in record.attentions.items():
         attention.add_module("delta_memory", memories[name])
         record.replace(attention, "forward", types.MethodType(attention_forward, attention))
@@ -227,16 +233,11 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
     for name, function in generation_overrides(model).items():
         record.originals[name] = vars(model).get(name)
         record.replace(model, name, types.MethodType(function, model))
-    # A checkpoint of the backbone stays one: the adapter goes beside it, in files of its own.
-    keys = [f"{name}.delta_memory.{key}" for name, m in memories.items() for key in m.state_dict()]
     if hasattr(model, "save_pretrained"):
-        ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
-        record.replace(model, "_keys_to_ignore_on_save", ignored + keys)
         # accelerate must not move a caller's memory: it would write to the copy.
         skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
         record.replace(model, "_skip_keys_device_placement", [*skipped, "memory"])
-        record.originals["save_pretrained"] = model.save_pretrained
-        record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
+    install_files(outer, model, record)
 
 
 def _uninstall(model: nn.Module, record: PatchRecord) -> None:
@@ -385,11 +386,3 @@ def _positional(forward) -> tuple[str, ...]:
     """The arguments of a class's forward that may be given by position, without self."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional)[1:]
-
-
-def _save_pretrained(self, save_directory, *args, **kwargs):
-    """The backbone's own checkpoint, and beside it the adapter (``patch_model(model, save_directory)`` reads it)."""
-    result = self._delta_memory_patch.originals["save_pretrained"](save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        save_adapter(self, save_directory)
-    return result

@@ -18,7 +18,7 @@ from torch import nn
 from deltamem_kernels.layout import HeadLayout, Steering
 
 from .memory import DeltaMemory
-from .packing import PackedRows, fills_its_storage
+from .packing import PackedRows, can_pack, fills_its_storage
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -370,6 +370,8 @@ def why_unpackable(name: str, value, ours: set[int]) -> str:
         return f"{name} is no plain parameter"
     if value.numel() == 0 or not (id(value) in ours or fills_its_storage(value.data)):
         return f"{name} is a view of a storage that others may use"
+    if not can_pack(value.device):
+        return f"{name} is on {value.device}, where rows of one tensor cannot have a storage each"
     return ""
 
 

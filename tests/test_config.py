@@ -61,7 +61,18 @@ def test_archived_keys_are_kept():
         ({"delta_heads": ["x"]}, "delta_heads: got 'x', allowed q, k, v, o"),
         ({"delta_heads": "qo"}, "delta_heads: got 'qo', allowed a list"),
         ({"alpha": float("nan")}, "alpha: got nan"),
-        ({"num_state_heads": 0}, "num_state_heads: got 0"),
+        ({"num_state_heads": 0}, "num_state_heads: got 0, allowed 1 to 64"),
+        ({"num_state_heads": 65}, "num_state_heads: got 65, allowed 1 to 64"),
+        ({"num_state_heads": 10**400}, "num_state_heads: got 1000"),
+        ({"rank": 10**5000}, "rank: got a int that is too large to show"),
+        ({"alpha": 10**400}, "alpha: got 1000"),
+        ({"alpha": 1e39}, "alpha: got 1e.39, allowed a finite number that float32 can hold"),
+        ({"target_layers": list(range(10**6))}, "target_layers: got (0, 1, 2"),
+        ({"target_layers": [10**400]}, "target_layers: got 1000"),
+        ({"target_layers": [True]}, "target_layers: got .True., allowed a list of int"),
+        ({"target_modules": ["x"] * 65}, "target_modules: got ('x'"),
+        ({"latent_memory_layers": list(range(10**6))}, "latent_memory_layers: archived, got .0, 1"),
+        ({"x" * 10**6: 1}, "x{200}: unknown configuration key"),
         ({"delta_scale_init": 3.0}, "delta_scale_init: got 3.0, allowed between 0 and 2.0"),
         ({"normalize_qk": "yes"}, "normalize_qk: got 'yes', allowed true or false"),
         ({"format_version": 2}, "format_version: got 2"),
@@ -70,6 +81,20 @@ def test_archived_keys_are_kept():
 def test_bad_values_are_refused_by_name(values, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         DeltaMemConfig.from_dict(values)
+
+
+def test_messages_are_short_and_other_types_are_named():
+    with pytest.raises(ValueError) as caught:
+        DeltaMemConfig.from_dict({"target_layers": list(range(10**6))})
+    assert len(str(caught.value)) < 400
+    with pytest.raises(TypeError, match="values: got list, allowed a dict"):
+        DeltaMemConfig.from_dict([1])
+
+
+def test_a_large_file_is_not_read(tmp_path):
+    (tmp_path / CONFIG_NAME).write_text(" " * 2**20 + "{}")
+    with pytest.raises(ValueError, match=f"{CONFIG_NAME}: has 1,048,578 bytes, allowed at most 1,048,576"):
+        DeltaMemConfig.load(tmp_path)
 
 
 def test_presets():

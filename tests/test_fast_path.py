@@ -165,17 +165,19 @@ def storage(parameter):
 
 
 def is_packed(model):
-    """Whether q, k, v and the memory's rows of every layer lie in one storage."""
+    """Whether q, k, v and the memory's rows of every layer lie one behind another."""
     found = []
     for layer in model.model.layers:
         attention = layer.self_attn
         memory = attention.delta_memory
-        parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight, memory.memory_q_proj]
-        found.append(len({storage(p) for p in (*parts, memory.beta_proj)}) == 1)
+        parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+        parts += [memory.memory_q_proj, memory.memory_k_proj, memory.memory_v_proj, memory.beta_proj]
+        ends = [part.data_ptr() + part.nbytes for part in parts]
+        found.append(ends[:-1] == [part.data_ptr() for part in parts[1:]])
     return all(found)
 
 
-def test_weights_are_views_of_one_storage_without_extra_memory():
+def test_weights_lie_in_one_tensor_without_extra_memory():
     model = tiny_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     sizes = sum({storage(p): p.untyped_storage().nbytes() for p in model.parameters()}.values())
@@ -184,6 +186,10 @@ def test_weights_are_views_of_one_storage_without_extra_memory():
     adapter = sum(p.numel() * 4 for n, p in model.named_parameters() if "delta_memory" in n)
     packed = sum({storage(p): p.untyped_storage().nbytes() for p in model.parameters()}.values())
     assert packed == sizes + adapter
+    # For whoever looks, each has a storage of its own.
+    storages = [p.untyped_storage() for p in model.parameters()]
+    assert len({s.data_ptr() for s in storages}) == len(storages)
+    assert all(s.nbytes() == p.nbytes and p.storage_offset() == 0 for s, p in zip(storages, model.parameters()))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k in before)
     unpatch_model(model)
     assert sum({storage(p): p.untyped_storage().nbytes() for p in model.parameters()}.values()) == sizes

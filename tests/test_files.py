@@ -2,6 +2,8 @@
 
 import json
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +154,33 @@ def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+def test_an_adapter_goes_from_one_head_to_another(tmp_path):
+    """The decoder has another name in each: ``model``, ``transformer``, or none."""
+    from transformers import Qwen3ForQuestionAnswering
+
+    whole = loud_adapter(patch_model(tiny_model()))
+    save_adapter(whole, tmp_path)
+    answering = patch_model(Qwen3ForQuestionAnswering(whole.config), tmp_path)
+    assert all(name.startswith("transformer.layers.") for name in adapter_state_dict(answering))
+    export_adapter(answering, tmp_path, format="released")
+    decoder = patch_model(tiny_model().model, tmp_path)
+    expected = {key.removeprefix("model."): value for key, value in adapter_state_dict(whole).items()}
+    assert same(adapter_state_dict(decoder), expected)
+
+
+@pytest.mark.parametrize("name", ("ours", "released"))
+def test_adapters_written_by_the_version_before_are_read(name, tmp_path):
+    made = runpy.run_path(str(Path(__file__).parent / "written_before" / "adapters" / "make.py"))
+    expected = patch_model(made["model"](), made["config"]())
+    made["fill"](expected.model.layers[1].self_attn.delta_memory)
+    model = patch_model(made["model"](), made["HERE"] / name)
+    assert same(adapter_state_dict(model), adapter_state_dict(expected))
+    assert DeltaMemConfig.load(made["HERE"] / name) == made["config"]()
+    other = patch_model(made["model"](), made["config"]())
+    load_adapter(other, made["HERE"] / name)
+    assert same(adapter_state_dict(other), adapter_state_dict(expected))
+    # And what is written now has the same tensors.
+    export_adapter(model, tmp_path, made["FORMATS"][name])
+    assert same(read_weights(tmp_path), read_weights(made["HERE"] / name))

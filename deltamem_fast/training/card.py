@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from ..card import front_matter
 from ..config import DeltaMemConfig
 from ..version import __version__
 from .checkpoints import Run
@@ -13,17 +12,19 @@ from .lengths import Checked
 _LEFT_OUT = frozenset("output resume keep workers report_to cpu progress save_every evaluate_every".split())
 
 
-def model_card(run: Run, checked: Checked, steps: int, evaluation: dict[str, dict[str, float]]) -> str:
-    """What an adapter is and how it was trained, as Markdown."""
+def model_card(
+    run: Run, base_model: str | None, checked: Checked, steps: int, evaluation: dict[str, dict[str, float]]
+) -> str:
+    """What an adapter is and how it was trained, as Markdown.
+
+    Args:
+        base_model: the backbone's hub id, or None: it has none.
+    """
     default = DeltaMemConfig().to_dict()
     config = {name: value for name, value in run.adapter.items() if name in _SHOWN or value != default[name]}
     options = {name: value for name, value in run.options.items() if name not in _LEFT_OUT}
     lines = [
-        "---",
-        "library_name: deltamem-fast",
-        f"base_model: {run.model}",
-        "---",
-        "",
+        *front_matter(base_model),
         "# A δ-mem adapter",
         "",
         f"An online memory for {run.model}, trained for {steps:,} steps of {run.episodes_a_step} episodes with "
@@ -44,7 +45,7 @@ def model_card(run: Run, checked: Checked, steps: int, evaluation: dict[str, dic
     if evaluation:
         lines += ["", "| held-out file | loss of the answers | without memory |", "| --- | --- | --- |"]
         for name, found in evaluation.items():
-            lines.append(f"| {Path(name).name} | {found['loss']:.4f} | {found['no_memory_loss']:.4f} |")
+            lines.append(f"| {name} | {found['loss']:.4f} | {found['no_memory_loss']:.4f} |")
     return "\n".join(lines) + "\n"
 
 

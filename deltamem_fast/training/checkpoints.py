@@ -39,8 +39,9 @@ class Run:
     options: dict[str, Any]
 
     def save(self, directory: Path) -> None:
-        """Write ``training.json``."""
-        write_json(directory / RUN_NAME, vars(self), private=False)
+        """Write ``training.json``; it lies beside what is published, so that it has no paths of this machine."""
+        options = {name: value for name, value in self.options.items() if name not in ("output", "resume")}
+        write_json(directory / RUN_NAME, vars(self) | {"options": options}, private=False)
 
     def check(self, directory: Path) -> None:
         """Raise ValueError if the run in ``directory`` is another one; names what differs."""

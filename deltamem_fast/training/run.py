@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from ..adapter import AdapterSource, load_adapter, read_adapter
+from ..card import hub_id, short_names
 from ..errors import ArgumentError
 from ..files import write_text
 from ..fingerprint import backbone_name
@@ -101,12 +102,16 @@ def train(
         run.check(checkpoint.parent)
     build = partial(build_episode, tokenizer, source.config)
     checked = _checked(files, build, options, "data", options.kinds)
+    # What is written has the files' names without their folders; the result goes by what was given.
+    paths = dict(zip(short_names(evaluate), map(str, evaluate)))
     held_out = {
-        str(path): _checked(ExampleFiles([path], options.visible_turns), build, options, str(path)) for path in evaluate
+        name: _checked(ExampleFiles([path], options.visible_turns), build, options, path)
+        for name, path in paths.items()
     }
     set_seed(options.seed)
     _prepare(model, adapter, source, checkpoint, backend, options)
-    return _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
+    result = _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
+    return replace(result, evaluation={paths[name]: found for name, found in result.evaluation.items()})
 
 
 def _check_installed(options: TrainingOptions) -> None:
@@ -166,7 +171,7 @@ def _prepare(model, adapter, source: AdapterSource, checkpoint: Path | None, bac
     prepare_for_training(model)
     if checkpoint is not None:
         load_adapter(model, checkpoint)
-    elif source.weights is not None:
+    elif source.directory is not None:
         load_adapter(model, adapter)  # once more: patching has rounded it to the backbone's dtype
     if options.gradient_checkpointing:
         enable_checkpointing(unwrap(model), options.reentrant)
@@ -236,7 +241,8 @@ def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
     if trainer.is_world_process_zero():
         _draw(output)
         if not stop.stopped:
-            card = model_card(run, checked, steps_done, evaluation)
+            base = hub_id(getattr(unwrap(model).config, "_name_or_path", None))
+            card = model_card(run, base, checked, steps_done, evaluation)
             write_text(output / "README.md", card, private=False)
     trainer.accelerator.wait_for_everyone()
     interrupted_at = output / f"checkpoint-{steps_done}" if stop.stopped else None

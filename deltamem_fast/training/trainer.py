@@ -13,10 +13,9 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..adapter import write_adapter
+from ..adapter import adapter_state_dict, write_adapter
 from ..errors import ArgumentError
 from ..gates import GateRecord
-from ..memory import DeltaMemory
 from ..record import identity_of, unwrap
 from ..state import MemoryState
 from .checkpoints import mark_whole, unmark
@@ -228,7 +227,7 @@ class DeltaMemTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, in float32, with its configuration; every process has to call it."""
-        weights = adapter_weights(self.backbone)
+        weights = adapter_state_dict(self.backbone)
         if self.args.should_save:
             directory = self.args.output_dir if output_dir is None else output_dir
             write_adapter(directory, identity_of(self.backbone).config, weights, "safetensors")
@@ -247,18 +246,6 @@ class DeltaMemTrainer(Trainer):
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
-
-
-def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter of a patched model by released name, on the CPU; sharded ones gathered, so all processes call it."""
-    weights = {}
-    for name, module in unwrap(model).named_modules():
-        if isinstance(module, DeltaMemory):
-            for key, parameter in module.named_parameters():
-                value = parameter.detach()
-                value = value.full_tensor() if hasattr(value, "full_tensor") else value
-                weights[f"{name.removesuffix('.delta_memory')}.{key}"] = value.cpu()
-    return weights
 
 
 def flat(entry: dict) -> dict[str, float]:

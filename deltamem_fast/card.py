@@ -1,0 +1,63 @@
+"""The README.md that stands beside an adapter: what the hub reads of it, and names without paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import DeltaMemConfig
+from .version import __version__
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CACHED = re.compile(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]")
+
+
+def hub_id(name: str | os.PathLike | None) -> str | None:
+    """The hub id (owner/name) that a model was loaded by, from what was given for it; None if that was a path."""
+    name = os.fspath(name or "")
+    cached = _CACHED.search(name)
+    if cached is not None:  # a path into the hub's cache
+        return f"{cached[1]}/{cached[2]}"
+    return name if _ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def front_matter(base_model: str | None) -> list[str]:
+    """The lines in front of a card, which the hub reads; ``base_model`` is a hub id or left out."""
+    base = [] if base_model is None else [f"base_model: {base_model}"]
+    return ["---", "library_name: deltamem-fast", *base, "tags:", "- delta-mem", "---", ""]
+
+
+def adapter_card(config: DeltaMemConfig, base_model: str | None, repo_id: str) -> str:
+    """What an adapter is and how it is loaded, as Markdown."""
+    values = config.to_dict()
+    names = ("rank", "alpha", "num_state_heads", "memory_write_granularity", "delta_heads", "state_update_mode")
+    lines = [
+        *front_matter(base_model),
+        "# A δ-mem adapter",
+        "",
+        f"An online memory{f' for {base_model}' if base_model else ''}, uploaded with deltamem-fast {__version__}.",
+        "",
+        "```python",
+        "from deltamem_fast import patch_model",
+        "",
+        f'patch_model(model, "{repo_id}")',
+        "```",
+        "",
+        "| configuration | |",
+        "| --- | --- |",
+        *(f"| {name} | {values[name]} |" for name in names),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Each file's own name, with as many of the folders above it as tell all of them apart."""
+    parts = [Path(path).absolute().parts for path in paths]
+    longest = max(map(len, parts), default=0)
+    for count in range(1, longest + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    return [str(Path(path)) for path in paths]

@@ -1,0 +1,186 @@
+"""What a patched model is saved and loaded with by others: save_pretrained, push_to_hub, transformers' Trainer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .adapter import ADAPTER_FILES, adapter_state_dict, load_adapter, write_adapter
+from .config import CONFIG_NAME
+from .errors import ArgumentError
+from .record import PatchRecord, identity_of, record_of, unwrap
+
+_logger = logging.getLogger("deltamem_fast")
+
+
+def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> None:
+    """Have the adapter saved and loaded beside the backbone's checkpoint, in files of its own.
+
+    Args:
+        outer: what was given to ``patch_model``: ``model`` itself, or PEFT's wrapper of it.
+    """
+    record.originals["load_state_dict"] = vars(model).get("load_state_dict")
+    record.replace(model, "load_state_dict", types.MethodType(_load_state_dict, model))
+    if hasattr(model, "save_pretrained"):
+        # The backbone's checkpoint stays one: from_pretrained of the bare class reads it.
+        ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
+        record.replace(model, "_keys_to_ignore_on_save", ignored + _keys(record))
+        absent = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        record.replace(model, "_keys_to_ignore_on_load_missing", [*absent, r"(^|\.)delta_memory\."])
+        record.replace(model, "_get_files_timestamps", types.MethodType(_get_files_timestamps, model))
+        record.originals["save_pretrained"] = vars(model).get("save_pretrained")
+        record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
+    if outer is not model:
+        record.originals["outer_save_pretrained"] = vars(outer).get("save_pretrained")
+        record.replace(outer, "save_pretrained", types.MethodType(_save_pretrained_of_peft, outer))
+        record.originals["outer_load_adapter"] = vars(outer).get("load_adapter")
+        record.replace(outer, "load_adapter", types.MethodType(_load_adapter_of_peft, outer))
+
+
+def _own(module: nn.Module, record: PatchRecord, name: str, prefix: str = ""):
+    """A method as it was before patching: the instance's, or the class's as it is now."""
+    own = record.originals[prefix + name]
+    return types.MethodType(getattr(type(module), name), module) if own is None else own
+
+
+def _keys(record: PatchRecord) -> list[str]:
+    """The adapter's names in the model's state dict."""
+    return [
+        f"{name}.delta_memory.{key}"
+        for name, attention in record.attentions.items()
+        for key in attention.delta_memory.state_dict()
+    ]
+
+
+# --- saving
+
+
+def _save_pretrained(self, save_directory, *args, **kwargs):
+    """The backbone's own checkpoint, and beside it the adapter (``patch_model(model, save_directory)`` reads it).
+
+    The adapter's weights are those of ``state_dict``, where one is given.
+
+    Raises:
+        ValueError: ``state_dict`` holds a part of the adapter; nothing is written.
+    """
+    original = _own(self, record_of(self), "save_pretrained")
+    given = inspect.signature(original).bind_partial(save_directory, *args, **kwargs).arguments
+    # Before the model's: it takes the tensors out of the state dict that it writes.
+    weights = _weights_to_save(self, given.get("state_dict"))
+    writes = _writes_here(self, given.get("is_main_process", True)) and weights is not None
+    pushes = given.get("push_to_hub", False)
+    config = identity_of(self).config
+    if writes and pushes:  # its end uploads the directory
+        write_adapter(save_directory, config, weights, "safetensors")
+    result = original(save_directory, *args, **kwargs)
+    if writes and not pushes:
+        write_adapter(save_directory, config, weights, "safetensors")
+    return result
+
+
+def _writes_here(model: nn.Module, is_main_process: bool) -> bool:
+    # Of a model that transformers has sharded, one process writes, whatever the caller says.
+    decide = getattr(model, "should_save_on_this_rank", None)
+    return is_main_process if decide is None else decide(is_main_process)
+
+
+def _weights_to_save(model: nn.Module, state_dict: dict | None) -> dict[str, torch.Tensor] | None:
+    """The adapter's weights by released name; None: the given state dict has none of them."""
+    if state_dict is None:
+        return adapter_state_dict(model)
+    keys = _keys(record_of(model))
+    found = {key.replace(".delta_memory.", "."): state_dict[key] for key in keys if key in state_dict}
+    if not found:
+        _logger.warning("save_pretrained: the given state_dict holds no adapter, so none is written")
+        return None
+    if len(found) < len(keys):
+        missing = [key for key in keys if key not in state_dict]
+        raise ArgumentError(
+            f"state_dict: lacks {len(missing)} of the adapter's {len(keys)} weights ({', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}); allowed all of them, or none"
+        )
+    return found
+
+
+def _get_files_timestamps(self, working_dir):
+    # What has been in the directory since before it is written is not uploaded; the adapter always is.
+    found = type(self)._get_files_timestamps(self, working_dir)
+    return {name: time for name, time in found.items() if name not in ADAPTER_FILES}
+
+
+def _save_pretrained_of_peft(self, save_directory, *args, **kwargs):
+    """PEFT's own files, and beside them the memory's adapter."""
+    original = _own(self, record_of(unwrap(self)), "save_pretrained", "outer_")
+    result = original(save_directory, *args, **kwargs)
+    weights = adapter_state_dict(self)
+    if inspect.signature(original).bind_partial(save_directory, *args, **kwargs).arguments.get("is_main_process", True):
+        write_adapter(save_directory, identity_of(self).config, weights, "safetensors")
+    return result
+
+
+# --- loading
+
+
+def _load_state_dict(self, state_dict, *args, **kwargs):
+    """``load_state_dict``; the adapter is not missing where ``strict=False`` loads the backbone's own checkpoint.
+
+    The Trainer does that: then the adapter is loaded too, from the files beside that checkpoint.
+    """
+    record = record_of(self)
+    result = _own(self, record, "load_state_dict")(state_dict, *args, **kwargs)
+    keys = set(_keys(record))
+    if keys <= set(result.missing_keys):
+        if not _restore_trainers(self):
+            _logger.warning("load_state_dict: the state dict holds no adapter, so the model's stays as it is")
+        result.missing_keys[:] = [key for key in result.missing_keys if key not in keys]
+    return result
+
+
+def _load_adapter_of_peft(self, *args, **kwargs):
+    result = _own(self, record_of(unwrap(self)), "load_adapter", "outer_")(*args, **kwargs)
+    if _trainers_checkpoint() is not None and not _restore_trainers(self):
+        _logger.warning("load_adapter: no adapter of the memory is beside PEFT's, so the model's stays as it is")
+    return result
+
+
+def _restore_trainers(model: nn.Module) -> bool:
+    """Load the adapter of the checkpoint that transformers' Trainer is just restoring the model from, if it has one."""
+    directory = _trainers_checkpoint()
+    if directory is None:
+        return False
+    if not (Path(directory) / CONFIG_NAME).is_file():
+        return False
+    load_adapter(model, directory)
+    return True
+
+
+def _trainers_checkpoint() -> str | os.PathLike | None:
+    """The directory that the Trainer, further up the stack, is loading a model's weights from.
+
+    It reads the weights itself and gives the model a state dict; nothing that a model can see tells where from.
+    """
+    if "transformers.trainer" not in sys.modules:
+        return None
+    from transformers import Trainer
+    from transformers.trainer_utils import load_sharded_checkpoint
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        code, values = frame.f_code, frame.f_locals
+        first, second = (*code.co_varnames[: code.co_argcount], "", "")[:2]
+        if code is load_sharded_checkpoint.__code__:  # (model, folder, …)
+            return values[second]
+        if isinstance(values.get(first), Trainer):
+            if code.co_name == "_load_from_checkpoint":  # (self, resume_from_checkpoint, …)
+                return values[second]
+            if code.co_name == "_load_best_model":
+                return values[first].state.best_model_checkpoint
+        frame = frame.f_back
+    return None
