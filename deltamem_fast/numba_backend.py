@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
@@ -15,6 +16,7 @@ from .numba_loops import BLOCK, loops
 
 # The loops read and write float32, whatever PyTorch's default dtype and device are just now.
 _FLOAT = {"dtype": torch.float32, "device": "cpu"}
+_UNWANTED = np.zeros((0, 0), np.uint8)  # nobody asks which tokens were written
 
 
 def _flags(rule: DeltaRule) -> tuple:
@@ -239,7 +241,7 @@ def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Te
     loops(rule.rank).scan_rows(
         _array(_floats(projections[:, None])), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)[:, None]),
         _array(work), _array(slots), *_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
-        _array(torch.empty(batch, 0, dtype=torch.uint8, device="cpu")),
+        _UNWANTED,
     )  # fmt: skip
     if work is not state:
         state.copy_(work)

@@ -163,6 +163,66 @@ def _copy(source, target):
 
 
 @njit(inline="always")
+def _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at):
+    """Token t of a block, in all heads: reads[n, at] and the state, work [H, j, i]."""
+    for h in range(heads):
+        base = h * rank
+        # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
+        for i in range(rank):
+            read, predicted = _ZERO, _ZERO
+            for j in range(rank):
+                read = fma(work[h, j, i], q[t, base + j], read)
+                predicted = fma(work[h, j, i], k[t, base + j], predicted)
+            reads[n, at, base + i] = read
+            b = beta[t, base + i]
+            erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
+            column[i] = fma(b, rows[t, 2 * heads * rank + base + i], -(erase * predicted))
+        for j in range(rank):
+            k_j = k[t, base + j]
+            for i in range(rank):
+                work[h, j, i] = fma(keep[t, base + i], work[h, j, i], column[i] * k_j)
+
+
+@njit(inline="always")
+def _save(work, saved, n, place):
+    """saved[n, place] = the state, work [H, j, i]."""
+    for h in range(work.shape[0]):
+        for i in range(work.shape[1]):
+            for j in range(work.shape[1]):
+                saved[n, place, h, i, j] = work[h, j, i]
+
+
+@njit(**_PART)
+def _look_at_each(
+    rank, heads, mode, rows, mask, q, k, beta, keep, column, work, before, reads, every, saved, says, written, n, first
+):  # fmt: skip
+    """A block of tokens, with a look at the state after each; returns how many were left out.
+
+    One that would leave NaN or Inf in any head is written in none, and reads 0.
+    """
+    left_out = 0
+    for t in range(rows.shape[0]):
+        at = first + t
+        present = mask[n, at] != 0
+        valid = present and _finite(rows[t])
+        if valid:
+            _copy(work, before)
+            _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
+            if not _finite(work):
+                _copy(before, work)
+                valid = False
+        if not valid:
+            for i in range(heads * rank):
+                reads[n, at, i] = _ZERO
+        left_out += present and not valid
+        if says:
+            written[n, at] = valid
+        if every > 0 and (at + 1) % every == 0:
+            _save(work, saved, n, (at + 1) // every - 1)
+    return left_out
+
+
+@njit(inline="always")
 def scan_sequences(
     rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
     skipped, written, done,
@@ -220,52 +280,29 @@ def scan_sequences(
             # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
             all_finite = _finite(rows)
             _copy(work, block_start)
-            for looks in (False, True):
-                left_out = 0
+            left_out = 0
+            for t in range(count):
+                at = first + t
+                valid = mask[n, at] != 0
+                if valid and not all_finite and not _finite(rows[t]):
+                    left_out += 1
+                    valid = False
+                if not valid:
+                    for i in range(width):
+                        reads[n, at, i] = _ZERO
+                else:
+                    _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
+                if every > 0 and (first + t + 1) % every == 0:
+                    _save(work, saved, n, (first + t + 1) // every - 1)
+            if says:
                 for t in range(count):
-                    at = first + t
-                    valid = mask[n, at] != 0
-                    if valid and not all_finite and not _finite(rows[t]):
-                        left_out += 1
-                        valid = False
-                    if not valid:
-                        for i in range(width):
-                            reads[n, at, i] = _ZERO
-                    else:
-                        if looks:
-                            _copy(work, token_start)
-                        for h in range(heads):
-                            base = h * rank
-                            # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
-                            for i in range(rank):
-                                read, predicted = _ZERO, _ZERO
-                                for j in range(rank):
-                                    read = fma(work[h, j, i], q[t, base + j], read)
-                                    predicted = fma(work[h, j, i], k[t, base + j], predicted)
-                                reads[n, at, base + i] = read
-                                b = beta[t, base + i]
-                                erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
-                                column[i] = fma(b, rows[t, 2 * width + base + i], -(erase * predicted))
-                            for j in range(rank):
-                                k_j = k[t, base + j]
-                                for i in range(rank):
-                                    work[h, j, i] = fma(keep[t, base + i], work[h, j, i], column[i] * k_j)
-                        if looks and not _finite(work):
-                            _copy(token_start, work)
-                            for i in range(width):
-                                reads[n, at, i] = _ZERO
-                            left_out += 1
-                            valid = False
-                    if says:
-                        written[n, at] = valid
-                    if every > 0 and (first + t + 1) % every == 0:
-                        for h in range(heads):
-                            for i in range(rank):
-                                for j in range(rank):
-                                    saved[n, (first + t + 1) // every - 1, h, i, j] = work[h, j, i]
-                if looks or _finite(work):
-                    break
+                    written[n, first + t] = mask[n, first + t] != 0 and (all_finite or _finite(rows[t]))
+            if not _finite(work):
                 _copy(block_start, work)
+                left_out = _look_at_each(
+                    rank, heads, mode, rows, mask, q, k, beta, keep, column, work, token_start, reads, every, saved,
+                    says, written, n, first,
+                )  # fmt: skip
             skipped[slot] += left_out
             if done:
                 publish(done + 8 * n, first + count)
