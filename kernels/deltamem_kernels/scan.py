@@ -357,11 +357,11 @@ def repair_kernel(
     on; the state lies in ``final`` meanwhile. HAS_FLAGS: what a token is found to be is noted there, too."""
     sequence = tl.program_id(0)
     p_final = final_ptr + sequence.to(tl.int64) * (HEADS * RANK * RANK)
-    nothing = tl.zeros([BLOCK], tl.float32)
+    last = tl.zeros([BLOCK], tl.float32)
     for first in range(0, HEADS * RANK * RANK, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        nothing += tl.load(p_final + o, mask=o < HEADS * RANK * RANK, other=0.0) * 0.0
-    broken = tl.sum(nothing, axis=0) != 0.0
+        last += tl.load(p_final + o, mask=o < HEADS * RANK * RANK, other=0.0) * 0.0
+    broken = tl.sum(last, axis=0) != 0.0
     if IS_CHUNKED:
         broken = broken | (tl.load(skipped_ptr + sequence) >= BROKEN)
     if broken:
