@@ -64,6 +64,7 @@ class MemoryCall:
         self.projections = projections
         self.fed = fed
         self.held = held
+        self._unmasked: torch.Tensor | None = None
         self.records = gates is not None or projections is not None
         # Whether tokens may be read, or read and written, where the state lies; but for that state itself.
         # Never by what is recorded: recording changes no bit.
@@ -95,6 +96,26 @@ class MemoryCall:
             self.fed.tokens = self.held
         if self.initial and not self.frozen and self.state is not None:
             self.state.interrupt(error)
+
+    def leave_out(self, finite: torch.Tensor) -> None:
+        """Mask tokens that are not ``finite``, bool [B, T]; the mask of before tells what is to be counted."""
+        self._unmasked = self.token_mask
+        self.token_mask = finite if self.token_mask is None else self.token_mask & finite
+
+    def count_left_out(self, finite: torch.Tensor) -> None:
+        """Add the tokens that ``leave_out`` has masked to every layer's count of those that were not written."""
+        if self.frozen:
+            return
+        lost = ~finite if self._unmasked is None else self._unmasked & ~finite
+        if self.segment_ids is not None:
+            lost = lost & (self.segment_ids >= 0)
+        if self.cu_seqlens is None:
+            counts = lost.sum(1, dtype=torch.int32)
+        else:
+            before = torch.nn.functional.pad(lost.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+            counts = before[self.cu_seqlens[1:].long()] - before[self.cu_seqlens[:-1].long()]
+        for layer in self.initial:
+            self.state._count(layer, counts.to(self.state[layer].device))
 
     def keep(self, layer: int, projections: torch.Tensor) -> None:
         """Keep a layer's raw projections [B, T, W], if they were asked for."""
@@ -162,7 +183,7 @@ def _advance(
         means, present, skipped = segment_means(projections, call.segment_ids, mask)
         gates = None if call.gates is None else gate_sums(means, gate_bias, rule, present)
         out = ops.scan(means, gate_bias, initial, rule, mask=present)
-        return _commit(call, layer, first_run, reads, out.state, skipped, gates)
+        return _commit(call, layer, first_run, reads, out.state, skipped + out.skipped, gates)
 
     if projections.shape[1] == 1 and call.steps(layer):
         call.count_gates(layer, projections, gate_bias, rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 
 from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
@@ -15,6 +16,7 @@ from .numba_loops import BLOCK, loops
 
 # The loops read and write float32, whatever PyTorch's default dtype and device are just now.
 _FLOAT = {"dtype": torch.float32, "device": "cpu"}
+_UNWANTED = np.zeros((0, 0), np.uint8)  # nobody asks which tokens were written
 
 
 def _flags(rule: DeltaRule) -> tuple:
@@ -52,13 +54,15 @@ def _start(state, slots, sequences: int, rule: DeltaRule) -> torch.Tensor:
     return torch.where((slots >= 0)[:, None, None, None], rows, 0.0).contiguous()
 
 
-def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -> tuple[torch.Tensor, ...]:
+def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, says=False) -> tuple[torch.Tensor, ...]:
+    """Reads, final states, skipped, saved states and, if it ``says`` so, which tokens were written, bool [B, T]."""
     batch, length = projections.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     final = _start(state, slots, sequences, rule)
     mask = _mask_of(projections, mask)
     reads = torch.empty(batch, length, rule.read_width, **_FLOAT)
     skipped = torch.zeros(sequences, dtype=torch.int32, device="cpu")
+    written = torch.zeros(batch, length if says else 0, dtype=torch.uint8, device="cpu")
     inputs, bias = _floats(projections), _floats(gate_bias)
     places = torch.arange(sequences, device="cpu")
     if slots is not None:
@@ -69,9 +73,9 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -
         saved = torch.empty(batch, per_row, *shape, **_FLOAT)
         run(
             _array(inputs), _array(bias), _array(mask), _array(final), _array(places), *_flags(rule), every,
-            _array(reads), _array(saved), _array(skipped),
+            _array(reads), _array(saved), _array(skipped), _array(written),
         )  # fmt: skip
-        return reads, final, skipped, saved
+        return reads, final, skipped, saved, written.view(torch.bool)
     bounds = cu_seqlens.tolist()
     reference.check_bounds(bounds, length)
     saved = torch.zeros(per_row, *shape, **_FLOAT)
@@ -82,9 +86,10 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every) -
         run(
             _array(inputs[:, tokens]), _array(bias), _array(mask[:, tokens]), _array(final), _array(places[i : i + 1]),
             *_flags(rule), every, _array(reads[:, tokens]), _array(saved[None, first : first + count]), _array(skipped),
+            _array(written[:, tokens]),
         )  # fmt: skip
         first += count
-    return reads, final, skipped, saved
+    return reads, final, skipped, saved, written.view(torch.bool)
 
 
 def _rule(rank, heads, update_mode, row_gates, coupled, normalize) -> DeltaRule:
@@ -96,9 +101,9 @@ def _scan_op(
     projections: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, update_mode: str,
     row_gates: bool, coupled: bool, normalize: bool, every: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
-    return _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every)
+    return _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, says=True)
 
 
 @_scan_op.register_fake
@@ -127,6 +132,7 @@ def _(
         projections.new_empty(sequences, heads, rank, rank, **floats),
         projections.new_empty(sequences, dtype=torch.int32),
         projections.new_empty(*lead, count, heads, rank, rank, **floats),
+        projections.new_empty(batch, length, dtype=torch.bool),
     )
 
 
@@ -194,16 +200,16 @@ def _(d_reads, d_state, d_saved, projections, gate_bias, state, *_):
 
 
 def _setup(ctx, inputs, output):
-    projections, gate_bias, state, mask, cu_seqlens, slots, *flags, every = inputs
+    projections, gate_bias, state, _mask, cu_seqlens, slots, *flags, every = inputs
     ctx.rule_flags, ctx.every = flags, every
-    ctx.save_for_backward(projections, gate_bias, state, mask, cu_seqlens, slots)
-    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(projections, gate_bias, state, output[4], cu_seqlens, slots)
+    ctx.mark_non_differentiable(output[2], output[4])
 
 
-def _backward(ctx, d_reads, d_state, _skipped, d_saved):
-    projections, gate_bias, state, mask, cu_seqlens, slots = ctx.saved_tensors
+def _backward(ctx, d_reads, d_state, _skipped, d_saved, _written):
+    projections, gate_bias, state, written, cu_seqlens, slots = ctx.saved_tensors
     d_projections, d_bias, d_initial = _scan_backward_op(
-        d_reads, d_state, d_saved, projections, gate_bias, state, mask, cu_seqlens, slots, *ctx.rule_flags, ctx.every
+        d_reads, d_state, d_saved, projections, gate_bias, state, written, cu_seqlens, slots, *ctx.rule_flags, ctx.every
     )
     return d_projections, d_bias, None if state is None else d_initial, *[None] * 10
 
@@ -235,6 +241,7 @@ def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Te
     loops(rule.rank).scan_rows(
         _array(_floats(projections[:, None])), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)[:, None]),
         _array(work), _array(slots), *_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
+        _UNWANTED,
     )  # fmt: skip
     if work is not state:
         state.copy_(work)
@@ -339,7 +346,7 @@ def scan(
         )  # fmt: skip
     else:
         out = _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, checkpoint_every)
-    reads, final, skipped, saved = out
+    reads, final, skipped, saved, _ = out
     return ScanOutput(reads, final, skipped, saved if checkpoint_every else None)
 
 

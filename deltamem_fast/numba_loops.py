@@ -153,17 +153,90 @@ def _gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
     _sigmoid(flat, powers[: flat.size])
 
 
+@njit(**_PART)
+def _copy(source, target):
+    """target = source, [H, r, r]."""
+    for h in range(source.shape[0]):
+        for j in range(source.shape[1]):
+            for i in range(source.shape[2]):
+                target[h, j, i] = source[h, j, i]
+
+
+@njit(inline="always")
+def _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at):
+    """Token t of a block, in all heads: reads[n, at] and the state, work [H, j, i]."""
+    for h in range(heads):
+        base = h * rank
+        # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
+        for i in range(rank):
+            read, predicted = _ZERO, _ZERO
+            for j in range(rank):
+                read = fma(work[h, j, i], q[t, base + j], read)
+                predicted = fma(work[h, j, i], k[t, base + j], predicted)
+            reads[n, at, base + i] = read
+            b = beta[t, base + i]
+            erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
+            column[i] = fma(b, rows[t, 2 * heads * rank + base + i], -(erase * predicted))
+        for j in range(rank):
+            k_j = k[t, base + j]
+            for i in range(rank):
+                work[h, j, i] = fma(keep[t, base + i], work[h, j, i], column[i] * k_j)
+
+
+@njit(inline="always")
+def _save(work, saved, n, place):
+    """saved[n, place] = the state, work [H, j, i]."""
+    for h in range(work.shape[0]):
+        for i in range(work.shape[1]):
+            for j in range(work.shape[1]):
+                saved[n, place, h, i, j] = work[h, j, i]
+
+
+@njit(**_PART)
+def _look_at_each(
+    rank, heads, mode, rows, mask, q, k, beta, keep, column, work, before, reads, every, saved, says, written, n, first
+):  # fmt: skip
+    """A block of tokens, with a look at the state after each; returns how many were left out.
+
+    One that would leave NaN or Inf in any head is written in none, and reads 0.
+    """
+    left_out = 0
+    for t in range(rows.shape[0]):
+        at = first + t
+        present = mask[n, at] != 0
+        valid = present and _finite(rows[t])
+        if valid:
+            _copy(work, before)
+            _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
+            if not _finite(work):
+                _copy(before, work)
+                valid = False
+        if not valid:
+            for i in range(heads * rank):
+                reads[n, at, i] = _ZERO
+        left_out += present and not valid
+        if says:
+            written[n, at] = valid
+        if every > 0 and (at + 1) % every == 0:
+            _save(work, saved, n, (at + 1) // every - 1)
+    return left_out
+
+
 @njit(inline="always")
 def scan_sequences(
     rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
-    skipped, done,
+    skipped, written, done,
 ):  # fmt: skip
     """Read and write B sequences, one after another.
 
     projections float32 [B, T, W], bias [bias_width], mask bool or uint8 [B, T], state [S, H, r, r] (in place), slots
     int64 [B] (row of the state, −1: neither read nor written), reads [B, T, H·r] and saved [B, T // every, H, r, r]
-    (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not finite). done: the address
-    of int64 [B], or 0; there other threads see up to which token a sequence's reads are written.
+    (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not written, because they or the
+    state after them are not finite), written uint8 [B, T] (says which were; T = 0: it is not wanted). done: the
+    address of int64 [B], or 0; there other threads see up to which token a sequence's reads are written.
+
+    What is not finite in a state stays so: Inf times a number, plus a number, is Inf or NaN. So a block of tokens is
+    taken without a look at the states. Where the last one is not finite, the block is taken again, with a look at each.
     """
     batch, length = projections.shape[0], projections.shape[1]
     width = heads * rank
@@ -174,11 +247,15 @@ def scan_sequences(
     scratch, powers = np.empty(block * width, np.float32), np.empty(block * width, np.int32)
     column = np.empty(rank, np.float32)
     work = np.empty((heads, rank, rank), np.float32)  # [H, j, i]
+    block_start, token_start = np.empty_like(work), np.empty_like(work)
+    says = written.shape[1] > 0
     for n in range(batch):
         slot = slots[n]
         if slot < 0:
             reads[n] = _ZERO
             saved[n] = _ZERO
+            if says:
+                written[n] = 0
             if done:
                 publish(done + 8 * n, length)
             continue
@@ -202,37 +279,31 @@ def scan_sequences(
                         keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
             # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
             all_finite = _finite(rows)
+            _copy(work, block_start)
+            left_out = 0
             for t in range(count):
                 at = first + t
                 valid = mask[n, at] != 0
                 if valid and not all_finite and not _finite(rows[t]):
-                    skipped[slot] += 1
+                    left_out += 1
                     valid = False
                 if not valid:
                     for i in range(width):
                         reads[n, at, i] = _ZERO
                 else:
-                    for h in range(heads):
-                        base = h * rank
-                        # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
-                        for i in range(rank):
-                            read, predicted = _ZERO, _ZERO
-                            for j in range(rank):
-                                read = fma(work[h, j, i], q[t, base + j], read)
-                                predicted = fma(work[h, j, i], k[t, base + j], predicted)
-                            reads[n, at, base + i] = read
-                            b = beta[t, base + i]
-                            erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
-                            column[i] = fma(b, rows[t, 2 * width + base + i], -(erase * predicted))
-                        for j in range(rank):
-                            k_j = k[t, base + j]
-                            for i in range(rank):
-                                work[h, j, i] = fma(keep[t, base + i], work[h, j, i], column[i] * k_j)
+                    _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
                 if every > 0 and (first + t + 1) % every == 0:
-                    for h in range(heads):
-                        for i in range(rank):
-                            for j in range(rank):
-                                saved[n, (first + t + 1) // every - 1, h, i, j] = work[h, j, i]
+                    _save(work, saved, n, (first + t + 1) // every - 1)
+            if says:
+                for t in range(count):
+                    written[n, first + t] = mask[n, first + t] != 0 and (all_finite or _finite(rows[t]))
+            if not _finite(work):
+                _copy(block_start, work)
+                left_out = _look_at_each(
+                    rank, heads, mode, rows, mask, q, k, beta, keep, column, work, token_start, reads, every, saved,
+                    says, written, n, first,
+                )  # fmt: skip
+            skipped[slot] += left_out
             if done:
                 publish(done + 8 * n, first + count)
         for h in range(heads):
@@ -279,13 +350,13 @@ def loops(rank: int) -> types.SimpleNamespace:
     @njit(**_OPTIONS)
     def scan_rows(
         projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
-        skipped,
+        skipped, written,
     ):  # fmt: skip
         """``scan_sequences``."""
         _ = stamp
         scan_sequences(
             rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads,
-            saved, skipped, 0,
+            saved, skipped, written, 0,
         )  # fmt: skip
 
     @njit(**_OPTIONS)

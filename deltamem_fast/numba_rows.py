@@ -210,9 +210,10 @@ def row_loop(rank: int):
                     )  # fmt: skip
                 else:
                     nothing = np.empty((at_once, 0, heads, rank, rank), np.float32)
+                    unwanted = real[first:last, :0]
                     scan_sequences(
                         rank, projections, bias, real[first:last], states, places[first:last], heads, mode, row_gates,
-                        own_lambda, normalize, 0, out[first:last], nothing, carray(integers(skipped), (_ANY,)), done,
+                        own_lambda, normalize, 0, out[first:last], nothing, carray(integers(skipped), (_ANY,)), unwanted, done,
                     )  # fmt: skip
             else:
                 b, t = (item - scans) % batch, (item - scans) // batch * BLOCK

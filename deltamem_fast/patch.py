@@ -18,6 +18,7 @@ from .calls import CallersMemory, begin
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, StateError
+from .finite import contain, give_back
 from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
@@ -340,6 +341,7 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
     try:
+        finite = contain(self, call, kwargs)
         if not call.in_place:
             enter(self, call, kwargs)
         output = type(self).forward(self, **kwargs, memory=call) if own is None else own(**kwargs, memory=call)
@@ -356,6 +358,8 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
         carried.written = not call.frozen
     if not call.in_place:
         output = leave(call, output)
+    if finite is not None:
+        output = give_back(call, output, finite)
     if call.gates is not None:
         current_record().add(call.gates)
         call.gates.clear()

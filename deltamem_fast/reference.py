@@ -49,7 +49,10 @@ def split_projections(projections: torch.Tensor, gate_bias: torch.Tensor, rule: 
         q, k = _unit(torch.tanh(q)), _unit(torch.tanh(k))
 
     def gate(raw: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        value = torch.sigmoid(raw + bias)
+        raw = raw + bias
+        # A bias may be NaN. Then so is the gate; but a gradient of 0 stays one, which sigmoid would make NaN.
+        unknown = torch.isnan(raw)
+        value = torch.where(unknown, torch.nan, torch.sigmoid(torch.where(unknown, 0.0, raw)))
         return value.reshape(*lead, heads, gates // heads).expand(*lead, heads, rank)
 
     beta = gate(parts[3], gate_bias[:gates])
@@ -64,7 +67,10 @@ def split_projections(projections: torch.Tensor, gate_bias: torch.Tensor, rule: 
 
 
 def valid_tokens(projections: torch.Tensor, mask: torch.Tensor | None):
-    """Which tokens count: unmasked and finite. Returns (valid, skipped), both bool of the tokens' shape."""
+    """Which tokens are unmasked and have finite projections. Returns (valid, skipped), both bool of the tokens' shape.
+
+    A valid one is not written either if it would leave a state that is not finite: ``all_finite``.
+    """
     finite = torch.isfinite(projections).all(-1)
     present = torch.ones_like(finite) if mask is None else mask
     return present & finite, present & ~finite
@@ -89,9 +95,7 @@ def delta_rule(q, k, v, keep, erase, write, state, valid=None):
     tokens = zip(*(x.unbind(1) for x in (q, k, v, keep, erase, write)), strict=True)
     for t, (q_t, k_t, v_t, keep_t, erase_t, write_t) in enumerate(tokens):
         read = torch.einsum("bhij,bhj->bhi", state, q_t)
-        predicted = torch.einsum("bhij,bhj->bhi", state, k_t)
-        column = write_t * v_t - erase_t * predicted
-        updated = keep_t.unsqueeze(-1) * state + column.unsqueeze(-1) * k_t.unsqueeze(-2)
+        updated = _updated(k_t, v_t, keep_t, erase_t, write_t, state)
         if valid is not None:
             read = torch.where(valid[:, t, None, None], read, 0.0)
             updated = torch.where(valid[:, t, None, None, None], updated, state)
@@ -99,6 +103,54 @@ def delta_rule(q, k, v, keep, erase, write, state, valid=None):
         reads.append(read)
         states.append(state)
     return reads, states
+
+
+def _updated(k, v, keep, erase, write, state):
+    """The state [B, H, r, r] after one token, its factors [B, H, r]."""
+    predicted = torch.einsum("bhij,bhj->bhi", state, k)
+    column = write * v - erase * predicted
+    return keep.unsqueeze(-1) * state + column.unsqueeze(-1) * k.unsqueeze(-2)
+
+
+def all_finite(run, factors, state: torch.Tensor, valid: torch.Tensor) -> tuple[tuple, torch.Tensor]:
+    """Run a recurrence such that no token leaves a state that is not finite.
+
+    A valid token after which the state of any of its H heads would hold NaN or Inf is written in none of them: it
+    reads 0 and leaves the state bit-equal, as a masked token.
+
+    Args:
+        run: (q, k, v, keep, erase, write, state, valid) → (the last state, ...), by ``delta_rule``.
+        factors, state, valid: what it takes, see ``delta_rule``.
+
+    Returns:
+        What ``run`` returns, and which tokens are written, bool [B, T].
+    """
+    if state.device.type == "meta":
+        return run(*factors, state, valid), valid
+    if _may_ask():
+        found = run(*factors, state, valid)
+        # What is not finite stays so: Inf times a number, plus a number, is Inf or NaN. The last state tells of all.
+        if torch.isfinite(found[0]).all():
+            return found, valid
+    written = _written_tokens(factors, state, valid)
+    # Not the projections: with the same gates, one of which may be NaN, a gradient of 0 would become NaN.
+    clean = [torch.where(written[..., None, None], factor, 0.0) for factor in factors]
+    return run(*clean, state, written), written
+
+
+@torch.no_grad()
+def _written_tokens(factors, state: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    written = []
+    for _, *token, valid_t in zip(*(x.unbind(1) for x in (*factors, valid)), strict=True):
+        updated = _updated(*token, state)
+        written.append(valid_t & torch.isfinite(updated).flatten(1).all(1))
+        state = torch.where(written[-1][:, None, None, None], updated, state)
+    return torch.stack(written, 1)
+
+
+def _may_ask() -> bool:
+    """Whether a tensor's value may be asked for: not where a compiler or torch.func traces."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def _initial(state, slots, sequences: int, rule: DeltaRule, dtype, device) -> torch.Tensor:
@@ -131,11 +183,11 @@ def full_precision(function):
     return wrapper
 
 
-def _scan_block(q, k, v, keep, erase, write, valid, state, first, every):
-    """Tokens from the row's ``first`` on: reads [B, n, H, r], the last state and, if there are any, those to return."""
+def _scan_block(q, k, v, keep, erase, write, state, valid, first, every):
+    """Tokens from the row's ``first`` on: the last state, reads [B, n, H, r] and, if there are any, states to return."""
     reads, states = delta_rule(q, k, v, keep, erase, write, state, valid)
     kept = states[(-first - 1) % every :: every] if every else []
-    return torch.stack(reads, 1), states[-1], *([torch.stack(kept, 1)] if kept else [])
+    return states[-1], torch.stack(reads, 1), *([torch.stack(kept, 1)] if kept else [])
 
 
 class _Recomputed(torch.autograd.Function):
@@ -166,13 +218,11 @@ class _Recomputed(torch.autograd.Function):
 def _keeps_a_graph(*tensors: torch.Tensor) -> bool:
     """Whether autograd records what is done with them and can be told what not to keep."""
     # A compiler decides for itself what it keeps, and torch.func transforms no such function.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _may_ask() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _scan_rows(projections, valid, gate_bias, state, rule, every):
-    """A batch of equally long rows. Returns reads, final state, list of stacked checkpoints.
+    """A batch of equally long rows → reads, final state, list of stacked checkpoints, which tokens were written.
 
     Under autograd a long row is taken in blocks of √T tokens: of each the first state is kept, and what lies inside
     is computed once more on the way back. So a gradient takes O(√T · r²) beside the O(T · r) of the factors. Its bits
@@ -182,17 +232,23 @@ def _scan_rows(projections, valid, gate_bias, state, rule, every):
     factors = split_projections(clean, gate_bias, rule)
     batch, length = valid.shape
     if length == 0:
-        return state.new_zeros(batch, 0, rule.read_width), state.clone(), []
+        return state.new_zeros(batch, 0, rule.read_width), state.clone(), [], valid
     if length <= UNDIVIDED or not _keeps_a_graph(*factors, state):
-        reads, state, *checkpoints = _scan_block(*factors, valid, state, 0, every)
-        return reads.flatten(2), state, checkpoints
+        run = functools.partial(_scan_block, first=0, every=every)
+        (state, reads, *checkpoints), written = all_finite(run, factors, state, valid)
+        return reads.flatten(2), state, checkpoints, written
     block = math.isqrt(length)
-    reads, checkpoints = [], []
-    for n, tokens in enumerate(zip(*(x.split(block, 1) for x in (*factors, valid)), strict=True)):
-        read, state, *kept = _Recomputed.apply(*tokens, state, n * block, every)
+    reads, checkpoints, written = [], [], []
+    for n, (*tokens, counts) in enumerate(zip(*(x.split(block, 1) for x in (*factors, valid)), strict=True)):
+
+        def run(*arguments, first=n * block):
+            return _Recomputed.apply(*arguments, first, every)
+
+        (state, read, *kept), counts = all_finite(run, tokens, state, counts)
         reads.append(read)
         checkpoints += kept
-    return torch.cat(reads, 1).flatten(2), state, checkpoints
+        written.append(counts)
+    return torch.cat(reads, 1).flatten(2), state, checkpoints, torch.cat(written, 1)
 
 
 @full_precision
@@ -215,7 +271,8 @@ def scan(
         gate_bias: [β's (and λ's) biases].
         state: [N, H, r, r] before the first token, or None for zeros. With ``slots``: [S, H, r, r].
         rule: the recurrence.
-        mask: bool [B, T], True = a real token. A masked token reads 0 and leaves the state bit-equal.
+        mask: bool [B, T], True = a real token. A masked token reads 0 and leaves the state bit-equal; so does one
+            with a projection that is NaN or Inf, and one that would leave NaN or Inf in the state of any head.
         cu_seqlens: int [N + 1], where each packed sequence starts, then the total.
         slots: int [N], which row of ``state`` each sequence starts from; −1 = neither read nor written.
         checkpoint_every: n > 0 also returns the state after every n-th token of each sequence.
@@ -234,18 +291,19 @@ def scan(
     batch, length = projections.shape[:2]
     projections, gate_bias = projections.to(dtype), gate_bias.to(dtype)
     initial = _initial(state, slots, sequences, rule, dtype, projections.device)
-    valid, skipped = valid_tokens(projections, mask)
+    valid, not_finite = valid_tokens(projections, mask)
+    present = valid | not_finite
     every = checkpoint_every
 
     if cu_seqlens is None:
         if slots is not None:
-            valid, skipped = valid & (slots >= 0)[:, None], skipped & (slots >= 0)[:, None]
-        reads, final, states = _scan_rows(projections, valid, gate_bias, initial, rule, every)
+            valid, present = valid & (slots >= 0)[:, None], present & (slots >= 0)[:, None]
+        reads, final, states, written = _scan_rows(projections, valid, gate_bias, initial, rule, every)
         checkpoints = None
         if every:
             empty = initial.new_zeros(batch, 0, *initial.shape[1:])
             checkpoints = torch.cat(states, 1) if states else empty
-        return ScanOutput(reads, final, skipped.sum(1, dtype=torch.int32), checkpoints)
+        return ScanOutput(reads, final, (present & ~written).sum(1, dtype=torch.int32), checkpoints)
 
     bounds = cu_seqlens.tolist()
     check_bounds(bounds, length)
@@ -253,13 +311,13 @@ def scan(
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         live = slots is None or bool(slots[i] >= 0)
         row_valid = valid[:, start:end] & live
-        row_reads, final, row_states = _scan_rows(
+        row_reads, final, row_states, written = _scan_rows(
             projections[:, start:end], row_valid, gate_bias, initial[i : i + 1], rule, every
         )
         reads.append(row_reads)
         finals.append(final)
         states.extend(row[0] for row in row_states)
-        counts.append(skipped[:, start:end].sum(1, dtype=torch.int32) * live)
+        counts.append((present[:, start:end] & ~written).sum(1, dtype=torch.int32) * live)
     checkpoints = None
     if every:
         taken = sum(rows.shape[0] for rows in states)
@@ -269,7 +327,7 @@ def scan(
     return ScanOutput(
         torch.cat(reads, 1) if reads else no_reads,
         torch.cat(finals) if finals else initial,
-        torch.cat(counts) if counts else skipped.new_zeros(0, dtype=torch.int32),
+        torch.cat(counts) if counts else valid.new_zeros(0, dtype=torch.int32),
         checkpoints,
     )
 
@@ -291,9 +349,10 @@ def step(
         gate_bias: [β's (and λ's) biases].
         state: float32 [B, H, r, r], or [S, H, r, r] with ``slots``; changed in place.
         rule: the recurrence.
-        mask: bool [B], True = a real token. A masked token reads 0 and leaves the state bit-equal.
+        mask: bool [B], True = a real token; see ``scan``.
         slots: int [B], which row of ``state`` each token belongs to, no row twice; −1 = reads 0, writes nothing.
-        skipped: int32 with a row per row of ``state``, or None; incremented where a token was not finite.
+        skipped: int32 with a row per row of ``state``, or None; incremented where an unmasked token was not written
+            because it, or the state after it, is not finite.
 
     Returns:
         reads, float32 [B, H·r].

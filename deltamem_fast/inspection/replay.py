@@ -8,7 +8,7 @@ import torch
 
 from deltamem_kernels.rule import DeltaRule
 
-from ..reference import delta_rule, full_precision, split_projections, valid_tokens
+from ..reference import all_finite, delta_rule, full_precision, split_projections, valid_tokens
 from ..segment_means import segment_means
 
 BLOCK = 256  # tokens whose states are held at a time
@@ -111,7 +111,8 @@ def _scan(factors: list[torch.Tensor], valid: torch.Tensor, state: torch.Tensor,
     for tokens in zip(*(x.split(BLOCK, 1) for x in (*factors, valid))):
         if not tokens[0].shape[1]:
             break
-        *block, state, states = _block(*tokens, state)
+        *factors, counts = tokens
+        (state, states, *block), _ = all_finite(_block, factors, state, counts)
         blocks.append(block)
         kept += [states] if keep_states else []
     nothing = state.new_zeros(0, *state.shape[:2])
@@ -120,8 +121,8 @@ def _scan(factors: list[torch.Tensor], valid: torch.Tensor, state: torch.Tensor,
     return Replay(*figures, state, states if keep_states else None)
 
 
-def _block(q, k, v, keep, erase, write, valid, state):
-    """writes, reads, beta, norms, the last state and all states of some tokens."""
+def _block(q, k, v, keep, erase, write, state, valid):
+    """The last state, all states, writes, reads, beta and norms of some tokens."""
     reads, states = delta_rule(q, k, v, keep, erase, write, state, valid)
     after = torch.stack(states)
     before = torch.cat([state[None], after[:-1]])
@@ -130,7 +131,7 @@ def _block(q, k, v, keep, erase, write, valid, state):
     counts = valid.T[..., None]
     writes = torch.where(counts, error.norm(dim=-1) * k.norm(dim=-1), 0.0)
     beta = torch.where(counts, write.mean(-1), 0.0)
-    return writes, torch.stack(reads).norm(dim=-1), beta, after.norm(dim=(-2, -1)), states[-1], after
+    return states[-1], after, writes, torch.stack(reads).norm(dim=-1), beta, after.norm(dim=(-2, -1))
 
 
 def _places(ids: torch.Tensor, used: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -72,6 +72,20 @@ class StopCallback(TrainerCallback):
         flag = torch.tensor(float(asked), device=args.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
+
+
+class FiniteCallback(TrainerCallback):
+    """Ends the run before a step that would make the weights NaN or Inf.
+
+    Args:
+        check: raises where a loss or gradient is not finite.
+    """
+
+    def __init__(self, check: Callable[[], None]):
+        self.check = check
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.check()
 
 
 class ProgressCallback(TrainerCallback):

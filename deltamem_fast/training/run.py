@@ -86,7 +86,8 @@ def train(
 
     Raises:
         ValueError: data or an option that is wrong, a run in ``output`` that is not resumed, or is another one; a
-            package that is not installed; or a loss or gradient that is not finite.
+            package that is not installed; or a loss or gradient that is not finite: the step is not taken, and the
+            model's adapter is as the step before has left it.
         FileNotFoundError: no such file or adapter.
     """
     if is_patched(model):

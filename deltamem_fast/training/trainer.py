@@ -18,6 +18,7 @@ from ..errors import ArgumentError
 from ..gates import GateRecord
 from ..record import identity_of, unwrap
 from ..state import MemoryState
+from .callbacks import FiniteCallback
 from .checkpoints import mark_whole, unmark
 from .data import Example
 from .episode import Episode, collate_arguments
@@ -127,6 +128,7 @@ class DeltaMemTrainer(Trainer):
         )
         model.config.use_cache = use_cache  # the Trainer turns it off, and would leave the caller's model so
         self.model_accepts_loss_kwargs = True
+        self.add_callback(FiniteCallback(self._check_step))
         self.remove_callback(PrinterCallback)  # which the Trainer adds where its own bar is off
         self._refuse_unsupported()
 
@@ -169,10 +171,32 @@ class DeltaMemTrainer(Trainer):
         entry["epoch"] = round(self.state.global_step * self._episodes_a_step() / len(self.train_dataset.examples), 6)
         if self.is_world_process_zero() and self.episode_log is not None:
             self.episode_log.write(entry)
-        self._refuse_nonfinite(entry)
+        if getattr(self.accelerator, "scaler", None) is None:
+            self._refuse_nonfinite(entry)
         super().log(flat(entry), start_time)
         # Every checkpoint would hold them all; log.jsonl is the record.
         self.state.log_history.clear()
+
+    def _check_step(self) -> None:
+        """Raise before the optimizer takes a step with a loss or gradient that is not finite; all processes together.
+
+        A loss scaler (float16) does without such steps by itself.
+        """
+        if getattr(self.accelerator, "scaler", None) is not None:
+            return
+        gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
+        # Of a sharded gradient each process has its part.
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.args.device)
+        sums = torch.stack([self.meter.sums.sum().float(), norm.float()])
+        loss, norm = self.accelerator.reduce(sums, "sum").tolist()
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        entry = {"step": self.state.global_step + 1, **self.meter.take(self.accelerator, self.gate_weight)}
+        entry["grad_norm"] = norm
+        if self.is_world_process_zero() and self.episode_log is not None:
+            self.episode_log.write(entry)
+        self._refuse_nonfinite(entry)
 
     def _refuse_nonfinite(self, entry: dict) -> None:
         """Raise before a checkpoint is made of such weights; all processes see the same numbers, and raise together."""

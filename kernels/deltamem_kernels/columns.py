@@ -288,6 +288,12 @@ def written(s, z, c, keep, erase, added):
 
 
 @triton.jit
+def lost(s):
+    """[R, COLUMNS] → [COLUMNS]: 0 where all numbers of a column are finite, else NaN. 0 · x is 0, or NaN."""
+    return pairwise(s * 0.0)
+
+
+@triton.jit
 def group_sum(x, GROUP: tl.constexpr):
     """[N, COLUMNS] → the same shape, each column the sum over its group of GROUP neighbours.
 

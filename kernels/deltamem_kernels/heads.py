@@ -25,6 +25,7 @@ from .columns import (
     load_bias,
     load_vector,
     load_write,
+    lost,
     owned,
     sigmoid,
     state_pointers,
@@ -267,6 +268,7 @@ def recall(
 ):  # fmt: skip
     """Columns ``first`` to ``first`` + COLUMNS − 1 → (their reads, their state after the token, the token's flag).
 
+    The flag is 2 for a token that would leave NaN or Inf in these columns, too; then the reads are 0, here alone.
     The same operations in the same order as in ``step_kernel``, hence the same bits.
     """
     p_x, p_mask, bias_ptr, stride_bias, _, _, _, _, live = memory
@@ -283,14 +285,15 @@ def recall(
         v, beta, lam = load_write(p_token, h, i, 1, m_live, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
         beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
     flag = tl.where(live > 0, token_flag(p_x, p_mask, WIDTH, WIDTH_PAD, HAS_MASK), 0)
-    valid = column * 0 + flag == 1
     z, c = direction(q, NORMALIZE)
-    read = tl.where(valid & m_live, dot(s, z) * c, 0.0)
+    read = dot(s, z) * c
     if not FROZEN:
         z, c = direction(k, NORMALIZE)
         keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
         s = written(s, z, c, keep, erase, write * v.to(tl.float32))
-    return read, s, flag
+        flag = tl.where((flag == 1) & (tl.sum(lost(s), axis=0) != 0.0), 2, flag)
+    valid = column * 0 + flag == 1
+    return tl.where(valid & m_live, read, 0.0), s, flag
 
 
 @triton.jit
@@ -506,10 +509,11 @@ def decode_kernel(
     if not IN_REGISTERS:
         p_scratch += part.to(tl.int64) * batch * READ_WIDTH
 
-    # Alone with its row, a program writes each part of the state as soon as it has read it.
-    AT_ONCE: tl.constexpr = PARTS == 1 and not LATE and not FROZEN
+    # Alone with its row, a program writes the state as soon as it has read it, if it is in its registers as a whole.
+    AT_ONCE: tl.constexpr = PARTS == 1 and not LATE and not FROZEN and IN_REGISTERS
     known = (tl.zeros([COLUMNS], tl.float32), tl.zeros([R, COLUMNS], tl.float32), live)
     if not LATE:
+        flag = live * 0
         for first in tl.range(0, READ_WIDTH, COLUMNS, disable_licm=True):
             known = recall(
                 memory, first, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
@@ -520,7 +524,15 @@ def decode_kernel(
                 tl.store(p_scratch + o_c, known[0], mask=o_c < READ_WIDTH)
             if AT_ONCE:
                 remember(memory, first, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
+            flag = tl.maximum(flag, known[2])
+        known = (known[0], known[1], flag)
         if not IN_REGISTERS:
+            if flag == 2:
+                # What some of the columns have read is taken back.
+                tl.debug_barrier()
+                for first in tl.range(0, READ_WIDTH, COLUMNS, disable_licm=True):
+                    o_c = first + tl.arange(0, COLUMNS)
+                    tl.store(p_scratch + o_c, tl.zeros([COLUMNS], tl.float32), mask=o_c < READ_WIDTH)
             tl.debug_barrier()
 
     # Nothing is hoisted out of these loops: addresses of all four kinds of units would fill the registers.
@@ -577,11 +589,11 @@ def decode_kernel(
                 remember(memory, 0, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
             elif not AT_ONCE:
                 for first in tl.range(0, READ_WIDTH, COLUMNS, disable_licm=True):
-                    known = recall(
+                    _, s, _ = recall(
                         memory, first, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
                         MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
                     )  # fmt: skip
-                    remember(memory, first, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
+                    remember(memory, first, s, known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
             if HAS_SKIPPED:
                 # No state is given to two rows, so nobody else touches this count.
                 p_skipped = skipped_ptr + state_row * stride_skipped
@@ -734,9 +746,11 @@ def decode_(
         steering: corrections and norms.
         cos, sin: [B or 1, 1, rotary], of any floating dtype up to float32, or None without RoPE.
         mask: bool [B], True = a real token. A masked token reads 0 and leaves the state bit-equal; so does a
-            token one of whose projections is not finite. Its heads are steered all the same, with reads of 0.
+            token one of whose projections is not finite, and one that would leave NaN or Inf in the state of any
+            memory head. Its heads are steered all the same, with reads of 0.
         slots: int [B], which row of ``state`` each token belongs to, no row twice; −1 = reads 0, writes nothing.
-        skipped: int32 with a row per row of ``state``, or None; incremented where a token was not finite.
+        skipped: int32 with a row per row of ``state``, or None; incremented where an unmasked token was not written
+            because it, or the state after it, is not finite.
         arrived: int32 [B], contiguous zeros, or None; zero again afterwards. With it, a few rows are spread over many
             programs (see ``decode_kernel``); no other launch may use it at the same time.
         frozen: read only; state, skipped and arrived stay as they are.

@@ -39,13 +39,13 @@ def scan_op(
     projections: Tensor, gate_bias: Tensor, state: Tensor | None,
     rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
     mask: Tensor | None, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = _scan.scan(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, flags = _scan.scan_with_flags(
         projections, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     checkpoints = out.reads.new_empty(0) if out.checkpoints is None else out.checkpoints
-    return out.reads, out.state, out.skipped, checkpoints
+    return out.reads, out.state, out.skipped, checkpoints, flags
 
 
 @scan_op.register_fake
@@ -67,6 +67,7 @@ def _(
         torch.empty((count, *shape), **float32),
         torch.empty((count,), dtype=torch.int32, device=projections.device),
         checkpoints,
+        torch.empty((batch, length), dtype=torch.uint8, device=projections.device),
     )
 
 
@@ -75,12 +76,12 @@ def scan_backward_op(
     d_reads: Tensor, d_state: Tensor, d_checkpoints: Tensor | None,
     projections: Tensor, gate_bias: Tensor, state: Tensor | None,
     rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    mask: Tensor | None, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
+    flags: Tensor, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d_x, d_bias, d_initial = _scan_backward.scan_backward(
         d_reads, d_state, projections, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
-        mask=mask, cu_seqlens=cu_seqlens, slots=slots,
-        d_checkpoints=d_checkpoints, checkpoint_every=checkpoint_every,
+        cu_seqlens=cu_seqlens, slots=slots,
+        d_checkpoints=d_checkpoints, checkpoint_every=checkpoint_every, flags=flags,
     )  # fmt: skip
     return d_x, d_bias, d_x.new_empty(0) if d_initial is None else d_initial
 
@@ -88,24 +89,24 @@ def scan_backward_op(
 @scan_backward_op.register_fake
 def _(
     d_reads, d_state, d_checkpoints, projections, gate_bias, state, rank, heads, update, row_gates, coupled,
-    normalize, mask, cu_seqlens, slots, checkpoint_every,
+    normalize, flags, cu_seqlens, slots, checkpoint_every,
 ):  # fmt: skip
     d_state = projections.new_empty(0) if state is None else state.new_empty(state.shape)
     return projections.new_empty(projections.shape), gate_bias.new_empty(gate_bias.shape), d_state
 
 
 def _scan_setup(ctx, inputs, output):
-    projections, gate_bias, state, *flat, mask, cu_seqlens, slots, every = inputs
-    ctx.save_for_backward(projections, gate_bias, state, mask, cu_seqlens, slots)
+    projections, gate_bias, state, *flat, _mask, cu_seqlens, slots, every = inputs
+    ctx.save_for_backward(projections, gate_bias, state, output[4], cu_seqlens, slots)
     ctx.flat, ctx.every = flat, every
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(output[2], output[4])
 
 
-def _scan_gradient(ctx, d_reads, d_state, _, d_checkpoints):
-    projections, gate_bias, state, mask, cu_seqlens, slots = ctx.saved_tensors
+def _scan_gradient(ctx, d_reads, d_state, _skipped, d_checkpoints, _flags):
+    projections, gate_bias, state, flags, cu_seqlens, slots = ctx.saved_tensors
     d_x, d_bias, d_initial = scan_backward_op(
         d_reads, d_state, d_checkpoints if ctx.every else None, projections, gate_bias, state, *ctx.flat,
-        mask, cu_seqlens, slots, ctx.every,
+        flags, cu_seqlens, slots, ctx.every,
     )  # fmt: skip
     return d_x, d_bias, None if state is None else d_initial, *([None] * 10)
 
@@ -364,7 +365,7 @@ def scan(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    reads, final, skipped, checkpoints = scan_op(
+    reads, final, skipped, checkpoints, _ = scan_op(
         projections, gate_bias, state, *_flat(rule), mask, cu_seqlens, slots, checkpoint_every
     )
     return ScanOutput(reads, final, skipped, checkpoints if checkpoint_every else None)

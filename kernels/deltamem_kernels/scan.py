@@ -12,6 +12,10 @@ maps compose. A long sequence is therefore cut into chunks:
 
 A short sequence, or a rank above 16, is one chunk: kernel 3 alone. ``flag_kernel`` says beforehand which tokens
 count, one byte each; with narrow tokens in one chunk, kernel 3 looks for itself.
+
+A token that would leave NaN or Inf in the state of any head is written in none. No kernel of these looks at every
+state: what is not finite stays so (Inf times a number, plus a number, is Inf or NaN), so the last ones tell of all.
+Where one is not finite, ``repair_kernel`` takes the sequence once more, token by token, all heads at once.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from .columns import (
     load_vector,
     load_write,
     locate,
+    lost,
     owned,
     state_pointers,
     written,
@@ -56,6 +61,7 @@ SHORT = 128  # tokens up to which one launch beats three
 CHUNKED_RANK = 16  # a chunk's map has r³ numbers; above this rank they outweigh the tokens
 MAP_WARPS = 2  # of a map's program: r (r + 1) columns a head look at the same tokens, which then lie in L1
 LOOK_WIDTH = 40  # widest token that each thread of a scan checks for itself, registers permitting
+BROKEN = tl.constexpr(2**30)  # a bit in the count of skipped tokens: a state inside a chunk is not finite
 
 
 @triton.jit
@@ -326,10 +332,142 @@ def scan_kernel(
     if IS_CHUNKED:
         # Integers: the order of the additions does not show.
         tl.atomic_add(skipped_ptr + sequence, skipped, mask=m_count & (skipped > 0), sem="relaxed")
+        broken = m_column & (lost(s) != 0.0)
+        tl.atomic_or(skipped_ptr + sequence, BROKEN, mask=broken, sem="relaxed")
     else:
         tl.store(skipped_ptr + sequence, skipped, mask=m_count)
         o_final = ((sequence.to(tl.int64) * HEADS + h) * RANK + i) * RANK
         tl.store(final_ptr + o_final[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
+
+
+@triton.jit
+def repair_kernel(
+    x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, flags_ptr, cu_ptr, checkpoint_first_ptr,
+    reads_ptr, final_ptr, skipped_ptr, checkpoints_ptr,
+    states, length, every,
+    stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_mask_b, stride_mask_t,
+    stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence, which leaves at once where all states are finite. Else the sequence from its first token
+    on; the state lies in ``final`` meanwhile. HAS_FLAGS: what a token is found to be is noted there, too."""
+    sequence = tl.program_id(0)
+    p_final = final_ptr + sequence.to(tl.int64) * (HEADS * RANK * RANK)
+    last = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, HEADS * RANK * RANK, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        last += tl.load(p_final + o, mask=o < HEADS * RANK * RANK, other=0.0) * 0.0
+    broken = tl.sum(last, axis=0) != 0.0
+    if IS_CHUNKED:
+        broken = broken | (tl.load(skipped_ptr + sequence) >= BROKEN)
+    if broken:
+        row = sequence
+        begin = sequence * 0
+        end = begin + length
+        if IS_PACKED:
+            row = sequence * 0
+            begin = tl.load(cu_ptr + sequence).to(tl.int32)
+            end = tl.minimum(tl.load(cu_ptr + sequence + 1).to(tl.int32), length)
+        state_row = sequence.to(tl.int64)
+        if HAS_SLOTS:
+            state_row = owned(tl.load(slots_ptr + sequence), states)
+        o_column = tl.arange(0, COLUMNS)
+        o_j = tl.arange(0, R)[:, None]
+        for first in range(0, HEADS * RANK, COLUMNS):
+            column = first + o_column
+            h = column // RANK
+            i = column % RANK
+            m_tile = (column < HEADS * RANK)[None, :] & (o_j < RANK)
+            s = tl.zeros([R, COLUMNS], tl.float32)
+            if HAS_STATE:
+                p_s = state_pointers(
+                    s_ptr + state_row * stride_s_n + column * 0, h, i, stride_s_h, stride_s_i, stride_s_j,
+                    RANK, R, DENSE_STATE,
+                )  # fmt: skip
+                s = tl.load(p_s, mask=m_tile & (o_j * 0 + state_row >= 0), other=0.0)
+            tl.store(p_final + column[None, :] * RANK + o_j, s, mask=m_tile)
+        tl.debug_barrier()
+
+        o_w = tl.arange(0, WIDTH_PAD)
+        checkpoint = sequence.to(tl.int64) * 0
+        if HAS_CHECKPOINTS:
+            if IS_PACKED:
+                checkpoint = tl.load(checkpoint_first_ptr + sequence).to(tl.int64)
+            else:
+                checkpoint = sequence.to(tl.int64) * (length // every)
+        skipped = sequence * 0
+        for n in range(end - begin):
+            t = begin + n
+            p_x = x_ptr + row.to(tl.int64) * stride_x_b + t.to(tl.int64) * stride_x_t
+            token = row.to(tl.int64) * length + t
+            x = tl.load(p_x + o_w * stride_x_w, mask=o_w < WIDTH, other=0.0).to(tl.float32)
+            flag = tl.where(tl.sum(x * 0.0, axis=0) == 0.0, 1, 2)
+            if HAS_MASK:
+                p_mask = mask_ptr + row.to(tl.int64) * stride_mask_b + t.to(tl.int64) * stride_mask_t
+                flag = tl.where(tl.load(p_mask) != 0, flag, 0)
+            flag = tl.where(state_row >= 0, flag, 0)
+            # First a look at all columns, then they are written, or none is.
+            nothing = tl.zeros([COLUMNS], tl.float32)
+            for first in range(0, HEADS * RANK, COLUMNS):
+                _, _, s, _ = repaired(
+                    p_x, p_final, bias_ptr, first, stride_x_w, stride_bias, HEADS, RANK, R, COLUMNS, WHOLE,
+                    MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
+                )  # fmt: skip
+                nothing += lost(s)
+            flag = tl.where((flag == 1) & (tl.sum(nothing, axis=0) != 0.0), 2, flag)
+            m_valid = o_column * 0 + flag == 1
+            for first in range(0, HEADS * RANK, COLUMNS):
+                before, p_s, s, read = repaired(
+                    p_x, p_final, bias_ptr, first, stride_x_w, stride_bias, HEADS, RANK, R, COLUMNS, WHOLE,
+                    MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
+                )  # fmt: skip
+                column = first + o_column
+                m_column = column < HEADS * RANK
+                m_tile = m_column[None, :] & (o_j < RANK)
+                tl.store(reads_ptr + token * (HEADS * RANK) + column, tl.where(m_valid, read, 0.0), mask=m_column)
+                s = tl.where(m_valid[None, :], s, before)
+                tl.store(p_s, s, mask=m_tile)
+                if HAS_CHECKPOINTS:
+                    m_checkpoint = m_tile & (o_j * 0 + (n + 1) % every == 0)
+                    p_checkpoint = checkpoints_ptr + checkpoint * (HEADS * RANK * RANK)
+                    tl.store(p_checkpoint + column[None, :] * RANK + o_j, s, mask=m_checkpoint)
+            if HAS_CHECKPOINTS:
+                checkpoint += tl.where((n + 1) % every == 0, 1, 0)
+            if HAS_FLAGS:
+                tl.store(flags_ptr + token, flag.to(tl.uint8))
+            skipped += tl.where(flag == 2, 1, 0)
+            tl.debug_barrier()
+        tl.store(skipped_ptr + sequence, skipped)
+
+
+@triton.jit
+def repaired(
+    p_x, p_state, bias_ptr, first, stride_x_w, stride_bias,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Columns ``first`` and following of one state → (as they are, where they lie, after the token, their reads)."""
+    column = first + tl.arange(0, COLUMNS)
+    h = column // RANK
+    i = column % RANK
+    m_column = column < HEADS * RANK
+    o_j = tl.arange(0, R)[:, None]
+    p_s = p_state + column[None, :] * RANK + o_j
+    s = tl.load(p_s, mask=m_column[None, :] & (o_j < RANK), other=0.0)
+    p_token = p_x + column * 0
+    q = load_vector(p_token, h * RANK, stride_x_w, m_column, RANK, R, WHOLE)
+    k = load_vector(p_token, (HEADS + h) * RANK, stride_x_w, m_column, RANK, R, WHOLE)
+    v, b, lam = load_write(p_token, h, i, stride_x_w, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    z, c = direction(q, NORMALIZE)
+    read = dot(s, z) * c
+    z, c = direction(k, NORMALIZE)
+    keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+    return s, p_s, written(s, z, c, keep, erase, write * v.to(tl.float32)), read
 
 
 def choose_chunk(rule: DeltaRule, length: int) -> int:
@@ -352,7 +490,10 @@ def depth(rule: DeltaRule, length: int) -> int:
 
 
 def find_flags(projections: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """uint8 [B, T]: 1 where the token counts, 2 where it is unmasked but not finite, 0 where it is masked."""
+    """uint8 [B, T]: 1 where the token counts, 2 where it is unmasked but not finite, 0 where it is masked.
+
+    A token that would leave a state that is not finite is 1 here, and 2 where a scan has gone over them.
+    """
     batch, length, width = projections.shape
     flags = _launch.empty((batch, length), dtype=torch.uint8, device=projections.device)
     width_pad = next_power_of_two(width)
@@ -412,7 +553,7 @@ def scan(
             [S, H, r, r]. Not changed.
         rule: the recurrence.
         mask: bool [B, T], True = a real token. A masked token reads 0 and leaves the state bit-equal; so does
-            a token with a value that is not finite.
+            a token with a value that is not finite, and one that would leave NaN or Inf in the state of any head.
         cu_seqlens: int [N + 1] on the device, where each packed sequence starts, then the total; non-decreasing
             from 0 to T, which is not checked (the host would have to wait). A token of no sequence reads 0.
         slots: int [N], which row of ``state`` each sequence starts from; −1 = neither read nor written.
@@ -424,6 +565,29 @@ def scan(
 
     Raises:
         ValueError, TypeError: see ``check_arguments``; a float64 input; tensors that are not on a GPU.
+    """
+    return scan_with_flags(
+        projections, gate_bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
+        checkpoint_every=checkpoint_every, chunk=chunk, says=False,
+    )[0]  # fmt: skip
+
+
+def scan_with_flags(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor | None,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+    chunk: int | None = None,
+    says: bool = True,
+) -> tuple[ScanOutput, torch.Tensor | None]:
+    """``scan``, and if it ``says`` so the tokens' flags, uint8 [B, T], as ``scan_backward`` takes them.
+
+    1: the token was written. 2: it was not, because it or the state after it is not finite. 0: it is masked.
     """
     sequences = check_arguments(
         projections, gate_bias, state, rule,
@@ -461,8 +625,13 @@ def scan(
         shape = (length // every,) if packed else (batch, length // every)
         checkpoints = allocate((*shape, heads, rank, rank), **float32)
     skipped = (torch.zeros if chunk else _launch.empty)((sequences,), dtype=torch.int32, device=device)
+    flags = None
+    if projections.numel() and (says or (sequences and (chunk or width > LOOK_WIDTH))):
+        flags = find_flags(projections, mask)
+    elif says:
+        flags = torch.zeros((batch, length), dtype=torch.uint8, device=device)
     if sequences == 0:
-        return ScanOutput(reads, final, skipped, checkpoints)
+        return ScanOutput(reads, final, skipped, checkpoints), flags
 
     chunk_sequence = chunk_first = checkpoint_first = None
     if packed:
@@ -480,10 +649,7 @@ def scan(
     strides["stride_bias"] = gate_bias.stride(0)
 
     rows, cols = tile(rule)
-    flags = None
-    if chunk or (width > LOOK_WIDTH and projections.numel()):
-        flags = find_flags(projections, mask)
-        mask = None
+    masked = mask if flags is None else None  # the flags know of the mask
     start = state
     if chunk:
         start = _launch.empty((chunks, heads, rank, rank), **float32)
@@ -504,15 +670,29 @@ def scan(
         )  # fmt: skip
     launch(
         scan_kernel, triton.cdiv(chunks * heads * rank, cols), projections, num_warps=1,
-        x_ptr=projections, bias_ptr=gate_bias, s_ptr=start, slots_ptr=slots, flags_ptr=flags, mask_ptr=mask,
+        x_ptr=projections, bias_ptr=gate_bias, s_ptr=start, slots_ptr=slots, flags_ptr=flags, mask_ptr=masked,
         reads_ptr=reads, final_ptr=None if chunk else final, skipped_ptr=skipped,
         checkpoints_ptr=checkpoints, checkpoint_first_ptr=checkpoint_first,
         total_groups=chunks * heads, states=states, every=every, **place, **strides,
-        stride_mask_b=mask.stride(0) if mask is not None else 0,
-        stride_mask_t=mask.stride(1) if mask is not None else 0,
+        stride_mask_b=masked.stride(0) if masked is not None else 0,
+        stride_mask_t=masked.stride(1) if masked is not None else 0,
         **state_strides(start), WIDTH=width, COLUMNS=cols,
         **rule_flags(rule, projections),
         HAS_STATE=start is not None, HAS_SLOTS=slots is not None, HAS_FLAGS=flags is not None,
-        HAS_MASK=mask is not None, HAS_CHECKPOINTS=bool(every), IS_PACKED=packed, IS_CHUNKED=bool(chunk),
+        HAS_MASK=masked is not None, HAS_CHECKPOINTS=bool(every), IS_PACKED=packed, IS_CHUNKED=bool(chunk),
     )  # fmt: skip
-    return ScanOutput(reads, final, skipped, checkpoints)
+    launch(
+        repair_kernel, sequences, projections, num_warps=1,
+        x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
+        flags_ptr=flags if says else None, cu_ptr=cu_seqlens, checkpoint_first_ptr=checkpoint_first,
+        reads_ptr=reads, final_ptr=final, skipped_ptr=skipped, checkpoints_ptr=checkpoints,
+        states=states, length=length, every=every, **strides,
+        stride_mask_b=mask.stride(0) if mask is not None else 0,
+        stride_mask_t=mask.stride(1) if mask is not None else 0,
+        **state_strides(state), COLUMNS=cols, WIDTH=width, WIDTH_PAD=next_power_of_two(width),
+        **rule_flags(rule, projections),
+        HAS_STATE=state is not None, HAS_SLOTS=slots is not None, HAS_FLAGS=says, HAS_MASK=mask is not None,
+        HAS_CHECKPOINTS=bool(every), IS_PACKED=packed, IS_CHUNKED=bool(chunk),
+        BLOCK=min(1024, next_power_of_two(heads * rank * rank)),
+    )  # fmt: skip
+    return ScanOutput(reads, final, skipped, checkpoints), flags

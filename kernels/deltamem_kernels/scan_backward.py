@@ -607,6 +607,7 @@ def scan_backward(
     slots: torch.Tensor | None = None,
     d_checkpoints: torch.Tensor | None = None,
     checkpoint_every: int = 0,
+    flags: torch.Tensor | None = None,
     chunk: int | None = None,
     spacing: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -616,13 +617,15 @@ def scan_backward(
         d_reads: [B, T, H·r], the gradient of ``reads``, of any strides.
         d_state: [N, H, r, r], of the final ``state``, of any strides.
         d_checkpoints: of ``checkpoints``, in their layout, or None.
+        flags: uint8 [B, T], which tokens the scan has written (``scan_with_flags``); None: all that are unmasked and
+            finite, which is right where the states after them are finite, too.
         chunk: tokens per chunk, 0 for one chunk a sequence, None to choose (tests set it).
         spacing: tokens of a block, which divide the chunk's, and of a part, which divide the block's (tests set it).
 
     Returns:
         The gradients of projections, gate_bias and state (None without a state), each in the dtype and shape of
-        what it belongs to, computed in float32. A masked token and one that is not finite get 0, and so does a
-        sequence whose slot is −1. The same bits on every run.
+        what it belongs to, computed in float32. A token that was not written gets 0, and so does a sequence whose
+        slot is −1. The same bits on every run.
 
     Raises:
         ValueError, TypeError: see ``scan``; a gradient of another shape than what it belongs to.
@@ -679,7 +682,8 @@ def scan_backward(
         chunks_per_sequence = triton.cdiv(length, chunk) if chunk else 1
         blocks_per_sequence = triton.cdiv(length, block)
         chunks, blocks = sequences * chunks_per_sequence, sequences * blocks_per_sequence
-    flags = find_flags(projections, mask) if tokens else projections.new_empty(0, dtype=torch.uint8)
+    if flags is None:
+        flags = find_flags(projections, mask) if tokens else projections.new_empty(0, dtype=torch.uint8)
     common = {
         "x_ptr": projections, "bias_ptr": gate_bias, "flags_ptr": flags, "d_reads_ptr": d_reads,
         "d_checkpoints_ptr": d_checkpoints if every else None, "checkpoint_first_ptr": checkpoint_first,

@@ -14,36 +14,46 @@ import triton.language as tl
 
 from . import launch as _launch
 from .columns import (
-    columns,
     direction,
     dot,
     gates,
+    group_sum,
     load_bias,
     load_flag,
     load_vector,
     load_write,
+    lost,
     owned,
     state_pointers,
     written,
 )
 from .errors import ArgumentError
-from .launch import check_device, check_reach, float32_only, half_or_single, launch, rule_flags, state_strides, tile
+from .launch import (
+    check_device,
+    check_reach,
+    float32_only,
+    half_or_single,
+    launch,
+    next_power_of_two,
+    rule_flags,
+    state_strides,
+    tile,
+)
 from .rule import DeltaRule, check_arguments, check_together
 
 
 @triton.jit
-def step_kernel(
-    x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, reads_ptr, skipped_ptr,
-    total_groups, states, stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_skipped,
-    stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
-    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
+def stepped(
+    row, place, m_column, x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, states,
+    stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    DENSE_STATE: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr,
+    NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    group, i, m_column = columns(total_groups, RANK, COLUMNS)
-    row = group // HEADS
-    h = group % HEADS
+    """Columns ``place`` of the tokens ``row`` → (where their states lie, which of these numbers there are, the states
+    after the token, the reads, the tokens' flags, the rows of the state)."""
+    h = place // RANK
+    i = place % RANK
     b = row.to(tl.int64)
     p_x = x_ptr + b * stride_x_b
     p_mask = mask_ptr
@@ -68,17 +78,74 @@ def step_kernel(
     flag = tl.where(live, flag, 0)
 
     z, c = direction(q, NORMALIZE)
-    read = tl.where(flag == 1, dot(s, z) * c, 0.0)
-    tl.store(reads_ptr + group.to(tl.int64) * RANK + i, read, mask=m_column)
+    read = dot(s, z) * c
     z, c = direction(k, NORMALIZE)
     keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
     s = written(s, z, c, keep, erase, write * v.to(tl.float32))
-    tl.store(p_s, s, mask=m_tile & (flag == 1)[None, :])
-    if HAS_SKIPPED:
-        # No state is given to two rows, so nobody else touches this count.
-        m_skipped = (flag == 2) & (h == 0) & (i == 0)
-        p_skipped = skipped_ptr + state_row * stride_skipped
-        tl.store(p_skipped, tl.load(p_skipped, mask=m_skipped, other=0) + 1, mask=m_skipped)
+    return p_s, m_tile, s, read, flag, state_row
+
+
+@triton.jit
+def step_kernel(
+    x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, reads_ptr, skipped_ptr,
+    rows, states, stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_skipped,
+    stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
+):  # fmt: skip
+    """A token is GROUP columns, H·r rounded up to a power of two, all in one program: whether the state after it is
+    finite is a question to all of them. Where a program has too few, it goes through them twice."""
+    o_column = tl.arange(0, COLUMNS)
+    if GROUP <= COLUMNS:
+        row = tl.program_id(0) * (COLUMNS // GROUP) + o_column // GROUP
+        place = o_column % GROUP
+        m_column = (row < rows) & (place < HEADS * RANK)
+        p_s, m_tile, s, read, flag, state_row = stepped(
+            row, place, m_column, x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, states,
+            stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+            HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
+        )  # fmt: skip
+        nothing = lost(s)
+        if GROUP > 1:
+            nothing = tl.reshape(group_sum(nothing[None, :], GROUP), [COLUMNS])
+        flag = tl.where((flag == 1) & (nothing != 0.0), 2, flag)
+        tl.store(reads_ptr + row.to(tl.int64) * (HEADS * RANK) + place, tl.where(flag == 1, read, 0.0), mask=m_column)
+        tl.store(p_s, s, mask=m_tile & (flag == 1)[None, :])
+        if HAS_SKIPPED:
+            # No state is given to two rows, so nobody else touches this count.
+            m_skipped = (flag == 2) & (place == 0)
+            p_skipped = skipped_ptr + state_row * stride_skipped
+            tl.store(p_skipped, tl.load(p_skipped, mask=m_skipped, other=0) + 1, mask=m_skipped)
+    else:
+        row = o_column * 0 + tl.program_id(0)
+        nothing = tl.zeros([COLUMNS], tl.float32)
+        for first in tl.range(0, HEADS * RANK, COLUMNS):
+            place = first + o_column
+            _, _, s, _, _, _ = stepped(
+                row, place, place < HEADS * RANK, x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, states,
+                stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+                HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
+            )  # fmt: skip
+            nothing += lost(s)
+        finite = tl.sum(nothing, axis=0) == 0.0
+        for first in tl.range(0, HEADS * RANK, COLUMNS):
+            place = first + o_column
+            m_column = place < HEADS * RANK
+            p_s, m_tile, s, read, flag, state_row = stepped(
+                row, place, m_column, x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, states,
+                stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+                HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
+            )  # fmt: skip
+            flag = tl.where((flag == 1) & (finite == 0), 2, flag)
+            p_read = reads_ptr + row.to(tl.int64) * (HEADS * RANK) + place
+            tl.store(p_read, tl.where(flag == 1, read, 0.0), mask=m_column)
+            tl.store(p_s, s, mask=m_tile & (flag == 1)[None, :])
+            if HAS_SKIPPED:
+                m_skipped = (flag == 2) & (place == 0)
+                p_skipped = skipped_ptr + state_row * stride_skipped
+                tl.store(p_skipped, tl.load(p_skipped, mask=m_skipped, other=0) + 1, mask=m_skipped)
 
 
 def step(
@@ -101,9 +168,10 @@ def step(
         state: float32 [B, H, r, r], of any strides, or [S, H, r, r] with ``slots``; changed in place.
         rule: the recurrence.
         mask: bool [B], True = a real token. A masked token reads 0 and leaves the state bit-equal; so does a
-            token with a value that is not finite.
+            token with a value that is not finite, and one that would leave NaN or Inf in the state of any head.
         slots: int [B], which row of ``state`` each token belongs to, no row twice; −1 = reads 0, writes nothing.
-        skipped: int32 with a row per row of ``state``, or None; incremented where a token was not finite.
+        skipped: int32 with a row per row of ``state``, or None; incremented where an unmasked token was not written
+            because it, or the state after it, is not finite.
 
     Returns:
         reads, float32 [B, H·r].
@@ -129,14 +197,18 @@ def step(
     if slots is not None:
         slots = slots.contiguous()
     _, cols = tile(rule)
+    group = next_power_of_two(rule.read_width)
+    warps = min(8, max(1, group // cols))
+    cols *= warps
+    programs = triton.cdiv(batch, cols // group) if group <= cols else batch
     launch(
-        step_kernel, triton.cdiv(batch * rule.read_width, cols), projections, num_warps=1,
+        step_kernel, programs, projections, num_warps=warps,
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
-        reads_ptr=reads, skipped_ptr=skipped, total_groups=batch * rule.heads, states=state.shape[0],
+        reads_ptr=reads, skipped_ptr=skipped, rows=batch, states=state.shape[0],
         stride_x_b=projections.stride(0), stride_x_w=projections.stride(1), stride_bias=gate_bias.stride(0),
         stride_mask_b=mask.stride(0) if mask is not None else 0,
         stride_skipped=skipped.stride(0) if skipped is not None else 0,
-        **state_strides(state), COLUMNS=cols, WIDTH=width,
+        **state_strides(state), GROUP=group, COLUMNS=cols, WIDTH=width,
         **rule_flags(rule, projections),
         HAS_SLOTS=slots is not None, HAS_MASK=mask is not None,
         HAS_SKIPPED=skipped is not None,

@@ -201,6 +201,32 @@ def test_a_loss_that_is_not_finite_ends_the_run(whole, data, tmp_path):
     assert [entry["loss"] for entry in read_log(tmp_path / "run" / "log.jsonl")] == ["nan"]
 
 
+def test_a_gradient_that_is_not_finite_is_no_step(data, tmp_path):
+    model = small_model()
+    steps = []
+
+    def spoil(gradient):
+        steps.append(len(steps) + 1)
+        return gradient * float("nan") if len(steps) == 3 else gradient
+
+    def watch(attention, _):
+        attention.delta_memory.memory_v_proj.register_hook(spoil)
+        handle.remove()
+
+    handle = model.model.layers[0].self_attn.register_forward_pre_hook(watch)
+    with pytest.raises(ValueError, match="grad_norm: got nan at step 3; checkpoints in .* are from before"):
+        run(data, tmp_path, model=model, steps=5, save_every=1, warmup=0.0)
+    log = read_log(tmp_path / "log.jsonl")
+    assert [entry["grad_norm"] == "nan" for entry in log] == [False, False, True] and isinstance(log[-1]["loss"], float)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    saved = weights_in(newest_checkpoint(tmp_path))
+    ours = {name: p for name, p in model.named_parameters() if ".delta_memory." in name}
+    for name, weight in saved.items():
+        prefix, _, key = name.rpartition(".")
+        found = ours[f"{prefix}.delta_memory.{key}"]
+        assert torch.isfinite(found).all() and torch.equal(found, weight), name
+
+
 def test_what_the_caller_gave_is_left_as_it_was(whole):
     assert whole[2].config.use_cache is small_model().config.use_cache
 

@@ -1,0 +1,95 @@
+"""Tokens that come in as NaN or Inf: kept from the others, which attention's 0 · NaN would carry them to.
+
+Such a token goes through the layers as zeros and the memory leaves it out, as a masked one. Its own place in the last
+hidden states is NaN in the end, as the bare model's is; in the bare model all later tokens are NaN, too (and, where the
+mask is multiplied, those before it). What turns to NaN inside the backbone, a sum that overflows in float16, is not
+seen here: each layer's memory leaves those tokens out and counts them, the backbone itself is what it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .advance import MemoryCall
+
+logger = logging.getLogger("deltamem_fast")
+# By embedding: address and version of its weight, and which of its rows are not finite; None: all are.
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], torch.Tensor | None]] = weakref.WeakKeyDictionary()
+
+
+def contain(decoder: nn.Module, call: MemoryCall, arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Before the layers of a forward: take tokens that are not finite out of it.
+
+    Args:
+        decoder: the patched decoder.
+        call: this forward's memory; such tokens are masked in it.
+        arguments: the decoder's own, by name; may get other ``inputs_embeds``, and those for ``input_ids``.
+
+    Returns:
+        bool [B, T], which tokens are finite; None where all are.
+    """
+    hidden = arguments.get("inputs_embeds")
+    if hidden is None:
+        hidden = _broken_embeddings(decoder, arguments.get("input_ids"))
+        if hidden is None:
+            return None
+    asks = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    if asks and math.isfinite(hidden.detach().sum().item()):
+        return None
+    finite = torch.isfinite(hidden.detach()).all(-1)
+    if asks and finite.all():
+        return None  # their sum alone overflows
+    arguments["inputs_embeds"] = torch.where(finite.unsqueeze(-1), hidden, 0.0)
+    arguments["input_ids"] = None
+    call.leave_out(finite)
+    if asks:
+        row, token = (~finite).nonzero()[0].tolist()
+        logger.warning(
+            "inputs: %d token(s) are NaN or Inf, the first in row %d at place %d; the memory leaves them out, and the "
+            "others attend to zeros in their place", int((~finite).sum()), row, token,
+        )  # fmt: skip
+    return finite
+
+
+def give_back(call: MemoryCall, output, finite: torch.Tensor):
+    """After the layers: count what ``contain`` has taken out, and make it NaN again in the last hidden state."""
+    call.count_left_out(finite)
+    hidden = torch.where(finite.unsqueeze(-1), output[0], torch.nan)
+    if isinstance(output, tuple):
+        return hidden, *output[1:]
+    output["last_hidden_state"] = hidden
+    return output
+
+
+def _broken_embeddings(decoder: nn.Module, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The embeddings of tokens one of which has a row in the table that is not finite; None if none has.
+
+    The table is looked through once, and again when it has changed.
+    """
+    if input_ids is None or torch.compiler.is_compiling() or not hasattr(decoder, "get_input_embeddings"):
+        return None
+    embedding = decoder.get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
+    if type(weight) is not nn.Parameter or weight.is_inference() or weight.device.type == "meta":
+        return None
+    version = weight.data_ptr(), weight._version
+    known, rows = _known.get(embedding, (None, None))
+    if known != version:
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        rows = None
+        with torch.no_grad():
+            if not math.isfinite(weight.sum(dtype=torch.float32).item()):
+                rows = ~torch.isfinite(weight).all(-1)
+                rows = rows if rows.any() else None
+        _known[embedding] = version, rows
+    if rows is None or not rows[input_ids].any():
+        return None
+    return embedding(input_ids)
