@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -328,6 +329,20 @@ def _tensors(data: bytes, path: str | os.PathLike, name: str) -> dict[str, torch
         return load(data)
     except Exception as error:  # SafetensorError, or KeyError for a dtype that this torch does not have
         raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """safetensors' ``save_file`` (for ``write_atomically``), whose I/O errors become the OSErrors that they are."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 # --- checksums

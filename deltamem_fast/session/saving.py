@@ -3,51 +3,84 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..cache import _replace_layers
-from ..errors import ArgumentTypeError, FileFormatError
-from ..files import read_tensors
+from ..cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
+from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
+from ..files import Header, json_bytes, parse_json, parse_tensors, save_tensors
 from ..record import decoder_of, describe_difference, identity_of, unwrap
 from ..state import MemoryState
 from ..storage import snapshots
 from .blocks import Block
+from .schema import check_content, check_identity
+from .settings import check_generation, check_template
 from .turns import Now
 from .window import Mark, Turn, new_cache
 
 if TYPE_CHECKING:
     from .session import MemorySession
 
-FORMAT, FORMAT_VERSION = "deltamem-session", 1
+FORMAT, FORMAT_VERSION = "deltamem-session", 2
+_MUST_BE_JSON = "its messages, template and generation settings must be JSON to be saved"
+# Of whose cache nothing but keys, values and lengths has to be kept.
+_SAVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer)
+_FLOATS = ("F64", "F32", "F16", "BF16")  # of keys and values
 
 
-def save(session: MemorySession, directory: str | os.PathLike, *, with_cache: bool) -> Path:
+def save(session: MemorySession, directory: str | os.PathLike, *, with_cache: bool, overwrite: bool) -> Path:
     """Write a session; see ``MemorySession.save``."""
+    directory = snapshots.as_target(directory)
     content, tensors = contents(session, with_cache=with_cache)
-    return commit(directory, content, tensors)
+    _check_can_be_loaded(session, content, tensors)
+    return commit(directory, content, tensors, known=session._known, overwrite=overwrite)
 
 
-def commit(directory: str | os.PathLike, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Path:
-    """Write ``contents`` of a session into a directory, atomically."""
-    from safetensors.torch import save_file
-
-    write = {"state": lambda path: save_file(tensors, path, {"format": FORMAT})}
+def _check_can_be_loaded(session: MemorySession, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     try:
-        return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write)
+        data = json_bytes(content)
     except TypeError as error:
-        raise ArgumentTypeError(
-            f"session: its messages, template and generation settings must be JSON to be saved: {error}"
-        ) from error
+        raise ArgumentTypeError(f"session: {_MUST_BE_JSON}: {error}") from error
+    except (ValueError, RecursionError) as error:  # NaN, integers without end, lists in one another
+        raise ArgumentError(f"session: {_MUST_BE_JSON}: {error}") from error
+    vocabulary = vocabulary_of(session.model)
+    check_template(session.template, "session: template", ArgumentError)
+    check_generation(session.generation, "session: generation", vocabulary, ArgumentError)
+    try:
+        check_content(parse_json(data, "session"), "session", vocabulary, _is_segmented(session.model), ArgumentError)
+    except FileFormatError as error:  # keys that are one and the same in JSON
+        raise ArgumentError(f"session: {_MUST_BE_JSON}: {error}") from error
+    for name, tensor in tensors.items():
+        if name.startswith("memory.") and not tensor.isfinite().all():
+            raise StateError(
+                f"session: its memory of layer {name.removeprefix('memory.')} holds NaN or Inf, which is not saved; "
+                "restore an earlier snapshot, or memory.zero_()"
+            )
+
+
+def commit(
+    directory: str | os.PathLike,
+    content: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    *,
+    known: dict[str, int] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write ``contents`` of a session into a directory, atomically."""
+    write = {"state": lambda path: save_tensors(tensors, path, {"format": FORMAT})}
+    return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write, known=known, overwrite=overwrite)
 
 
 def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a snapshot holds: JSON, and tensors on the CPU."""
     now = session._now
+    if now.memory._broken:
+        raise StateError(f"session: its memory cannot be saved: {now.memory._broken}")
     memories = [*(turn.before for turn in now.turns), now.memory]
     tensors = {
         f"memory.{layer}": torch.cat([memory[layer].detach().cpu() for memory in memories]) for layer in now.memory
@@ -56,6 +89,8 @@ def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any
         [torch.cat([memory._skipped[layer].cpu() for memory in memories]) for layer in now.memory]
     )
     cache = now.window() if with_cache else None
+    if cache is not None and any(type(layer) not in _SAVED_LAYERS for layer in cache.layers):
+        cache = None  # it is computed again
     content = {
         "identity": identity_of(session.model).fingerprints(),
         "settings": {
@@ -83,33 +118,96 @@ def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any
     return content, tensors
 
 
-def load(kind: type[MemorySession], directory: str | os.PathLike, model: nn.Module, tokenizer) -> MemorySession:
+def load(
+    kind: type[MemorySession],
+    directory: str | os.PathLike,
+    model: nn.Module,
+    tokenizer,
+    *,
+    template: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> MemorySession:
     """Read a session; see ``MemorySession.load``."""
     identity = identity_of(model)
+    given = {"template": template, "generation": generation}
+    own = {name: value for name, value in given.items() if value is not None}
 
-    def make(manifest: dict[str, Any], files: dict[str, Path]) -> MemorySession:
-        difference = describe_difference(manifest["identity"], identity.fingerprints())
+    def make(manifest: dict[str, Any], files: dict[str, bytes]) -> MemorySession:
+        path = snapshots.as_directory(directory) / snapshots.MANIFEST
+        content = {name: manifest[name] for name in manifest.keys() - snapshots.HEAD}
+        if isinstance(content.get("settings"), dict):
+            content["settings"] |= {name: {} for name in own}
+        # The identity first: token ids of another model are not damage.
+        check_identity(content.get("identity"), f"directory: {path}", FileFormatError)
+        difference = describe_difference(content["identity"], identity.fingerprints())
         if difference:
             raise FileFormatError(f"directory: {directory}: saved under {difference}")
-        _, tensors = read_tensors(files["state"], "directory")
-        settings = dict(manifest["settings"])
+        check_content(content, f"directory: {path}", vocabulary_of(model), _is_segmented(model), FileFormatError)
+        if files.keys() != {"state"}:
+            raise FileFormatError(f"directory: {path}: files: got {sorted(files)}, allowed state")
+        data_path = path.with_name(manifest["files"]["state"]["name"])
+
+        def check(_, header: Header) -> None:
+            _check_header(content, header, identity, data_path)
+
+        _, tensors = parse_tensors(files["state"], data_path, "directory", check)
+        now = _now(model, identity, content, tensors, data_path)
+        settings = content["settings"] | own
         remembers = settings.pop("remembers")
         session = kind(model, tokenizer, **settings)
-        session._now = _now(model, identity, manifest, tensors)
+        session._now = now
         session._remembers = remembers
+        session._known = {manifest["sha256"]: manifest["generation"]}
         return session
 
     return snapshots.read(directory, FORMAT, FORMAT_VERSION, make)
 
 
-def _now(model: nn.Module, identity, manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Now:
-    context = manifest["context"]
-    *before, memory = _memories(identity, manifest["frozen"], tensors)
+def vocabulary_of(model: nn.Module) -> int:
+    """How many token ids a model takes."""
+    embeddings = unwrap(model).get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", 0) or embeddings.weight.shape[0])
+
+
+def _is_segmented(model: nn.Module) -> bool:
+    return identity_of(model).config.memory_write_granularity != "token"
+
+
+def _check_header(content: dict[str, Any], header: Header, identity, path: Path) -> None:
+    """Raise FileFormatError unless the data file holds exactly the tensors that the manifest calls for."""
+    rows, specs = len(content["frozen"]), identity.layer_specs()
+    wanted = {f"memory.{i}": ("F32", (rows, *spec.shape)) for i, spec in specs.items()}
+    wanted["skipped"] = ("I32", (len(specs), rows))
+    layers = {
+        f"cache.{place}.{part}": layer
+        for place, layer in enumerate(content["context"]["cache"] or ())
+        if layer["filled"]
+        for part in ("keys", "values")
+    }
+    if header.keys() != wanted.keys() | layers.keys():
+        raise FileFormatError(
+            f"directory: {path}: holds {', '.join(sorted(header))}; allowed {', '.join(sorted([*wanted, *layers]))}"
+        )
+    for name, entry in wanted.items():
+        if header[name] != entry:
+            raise FileFormatError(f"directory: {path}: {name}: got {header[name]}, allowed {entry}")
+    for name, layer in layers.items():
+        dtype, shape = header[name]
+        length = layer["length"] if layer["window"] is None else min(layer["length"], layer["window"] - 1)
+        if dtype not in _FLOATS or len(shape) != 4 or shape[0] != 1 or shape[2] != length:
+            raise FileFormatError(
+                f"directory: {path}: {name}: got {header[name]}, allowed floats [1, heads, {length}, size]"
+            )
+
+
+def _now(model: nn.Module, identity, content: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Now:
+    context = content["context"]
+    *before, memory = _memories(identity, content["frozen"], tensors, path)
     turns = tuple(_turn_from_json(values, state) for values, state in zip(context["turns"], before, strict=True))
     cache = None if context["cache"] is None else _cache(model, identity, context["cache"], tensors)
     return Now(
         memory,
-        tuple(manifest["messages"]),
+        tuple(content["messages"]),
         _block_from_json(context["preamble"]),
         turns,
         context["written"],
@@ -118,8 +216,13 @@ def _now(model: nn.Module, identity, manifest: dict[str, Any], tensors: dict[str
     )
 
 
-def _memories(identity, frozen: list[bool], tensors: dict[str, torch.Tensor]) -> list[MemoryState]:
+def _memories(identity, frozen: list[bool], tensors: dict[str, torch.Tensor], path: Path) -> list[MemoryState]:
     specs = identity.layer_specs()
+    for name in (*(f"memory.{i}" for i in specs), "skipped"):
+        tensor = tensors[name]
+        if not (tensor >= 0).all() if name == "skipped" else not tensor.isfinite().all():
+            allowed = "counts, 0 or more" if name == "skipped" else "finite numbers"
+            raise FileFormatError(f"directory: {path}: {name}: got others, allowed {allowed}")
     found = []
     for row, is_frozen in enumerate(frozen):
         layers = {i: tensors[f"memory.{i}"][row : row + 1].to(spec.device, copy=True) for i, spec in specs.items()}
@@ -140,17 +243,29 @@ def _cache(model: nn.Module, identity, kinds: list[dict[str, Any]], tensors: dic
         return None
     for place, (kind, layer) in enumerate(zip(kinds, cache.layers)):
         weight = next(p for p in layers[place].parameters() if p.is_floating_point())
-        if kind["window"] != (layer.sliding_window if layer.is_sliding else None):
+        if type(layer) not in _SAVED_LAYERS or kind["window"] != (layer.sliding_window if layer.is_sliding else None):
             return None
         if not kind["filled"]:
             continue
         keys, values = tensors[f"cache.{place}.keys"], tensors[f"cache.{place}.values"]
-        if keys.dtype != weight.dtype:
+        if keys.dtype != weight.dtype or values.dtype != weight.dtype or weight.is_meta:
+            return None
+        if not _fits(layers[place], keys, values) or not (keys.isfinite().all() and values.isfinite().all()):
             return None
         layer.update(keys.to(weight.device), values.to(weight.device))
         if layer.is_sliding:
             layer.cumulative_length = kind["length"]
     return cache
+
+
+def _fits(layer: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether keys and values [1, heads, T, D] are as wide as what the layer's projections make, where it has them."""
+    attention = getattr(layer, "self_attn", None)
+    for name, tensor in (("k_proj", keys), ("v_proj", values)):
+        width = getattr(getattr(attention, name, None), "out_features", None)
+        if width is not None and width != tensor.shape[1] * tensor.shape[3]:
+            return False
+    return keys.shape[:2] == values.shape[:2]
 
 
 def _layer_to_json(layer) -> dict[str, Any]:

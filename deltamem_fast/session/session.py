@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from ..operators import forget, ingest, retrieve, revise
 from ..record import identity_of, memory_disabled, unwrap
 from ..state import MemoryState
 from .blocks import Message, Renderer
+from .forgetting import Forgotten, places_of, strings_of, without_text
+from .settings import RESERVED_TEMPLATE, shown
 from .turns import Limits, Now, have_turn
 from .window import Mark
 
@@ -37,6 +40,7 @@ class SessionSnapshot:
 
     now: Now
     remembers: bool
+    owner: str = ""
 
 
 class MemorySession:
@@ -94,18 +98,24 @@ class MemorySession:
             raise ArgumentTypeError(f"system: got {type(system).__name__}, allowed a str or None")
         if not getattr(tokenizer, "chat_template", None):
             raise ArgumentError("tokenizer: has no chat template, which a session renders its messages with")
+        # Not a processor either, which would open the files and addresses that messages name.
+        if not getattr(tokenizer, "is_fast", False):
+            raise ArgumentError(f"tokenizer: got {type(tokenizer).__name__}, allowed a fast tokenizer")
         if memory is not None:
             identity.check(memory._identity)
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
         self.limit_context(context_turns, context_tokens)
-        self.template = dict(template or {})
-        self.generation = _checked_options(generation or {}, "generation")
+        self.template = _checked_template({} if template is None else template)
+        self.generation = _checked_options({} if generation is None else generation, "generation")
         self._renderer = Renderer(tokenizer, system, identity.config.memory_write_granularity, self.template)
         self._now = Now(MemoryState.zeros(model) if memory is None else memory.clone())
         self._remembers = True
         self._turn = threading.Lock()
+        self._name = secrets.token_hex(16)  # its snapshots have it
+        # Of the files that this session was loaded from or saved to: sha256 of the manifest → generation.
+        self._known: dict[str, int] = {}
 
     # --- what it is
 
@@ -157,6 +167,9 @@ class MemorySession:
             f"limits {self.limits.turns} turns, {self.limits.tokens} tokens)"
         )
 
+    def __reduce_ex__(self, protocol):
+        raise ArgumentTypeError("a session cannot be pickled or copied; save it, and load it again")
+
     # --- turns
 
     def send(
@@ -179,6 +192,7 @@ class MemorySession:
             RuntimeError: another turn is under way.
         """
         said = _checked_messages(text)
+        _check_encodable({"text": said, "system": self.system})
         options = self._generate_options(options)
         return self._send(said, on_thinking, options)
 
@@ -248,16 +262,19 @@ class MemorySession:
             now = self._now
             cache = now.window()
             mark = None if cache is None else Mark(cache, hold=True)
-            return SessionSnapshot(replace(now, memory=now.memory.clone(), mark=mark), self._remembers)
+            return SessionSnapshot(replace(now, memory=now.memory.clone(), mark=mark), self._remembers, self._name)
 
     def restore(self, snapshot: SessionSnapshot) -> None:
         """Go back to ``snapshot``, of this session; it can be gone back to again.
 
         Raises:
             TypeError: no snapshot of a session.
+            ValueError: of another session, whose cache it shares.
         """
         if not isinstance(snapshot, SessionSnapshot):
             raise ArgumentTypeError(f"snapshot: got {type(snapshot).__name__}, allowed a SessionSnapshot")
+        if snapshot.owner != self._name:
+            raise ArgumentError("snapshot: of another session, allowed one that this session's snapshot() made")
         with self._alone():
             now = snapshot.now
             self._now = replace(now, memory=now.memory.clone())
@@ -289,11 +306,22 @@ class MemorySession:
         """Write what holds from now on; see ``operators.revise``. The context stays as it is."""
         return self._change(lambda memory: revise(self.model, self.tokenizer, memory, text, **options))
 
-    def forget(self, text: str | Sequence[Message], *, strength: float | None = None) -> None:
+    def forget(
+        self, text: str | Sequence[Message], *, strength: float | None = None, messages: bool = False
+    ) -> Forgotten:
         """Erase from the memory what a text's keys point to; see ``operators.forget``.
 
         Turns that are still in the context are told under memories from before them, which forget it, too; the words
         themselves are still in sight until they leave or ``drop_context`` is called.
+
+        Args:
+            text, strength: see ``operators.forget``.
+            messages: take the text out of the kept messages as well (answers, thinking and tool calls included; upper
+                and lower case and white space do not matter). Turns in the context that it was in leave the context.
+                What ``save`` then writes is without it; so are not directories and snapshots from before.
+
+        Returns:
+            What changed, and where all words of the text still stand.
         """
         with self._alone():
             now = self._now
@@ -302,7 +330,14 @@ class MemorySession:
                 return forget(self.model, self.tokenizer, memory.clone(), text, strength=strength)
 
             turns = tuple(replace(turn, before=without(turn.before)) for turn in now.turns)
-            self._now = replace(now, memory=without(now.memory), turns=turns, cache=None, mark=None)
+            now = replace(now, memory=without(now.memory), turns=turns, cache=None, mark=None)
+            changed = 0
+            if messages:
+                now, changed = without_text(now, text)
+            self._now = now
+            settings = {"system": self.system, "template": self.template, "generation": self.generation}
+            places = places_of({"messages": now.messages} | settings, text)
+            return Forgotten(changed, len(turns) - len(now.turns), places)
 
     def retrieve(self, question: str | Sequence[Message], **options: Any) -> str:
         """An answer from the memory alone; nothing is written, and the conversation does not go on.
@@ -321,32 +356,57 @@ class MemorySession:
 
     # --- files
 
-    def save(self, directory: str | os.PathLike, *, cache: bool = True) -> Path:
-        """Write the session into ``directory``: JSON and safetensors, atomically; an earlier one there is replaced.
+    def save(self, directory: str | os.PathLike, *, cache: bool = True, overwrite: bool = False) -> Path:
+        """Write the session into ``directory``: JSON and safetensors, atomically, for this user alone.
+
+        An earlier snapshot there is replaced, if this session was loaded from it or has saved it. New files can be read
+        by nobody else; where there are earlier ones, they keep their mode.
 
         Args:
             cache: with the KV cache. Without, the file is some kilobytes, and loading computes the cache again from
                 the memories before its turns; both go on token for token as this session would.
+            overwrite: replace also a snapshot that this session does not know, or one that is damaged.
 
         Returns:
             The directory.
+
+        Raises:
+            ConflictError: the snapshot there is another one: somebody else has saved meanwhile.
+            ValueError, TypeError: something that cannot be saved (messages that are not JSON, a setting of generation
+                or template that chooses code), or files there that are not a session's, or a newer version's.
+            OSError: it cannot be written; the earlier snapshot stands.
         """
         from .saving import save
 
         with self._alone():
-            return save(self, directory, with_cache=cache)
+            return save(self, directory, with_cache=cache, overwrite=overwrite)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike, model: nn.Module, tokenizer) -> MemorySession:
+    def load(
+        cls,
+        directory: str | os.PathLike,
+        model: nn.Module,
+        tokenizer,
+        *,
+        template: Mapping[str, Any] | None = None,
+        generation: Mapping[str, Any] | None = None,
+    ) -> MemorySession:
         """Read a session that ``save`` wrote.
+
+        A file decides nothing but values: which settings of generation it may hold is listed in
+        ``session.settings.GENERATION``, and a chat template, or anything that loads code, is refused.
+
+        Args:
+            template, generation: in place of those that were saved.
 
         Raises:
             FileNotFoundError: no session there.
-            ValueError: damaged, of a newer format, or made under another adapter or backbone; both are named.
+            ValueError: damaged, of a newer format, with settings that no file may hold, or made under another adapter
+                or backbone; the message names the file.
         """
         from .saving import load
 
-        return load(cls, directory, model, tokenizer)
+        return load(cls, directory, model, tokenizer, template=template, generation=generation)
 
 
 def _in_context(context: contextvars.Context, generator: Iterator) -> Iterator:
@@ -363,10 +423,37 @@ def _one(value) -> list[int]:
 
 
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    _check_mapping(options, name)
     for option in _RESERVED:
         if option in options:
             raise ArgumentError(f"{name}: got {option}, which the session itself decides; allowed generate's others")
+    for option, value in options.items():
+        if type(value) is int and abs(value) >= 2**63:
+            raise ArgumentError(f"{name}: {option}: got {shown(value)}, allowed integers of 64 bits")
     return dict(options)
+
+
+def _check_mapping(value: Any, name: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ArgumentTypeError(f"{name}: got {type(value).__name__}, allowed a dict or None")
+
+
+def _checked_template(template: Mapping[str, Any]) -> dict[str, Any]:
+    _check_mapping(template, "template")
+    for argument in RESERVED_TEMPLATE:
+        if argument in template:
+            raise ArgumentError(f"template: got {argument}, which the session itself decides; allowed the template's")
+    return dict(template)
+
+
+def _check_encodable(texts: Mapping[str, Any]) -> None:
+    for place, value in strings_of(texts):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"{place}: got half a surrogate pair (character {error.start}), which no tokenizer takes"
+            ) from None
 
 
 def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...]:

@@ -1,27 +1,60 @@
 """A directory that holds one snapshot: a JSON manifest and the data files that it names, replaced as a whole.
 
 Data files get new names, are synced, and only then the manifest that names them is renamed into place: that rename is
-the commit. A reader gets the old snapshot or the new one, whenever the writer is killed. Standard library alone.
+the commit. A reader gets the old snapshot or the new one, whenever the writer is killed. The manifest holds a checksum
+of each data file and, from format version 2 on, one of itself. Standard library alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ArgumentError, FileFormatError, FileMissingError
-from ..files import read_json, remove_leftover, write_atomically, write_json
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ConflictError,
+    FileFormatError,
+    FileMissingError,
+    StateError,
+    WrongPathKindError,
+)
+from ..files import (
+    MOST_JSON_BYTES,
+    json_bytes,
+    make_directory,
+    naming_files,
+    parse_json,
+    read_bytes,
+    remove_leftover,
+    write_atomically,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MANIFEST = "session.json"
 SUFFIX = ".safetensors"
-_OURS = re.compile(r"\.?[a-z]+-[0-9a-f]{16}\.safetensors(\..*\.tmp)?|\.session\.json\..*\.tmp")
+HEAD = {"sha256", "format", "format_version", "generation", "files"}  # what the manifest holds beside the content
+SEALED = 2  # the first format version whose manifest has a checksum of itself
+_DATA_NAME = re.compile(r"[a-z]+-[0-9a-f]{16}\.safetensors")
+# Also what the writers of earlier versions have left, and safetensors in their place.
+_OURS = re.compile(
+    r"[a-z]+-[0-9a-f]{16}\.safetensors|\.[a-z]+-[0-9a-f]{16}\.safetensors\..*\.tmp|\.session\.json\..*\.tmp"
+    r"|\.tmp[0-9A-Za-z]{6}"
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')  # how a manifest with a checksum begins
+_TRIES = 100
 Loaded = TypeVar("Loaded")
 
 
@@ -31,36 +64,54 @@ def commit(
     format_version: int,
     content: Mapping[str, Any],
     files: Mapping[str, Callable[[Path], None]],
+    *,
+    known: MutableMapping[str, int] | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Replace the snapshot in ``directory`` (made if needed) by a new one.
+    """Replace the snapshot in ``directory`` (made if needed, for this user alone) by a new one.
+
+    Files that are there keep their mode and owner; new ones are for this user alone.
 
     Args:
         format_name, format_version: of the manifest.
         content: what else the manifest holds; JSON.
         files: name (lower-case letters) → what writes the data file to the path it is given.
+        known: the snapshots that the caller has read or written, ``sha256`` of the manifest → generation; the new one
+            is added. Only one of these is replaced. None: any is.
+        overwrite: replace a snapshot that is not ``known``, or is damaged.
 
     Returns:
         The directory. Once this returns, the snapshot is on the disk.
 
     Raises:
-        ValueError: the directory holds a manifest of another format; nothing is changed.
-        TypeError: ``content`` is not JSON; nothing is changed.
-        OSError: it cannot be written; the old snapshot stands.
+        ConflictError: the directory holds a snapshot that is not ``known``; nothing is changed.
+        ValueError: ``directory`` is a file, or holds a manifest that is damaged, of another format or of a newer
+            version; nothing is changed.
+        TypeError, ValueError: ``content`` is not JSON; nothing is changed.
+        FileAccessError (an OSError): it cannot be written; the old snapshot stands.
     """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ArgumentError(f"directory: got {directory}, which is a file; allowed a directory")
-    json.dumps(dict(content))
-    directory.mkdir(parents=True, exist_ok=True)
-    with _only_writer(directory):
-        generation = _generation(directory, format_name) + 1
-        entries = {}
-        for name, write in files.items():
-            path = write_atomically(directory / f"{name}-{secrets.token_hex(8)}{SUFFIX}", write)
-            entries[name] = {"name": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
-        head = {"format": format_name, "format_version": format_version, "generation": generation, "files": entries}
-        write_json(directory / MANIFEST, head | dict(content))
-        _sweep(directory, {entry["name"] for entry in entries.values()})
+    directory = as_target(directory)
+    with naming_files("directory", directory):
+        json_bytes(dict(content))
+        make_directory(directory)
+        with _only_writer(directory):
+            path = directory / MANIFEST
+            generation = _replaceable(path, format_name, format_version, known, overwrite) + 1
+            _sweep(directory)
+            try:
+                entries = {}
+                for name, write in files.items():
+                    data = write_atomically(directory / f"{name}-{secrets.token_hex(8)}{SUFFIX}", write)
+                    _as_open_as(path, data)
+                    entries[name] = {"name": data.name, "bytes": data.stat().st_size, "sha256": digest(data)}
+                head = {"format": format_name, "format_version": format_version, "generation": generation}
+                manifest, sha256 = _sealed({**head, "files": entries, **content})
+                if known is not None:
+                    # Before the rename: whatever interrupts it, a snapshot of the caller's own is no conflict.
+                    known[sha256] = generation
+                write_atomically(path, lambda temporary: temporary.write_bytes(manifest))
+            finally:
+                _sweep(directory)
     return directory
 
 
@@ -68,27 +119,27 @@ def read(
     directory: str | os.PathLike,
     format_name: str,
     format_version: int,
-    load: Callable[[dict[str, Any], dict[str, Path]], Loaded],
+    load: Callable[[dict[str, Any], dict[str, bytes]], Loaded],
 ) -> Loaded:
-    """What ``load`` makes of the snapshot: it gets the manifest and the checked data files, by name.
+    """What ``load`` makes of the snapshot: it gets the manifest and the bytes of the data files, by name, checked.
+
+    The manifest's ``sha256`` names the snapshot; see ``known`` of ``commit``.
 
     Raises:
-        FileNotFoundError: no snapshot there.
-        ValueError: of another or a newer format, or damaged; the message names the file.
+        FileMissingError: no snapshot there.
+        FileFormatError (a ValueError): of another or a newer format, or damaged; the message names the file.
     """
-    directory = Path(directory)
-    while True:
-        path = directory / MANIFEST
-        if not path.is_file():
-            raise FileMissingError(f"directory: {directory}: no snapshot there (no {MANIFEST})")
-        manifest = read_json(path)
-        _check_format(path, manifest, format_name, format_version)
+    directory = as_directory(directory)
+    for _ in range(_TRIES):
+        data = _manifest(directory)
         try:
-            return load(manifest, _checked_files(directory, manifest))
-        except (FileNotFoundError, ValueError):
+            manifest = _parsed(directory / MANIFEST, data, format_name, format_version)
+            return load(manifest, _data_files(directory, manifest))
+        except (FileMissingError, FileFormatError):
             # A writer may have put the next snapshot in this one's place meanwhile.
-            if read_json(path).get("generation") == manifest.get("generation"):
+            if _manifest(directory) == data:
                 raise
+    raise StateError(f"directory: {directory}: was replaced {_TRIES} times while it was read")
 
 
 def digest(path: Path) -> str:
@@ -97,57 +148,210 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked_files(directory: Path, manifest: dict[str, Any]) -> dict[str, Path]:
+def as_directory(directory: str | os.PathLike) -> Path:
+    """``directory`` as a Path.
+
+    Raises:
+        TypeError, ValueError: it is no path.
+    """
+    try:
+        path = Path(directory)
+    except TypeError:
+        raise ArgumentTypeError(f"directory: got {type(directory).__name__}, allowed a path") from None
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ArgumentError(f"directory: got {str(path)!r}, allowed a path, without NUL")
+    except UnicodeEncodeError:
+        raise ArgumentError(f"directory: got {str(path)!r}, which is no path on this system") from None
+    return path
+
+
+def as_target(directory: str | os.PathLike) -> Path:
+    """``directory`` as the Path of a directory, or of nothing yet.
+
+    Raises:
+        TypeError, ValueError: it is no path, or a file.
+    """
+    path = as_directory(directory)
+    with naming_files("directory", path):
+        if path.exists() and not path.is_dir():
+            raise ArgumentError(f"directory: got {path}, which is a file; allowed a directory")
+    return path
+
+
+# --- reading
+
+
+def _manifest(directory: Path) -> bytes:
+    try:
+        return read_bytes(directory / MANIFEST, "directory", most=MOST_JSON_BYTES)
+    except (FileMissingError, WrongPathKindError):
+        if directory.exists() and not directory.is_dir():
+            raise WrongPathKindError(f"directory: {directory}: a file, allowed a directory") from None
+        if (directory / MANIFEST).exists():
+            raise
+        raise FileMissingError(f"directory: {directory}: no snapshot there (no {MANIFEST})") from None
+
+
+def _data_files(directory: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
+    """Each file is opened once: what is checked is what is used, whatever becomes of the file meanwhile."""
     found = {}
     for name, entry in manifest["files"].items():
         path = directory / entry["name"]
-        # A name is no way out of the directory, whoever wrote the manifest.
-        if Path(entry["name"]).name != entry["name"] or not path.is_file():
-            raise FileFormatError(f"directory: {directory}: damaged: {entry['name']} is missing")
-        if path.stat().st_size != entry["bytes"] or digest(path) != entry["sha256"]:
+        try:
+            data = read_bytes(path, "directory")
+        except FileMissingError:
+            raise FileFormatError(f"directory: {directory}: damaged: {entry['name']} is missing") from None
+        if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise FileFormatError(f"directory: {path}: damaged: not what was written")
-        found[name] = path
+        found[name] = data
     return found
 
 
-def _check_format(path: Path, manifest: dict[str, Any], name: str, version: int) -> None:
-    if manifest.get("format") != name:
+def _parsed(path: Path, data: bytes, format_name: str, format_version: int) -> dict[str, Any]:
+    """The manifest with its ``sha256``, which names the snapshot, its head checked."""
+    manifest = parse_json(data, path, "directory")
+    name, version = manifest.get("format"), manifest.get("format_version")
+    if name != format_name:
+        raise FileFormatError(f"directory: {path}: not a snapshot (format {name!r}, allowed {format_name!r})")
+    if type(version) is not int or not 1 <= version <= format_version:
         raise FileFormatError(
-            f"directory: {path}: not a snapshot (format {manifest.get('format')!r}, allowed {name!r})"
+            f"directory: {path}: format version {version!r}, this version reads 1 to {format_version}"
         )
-    found = manifest.get("format_version")
-    if not isinstance(found, int) or not 1 <= found <= version:
-        raise FileFormatError(f"directory: {path}: format version {found!r}, this version reads 1 to {version}")
+    if version < SEALED and "sha256" not in manifest:
+        manifest["sha256"] = hashlib.sha256(data).hexdigest()
+    elif not _seal_holds(data):
+        raise FileFormatError(f"directory: {path}: damaged: its content is not what was written (sha256)")
+    _check_head(path, manifest)
+    return manifest
 
 
-def _generation(directory: Path, format_name: str) -> int:
-    path = directory / MANIFEST
-    if not path.exists():
-        return 0
-    manifest = read_json(path)
-    if manifest.get("format") != format_name:
+def _check_head(path: Path, manifest: dict[str, Any]) -> None:
+    generation, entries = manifest.get("generation"), manifest.get("files")
+    if type(generation) is not int or not 1 <= generation < 2**63:
+        raise FileFormatError(f"directory: {path}: generation: got {generation!r}, allowed an integer, 1 or more")
+    if not isinstance(entries, dict):
+        raise FileFormatError(f"directory: {path}: files: got {type(entries).__name__}, allowed an object")
+    for name, entry in entries.items():
+        # A name is no way out of the directory, whoever wrote the manifest.
+        whole = (
+            isinstance(entry, dict)
+            and entry.keys() == {"name", "bytes", "sha256"}
+            and isinstance(entry["name"], str)
+            and _DATA_NAME.fullmatch(entry["name"])
+            and type(entry["bytes"]) is int
+            and isinstance(entry["sha256"], str)
+            and _SHA256.fullmatch(entry["sha256"])
+        )
+        if not whole:
+            raise FileFormatError(f"directory: {path}: damaged: files: {name!r} names no data file with its checksum")
+
+
+def _sealed(manifest: Mapping[str, Any]) -> tuple[bytes, str]:
+    """The manifest as bytes that begin with their own sha256, computed with zeros in its place; and that."""
+    data = json_bytes({"sha256": "0" * 64, **manifest})
+    sha256 = hashlib.sha256(data).hexdigest()
+    return data.replace(b"0" * 64, sha256.encode(), 1), sha256
+
+
+def _seal_holds(data: bytes) -> bool:
+    seal = _SEAL.match(data)
+    if seal is None:
+        return False
+    zeros = data[: seal.start(1)] + b"0" * 64 + data[seal.end(1) :]
+    return hashlib.sha256(zeros).hexdigest().encode() == seal[1]
+
+
+# --- writing
+
+
+def _replaceable(
+    path: Path, format_name: str, format_version: int, known: Mapping[str, int] | None, overwrite: bool
+) -> int:
+    """The generation of the snapshot that is there (0: none), which may be replaced."""
+    newest = max((known or {}).values(), default=0)
+    try:
+        data = read_bytes(path, "directory", most=MOST_JSON_BYTES)
+    except FileMissingError:
+        return newest
+    _check_not_foreign(path, data, format_name, format_version)
+    try:
+        manifest = _parsed(path, data, format_name, format_version)
+    except FileFormatError as error:
+        if overwrite:
+            return newest
+        raise FileFormatError(f"{error}; it is not overwritten (overwrite=True does)") from None
+    if known is not None and manifest["sha256"] not in known and not overwrite:
+        theirs = f"snapshot {manifest['generation']} ({manifest['sha256'][:12]})"
+        latest = next(reversed(known), None)
+        ours = "none was loaded from or saved to it here"
+        if latest is not None:
+            ours = f"the last one loaded or saved here is {known[latest]} ({latest[:12]})"
+        raise ConflictError(
+            f"directory: {path.parent}: holds {theirs}, which others saved; {ours}. Load it, save into another "
+            "directory, or overwrite=True replaces it"
+        )
+    return max(manifest["generation"], newest)
+
+
+def _check_not_foreign(path: Path, data: bytes, format_name: str, format_version: int) -> None:
+    """Files of others, and of later versions, are not overwritten, whatever is asked for."""
+    try:
+        manifest = parse_json(data, path)
+    except FileFormatError:
+        return  # damaged
+    name, version = manifest.get("format"), manifest.get("format_version")
+    if name != format_name:
+        raise FileFormatError(f"directory: {path}: of another format ({name!r}); it is not overwritten")
+    if type(version) is int and version > format_version:
         raise FileFormatError(
-            f"directory: {path}: of another format ({manifest.get('format')!r}); it is not overwritten"
+            f"directory: {path}: of a newer format (version {version}, this version writes {format_version}); "
+            "it is not overwritten"
         )
-    return int(manifest.get("generation", 0))
 
 
-def _sweep(directory: Path, kept: set[str]) -> None:
-    """Remove data files of earlier snapshots, and what a killed writer has left."""
-    for path in directory.iterdir():
-        if path.name not in kept and _OURS.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # it takes room and does no other harm
-                remove_leftover(path) if path.suffix == ".tmp" else path.unlink()
+def _as_open_as(manifest: Path, data: Path) -> None:
+    """Give a new data file the mode and owner of the manifest that it belongs to, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(manifest)
+        if hasattr(os, "chown") and found.st_uid != os.stat(data).st_uid:
+            with contextlib.suppress(OSError):  # root writes a user's file
+                os.chown(data, found.st_uid, found.st_gid)
+        os.chmod(data, stat.S_IMODE(found.st_mode))
+
+
+def _sweep(directory: Path) -> None:
+    """Remove data files that the manifest does not name, and what killed writers have left; the caller holds the lock.
+
+    Nothing goes where the manifest cannot be read.
+    """
+    with contextlib.suppress(OSError, FileFormatError, KeyError, TypeError, AttributeError):
+        kept = set()
+        if (directory / MANIFEST).exists():
+            entries = parse_json((directory / MANIFEST).read_bytes(), directory)["files"]
+            kept = {entry["name"] for entry in entries.values()}
+        for path in directory.iterdir():
+            if path.name not in kept and _OURS.fullmatch(path.name):
+                # A file of our name was begun under the lock (in a version without folders): its writer is gone.
+                surely = fcntl is not None and not path.is_dir() and not path.name.startswith(".tmp")
+                with contextlib.suppress(OSError):  # it takes room and does no other harm
+                    path.unlink() if surely else remove_leftover(path)
 
 
 @contextlib.contextmanager
 def _only_writer(directory: Path) -> Iterator[None]:
     """One writer at a time; the lock goes with its process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: names are unique, so that two writers there can only leave files behind
+    if fcntl is None:  # Windows: names are unique, so that two writers there can only leave files behind
         yield
         return
-    with open(directory / ".lock", "w") as lock:
+    path = directory / ".lock"
+    if path.is_symlink():
+        raise WrongPathKindError(f"directory: {path}: a symbolic link, allowed a file")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            raise WrongPathKindError(f"directory: {path}: not a file")
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
+from pathlib import Path
 
 from support import Says, loud_adapter, tiny_model
 from transformers import LogitsProcessorList
 
 from deltamem_fast import DeltaMemConfig, MemorySession, patch_model
 from deltamem_fast.recall.weights import find_weights, load_backbone
+from deltamem_fast.record import identity_of
+from deltamem_fast.storage import snapshots
+
+WRITTEN_BEFORE = Path(__file__).parents[1] / "written_before"
 
 CONFIGS = {
     "tsw": DeltaMemConfig.tsw(),
@@ -32,6 +39,34 @@ def tiny_session(tokenizer, strategy: str = "tsw", family: str = "qwen3", **sett
     model = tiny_model(family, vocab_size=len(tokenizer), num_hidden_layers=2, **special)
     patch_model(model, CONFIGS[strategy], backend="reference")
     return MemorySession(loud_adapter(model), tokenizer, **settings)
+
+
+def old_session(tokenizer, directory: Path, name: str = "session_v1") -> MemorySession:
+    """A new session as the one of tests/written_before was, and in ``directory`` a copy of that.
+
+    Another version of transformers gives the backbone another fingerprint, so that the copy gets today's.
+    """
+    session = tiny_session(tokenizer, context_turns=1)
+    shutil.copytree(WRITTEN_BEFORE / name, directory, dirs_exist_ok=True)
+    manifest = json.loads((directory / "session.json").read_text())
+    manifest["identity"] = identity_of(session.model).fingerprints()
+    (directory / "session.json").write_text(json.dumps(manifest))
+    return session
+
+
+def change_manifest(directory: Path, change) -> None:
+    """Have ``change`` alter a saved session's manifest, and give it the checksum of what it then is."""
+    path = directory / "session.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("sha256", None)
+    change(manifest)
+    write_manifest(path, manifest)
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Write a manifest, with the checksum that it has from format version 2 on."""
+    sealed = manifest.get("format_version") != 1
+    path.write_bytes(snapshots._sealed(manifest)[0] if sealed else json.dumps(manifest).encode())
 
 
 def says(tokenizer, text: str) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deltamem_fast.storage import snapshots
 
-FORMAT, FORMAT_VERSION = "deltamem-session", 1
+FORMAT, FORMAT_VERSION = "deltamem-session", 2
 
 
 def main() -> None:

@@ -1,0 +1,89 @@
+"""Taking a text out of the messages that a session keeps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .blocks import Message
+from .turns import Now
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What ``MemorySession.forget`` did beside erasing from the memory.
+
+    Attributes:
+        messages: how many kept messages the text was taken out of.
+        turns: how many turns left the context for it.
+        remains: where all words of the text still stand, such as ``messages[3].content`` or ``system``.
+    """
+
+    messages: int = 0
+    turns: int = 0
+    remains: tuple[str, ...] = ()
+
+
+def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:
+    """The conversation without ``text`` in its messages, and how many changed; turns that held it leave the context.
+
+    The cache has to be built anew afterwards.
+    """
+    patterns = [re.compile(r"\s+".join(map(re.escape, part.split())), re.IGNORECASE) for part in _texts(text)]
+
+    def cut(value: str) -> str:
+        for pattern in patterns:
+            while pattern.search(value):
+                value = " ".join(part.strip() for part in pattern.split(value)).strip()
+        return value
+
+    messages = tuple(_changed(message, cut) for message in now.messages)
+    count = sum(new != old for new, old in zip(messages, now.messages))
+    kept = tuple(turn for turn in now.turns if all(_changed(message, cut) == message for message in turn.messages))
+    written = now.written and bool(kept) and kept[0] is now.turns[0]
+    return replace(now, messages=messages, turns=kept, written=written, cache=None, mark=None), count
+
+
+def places_of(kept: Mapping[str, Any], text: str | Sequence[Message]) -> tuple[str, ...]:
+    """Where in ``kept`` all words of a text stand together, in any order."""
+    wanted = [words for words in map(_words, _texts(text)) if words]
+    return tuple(place for place, value in strings_of(kept) if any(words <= _words(value) for words in wanted))
+
+
+def _texts(text: str | Sequence[Message]) -> list[str]:
+    """The texts of a str, or of messages."""
+    contents = [text] if isinstance(text, str) else [message.get("content") for message in text]
+    found = [value for content in contents for place, value in strings_of(content) if not place.endswith(".type")]
+    return [part for part in found if part.strip()]
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.casefold()))
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """``value`` with all texts in it changed, but for names: keys, roles and types."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: item if key in ("role", "type") else _changed(item, change) for key, item in value.items()}
+    return type(value)(_changed(item, change) for item in value) if type(value) in (list, tuple) else value
+
+
+def strings_of(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """(place, text) for all texts in a value, keys included."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            name = f"{place}.{key}".removeprefix(".")
+            if isinstance(key, str) and place:
+                yield name, key
+            yield from strings_of(item, name)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from strings_of(item, f"{place}[{index}]")

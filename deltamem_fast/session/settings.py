@@ -1,0 +1,202 @@
+"""Which settings of a session may be saved, and taken from a file: those that choose tokens, not code or files.
+
+``model.generate`` takes arguments that load code (``custom_generate``, ``trust_remote_code``, and those that it sends
+to a repository: ``penalty_alpha``, ``dola_layers``, …), and a chat template is a program. None of them is ever saved,
+or believed when a file has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ArgumentError, FileFormatError
+
+MOST_DEPTH = 64  # of lists and objects in one another
+_MOST = 2**31 - 1
+
+# Arguments of apply_chat_template that are the session's own.
+RESERVED_TEMPLATE = (
+    "add_generation_prompt", "continue_final_message", "conversation", "conversations", "max_length", "messages",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs",
+    "truncation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Which values a setting may have: in words, and ``holds(value, vocabulary)``."""
+
+    allowed: str
+    holds: Callable[[Any, int], bool]
+
+
+def _is_int(value, least: int, most: int = _MOST) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_number(value) -> bool:
+    # An int may be beyond every float.
+    return type(value) in (int, float) and -1e9 <= value <= 1e9
+
+
+def _is_id(value, vocabulary: int, least: int = 0) -> bool:
+    return _is_int(value, least, vocabulary - 1)
+
+
+def _is_ids(value, vocabulary: int, least: int = 0) -> bool:
+    return _is_list(value) and all(_is_id(item, vocabulary, least) for item in value)
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0
+
+
+def _is_bias(value, vocabulary: int) -> bool:
+    return _is_list(value) and len(value) == 2 and _is_ids(value[0], vocabulary) and _is_number(value[1])
+
+
+def _whole(least: int) -> _Kind:
+    return _Kind(f"an integer, {least} to {_MOST}", lambda value, _: _is_int(value, least))
+
+
+def _between(least: float, most: float) -> _Kind:
+    return _Kind(f"a number from {least:g} to {most:g}", lambda value, _: _is_number(value) and least <= value <= most)
+
+
+def _above(least: float) -> _Kind:
+    return _Kind(f"a number above {least:g}, up to 1e9", lambda value, _: _is_number(value) and least < value)
+
+
+_FLAG = _Kind("true or false", lambda value, _: type(value) in (bool, int) and value in (0, 1))
+_TOKEN = _Kind("the id of a token", _is_id)
+_TOKENS = _Kind("ids of tokens, in a list", _is_ids)
+# -1 is no token: never an end, nothing to fill with.
+_END = _Kind(
+    "the id of a token, -1, or a list of such",
+    lambda value, vocabulary: _is_id(value, vocabulary, -1) or _is_ids(value, vocabulary, -1),
+)
+_TEXTS = _Kind(
+    "a text, or a list of texts, none of them empty",
+    lambda value, _: all(isinstance(text, str) and text for text in (value if _is_list(value) else [value])),
+)
+
+GENERATION: dict[str, _Kind] = {
+    # how long
+    "max_new_tokens": _whole(1),
+    "min_new_tokens": _whole(0),
+    "max_length": _whole(1),
+    "min_length": _whole(0),
+    "max_time": _above(0),
+    "stop_strings": _TEXTS,
+    # which tokens
+    "do_sample": _FLAG,
+    "temperature": _between(0, 1e9),
+    "top_k": _whole(0),
+    "top_p": _between(0, 1),
+    "min_p": _between(0, 1),
+    "top_h": _between(0, 1),
+    "typical_p": _between(0, 1),
+    "epsilon_cutoff": _between(0, 1),
+    "eta_cutoff": _between(0, 1),
+    "repetition_penalty": _above(0),
+    "encoder_repetition_penalty": _above(0),
+    "length_penalty": _between(-1e9, 1e9),
+    "no_repeat_ngram_size": _whole(0),
+    "encoder_no_repeat_ngram_size": _whole(0),
+    "guidance_scale": _between(-1e9, 1e9),
+    "renormalize_logits": _FLAG,
+    "remove_invalid_values": _FLAG,
+    "early_stopping": _FLAG,
+    "bad_words_ids": _Kind(
+        "lists of ids of tokens, in a list",
+        lambda value, vocabulary: _is_list(value) and all(_is_ids(ids, vocabulary) for ids in value),
+    ),
+    "sequence_bias": _Kind(
+        "pairs of ids of tokens and a number, in a list",
+        lambda value, vocabulary: _is_list(value) and all(_is_bias(pair, vocabulary) for pair in value),
+    ),
+    "exponential_decay_length_penalty": _Kind(
+        "an integer and a number, in a list",
+        lambda value, _: _is_list(value) and len(value) == 2 and _is_int(value[0], 0) and _is_number(value[1]),
+    ),
+    "suppress_tokens": _TOKENS,
+    "begin_suppress_tokens": _TOKENS,
+    "forced_bos_token_id": _TOKEN,
+    "forced_eos_token_id": _END,
+    # special tokens
+    "bos_token_id": _TOKEN,
+    "eos_token_id": _END,
+    "pad_token_id": _Kind("the id of a token, or -1", lambda value, vocabulary: _is_id(value, vocabulary, -1)),
+}
+
+Error = type[ArgumentError] | type[FileFormatError]
+
+
+def check_generation(generation: Mapping[str, Any], where: str, vocabulary: int, error: Error) -> None:
+    """Raise ``error`` unless all options of ``generate`` are of those that a file may hold; None is always allowed.
+
+    Args:
+        where: what the message begins with.
+        vocabulary: how many tokens there are.
+    """
+    for name, value in generation.items():
+        kind = GENERATION.get(name)
+        if kind is None:
+            raise error(
+                f"{where}: {shown(name)}: cannot be saved or loaded with a session; allowed {', '.join(GENERATION)}"
+            )
+        if value is not None and not kind.holds(value, vocabulary):
+            raise error(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")
+
+
+def check_template(template: Mapping[str, Any], where: str, error: Error) -> None:
+    """Raise ``error`` unless all arguments of the chat template are data: no template, and nothing of the tokenizer's.
+
+    ``tools`` and ``documents`` are lists of objects; others are scalars, lists and objects, for the template to read.
+    """
+    for name, value in template.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise error(f"{where}: got {shown(name)}, allowed names of a chat template's arguments")
+        if name == "chat_template":
+            raise error(
+                f"{where}: chat_template: a template is a program, and is neither saved nor loaded with a session; "
+                "set the tokenizer's chat_template"
+            )
+        if name in RESERVED_TEMPLATE:
+            raise error(f"{where}: {name}: the session itself decides it; allowed what the chat template reads")
+        objects = isinstance(value, list | tuple) and all(isinstance(item, dict) for item in value)
+        if name in ("tools", "documents") and value is not None and not objects:
+            raise error(f"{where}: {name}: got {shown(value)}, allowed a list of objects")
+        check_json(value, f"{where}: {name}", error)
+
+
+def check_json(value: Any, where: str, error: Error, depth: int = MOST_DEPTH) -> None:
+    """Raise ``error`` unless a value is JSON: null, booleans, finite numbers, texts, lists, objects; not too deep."""
+    if value is None or isinstance(value, str | bool):
+        return
+    if isinstance(value, int):
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise error(f"{where}: got {value}, allowed finite numbers")
+        return
+    if not isinstance(value, dict | list | tuple):
+        raise error(f"{where}: got {type(value).__name__}, allowed JSON")
+    if depth == 0:
+        raise error(f"{where}: nested too deeply, allowed {MOST_DEPTH} lists and objects in one another")
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise error(f"{where}: got keys that are no texts, allowed JSON")
+    for item in value.values() if isinstance(value, dict) else value:
+        check_json(item, where, error, depth - 1)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits; lists in one another
+        return f"one {type(value).__name__} too large to show"
+    return text if len(text) <= 80 else text[:77] + "…"
