@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ConflictError
 from ..session import MemorySession
 from ..storage.snapshots import MANIFEST, SUFFIX
 from .about_context import summary
@@ -18,6 +18,7 @@ from .wording import counted, in_bytes
 if TYPE_CHECKING:
     from .conversation import Chat
 
+OVERWRITE = "--overwrite"
 _SHOWN = 4  # messages after /load
 _LONG = 400  # characters of each
 
@@ -25,15 +26,26 @@ _LONG = 400  # characters of each
 def save(chat: Chat, rest: str) -> None:
     """Write the session into the directory ``rest``; without one, where it was last, or into a new one.
 
+    ``--overwrite`` in front: also over a session that this chat has neither loaded nor saved.
+
     Raises:
         ValueError, OSError: it cannot be written there, or other things lie there.
+        ConflictError: another session lies there.
     """
+    overwrite = rest.split(maxsplit=1)[:1] == [OVERWRITE]
+    rest = rest.removeprefix(OVERWRITE).strip() if overwrite else rest
     name = rest or chat.directory or time.strftime("deltamem-chat-%Y%m%d-%H%M%S")
     directory = Path(name).expanduser()
     earlier = (directory / MANIFEST).exists()
     if directory.is_dir() and not earlier and any(directory.iterdir()):
         raise ArgumentError(f"/save: {name} is not empty and holds no session; allowed a new or empty directory")
-    chat.session.save(directory)
+    try:
+        chat.session.save(directory, overwrite=overwrite)
+    except ConflictError as error:
+        raise ConflictError(
+            f"/save: {name} holds another session, saved elsewhere; allowed another directory, or /save {OVERWRITE} "
+            f"{name} to replace it"
+        ) from error
     chat.saved(name)
     written = [directory / MANIFEST, *sorted(directory.glob(f"*{SUFFIX}"))]
     size = in_bytes(sum(path.stat().st_size for path in written))
@@ -69,5 +81,5 @@ def show_loaded(chat: Chat) -> None:
     off = "" if session.remembers else "; memory off"
     chat.screen.say(f"Loaded {chat.directory}: {counted(session.turns, 'turn')}, in sight {summary(chat)}{off}.")
     for message in session.messages[-_SHOWN:]:
-        text = str(message["content"])
+        text = str(message.get("content") or "")
         chat.screen.said(message["role"], text if len(text) <= _LONG else text[:_LONG].rstrip() + " …")

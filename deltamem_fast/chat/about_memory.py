@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .conversation import Chat
 
 MOST_BYTES = 16_000_000  # of a file to read
+MESSAGES = "--messages"
 MOST_DRAWN = 16  # states in a heat map, unless all are asked for
 _WORD = re.compile(r"\w+")
 _BARS = {"ascii": "#-", "unicode": "█░", "colour": "█░"}
@@ -79,18 +80,25 @@ def _stale(chat: Chat) -> str:
 
 
 def forget(chat: Chat, rest: str) -> None:
-    """Erase a text from the memory, and say where else it still stands."""
+    """Erase a text from the memory, with ``--messages`` in front from the messages too; say where it still stands."""
+    flag, _, text = rest.partition(" ")
+    messages = flag == MESSAGES and bool(text.strip())
+    rest = text.strip() if messages else rest
     before = norm_of(chat.session.memory)
     with chat.change("/forget", rest):
-        chat.session.forget(rest)
+        told = chat.session.forget(rest, messages=messages)
     after = norm_of(chat.session.memory)
     left = f"{after / before:.0%} of the state's norm is left" if before else "the memory was empty"
     lines = [f"Erased where its keys point to: {left}."]
     session = chat.session
-    if _stands_in(rest, [session.system or "", *(str(message["content"]) for message in session.context)]):
+    if messages:
+        gone = f"; {counted(told.turns, 'turn')} left the context" if told.turns else ""
+        lines.append(f"Taken out of {counted(told.messages, 'message')}{gone}.")
+    if _stands_in(rest, [session.system or "", *(str(message.get("content")) for message in session.context)]):
         lines.append("Its words are still in sight, in the context: they leave it by /context drop.")
-    if _stands_in(rest, [str(message["content"]) for message in session.messages]):
-        lines.append("The record of the conversation keeps them, and /save writes it.")
+    if _stands_in(rest, [str(message.get("content")) for message in session.messages]):
+        more = "" if messages else f"; /forget {MESSAGES} TEXT takes the text out"
+        lines.append(f"The record of the conversation keeps them, and /save writes it{more}.")
     chat.screen.say("\n".join(lines))
 
 

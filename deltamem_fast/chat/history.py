@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..files import make_directory, naming_files
+
 VARIABLE = "DELTAMEM_HISTORY"
 
 
@@ -27,9 +29,15 @@ def make_private(path: Path) -> Path:
     Raises:
         OSError: it cannot be made, or is no file; the message names it.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with naming_files("history", path):
+        return _make_private(path)
+
+
+def _make_private(path: Path) -> Path:
+    make_directory(path.parent)
     # Never readable by others in between: made with this mode, and only then corrected where it was there already.
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    # A pipe that nobody reads is an error, not a wait.
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
     try:
         if os.name != "nt" and os.fstat(handle).st_mode & 0o077 and os.path.isfile(path):
             os.fchmod(handle, 0o600)

@@ -47,6 +47,11 @@ def test_the_operators():
     assert have(chat, f"/ask {ASKED}") == "17"
     have(chat, "/context drop")
     assert "in sight" not in have(chat, f"/forget {TOLD}")
+    have(chat, f"/revise {TOLD}")
+    have(chat, TOLD)
+    told = have(chat, f"/forget --messages {TOLD}")
+    assert "Taken out of 2 messages; 1 turn left the context." in told and "/save" not in told
+    assert TOLD not in str(chat.session.messages)
     have(chat, "/reset")
     assert have(chat, "/forget The rain sang.") == "Erased where its keys point to: the memory was empty."
 
@@ -115,6 +120,11 @@ def test_save_and_load_here(tmp_path, monkeypatch):
     assert state_bits(other) == later and not other.unsaved
     have(other, "/undo")
     assert other.session.messages[0]["content"] == "The rain sang all day."
+    assert "allowed another directory, or /save --overwrite first" in fail(other, "/save first")
+    have(chat, "/reset")
+    assert "in place of" in have(chat, "/save")  # its own
+    assert "in place of" in have(other, "/save --overwrite first")
+    assert "holds another session" in fail(chat, "/save")
     (name,) = have(recall_chat(), "/save").split(" to ")[1].split(" (")[:1]
     assert name.startswith("deltamem-chat-") and (tmp_path / name / "session.json").is_file()
     assert state_bits(chat) != saved
