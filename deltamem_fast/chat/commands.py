@@ -117,7 +117,9 @@ COMMANDS = {
     "memory": Command(about_memory.memory, "[all]", "what the memory holds, layer by layer"),
     "ask": Command(about_memory.ask, "TEXT", "an answer from the memory alone; nothing is written"),
     "revise": Command(about_memory.revise, "TEXT", "write what holds from now on; no answer"),
-    "forget": Command(about_memory.forget, "TEXT", "erase what was said from the memory (--messages TEXT: from the messages, too)"),
+    "forget": Command(
+        about_memory.forget, "TEXT", "erase what was said from the memory (--messages TEXT: from the messages, too)"
+    ),
     "ingest": Command(about_memory.ingest, "FILE", "read a text file into the memory; no answer"),
     "context": Command(about_context.context, "[N | all | tokens N | drop]", "what is in sight; its limits; empty it"),
     "off": Command(_off, "", "the bare backbone answers, without memory"),

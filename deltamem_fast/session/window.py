@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ def feed_preamble(model: nn.Module, cache: Cache, memory: MemoryState, preamble:
 
 
 class Mark:
-    """Where a cache was, to go back to: lengths where a layer only grows, else (sliding windows) its tensors.
+    """Where a cache was, to go back to: lengths where a layer only grows, else its tensors (windows, linear attention).
 
     Args:
         cache: as it is now.
@@ -112,13 +113,20 @@ class Mark:
         for layer, mark in zip(cache.layers, self._layers):
             if isinstance(mark, dict):
                 vars(layer).clear()
-                vars(layer).update(mark)
+                vars(layer).update(copy.deepcopy(mark) if _is_recurrent(layer) else mark)
             elif layer.is_initialized:
                 layer.keys, layer.values = layer.keys[..., :mark, :], layer.values[..., :mark, :]
         rewound(cache)
 
 
+def _is_recurrent(layer) -> bool:
+    """Whether a layer holds states that are written in place (linear attention, convolutions)."""
+    return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
+
+
 def _mark(layer, hold: bool) -> int | dict[str, Any]:
+    if _is_recurrent(layer):
+        return copy.deepcopy(vars(layer))
     if hold or layer.is_sliding or not layer.is_initialized:
         return dict(vars(layer))
     return layer.get_seq_length()

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from session_support import cache_bits, everything, says, state_bits, tiny_session
-from support import tiny_model
+from session_support import CONFIGS, cache_bits, everything, says, state_bits, tiny_session
+from support import loud_adapter, relative_error, tiny_model
 from tokenizers_for_tests import chatml_tokenizer, mode_tokenizer, thinking_tokenizer
 
 from deltamem_fast import MemorySession, patch_model, unpatch_model
@@ -94,6 +94,32 @@ def test_sliding_windows(tmp_path):
     assert everything(again) == everything(session)
     assert session.answer(TALK[3], max_new_tokens=6) == again.answer(TALK[3], max_new_tokens=6)
     assert everything(again) == everything(session)
+
+
+def test_layers_that_hold_states_go_back_and_are_computed_again(tmp_path):
+    """Linear attention writes its states in place: a mark of the cache keeps them, and a file leaves the cache out."""
+    from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+    tokenizer = chatml_tokenizer()
+    config = Qwen3NextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1],
+        linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2,
+        num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = patch_model(AutoModelForCausalLM.from_config(config).eval(), CONFIGS["tsw"], backend="reference")
+    session = MemorySession(loud_adapter(model), tokenizer)
+    session.answer(TALK[0], max_new_tokens=4)
+    kept = session.snapshot()
+    again = MemorySession.load(session.save(tmp_path), model, tokenizer)
+    assert again._now.cache is None
+    for _ in range(2):
+        reply, expected = session.answer(TALK[1], max_new_tokens=4), session.memory[1]
+        session.restore(kept)
+    assert again.answer(TALK[1], max_new_tokens=4) == reply == session.answer(TALK[1], max_new_tokens=4)
+    assert max(relative_error(found.memory[1], expected) for found in (again, session)) < 1e-5
 
 
 def test_bfloat16_and_a_load_in_another_dtype(tmp_path):
