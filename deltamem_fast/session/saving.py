@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ..cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
-from ..files import Header, json_bytes, parse_json, parse_tensors, save_tensors
+from ..files import Header, parse_json, parse_tensors, save_tensors
 from ..record import decoder_of, describe_difference, identity_of, unwrap
 from ..state import MemoryState
 from ..storage import snapshots
@@ -43,7 +44,7 @@ def save(session: MemorySession, directory: str | os.PathLike, *, with_cache: bo
 
 def _check_can_be_loaded(session: MemorySession, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     try:
-        data = json_bytes(content)
+        data = json.dumps(content, allow_nan=False)
     except TypeError as error:
         raise ArgumentTypeError(f"session: {_MUST_BE_JSON}: {error}") from error
     except (ValueError, RecursionError) as error:  # NaN, integers without end, lists in one another

@@ -8,7 +8,9 @@ of each data file and, from format version 2 on, one of itself. Standard library
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -92,7 +94,7 @@ def commit(
     """
     directory = as_target(directory)
     with naming_files("directory", directory):
-        json_bytes(dict(content))
+        json.dumps(dict(content), allow_nan=False)
         make_directory(directory)
         with _only_writer(directory):
             path = directory / MANIFEST
@@ -351,7 +353,11 @@ def _only_writer(directory: Path) -> Iterator[None]:
     try:
         if not stat.S_ISREG(os.fstat(lock).st_mode):
             raise WrongPathKindError(f"directory: {path}: not a file")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
         yield
     finally:
         os.close(lock)
