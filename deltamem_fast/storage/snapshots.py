@@ -78,8 +78,8 @@ def commit(
         format_name, format_version: of the manifest.
         content: what else the manifest holds; JSON.
         files: name (lower-case letters) → what writes the data file to the path it is given.
-        known: the snapshots that the caller has read or written, ``sha256`` of the manifest → generation; the new one
-            is added. Only one of these is replaced. None: any is.
+        known: the snapshots that the caller has read or written, ``sha256`` of the manifest → generation. Only one of
+            these is replaced, and the new one then stands here in its place. None: any is replaced.
         overwrite: replace a snapshot that is not ``known``, or is damaged.
 
     Returns:
@@ -98,7 +98,7 @@ def commit(
         make_directory(directory)
         with _only_writer(directory):
             path = directory / MANIFEST
-            generation = _replaceable(path, format_name, format_version, known, overwrite) + 1
+            generation, replaced = _replaceable(path, format_name, format_version, known, overwrite)
             _sweep(directory)
             try:
                 entries = {}
@@ -106,12 +106,14 @@ def commit(
                     data = write_atomically(directory / f"{name}-{secrets.token_hex(8)}{SUFFIX}", write)
                     _as_open_as(path, data)
                     entries[name] = {"name": data.name, "bytes": data.stat().st_size, "sha256": digest(data)}
-                head = {"format": format_name, "format_version": format_version, "generation": generation}
+                head = {"format": format_name, "format_version": format_version, "generation": generation + 1}
                 manifest, sha256 = _sealed({**head, "files": entries, **content})
                 if known is not None:
                     # Before the rename: whatever interrupts it, a snapshot of the caller's own is no conflict.
-                    known[sha256] = generation
+                    known[sha256] = generation + 1
                 write_atomically(path, lambda temporary: temporary.write_bytes(manifest))
+                if known is not None:
+                    known.pop(replaced, None)  # a copy of it elsewhere is a backup
             finally:
                 _sweep(directory)
     return directory
@@ -230,7 +232,7 @@ def _parsed(path: Path, data: bytes, format_name: str, format_version: int) -> d
 
 def _check_head(path: Path, manifest: dict[str, Any]) -> None:
     generation, entries = manifest.get("generation"), manifest.get("files")
-    if type(generation) is not int or not 1 <= generation < 2**63:
+    if type(generation) is not int or generation < 1:
         raise FileFormatError(f"directory: {path}: generation: got {generation!r}, allowed an integer, 1 or more")
     if not isinstance(entries, dict):
         raise FileFormatError(f"directory: {path}: files: got {type(entries).__name__}, allowed an object")
@@ -269,19 +271,18 @@ def _seal_holds(data: bytes) -> bool:
 
 def _replaceable(
     path: Path, format_name: str, format_version: int, known: Mapping[str, int] | None, overwrite: bool
-) -> int:
-    """The generation of the snapshot that is there (0: none), which may be replaced."""
-    newest = max((known or {}).values(), default=0)
+) -> tuple[int, str]:
+    """Generation (0: none) and sha256 of the snapshot that is there, which may be replaced."""
     try:
         data = read_bytes(path, "directory", most=MOST_JSON_BYTES)
     except FileMissingError:
-        return newest
+        return 0, ""
     _check_not_foreign(path, data, format_name, format_version)
     try:
         manifest = _parsed(path, data, format_name, format_version)
     except FileFormatError as error:
         if overwrite:
-            return newest
+            return max((known or {}).values(), default=0), ""
         raise FileFormatError(f"{error}; it is not overwritten (overwrite=True does)") from None
     if known is not None and manifest["sha256"] not in known and not overwrite:
         theirs = f"snapshot {manifest['generation']} ({manifest['sha256'][:12]})"
@@ -293,7 +294,7 @@ def _replaceable(
             f"directory: {path.parent}: holds {theirs}, which others saved; {ours}. Load it, save into another "
             "directory, or overwrite=True replaces it"
         )
-    return max(manifest["generation"], newest)
+    return manifest["generation"], manifest["sha256"]
 
 
 def _check_not_foreign(path: Path, data: bytes, format_name: str, format_version: int) -> None:

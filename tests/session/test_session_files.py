@@ -330,7 +330,11 @@ def test_a_snapshot_that_others_saved_is_not_replaced(told, tmp_path):
         first.save(tmp_path)
     os.rename(tmp_path / "other", tmp_path / "moved")
     second.save(tmp_path / "moved")  # it is the snapshot that counts, not where it lies
+    shutil.copytree(tmp_path / "moved", tmp_path / "backup")
+    second.save(tmp_path / "moved")
     second.save(tmp_path)
+    with pytest.raises(ConflictError):
+        second.save(tmp_path / "backup")
 
 
 def test_newer_formats_and_other_files_are_never_overwritten(saved):
