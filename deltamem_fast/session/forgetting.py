@@ -55,10 +55,12 @@ def places_of(kept: Mapping[str, Any], text: str | Sequence[Message]) -> tuple[s
 
 
 def _texts(text: str | Sequence[Message]) -> list[str]:
-    """The texts of a str, or of messages."""
-    contents = [text] if isinstance(text, str) else [message.get("content") for message in text]
-    found = [value for content in contents for place, value in strings_of(content) if not place.endswith(".type")]
-    return [part for part in found if part.strip()]
+    """The texts of a str, or of messages, whose contents may be in parts."""
+    found: list[str] = []
+    for content in [text] if isinstance(text, str) else [message.get("content") for message in text]:
+        parts = content if isinstance(content, list | tuple) else [{"text": content}]
+        found += [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return [part for part in found if isinstance(part, str) and part.strip()]
 
 
 def _words(text: str) -> set[str]:

@@ -80,6 +80,7 @@ def commit(
 def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a snapshot holds: JSON, and tensors on the CPU."""
     now = session._now
+    now.memory.check_whole()
     if now.memory._broken:
         raise StateError(f"session: its memory cannot be saved: {now.memory._broken}")
     memories = [*(turn.before for turn in now.turns), now.memory]

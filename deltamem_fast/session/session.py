@@ -20,7 +20,7 @@ from ..record import identity_of, memory_disabled, unwrap
 from ..state import MemoryState
 from .blocks import Message, Renderer
 from .forgetting import Forgotten, places_of, strings_of, without_text
-from .settings import RESERVED_TEMPLATE, shown
+from .settings import RESERVED_TEMPLATE, check_values
 from .turns import Limits, Now, have_turn
 from .window import Mark
 
@@ -89,6 +89,8 @@ class MemorySession:
         template: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model: got {type(model).__name__}, allowed a patched model")
         identity = identity_of(model)
         if memory is not None and not isinstance(memory, MemoryState):
             raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState or None")
@@ -318,7 +320,7 @@ class MemorySession:
             text, strength: see ``operators.forget``.
             messages: take the text out of the kept messages as well (answers, thinking and tool calls included; upper
                 and lower case and white space do not matter). Turns in the context that it was in leave the context.
-                What ``save`` then writes is without it; so are not directories and snapshots from before.
+                ``save`` then writes none of it; directories and snapshots from before hold it as ever.
 
         Returns:
             What changed, and where all words of the text still stand.
@@ -406,6 +408,8 @@ class MemorySession:
         """
         from .saving import load
 
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model: got {type(model).__name__}, allowed a patched model")
         return load(cls, directory, model, tokenizer, template=template, generation=generation)
 
 
@@ -427,9 +431,7 @@ def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     for option in _RESERVED:
         if option in options:
             raise ArgumentError(f"{name}: got {option}, which the session itself decides; allowed generate's others")
-    for option, value in options.items():
-        if type(value) is int and abs(value) >= 2**63:
-            raise ArgumentError(f"{name}: {option}: got {shown(value)}, allowed integers of 64 bits")
+    check_values(options, name)
     return dict(options)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import ArgumentError, FileFormatError
 
 MOST_DEPTH = 64  # of lists and objects in one another
-_MOST = 2**31 - 1
+_MOST = 2**63 - 1
 
 # Arguments of apply_chat_template that are the session's own.
 RESERVED_TEMPLATE = (
@@ -59,7 +59,7 @@ def _is_bias(value, vocabulary: int) -> bool:
 
 
 def _whole(least: int) -> _Kind:
-    return _Kind(f"an integer, {least} to {_MOST}", lambda value, _: _is_int(value, least))
+    return _Kind(f"an integer, {least} or more, of 64 bits", lambda value, _: _is_int(value, least))
 
 
 def _between(least: float, most: float) -> _Kind:
@@ -72,7 +72,7 @@ def _above(least: float) -> _Kind:
 
 _FLAG = _Kind("true or false", lambda value, _: type(value) in (bool, int) and value in (0, 1))
 _TOKEN = _Kind("the id of a token", _is_id)
-_TOKENS = _Kind("ids of tokens, in a list", _is_ids)
+_TOKENS = _Kind("ids of tokens, in a list", lambda value, vocabulary: value in ([], ()) or _is_ids(value, vocabulary))
 # -1 is no token: never an end, nothing to fill with.
 _END = _Kind(
     "the id of a token, -1, or a list of such",
@@ -109,7 +109,7 @@ GENERATION: dict[str, _Kind] = {
     "guidance_scale": _between(-1e9, 1e9),
     "renormalize_logits": _FLAG,
     "remove_invalid_values": _FLAG,
-    "early_stopping": _FLAG,
+    "early_stopping": _Kind("true, false or never", lambda value, _: value == "never" or _FLAG.holds(value, 0)),
     "bad_words_ids": _Kind(
         "lists of ids of tokens, in a list",
         lambda value, vocabulary: _is_list(value) and all(_is_ids(ids, vocabulary) for ids in value),
@@ -150,6 +150,21 @@ def check_generation(generation: Mapping[str, Any], where: str, vocabulary: int,
             )
         if value is not None and not kind.holds(value, vocabulary):
             raise error(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")
+
+
+def check_values(generation: Mapping[str, Any], where: str) -> None:
+    """Raise ArgumentError for a number, text or list that an option of ``generate`` cannot have.
+
+    Other kinds (tensors, objects) and other options are left to ``generate``; whether there are such tokens, too.
+    """
+    for name, value in generation.items():
+        kind = GENERATION.get(name)
+        if (
+            kind is not None
+            and type(value) in (bool, int, float, str, list, tuple)
+            and not kind.holds(value, _MOST + 1)
+        ):
+            raise ArgumentError(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")
 
 
 def check_template(template: Mapping[str, Any], where: str, error: Error) -> None:

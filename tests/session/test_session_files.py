@@ -141,8 +141,15 @@ def test_arguments_are_named_before_anything_happens(told):
 
     with pytest.raises(ArgumentError, match="tokenizer: got Processor"):
         MemorySession(session.model, Processor())
-    with pytest.raises(ArgumentError, match="options: max_new_tokens: got 1000"):
-        session.answer(ASKED, max_new_tokens=10**400)
+    for name, value in VALUES:
+        if name not in ("eos_token_id", "suppress_tokens"):
+            with pytest.raises(ArgumentError, match=f"options: {name}: got"):
+                session.answer(ASKED, **{name: value})
+            with pytest.raises(ArgumentError, match=f"generation: {name}: got"):
+                MemorySession(session.model, session.tokenizer, generation={name: value})
+    for model in (None, "Qwen/Qwen3-4B"):
+        with pytest.raises(ArgumentTypeError, match="model: got"):
+            MemorySession(model, session.tokenizer)
     with pytest.raises(ArgumentError, match=r"text\[0\]\.content: .*surrogate"):
         session.answer("a \ud800")
 
@@ -581,6 +588,7 @@ def test_what_is_forgotten_leaves_the_messages_and_the_file(tmp_path):
     assert session.answer(ASKED, max_new_tokens=3) == again.answer(ASKED, max_new_tokens=3)
     assert everything(session) == everything(again)
     # In the middle of the context: the others stay. In the system message: it is said.
-    told = session.forget([{"role": "user", "content": "Rex is a dog."}], messages=True)
+    parts = [{"type": "text", "text": "Rex is a dog."}]
+    told = session.forget([{"role": "user", "content": parts}], messages=True)
     assert told.remains == ("system",) and told.messages == 0
     assert session.forget("He is old.", messages=True).turns == 1 and len(session.context) == 2
