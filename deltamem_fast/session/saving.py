@@ -128,6 +128,7 @@ def load(
     *,
     template: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
+    adopt: bool = False,
 ) -> MemorySession:
     """Read a session; see ``MemorySession.load``."""
     identity = identity_of(model)
@@ -142,8 +143,10 @@ def load(
         # The identity first: token ids of another model are not damage.
         check_identity(content.get("identity"), f"directory: {path}", FileFormatError)
         difference = describe_difference(content["identity"], identity.fingerprints())
-        if difference:
-            raise FileFormatError(f"directory: {directory}: saved under {difference}")
+        if difference and not adopt:
+            raise FileFormatError(
+                f"directory: {directory}: saved under {difference}; adopt=True takes it all the same, if its shapes fit"
+            )
         check_content(content, f"directory: {path}", vocabulary_of(model), _is_segmented(model), FileFormatError)
         if files.keys() != {"state"}:
             raise FileFormatError(f"directory: {path}: files: got {sorted(files)}, allowed state")
@@ -153,6 +156,8 @@ def load(
             _check_header(content, header, identity, data_path)
 
         _, tensors = parse_tensors(files["state"], data_path, "directory", check)
+        if difference:
+            content["context"]["cache"] = None  # keys and values of another model
         now = _now(model, identity, content, tensors, data_path)
         settings = content["settings"] | own
         remembers = settings.pop("remembers")

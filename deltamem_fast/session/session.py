@@ -392,6 +392,7 @@ class MemorySession:
         *,
         template: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
+        adopt: bool = False,
     ) -> MemorySession:
         """Read a session that ``save`` wrote.
 
@@ -400,6 +401,8 @@ class MemorySession:
 
         Args:
             template, generation: in place of those that were saved.
+            adopt: True takes a session of another adapter or backbone too, if its shapes fit: for one that you know to
+                be the same. Its cache is computed anew.
 
         Raises:
             FileNotFoundError: no session there.
@@ -410,7 +413,7 @@ class MemorySession:
 
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model: got {type(model).__name__}, allowed a patched model")
-        return load(cls, directory, model, tokenizer, template=template, generation=generation)
+        return load(cls, directory, model, tokenizer, template=template, generation=generation, adopt=adopt)
 
 
 def _in_context(context: contextvars.Context, generator: Iterator) -> Iterator:

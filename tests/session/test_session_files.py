@@ -314,6 +314,24 @@ def test_sessions_of_the_version_before(tmp_path):
         assert everything(load(session, directory)) == everything(session)
 
 
+def test_a_session_of_another_backbone_is_adopted_when_that_is_asked_for(saved):
+    session, directory = saved
+
+    def other(manifest):
+        manifest["identity"]["backbone_fingerprint"] = "0" * 64
+
+    change_manifest(directory, other)
+    with pytest.raises(FileFormatError, match=r"saved under backbone .*; adopt=True takes it all the same"):
+        load(session, directory)
+    found = load(session, directory, adopt=True)
+    assert found._now.cache is None and everything(found)[:-1] == everything(session)[:-1]
+    found.save(directory)
+    assert load(session, directory).messages == session.messages
+    other_shape = tiny_session(session.tokenizer, "msw")
+    with pytest.raises(FileFormatError, match=r"memory\.0: got "):
+        load(other_shape, directory, adopt=True)
+
+
 # --- who writes
 
 
