@@ -33,7 +33,7 @@ def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:
 
     The cache has to be built anew afterwards.
     """
-    patterns = [re.compile(r"\s+".join(map(re.escape, part.split())), re.IGNORECASE) for part in _texts(text)]
+    patterns = _patterns(text)
 
     def cut(value: str) -> str:
         for pattern in patterns:
@@ -49,9 +49,18 @@ def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:
 
 
 def places_of(kept: Mapping[str, Any], text: str | Sequence[Message]) -> tuple[str, ...]:
-    """Where in ``kept`` all words of a text stand together, in any order."""
-    wanted = [words for words in map(_words, _texts(text)) if words]
-    return tuple(place for place, value in strings_of(kept) if any(words <= _words(value) for words in wanted))
+    """Where in ``kept`` a text stands, or all of its words together, in any order."""
+    patterns, wanted = _patterns(text), [words for words in map(_words, _texts(text)) if words]
+    return tuple(
+        place
+        for place, value in strings_of(kept)
+        if any(words <= _words(value) for words in wanted) or any(pattern.search(value) for pattern in patterns)
+    )
+
+
+def _patterns(text: str | Sequence[Message]) -> list[re.Pattern[str]]:
+    """What finds a text, however its white space and its upper and lower case are."""
+    return [re.compile(r"\s+".join(map(re.escape, part.split())), re.IGNORECASE) for part in _texts(text)]
 
 
 def _texts(text: str | Sequence[Message]) -> list[str]:

@@ -146,7 +146,8 @@ def check_generation(generation: Mapping[str, Any], where: str, vocabulary: int,
         kind = GENERATION.get(name)
         if kind is None:
             raise error(
-                f"{where}: {shown(name)}: cannot be saved or loaded with a session; allowed {', '.join(GENERATION)}"
+                f"{where}: {shown(name)}: cannot be saved or loaded with a session; allowed settings that choose "
+                "tokens, such as max_new_tokens, temperature and stop_strings (session.settings.GENERATION)"
             )
         if value is not None and not kind.holds(value, vocabulary):
             raise error(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")

@@ -605,6 +605,10 @@ def test_what_is_forgotten_leaves_the_messages_and_the_file(tmp_path):
     again = load(session, tmp_path)
     assert session.answer(ASKED, max_new_tokens=3) == again.answer(ASKED, max_new_tokens=3)
     assert everything(session) == everything(again)
+    # In the middle of a sentence that has no spaces.
+    session.answer("密码是四十二吗？", **says(session.tokenizer, "Yes."))
+    assert session.forget("四十二").remains == ("messages[8].content",)
+    assert session.forget("四十二", messages=True).turns == 1 and session.messages[8]["content"] == "密码是 吗？"
     # In the middle of the context: the others stay. In the system message: it is said.
     parts = [{"type": "text", "text": "Rex is a dog."}]
     told = session.forget([{"role": "user", "content": parts}], messages=True)
