@@ -15,28 +15,32 @@ _WORD = re.compile(r"\w+")
 
 
 class Forgotten(WriteResult):
-    """What ``MemorySession.forget`` did: a ``WriteResult``, and what became of the words themselves.
+    """What ``MemorySession.forget`` has done: the ``WriteResult`` of ``operators.forget``, and more.
 
     Attributes:
         messages: how many kept messages the text was taken out of.
         turns: how many turns left the context for it.
-        remains: where all words of the text still stand, such as ``messages[3].content`` or ``system``.
+        remains: where the text, or all of its words, still stand, such as ``messages[3].content`` or ``system``.
     """
 
-    messages: int = 0
-    turns: int = 0
-    remains: tuple[str, ...] = ()
+    messages: int
+    turns: int
+    remains: tuple[str, ...]
 
-    @classmethod
-    def of(cls, result: WriteResult, messages: int, turns: int, remains: tuple[str, ...]) -> Forgotten:
-        """``result`` of the memory's forgetting, with the rest."""
-        made = cls(int(result), pieces=result.pieces, skipped=result.skipped)
+    def __new__(
+        cls, result: WriteResult, *, messages: int = 0, turns: int = 0, remains: tuple[str, ...] = ()
+    ) -> Forgotten:
+        made = super().__new__(cls, int(result), pieces=result.pieces, skipped=result.skipped)
         made.messages, made.turns, made.remains = messages, turns, remains
         return made
 
+    def __getnewargs_ex__(self) -> tuple[tuple, dict]:
+        result = WriteResult(int(self), pieces=self.pieces, skipped=self.skipped)
+        return (result,), {"messages": self.messages, "turns": self.turns, "remains": self.remains}
+
     def __repr__(self) -> str:
-        rest = f"messages={self.messages}, turns={self.turns}, remains={self.remains}"
-        return f"{super().__repr__()[:-1]}, {rest})"
+        more = f", messages={self.messages}, turns={self.turns}, remains={self.remains})"
+        return super().__repr__().removesuffix(")") + more
 
 
 def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:

@@ -332,8 +332,8 @@ class MemorySession:
                 now, changed = without_text(now, text)
             self._now = now
             settings = {"system": self.system, "template": self.template, "generation": self.generation}
-            places = places_of({"messages": now.messages} | settings, text)
-            return Forgotten.of(result, changed, len(turns) - len(now.turns), places)
+            remains = places_of({"messages": now.messages} | settings, text)
+            return Forgotten(result, messages=changed, turns=len(turns) - len(now.turns), remains=remains)
 
     def retrieve(self, question: str | Sequence[Message], **options: Any) -> str:
         """An answer from the memory alone; nothing is written, and the conversation does not go on.
