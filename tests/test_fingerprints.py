@@ -159,3 +159,14 @@ def test_a_directory_here_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "private" / "adapter").mkdir(parents=True)
     assert public_name("private/adapter") == "adapter" and public_name("org/adapter") == "org/adapter"
     assert public_name(".") == tmp_path.name and "(gemma3_text, 26 layers" in backbone_name(transformers.Gemma3Config())
+
+
+def test_a_training_run_that_was_written_with_a_path_goes_on(tmp_path):
+    from deltamem_fast.training.checkpoints import Run
+
+    run = Run("qwen (qwen3, 3 layers, hidden 64)", "float32", {}, "0", 1, {})
+    Run("/home/ada/qwen (qwen3, 3 layers, hidden 64)", "float32", {}, "0", 1, {}).save(tmp_path)
+    run.check(tmp_path)
+    Run("/home/ada/llama (llama, 3 layers, hidden 64)", "float32", {}, "0", 1, {}).save(tmp_path)
+    with pytest.raises(ValueError, match=r"model 'llama \(llama"):
+        run.check(tmp_path)
