@@ -38,10 +38,10 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
         record.originals["save_pretrained"] = vars(model).get("save_pretrained")
         record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
     if outer is not model:
-        record.originals["outer_save_pretrained"] = vars(outer).get("save_pretrained")
-        record.replace(outer, "save_pretrained", types.MethodType(_save_pretrained_of_peft, outer))
-        record.originals["outer_load_adapter"] = vars(outer).get("load_adapter")
-        record.replace(outer, "load_adapter", types.MethodType(_load_adapter_of_peft, outer))
+        for name, function in (("save_pretrained", _save_pretrained_of_peft), ("load_adapter", _load_adapter_of_peft)):
+            if hasattr(type(outer), name):  # other wrappers have neither, and hand both on to the model
+                record.originals[f"outer_{name}"] = vars(outer).get(name)
+                record.replace(outer, name, types.MethodType(function, outer))
 
 
 def _own(module: nn.Module, record: PatchRecord, name: str, prefix: str = ""):
