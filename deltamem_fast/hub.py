@@ -46,7 +46,7 @@ def push_to_hub(
         OSError: the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     base_model = hub_id(getattr(unwrap(model).config, "_name_or_path", None))
     config = identity_of(model).config
@@ -67,6 +67,6 @@ def push_to_hub(
             )
         except HFValidationError as error:
             raise ArgumentError(f"repo_id: got {repo_id!r}, allowed owner/name: {error}") from error
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # of the hub, of the HTTP library that its version uses, of the system
             raise FileAccessError(f"repo_id: {repo_id}: the hub refuses, or cannot be reached: {error}") from error
     return str(commit.commit_url)

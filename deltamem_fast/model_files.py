@@ -38,10 +38,10 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
         record.originals["save_pretrained"] = vars(model).get("save_pretrained")
         record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
     if outer is not model:
-        record.originals["outer_save_pretrained"] = vars(outer).get("save_pretrained")
-        record.replace(outer, "save_pretrained", types.MethodType(_save_pretrained_of_peft, outer))
-        record.originals["outer_load_adapter"] = vars(outer).get("load_adapter")
-        record.replace(outer, "load_adapter", types.MethodType(_load_adapter_of_peft, outer))
+        for name, function in (("save_pretrained", _save_pretrained_of_peft), ("load_adapter", _load_adapter_of_peft)):
+            if hasattr(type(outer), name):  # other wrappers have neither, and hand both on to the model
+                record.originals[f"outer_{name}"] = vars(outer).get(name)
+                record.replace(outer, name, types.MethodType(function, outer))
 
 
 def _own(module: nn.Module, record: PatchRecord, name: str, prefix: str = ""):
@@ -72,11 +72,12 @@ def _save_pretrained(self, save_directory, *args, **kwargs):
     """
     original = _own(self, record_of(self), "save_pretrained")
     given = inspect.signature(original).bind_partial(save_directory, *args, **kwargs).arguments
+    writes, pushes = _writes_here(self, given.get("is_main_process", True)), given.get("push_to_hub", False)
     # Before the model's: it takes the tensors out of the state dict that it writes.
     weights = _weights_to_save(self, given.get("state_dict"))
-    writes = _writes_here(self, given.get("is_main_process", True)) and weights is not None
-    pushes = given.get("push_to_hub", False)
-    config = identity_of(self).config
+    if weights is None and writes:
+        _logger.warning("save_pretrained: the given state_dict holds no adapter, so none is written")
+    config, writes = identity_of(self).config, writes and weights is not None
     if writes and pushes:  # its end uploads the directory
         write_adapter(save_directory, config, weights, "safetensors")
     result = original(save_directory, *args, **kwargs)
@@ -98,7 +99,6 @@ def _weights_to_save(model: nn.Module, state_dict: dict | None) -> dict[str, tor
     keys = _keys(record_of(model))
     found = {key.replace(".delta_memory.", "."): state_dict[key] for key in keys if key in state_dict}
     if not found:
-        _logger.warning("save_pretrained: the given state_dict holds no adapter, so none is written")
         return None
     if len(found) < len(keys):
         missing = [key for key in keys if key not in state_dict]
