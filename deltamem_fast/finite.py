@@ -73,11 +73,11 @@ def _broken_embeddings(decoder: nn.Module, input_ids: torch.Tensor | None) -> to
 
     The table is looked through once, and again when it has changed.
     """
-    if input_ids is None or torch.compiler.is_compiling() or not hasattr(decoder, "get_input_embeddings"):
+    if input_ids is None or torch.compiler.is_compiling():
         return None
-    embedding = decoder.get_input_embeddings()
-    weight = getattr(embedding, "weight", None)
-    if type(weight) is not nn.Parameter or weight.is_inference() or weight.device.type == "meta":
+    embedding = decoder._modules.get("embed_tokens") or decoder.get_input_embeddings()
+    weight = embedding._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
         return None
     version = weight.data_ptr(), weight._version
     known, rows = _known.get(embedding, (None, None))

@@ -213,7 +213,8 @@ def row_loop(rank: int):
                     unwanted = real[first:last, :0]
                     scan_sequences(
                         rank, projections, bias, real[first:last], states, places[first:last], heads, mode, row_gates,
-                        own_lambda, normalize, 0, out[first:last], nothing, carray(integers(skipped), (_ANY,)), unwanted, done,
+                        own_lambda, normalize, 0, out[first:last], nothing, carray(integers(skipped), (_ANY,)),
+                        unwanted, done,
                     )  # fmt: skip
             else:
                 b, t = (item - scans) % batch, (item - scans) // batch * BLOCK

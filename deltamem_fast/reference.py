@@ -184,7 +184,7 @@ def full_precision(function):
 
 
 def _scan_block(q, k, v, keep, erase, write, state, valid, first, every):
-    """Tokens from the row's ``first`` on: the last state, reads [B, n, H, r] and, if there are any, states to return."""
+    """Tokens from the row's ``first`` on: the last state, reads [B, n, H, r] and, if any, the states to return."""
     reads, states = delta_rule(q, k, v, keep, erase, write, state, valid)
     kept = states[(-first - 1) % every :: every] if every else []
     return states[-1], torch.stack(reads, 1), *([torch.stack(kept, 1)] if kept else [])
