@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
 from .attention import attention_forward
-from .backends import operations
+from .backends import check_backend, head_operations, operations, resolve_backend
 from .bridge import enter, leave
 from .cache import cut_short, fed_tokens, mark_missed
 from .calls import CallersMemory, begin
@@ -51,12 +51,15 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         raise ArgumentError(
             f"model: already patched with {record.identity.adapter_name}; call unpatch_model before another adapter"
         )
+    check_backend(backend)
     source = read_adapter(adapter)
     decoder = decoder_of(model)
     attentions = _find_attentions(model, source.config)
     device = _device_of(next(iter(attentions.values())))
     if device.type != "meta":
-        operations(backend, device)
+        resolve_backend(backend, device.type)
+        # Imported now: what fails does so here, and not in the middle of a forward.
+        operations(backend, device), head_operations(backend, device)
     _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
