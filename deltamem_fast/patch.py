@@ -22,7 +22,17 @@ from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
 from .paths import LayerPath, LayerWeights, why_generic
-from .record import RECORD, Identity, PatchRecord, decoder_of, find_record, record_disabled, record_of, unwrap
+from .record import (
+    RECORD,
+    Identity,
+    PatchRecord,
+    decoder_of,
+    find_record,
+    record_disabled,
+    record_of,
+    spread_by,
+    unwrap,
+)
 
 MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
 
@@ -47,6 +57,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         FileNotFoundError: ``adapter`` names a directory without an adapter.
     """
     outer, model = model, unwrap(model)
+    _check_model(outer, model)
     if (record := find_record(model)) is not None:
         raise ArgumentError(
             f"model: already patched with {record.identity.adapter_name}; call unpatch_model before another adapter"
@@ -84,6 +95,20 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 
 # --- finding
+
+
+def _check_model(outer: nn.Module, model: nn.Module) -> None:
+    """Raise for what has no decoder of transformers in it, or would not see the parameters that come to it."""
+    if around := spread_by(outer):
+        raise ArgumentError(
+            f"model: got a {around}, allowed the model in it: patch that, then wrap it anew; the wrapper "
+            "would not see the memory's parameters"
+        )
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise ArgumentTypeError(
+            f"model: got a {type(model).__name__}, allowed a model of transformers (or one in PEFT's or "
+            "torch.compile's wrapper); if one is in it, patch that one"
+        )
 
 
 def _is_linear(module) -> bool:
@@ -127,6 +152,13 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
 def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
     """Raise if the memory could not reach this attention, or would go past somebody's own forward."""
     layer = model.get_submodule(name.rpartition(".")[0])
+    for part, module in ((name.rpartition(".")[0], layer), (name, attention)):
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "place_submodules", False) and getattr(hook, "offload", False):
+            raise ArgumentError(
+                f"model: {part} is offloaded with all that is in it (preload_module_classes), so a memory that came to "
+                "it would not be loaded; allowed without preload_module_classes"
+            )
     for part, module in (("decoder layer", layer), ("attention", attention)):
         kinds = [p.kind for p in inspect.signature(type(module).forward).parameters.values()]
         if inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -214,7 +246,9 @@ def _refuse_unreadable(name: str, base: dict[str, torch.Tensor | None], config: 
 def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMemory]) -> None:
     for name, attention in record.attentions.items():
         attention.add_module("delta_memory", memories[name])
-        record.replace(attention, "forward", types.MethodType(attention_forward, attention))
+        # Under accelerate's hook, which loads what it has offloaded of the attention itself.
+        place = "_old_forward" if "_old_forward" in vars(attention) else "forward"
+        record.replace(attention, place, types.MethodType(attention_forward, attention))
         record.replace(attention, "_apply", types.MethodType(_apply, attention))
         record.hooks.append(attention.register_load_state_dict_post_hook(_after_loading))
         memories[name].weights = LayerWeights()
