@@ -413,7 +413,8 @@ def _replace_layers(cache: Cache, identity) -> None:
         if not _is_empty(layer):
             raise ArgumentError(
                 f"past_key_values: layer {layer_idx} already holds tokens that the memory has not read (the model "
-                "was not patched, or its memory was disabled); start with an empty cache"
+                "was not patched, its memory was disabled, or PEFT's prefix tuning has put its prefix there, which is "
+                "not supported); start with an empty cache"
             )
         ours = kind.__new__(kind)
         # torch 2.11's compiler cannot list the attributes of an object; those of a new layer are known.

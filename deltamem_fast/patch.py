@@ -17,7 +17,7 @@ from .cache import cut_short, fed_tokens, mark_missed
 from .calls import CallersMemory, begin
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
-from .errors import ArgumentError, ArgumentTypeError, StateError
+from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
 from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
@@ -97,6 +97,13 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 # --- finding
 
 
+_NO_PEFT = {
+    "PREFIX_TUNING": "fills the cache with keys and values of its own, which no memory has read",
+    "CARTRIDGE": "fills the cache with keys and values of its own, which no memory has read",
+    "ADAPTION_PROMPT": "puts a module of its own in the attention's place, past which the memory could not be handed",
+}
+
+
 def _check_model(outer: nn.Module, model: nn.Module) -> None:
     """Raise for what has no decoder of transformers in it, or would not see the parameters that come to it."""
     if around := spread_by(outer):
@@ -104,6 +111,9 @@ def _check_model(outer: nn.Module, model: nn.Module) -> None:
             f"model: got a {around}, allowed the model in it: patch that, then wrap it anew; the wrapper "
             "would not see the memory's parameters"
         )
+    kind = getattr(getattr(getattr(outer, "active_peft_config", None), "peft_type", None), "value", None)
+    if kind in _NO_PEFT:
+        raise UnsupportedError(f"model: PEFT's {kind} {_NO_PEFT[kind]}; not supported")
     if not hasattr(getattr(model, "config", None), "to_dict"):
         raise ArgumentTypeError(
             f"model: got a {type(model).__name__}, allowed a model of transformers (or one in PEFT's or "

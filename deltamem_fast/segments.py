@@ -158,7 +158,10 @@ def segment_ids_from_messages(
         if pieces[piece][1] and piece not in number_of:
             number_of[piece] = next(numbers)
         segment_ids.append(number_of.get(piece, -1))
-    return torch.tensor([input_ids], dtype=torch.int64), torch.tensor([segment_ids], dtype=torch.int64)
+    return (
+        torch.tensor([input_ids], dtype=torch.int64, device="cpu"),
+        torch.tensor([segment_ids], dtype=torch.int64, device="cpu"),
+    )
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:

@@ -100,7 +100,7 @@ class MemoryState:
         """int32 [B], (token, layer) pairs left out because they were not finite."""
         counters = list(self._skipped.values())
         if not counters:
-            return torch.zeros(0, dtype=torch.int32)
+            return torch.zeros(0, dtype=torch.int32, device="cpu")
         return torch.stack([counter.to(counters[0].device) for counter in counters]).sum(0, dtype=torch.int32)
 
     def __repr__(self) -> str:
@@ -155,7 +155,7 @@ class MemoryState:
         Raises:
             IndexError: a row outside 0 to B − 1.
         """
-        index = torch.as_tensor(rows)
+        index = torch.as_tensor(rows, device=None if isinstance(rows, torch.Tensor) else "cpu")
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
                 raise ArgumentIndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
@@ -333,7 +333,9 @@ class MemoryState:
             raise ArgumentError("memory: made without a model, so it has no adapter to be saved for")
         tensors = {f"layers.{i}.state": state.detach().cpu().contiguous() for i, state in self._layers.items()}
         counters = list(self._skipped.values())
-        tensors["skipped"] = torch.stack([c.cpu() for c in counters]) if counters else torch.zeros(0, 0)
+        tensors["skipped"] = (
+            torch.stack([c.cpu() for c in counters]) if counters else torch.zeros(0, 0, dtype=torch.int32, device="cpu")
+        )
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),

@@ -34,14 +34,14 @@ def encode_text(
     if config.segmented:
         return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
     ids = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
-    return torch.tensor([list(ids)], dtype=torch.int64), None
+    return torch.tensor([list(ids)], dtype=torch.int64, device="cpu"), None
 
 
 def _encode_plain(tokenizer, text: str, config: DeltaMemConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not config.segmented:
-        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int64), None
+        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int64, device="cpu"), None
     ids, starts = _tokenize(tokenizer, text)
     by_sentence = config.memory_write_granularity == "sentence_mean"
     firsts = [start for start, _ in sentence_spans(text)] if by_sentence else [0]
     owners = [bisect_right(firsts, start) - 1 for start in starts]
-    return torch.tensor([ids], dtype=torch.int64), torch.tensor([owners], dtype=torch.int64)
+    return torch.tensor([ids], dtype=torch.int64, device="cpu"), torch.tensor([owners], dtype=torch.int64, device="cpu")

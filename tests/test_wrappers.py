@@ -21,7 +21,7 @@ from deltamem_fast import (
     patch_model,
     unpatch_model,
 )
-from deltamem_fast.errors import ArgumentError, ArgumentTypeError, DeltaMemError
+from deltamem_fast.errors import ArgumentError, ArgumentTypeError, DeltaMemError, UnsupportedError
 
 IDS = torch.arange(5, 25)[None]
 
@@ -136,6 +136,56 @@ def test_unpatch_after_accelerates_mixed_precision(precision, keep, caplog):
         AcceleratorState._reset_state(True)
 
 
+# --- PEFT's virtual tokens
+
+
+def virtual(kind, **settings):
+    peft = pytest.importorskip("peft")
+    return getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **settings)
+
+
+@pytest.mark.parametrize("order", ("peft first", "patch first"))
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("PromptTuningConfig", {}), ("PromptEncoderConfig", {"encoder_hidden_size": 16})]
+)
+def test_virtual_tokens_in_front_of_a_prompt(kind, settings, order):
+    config, model = virtual(kind, **settings), tiny_model()
+    import peft
+
+    if order == "patch first":
+        patch_model(model)
+    wrapped = peft.get_peft_model(model, config).eval()
+    if order == "peft first":
+        assert patch_model(wrapped) is wrapped
+    loud_adapter(model)
+    ids = torch.cat([IDS, IDS + 40])
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    ids[1, :5] = 0
+    written, again = MemoryState.zeros(wrapped, 2), MemoryState.zeros(wrapped, 2)
+    with torch.no_grad():
+        whole = wrapped.generate(
+            input_ids=ids, attention_mask=mask, memory=written, max_new_tokens=4, min_new_tokens=4, do_sample=False
+        )
+        read = whole[:, :-1]  # the last token is not fed
+        mask = torch.cat([mask, torch.ones(2, 3, dtype=mask.dtype)], 1)
+        wrapped(read, attention_mask=mask, memory=again)
+    assert whole.shape[1] == ids.shape[1] + 4
+    assert written[0].norm() > 0 and all(relative_error(written[i], again[i]) < 1e-4 for i in written)
+
+
+def test_prefix_tuning_is_refused():
+    config = virtual("PrefixTuningConfig")
+    import peft
+
+    with pytest.raises(UnsupportedError, match="model: PEFT's PREFIX_TUNING fills the cache"):
+        patch_model(peft.get_peft_model(tiny_model(), config))
+    model = peft.get_peft_model(patch_model(tiny_model()), config).eval()
+    for call in (lambda: model(IDS), lambda: model.generate(input_ids=IDS, max_new_tokens=2)):
+        with pytest.raises(ArgumentError, match="PEFT's prefix tuning has put its prefix there"):
+            call()
+
+
 # --- torch
 
 
@@ -204,7 +254,7 @@ def takes_a_model(directory):
     yield "forget", lambda model: deltamem_fast.forget(model, tokenizer, memory, "a text")
     yield "MemorySession", lambda model: MemorySession(model, tokenizer)
     yield "MemorySession.load", lambda model: MemorySession.load(directory, model, tokenizer)
-    yield "MemoryBank", lambda model: MemoryBank(model, directory / "bank")
+    yield "MemoryBank", lambda model: MemoryBank(directory / "bank", model)
 
 
 @pytest.mark.parametrize("name", NO_MODELS)
