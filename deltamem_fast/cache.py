@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
@@ -354,6 +358,22 @@ def _check_same(fed: Fed, identity) -> None:
             f"past_key_values: its keys and values were computed under another adapter or backbone ({error}); start "
             "with an empty cache"
         ) from None
+
+
+def why_no_cache(decoder, layer_indices: Iterable[int]) -> str:
+    """Why the cache that a decoder uses cannot carry the memory of its layers, or ""."""
+    module = sys.modules[type(decoder).__module__]
+    for found in vars(module).values():
+        if isinstance(found, type) and issubclass(found, Cache) and found.__module__ == module.__name__:
+            return f"uses a cache of its own, {found.__name__}, which carries no memory"
+    try:
+        layers = DynamicCache(config=decoder.config).layers
+    except Exception:  # a configuration that it cannot be made of: the first forward shows
+        return ""
+    for layer_idx in layer_indices:
+        if layer_idx < len(layers) and type(layers[layer_idx]) not in _WITH_MEMORY:
+            return f"keeps layer {layer_idx} in a {type(layers[layer_idx]).__name__}, which carries no memory"
+    return ""
 
 
 def mark_missed(cache) -> None:

@@ -13,11 +13,12 @@ from .adapter import AdapterSource, assign_weights, read_adapter, save_adapter
 from .attention import attention_forward
 from .backends import check_backend, head_operations, operations, resolve_backend
 from .bridge import enter, leave
-from .cache import cut_short, fed_tokens, mark_missed
-from .calls import CallersMemory, begin
+from .cache import cut_short, fed_tokens, mark_missed, why_no_cache
+from .calls import CallersMemory, begin, composite_mask
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
+from .forwards import why_not_handed_on
 from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
@@ -152,6 +153,10 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
         )
     if config.target_layers:
         found = {name: module for name, module in found.items() if module.layer_idx in config.target_layers}
+    decoder, indices = decoder_of(model), [module.layer_idx for module in found.values()]
+    reason = why_not_handed_on(type(decoder).forward) or why_no_cache(decoder, indices)
+    if reason:
+        raise UnsupportedError(f"model: {type(decoder).__name__} {reason}; such models are not supported")
     for name, module in found.items():
         for head in config.delta_heads:
             if not _is_linear(getattr(module, f"{head}_proj", None)):
@@ -176,6 +181,12 @@ def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
                 f"model: the {part} {type(module).__name__} takes no keyword arguments beyond its own, so the memory "
                 f"cannot be handed to {name}; such models are not supported"
             )
+    reason = why_not_handed_on(type(layer).forward, name.rpartition(".")[2])
+    if reason:
+        raise UnsupportedError(
+            f"model: the decoder layer {type(layer).__name__} {reason}, so the memory cannot be handed to {name}; such "
+            "models are not supported"
+        )
     if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
         raise ArgumentError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
@@ -268,6 +279,8 @@ def _install(model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMem
     record.replace(decoder, RECORD, record)
     record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
     if model is not decoder:
+        # Such a model, of images and text, may prepare the masks itself; its decoder cannot tell which tokens are real.
+        record.composite = getattr(model, getattr(model, "base_model_prefix", ""), decoder) is not decoder
         record.originals["outer"] = vars(model).get("forward")
         record.replace(model, RECORD, record)
         record.replace(model, "forward", types.MethodType(_with_signature(model, _outer_forward), model))
@@ -357,6 +370,8 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
         kwargs["memory"] = carried = CallersMemory(memory)
     if segment_ids is not None:
         kwargs["segment_ids"] = segment_ids
+    if token_mask is None and record.composite and not record_disabled(record):
+        token_mask = composite_mask(_by_name(self, args, {}) | kwargs)
     if token_mask is not None:
         kwargs["token_mask"] = token_mask
     own = record.originals["outer"]

@@ -106,6 +106,7 @@ class PatchRecord:
     # Methods that stood on the instance before; None: the class's, looked up at each call (it may be replaced).
     originals: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    composite: bool = False
     disabled_depth: int = 0
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
