@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import CONFIG_NAME, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from .files import read_tensors, write_atomically
+from .files import as_path, read_tensors, write_atomically
 from .memory import DeltaMemory
 from .record import identity_of, record_of, unwrap
 
@@ -57,7 +57,7 @@ def read_adapter(adapter) -> AdapterSource:
 
 
 def _directory_of(adapter: str | os.PathLike) -> Path:
-    path = Path(adapter).expanduser()
+    path = as_path(adapter, "adapter")
     if path.is_dir():
         return path
     name = os.fspath(adapter)

@@ -11,6 +11,7 @@ from random import Random
 
 from .backends import BACKENDS
 from .recall.weights import STRATEGIES
+from .standard_input import typed_lines
 
 HOLDS, DOES_NOT_HOLD = 0, 1
 QUESTIONS = 256
@@ -93,7 +94,7 @@ def _converse(arguments: argparse.Namespace) -> int:
 
 def _typed_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        yield from typed_lines()
         return
     try:
         import readline  # noqa: F401 (input() edits lines and recalls earlier ones once it is imported)

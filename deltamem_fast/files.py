@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import FileAccessError, FileFormatError, FileMissingError, WrongPathKindError, file_error
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    FileAccessError,
+    FileFormatError,
+    FileMissingError,
+    WrongPathKindError,
+    file_error,
+)
 
 try:
     import fcntl
@@ -31,9 +39,40 @@ MOST_JSON_BYTES = 2**28
 _MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library has it
 _OLD = 24 * 3600.0  # seconds after which a leftover is one, where no lock tells
 _TEMPORARY = ".tmp"
+_SHOWN = 120  # characters of a path that is too long
 
 # A tensor in a file's header: its dtype as safetensors names it, and its shape.
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def as_path(path: str | os.PathLike, name: str) -> Path:
+    """A path that a user gave, ``~`` expanded.
+
+    Raises:
+        ValueError, TypeError: it can be nobody's path: empty, with a NUL, of a home that nobody has, of another type.
+        OSError: nothing can be looked for there: too long, or no right to.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"{name}: got {type(path).__name__}, allowed a path")
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ArgumentError(f"{name}: got {text!r}, allowed a path")
+    try:
+        found = Path(path).expanduser()
+        os.lstat(found)
+    except RuntimeError as error:
+        raise ArgumentError(f"{name}: got {text!r}, allowed a path (nobody has that home directory)") from error
+    except (UnicodeError, TypeError) as error:
+        raise ArgumentError(f"{name}: got {text!r}, allowed a path ({error})") from error
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise file_error(error, name, shortened_path(text)) from error
+    return found
+
+
+def shortened_path(text: str) -> str:
+    """A path of any length, to be shown."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 # --- writing
@@ -188,6 +227,10 @@ def naming_files(name: str, path: str | os.PathLike) -> Iterator[None]:
         raise
     except OSError as error:
         raise file_error(error, name, path) from error
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        raise ArgumentError(f"{name}: got {os.fspath(path)!r}, allowed a path (no NUL in it)") from error
 
 
 def read_bytes(path: str | os.PathLike, name: str = "path", *, most: int | None = None) -> bytes:

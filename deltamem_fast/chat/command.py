@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from ..backends import BACKENDS
-from ..errors import ArgumentError, MissingPackageError
+from ..errors import MissingPackageError
 from ..recall.weights import STRATEGIES
 from .history import VARIABLE
 from .loading import ATTENTIONS, DTYPES, QUANTIZED
@@ -81,10 +81,7 @@ def _add_answers(group) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     in_terminal = not arguments.say and sys.stdin.isatty() and sys.stdout.isatty()
     opening = read_arguments(arguments)
-    try:
-        return _in_terminal(arguments, opening) if in_terminal else _over_pipe(arguments, opening)
-    except ImportError as error:
-        raise ArgumentError(str(error)) from error
+    return _in_terminal(arguments, opening) if in_terminal else _over_pipe(arguments, opening)
 
 
 def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..standard_input import typed_lines
 from .opening import Opening, open_chat, quiet_library
 from .screens import PlainScreen
 
@@ -15,18 +14,11 @@ def converse_over_pipe(opening: Opening, said: Sequence[str] | None) -> bool:
     with quiet_library():
         chat = open_chat(opening, PlainScreen())
         well = True
-        for text in said if said is not None else whole_lines(_typed()):
+        for text in said if said is not None else whole_lines(typed_lines()):
             well = chat.line(text) and well
             if chat.ended:
                 break
         return well
-
-
-def _typed() -> Iterable[str]:
-    # A byte that is no text becomes a mark; it must not end the chat.
-    with contextlib.suppress(AttributeError, ValueError):
-        sys.stdin.reconfigure(errors="replace")
-    return sys.stdin
 
 
 def whole_lines(lines: Iterable[str]) -> Iterator[str]:
