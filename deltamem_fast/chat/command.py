@@ -9,6 +9,7 @@ import sys
 from ..backends import BACKENDS
 from ..errors import MissingPackageError
 from ..recall.weights import STRATEGIES
+from ..threads import HELP
 from .history import VARIABLE
 from .loading import ATTENTIONS, DTYPES, QUANTIZED
 from .opening import CONTEXT_TURNS, STRATEGY, Opening, read_arguments
@@ -55,6 +56,7 @@ def _add_model(group) -> None:
     group.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="of the memory (%(default)s)")
     group.add_argument("--quantize", choices=QUANTIZED, help="the backbone's weights, by bitsandbytes")
+    group.add_argument("--threads", type=int, metavar="N", help=HELP)
     group.add_argument("--attention", choices=ATTENTIONS, help="(default: transformers' choice)")
 
 

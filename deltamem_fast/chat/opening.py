@@ -14,6 +14,7 @@ from ..errors import ArgumentError, FileMissingError
 from ..files import as_path
 from ..recall.weights import find_weights
 from ..storage.snapshots import MANIFEST
+from ..threads import check_threads
 from .loading import load_for_chat
 from .options import OPTIONS, Value, generation_with, read_option
 from .wording import without_surrogates
@@ -41,6 +42,7 @@ class Opening:
         limits: ``turns`` and ``tokens``, as far as they were given.
         options: of the answers, as far as they were given.
         seed: of sampling, or None.
+        threads: of PyTorch on a CPU, or None = as many as fit the model.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Opening:
     limits: dict[str, int | None]
     options: dict[str, Value]
     seed: int | None
+    threads: int | None = None
 
 
 def read_arguments(arguments: argparse.Namespace) -> Opening:
@@ -102,13 +105,14 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
         limits=limits,
         seed=options.pop("seed", None),
         options=options,
+        threads=check_threads(arguments.threads),
     )
 
 
 def _limit(argument: str, text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
         raise ArgumentError(f"{argument}: got {text!r}, allowed an integer, 1 or more, or all")
     return int(text)
 

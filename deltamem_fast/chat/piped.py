@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..standard_input import typed_lines
+from ..threads import fitting_threads
 from .opening import Opening, open_chat, quiet_library
 from .screens import PlainScreen
 
@@ -14,10 +15,11 @@ def converse_over_pipe(opening: Opening, said: Sequence[str] | None) -> bool:
     with quiet_library():
         chat = open_chat(opening, PlainScreen())
         well = True
-        for text in said if said is not None else whole_lines(typed_lines()):
-            well = chat.line(text) and well
-            if chat.ended:
-                break
+        with fitting_threads(chat.session.model, opening.threads):
+            for text in said if said is not None else whole_lines(typed_lines()):
+                well = chat.line(text) and well
+                if chat.ended:
+                    break
         return well
 
 

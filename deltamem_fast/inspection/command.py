@@ -110,6 +110,7 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
 
 def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
     from ..state import MemoryState
+    from ..threads import fitting_threads
     from .trace import trace
 
     model, tokenizer = _shipped(arguments, file) if arguments.model is None else _load(arguments)
@@ -117,7 +118,8 @@ def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
         memory = MemoryState.load(file.path, model)
     except ValueError as error:
         raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
-    return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
+    with fitting_threads(model):
+        return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
 
 
 def _load(arguments: argparse.Namespace):

@@ -19,6 +19,8 @@ CHANGEABLE = frozenset(
     "evaluate_every progress".split()
 )
 
+_MOST = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -98,6 +100,8 @@ class TrainingOptions:
             _number(name, getattr(self, name), "0 or more", lambda value: value >= 0)
         for name in ("warmup", "state_only_probability", "no_memory_probability", "gate_target"):
             _number(name, getattr(self, name), "0 to 1", lambda value: 0 <= value <= 1)
+        if (self.steps or 1) * self.batch_size * self.accumulate > _MOST:
+            raise ArgumentError(f"steps: with batch_size and accumulate they make more than {_MOST:,} episodes")
         both = self.state_only_probability + self.no_memory_probability
         if both > 1:
             raise ArgumentError(
@@ -122,8 +126,9 @@ class TrainingOptions:
 
 
 def _integer(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}: got {value!r}, allowed an integer, {least} or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        shown = repr(value) if not isinstance(value, int) or abs(value) < 10 * _MOST else "an integer of many digits"
+        raise ArgumentError(f"{name}: got {shown}, allowed an integer, {least} or more (up to {_MOST:,})")
 
 
 def _number(name: str, value, allowed: str, condition) -> None:
