@@ -177,7 +177,7 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
 
 def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str) -> Path:
     """Write configuration and weights in either format; the weights first, so that a half-written one is no adapter."""
-    directory = Path(directory)
+    directory = as_path(directory, "directory", expand=False)
     # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
     weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
@@ -211,6 +211,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """
     identity = identity_of(model)
     source = read_adapter(directory)
+    if source.weights is None:
+        raise ArgumentTypeError(f"directory: got {type(directory).__name__}, allowed an adapter's directory or hub id")
     ours, theirs = identity.config.to_dict(), source.config.to_dict()
     if ours != theirs:
         differing = ", ".join(f"{k} {theirs[k]!r} (the model's: {ours[k]!r})" for k in ours if ours[k] != theirs[k])

@@ -62,8 +62,8 @@ class GateRecord:
         Raises:
             ValueError: target is not between 0 and 1, or no forward has written a memory.
         """
-        if not 0 <= target <= 1:
-            raise ArgumentError(f"target: got {target}, allowed 0 to 1")
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 <= target <= 1:
+            raise ArgumentError(f"target: got {target!r}, allowed 0 to 1")
         means = self.mean_beta()
         if not means:
             raise ArgumentError("record_gates: no forward of a patched model has written a memory inside it")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import check_text, check_tokenizer
 from .capture import capture_projections
 from .errors import ArgumentError, ArgumentTypeError
 from .record import decoder_of, identity_of, input_device, is_disabled, unwrap
@@ -163,8 +164,8 @@ def forget(
     config = identity_of(model).config
     if strength is None:
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
-        raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < 1e9:
+        raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more (less than 1e9)")
     pieces = [_encoded(model, tokenizer, piece) for piece in _pieces(tokenizer, _checked_text(text), WRITE_TOKENS)]
     scratch = MemoryState.zeros(model)
     with capture_projections() as found:
@@ -201,6 +202,7 @@ def _erased(adapter, projections: torch.Tensor, segment_ids, state: torch.Tensor
 
 
 def _checked_text(text: Text) -> Text:
+    check_text(text, "text")
     if isinstance(text, str):
         if not text.strip():
             raise ArgumentError("text: got nothing but white space, allowed a text")
@@ -218,6 +220,7 @@ def _as_messages(text: Text) -> list[Message]:
 
 def _pieces(tokenizer, text: Text, tokens: int) -> list[Text]:
     """The text in pieces of at most about ``tokens`` tokens, cut between sentences or messages."""
+    check_tokenizer(tokenizer)
     parts: list[tuple[Text, int]] = []
     for whole in [text] if isinstance(text, str) else [[message] for message in text]:
         content = whole if isinstance(whole, str) else whole[0].get("content")

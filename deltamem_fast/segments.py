@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import check_text
 from .errors import ArgumentError
 
 _GRANULARITIES = {
@@ -120,6 +121,7 @@ def segment_ids_from_messages(
     if refused:
         raise ArgumentError(f"template_kwargs: got {', '.join(refused)}, allowed only what the chat template reads")
     messages = _checked_messages(messages)
+    check_text(messages, "messages")
     if not getattr(tokenizer, "is_fast", False):
         raise ArgumentError(
             f"tokenizer: got {type(tokenizer).__name__}, which is no fast tokenizer; segments need one, "

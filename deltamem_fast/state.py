@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .arguments import check_integer
 from .errors import (
     ArgumentError,
     ArgumentIndexError,
@@ -63,8 +64,7 @@ class MemoryState:
         Raises:
             ValueError: the model is not patched, or batch_size < 0.
         """
-        if not isinstance(batch_size, int) or batch_size < 0:
-            raise ArgumentError(f"batch_size: got {batch_size!r}, allowed an integer, 0 or more")
+        check_integer(batch_size, "batch_size", 0)
         identity = identity_of(model)
         layers = {i: spec.zeros(batch_size) for i, spec in identity.layer_specs().items()}
         return cls(layers, identity=identity)
@@ -74,7 +74,7 @@ class MemoryState:
     def __getitem__(self, layer_idx: int) -> torch.Tensor:
         try:
             return self._layers[layer_idx]
-        except KeyError:
+        except (KeyError, TypeError):
             raise ArgumentKeyError(f"layer {layer_idx}: no memory there, only in layers {list(self._layers)}") from None
 
     def __len__(self) -> int:
@@ -138,7 +138,10 @@ class MemoryState:
         """
         if isinstance(device, torch.dtype):
             raise ArgumentTypeError(f"device: got {device}, allowed a device (a memory is float32 always)")
-        target = None if device is None else torch.empty(0, device=device).device
+        try:
+            target = None if device is None else torch.empty(0, device=device).device
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise ArgumentError(f"device: got {device!r}, which torch cannot use here ({error})") from error
         if target is None or all(state.device == target for _, state in self.items()):
             return self
         return self._map(lambda tensor: tensor.to(device=target, non_blocking=non_blocking, copy=True))
@@ -155,7 +158,12 @@ class MemoryState:
         Raises:
             IndexError: a row outside 0 to B − 1.
         """
-        index = torch.as_tensor(rows, device=None if isinstance(rows, torch.Tensor) else "cpu")
+        try:
+            index = torch.as_tensor(rows, device=None if isinstance(rows, torch.Tensor) else "cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ArgumentIndexError(
+                f"rows: got {rows!r}, allowed a list or tensor of integers, or a bool mask"
+            ) from error
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
                 raise ArgumentIndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
@@ -169,8 +177,7 @@ class MemoryState:
 
     def repeat(self, times: int) -> MemoryState:
         """Every row ``times`` times in a row (0, 0, 1, 1, …), as ``generate`` expands a batch."""
-        if not isinstance(times, int) or times < 1:
-            raise ArgumentError(f"times: got {times!r}, allowed an integer, 1 or more")
+        check_integer(times, "times", 1)
         return self._map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     @staticmethod
@@ -180,9 +187,15 @@ class MemoryState:
         Raises:
             ValueError: none given, or their layers or shapes differ.
         """
-        memories = list(memories)
+        try:
+            memories = list(memories)
+        except TypeError as error:
+            raise ArgumentTypeError(f"memories: got {type(memories).__name__}, allowed a list of memories") from error
         if not memories:
             raise ArgumentError("memories: got none, allowed one or more")
+        for memory in memories:
+            if not isinstance(memory, MemoryState):
+                raise ArgumentTypeError(f"memories: got a {type(memory).__name__}, allowed memories")
         first = memories[0]
         for other in memories[1:]:
             if _shapes(other) != _shapes(first) or other.frozen != first.frozen:

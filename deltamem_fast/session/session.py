@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_text
 from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..operators import forget, ingest, retrieve, revise
 from ..record import identity_of, memory_disabled, unwrap
@@ -96,6 +97,10 @@ class MemorySession:
             raise ArgumentError("tokenizer: has no chat template, which a session renders its messages with")
         if memory is not None:
             identity.check(memory._identity)
+        check_text(system, "system")
+        for name, options in (("template", template), ("generation", generation)):
+            if options is not None and not isinstance(options, Mapping):
+                raise ArgumentTypeError(f"{name}: got {type(options).__name__}, allowed a mapping, or None")
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
@@ -370,6 +375,7 @@ def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...]:
+    check_text(text, "text")
     if isinstance(text, str):
         if not text.strip():
             raise ArgumentError("text: got nothing but white space, allowed something to say")
