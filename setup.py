@@ -64,7 +64,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["deltamem = deltamem_fast.cli:main"]},
+    entry_points={"console_scripts": ["deltamem = deltamem_fast.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

@@ -1,6 +1,16 @@
 """``python -m deltamem_fast`` is the command ``deltamem``."""
 
-from .cli import main
+import sys
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        from .cli import main  # takes a while: an interrupt meanwhile is no traceback either
+    except KeyboardInterrupt:
+        return 130
+    return main()
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -16,7 +16,7 @@ from torch import nn
 
 from .config import CONFIG_NAME, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from .files import Header, check_seal, read_tensors, seal, write_atomically
+from .files import Header, as_path, check_seal, read_tensors, seal, write_atomically
 from .memory import DeltaMemory
 from .record import identity_of, record_of, unwrap
 from .released_file import read_released
@@ -85,7 +85,7 @@ def _stop(header: Header) -> None:
 
 
 def _directory_of(adapter: str | os.PathLike) -> Path:
-    path = Path(adapter).expanduser()
+    path = as_path(adapter, "adapter")
     if path.is_dir():
         return path
     name = os.fspath(adapter)
@@ -287,7 +287,7 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
 
 def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str) -> Path:
     """Write configuration and weights in either format; the weights first, so that a half-written one is no adapter."""
-    directory = Path(directory)
+    directory = as_path(directory, "directory", expand=False)
     # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
     weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
@@ -323,7 +323,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     identity = identity_of(model)
     source = read_adapter(directory)
     if source.directory is None:
-        raise ArgumentError("adapter: got a configuration, allowed a directory or hub id with weights")
+        raise ArgumentTypeError(f"directory: got {type(directory).__name__}, allowed an adapter's directory or hub id")
     ours, theirs = identity.config.to_dict(), source.config.to_dict()
     if ours != theirs:
         differing = ", ".join(f"{k} {theirs[k]!r} (the model's: {ours[k]!r})" for k in ours if ours[k] != theirs[k])

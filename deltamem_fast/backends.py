@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from .errors import ArgumentError
+from .errors import ArgumentError, MissingPackageError
 
 BACKENDS = ("auto", "triton", "numba", "reference")
 logger = logging.getLogger("deltamem_fast")
@@ -28,45 +28,71 @@ def installed(package: str) -> bool:
         return False
 
 
+@functools.cache
+def why_unusable(backend: str) -> str:
+    """Why the package behind ``triton`` or ``numba`` cannot be used here, or ""; imports it, once.
+
+    A package that is installed may refuse to be imported (another NumPy, a broken llvmlite, a driver), and numba to
+    compile where its cache on disk cannot be written.
+    """
+    if not installed(backend):
+        return f"the package {backend} is not installed" + (" (extra: cpu)" if backend == "numba" else "")
+    try:
+        _load(backend)
+        _load_heads(backend)
+    except Exception as error:  # whatever it is, a model goes on without it
+        reason = f"the package {backend} cannot be used here: {type(error).__name__}: {' '.join(str(error).split())}"
+        if "no locator available" in str(error):
+            reason += "; its cache needs a directory that can be written: set NUMBA_CACHE_DIR to one"
+        return reason
+    return ""
+
+
 def interpreting() -> bool:
     """Whether Triton runs its kernels on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is the name of one."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ArgumentError(f"backend: got {backend!r}, allowed {', '.join(BACKENDS)}")
 
 
 def resolve_backend(backend: str, device_type: str) -> str:
     """The backend that ``backend`` means for tensors on ``device_type``; ``auto`` says once which.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run there; never a silent fallback.
+        ValueError: an unknown backend, or one that does not run on that device; never a silent fallback.
+        ImportError: the package of the backend is missing or cannot be used; the message says why. ``auto`` warns
+            of one that cannot be used, and takes the reference.
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(f"backend: got {backend!r}, allowed {', '.join(BACKENDS)}")
+    check_backend(backend)
     gpu = device_type in ("cuda", "xpu")
     if backend == "auto":
-        if gpu and installed("triton"):
-            chosen = "triton"
-        elif device_type == "cpu" and installed("numba"):
-            chosen = "numba"
-        else:
-            chosen = "reference"
-        if device_type not in _said:
-            _said.add(device_type)
-            logger.info("backend=auto: %s for tensors on %s", chosen, device_type)
-        return chosen
-    if backend == "triton":
-        if not installed("triton"):
-            raise ArgumentError("backend: got 'triton', but the package triton is not installed")
-        if not gpu and not interpreting():
-            raise ArgumentError(
-                f"backend: got 'triton' for tensors on {device_type}, allowed on a GPU "
-                "(on a CPU only with TRITON_INTERPRET=1 set before Python starts)"
-            )
-    if backend == "numba":
-        if not installed("numba"):
-            raise ArgumentError("backend: got 'numba', but the package numba is not installed (extra: cpu)")
-        if device_type != "cpu":
-            raise ArgumentError(f"backend: got 'numba' for tensors on {device_type}, allowed on cpu")
+        return _best(device_type, "triton" if gpu else "numba" if device_type == "cpu" else "reference")
+    if backend == "triton" and not gpu and not interpreting():
+        raise ArgumentError(
+            f"backend: got 'triton' for tensors on {device_type}, allowed on a GPU "
+            "(on a CPU only with TRITON_INTERPRET=1 set before Python starts)"
+        )
+    if backend == "numba" and device_type != "cpu":
+        raise ArgumentError(f"backend: got 'numba' for tensors on {device_type}, allowed on cpu")
+    if backend != "reference" and (reason := why_unusable(backend)):
+        raise MissingPackageError(f"backend: got {backend!r}, but {reason}")
     return backend
+
+
+def _best(device_type: str, wanted: str) -> str:
+    """``wanted``, or the reference if it cannot be used."""
+    reason = "" if wanted == "reference" else why_unusable(wanted)
+    chosen = "reference" if reason else wanted
+    if device_type not in _said:
+        _said.add(device_type)
+        logger.info("backend=auto: %s for tensors on %s", chosen, device_type)
+        if reason and installed(wanted):
+            logger.warning("backend=auto: %s; the reference runs instead, which is slower", reason)
+    return chosen
 
 
 def _load(name: str) -> ModuleType:

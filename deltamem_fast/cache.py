@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
@@ -357,6 +361,22 @@ def _check_same(fed: Fed, identity) -> None:
         ) from None
 
 
+def why_no_cache(decoder, layer_indices: Iterable[int]) -> str:
+    """Why the cache that a decoder uses cannot carry the memory of its layers, or ""."""
+    module = sys.modules[type(decoder).__module__]
+    for found in vars(module).values():
+        if isinstance(found, type) and issubclass(found, Cache) and found.__module__ == module.__name__:
+            return f"uses a cache of its own, {found.__name__}, which carries no memory"
+    try:
+        layers = DynamicCache(config=decoder.config).layers
+    except Exception:  # a configuration that it cannot be made of: the first forward shows
+        return ""
+    for layer_idx in layer_indices:
+        if layer_idx < len(layers) and type(layers[layer_idx]) not in _WITH_MEMORY:
+            return f"keeps layer {layer_idx} in a {type(layers[layer_idx]).__name__}, which carries no memory"
+    return ""
+
+
 def mark_missed(cache) -> None:
     """Note that ``cache`` gets tokens which its memory does not read (the memory is disabled)."""
     fed = getattr(cache, _FED, None)
@@ -414,7 +434,8 @@ def _replace_layers(cache: Cache, identity) -> None:
         if not _is_empty(layer):
             raise ArgumentError(
                 f"past_key_values: layer {layer_idx} already holds tokens that the memory has not read (the model "
-                "was not patched, or its memory was disabled); start with an empty cache"
+                "was not patched, its memory was disabled, or PEFT's prefix tuning has put its prefix there, which is "
+                "not supported); start with an empty cache"
             )
         ours = kind.__new__(kind)
         # torch 2.11's compiler cannot list the attributes of an object; those of a new layer are known.

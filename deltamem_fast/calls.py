@@ -197,3 +197,17 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
     if attention_mask.shape[0] != batch or width < past + length:
         raise ArgumentError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, {past + length}]")
     return attention_mask[:, past : past + length] != 0
+
+
+def composite_mask(kwargs: dict[str, Any]) -> torch.Tensor | bool | None:
+    """What a model that prepares its masks itself must tell its decoder: ``token_mask``; None: it cannot be told here.
+
+    Args:
+        kwargs: the model's own arguments by name.
+    """
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    attention_mask = kwargs.get("attention_mask")
+    if tokens is None or not (attention_mask is None or getattr(attention_mask, "ndim", 0) == 2):
+        return None
+    mask = _token_mask(None, attention_mask, kwargs.get("past_key_values"), *tokens.shape[:2])
+    return True if mask is None else mask

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,11 +18,13 @@ from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, rea
 from .chat.command import add_chat_command
 from .config import CONFIG_NAME
 from .demo_command import add_demo_command
-from .errors import ArgumentError, DeltaMemError
+from .errors import ArgumentError, DeltaMemError, file_error
+from .files import as_path
 from .inspection.command import add_inspect_command
 from .training.command import add_train_command
 from .version import __version__
 
+DEBUG = "DELTAMEM_DEBUG"
 # Exit codes.
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -29,21 +34,82 @@ BROKEN_PIPE = 141
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0: done. 1: the demo found something that does not hold. 2: wrong usage, or an error of the user's, told in one
-    line on stderr.
+    0: done. 1: the demo found something that does not hold. 2: wrong usage, or an error, told in one line on stderr;
+    with DELTAMEM_DEBUG set to something, an error shows its traceback. 130: interrupted.
     """
+    _open_closed_streams()
     # A pipe may have an encoding that lacks a character of a conversation; that must not end the command.
-    with contextlib.suppress(AttributeError, ValueError):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(argv)
-        sys.stdout.flush()
+        with _warnings_on_stderr():
+            code = _run(argv)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise file_error(error, "output", "stdout") from error
         return code
     except BrokenPipeError:
         _close_stdout()
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        _say_error(_in_words(error))
+        if isinstance(error, OSError):
+            _close_stdout()  # it may be stdout that is full: what it holds cannot go anywhere
+        return USER_ERROR
+
+
+def _in_words(error: Exception) -> str:
+    """An error in one line; one that nobody has foreseen with its type and its place."""
+    text = " ".join(str(error).split())
+    if isinstance(error, DeltaMemError) or (text and type(error) in (ValueError, TypeError)):
+        return text
+    if isinstance(error, OSError):
+        reason = error.strerror or text or type(error).__name__
+        return reason if error.filename is None else f"{error.filename}: {reason}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({text})" if text else "out of memory"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    frame = (ours or frames)[-1]
+    return (
+        f"{type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno}; this should have been said "
+        f"better: please report it, with what {DEBUG}=1 shows)"
+    )
+
+
+def _say_error(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"deltamem: error: {message}", file=sys.stderr)
+
+
+class _OneLine(logging.Handler):
+    """Warnings of this package, one line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            text = " ".join(record.getMessage().split())
+            print(f"deltamem: {record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    logger, handler = logging.getLogger("deltamem_fast"), _OneLine(logging.WARNING)
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False  # nor a second time by whatever the root has
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
 
 
 def _run(argv: list[str] | None) -> int:
@@ -55,14 +121,14 @@ def _run(argv: list[str] | None) -> int:
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return USER_ERROR
-    try:
-        return arguments.command(arguments)
-    except BrokenPipeError:
-        raise
-    except (DeltaMemError, ValueError, TypeError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"deltamem: error: {message}", file=sys.stderr)
-        return USER_ERROR
+    return arguments.command(arguments)
+
+
+def _open_closed_streams() -> None:
+    """Python leaves None for streams that were closed before it started."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _close_stdout() -> None:
@@ -175,8 +241,8 @@ def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: b
             was written does not read back bit for bit.
         FileNotFoundError: no adapter there.
     """
-    directory = Path(target).expanduser()
-    _check_target(Path(source).expanduser(), directory, force)
+    directory = as_path(target, "TARGET")
+    _check_target(as_path(source, "SOURCE"), directory, force)
     adapter = read_adapter(source)
     weights = adapter.weights
     write_adapter(directory, adapter.config, weights, to)

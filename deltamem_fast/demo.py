@@ -31,6 +31,7 @@ from .recall.task import user
 from .recall.weights import STRATEGIES, find_weights, load_backbone
 from .record import identity_of, memory_disabled
 from .state import MemoryState
+from .threads import check_threads, fitting_threads
 
 MEMORY_NAME, HEAT_MAP_NAME = "memory.safetensors", "heatmap.png"
 
@@ -61,6 +62,7 @@ def run_demo(
     questions: int = 256,
     output: str | os.PathLike = "demo-output",
     backend: str = "auto",
+    threads: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Any], list[Snapshot]]:
     """Run the proof.
@@ -72,6 +74,7 @@ def run_demo(
         questions: asked at each number of facts, or a few more (whole episodes).
         output: a directory for ``memory.safetensors`` and ``heatmap.png``, made if needed.
         backend: as in ``patch_model``. The model is on a GPU if there is one and the backend runs there.
+        threads: of PyTorch on a CPU; None = one, which fits so small a model (``fitting_threads``).
         say: told what is being done.
 
     Returns:
@@ -86,15 +89,25 @@ def run_demo(
     """
     started = time.perf_counter()
     _check_arguments(strategy, questions, backend)
+    check_threads(threads, "threads")
     device = device_for(backend)
     found = find_weights(weights)
     plan = draw_plan(seed, questions)
     say("loading the backbone")
     model, tokenizer = load_backbone(found.backbone, device)
+    with fitting_threads(model, threads):
+        return _run(model, tokenizer, found.adapters, plan, strategy, seed, questions, output, backend, say, started)
+
+
+def _run(
+    model: nn.Module, tokenizer, adapters: dict[str, Path], plan, strategy: str, seed: int, questions: int,
+    output, backend: str, say: Callable[[str], None], started: float,
+) -> tuple[dict[str, Any], list[Snapshot]]:  # fmt: skip
+    device = model.device
     bare = Bare.of(model, tokenizer, plan.story)
     figures = measure_bare(model, tokenizer, plan, say)
     held: dict[str, list[bool]] = {}
-    for name, directory in found.adapters.items():
+    for name, directory in adapters.items():
         patch_model(model, directory, backend=backend)
         for key, value in measure_patched(model, tokenizer, plan, name, say).items():
             figures.setdefault(key, {})[name] = value

@@ -11,6 +11,8 @@ from random import Random
 
 from .backends import BACKENDS
 from .recall.weights import STRATEGIES
+from .standard_input import typed_lines
+from .threads import HELP, check_threads, fitting_threads
 
 HOLDS, DOES_NOT_HOLD = 0, 1
 QUESTIONS = 256
@@ -40,6 +42,7 @@ def add_demo_command(commands) -> None:
     demo.add_argument("--output", metavar="DIR", default="demo-output", help="for memory and picture (%(default)s)")
     demo.add_argument("--weights", metavar="DIR", help="backbone and adapters (default: the shipped ones)")
     demo.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    demo.add_argument("--threads", type=int, metavar="N", help=HELP)
     demo.set_defaults(command=_run)
 
 
@@ -60,6 +63,7 @@ def _prove(arguments: argparse.Namespace) -> int:
         questions=arguments.questions,
         output=arguments.output,
         backend=arguments.backend,
+        threads=check_threads(arguments.threads),
         say=say,
     )
     say("")
@@ -87,13 +91,14 @@ def _converse(arguments: argparse.Namespace) -> int:
     print(f"Tell facts, ask for them; only the memory ({arguments.strategy}) passes from line to line. /help says how.")
     random = Random(arguments.seed)
     style = style_of(sys.stdout)
-    converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=_width())
+    with fitting_threads(model, check_threads(arguments.threads)):
+        converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=_width())
     return HOLDS
 
 
 def _typed_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        yield from typed_lines()
         return
     try:
         import readline  # noqa: F401 (input() edits lines and recalls earlier ones once it is imported)

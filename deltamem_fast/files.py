@@ -47,20 +47,20 @@ _SHOWN = 120  # characters of a path that is too long
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def as_path(path: str | os.PathLike, name: str) -> Path:
-    """A path that a user gave, ``~`` expanded.
+def as_path(path: str | os.PathLike, name: str, *, expand: bool = True) -> Path:
+    """A path that a user gave, ``~`` expanded if ``expand``.
 
     Raises:
         ValueError, TypeError: it can be nobody's path: empty, with a NUL, of a home that nobody has, of another type.
         OSError: nothing can be looked for there: too long, or no right to.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise ArgumentTypeError(f"{name}: got {type(path).__name__}, allowed a path")
     text = os.fspath(path)
     if not text or "\0" in text:
         raise ArgumentError(f"{name}: got {text!r}, allowed a path")
     try:
-        found = Path(path).expanduser()
+        found = Path(path).expanduser() if expand else Path(path)
         os.lstat(found)
     except RuntimeError as error:
         raise ArgumentError(f"{name}: got {text!r}, allowed a path (nobody has that home directory)") from error
@@ -95,7 +95,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None], *, 
     Raises:
         FileAccessError (an OSError): it cannot be written; names the path.
     """
-    path = Path(path)
+    path = as_path(path, "path", expand=False)
     with naming_files("path", path):
         target = Path(os.path.realpath(path))
         if target.is_dir():

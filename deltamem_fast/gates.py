@@ -62,8 +62,8 @@ class GateRecord:
         Raises:
             ValueError: target is not between 0 and 1, or no forward has written a memory.
         """
-        if not 0 <= target <= 1:
-            raise ArgumentError(f"target: got {target}, allowed 0 to 1")
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 <= target <= 1:
+            raise ArgumentError(f"target: got {target!r}, allowed 0 to 1")
         means = self.mean_beta()
         if not means:
             raise ArgumentError("record_gates: no forward of a patched model has written a memory inside it")
@@ -155,7 +155,9 @@ def gate_sums(
     """
     if not projections[..., 0].numel():
         nothing = projections.new_zeros((), dtype=torch.float32)
-        return GateSums(nothing, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0], device=projections.device))
+        return GateSums(
+            nothing, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float32, device=projections.device)
+        )
     width, gates = rule.read_width, rule.gate_width
     written = torch.isfinite(projections).all(-1)
     written = (written if mask is None else written & mask).unsqueeze(-1)

@@ -102,8 +102,6 @@ def _generate(self, *args, **kwargs):
     _warn_of_segments(self, kwargs, settings, answer_is_fed)
     # Beams are rows that never end: what has ended is kept aside.
     watch = EndedRows() if settings["num_beams"] == 1 else None
-    if watch is not None:
-        kwargs["ended_rows"] = watch
     token = _watching.set(watch)
     try:
         with _taken_back(kwargs.get("memory"), kwargs.get("past_key_values")):
@@ -229,6 +227,12 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
             )
 
 
+def _is_wrapped(self) -> bool:
+    """Whether somebody's own preparation of the inputs, as PEFT's, calls ours."""
+    found = vars(self).get("prepare_inputs_for_generation")
+    return getattr(found, "__func__", None) is not _prepare_inputs_for_generation
+
+
 def _prepare_inputs_for_generation(
     self,
     input_ids,
@@ -239,7 +243,6 @@ def _prepare_inputs_for_generation(
     is_first_iteration=False,
     memory=None,
     segment_ids=None,
-    ended_rows=None,
     **kwargs,
 ):
     inputs = _original(self, "prepare_inputs_for_generation")(
@@ -264,9 +267,13 @@ def _prepare_inputs_for_generation(
     # With a static cache `attention_mask` is a prepared 4-D mask by now; the 2-D one says which tokens are real.
     real = True if attention_mask is None else attention_mask[:, -length:] != 0
     # Without a cache every step runs the whole rows from an empty memory again, and nothing is kept.
-    if length == 1 and tokens.shape[0] > 1 and ended_rows is not None and ended_rows.rows is not None:
-        live = ~ended_rows.rows.to(tokens.device)[:, None]
+    watch = _watching.get()
+    if length == 1 and tokens.shape[0] > 1 and watch is not None and watch.rows is not None:
+        live = ~watch.rows.to(tokens.device)[:, None]
         real = live if real is True else real & live
+    elif _is_wrapped(self) and getattr(inputs.get("attention_mask"), "ndim", 0) == 2:
+        # PEFT puts virtual tokens in front of the prompt, and their ones in front of the mask: that one tells.
+        return inputs
     inputs["token_mask"] = real
     return inputs
 

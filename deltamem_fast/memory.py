@@ -78,6 +78,16 @@ class DeltaMemory(nn.Module):
         if config.trainable_delta_scale:
             self.delta_scale_raw = parameter(4 if config.delta_scale_granularity == "head" else 1)
 
+    def __setattr__(self, name: str, value) -> None:
+        if name != "_hf_hook":
+            super().__setattr__(name, value)
+            return
+        # accelerate offloads every module that has parameters, and loads them around its forward, which this has none
+        # of. The adapter is small: it stays where the layer computes.
+        value.detach_hook(self)
+        if getattr(value, "execution_device", None) is not None:
+            self.to(value.execution_device)
+
     def extra_repr(self) -> str:
         rule = self.rule
         return f"layer={self.layer_idx}, rank={rule.rank}, heads={rule.heads}, delta_heads={self.config.delta_heads}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
@@ -11,35 +11,31 @@ from torch import nn
 
 from .adapter import read_adapter
 from .backends import resolve_backend
-from .errors import ArgumentError, FileMissingError
+from .loading import bars, found_model, load_weights, usable_device
 from .patch import layer_paths, patch_model
 from .record import identity_of
 
 
-def load_patched(name: str, adapter: str | None, dtype: str, device: str) -> nn.Module:
+def load_patched(name: str, adapter: str | None, dtype: str, device: str, argument: str = "MODEL") -> nn.Module:
     """The model ``name`` (a directory or hub id) with a memory.
 
     Args:
         adapter: a directory or hub id, or None = fresh parameters.
         dtype: ``auto`` (as saved), ``bfloat16``, ``float16`` or ``float32``.
         device: as torch names it.
+        argument: what errors call ``name``.
 
     Raises:
         ValueError, OSError: no such model, adapter or device; the message names it.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device: got {device!r}, which torch cannot use here ({error})") from error
-    if not Path(name).expanduser().is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileMissingError(f"MODEL: {name}: no such directory")
+    target = usable_device(device)
+    name = found_model(name, argument)
     read_adapter(adapter)  # a wrong one is told before gigabytes are read
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted).eval().to(target)
-    return patch_model(model, adapter)
+    # Bars are for who waits at a terminal; anywhere else they would stand in front of an error's one line.
+    with bars(hidden=not sys.stderr.isatty()):
+        model = load_weights(name, argument, device=target, dtype=wanted)
+    return patch_model(model.eval(), adapter)
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _scan_backward(d_reads, d_state, d_saved, projections, gate_bias, state, rul
     inputs, bias, mask = _floats(projections), _floats(gate_bias), _mask_of(projections, mask)
     d_reads, d_saved = _floats(d_reads), _floats(d_saved)
     d_projections = torch.empty_like(inputs)
-    d_bias = torch.zeros(rule.bias_width, dtype=torch.float64)
+    d_bias = torch.zeros(rule.bias_width, dtype=torch.float64, device="cpu")
     bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     longest = max((end - begin for begin, end in itertools.pairwise(bounds)), default=0)
     starts = torch.empty(-(-longest // BLOCK), rule.heads, rule.rank, rule.rank, **_FLOAT)

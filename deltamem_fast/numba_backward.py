@@ -19,7 +19,6 @@ import functools
 import types
 
 import numpy as np
-from numba import njit
 
 from . import numba_loops
 from .numba_loops import (
@@ -37,7 +36,7 @@ from .numba_loops import (
     _tanh,
     _unit,
 )
-from .numba_machine import changed
+from .numba_machine import changed, njit
 
 # The walk back runs the same instructions for every token too, so its sums over i may also be reordered.
 _REORDERED = _OPTIONS | {"fastmath": {"contract", "reassoc"}}

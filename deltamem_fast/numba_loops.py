@@ -12,9 +12,8 @@ import functools
 import types
 
 import numpy as np
-from numba import njit
 
-from .numba_machine import changed, fma, publish
+from .numba_machine import changed, fma, njit, publish
 
 STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
 BLOCK = 64

@@ -6,16 +6,65 @@ is an integer.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import os
 import platform
 from types import ModuleType
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 WORD = ir.IntType(64)
+logger = logging.getLogger("deltamem_fast")
+
+
+class _OptionalCache(FunctionCache):
+    """numba's cache of one function on disk, which is never what a call fails with.
+
+    numba itself lets a full disk, a right that was taken away and a damaged file through to the function's caller.
+    """
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # a damaged file's bytes can mean anything
+            _warn_of_cache("cannot be read", self.cache_path, f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _warn_of_cache("cannot be written", self.cache_path, error.strerror or type(error).__name__)
+
+
+@functools.cache
+def _warn_of_cache(what: str, path: str, reason: str) -> None:
+    """One warning for each reason."""
+    logger.warning("numba: the cache %s %s (%s); functions are compiled again instead", path, what, reason)
+
+
+def njit(*signature, **options):
+    """``numba.njit`` whose cache on disk may fail."""
+
+    def compiled(function):
+        made = numba.njit(**options)(function)
+        if options.get("cache") and hasattr(made, "_cache"):  # not under NUMBA_DISABLE_JIT
+            made._cache = _OptionalCache(function)
+        if signature and made is not function:
+            made.compile(*signature)
+            made.disable_compile()
+        return made
+
+    return compiled
 
 
 @intrinsic

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
+from .arguments import check_text, check_tokenizer
 from .capture import capture_projections
 from .cutting import pieces_of
 from .errors import ArgumentError, ArgumentTypeError
@@ -21,7 +22,6 @@ from .state import MemoryState, taken_back
 from .texts import (
     Message,
     chat_ids,
-    check_encodable,
     check_known,
     encode_text,
     plain_content,
@@ -221,8 +221,8 @@ def forget(
     config = identity_of(model).config
     if strength is None:
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
-        raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < 1e9:
+        raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more (less than 1e9)")
     pieces = _encoded_pieces(model, tokenizer, _checked_text(text), WRITE_TOKENS)
     scratch, device = MemoryState.zeros(model), input_device(model)
     with capture_projections() as found:
@@ -268,7 +268,7 @@ def _checked_text(text: Text) -> Text:
         return text
     if not text.strip():
         raise ArgumentError("text: got nothing but white space, allowed a text")
-    check_encodable(text, "text")
+    check_text(text, "text")
     return text
 
 
@@ -295,8 +295,7 @@ class _Encoded:
 def _encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int) -> list[_Encoded]:
     """A text in pieces of at most ``tokens`` tokens."""
     config = identity_of(model).config
-    if not callable(tokenizer):
-        raise ArgumentTypeError(f"tokenizer: got {type(tokenizer).__name__}, allowed the model's tokenizer")
+    check_tokenizer(tokenizer)
 
     def count(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []

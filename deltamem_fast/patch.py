@@ -11,20 +11,31 @@ from torch import nn
 
 from .adapter import AdapterSource, canonical_name, read_adapter, stage_weights
 from .attention import attention_forward
-from .backends import operations
+from .backends import check_backend, head_operations, operations, resolve_backend
 from .bridge import enter, leave
-from .cache import cut_short, fed_tokens, mark_missed
-from .calls import CallersMemory, begin
+from .cache import cut_short, fed_tokens, mark_missed, why_no_cache
+from .calls import CallersMemory, begin, composite_mask
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
-from .errors import ArgumentError, ArgumentTypeError, StateError
+from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
 from .finite import contain, give_back
+from .forwards import why_not_handed_on
 from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
 from .model_files import install_files
 from .paths import LayerPath, LayerWeights, why_generic
-from .record import RECORD, Identity, PatchRecord, decoder_of, find_record, record_disabled, record_of, unwrap
+from .record import (
+    RECORD,
+    Identity,
+    PatchRecord,
+    decoder_of,
+    find_record,
+    record_disabled,
+    record_of,
+    spread_by,
+    unwrap,
+)
 
 MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
 
@@ -50,16 +61,20 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         FileNotFoundError: ``adapter`` names a directory without an adapter.
     """
     outer, model = model, unwrap(model)
+    _check_model(outer, model)
     if (record := find_record(model)) is not None:
         raise ArgumentError(
             f"model: already patched with {record.identity.adapter_name}; call unpatch_model before another adapter"
         )
+    check_backend(backend)
     source = read_adapter(adapter)
     decoder = decoder_of(model)
     attentions = _find_attentions(model, source.config)
     device = _device_of(next(iter(attentions.values())))
     if device.type != "meta":
-        operations(backend, device)
+        resolve_backend(backend, device.type)
+        # Imported now: what fails does so here, and not in the middle of a forward.
+        operations(backend, device), head_operations(backend, device)
     _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
@@ -84,6 +99,30 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 
 # --- finding
+
+
+_NO_PEFT = {
+    "PREFIX_TUNING": "fills the cache with keys and values of its own, which no memory has read",
+    "CARTRIDGE": "fills the cache with keys and values of its own, which no memory has read",
+    "ADAPTION_PROMPT": "puts a module of its own in the attention's place, past which the memory could not be handed",
+}
+
+
+def _check_model(outer: nn.Module, model: nn.Module) -> None:
+    """Raise for what has no decoder of transformers in it, or would not see the parameters that come to it."""
+    if around := spread_by(outer):
+        raise ArgumentError(
+            f"model: got a {around}, allowed the model in it: patch that, then wrap it anew; the wrapper "
+            "would not see the memory's parameters"
+        )
+    kind = getattr(getattr(getattr(outer, "active_peft_config", None), "peft_type", None), "value", None)
+    if kind in _NO_PEFT:
+        raise UnsupportedError(f"model: PEFT's {kind} {_NO_PEFT[kind]}; not supported")
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise ArgumentTypeError(
+            f"model: got a {type(model).__name__}, allowed a model of transformers (or one in PEFT's or "
+            "torch.compile's wrapper); if one is in it, patch that one"
+        )
 
 
 def _is_linear(module) -> bool:
@@ -117,6 +156,10 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
         )
     if config.target_layers:
         found = {name: module for name, module in found.items() if module.layer_idx in config.target_layers}
+    decoder, indices = decoder_of(model), [module.layer_idx for module in found.values()]
+    reason = why_not_handed_on(type(decoder).forward) or why_no_cache(decoder, indices)
+    if reason:
+        raise UnsupportedError(f"model: {type(decoder).__name__} {reason}; such models are not supported")
     for name, module in found.items():
         for head in config.delta_heads:
             if not _is_linear(getattr(module, f"{head}_proj", None)):
@@ -127,6 +170,13 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
 def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
     """Raise if the memory could not reach this attention, or would go past somebody's own forward."""
     layer = model.get_submodule(name.rpartition(".")[0])
+    for part, module in ((name.rpartition(".")[0], layer), (name, attention)):
+        hook = getattr(module, "_hf_hook", None)
+        if getattr(hook, "place_submodules", False) and getattr(hook, "offload", False):
+            raise ArgumentError(
+                f"model: {part} is offloaded with all that is in it (preload_module_classes), so a memory that came to "
+                "it would not be loaded; allowed without preload_module_classes"
+            )
     for part, module in (("decoder layer", layer), ("attention", attention)):
         kinds = [p.kind for p in inspect.signature(type(module).forward).parameters.values()]
         if inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -134,6 +184,12 @@ def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
                 f"model: the {part} {type(module).__name__} takes no keyword arguments beyond its own, so the memory "
                 f"cannot be handed to {name}; such models are not supported"
             )
+    reason = why_not_handed_on(type(layer).forward, name.rpartition(".")[2])
+    if reason:
+        raise UnsupportedError(
+            f"model: the decoder layer {type(layer).__name__} {reason}, so the memory cannot be handed to {name}; such "
+            "models are not supported"
+        )
     if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
         raise ArgumentError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
@@ -218,7 +274,9 @@ def _refuse_unreadable(name: str, base: dict[str, torch.Tensor | None], config: 
 def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: dict[str, DeltaMemory]) -> None:
     for name, attention in record.attentions.items():
         attention.add_module("delta_memory", memories[name])
-        record.replace(attention, "forward", types.MethodType(attention_forward, attention))
+        # Under accelerate's hook, which loads what it has offloaded of the attention itself.
+        place = "_old_forward" if "_old_forward" in vars(attention) else "forward"
+        record.replace(attention, place, types.MethodType(attention_forward, attention))
         record.replace(attention, "_apply", types.MethodType(_apply, attention))
         record.hooks.append(attention.register_load_state_dict_post_hook(_after_loading))
         memories[name].weights = LayerWeights()
@@ -228,6 +286,8 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
     record.replace(decoder, RECORD, record)
     record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
     if model is not decoder:
+        # Such a model, of images and text, may prepare the masks itself; its decoder cannot tell which tokens are real.
+        record.composite = getattr(model, getattr(model, "base_model_prefix", ""), decoder) is not decoder
         record.originals["outer"] = vars(model).get("forward")
         record.replace(model, RECORD, record)
         record.replace(model, "forward", types.MethodType(_with_signature(model, _outer_forward), model))
@@ -312,6 +372,8 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
         kwargs["memory"] = carried = CallersMemory(memory)
     if segment_ids is not None:
         kwargs["segment_ids"] = segment_ids
+    if token_mask is None and record.composite and not record_disabled(record):
+        token_mask = composite_mask(_by_name(self, args, {}) | kwargs)
     if token_mask is not None:
         kwargs["token_mask"] = token_mask
     own = record.originals["outer"]

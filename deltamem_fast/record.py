@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import functools
 import json
+import logging
+import os
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +33,7 @@ from .fingerprint import (
 )
 from .memory import DeltaMemory
 
+logger = logging.getLogger("deltamem_fast")
 RECORD = "_delta_memory_patch"
 _disabled: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("deltamem_disabled", default=frozenset())
 
@@ -143,6 +148,7 @@ class PatchRecord:
     # Methods that stood on the instance before; None: the class's, looked up at each call (it may be replaced).
     originals: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    composite: bool = False
     disabled_depth: int = 0
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
@@ -157,8 +163,8 @@ class PatchRecord:
         Raises:
             ValueError: something else was put in a replaced attribute's place since; nothing is undone.
         """
-        for owner, name, value, _, _ in self.replaced:
-            if vars(owner).get(name) is not value:
+        for owner, name, value, _, old in self.replaced:
+            if _place_of(owner, name, value) is None and not _went_with_its_hook(owner, old):
                 raise ArgumentError(
                     f"model: {type(owner).__name__}.{name} was replaced after patch_model (by a hook, or another "
                     "patch); undo that first"
@@ -166,11 +172,10 @@ class PatchRecord:
         while self.hooks:
             self.hooks.pop().remove()
         while self.replaced:
-            owner, name, _, present, old = self.replaced.pop()
-            if present:
-                setattr(owner, name, old)
-            else:
-                delattr(owner, name)
+            owner, name, value, present, old = self.replaced.pop()
+            place = _place_of(owner, name, value)
+            if place is not None:
+                _put_back(owner, name, place, present, old)
 
     def __deepcopy__(self, memo) -> PatchRecord:
         copied = PatchRecord.__new__(PatchRecord)
@@ -194,9 +199,86 @@ class PatchRecord:
         )
 
 
+# What accelerate keeps a forward under that it has put one of its own on: its hooks' (dispatch_model, cpu_offload) goes
+# on calling what stands there, its mixed precision's holds it fast.
+_HOOKED, _AUTOCAST = "_old_forward", "_original_forward"
+
+
+def _place_of(owner: Any, name: str, value: Any) -> str | None:
+    """The attribute of ``owner`` that holds ``value`` now, which was put under ``name``; None: it is gone."""
+    places = ("forward", _HOOKED, _AUTOCAST) if name in ("forward", _HOOKED) else (name,)
+    found = vars(owner)
+    return next((place for place in places if _same(found.get(place), value)), None)
+
+
+def _same(found: Any, value: Any) -> bool:
+    # accelerate's unwrap_model binds the method anew.
+    return found is value or (isinstance(found, types.MethodType) and found == value)
+
+
+def _went_with_its_hook(owner: Any, old: Any) -> bool:
+    """Whether ``old`` was accelerate's forward, and its hooks are gone, whose removal sets the class's own."""
+    return isinstance(old, functools.partial) and "_hf_hook" not in vars(owner) and _HOOKED not in vars(owner)
+
+
+def _put_back(owner: Any, name: str, place: str, present: bool, old: Any) -> None:
+    if place == _HOOKED:
+        setattr(owner, place, old if present else types.MethodType(type(owner).forward, owner))
+        return
+    if place == _AUTOCAST:
+        logger.warning(
+            "unpatch_model: accelerate's mixed precision lay around the patched forward of %s and is taken off with it",
+            type(owner).__name__,
+        )
+        delattr(owner, _AUTOCAST)
+        place = "forward"
+    if present and not (name == _HOOKED and old == types.MethodType(type(owner).forward, owner)):
+        setattr(owner, place, old)
+    else:
+        delattr(owner, place)
+
+
+_AROUND = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside PEFT's wrapper, torch.compile's, and those that spread it over devices.
+
+    Raises:
+        TypeError: no such model; the message says what was given.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and RECORD not in vars(inner):
+        if "_orig_mod" in inner._modules:
+            inner = inner._orig_mod
+        elif type(inner).__name__ in _AROUND and isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            break
+    if not isinstance(inner, nn.Module):
+        raise ArgumentTypeError(f"model: got {_described(model)}")
+    return inner
+
+
+def spread_by(model: nn.Module) -> str:
+    """The name of the wrapper of torch's or DeepSpeed's that spreads a model over devices, or "" without one."""
+    while "_orig_mod" in model._modules:
+        model = model._orig_mod
+    return type(model).__name__ if type(model).__name__ in _AROUND else ""
+
+
+def _described(model: Any) -> str:
+    """What was given in a model's place, and what is allowed."""
+    if isinstance(model, type):
+        return f"the class {model.__name__}, allowed a model, as {model.__name__}.from_pretrained makes one"
+    if isinstance(model, str | os.PathLike):
+        return f"the name {os.fspath(model)!r}, allowed a model: AutoModelForCausalLM.from_pretrained of it makes one"
+    held = getattr(model, "model", None)
+    if isinstance(held, nn.Module):
+        return f"a {type(model).__name__}, allowed the model in it: its .model, a {type(held).__name__}"
+    return f"{'None' if model is None else 'a ' + type(model).__name__}, allowed a model of transformers"
 
 
 def find_record(model: nn.Module) -> PatchRecord | None:
@@ -246,8 +328,8 @@ def memory_disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether ``model`` has a memory."""
-    return find_record(unwrap(model)) is not None
+    """Whether ``model`` has a memory; False for what is no model."""
+    return isinstance(model, nn.Module) and find_record(unwrap(model)) is not None
 
 
 def identity_of(model: nn.Module) -> Identity:

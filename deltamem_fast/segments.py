@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import check_text
 from .errors import ArgumentError, DeltaMemError
 
 _GRANULARITIES = {
@@ -124,6 +125,7 @@ def segment_ids_from_messages(
     if refused:
         raise ArgumentError(f"template_kwargs: got {', '.join(refused)}, allowed only what the chat template reads")
     messages = _checked_messages(messages)
+    check_text(messages, "messages")
     if not getattr(tokenizer, "is_fast", False):
         raise ArgumentError(
             f"tokenizer: got {type(tokenizer).__name__}, which is no fast tokenizer; segments need one, "
@@ -163,7 +165,10 @@ def segment_ids_from_messages(
         if pieces[piece][1] and piece not in number_of:
             number_of[piece] = next(numbers)
         segment_ids.append(number_of.get(piece, -1))
-    return torch.tensor([input_ids], dtype=torch.int64), torch.tensor([segment_ids], dtype=torch.int64)
+    return (
+        torch.tensor([input_ids], dtype=torch.int64, device="cpu"),
+        torch.tensor([segment_ids], dtype=torch.int64, device="cpu"),
+    )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .arguments import check_integer
 from .errors import (
     ArgumentError,
     ArgumentIndexError,
@@ -60,8 +61,7 @@ class MemoryState:
         Raises:
             ValueError: the model is not patched, or batch_size < 0.
         """
-        if not isinstance(batch_size, int) or batch_size < 0:
-            raise ArgumentError(f"batch_size: got {batch_size!r}, allowed an integer, 0 or more")
+        check_integer(batch_size, "batch_size", 0)
         identity = identity_of(model)
         layers = {i: spec.zeros(batch_size) for i, spec in identity.layer_specs().items()}
         return cls(layers, identity=identity)
@@ -71,7 +71,7 @@ class MemoryState:
     def __getitem__(self, layer_idx: int) -> torch.Tensor:
         try:
             return self._layers[layer_idx]
-        except KeyError:
+        except (KeyError, TypeError):
             raise ArgumentKeyError(f"layer {layer_idx}: no memory there, only in layers {list(self._layers)}") from None
 
     def __len__(self) -> int:
@@ -176,7 +176,7 @@ class MemoryState:
         """
         try:
             index = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(list(rows), device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ArgumentTypeError(f"rows: got {rows!r}, allowed a list or tensor of integers, or a mask") from error
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
@@ -194,8 +194,7 @@ class MemoryState:
 
     def repeat(self, times: int) -> MemoryState:
         """Every row ``times`` times in a row (0, 0, 1, 1, …), as ``generate`` expands a batch."""
-        if not isinstance(times, int) or times < 1:
-            raise ArgumentError(f"times: got {times!r}, allowed an integer, 1 or more")
+        check_integer(times, "times", 1)
         return self._map(
             lambda tensor: tensor.repeat_interleave(times, 0), lambda rows: [row for row in rows for _ in range(times)]
         )
@@ -207,9 +206,15 @@ class MemoryState:
         Raises:
             ValueError: none given, or their layers or shapes differ.
         """
-        memories = list(memories)
+        try:
+            memories = list(memories)
+        except TypeError as error:
+            raise ArgumentTypeError(f"memories: got {type(memories).__name__}, allowed a list of memories") from error
         if not memories:
             raise ArgumentError("memories: got none, allowed one or more")
+        for memory in memories:
+            if not isinstance(memory, MemoryState):
+                raise ArgumentTypeError(f"memories: got a {type(memory).__name__}, allowed memories")
         first = memories[0]
         for other in memories[1:]:
             if _shapes(other) != _shapes(first) or other.frozen != first.frozen:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .arguments import check_text
 from .config import DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError
 from .record import unwrap
@@ -48,7 +49,7 @@ def _plain(message: Message, name: str) -> dict[str, Any]:
             raise ArgumentError(f"{name}: got no content, allowed a string or a list of text parts")
         return dict(message)
     content = plain_content(content, name)
-    check_encodable(content, name)
+    check_text(content, name)
     return {**message, "content": content}
 
 
@@ -72,16 +73,6 @@ def plain_content(content: Any, name: str) -> str:
                 f'{name}: got a content part of type {kind!r:.80}, allowed {{"type": "text", "text": "…"}} only'
             )
     return "\n".join(part["text"] for part in content)
-
-
-def check_encodable(text: str, name: str) -> None:
-    """Raise ValueError for half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(
-            f"{name}: got half a surrogate pair (character {error.start}), which no tokenizer takes"
-        ) from None
 
 
 def check_known(model, ids: Sequence[int]) -> None:
@@ -128,7 +119,7 @@ def encode_text(
     text = plain_messages(text, name)
     if config.segmented:
         return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
-    return torch.tensor([chat_ids(tokenizer, text, name)], dtype=torch.int64), None
+    return torch.tensor([chat_ids(tokenizer, text, name)], dtype=torch.int64, device="cpu"), None
 
 
 def chat_ids(tokenizer, messages: Sequence[Message], name: str = "text", **template: Any) -> list[int]:
@@ -144,9 +135,9 @@ def chat_ids(tokenizer, messages: Sequence[Message], name: str = "text", **templ
 
 def _encode_plain(tokenizer, text: str, config: DeltaMemConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not config.segmented:
-        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int64), None
+        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int64, device="cpu"), None
     ids, starts = _tokenize(tokenizer, text)
     by_sentence = config.memory_write_granularity == "sentence_mean"
     firsts = [start for start, _ in sentence_spans(text)] if by_sentence else [0]
     owners = [bisect_right(firsts, start) - 1 for start in starts]
-    return torch.tensor([ids], dtype=torch.int64), torch.tensor([owners], dtype=torch.int64)
+    return torch.tensor([ids], dtype=torch.int64, device="cpu"), torch.tensor([owners], dtype=torch.int64, device="cpu")

@@ -8,7 +8,17 @@ from support import loud_adapter, relative_error, tiny_model
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
-from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, memory_state, patch_model, record_gates
+from deltamem_fast import (
+    DeltaMemConfig,
+    MemoryState,
+    is_patched,
+    layer_paths,
+    memory_disabled,
+    memory_state,
+    patch_model,
+    record_gates,
+    unpatch_model,
+)
 from deltamem_fast.training_setup import prepare_for_training
 
 IDS = torch.randint(3, 128, (2, 14), generator=torch.Generator().manual_seed(7))
@@ -171,3 +181,18 @@ def test_replaced_parameters_in_a_compiled_region():
     attention.q_proj.weight = torch.nn.Parameter(attention.q_proj.weight * 2)
     attention.delta_memory.memory_v_proj = torch.nn.Parameter(attention.delta_memory.memory_v_proj * 2)
     assert relative_error(run(IDS[:, :6], use_cache=False).logits, tiny_logits(model, 6)) < 1e-5
+
+
+def test_a_compiled_model_is_patched_inside():
+    expected, model, ids = loud_adapter(patch_model(tiny_model())), tiny_model(), torch.arange(5, 25)[None]
+    compiled = torch.compile(model, backend="eager")
+    assert patch_model(compiled) is compiled
+    loud_adapter(model)
+    assert is_patched(model) and is_patched(compiled) and len(layer_paths(compiled)) == 3
+    memory = MemoryState.zeros(compiled)
+    with torch.no_grad():
+        out = compiled(ids, memory=memory, use_cache=False).logits
+        assert relative_error(out, expected(ids, use_cache=False).logits) < 1e-5 and memory[0].norm() > 0
+        assert unpatch_model(compiled) is compiled
+        assert torch.equal(compiled(ids, use_cache=False).logits, tiny_model()(ids, use_cache=False).logits)
+    assert not is_patched(compiled)

@@ -78,7 +78,7 @@ def test_contents(built):
     assert weights and weights <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in names)
-    assert "deltamem = deltamem_fast.cli:main" in entry_points
+    assert "deltamem = deltamem_fast.__main__:main" in entry_points
 
 
 def test_the_version_stands_in_one_place():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import ArgumentError, ConflictError
+from ..files import as_path
 from ..session import MemorySession
 from ..storage.snapshots import MANIFEST, SUFFIX
 from .about_context import summary
@@ -35,7 +35,7 @@ def save(chat: Chat, rest: str) -> None:
     overwrite = rest.split(maxsplit=1)[:1] == [OVERWRITE]
     rest = rest.removeprefix(OVERWRITE).strip() if overwrite else rest
     name = rest or chat.directory or time.strftime("deltamem-chat-%Y%m%d-%H%M%S")
-    directory = Path(name).expanduser()
+    directory = as_path(name, "/save")
     earlier = (directory / MANIFEST).exists()
     if directory.is_dir() and not earlier and any(directory.iterdir()):
         raise ArgumentError(f"/save: {name} is not empty and holds no session; allowed a new or empty directory")
@@ -68,9 +68,9 @@ def load(chat: Chat, rest: str) -> None:
     show_loaded(chat)
 
 
-def load_session(name: str, model: nn.Module, tokenizer) -> MemorySession:
+def load_session(name: str, model: nn.Module, tokenizer, argument: str = "/load") -> MemorySession:
     """The session in the directory ``name``; greedy if it does not say otherwise, as every chat."""
-    session = MemorySession.load(Path(name).expanduser(), model, tokenizer)
+    session = MemorySession.load(as_path(name, argument), model, tokenizer)
     session.generation = generation_with(session.generation, {})
     return session
 

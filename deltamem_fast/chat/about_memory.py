@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError, FileMissingError
+from ..files import as_path
 from ..inspection.heatmap import Snapshot, heat_map_lines, snapshot
 from ..inspection.table import number
 from ..state import MemoryState
@@ -122,7 +122,7 @@ def ingest(chat: Chat, rest: str) -> None:
 
 def read_text(name: str) -> str:
     """The text of a file, which must be UTF-8 and of at most ``MOST_BYTES``."""
-    path = Path(name).expanduser()
+    path = as_path(name, "/ingest")
     if not path.exists():
         raise FileMissingError(f"/ingest: {name}: no such file")
     if not path.is_file():

@@ -7,8 +7,9 @@ import importlib
 import sys
 
 from ..backends import BACKENDS
-from ..errors import ArgumentError, MissingPackageError
+from ..errors import MissingPackageError
 from ..recall.weights import STRATEGIES
+from ..threads import HELP
 from .history import VARIABLE
 from .loading import ATTENTIONS, DTYPES, QUANTIZED
 from .opening import CONTEXT_TURNS, STRATEGY, Opening, read_arguments
@@ -55,6 +56,7 @@ def _add_model(group) -> None:
     group.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="of the memory (%(default)s)")
     group.add_argument("--quantize", choices=QUANTIZED, help="the backbone's weights, by bitsandbytes")
+    group.add_argument("--threads", type=int, metavar="N", help=HELP)
     group.add_argument("--attention", choices=ATTENTIONS, help="(default: transformers' choice)")
 
 
@@ -81,10 +83,7 @@ def _add_answers(group) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     in_terminal = not arguments.say and sys.stdin.isatty() and sys.stdout.isatty()
     opening = read_arguments(arguments)
-    try:
-        return _in_terminal(arguments, opening) if in_terminal else _over_pipe(arguments, opening)
-    except ImportError as error:
-        raise ArgumentError(str(error)) from error
+    return _in_terminal(arguments, opening) if in_terminal else _over_pipe(arguments, opening)
 
 
 def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:

@@ -14,7 +14,7 @@ from ..session import MemorySession, SessionSnapshot
 from . import small_world
 from .commands import run_command
 from .screens import Screen
-from .wording import shortened
+from .wording import shortened, without_surrogates
 
 KEPT = 8  # changes that can be undone
 
@@ -59,7 +59,7 @@ class Chat:
     def line(self, text: str) -> bool:
         """Have a turn, or run a command. Whether it went well; what did not is told on the screen, and undone."""
         # What a terminal or a pipe could not decode is replaced: no tokenizer takes it.
-        text = text.encode("utf-8", "replace").decode("utf-8").strip()
+        text = without_surrogates(text).strip()
         if self.session.generation.get("do_sample") and not self._seeded:
             torch.seed()  # otherwise each process would draw the same
             self._seeded = True

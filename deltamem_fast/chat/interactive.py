@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..model_info import model_facts
 from ..record import identity_of
+from ..threads import fitting_threads
 from . import small_world
 from .about_context import turns_in_context
 from .about_files import show_loaded
@@ -36,7 +37,7 @@ def converse_in_terminal(opening: Opening, *, history: bool, markdown: bool) -> 
         _greet(chat, opening, screen)
         prompt = Prompt(_history(screen) if history else None, lambda: toolbar(chat, opening.name))
         # While no answer comes, an interrupt has nothing to stop; the prompt has its own way with it.
-        with quiet_keys(), interrupts(signal.SIG_IGN):
+        with quiet_keys(), interrupts(signal.SIG_IGN), fitting_threads(chat.session.model, opening.threads):
             _converse(chat, prompt, screen)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +12,14 @@ from torch import nn
 
 from ..adapter import read_adapter
 from ..backends import resolve_backend
-from ..errors import ArgumentError, FileAccessError, FileMissingError, MissingPackageError
-from .wording import shortened
+from ..errors import ArgumentError, MissingPackageError
+from ..loading import bars, found_model, load_tokenizer, load_weights, told, usable_device
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZED = ("4bit", "8bit")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 # What transformers quantises with.
 _QUANTIZERS = ("bitsandbytes", "accelerate")
-_LONG = 240  # characters of another library's error
 
 
 def load_for_chat(
@@ -56,19 +52,17 @@ def load_for_chat(
     """
     from ..patch import patch_model  # transformers takes a while, and is not needed to parse arguments
 
-    device = _usable(device)
+    device = usable_device(device)
     resolve_backend(backend, device.type)
-    name = _found(name)
+    name = found_model(name)
     if quantize is not None:
         require(_QUANTIZERS, "--quantize")
     if attention == "flash_attention_2":
         require(("flash_attn",), "--attention flash_attention_2")
     read_adapter(adapter)
-    with _bars(hidden=quiet or not sys.stderr.isatty()):
-        with _told(f"MODEL: {name}: its tokenizer"):
-            tokenizer = _tokenizer(name)
-        with _told(f"MODEL: {name}"):
-            model = _weights(name, dtype, device, quantize, attention)
+    with bars(hidden=quiet or not sys.stderr.isatty()):
+        tokenizer = _tokenizer(name)
+        model = _weights(name, dtype, device, quantize, attention)
     return patch_model(model.eval().requires_grad_(False), adapter, backend=backend), tokenizer
 
 
@@ -83,52 +77,31 @@ def require(packages: tuple[str, ...], what: str) -> None:
             ) from error
 
 
-def _found(name: str) -> str:
-    """A directory with a model in it, or what may be a hub id."""
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise FileMissingError(f"MODEL: {name}: no model there (no config.json)")
-        return str(directory)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileMissingError(f"MODEL: {name}: no such directory")
-    return name
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(
-            f"device: got {str(device)!r}, which torch cannot use here ({shortened(error, _LONG)})"
-        ) from error
-    return target
-
-
 def _tokenizer(name: str):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if not tokenizer.is_fast:
-        raise ArgumentError("a slow one, allowed one with a tokenizer.json")
+    tokenizer = load_tokenizer(name)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(f"MODEL: {name}: its tokenizer: a slow one, allowed one with a tokenizer.json")
     if not tokenizer.chat_template:
-        raise ArgumentError("has no chat template, allowed that of a chat (instruct) model")
+        raise ArgumentError(
+            f"MODEL: {name}: its tokenizer: has no chat template, allowed that of a chat (instruct) model"
+        )
     return tokenizer
 
 
 def _weights(name: str, dtype: str, device: torch.device, quantize: str | None, attention: str | None) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if attention is not None:
         options["attn_implementation"] = attention
     if quantize is None:
-        return AutoModelForCausalLM.from_pretrained(name, **options).to(device)
-    computes = AutoConfig.from_pretrained(name).dtype if dtype == "auto" else options["dtype"]
+        return load_weights(name, device=device, **options)
+    with told(f"MODEL: {name}"):
+        own = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
+    computes = own if dtype == "auto" else options["dtype"]
     # Quantised weights are made on their device; such a model cannot be moved.
     options |= {"quantization_config": _quantization(quantize, computes), "device_map": {"": device}}
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    return load_weights(name, **options)
 
 
 def _quantization(quantize: str, computes: torch.dtype | None):
@@ -139,32 +112,3 @@ def _quantization(quantize: str, computes: torch.dtype | None):
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
-
-
-@contextlib.contextmanager
-def _told(argument: str) -> Iterator[None]:
-    """What loading raises, in one line that names the argument: its texts have paragraphs."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except ImportError as error:
-        raise MissingPackageError(f"{argument}: {shortened(error, _LONG)}") from error
-    except OSError as error:
-        raise FileAccessError(f"{argument}: {shortened(error, _LONG)}") from error
-    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ArgumentError(f"{argument}: {shortened(error, _LONG)}") from error
-
-
-@contextlib.contextmanager
-def _bars(*, hidden: bool) -> Iterator[None]:
-    from transformers.utils import logging as library
-
-    if not hidden or not library.is_progress_bar_enabled():
-        yield
-        return
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.enable_progress_bar()

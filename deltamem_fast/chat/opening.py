@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, FileMissingError
+from ..files import as_path
 from ..recall.weights import find_weights
 from ..storage.snapshots import MANIFEST
+from ..threads import check_threads
 from .loading import load_for_chat
 from .options import OPTIONS, Value, generation_with, read_option
+from .wording import without_surrogates
 
 if TYPE_CHECKING:
     from .conversation import Chat
@@ -39,6 +42,7 @@ class Opening:
         limits: ``turns`` and ``tokens``, as far as they were given.
         options: of the answers, as far as they were given.
         seed: of sampling, or None.
+        threads: of PyTorch on a CPU, or None = as many as fit the model.
     """
 
     model: str
@@ -52,6 +56,7 @@ class Opening:
     limits: dict[str, int | None]
     options: dict[str, Value]
     seed: int | None
+    threads: int | None = None
 
 
 def read_arguments(arguments: argparse.Namespace) -> Opening:
@@ -95,18 +100,19 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
             "quiet": shipped,
         },
         directory=arguments.load,
-        system=arguments.system,
+        system=None if arguments.system is None else without_surrogates(arguments.system),
         template={} if arguments.thinking is None else {"enable_thinking": arguments.thinking},
         limits=limits,
         seed=options.pop("seed", None),
         options=options,
+        threads=check_threads(arguments.threads),
     )
 
 
 def _limit(argument: str, text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
         raise ArgumentError(f"{argument}: got {text!r}, allowed an integer, 1 or more, or all")
     return int(text)
 
@@ -115,7 +121,7 @@ def _check_load(arguments: argparse.Namespace) -> None:
     for argument, value in (("--system", arguments.system), ("--thinking, --no-thinking", arguments.thinking)):
         if value is not None:
             raise ArgumentError(f"{argument}: given with --load, whose session has its own")
-    if not (Path(arguments.load).expanduser() / MANIFEST).is_file():
+    if not (as_path(arguments.load, "--load") / MANIFEST).is_file():
         raise FileMissingError(f"--load: {arguments.load}: no session there (no {MANIFEST})")
 
 
@@ -162,7 +168,7 @@ def open_chat(opening: Opening, screen: Screen) -> Chat:
             generation=generation_with({}, opening.options),
         )
     else:
-        session = load_session(opening.directory, model, tokenizer)
+        session = load_session(opening.directory, model, tokenizer, "--load")
         limits = {"turns": session.limits.turns, "tokens": session.limits.tokens} | opening.limits
         session.limit_context(**limits)
         session.generation = generation_with(session.generation, opening.options)

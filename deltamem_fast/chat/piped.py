@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from ..standard_input import typed_lines
+from ..threads import fitting_threads
 from .opening import Opening, open_chat, quiet_library
 from .screens import PlainScreen
 
@@ -15,18 +15,12 @@ def converse_over_pipe(opening: Opening, said: Sequence[str] | None) -> bool:
     with quiet_library():
         chat = open_chat(opening, PlainScreen())
         well = True
-        for text in said if said is not None else whole_lines(_typed()):
-            well = chat.line(text) and well
-            if chat.ended:
-                break
+        with fitting_threads(chat.session.model, opening.threads):
+            for text in said if said is not None else whole_lines(typed_lines()):
+                well = chat.line(text) and well
+                if chat.ended:
+                    break
         return well
-
-
-def _typed() -> Iterable[str]:
-    # A byte that is no text becomes a mark; it must not end the chat.
-    with contextlib.suppress(AttributeError, ValueError):
-        sys.stdin.reconfigure(errors="replace")
-    return sys.stdin
 
 
 def whole_lines(lines: Iterable[str]) -> Iterator[str]:

@@ -15,6 +15,11 @@ def in_bytes(size: int) -> str:
     return next(f"{size / unit:.1f} {name}" for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= unit)
 
 
+def without_surrogates(text: str) -> str:
+    """Text whose undecodable bytes, which no tokenizer takes, are question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def shortened(text, most: int = 40) -> str:
     """``text`` (of anything: its str) on one line, cut to at most ``most`` characters."""
     text = " ".join(str(text).split())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
 
 from ..errors import ArgumentError, FileMissingError
+from ..files import as_path
 from .memory_file import MemoryFile, read_memory_file
 from .table import number, printable
 
@@ -54,8 +54,11 @@ def _run(arguments: argparse.Namespace) -> int:
     from .report import distance, report, rows_of
 
     text = _text_of(arguments)
-    file = read_memory_file(arguments.memory, "MEMORY")
-    other = None if arguments.other is None else read_memory_file(arguments.other, "OTHER")
+    for name in ("html", "png"):
+        if getattr(arguments, name) is not None:
+            as_path(getattr(arguments, name), f"--{name}")
+    file = read_memory_file(as_path(arguments.memory, "MEMORY"), "MEMORY")
+    other = None if arguments.other is None else read_memory_file(as_path(arguments.other, "OTHER"), "OTHER")
     rows_of(file.memory, arguments.row, "--row")
     if other is not None:
         rows_of(other.memory, arguments.row, "--row: OTHER")
@@ -92,12 +95,12 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
     if arguments.model is not None and arguments.adapter is None:
         raise ArgumentError("--model: given without --adapter; a memory fits one adapter only")
     if arguments.text is not None:
-        return arguments.text
-    path = Path(arguments.text_file)
+        return arguments.text.encode("utf-8", "replace").decode("utf-8")  # no tokenizer takes what is no text
+    path = as_path(arguments.text_file, "--text-file")
     if not path.is_file():
         raise FileMissingError(f"--text-file: {path}: no such file")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"--text-file: {path}: not UTF-8: {error}") from error
 
@@ -107,6 +110,7 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
 
 def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
     from ..state import MemoryState
+    from ..threads import fitting_threads
     from .trace import trace
 
     model, tokenizer = _shipped(arguments, file) if arguments.model is None else _load(arguments)
@@ -114,30 +118,28 @@ def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
         memory = MemoryState.load(file.path, model)
     except ValueError as error:
         raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
-    return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
+    with fitting_threads(model):
+        return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
 
 
 def _load(arguments: argparse.Namespace):
-    from transformers import AutoTokenizer
-
+    from ..loading import bars, load_tokenizer
     from ..model_info import load_patched
 
-    # Bars are for who waits at a terminal; anywhere else they would stand in front of an error's one line.
-    with contextlib.nullcontext() if sys.stderr.isatty() else _no_bars():
-        model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device)
-        return model, AutoTokenizer.from_pretrained(arguments.model)
+    model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device, "--model")
+    with bars(hidden=not sys.stderr.isatty()):
+        return model, load_tokenizer(arguments.model, "--model")
 
 
 def _shipped(arguments: argparse.Namespace, file: MemoryFile):
     """The demo's backbone with the adapter that the file was made with; an error that names the right one if none."""
-    from transformers import AutoTokenizer
-
+    from ..loading import bars, load_tokenizer
     from ..model_info import load_patched
     from ..patch import patch_model, unpatch_model
     from ..recall.weights import find_weights
     from ..record import describe_difference, identity_of
 
-    unknown = ValueError(
+    unknown = ArgumentError(
         f"--model: not given, and MEMORY was not made with the demo's weights but with {file.made_with}; pass --model "
         "and --adapter"
     )
@@ -146,7 +148,7 @@ def _shipped(arguments: argparse.Namespace, file: MemoryFile):
     except FileNotFoundError as error:
         raise unknown from error
     model = None
-    with _no_bars():
+    with bars(hidden=True):
         for directory in weights.adapters.values():
             if model is None:
                 model = load_patched(str(weights.backbone), str(directory), arguments.dtype, arguments.device)
@@ -156,22 +158,8 @@ def _shipped(arguments: argparse.Namespace, file: MemoryFile):
             if difference.startswith("backbone"):
                 break
             if not difference:
-                return model, AutoTokenizer.from_pretrained(weights.backbone, local_files_only=True)
+                return model, load_tokenizer(str(weights.backbone), local_files_only=True)
     raise unknown
-
-
-@contextlib.contextmanager
-def _no_bars():
-    """A bar for a file of some megabytes is noise."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 # --- what is written and printed

@@ -67,7 +67,7 @@ def _sentences(content: str) -> list[str]:
 
 def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
     width = max((len(row) for row in rows), default=0)
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64)
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu")
 
 
 @torch.no_grad()

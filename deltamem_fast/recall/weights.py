@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from ..config import CONFIG_NAME
-from ..errors import ArgumentError, FileMissingError
+from ..errors import FileMissingError
+from ..files import as_path
+from ..loading import bars, load_tokenizer, load_weights
 
 SHIPPED = Path(__file__).parent.parent / "data" / "recall"
 # Write strategy → the directory of its adapter.
@@ -32,7 +34,7 @@ def find_weights(directory: str | os.PathLike | None = None) -> Weights:
     Raises:
         FileNotFoundError: a part is missing; the message names it and the command that makes it.
     """
-    directory = SHIPPED if directory is None else Path(directory).expanduser()
+    directory = SHIPPED if directory is None else as_path(directory, "weights")
     weights = Weights(directory / "backbone", {name: directory / folder for name, folder in STRATEGIES.items()})
     for path in (weights.backbone / "config.json", *(folder / CONFIG_NAME for folder in weights.adapters.values())):
         if not path.is_file():
@@ -46,18 +48,7 @@ def load_backbone(directory: str | os.PathLike, device: torch.device | str = "cp
     Raises:
         ValueError, OSError: the directory holds no model, or a broken one.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar for a file of some megabytes is noise
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except SafetensorError as error:
-        raise ArgumentError(f"weights: {directory}: not safetensors, or cut short: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with bars(hidden=True):  # a bar for a file of some megabytes is noise
+        model = load_weights(str(directory), "weights", dtype=torch.float32, local_files_only=True)
+        tokenizer = load_tokenizer(str(directory), "weights", local_files_only=True)
     return model.eval().requires_grad_(False).to(device), tokenizer

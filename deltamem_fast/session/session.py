@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..answering import answer_options, check_reserved
+from ..arguments import check_text
 from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..operators import WriteResult, forget, ingest, retrieve, revise
 from ..record import identity_of, memory_disabled
@@ -100,6 +101,7 @@ class MemorySession:
             raise ArgumentError(f"tokenizer: got {type(tokenizer).__name__}, allowed a fast tokenizer")
         if memory is not None:
             identity.check(memory._identity)
+        check_text(system, "system")
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
@@ -445,15 +447,11 @@ def _checked_template(template: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_encodable(texts: Mapping[str, Any]) -> None:
     for place, value in strings_of(texts):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ArgumentError(
-                f"{place}: got half a surrogate pair (character {error.start}), which no tokenizer takes"
-            ) from None
+        check_text(value, place)
 
 
 def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...]:
+    check_text(text, "text")
     if isinstance(text, str):
         if not text.strip():
             raise ArgumentError("text: got nothing but white space, allowed something to say")

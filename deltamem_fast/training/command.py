@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from ..adapter import read_adapter
 from ..backends import BACKENDS
 from ..config import DELTA_HEADS, GRANULARITIES, OUTPUT_INITS, STATE_UPDATE_MODES, DeltaMemConfig
 from ..errors import ArgumentError, FileMissingError
+from ..files import as_path
+from ..loading import bars, found_model, load_tokenizer, load_weights
 from .lengths import OVER_LONG
 from .options import DTYPES, REPORTERS, TrainingOptions
 
@@ -122,9 +123,13 @@ def _train(arguments: argparse.Namespace) -> int:
         **{name: value for name, value in vars(arguments).items() if name in TrainingOptions.__dataclass_fields__}
     )
     adapter = adapter_of(arguments)
-    for name in (*arguments.data, *arguments.evaluate):
-        if not Path(name).is_file():
-            raise FileMissingError(f"DATA: {name}: no such file")
+    for argument, names in (("DATA", arguments.data), ("--evaluate", arguments.evaluate)):
+        for name in names:
+            if not as_path(name, argument).is_file():
+                raise FileMissingError(f"{argument}: {name}: no such file")
+    as_path(arguments.output, "--output")
+    if arguments.resume not in ("", "auto"):
+        as_path(arguments.resume, "--resume")
     read_adapter(adapter)  # a wrong one is told before gigabytes are read
     from .run import train
 
@@ -173,14 +178,14 @@ def load_backbone(name: str, dtype: str):
         ValueError: its tokenizer has no chat template.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not Path(name).expanduser().is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileMissingError(f"MODEL: {name}: no such directory")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    name = found_model(name)
+    with bars(hidden=not sys.stderr.isatty()):
+        tokenizer = load_tokenizer(name)
     if not tokenizer.chat_template:
         raise ArgumentError(f"MODEL: the tokenizer of {name} has no chat template, which episodes are rendered with")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)), tokenizer
+    with bars(hidden=not sys.stderr.isatty()):
+        return load_weights(name, dtype=getattr(torch, dtype)), tokenizer
 
 
 def _say(result, arguments: argparse.Namespace) -> None:

@@ -124,10 +124,10 @@ def collate(episodes: Sequence[Episode], pad_token_id: int = 0) -> EpisodeBatch:
 
 def _padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(1, *(len(row) for row in rows)) if rows else 1
-    values = torch.full((len(rows), width), fill, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    values = torch.full((len(rows), width), fill, dtype=torch.int64, device="cpu")
+    mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
     for i, row in enumerate(rows):
-        values[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        values[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
         mask[i, : len(row)] = True
     return values, mask
 
@@ -135,7 +135,7 @@ def _padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tenso
 def collate_arguments(episodes: Sequence[Episode], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
     """``collate`` as the Trainer hands it on: a dict of tensors, with ``kinds``, int64 [B], places in ``KINDS``."""
     batch = {name: tensor for name, tensor in vars(collate(episodes, pad_token_id)).items() if tensor is not None}
-    return batch | {"kinds": torch.tensor([KINDS.index(episode.kind) for episode in episodes])}
+    return batch | {"kinds": torch.tensor([KINDS.index(episode.kind) for episode in episodes], device="cpu")}
 
 
 class EpisodeSchedule(Dataset):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ArgumentError
+from ..arguments import MOST, check_integer
+from ..errors import ArgumentError, ArgumentTypeError
 from .lengths import OVER_LONG
 
 DTYPES = ("bfloat16", "float32")
@@ -85,19 +86,23 @@ class TrainingOptions:
 
     def __post_init__(self):
         object.__setattr__(self, "output", str(self.output))
+        if not isinstance(self.report_to, list | tuple):
+            raise ArgumentTypeError(f"report_to: got {type(self.report_to).__name__}, allowed a tuple of names")
         object.__setattr__(self, "report_to", tuple(self.report_to))
         for name in ("batch_size", "accumulate", "write_length", "read_length", "visible_turns", "keep"):
-            _integer(name, getattr(self, name), 1)
+            check_integer(getattr(self, name), name, 1)
         for name in ("seed", "save_every", "evaluate_every", "workers"):
-            _integer(name, getattr(self, name), 0)
+            check_integer(getattr(self, name), name, 0)
         if self.steps is not None:
-            _integer("steps", self.steps, 1)
+            check_integer(self.steps, "steps", 1)
         for name in ("epochs", "lr"):
             _number(name, getattr(self, name), "more than 0", lambda value: value > 0)
         for name in ("weight_decay", "max_grad_norm", "gate_weight"):
             _number(name, getattr(self, name), "0 or more", lambda value: value >= 0)
         for name in ("warmup", "state_only_probability", "no_memory_probability", "gate_target"):
             _number(name, getattr(self, name), "0 to 1", lambda value: 0 <= value <= 1)
+        if (self.steps or 1) * self.batch_size * self.accumulate > MOST:
+            raise ArgumentError(f"steps: with batch_size and accumulate they make more than {MOST:,} episodes")
         both = self.state_only_probability + self.no_memory_probability
         if both > 1:
             raise ArgumentError(
@@ -121,12 +126,7 @@ class TrainingOptions:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
 
-def _integer(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}: got {value!r}, allowed an integer, {least} or more")
-
-
 def _number(name: str, value, allowed: str, condition) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not good or not condition(value):
         raise ArgumentError(f"{name}: got {value!r}, allowed a number, {allowed}")

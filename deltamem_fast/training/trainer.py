@@ -227,7 +227,7 @@ class DeltaMemTrainer(Trainer):
     def _evaluate_file(self, dataset: Dataset) -> dict[str, float]:
         was_training = self.model.training
         self.model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)
+        totals = torch.zeros(3, dtype=torch.float64, device="cpu")
         for inputs in self.get_eval_dataloader(dataset):
             inputs = self._prepare_inputs(inputs)
             found = self.model(**{name: tensor for name, tensor in inputs.items() if name != "kinds"})

@@ -204,7 +204,7 @@ def test_errors_name_the_argument(files, tmp_path, capsys):
             "MEMORY: .*small.safetensors: saved under adapter .*, but the model's adapter",
         ),
         ([a, "--text", "x", *model, "--device", "nonsense"], "device: got 'nonsense'"),
-        ([a, "--text", "x", "--model", "/no/such", "--adapter", files / "adapter"], "MODEL: /no/such: no such dir"),
+        ([a, "--text", "x", "--model", "/no/such", "--adapter", files / "adapter"], "--model: /no/such: no such dir"),
     ):
         assert re.match(message, refused(capsys, *arguments)), message
     assert main(["inspect", str(a), "--text", "x", "--text-file", "y"]) == 2

@@ -1,0 +1,43 @@
+"""Checks of arguments that several public functions take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import ArgumentError, ArgumentTypeError
+
+MOST = 2**31 - 1
+
+
+def check_integer(value: Any, name: str, least: int, most: int = MOST) -> int:
+    """``value``, if it is an integer from ``least`` to ``most``. Raises: ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        shown = "an integer of many digits" if isinstance(value, int) and abs(value) > 10 * MOST else repr(value)
+        raise ArgumentError(f"{name}: got {shown}, allowed an integer, {least} or more (up to {most:,})")
+    return value
+
+
+def check_text(value: Any, name: str) -> None:
+    """Raise ValueError for a text, or one in messages, that holds half of a surrogate pair: no tokenizer takes it."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"{name}: got half of a surrogate pair, {value[error.start]!r}, at character {error.start}, allowed "
+                "text; what could not be decoded can be replaced before: .encode('utf-8', 'replace').decode()"
+            ) from error
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            check_text(part, name)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_text(part, name)
+
+
+def check_tokenizer(value: Any, name: str = "tokenizer") -> None:
+    """Raise TypeError for what is no tokenizer."""
+    if isinstance(value, type) or not callable(value) or not hasattr(value, "convert_ids_to_tokens"):
+        kind = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise ArgumentTypeError(f"{name}: got {kind}, allowed a tokenizer of transformers")

@@ -1,0 +1,40 @@
+"""What the source of a forward says: whether it hands its keyword arguments on."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+
+
+@functools.cache
+def why_not_handed_on(forward: Callable, attribute: str = "") -> str:
+    """Why keyword arguments of a class's ``forward`` do not reach a module that it calls, or "".
+
+    Args:
+        forward: the function.
+        attribute: the module's name on ``self``; "" = the layers that it loops over.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+    except (OSError, TypeError, SyntaxError):  # no source here: the first forward shows
+        return ""
+    names = {
+        name.id
+        for loop in ast.walk(tree)
+        if isinstance(loop, ast.For)
+        for name in ast.walk(loop.target)
+        if isinstance(name, ast.Name)
+    }
+    calls = [call for call in ast.walk(tree) if isinstance(call, ast.Call) and _is_of(call.func, attribute, names)]
+    if not calls or any(keyword.arg is None for call in calls for keyword in call.keywords):
+        return ""
+    return f"hands no keyword arguments on to its {attribute or 'layers'}"
+
+
+def _is_of(function: ast.expr, attribute: str, names: set[str]) -> bool:
+    if not attribute:
+        return isinstance(function, ast.Name) and function.id in names
+    return isinstance(function, ast.Attribute) and function.attr == attribute

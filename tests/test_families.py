@@ -1,0 +1,128 @@
+"""Families of models: each works as unpatched with a zero output, or patch_model says why it cannot."""
+
+import pytest
+import torch
+import transformers
+from support import loud_adapter, relative_error
+
+from deltamem_fast import DeltaMemConfig, MemoryState, is_patched, memory_state, patch_model, unpatch_model
+from deltamem_fast.errors import DeltaMemError, UnsupportedError
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "sliding_window": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}
+SHARED = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16}
+TOKENS = {"image_token_index": 100, "boi_token_index": 105, "eoi_token_index": 106}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+IDS = torch.arange(5, 17)[None]
+
+
+def tiny(name, **changes):
+    """A random model of the class ``name``, if this transformers has it."""
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        pytest.skip(f"this transformers has no {name}")
+    torch.manual_seed(0)
+    return kind(kind.config_class(**(SMALL | changes))).eval()
+
+
+def gemma3_with_images():
+    if not hasattr(transformers, "Gemma3ForConditionalGeneration"):
+        pytest.skip("this transformers has no Gemma3ForConditionalGeneration")
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=SMALL | GEMMA, vision_config=VISION, **TOKENS)
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+WORK = {
+    "Gemma 3 with images": gemma3_with_images,
+    "Gemma 3": lambda: tiny("Gemma3ForCausalLM", **GEMMA),
+    "gpt-oss": lambda: tiny("GptOssForCausalLM", **GEMMA, **EXPERTS),
+    "OLMo 2": lambda: tiny("Olmo2ForCausalLM"),
+    "Cohere": lambda: tiny("CohereForCausalLM"),
+}
+REFUSED = {
+    "MiniMax": (lambda: tiny("MiniMaxForCausalLM", **EXPERTS), "a cache of its own, MiniMaxCache"),
+    "Falcon-H1": (
+        lambda: tiny("FalconH1ForCausalLM", **MAMBA),
+        "keeps layer 0 in a LinearAttentionAndFullAttentionLayer",
+    ),
+    "Gemma 3n": (
+        lambda: tiny("Gemma3nForCausalLM", **GEMMA, **SHARED, activation_sparsity_pattern=[0.0] * 4),
+        "keeps layer 2 in a DummyLayer",
+    ),
+    "Nemotron": (
+        lambda: tiny("NemotronForCausalLM"),
+        "NemotronDecoderLayer hands no keyword arguments on to its self_attn",
+    ),
+    "StableLM": (lambda: tiny("StableLmForCausalLM"), "StableLmDecoderLayer hands no keyword arguments on"),
+}
+
+
+@torch.no_grad()
+def outputs(model, **given):
+    logits = model(input_ids=IDS, **given).logits
+    return logits, model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+
+
+@pytest.mark.parametrize("family", WORK)
+def test_a_family_works(family):
+    model = WORK[family]()
+    bare, told = outputs(model)
+    patch_model(model, DeltaMemConfig(output_init="zero"))
+    memory = MemoryState.zeros(model)
+    for given in ({}, {"memory": memory}):
+        logits, tokens = outputs(model, **given)
+        assert relative_error(logits, bare) < 1e-5 and torch.equal(tokens, told)
+    assert all(memory[i].norm() > 0 for i in memory)
+    loud_adapter(model)
+    with torch.no_grad():
+        # In two parts as in one; padding on the left is not written.
+        whole = model(input_ids=IDS, use_cache=True)
+        first = model(input_ids=IDS[:, :7], use_cache=True)
+        second = model(input_ids=IDS[:, 7:], past_key_values=first.past_key_values)
+        padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), IDS], 1)
+        padded = model(input_ids=padded, attention_mask=(padded != 0).long(), use_cache=True)
+    assert relative_error(whole.logits, bare) > 1e-3
+    written = memory_state(whole.past_key_values)
+    for out in (second, padded):
+        assert relative_error(out.logits[:, -1], whole.logits[:, -1]) < 1e-4
+        assert all(relative_error(state, written[i]) < 1e-4 for i, state in memory_state(out.past_key_values).items())
+    unpatch_model(model)
+    assert torch.equal(outputs(model)[0], bare)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_is_refused_with_the_reason(family):
+    make, reason = REFUSED[family]
+    model = make()
+    bare, told = outputs(model)
+    with pytest.raises(UnsupportedError, match=f"model: .*{reason}.*not supported") as caught:
+        patch_model(model, DeltaMemConfig(output_init="zero"))
+    assert isinstance(caught.value, DeltaMemError) and not is_patched(model)
+    logits, tokens = outputs(model)
+    assert torch.equal(logits, bare) and torch.equal(tokens, told)
+
+
+def test_layers_without_keys_of_their_own_are_left_out_by_target_layers():
+    model = tiny("Gemma3nForCausalLM", **GEMMA, **SHARED, activation_sparsity_pattern=[0.0] * 4)
+    bare, told = outputs(model)
+    patch_model(model, DeltaMemConfig(output_init="zero", target_layers=(0, 1)))
+    memory = MemoryState.zeros(model)
+    logits, tokens = outputs(model, memory=memory)
+    assert relative_error(logits, bare) < 1e-5 and torch.equal(tokens, told)
+    assert list(memory) == [0, 1] and memory[1].norm() > 0
