@@ -77,7 +77,7 @@ def _compiled(name: str) -> str:
 
 def _real_before(token_mask: torch.Tensor | None, length: int) -> torch.Tensor:
     """int64 [B or 1, T − 1]: of each token from the second on, the place of the last real one before it; −1: none."""
-    device = None if token_mask is None else token_mask.device
+    device = "cpu" if token_mask is None else token_mask.device
     places = torch.arange(length, device=device).unsqueeze(0)
     if token_mask is not None:
         places = torch.where(token_mask, places, -1).cummax(-1).values
