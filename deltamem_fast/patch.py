@@ -372,12 +372,13 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
         kwargs["memory"] = carried = CallersMemory(memory)
     if segment_ids is not None:
         kwargs["segment_ids"] = segment_ids
+    named = _by_name(self, args, {}) | kwargs if args else kwargs
     if token_mask is None and record.composite and not record_disabled(record):
-        token_mask = composite_mask(_by_name(self, args, {}) | kwargs)
+        token_mask = composite_mask(named)
     if token_mask is not None:
         kwargs["token_mask"] = token_mask
     own = record.originals["outer"]
-    cache = kwargs.get("past_key_values")
+    cache = named.get("past_key_values")
     before = fed_tokens(cache)
     try:
         return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
