@@ -33,8 +33,8 @@ class MemoryState:
 
     Attributes:
         frozen: True makes it read-only: forwards read it and write nothing.
-        skipped: int32 [B], how many (token, layer) pairs were not written, because a projection or the state after it would be
-            NaN or Inf.
+        skipped: int32 [B], how many (token, layer) pairs were not written, because a projection or the state after it
+            would be NaN or Inf.
     """
 
     def __init__(self, layers: dict[int, torch.Tensor], *, identity=None, frozen: bool = False, skipped=None):

@@ -135,7 +135,11 @@ def test_refusals_leave_the_model_as_it_was():
 
 
 def test_a_model_without_attention_is_refused():
-    with pytest.raises(ValueError, match="Linear has no attention named self_attn with q_proj and o_proj"):
+    from transformers import GPT2Config, GPT2Model
+
+    with pytest.raises(ValueError, match="GPT2Model has no attention named self_attn with q_proj and o_proj"):
+        patch_model(GPT2Model(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)))
+    with pytest.raises(TypeError, match="model: got a Linear"):
         patch_model(torch.nn.Linear(2, 2))
 
 

@@ -77,8 +77,8 @@ class ScanOutput(NamedTuple):
     Attributes:
         reads: float32 [B, T, H·r], what each token read before its own write; 0 where it is masked.
         state: float32 [N, H, r, r], after each sequence's last token.
-        skipped: int32 [N], how many unmasked tokens were treated as masked because they, or the state after them, are not
-            finite.
+        skipped: int32 [N], how many unmasked tokens were treated as masked, because they or the state after them are
+            not finite.
         checkpoints: float32 states after every n-th token, or None. [B, T // n, H, r, r] for rows of equal
             length; [T // n, H, r, r] for packed sequences, sequence i's rows starting at
             Σ_{j<i} (len_j // n), rows past the last sequence's zero.
