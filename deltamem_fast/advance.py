@@ -114,8 +114,7 @@ class MemoryCall:
         else:
             before = torch.nn.functional.pad(lost.flatten().cumsum(0, dtype=torch.int32), (1, 0))
             counts = before[self.cu_seqlens[1:].long()] - before[self.cu_seqlens[:-1].long()]
-        for layer in self.initial:
-            self.state._count(layer, counts.to(self.state[layer].device))
+        self.state._count_all(list(self.initial), counts)
 
     def keep(self, layer: int, projections: torch.Tensor) -> None:
         """Keep a layer's raw projections [B, T, W], if they were asked for."""

@@ -331,11 +331,15 @@ def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
         if fed is None:
             fed = Fed(identity)
             setattr(cache, _FED, fed)
+        elif fed.broken:
+            raise StateError(fed.broken)
         elif fed.identity is not identity:
             _check_same(fed, identity)
         return fed, None
     layer = cache.layers[next(iter(identity.memories))]
     held = layer.counted if isinstance(layer, CountingMixin) else layer.get_seq_length()
+    if not held and fed is not None:
+        held = int(layer.get_seq_length())  # compiled forwards are not counted; else it was reset
     if fed is None or not held:
         fed = Fed(identity)
         setattr(cache, _FED, fed)

@@ -35,6 +35,13 @@ class CallersMemory:
         self.written = False
 
 
+class LastSegments:
+    """Segment ids [B, T] of the last T tokens of a forward, which others may put tokens in front of (PEFT does)."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+
 def begin(
     decoder: nn.Module,
     identity,
@@ -158,6 +165,9 @@ def _check_segments(segment_ids, identity, batch: int, length: int, device) -> t
         )
     if isinstance(segment_ids, int) and segment_ids == NOT_WRITTEN:
         return None
+    if isinstance(segment_ids, LastSegments):
+        ids = segment_ids.ids
+        segment_ids = torch.nn.functional.pad(ids, (max(0, length - ids.shape[1]), 0), value=NOT_WRITTEN)
     if not isinstance(segment_ids, torch.Tensor) or segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
         raise ArgumentTypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written; or -1 for all tokens")
     if tuple(segment_ids.shape) != (batch, length):

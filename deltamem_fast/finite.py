@@ -86,7 +86,9 @@ def _broken_embeddings(decoder: nn.Module, input_ids: torch.Tensor | None) -> to
             return None
         rows = None
         with torch.no_grad():
-            if not math.isfinite(weight.sum(dtype=torch.float32).item()):
+            # In parts: the sum of a whole table in another dtype makes a copy of it.
+            sums = [part.sum(dtype=torch.float32) for part in weight.split(8192)]
+            if not math.isfinite(torch.stack(sums).sum().item()):
                 rows = ~torch.isfinite(weight).all(-1)
                 rows = rows if rows.any() else None
         _known[embedding] = version, rows

@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
 from .cache import cut_short, fed_tokens
-from .calls import NOT_WRITTEN
+from .calls import NOT_WRITTEN, LastSegments
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
 from .record import identity_of, is_disabled
@@ -261,7 +261,9 @@ def _prepare_inputs_for_generation(
     if memory is not None:
         inputs["memory"] = memory
     if self._delta_memory_patch.identity.config.segmented:
-        inputs["segment_ids"] = _segments_of(tokens, segment_ids, is_first_iteration and past_key_values is not None)
+        segments = _segments_of(tokens, segment_ids, is_first_iteration and past_key_values is not None)
+        with_front = _is_wrapped(self) and isinstance(segments, torch.Tensor)
+        inputs["segment_ids"] = LastSegments(segments) if with_front else segments
     elif segment_ids is not None and is_first_iteration:
         inputs["segment_ids"] = segment_ids  # refused: the adapter writes every token
     # With a static cache `attention_mask` is a prepared 4-D mask by now; the 2-D one says which tokens are real.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
 
@@ -282,6 +281,8 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
         memories[name].weights = LayerWeights()
     record.pack()
     decoder = record.decoder
+    for part in (decoder, model):
+        record.positional[type(part)] = type(part).forward, _positional(type(part).forward) or ()
     record.originals["decoder"] = vars(decoder).get("forward")
     record.replace(decoder, RECORD, record)
     record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
@@ -294,6 +295,10 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
     for name, function in generation_overrides(model).items():
         record.originals[name] = vars(model).get(name)
         record.replace(model, name, types.MethodType(function, model))
+    saved = "base_model_prepare_inputs_for_generation"
+    if outer is not model and saved in vars(outer):
+        # PEFT's wrapper with virtual tokens calls this in its own, and puts it back on the model afterwards.
+        record.replace(outer, saved, model.prepare_inputs_for_generation)
     if hasattr(model, "save_pretrained"):
         # accelerate must not move a caller's memory: it would write to the copy.
         skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
@@ -372,7 +377,7 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
         kwargs["memory"] = carried = CallersMemory(memory)
     if segment_ids is not None:
         kwargs["segment_ids"] = segment_ids
-    named = _by_name(self, args, {}) | kwargs if args else kwargs
+    named = dict(zip(_positional_of(record, self), args)) | kwargs if args else kwargs
     if token_mask is None and record.composite and not record_disabled(record):
         token_mask = composite_mask(named)
     if token_mask is not None:
@@ -386,7 +391,7 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
         # The decoder has written wholly, but nobody gets to know what it said.
         if carried is not None and carried.written:
             carried.state.interrupt(error)
-        if fed_tokens(cache) != before:
+        if fed_tokens(cache) not in (None, before):
             cut_short(cache, error)
         raise
 
@@ -398,7 +403,7 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     if isinstance(memory, CallersMemory):
         carried, memory = memory, memory.state
     if args:
-        kwargs.update(_by_name(self, args, kwargs))
+        kwargs.update(_by_name(record, self, args, kwargs))
     if record_disabled(record):
         mark_missed(kwargs.get("past_key_values"))
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
@@ -434,9 +439,9 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     return output
 
 
-def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+def _by_name(record: PatchRecord, module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """Positional arguments of a forward by name."""
-    names = _positional(type(module).forward)
+    names = _positional_of(record, module)
     if len(args) > len(names):
         raise ArgumentTypeError(
             f"{type(module).__name__}.forward: got {len(args)} positional arguments, allowed {len(names)}"
@@ -448,8 +453,20 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     return named
 
 
-@functools.lru_cache(maxsize=64)
-def _positional(forward) -> tuple[str, ...]:
-    """The arguments of a class's forward that may be given by position, without self."""
+def _positional_of(record: PatchRecord, module: nn.Module) -> tuple[str, ...]:
+    """The names of what a patched module's forward takes by position."""
+    forward, names = record.positional[type(module)]
+    if type(module).forward is forward:
+        return names
+    # It was replaced since; of a wrapper (*args, **kwargs) only the one from before knows.
+    now = _positional(type(module).forward)
+    return names if now is None else now
+
+
+def _positional(forward) -> tuple[str, ...] | None:
+    """The arguments of a function that may be given by position, without self; None: any."""
+    parameters = inspect.signature(forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional)[1:]
+    return tuple(p.name for p in parameters if p.kind in positional)[1:]

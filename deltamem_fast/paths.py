@@ -336,9 +336,9 @@ def bypassed_functions(attention: nn.Module) -> list[tuple[object, str]]:
         return []
     family = sys.modules[kind.__module__]
     found = [(kind, "forward"), (family, "apply_rotary_pos_emb"), (family, "rotate_half")]
-    found += [(nn.Linear, "forward"), (nn.Module, "__call__"), (F, "linear")]
+    found += [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Module, "_call_impl"), (F, "linear")]
     if shape.norms and (norm := attention._modules.get("q_norm")) is not None:
-        found.append((type(norm), "forward"))
+        found += [(type(norm), "forward"), (type(norm), "__call__")]
     return found
 
 
@@ -353,7 +353,10 @@ def _is_replaced(owner, name: str) -> bool:
         if "forward" in vars(function) or len(inner) != 1:
             return True
         function = inner[0]
-    module = owner if isinstance(owner, types.ModuleType) else sys.modules[owner.__module__]
+    if name in ("__call__", "_call_impl"):
+        module = _modules  # every module's own
+    else:
+        module = owner if isinstance(owner, types.ModuleType) else sys.modules[owner.__module__]
     # The library's own decorators may be around it, nobody else's.
     while hasattr(function, "__wrapped__") and _library(function) in ("transformers", "torch"):
         function = function.__wrapped__

@@ -147,6 +147,8 @@ class PatchRecord:
     replaced: list[tuple[Any, str, Any, bool, Any]] = field(default_factory=list)
     # Methods that stood on the instance before; None: the class's, looked up at each call (it may be replaced).
     originals: dict[str, Any] = field(default_factory=dict)
+    # By class: its forward when it was patched, and the names of what that takes by position.
+    positional: dict[type, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     composite: bool = False
     disabled_depth: int = 0

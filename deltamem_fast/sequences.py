@@ -8,6 +8,7 @@ import torch
 
 from .errors import ArgumentError
 
+_HIDDEN = -1e4  # what is added to a score of what is hidden, at most
 _HOLDS_SEVERAL = "a row holds several packed sequences"
 
 
@@ -62,7 +63,7 @@ def sequence_starts(
     if not bool(starts.any()):
         return None
     if cache is not None:
-        names = " and ".join(name for name, _ in found)
+        names = " and ".join(name for name, more in found if bool(_real(more, before, token_mask).any()))
         raise ArgumentError(
             f"past_key_values: got a cache, but by {names} {_HOLDS_SEVERAL}; allowed None (use_cache=False)"
         )
@@ -104,6 +105,8 @@ def _one_a_token(values, before: torch.Tensor) -> bool:
 
 def _where_positions_restart(positions, before: torch.Tensor, with_cache: bool) -> torch.Tensor | None:
     """bool [B or 1, T − 1]: where a token's position is not the next one. A cache's rows may have gaps."""
+    if isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of text, in front of those of images
     if not _one_a_token(positions, before):
         return None
     steps = positions[:, 1:] - _at(positions, before)
@@ -121,21 +124,30 @@ def _where_numbers_change(numbers, before: torch.Tensor) -> torch.Tensor | None:
 
 
 def _where_hidden(mask, before: torch.Tensor, cache) -> torch.Tensor | None:
-    """bool [B or 1, T − 1]: where a prepared mask hides from a token the one before it."""
+    """bool [B or 1, T − 1]: where a prepared mask hides from a token the one before it.
+
+    Of masks by kind of layer the full attention's: the others hide by distance, too.
+    """
     if isinstance(mask, dict):
-        mask = next((part for part in mask.values() if part is not None), None)
+        mask = mask.get("full_attention")
     by_rule = hasattr(mask, "mask_mod")
     if not by_rule and (not isinstance(mask, torch.Tensor) or mask.ndim != 4):
         return None
     past = 0 if cache is None else cache.get_seq_length()
     if by_rule:
-        return None if torch.compiler.is_compiling() else ~_seen_by_rule(mask, before.clamp(min=0), past)
-    tokens = torch.arange(1, before.shape[1] + 1, device=mask.device)
+        return ~_seen_by_rule(mask, before.clamp(min=0), past)
+    length = before.shape[1] + 1
+    if isinstance(past, int) and past + length > mask.shape[3]:
+        return None  # a sliding window's columns, which begin elsewhere
+    tokens = torch.arange(1, length, device=mask.device)
     columns = before.to(mask.device).clamp(min=0) + past
+    if not isinstance(past, int):
+        # Where its columns are too few, as a window's, each token is taken to see the last one of them.
+        columns = columns.clamp(max=mask.shape[3] - 1)
     rows = torch.arange(mask.shape[0], device=mask.device).unsqueeze(1)
-    seen = mask[:, 0][rows, tokens.unsqueeze(0), columns]
-    # Boolean and integer masks say what is seen, floating ones what is added to a score.
-    return seen < 0 if seen.is_floating_point() else seen == 0
+    seen = mask[:, 0].expand(-1, length, -1)[rows, tokens.unsqueeze(0), columns]
+    # Boolean and integer masks say what is seen, floating ones what is added to a score (perhaps a bias as well).
+    return seen <= _HIDDEN if seen.is_floating_point() else seen == 0
 
 
 def _seen_by_rule(mask, before: torch.Tensor, past) -> torch.Tensor:

@@ -37,6 +37,10 @@ class MemoryState:
             would be NaN or Inf.
     """
 
+    # Of memories that were pickled by versions that did not have them.
+    _interrupted: str = ""
+    _rows: tuple | None = None
+
     def __init__(self, layers: dict[int, torch.Tensor], *, identity=None, frozen: bool = False, skipped=None):
         sizes = {int(state.shape[0]) for state in layers.values()}
         if len(sizes) > 1:
@@ -310,6 +314,15 @@ class MemoryState:
             counter.add_(more)
         else:
             self._skipped[layer_idx] = counter + more
+
+    def _count_all(self, layers: list[int], more: torch.Tensor) -> None:
+        """Add the same to the counts of several layers; in one launch where they lie on one device."""
+        counters = [self._skipped[i] for i in layers]
+        if {counter.device for counter in counters} == {more.device} and all(map(writable, counters)):
+            torch._foreach_add_(counters, [more] * len(counters))
+            return
+        for i in layers:
+            self._count(i, more.to(self._skipped[i].device))
 
     def _start(self, layer_idx: int, spec: LayerSpec, batch_size: int) -> None:
         self._rows = None

@@ -335,13 +335,13 @@ def replaced_parts(model):
     attention = model.model.layers[0].self_attn
     family = sys.modules[type(attention).__module__]
     found = [(family, "apply_rotary_pos_emb"), (family, "rotate_half"), (type(attention), "forward")]
-    found += [(torch.nn.Linear, "forward"), (torch.nn.functional, "linear")]
+    found += [(torch.nn.Linear, "forward"), (torch.nn.functional, "linear"), (torch.nn.Linear, "__call__")]
     return found + ([(type(attention.q_norm), "forward")] if hasattr(attention, "q_norm") else [])
 
 
 @pytest.mark.parametrize("family", ("qwen3", "llama"))
 @pytest.mark.parametrize("when", ("before", "after"))
-@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("place", range(7))
 def test_functions_that_were_replaced_are_not_gone_past(family, when, place, monkeypatch):
     models = [tiny_model(family) for _ in range(2)]
     parts = replaced_parts(models[0])
@@ -407,6 +407,9 @@ def test_forwards_of_classes_that_are_replaced_after_patching(monkeypatch):
             return out
 
         monkeypatch.setattr(owner, "forward", forward)
+    with torch.no_grad():  # what such a wrapper takes by position, the one from before knows
+        assert torch.equal(patched(IDS, None).logits, patched(input_ids=IDS).logits)
+        assert torch.equal(patched.model(IDS, None)[0], patched.model(input_ids=IDS)[0])
     assert relative_error(said(patched), said(plain)) < 1e-5
 
 

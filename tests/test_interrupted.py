@@ -173,3 +173,29 @@ def test_keys_of_one_adapter_do_not_go_on_under_another(kind, tmp_path):
         cache.reset()
         if kind == "static":  # a dynamic one keeps the length of its keys
             model(IDS, past_key_values=cache, memory=MemoryState.zeros(model))
+
+
+def test_compiled_forwards_look_at_the_marks_too(model, tmp_path):
+    compiled = torch.compile(model, backend="eager")
+    memory, cache = MemoryState.zeros(model), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache, memory=memory)
+        with memory_disabled(model):
+            model(IDS, past_key_values=cache)
+        with pytest.raises(Exception, match="got tokens while the memory was disabled"):
+            compiled(IDS[:, :1], past_key_values=cache, memory=memory)
+        other = loud_adapter(patch_model(tiny_model()), seed=2)
+        static = cache_of(model, "static")
+        compiled(IDS, past_key_values=static, memory=MemoryState.zeros(model))
+        with pytest.raises(DeltaMemError, match="computed under another adapter"):
+            other(IDS, past_key_values=static, memory=MemoryState.zeros(other))
+
+
+def test_an_early_refusal_marks_no_memory_of_a_cache(model):
+    cache = cache_of(model, "static")
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        cache.reset()
+        with pytest.raises(ValueError, match="token_mask"):
+            model(IDS, past_key_values=cache, token_mask=3)
+        model(IDS, past_key_values=cache)

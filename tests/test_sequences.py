@@ -78,6 +78,35 @@ def test_padding_is_no_border():
     assert starts.tolist() == [0, 10, 20, 40]
 
 
+def test_what_is_far_is_not_hidden_by_another_sequence():
+    distance = (torch.arange(20)[:, None] - torch.arange(20)).float()
+    bias = torch.where(distance >= 0, -0.5 * distance, torch.finfo(torch.float32).min)
+    chunks = (distance >= 0) & (torch.arange(20)[:, None] // 4 == torch.arange(20) // 4)
+    full = distance >= 0
+    for mask in (
+        bias[None, None],
+        torch.zeros(1, 1, 1, 20),
+        {"full_attention": full[None, None], "chunked_attention": chunks[None, None]},
+        {"sliding_attention": chunks[None, None]},
+    ):
+        assert sequence_starts({"attention_mask": mask}, None, None, 2, 20) is None
+
+
+def test_positions_of_text_before_those_of_images():
+    starts = sequence_starts({"position_ids": POSITIONS.expand(4, -1, -1)}, None, None, 2, 20)
+    assert starts.tolist() == [0, 7, 20, 24, 33, 40]
+
+
+def test_a_second_turn_in_a_window():
+    from transformers import StaticCache
+
+    model = loud_adapter(patch_model(tiny_model("mistral", sliding_window=8)))
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    first = model.generate(IDS[:1, :10], past_key_values=cache, max_new_tokens=3, do_sample=False)
+    longer = torch.cat([first, IDS[:1, 10:15]], 1)
+    assert model.generate(longer, past_key_values=cache, max_new_tokens=3, do_sample=False).shape == (1, 21)
+
+
 def test_flex_attentions_mask_is_looked_into():
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
