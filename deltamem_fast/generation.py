@@ -14,7 +14,7 @@ from .cache import cut_short, fed_tokens
 from .calls import NOT_WRITTEN, LastSegments
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
-from .record import identity_of, is_disabled
+from .record import RECORD, identity_of, is_disabled
 from .state import MemoryState, taken_back
 
 
@@ -79,7 +79,8 @@ def _refusing(name: str):
 
 
 def _original(self, name: str):
-    own = self._delta_memory_patch.originals[name]
+    record = vars(self).get(RECORD)
+    own = None if record is None else record.originals[name]  # a wrapper may have kept one of these past unpatching
     return getattr(type(self), name).__get__(self) if own is None else own
 
 
@@ -254,7 +255,7 @@ def _prepare_inputs_for_generation(
         is_first_iteration=is_first_iteration,
         **kwargs,
     )
-    if is_disabled(self):
+    if RECORD not in vars(self) or is_disabled(self):
         return inputs
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     length = tokens.shape[1]

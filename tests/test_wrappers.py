@@ -174,6 +174,34 @@ def test_virtual_tokens_in_front_of_a_prompt(kind, settings, order):
     assert written[0].norm() > 0 and all(relative_error(written[i], again[i]) < 1e-4 for i in written)
 
 
+@pytest.mark.parametrize("order", ("peft first", "patch first"))
+@pytest.mark.parametrize("granularity", ("token", "message_mean"))
+def test_rows_that_ended_and_segments_beside_virtual_tokens(order, granularity):
+    import peft
+
+    config, model = virtual("PromptTuningConfig"), tiny_model()
+    adapter = DeltaMemConfig(memory_write_granularity=granularity)
+    if order == "patch first":
+        patch_model(model, adapter)
+    wrapped = peft.get_peft_model(model, config).eval()
+    if order == "peft first":
+        patch_model(wrapped, adapter)
+    loud_adapter(model)
+    ids = torch.cat([IDS, IDS + 40])
+    both, alone = MemoryState.zeros(wrapped, 2), MemoryState.zeros(wrapped, 1)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        # Whatever row 0 says first ends it; its padding is not written.
+        first = wrapped.generate(input_ids=ids[:1], memory=alone, **settings | {"max_new_tokens": 2})[0, ids.shape[1]]
+        alone.zero_()
+        ends = {"eos_token_id": int(first), "pad_token_id": 0}
+        for rows, memory in ((ids, both), (ids[:1], alone)):
+            wrapped.generate(input_ids=rows, attention_mask=torch.ones_like(rows), memory=memory, **settings, **ends)
+    assert alone[0].norm() > 0 and all(relative_error(both[i][:1], alone[i]) < 1e-4 for i in alone)
+    unpatch_model(wrapped)
+    wrapped.generate(input_ids=ids, **settings)
+
+
 def test_prefix_tuning_is_refused():
     config = virtual("PrefixTuningConfig")
     import peft
