@@ -8,6 +8,7 @@ from typing import Any
 from .errors import ArgumentError, ArgumentTypeError
 
 MOST = 2**31 - 1
+MOST_DEPTH = 100  # of lists and mappings in one another, in a message
 
 
 def check_integer(value: Any, name: str, least: int, most: int = MOST) -> int:
@@ -18,8 +19,11 @@ def check_integer(value: Any, name: str, least: int, most: int = MOST) -> int:
     return value
 
 
-def check_text(value: Any, name: str) -> None:
-    """Raise ValueError for a text, or one in messages, that holds half of a surrogate pair: no tokenizer takes it."""
+def check_text(value: Any, name: str, depth: int = MOST_DEPTH) -> None:
+    """Raise ValueError for a text, or one in messages, that holds half of a surrogate pair: no tokenizer takes it.
+
+    So it does for what is nested without end, which no chat template takes.
+    """
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -28,12 +32,11 @@ def check_text(value: Any, name: str) -> None:
                 f"{name}: got half of a surrogate pair, {value[error.start]!r}, at character {error.start}, allowed "
                 "text; what could not be decoded can be replaced before: .encode('utf-8', 'replace').decode()"
             ) from error
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            check_text(part, name)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            check_text(part, name)
+    elif isinstance(value, Mapping | list | tuple):
+        if depth == 0:
+            raise ArgumentError(f"{name}: nested too deeply, allowed {MOST_DEPTH} lists and mappings in one another")
+        for part in (*value, *value.values()) if isinstance(value, Mapping) else value:
+            check_text(part, name, depth - 1)
 
 
 def check_tokenizer(value: Any, name: str = "tokenizer") -> None:

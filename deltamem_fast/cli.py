@@ -21,6 +21,7 @@ from .demo_command import add_demo_command
 from .errors import ArgumentError, DeltaMemError, file_error
 from .files import as_path
 from .inspection.command import add_inspect_command
+from .inspection.table import printable
 from .training.command import add_train_command
 from .version import __version__
 
@@ -87,7 +88,8 @@ def _in_words(error: Exception) -> str:
 
 def _say_error(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"deltamem: error: {message}", file=sys.stderr)
+        # Files and arguments are quoted in it: no escape sequence of theirs reaches the terminal.
+        print(f"deltamem: error: {printable(message)}", file=sys.stderr)
 
 
 class _OneLine(logging.Handler):
@@ -95,7 +97,7 @@ class _OneLine(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError, ValueError):
-            text = " ".join(record.getMessage().split())
+            text = printable(" ".join(record.getMessage().split()))
             print(f"deltamem: {record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
 
 

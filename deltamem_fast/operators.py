@@ -97,8 +97,7 @@ def ingest(
         ValueError, TypeError: naming the argument, before anything is written.
     """
     _check(model, memory)
-    if memory.frozen:
-        raise ArgumentError("memory: it is frozen (read-only), allowed one that may be written")
+    _check_writable(memory)
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ArgumentError(f"tokens: got {tokens!r}, allowed an integer, 1 or more")
     pieces = _encoded_pieces(model, tokenizer, _checked_text(text), tokens)
@@ -136,15 +135,17 @@ def retrieve(
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    from .session.settings import check_values, checked_template
     from .session.streaming import TextStream
 
     _check(model, memory)
     check_reserved(options, "options", "retrieve")
+    check_values(options, "options")
+    template = checked_template({} if template is None else template, "retrieve")
     messages = _as_messages(_checked_text(question))
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("tokenizer: has no chat template, which shows the model where its answer begins")
-    template = dict(template or {})
-    ids = chat_ids(tokenizer, messages, "question", add_generation_prompt=True, **template)
+    ids = chat_ids(tokenizer, messages, "question", {**template, "add_generation_prompt": True})
     check_known(model, ids)
     options = answer_options(model, tokenizer, options, thinking=_may_think(tokenizer, template) * THINKING_TOKENS)
     input_ids = torch.tensor([ids], device=input_device(model))
@@ -218,6 +219,7 @@ def forget(
         ValueError, TypeError: naming the argument; the memory is as it was, also after any other error or an interrupt.
     """
     _check(model, memory)
+    _check_writable(memory)
     config = identity_of(model).config
     if strength is None:
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
@@ -326,6 +328,11 @@ def _with_bar(pieces: list[_Encoded], total: int, progress: bool | None) -> Iter
 
 
 # --- models
+
+
+def _check_writable(memory: MemoryState) -> None:
+    if memory.frozen:
+        raise ArgumentError("memory: it is frozen (read-only), allowed one that may be written")
 
 
 def _check(model: nn.Module, memory: MemoryState) -> None:

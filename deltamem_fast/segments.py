@@ -13,7 +13,7 @@ import itertools
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,6 +118,21 @@ def segment_ids_from_messages(
     Raises:
         ValueError: an argument is not as described; the tokenizer is not fast; or the template renders a
             message in such a way that its block cannot be found (the text names the message).
+    """
+    return segment_ids_under(tokenizer, messages, granularity, template_kwargs, add_generation_prompt)
+
+
+def segment_ids_under(
+    tokenizer,
+    messages: Sequence[Mapping],
+    granularity: str,
+    template_kwargs: Mapping[str, Any],
+    add_generation_prompt: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``segment_ids_from_messages`` with a template's arguments in one dict: their names may be those of this module.
+
+    Raises:
+        ValueError: as there.
     """
     if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
         raise ArgumentError(f"granularity: got {granularity!r}, allowed {', '.join(_GRANULARITIES)}")

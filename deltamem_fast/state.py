@@ -32,7 +32,8 @@ class MemoryState:
     autograd they are replaced, and carry the graph.
 
     Attributes:
-        frozen: True makes it read-only: forwards read it and write nothing.
+        frozen: True makes it read-only: forwards read it and write nothing, and ``ingest``, ``revise`` and ``forget``
+            refuse it. ``zero_``, ``decay`` and ``put``, which name no text and no model, change it all the same.
         skipped: int32 [B], how many (token, layer) pairs were not written, because a projection or the state after it
             would be NaN or Inf.
     """
@@ -231,6 +232,7 @@ class MemoryState:
         made = MemoryState(layers, identity=first._identity, frozen=first.frozen, skipped=skipped)
         for memory in memories:
             made._interrupted = made._interrupted or memory._interrupted
+            made._broken = made._broken or memory._broken
         if any(memory._rows is not None for memory in memories):
             made._rows = tuple(row for m in memories for row in (m._rows or (None,) * m.batch_size))
         return made

@@ -41,6 +41,7 @@ def plain_messages(messages: Sequence[Message], name: str = "text") -> list[dict
 
 
 def _plain(message: Message, name: str) -> dict[str, Any]:
+    check_text(message, name)  # its role, thinking and tool calls, too
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise ArgumentError(f"{name}: got role {role!r:.80}, allowed a string that is not empty")
@@ -48,9 +49,7 @@ def _plain(message: Message, name: str) -> dict[str, Any]:
         if not message.get("tool_calls") and not message.get("reasoning_content"):
             raise ArgumentError(f"{name}: got no content, allowed a string or a list of text parts")
         return dict(message)
-    content = plain_content(content, name)
-    check_text(content, name)
-    return {**message, "content": content}
+    return {**message, "content": plain_content(content, name)}
 
 
 def plain_content(content: Any, name: str) -> str:
@@ -122,14 +121,20 @@ def encode_text(
     return torch.tensor([chat_ids(tokenizer, text, name)], dtype=torch.int64, device="cpu"), None
 
 
-def chat_ids(tokenizer, messages: Sequence[Message], name: str = "text", **template: Any) -> list[int]:
+def chat_ids(
+    tokenizer, messages: Sequence[Message], name: str = "text", template: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a chat.
+
+    Args:
+        name: of the argument, for errors.
+        template: arguments of ``apply_chat_template``, whatever their names.
 
     Raises:
         ValueError: the chat template refuses it.
     """
     with refused_by_template(name):
-        ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **template)
+        ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **(template or {}))
     return list(ids)
 
 

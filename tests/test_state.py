@@ -54,6 +54,10 @@ def test_rows(memory):
         memory.repeat(0)
     with pytest.raises(ValueError, match="memories: got none"):
         MemoryState.cat([])
+    broken = memory.clone()
+    broken._broken = "it no longer fits"
+    for rows in ([memory, broken], [broken, memory]):  # what holds of one row's memory holds of all
+        assert MemoryState.cat(rows)._broken == "it no longer fits"
 
 
 def test_copies_are_apart(memory):

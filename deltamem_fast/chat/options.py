@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,18 @@ class Option:
     help: str
 
 
+def _can_be_saved(name: str, value: Value) -> bool:
+    """Whether a session with this option can be saved."""
+    from ..session.settings import GENERATION  # late: sessions import transformers
+
+    return GENERATION[name].holds(value, 0)
+
+
 OPTIONS = {
     "temperature": Option(
         float,
-        lambda value: 0 <= value < math.inf,
-        "a number, 0 (greedy) or more",
+        lambda value: _can_be_saved("temperature", value),
+        "a number, 0 (greedy) or more, up to 1e9",
         "0: always the likeliest token (greedy); more: samples",
     ),
     "top_p": Option(
@@ -35,7 +41,12 @@ OPTIONS = {
         "a number above 0, up to 1",
         "samples from the likeliest tokens that make up this share",
     ),
-    "max_new_tokens": Option(int, lambda value: value >= 1, "an integer, 1 or more", "tokens of an answer at most"),
+    "max_new_tokens": Option(
+        int,
+        lambda value: _can_be_saved("max_new_tokens", value),
+        "an integer, 1 or more, up to 1,048,576",
+        "tokens of an answer at most",
+    ),
     "seed": Option(int, lambda value: 0 <= value < 2**63, "an integer, 0 or more", "of sampling, set anew"),
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from ..segments import refused_by_template, segment_ids_from_messages
+from ..segments import refused_by_template, segment_ids_under
 
 # Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.
 NEXT = {"role": "user", "content": "Probe"}
@@ -174,8 +174,8 @@ class Renderer:
         )
 
     def _owners(self, messages: Sequence[Message], granularity: str, header: bool) -> tuple[list[int], list[int]]:
-        ids, owners = segment_ids_from_messages(
-            self.tokenizer, [*self.system, *messages], granularity, add_generation_prompt=header, **self.template
+        ids, owners = segment_ids_under(
+            self.tokenizer, [*self.system, *messages], granularity, self.template, add_generation_prompt=header
         )
         return ids[0].tolist(), owners[0].tolist()
 

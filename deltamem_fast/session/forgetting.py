@@ -12,6 +12,12 @@ from .blocks import Message
 from .turns import Now
 
 _WORD = re.compile(r"\w+")
+# Scripts without spaces between words, or with particles at them: Thai, Lao, Tibetan, Burmese, Khmer, Tai, kana and
+# ideographs (with their extensions and compatibility forms), Hangul.
+_UNSPACED = re.compile(
+    r"[\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u3005-\u318f\u31f0-\u31ff"
+    r"\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 class Forgotten(WriteResult):
@@ -75,7 +81,19 @@ def places_of(kept: Mapping[str, Any], text: str | Sequence[Message]) -> tuple[s
 
 def _patterns(text: str | Sequence[Message]) -> list[re.Pattern[str]]:
     """What finds a text, however its white space and its upper and lower case are."""
-    return [re.compile(r"\s+".join(map(re.escape, part.split())), re.IGNORECASE) for part in _texts(text)]
+    found = []
+    for words in map(str.split, _texts(text)):
+        first, last = _edge(words[0][0], "(?<!{})"), _edge(words[-1][-1], "(?!{})")
+        found.append(re.compile(first + r"\s+".join(map(re.escape, words)) + last, re.IGNORECASE))
+    return found
+
+
+def _edge(char: str, look: str) -> str:
+    """Where a text begins or ends with a letter or digit, the word has to begin or end, too.
+
+    Not in scripts that put no spaces between words.
+    """
+    return "" if _UNSPACED.match(char) or not _WORD.match(char) else look.format(rf"(?!{_UNSPACED.pattern})\w")
 
 
 def _texts(text: str | Sequence[Message]) -> list[str]:

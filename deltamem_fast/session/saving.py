@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ..cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
-from ..files import Header, parse_json, parse_tensors, save_tensors
+from ..files import Header, as_path, parse_json, parse_tensors, save_tensors
 from ..record import decoder_of, describe_difference, identity_of, unwrap
 from ..state import MemoryState
 from ..storage import snapshots
@@ -36,7 +36,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # of keys and values
 
 def save(session: MemorySession, directory: str | os.PathLike, *, with_cache: bool, overwrite: bool) -> Path:
     """Write a session; see ``MemorySession.save``."""
-    directory = snapshots.as_target(directory)
+    directory = snapshots.as_target(as_path(directory, "directory"))
     content, tensors = contents(session, with_cache=with_cache)
     _check_can_be_loaded(session, content, tensors)
     return commit(directory, content, tensors, known=session._known, overwrite=overwrite)
@@ -131,6 +131,7 @@ def load(
     adopt: bool = False,
 ) -> MemorySession:
     """Read a session; see ``MemorySession.load``."""
+    directory = as_path(directory, "directory")
     identity = identity_of(model)
     given = {"template": template, "generation": generation}
     own = {name: value for name, value in given.items() if value is not None}

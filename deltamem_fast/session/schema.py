@@ -68,7 +68,8 @@ class _Check:
 def _check_settings(check: _Check, settings: Any, vocabulary: int) -> None:
     check.fields(settings, "settings", _SETTINGS)
     system = settings["system"]
-    check.that(system is None or isinstance(system, str), "settings.system", system, "a text or null")
+    whole = system is None or (isinstance(system, str) and system.encode("utf-8", "replace").decode() == system)
+    check.that(whole, "settings.system", system, "a text, without half a surrogate pair, or null")
     for name in ("context_turns", "context_tokens"):
         value = settings[name]
         whole = value is None or (type(value) is int and 1 <= value < 2**63)

@@ -23,9 +23,9 @@ from ..state import MemoryState
 from ..texts import plain_messages
 from .blocks import Message, Renderer
 from .forgetting import Forgotten, places_of, strings_of, without_text
-from .settings import RESERVED_TEMPLATE, check_values
+from .settings import check_mapping, check_values, checked_template
 from .turns import Limits, Now, have_turn
-from .window import Mark
+from .window import Mark, Turn
 
 _ROLES = ("user", "tool")
 
@@ -106,7 +106,7 @@ class MemorySession:
         self.tokenizer = tokenizer
         self.system = system
         self.limit_context(context_turns, context_tokens)
-        self.template = _checked_template({} if template is None else template)
+        self.template = checked_template({} if template is None else template, "the session")
         self.generation = _checked_options({} if generation is None else generation, "generation")
         self._renderer = Renderer(tokenizer, system, identity.config.memory_write_granularity, self.template)
         self._now = Now(MemoryState.zeros(model) if memory is None else memory.clone())
@@ -326,8 +326,15 @@ class MemorySession:
                 memory = memory.clone()
                 return memory, forget(self.model, self.tokenizer, memory, text, strength=strength)
 
+            def turn_without(turn: Turn) -> Turn:
+                before = turn.before.clone()
+                before.frozen = False  # whether it may be written, the memory of now says
+                before, _ = without(before)
+                before.frozen = turn.before.frozen
+                return replace(turn, before=before)
+
             memory, result = without(now.memory)
-            turns = tuple(replace(turn, before=without(turn.before)[0]) for turn in now.turns)
+            turns = tuple(map(turn_without, now.turns))
             now = replace(now, memory=memory, turns=turns, cache=None, mark=None)
             changed = 0
             if messages:
@@ -421,28 +428,11 @@ def _in_context(context: contextvars.Context, generator: Iterator) -> Iterator:
         context.run(generator.close)
 
 
-def _one(value) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
 def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    _check_mapping(options, name)
+    check_mapping(options, name)
     check_reserved(options, name, "the session")
     check_values(options, name)
     return dict(options)
-
-
-def _check_mapping(value: Any, name: str) -> None:
-    if not isinstance(value, Mapping):
-        raise ArgumentTypeError(f"{name}: got {type(value).__name__}, allowed a dict or None")
-
-
-def _checked_template(template: Mapping[str, Any]) -> dict[str, Any]:
-    _check_mapping(template, "template")
-    for argument in RESERVED_TEMPLATE:
-        if argument in template:
-            raise ArgumentError(f"template: got {argument}, which the session itself decides; allowed the template's")
-    return dict(template)
 
 
 def _check_encodable(texts: Mapping[str, Any]) -> None:

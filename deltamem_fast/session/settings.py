@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ArgumentError, FileFormatError
+from ..errors import ArgumentError, ArgumentTypeError, FileFormatError
 
 MOST_DEPTH = 64  # of lists and objects in one another
+MOST_NEW_TOKENS = 2**20  # of an answer; a file could ask for one that never ends
 _MOST = 2**63 - 1
 
-# Arguments of apply_chat_template that are the session's own.
+# Arguments of apply_chat_template that are the session's own; no template can have one called self.
 RESERVED_TEMPLATE = (
     "add_generation_prompt", "continue_final_message", "conversation", "conversations", "max_length", "messages",
-    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs",
-    "truncation",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "self",
+    "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
 
 
@@ -85,7 +86,9 @@ _TEXTS = _Kind(
 
 GENERATION: dict[str, _Kind] = {
     # how long
-    "max_new_tokens": _whole(1),
+    "max_new_tokens": _Kind(
+        f"an integer, 1 to {MOST_NEW_TOKENS:,}", lambda value, _: _is_int(value, 1, MOST_NEW_TOKENS)
+    ),
     "min_new_tokens": _whole(0),
     "max_length": _whole(1),
     "min_length": _whole(0),
@@ -166,6 +169,28 @@ def check_values(generation: Mapping[str, Any], where: str) -> None:
             and not kind.holds(value, _MOST + 1)
         ):
             raise ArgumentError(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")
+
+
+def checked_template(template: Any, owner: str) -> dict[str, Any]:
+    """A copy of the chat template's arguments that a caller gives.
+
+    Raises:
+        TypeError, ValueError: no mapping, or with an argument that ``owner`` decides.
+    """
+    check_mapping(template, "template")
+    for name in template:
+        if not isinstance(name, str):
+            raise ArgumentTypeError(f"template: got {shown(name)}, allowed names of a chat template's arguments")
+    for argument in RESERVED_TEMPLATE:
+        if argument in template:
+            raise ArgumentError(f"template: got {argument}, which {owner} itself decides; allowed the template's")
+    return dict(template)
+
+
+def check_mapping(value: Any, name: str) -> None:
+    """Raise TypeError for what is no mapping."""
+    if not isinstance(value, Mapping):
+        raise ArgumentTypeError(f"{name}: got {type(value).__name__}, allowed a dict or None")
 
 
 def check_template(template: Mapping[str, Any], where: str, error: Error) -> None:

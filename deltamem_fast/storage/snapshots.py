@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from ..errors import (
     FileFormatError,
     FileMissingError,
     StateError,
+    WaitedTooLongError,
     WrongPathKindError,
 )
 from ..files import (
@@ -57,6 +59,7 @@ _OURS = re.compile(
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')  # how a manifest with a checksum begins
 _TRIES = 100
+_PATIENCE = 60.0  # seconds that a writer waits for another one
 Loaded = TypeVar("Loaded")
 
 
@@ -96,10 +99,12 @@ def commit(
     with naming_files("directory", directory):
         json.dumps(dict(content), allow_nan=False)
         make_directory(directory)
-        with _only_writer(directory):
-            path = directory / MANIFEST
+        path = directory / MANIFEST
+        if path.is_symlink():  # what it points to lies outside, and would be replaced or made there
+            raise WrongPathKindError(f"directory: {path}: a symbolic link, allowed a file")
+        with _only_writer(directory) as alone:
             generation, replaced = _replaceable(path, format_name, format_version, known, overwrite)
-            _sweep(directory)
+            _sweep(directory, alone)
             try:
                 entries = {}
                 for name, write in files.items():
@@ -115,7 +120,7 @@ def commit(
                 if known is not None:
                     known.pop(replaced, None)  # a copy of it elsewhere is a backup
             finally:
-                _sweep(directory)
+                _sweep(directory, alone)
     return directory
 
 
@@ -203,10 +208,12 @@ def _data_files(directory: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
     for name, entry in manifest["files"].items():
         path = directory / entry["name"]
         try:
-            data = read_bytes(path, "directory")
+            data = read_bytes(path, "directory", most=entry["bytes"])
         except FileMissingError:
             raise FileFormatError(f"directory: {directory}: damaged: {entry['name']} is missing") from None
-        if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        except FileFormatError:  # it is longer, and was not read
+            data = None
+        if data is None or len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise FileFormatError(f"directory: {path}: damaged: not what was written")
         found[name] = data
     return found
@@ -313,20 +320,36 @@ def _check_not_foreign(path: Path, data: bytes, format_name: str, format_version
         )
 
 
-def _as_open_as(manifest: Path, data: Path) -> None:
-    """Give a new data file the mode and owner of the manifest that it belongs to, if there is one."""
+def _as_open_as(manifest: Path, file: Path | int, mode_from: Callable[[int], int] = stat.S_IMODE) -> None:
+    """Give a file the owner and group of its manifest, and the mode that ``mode_from`` makes of the manifest's."""
     with contextlib.suppress(FileNotFoundError):
-        found = os.stat(manifest)
-        if hasattr(os, "chown") and found.st_uid != os.stat(data).st_uid:
-            with contextlib.suppress(OSError):  # root writes a user's file
-                os.chown(data, found.st_uid, found.st_gid)
-        os.chmod(data, stat.S_IMODE(found.st_mode))
+        found, own = os.stat(manifest), os.stat(file)
+        mode = mode_from(found.st_mode)
+        if own.st_nlink > 1:  # it stands elsewhere, too
+            return
+        if hasattr(os, "chown") and (found.st_uid, found.st_gid) != (own.st_uid, own.st_gid):
+            for owner in (found.st_uid, -1):  # root may give a file to its user, others to a group of theirs
+                with contextlib.suppress(OSError):
+                    os.chown(file, owner, found.st_gid)
+                    break
+            else:
+                mode &= ~0o070  # its group is one that nothing was granted to
+        if mode != stat.S_IMODE(own.st_mode):
+            os.chmod(file, mode)
 
 
-def _sweep(directory: Path) -> None:
-    """Remove data files that the manifest does not name, and what killed writers have left; the caller holds the lock.
+def _lock_mode(manifest_mode: int) -> int:
+    """The mode of a lock: whoever may write the snapshot may hold it, and nobody else."""
+    return 0o600 | sum(bits for bits in (0o060, 0o006) if manifest_mode & bits == bits)
+
+
+def _sweep(directory: Path, alone: bool) -> None:
+    """Remove data files that the manifest does not name, and what killed writers have left.
 
     Nothing goes where the manifest cannot be read.
+
+    Args:
+        alone: the caller holds the lock. Else another may be writing: only what is old goes.
     """
     with contextlib.suppress(OSError, FileFormatError, KeyError, TypeError, AttributeError):
         kept = set()
@@ -336,16 +359,22 @@ def _sweep(directory: Path) -> None:
         for path in directory.iterdir():
             if path.name not in kept and _OURS.fullmatch(path.name):
                 # A file of our name was begun under the lock (in a version without folders): its writer is gone.
-                surely = fcntl is not None and not path.is_dir() and not path.name.startswith(".tmp")
+                surely = alone and not path.is_dir() and not path.name.startswith(".tmp")
                 with contextlib.suppress(OSError):  # it takes room and does no other harm
                     path.unlink() if surely else remove_leftover(path)
 
 
 @contextlib.contextmanager
-def _only_writer(directory: Path) -> Iterator[None]:
-    """One writer at a time; the lock goes with its process, however that ends."""
-    if fcntl is None:  # Windows: names are unique, so that two writers there can only leave files behind
-        yield
+def _only_writer(directory: Path) -> Iterator[bool]:
+    """One writer at a time; the lock goes with its process, however that ends. False: there are no locks here.
+
+    Names are unique, so that two writers without a lock can only leave files behind.
+
+    Raises:
+        WaitedTooLongError: another one is writing all the time.
+    """
+    if fcntl is None:  # Windows
+        yield False
         return
     path = directory / ".lock"
     if path.is_symlink():
@@ -354,11 +383,31 @@ def _only_writer(directory: Path) -> Iterator[None]:
     try:
         if not stat.S_ISREG(os.fstat(lock).st_mode):
             raise WrongPathKindError(f"directory: {path}: not a file")
+        with contextlib.suppress(PermissionError):  # it is another user's
+            _as_open_as(directory / MANIFEST, lock, _lock_mode)
+        alone = _locked(lock, path)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-                raise
-        yield
+            yield alone
+        finally:
+            if alone:
+                # Closing alone would leave it locked for as long as a child lives that was forked meanwhile.
+                fcntl.flock(lock, fcntl.LOCK_UN)
     finally:
         os.close(lock)
+
+
+def _locked(lock: int, path: Path) -> bool:
+    """Lock a file that is open, waiting for others; False on a file system without locks."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise WaitedTooLongError(f"directory: {path}: others wrote for {_PATIENCE:g} s") from None
+            time.sleep(0.005)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return False

@@ -10,7 +10,7 @@ from prompt_toolkit.document import Document
 
 from deltamem_fast.chat.history import history_path, make_private
 from deltamem_fast.chat.interactive import interrupt_once, interrupts
-from deltamem_fast.chat.options import generation_with
+from deltamem_fast.chat.options import OPTIONS, generation_with, read_option
 from deltamem_fast.chat.piped import whole_lines
 from deltamem_fast.chat.prompt import CommandCompleter, PrivateHistory
 from deltamem_fast.chat.wording import counted, in_bytes, shortened
@@ -113,6 +113,22 @@ def test_options_of_generate():
     assert generation_with({}, {"temperature": 0.0, "top_p": 0.9}) == {"do_sample": False}
     assert generation_with({}, {"top_p": 0.9}) == {"do_sample": True, "top_p": 0.9, "temperature": 1.0}
     assert generation_with({"do_sample": True, "temperature": 2.0}, {}) == {"do_sample": True, "temperature": 2.0}
+
+
+def test_what_can_be_set_can_be_saved():
+    from deltamem_fast.session.settings import GENERATION, MOST_NEW_TOKENS
+
+    for name, texts in {
+        "temperature": ("0", "0.5", "1e9"), "top_p": ("0.1", "1"), "max_new_tokens": ("1", str(MOST_NEW_TOKENS)),
+    }.items():  # fmt: skip
+        assert all(GENERATION[name].holds(read_option(name, text), 0) for text in texts)
+    for name, text in (
+        ("temperature", "2e9"), ("temperature", "inf"), ("max_new_tokens", "9" * 20),
+        ("max_new_tokens", str(MOST_NEW_TOKENS + 1)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: got '{text}', allowed .* up to 1"):
+            read_option(name, text)
+    assert f"{MOST_NEW_TOKENS:,}" in OPTIONS["max_new_tokens"].allowed
 
 
 def completions(text):

@@ -164,6 +164,7 @@ def test_a_mistake_is_one_line(arguments, says, places, capsys, monkeypatch):
     ("error", "code", "says"),
     [
         (ArgumentError("text: got 3"), 2, "text: got 3"),
+        (ArgumentError("file: key \x1b[31mRED\x07\x9b"), 2, r"file: key \\x1b\[31mRED\\x07\\x9b"),
         (OSError(28, "No space left on device", "/x/y"), 2, "/x/y: No space left on device"),
         (MemoryError(), 2, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, r"out of memory \(CUDA out of memory. Tried\)"),
@@ -214,14 +215,14 @@ def test_streams_that_are_closed(monkeypatch):
 
 def test_warnings_are_one_line_each_and_only_while_a_command_runs(capsys, monkeypatch):
     def warns(arguments):
-        logging.getLogger("deltamem_fast").warning("one\n%s", "two")
+        logging.getLogger("deltamem_fast").warning("one\n%s", "two\x1b[31m")
         logging.getLogger("deltamem_fast").info("not this")
         return 0
 
     monkeypatch.setattr(cli, "_info", warns)
     handlers = list(logging.getLogger("deltamem_fast").handlers)
     assert main(["info"]) == 0
-    assert capsys.readouterr().err == "deltamem: warning: one two\n"
+    assert capsys.readouterr().err == "deltamem: warning: one two\\x1b[31m\n"
     assert logging.getLogger("deltamem_fast").handlers == handlers
 
 

@@ -252,8 +252,16 @@ def test_texts_that_no_model_takes():
     ):
         with pytest.raises(ValueError, match="tokenizer: gives token id 452, the model knows 0 to 451"):
             run("ZZZZ went home.")
-        with pytest.raises(ValueError, match="half a surrogate pair"):
-            run([{"role": "user", "content": "a \ud800 b"}])
+        for message in (
+            {"role": "user", "content": "a \ud800 b"}, {"role": "user", "content": "a", "reasoning_content": "\ud800"},
+            {"role": "\ud800", "content": "a"}, {"role": "user", "content": "a", "\ud800": 1},
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=r"text.*: got half of a surrogate pair"):
+                run([message])
+        cyclic = {"role": "user", "content": "a", "tool_calls": []}
+        cyclic["tool_calls"].append(cyclic)
+        with pytest.raises(ValueError, match=r"text.*: nested too deeply"):
+            run([cyclic])
     with pytest.raises(TypeError, match="tokenizer: got NoneType"):
         ingest(model, None, memory, "Hi.")
     assert all(state.abs().max() == 0 for _, state in memory.items())

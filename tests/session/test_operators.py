@@ -300,12 +300,23 @@ def test_a_read_only_view_sees_writes_and_makes_none():
         (lambda m, t, s: ingest(m, t, s, "x", tokens=0), ValueError, "tokens: got 0"),
         (lambda m, t, s: ingest(m, t, MemoryState.zeros(m, 2), "x"), ValueError, "memory: got 2 rows, allowed 1"),
         (lambda m, t, s: ingest(m, t, s.read_only(), "x"), ValueError, "memory: it is frozen"),
+        (lambda m, t, s: forget(m, t, s.read_only(), "x"), ValueError, "memory: it is frozen"),
+        (lambda m, t, s: revise(m, t, s.read_only(), "x", replaces="y"), ValueError, "memory: it is frozen"),
         (lambda m, t, s: ingest(m, t, 3, "x"), TypeError, "memory: got int"),
         (lambda m, t, s: revise(m, t, s, "", replaces="x"), ValueError, "text: got nothing"),
         (lambda m, t, s: forget(m, t, s, "x", strength=-1), ValueError, "strength: got -1"),
         (lambda m, t, s: forget(m, t, s, "x", strength=float("inf")), ValueError, "strength: got inf"),
         (lambda m, t, s: forget(tiny_model(), t, s, "x"), ValueError, "not patched"),
         (lambda m, t, s: retrieve(m, t, s, ""), ValueError, "text: got nothing"),
+        (lambda m, t, s: retrieve(m, t, s, "x", template="x"), TypeError, "template: got str"),
+        (lambda m, t, s: retrieve(m, t, s, "x", template=0), TypeError, "template: got int"),
+        (lambda m, t, s: retrieve(m, t, s, "x", template={1: 2}), TypeError, "template: got 1, allowed names"),
+        (
+            lambda m, t, s: retrieve(m, t, s, "x", template={"add_generation_prompt": True}),
+            ValueError,
+            "template: got add_generation_prompt, which retrieve itself decides",
+        ),
+        (lambda m, t, s: retrieve(m, t, s, "x", temperature="x"), ValueError, "options: temperature: got 'x'"),
     ),
 )
 def test_errors_change_nothing(call, error, text):

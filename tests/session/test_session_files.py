@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from deltamem_fast.errors import (
     FileAccessError,
     FileFormatError,
     StateError,
+    WaitedTooLongError,
     WrongPathKindError,
 )
 from deltamem_fast.session import saving
@@ -72,7 +74,8 @@ CODE = (
     {"prefill_chunk_size": 1},
 )
 VALUES = (
-    ("max_new_tokens", 0), ("max_new_tokens", 10**400), ("max_new_tokens", True), ("max_new_tokens", "9"),
+    ("max_new_tokens", 0), ("max_new_tokens", 2**20 + 1),
+    ("max_new_tokens", 10**400), ("max_new_tokens", True), ("max_new_tokens", "9"),
     ("temperature", -1.0), ("temperature", 10**400), ("top_p", 1.5), ("do_sample", "yes"), ("top_k", -1),
     ("stop_strings", [""]), ("stop_strings", [1]), ("eos_token_id", [10**6]), ("pad_token_id", "a"),
     ("bad_words_ids", [1]), ("bad_words_ids", []), ("sequence_bias", [[[1], "a"]]), ("suppress_tokens", [-1]),
@@ -100,7 +103,8 @@ def test_a_template_of_a_file_is_refused(saved):
     session, directory = saved
     for template in (
         {"chat_template": "{{ cycler.__init__ }}"}, {"tokenize": False}, {"return_dict": True}, {"padding": "longest"},
-        {"tokenizer_kwargs": {}}, {"messages": []}, {"tools": ["os.system"]}, {"documents": "a"}, {"a b": 1},
+        {"tokenizer_kwargs": {}}, {"messages": []}, {"sanitize_control_tokens": True}, {"self": 1},
+        {"tools": ["os.system"]}, {"documents": "a"}, {"a b": 1},
     ):  # fmt: skip
         change_manifest(directory, lambda manifest, template=template: manifest["settings"].update(template=template))
         with pytest.raises(FileFormatError, match=r"session\.json: settings\.template: "):
@@ -109,6 +113,17 @@ def test_a_template_of_a_file_is_refused(saved):
     kept = {"enable_thinking": False, "tools": [{"name": "clock"}], "date": "today", "level": 3}
     change_manifest(directory, lambda manifest: manifest["settings"].update(template=kept))
     assert load(session, directory).template == kept
+
+
+def test_a_templates_arguments_may_have_any_name(saved):
+    session, directory = saved
+    names = ("granularity", "name", "tokenizer", "template", "template_kwargs", "text", "config", "header", "messages_")
+    change_manifest(directory, lambda manifest: manifest["settings"].update(template=dict.fromkeys(names, "y")))
+    again = load(session, directory)
+    assert again.answer(ASKED, max_new_tokens=3) == load(session, directory, template={}).answer(
+        ASKED, max_new_tokens=3
+    )
+    assert isinstance(again.retrieve(ASKED, max_new_tokens=3), str)
 
 
 def test_what_may_be_loaded_may_be_saved_and_nothing_else(told, tmp_path):
@@ -150,7 +165,7 @@ def test_arguments_are_named_before_anything_happens(told):
     for model in (None, "Qwen/Qwen3-4B"):
         with pytest.raises(ArgumentTypeError, match="model: got"):
             MemorySession(model, session.tokenizer)
-    with pytest.raises(ArgumentError, match=r"text\[0\]\.content: .*surrogate"):
+    with pytest.raises(ArgumentError, match="text: got half of a surrogate pair"):
         session.answer("a \ud800")
 
 
@@ -395,6 +410,74 @@ def test_the_lock_is_no_way_out(saved, tmp_path):
     assert victim.read_text() == "mine"
 
 
+def test_a_linked_manifest_is_no_way_out(saved, tmp_path):
+    session, directory = saved
+    manifest = directory / "session.json"
+    manifest.unlink()
+    for target in (tmp_path / "elsewhere" / "deep" / "file", tmp_path / "mine.json"):
+        manifest.symlink_to(target)
+        with pytest.raises(WrongPathKindError, match=r"session\.json: a symbolic link, allowed a file"):
+            session.save(directory, overwrite=True)
+        manifest.unlink()
+        (tmp_path / "mine.json").write_text("mine")
+    assert not (tmp_path / "elsewhere").exists() and (tmp_path / "mine.json").read_text() == "mine"
+
+
+def commit_numbers(directory, write=lambda path: path.write_bytes(b"1")):
+    return snapshots.commit(directory, "numbers", 1, {}, {"state": write})
+
+
+def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshots, "_PATIENCE", 0.05)
+    kept = []  # as a child has it: another descriptor of the same open file
+
+    def fork(path):
+        (lock,) = (
+            int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")
+            and os.path.realpath(f"/proc/self/fd/{fd}") == str(tmp_path / ".lock")
+        )  # fmt: skip
+        kept.append(os.dup(lock))
+        path.write_bytes(b"1")
+
+    commit_numbers(tmp_path, fork)
+    commit_numbers(tmp_path)
+    # One that lives on while its parent was killed.
+    snapshots.fcntl.flock(kept[0], snapshots.fcntl.LOCK_EX)
+    with pytest.raises(WaitedTooLongError, match=r"directory: .*\.lock: others wrote for 0\.05 s"):
+        commit_numbers(tmp_path)
+    os.close(kept[0])
+    commit_numbers(tmp_path)
+
+
+def test_without_locks_the_files_of_another_writer_stay(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(snapshots.fcntl, "flock", no_locks)
+    old, new = (tmp_path / f"state-{digit * 16}.safetensors" for digit in "01")
+    for path in (old, new):
+        path.write_bytes(b"another's")
+    os.utime(old, (0, 0))
+    commit_numbers(tmp_path)
+    assert new.exists() and not old.exists()
+
+
+def test_a_data_file_that_grew_is_not_read(saved):
+    session, directory = saved
+    (data,) = directory.glob("state-*")
+    os.truncate(data, 2**40)  # sparse
+    with pytest.raises(FileFormatError, match=r"state-.*: damaged: not what was written"):
+        load(session, directory)
+
+
+def test_a_home_directory_is_expanded(told, tmp_path, monkeypatch):
+    session = MemorySession(told[0].model, told[0].tokenizer)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert session.save("~/ada") == tmp_path / "home" / "ada"
+    assert load(session, "~/ada").turns == 0 and not (tmp_path / "~").exists()
+
+
 def test_a_reader_beside_a_writer_gets_the_old_or_the_new_one(tmp_path):
     """Every read is a hit between two renames: the writer replaces the snapshot whenever the manifest was read."""
     read_bytes, count = snapshots.read_bytes, 0
@@ -443,6 +526,9 @@ def test_sessions_are_private_and_keep_a_mode_that_was_chosen(told, tmp_path):
         (directory / "session.json").chmod(0o640)
         session.save(directory)
         assert modes(directory) == {".lock": 0o600, "session.json": 0o640, "state": 0o640}
+        (directory / "session.json").chmod(0o660)  # who may write it may lock it
+        session.save(directory)
+        assert modes(directory) == {".lock": 0o660, "session.json": 0o660, "state": 0o660}
     finally:
         os.umask(before)
 
@@ -534,9 +620,12 @@ def test_what_cannot_be_read_back_is_not_written(told, tmp_path):
             session.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     session._now = type(now)(now.memory, ({"role": "tool", "content": "half \ud83d", "extra": {"\udc00": 1}},))
-    session.system = "\ud800"
     again = load(session, session.save(tmp_path / "saved"))
-    assert again.messages == session.messages and again.system == "\ud800"
+    assert again.messages == session.messages
+    session.system = "\ud800"  # which no tokenizer takes
+    with pytest.raises(ArgumentError, match="session: settings.system: got "):
+        session.save(tmp_path / "saved")
+    session.system = None
     session.memory[0].view(-1)[0] = float("nan")
     with pytest.raises(StateError, match="memory of layer 0 holds NaN or Inf"):
         session.save(tmp_path / "saved")
@@ -614,3 +703,37 @@ def test_what_is_forgotten_leaves_the_messages_and_the_file(tmp_path):
     told = session.forget([{"role": "user", "content": parts}], messages=True)
     assert told.remains == ("system",) and told.messages == 0
     assert session.forget("He is old.", messages=True).turns == 1 and len(session.context) == 2
+
+
+def test_a_frozen_memory_forgets_nothing_and_one_that_was_frozen_does():
+    session = tiny_session(chatml_tokenizer())
+    session.answer(TOLD, max_new_tokens=2)
+    session.memory.frozen = True
+    session.answer(ASKED, max_new_tokens=2)
+    before = everything(session)
+    with pytest.raises(ArgumentError, match="memory: it is frozen"):
+        session.forget(TOLD, messages=True)
+    assert everything(session) == before
+    session.memory.frozen = False
+    session.forget(TOLD)
+    assert [turn.before.frozen for turn in session._now.turns] == [False, True]
+
+
+def test_what_is_forgotten_is_whole_words():
+    session = tiny_session(chatml_tokenizer())
+    session.answer("Canada and her cat, the brother. He said: he!", **says(session.tokenizer, "Hé, _he_ (HE)."))
+    assert session.forget("he", messages=True).remains == ()
+    assert [message["content"] for message in session.messages] == [
+        "Canada and her cat, the brother. said: !", "Hé, _he_ ( ).",
+    ]  # fmt: skip
+    # Scripts without spaces, or with particles: also within what looks like one word.
+    for said, gone in (
+        ("서울에서 왔어요", "서울"),
+        ("ผมชื่ออาดา", "อาดา"),
+        ("私はアダです", "アダ"),
+        ("我叫Ada吗", "Ada"),
+    ):
+        session = tiny_session(chatml_tokenizer())
+        session.answer(said, **says(session.tokenizer, "Yes."))
+        session.forget(gone, messages=True)
+        assert gone not in session.messages[0]["content"]
