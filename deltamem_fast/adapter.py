@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -16,7 +17,17 @@ from torch import nn
 
 from .config import CONFIG_NAME, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from .files import Header, as_path, check_seal, read_tensors, seal, write_atomically
+from .files import (
+    Header,
+    as_path,
+    check_seal,
+    naming_files,
+    parse_json,
+    read_tensors,
+    save_tensors,
+    seal,
+    write_atomically,
+)
 from .memory import DeltaMemory
 from .record import identity_of, record_of, unwrap
 from .released_file import read_released
@@ -111,9 +122,10 @@ def read_weights(
 
     Raises:
         FileNotFoundError: neither file is there.
-        ValueError: a file that is damaged, of a newer format, or holds something else than named tensors of floats.
+        ValueError: a file that is damaged, of a newer format, was written with another configuration than the one
+            beside it, or holds something else than named tensors of floats.
     """
-    directory = Path(directory)
+    directory = as_path(directory, "adapter")
     ours, released = directory / SAFETENSORS_NAME, directory / RELEASED_NAME
 
     def check_all(path: Path, header: Header) -> None:
@@ -139,12 +151,34 @@ def _read_safetensors(path: Path, check: Callable[[Path, Header], None]) -> dict
                 f"adapter: {path} has format {metadata.get('format')!r} version {version!r}, this version reads "
                 f"{FORMAT!r} 1 to {FORMAT_VERSION}"
             )
+        if "config" in metadata and (path.parent / CONFIG_NAME).is_file():
+            _check_config(path, metadata["config"])
         check(path, header)
 
     metadata, weights = read_tensors(path, "adapter", check_all)
     if "sha256" in metadata:  # the first versions wrote none
         check_seal(path, "adapter", metadata, weights)
     return weights
+
+
+def _check_config(path: Path, written: str) -> None:
+    """Raise if the configuration file is not the one that the weights were written with.
+
+    A save that was interrupted between the two files leaves such a pair.
+    """
+    values = parse_json(written, path, "adapter")
+    try:
+        ours = DeltaMemConfig.from_dict({"format_version": 1} | values).to_dict()
+    except ValueError as error:
+        raise FileFormatError(f"adapter: {path}: its configuration: {error}") from error
+    beside = DeltaMemConfig.load(path.parent).to_dict()
+    differing = [key for key in ours if ours[key] != beside[key]]
+    if differing:
+        named = ", ".join(f"{key} {ours[key]!r} ({CONFIG_NAME}: {beside[key]!r})" for key in differing)
+        raise FileFormatError(
+            f"adapter: {path} was written with another configuration than {CONFIG_NAME} beside it has: "
+            f"{named}; was a save interrupted?"
+        )
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -228,15 +262,15 @@ def _targets(memories: Mapping[str, DeltaMemory]) -> dict[str, nn.Parameter]:
 def _check_fit(header: Header, targets: Mapping[str, nn.Parameter], name: str) -> None:
     shapes = {canonical_name(key): shape for key, (_, shape) in header.items()}
     if len(shapes) < len(header):
-        raise ArgumentError(f"adapter: {name} has two weights for one layer, with other names before it")
+        raise FileFormatError(f"adapter: {name} has two weights for one layer, with other names before it")
     missing, unexpected = sorted(targets.keys() - shapes.keys()), sorted(shapes.keys() - targets.keys())
     if missing or unexpected:
         parts = [f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
                  for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]  # fmt: skip
-        raise ArgumentError(f"adapter: {name} does not fit the model: of its weights it {' and '.join(parts)}")
+        raise FileFormatError(f"adapter: {name} does not fit the model: of its weights it {' and '.join(parts)}")
     for key, parameter in targets.items():
         if shapes[key] != tuple(parameter.shape):
-            raise ArgumentError(
+            raise FileFormatError(
                 f"adapter: {name} has {key} of shape {list(shapes[key])}, the model needs {list(parameter.shape)}"
             )
 
@@ -286,26 +320,45 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
 
 
 def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str) -> Path:
-    """Write configuration and weights in either format; the weights first, so that a half-written one is no adapter."""
-    directory = as_path(directory, "directory", expand=False)
+    """Write configuration and weights in either format, so that an interrupted one is the old adapter or none.
+
+    The weights come first, then a file of the other format goes, then the configuration is written. Our weights say
+    which configuration they were written with; before released ones another configuration is removed.
+    """
+    directory = as_path(directory, "directory")
     # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
     weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
-        write_atomically(directory / RELEASED_NAME, lambda path: torch.save(weights, path), private=False)
-    else:
-        from safetensors.torch import save_file
 
+        def write(path: Path) -> None:
+            data = io.BytesIO()  # torch's own writing of files has errors of its own for a full disk
+            torch.save(weights, data)
+            path.write_bytes(data.getbuffer())
+            if not _has_config(directory, config):
+                (directory / CONFIG_NAME).unlink(missing_ok=True)
+
+        write_atomically(directory / RELEASED_NAME, write, private=False)
+    else:
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "config": json.dumps(config.to_dict()),
         }
         metadata["sha256"] = seal(metadata, weights)
-        write_atomically(directory / SAFETENSORS_NAME, lambda path: save_file(weights, path, metadata), private=False)
-    config.save(directory, released=format == "released")
+        path = directory / SAFETENSORS_NAME
+        write_atomically(path, lambda temporary: save_tensors(weights, temporary, metadata), private=False)
     # One directory holds one adapter: a file of the other format would be an older one.
-    (directory / (SAFETENSORS_NAME if format == "released" else RELEASED_NAME)).unlink(missing_ok=True)
+    with naming_files("directory", directory):
+        (directory / (SAFETENSORS_NAME if format == "released" else RELEASED_NAME)).unlink(missing_ok=True)
+    config.save(directory, released=format == "released")
     return directory
+
+
+def _has_config(directory: Path, config: DeltaMemConfig) -> bool:
+    try:
+        return DeltaMemConfig.load(directory) == config
+    except (OSError, ValueError):  # none, or a damaged one
+        return False
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
@@ -327,7 +380,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     ours, theirs = identity.config.to_dict(), source.config.to_dict()
     if ours != theirs:
         differing = ", ".join(f"{k} {theirs[k]!r} (the model's: {ours[k]!r})" for k in ours if ours[k] != theirs[k])
-        raise ArgumentError(f"adapter: {source.name} has another configuration: {differing}; unpatch and patch again")
+        raise FileFormatError(f"adapter: {source.name} has another configuration: {differing}; unpatch and patch again")
     attentions = record_of(unwrap(model)).attentions
     memories = {name: attention.delta_memory.correct.__self__ for name, attention in attentions.items()}
     for name, memory in memories.items():

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy
 import torch
@@ -344,14 +345,18 @@ class MemoryBank:
         size, places = 4 * self._words, []
         staged = numpy.empty((max(1, min(len(ids), _STAGE_BYTES // size)), self._words), numpy.int32)
         floats, data = staged.view(numpy.float32), memoryview(staged.reshape(-1)).cast("B")
+        sound = True
 
         def take() -> None:
+            nonlocal sound
             rows, first = len(places), places[0] if places else 0
             # A slice is much the quicker: all but rows beside unknown ones.
             at = slice(first, first + rows) if places == list(range(first, first + rows)) else numpy.array(places)
             for i, state in states.items():
                 state[at] = floats[:rows, self._starts[i] : self._starts[i] + self._widths[i]]
             counters[:, at] = staged[:rows, self._state_words :].T
+            sound &= bool(numpy.isfinite(floats[:rows, : self._state_words]).all())
+            sound &= bool((staged[:rows, self._state_words :] >= 0).all())
 
         for place, version, row in self._store.each(ids):
             versions[place] = version
@@ -366,21 +371,20 @@ class MemoryBank:
             for state in states.values():
                 state[unknown] = 0
             counters[:, unknown] = 0
-        if self._store.unchecked:
-            self._check_unchecked(ids, states, counters)
+        if not sound:
+            self._raise_unsound(ids, states, counters)
         # Each layer's are updated in place, so that none may share storage with another's.
         return versions, layers, {i: torch.from_numpy(counter.copy()) for i, counter in zip(layers, counters)}
 
-    def _check_unchecked(self, ids: builtins.list[str], states: dict, counters: numpy.ndarray) -> None:
-        """Raise where rows that were damaged while the bank had no checksums cannot be what was written."""
+    def _raise_unsound(self, ids: builtins.list[str], states: dict, counters: numpy.ndarray) -> NoReturn:
+        """Of rows that no commit writes: damaged while the bank had no checksums, or made by somebody else."""
         good = (counters >= 0).all(0)
         for state in states.values():
             good &= numpy.isfinite(state).all(1)
-        if not good.all():
-            broken = [id for id, fine in zip(ids, good.tolist()) if not fine]
-            raise FileFormatError(
-                f"bank: {self._store.path}: damaged: the memories of {_some(broken)} hold NaN or Inf, or counts below 0"
-            )
+        broken = [id for id, fine in zip(ids, good.tolist()) if not fine]
+        raise FileFormatError(
+            f"bank: {self._store.path}: damaged: the memories of {_some(broken)} hold NaN or Inf, or counts below 0"
+        )
 
     def _words_of(self, state: MemoryState) -> torch.Tensor:
         """int32 [B, words], the rows of a state, on the CPU."""

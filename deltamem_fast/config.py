@@ -11,7 +11,7 @@ from typing import Any
 from deltamem_kernels.rule import MAX_RANK, STATE_UPDATE_MODES, DeltaRule
 
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from .files import parse_json, read_bytes, write_json
+from .files import as_path, parse_json, read_bytes, write_json
 
 CONFIG_NAME = "delta_mem_config.json"
 FORMAT_VERSION = 1
@@ -220,12 +220,12 @@ class DeltaMemConfig:
     def save(self, directory: str | os.PathLike, *, released: bool = False) -> Path:
         """Write ``delta_mem_config.json`` into ``directory``, atomically; ``released`` leaves out our version."""
         version = {} if released else {"format_version": FORMAT_VERSION}
-        return write_json(Path(directory) / CONFIG_NAME, version | self.to_dict(), private=False)
+        return write_json(as_path(directory, "directory") / CONFIG_NAME, version | self.to_dict(), private=False)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> DeltaMemConfig:
         """Read ``delta_mem_config.json`` from ``directory``; errors name the file."""
-        path = Path(directory) / CONFIG_NAME
+        path = as_path(directory, "directory") / CONFIG_NAME
         if not path.is_file():
             raise FileMissingError(f"{path}: no such file; an adapter directory holds a {CONFIG_NAME}")
         try:

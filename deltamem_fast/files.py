@@ -84,8 +84,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None], *, 
     """Have ``write`` produce a file under a temporary name, sync it, and rename it to ``path``.
 
     A reader sees the old file or the new one, never a part of it; after an error the old one stands. A file that
-    exists keeps its mode, and a symbolic link stays one: the file that it points to is replaced. What a killed writer
-    of this file has left behind is removed.
+    exists keeps its mode and group, and a symbolic link stays one: the file that it points to is replaced. Only a link
+    into the blobs of a hub's cache is replaced itself: such a file is named after its content, and others share it.
+    What a killed writer of this file has left behind is removed.
 
     Args:
         path: the target; its directory is made if needed.
@@ -98,8 +99,11 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None], *, 
     path = as_path(path, "path", expand=False)
     with naming_files("path", path):
         target = Path(os.path.realpath(path))
-        if target.is_dir():
-            raise WrongPathKindError(f"path: {path}: a directory, allowed a file")
+        if path.is_symlink() and target.parent.name == "blobs":
+            target = Path(os.path.realpath(path.parent)) / path.name
+        if target.exists() and not target.is_file():  # a pipe or a device would be replaced by a file
+            found = "a directory" if target.is_dir() else "no plain file"
+            raise WrongPathKindError(f"path: {path}: {found}, allowed a file")
         make_directory(target.parent, private=private)
         with _temporary_directory(target) as folder:
             # ``write`` may itself write beside its file and rename; all of that stays in the folder.
@@ -107,16 +111,28 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None], *, 
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
             mode = stat.S_IMODE(os.stat(temporary).st_mode)
             write(temporary)
-            old = os.stat(target) if target.exists() else None
-            os.chmod(temporary, mode if old is None else stat.S_IMODE(old.st_mode))
-            if old is not None and hasattr(os, "chown") and old.st_uid != os.stat(temporary).st_uid:
-                with contextlib.suppress(OSError):  # root writes a user's file: it stays the user's
-                    os.chown(temporary, old.st_uid, old.st_gid)
+            if target.exists():
+                mode = _take_over(temporary, os.stat(target))
+            os.chmod(temporary, mode)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
         _sync_directory(target.parent)
     return path
+
+
+def _take_over(path: Path, old: os.stat_result) -> int:
+    """Give ``path`` the owner and group of the file that it replaces; returns the mode that it may have then."""
+    made, mode = os.stat(path), stat.S_IMODE(old.st_mode)
+    if hasattr(os, "chown") and made.st_gid != old.st_gid:
+        try:
+            os.chown(path, -1, old.st_gid)
+        except OSError:  # not a group of this user's: what was the old group's is no right of the new one
+            mode &= ~stat.S_IRWXG
+    if hasattr(os, "chown") and made.st_uid != old.st_uid:
+        with contextlib.suppress(OSError):  # root writes a user's file: it stays the user's
+            os.chown(path, old.st_uid, -1)
+    return mode
 
 
 def make_directory(path: str | os.PathLike, *, private: bool = True) -> Path:
@@ -155,7 +171,8 @@ def _sweep(target: Path) -> None:
     with contextlib.suppress(OSError):  # it takes room and does no other harm
         for path in target.parent.iterdir():
             middle = path.name.removeprefix(prefix).removesuffix(_TEMPORARY)
-            if path.name == f"{prefix}{middle}{_TEMPORARY}" and "." not in middle:
+            ours = "[0-9a-f]{16}" if path.is_dir() else "[^.]+"  # files: of versions before
+            if path.name == f"{prefix}{middle}{_TEMPORARY}" and re.fullmatch(ours, middle):
                 with contextlib.suppress(OSError):
                     remove_leftover(path)
 
@@ -180,10 +197,14 @@ def _lock(folder: Path) -> int | None:
         return None
     with contextlib.suppress(FileNotFoundError):
         lock = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    return os.open(os.devnull, os.O_RDONLY)  # it is gone: ``_holds`` says so
+            return lock
+        except BlockingIOError:  # a sweeper was quicker, and is about to remove it
+            os.close(lock)
+        except OSError:  # a file system without locks
+            return lock
+    return os.open(os.devnull, os.O_RDONLY)  # it is gone, or will be: ``_holds`` says so
 
 
 def _holds(lock: int, folder: Path) -> bool:
@@ -329,10 +350,15 @@ def read_tensors(
         if not length <= min(size - 8, _MOST_HEADER_BYTES):
             raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
         head = file.read(length)
-        metadata, header = _parse_header(head, path, name)
+        metadata, header, end = _parse_header(head, path, name)
         if check is not None:
             check(metadata, header)
-        data = start + head + file.read()
+        if size != 8 + length + end:  # a hole of any size costs its maker nothing
+            raise FileFormatError(
+                f"{name}: {path}: not a safetensors file, or cut short: has {size:,} bytes, its header says "
+                f"{8 + length + end:,}"
+            )
+        data = start + head + file.read(end)
     return metadata, _tensors(data, path, name)
 
 
@@ -346,24 +372,28 @@ def parse_tensors(
     length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else len(data)
     if length > len(data) - 8:
         raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
-    metadata, header = _parse_header(data[8 : 8 + length], path, name)
+    metadata, header, _ = _parse_header(data[8 : 8 + length], path, name)
     if check is not None:
         check(metadata, header)
     return metadata, _tensors(data, path, name)
 
 
-def _parse_header(data: bytes, path: str | os.PathLike, name: str) -> tuple[dict[str, str], Header]:
+def _parse_header(data: bytes, path: str | os.PathLike, name: str) -> tuple[dict[str, str], Header, int]:
+    """Metadata, each tensor's dtype and shape, and how many bytes follow the header."""
     entries = parse_json(data, path, name)
     metadata = entries.pop("__metadata__", None) or {}
     text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    found = {}
+    found, end = {}, 0
     for key, entry in entries.items():
         dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
         sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        if not isinstance(dtype, str) or not sizes or not text:
+        offsets = entry.get("data_offsets") if sizes else None
+        placed = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
+        if not isinstance(dtype, str) or not placed or not text:
             raise FileFormatError(f"{name}: {path}: not a safetensors file: entry {key!r}")
         found[key] = (dtype, tuple(shape))
-    return metadata, found
+        end = max(end, offsets[1])
+    return metadata, found, end
 
 
 def _tensors(data: bytes, path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:

@@ -88,12 +88,13 @@ def read_released(path: Path, name: str, check: Callable[[Header], None]) -> dic
             storages = {record: archive.read(records[record]) for record in {t.storage.record for t in found.values()}}
     # frombuffer refuses to be empty
     storages = {key: torch.frombuffer(bytearray(data or bytes(8)), dtype=torch.uint8) for key, data in storages.items()}
-    return {
-        key: storages[tensor.storage.record]
-        .view(_STORAGES[tensor.storage.kind][0])
-        .as_strided(tensor.shape, tensor.stride, tensor.offset)
-        for key, tensor in found.items()
-    }
+    with _readable(path, name):  # sizes of an empty tensor may be too large for torch
+        return {
+            key: storages[tensor.storage.record]
+            .view(_STORAGES[tensor.storage.kind][0])
+            .as_strided(tensor.shape, tensor.stride, tensor.offset)
+            for key, tensor in found.items()
+        }
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from support import CASES, GOLDEN
 
 from deltamem_fast import DeltaMemConfig
 from deltamem_fast.config import ARCHIVED, CONFIG_NAME
+from deltamem_fast.errors import ArgumentTypeError
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,6 +105,12 @@ def test_presets():
     assert DeltaMemConfig.preset("msw").num_state_heads == 4
     with pytest.raises(ValueError, match="preset: got 'xsw', allowed tsw, ssw, msw"):
         DeltaMemConfig.preset("xsw")
+
+
+def test_what_can_be_no_directory():
+    for call in (DeltaMemConfig.load, DeltaMemConfig().save):
+        with pytest.raises(ArgumentTypeError, match="directory: got NoneType, allowed a path"):
+            call(None)
 
 
 def test_errors_name_the_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import struct
 import tracemalloc
@@ -15,6 +16,7 @@ from support import loud_adapter, tiny_model
 from deltamem_fast import DeltaMemConfig, DeltaMemError, load_adapter, patch_model, save_adapter
 from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
 from deltamem_fast.config import CONFIG_NAME
+from deltamem_fast.errors import FileFormatError
 
 FIRST = "model.layers.0.self_attn.memory_q_proj"
 LAST = "model.layers.2.self_attn.delta_o_proj"
@@ -194,6 +196,14 @@ def test_a_view_beyond_its_storage(model, weights, tmp_path):
         refused(model, tmp_path, "reaches beyond its storage")
 
 
+def test_sizes_that_torch_cannot_multiply(tmp_path):
+    written(tmp_path, {"a": torch.zeros(3, 2, 0)}, "released")
+    large = b"\x8a\x08" + (2**62).to_bytes(8, "little")
+    rezipped(tmp_path / RELEASED_NAME, pickled(b"K\x03K\x02K\x00\x87", large * 2 + b"K\x00\x87"))
+    with pytest.raises(FileFormatError, match="cannot be read as weights"):
+        read_weights(tmp_path)
+
+
 def test_names_that_are_there_many_times_take_no_room(tmp_path):
     one = torch.zeros(2**20)
     read = read_weights(written(tmp_path, {f"w{n}": one for n in range(2000)}, "released"))
@@ -256,6 +266,9 @@ def test_a_wrong_safetensors_file(model, weights, tmp_path):
     ):
         path.write_bytes(content)
         refused(model, tmp_path, message)
+    path.write_bytes(data)
+    os.truncate(path, 2**36)  # a hole, which takes no room on the disk
+    refused(model, tmp_path, "cut short: has 68,719,476,736 bytes")
 
 
 def test_a_changed_bit_is_seen(model, tmp_path):
@@ -319,7 +332,7 @@ def test_the_hub_is_asked_for_the_adapters_files_alone(monkeypatch, tmp_path):
 
 
 def test_io_errors_are_ours(model, tmp_path):
-    with pytest.raises(ValueError, match="adapter: got a configuration, allowed a directory"):
+    with pytest.raises(TypeError, match="directory: got DeltaMemConfig, allowed an adapter's directory or hub id"):
         load_adapter(model, DeltaMemConfig())
     with pytest.raises(TypeError, match="adapter: got BytesIO"):
         load_adapter(model, io.BytesIO())

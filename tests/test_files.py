@@ -1,8 +1,12 @@
 """Adapter files: the released format, ours, hub ids, and what is refused."""
 
+import contextlib
+import fcntl
 import json
 import os
+import resource
 import runpy
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,12 +18,34 @@ from support import CASES, GOLDEN, golden_case, golden_model, loud_adapter, tiny
 from deltamem_fast import (
     DeltaMemConfig,
     export_adapter,
+    files,
     load_adapter,
     patch_model,
     save_adapter,
 )
 from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
 from deltamem_fast.config import CONFIG_NAME
+from deltamem_fast.errors import FileAccessError, FileFormatError, FileMissingError, WrongPathKindError
+from deltamem_fast.files import write_text
+from deltamem_fast.training import ExampleFiles, TrainingOptions
+from deltamem_fast.training.log import TrainingLog
+
+
+@pytest.fixture
+def full_disk():
+    """Inside ``full_disk(most)`` no file can grow beyond ``most`` bytes: an OSError, as of a full disk."""
+
+    @contextlib.contextmanager
+    def full_disk(most):
+        before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return full_disk
 
 
 def same(ours, theirs):
@@ -154,6 +180,127 @@ def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+@pytest.mark.parametrize("before", ("safetensors", "released"))
+@pytest.mark.parametrize("after", ("safetensors", "released"))
+def test_an_interrupted_save_mixes_no_adapters(tmp_path, monkeypatch, before, after):
+    """Two adapters whose weights have the same shapes."""
+    model = patch_model(tiny_model())
+    export_adapter(model, tmp_path, before)
+    other = patch_model(tiny_model(), DeltaMemConfig(alpha=4))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DeltaMemConfig, "save", interrupt)
+        export_adapter(other, tmp_path, after)
+    with pytest.raises((FileFormatError, FileMissingError), match=f"alpha 4.0 .{CONFIG_NAME}: 16.0|no such file"):
+        patch_model(tiny_model(), tmp_path)
+    export_adapter(other, tmp_path, after)
+    assert same(read_weights(tmp_path), adapter_state_dict(other))
+
+
+def test_a_save_into_a_hubs_cache_leaves_its_blobs(tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in (CONFIG_NAME, SAFETENSORS_NAME):
+        (blobs / f"hash of {name}").write_text("shared")
+        (snapshot / name).symlink_to(f"../../blobs/hash of {name}")
+    model = patch_model(tiny_model())
+    save_adapter(model, snapshot)
+    assert {path.read_text() for path in blobs.iterdir()} == {"shared"}
+    assert same(read_weights(snapshot), adapter_state_dict(model))
+    assert DeltaMemConfig.load(snapshot) == DeltaMemConfig()
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model = patch_model(tiny_model())
+    assert save_adapter(model, "~/adapter") == tmp_path / "home" / "adapter"
+    assert load_adapter(model, "~/adapter") is model
+    assert same(read_weights("~/adapter"), adapter_state_dict(model))
+    assert DeltaMemConfig.load("~/adapter") == DeltaMemConfig()
+    assert TrainingOptions(output="~/run").output == str(tmp_path / "home" / "run")
+    line = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "home" / "data.jsonl").write_text(json.dumps(line))
+    assert len(ExampleFiles(["~/data.jsonl"])) == 1
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("format", ("safetensors", "released"))
+def test_a_full_disk_is_named(tmp_path, full_disk, format):
+    model = patch_model(tiny_model())
+    with full_disk(5000), pytest.raises(FileAccessError, match=str(tmp_path / "adapter")):
+        export_adapter(model, tmp_path / "adapter", format)
+    assert not list((tmp_path / "adapter").iterdir())
+    log = TrainingLog(tmp_path / "log.jsonl")
+    log.start(0)
+    with full_disk(5000), pytest.raises(FileAccessError, match=str(log.path)):
+        log.write({"step": 1, "evaluation": {"x" * 9000: {}}})
+
+
+# --- files in general
+
+
+@pytest.mark.skipif(not hasattr(os, "chown") or os.getuid() != 0, reason="needs root, who may give files away")
+def test_owner_and_group_of_a_file_are_kept(tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    path.write_text("old")
+    os.chown(path, -1, 1234)
+    path.chmod(0o640)
+    write_text(path, "new")
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o777) == (os.getuid(), 1234, 0o640)
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chown", refuse)  # as of a user who is not in the group
+    write_text(path, "newer")
+    assert path.stat().st_gid != 1234 and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    """A pipe stands for both: as root a wrong answer would cost the machine its /dev/null."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(WrongPathKindError, match="no plain file, allowed a file"):
+            write_text(path, "text")
+    assert pipe.is_fifo() and link.is_symlink()
+
+
+def test_a_folder_that_a_sweeper_holds_is_left_to_it(tmp_path, monkeypatch):
+    """It has the lock of the fresh folder, and removes it; another one is made."""
+    lock, swept = files._lock, []
+
+    def quicker(folder):
+        if not swept:
+            swept.append(os.open(folder, os.O_RDONLY))
+            fcntl.flock(swept[0], fcntl.LOCK_EX)
+            found = lock(folder)
+            assert not files._holds(found, folder)
+            return found
+        return lock(folder)
+
+    monkeypatch.setattr(files, "_lock", quicker)
+    write_text(tmp_path / "m", "text")
+    os.close(swept[0])
+    assert (tmp_path / "m").read_text() == "text"
+
+
+def test_a_users_folder_is_not_swept(tmp_path):
+    kept, left = tmp_path / ".m.keep.tmp", tmp_path / ".m.0123456789abcdef.tmp"
+    kept.mkdir()
+    left.mkdir()
+    write_text(tmp_path / "m", "text")
+    assert kept.is_dir() and not left.exists()
 
 
 def test_an_adapter_goes_from_one_head_to_another(tmp_path):

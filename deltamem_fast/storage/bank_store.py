@@ -33,6 +33,7 @@ from ..errors import (
     StateError,
     WaitedTooLongError,
     WrongPathKindError,
+    file_error,
 )
 from ..files import as_path, make_directory, naming_files
 
@@ -51,6 +52,7 @@ _PAGE_SIZES = (4096, 8192, 16384)
 _WAL_BYTES = 64 * 2**20  # of the log before it is copied into the file
 _READER_MILLISECONDS = 500  # that a delete waits for readers of the log
 _CACHE_KIB = 4096  # a connection; holds the inner pages of a million rows, and stays in the processor's caches
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of flock, on a file system that has none
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST = 253_402_300_799_999_999  # microseconds, the last moment that a datetime can be
 
@@ -244,7 +246,8 @@ class BankStore:
         found = 0
         with self._connection() as connection:
             for place, version, crc, row in connection.execute(_READ, (json.dumps(ids),)):
-                if type(row) is not bytes or crc != _row_crc(ids[place], version, row):
+                whole = type(row) is bytes and len(row) == self.row_bytes and type(version) is int and version > 0
+                if not whole or crc != _row_crc(ids[place], version, row):
                     raise self._damaged(f"the row of {ids[place]!r} is not what was written")
                 found += 1
                 yield place, version, row
@@ -438,8 +441,10 @@ class BankStore:
         return found
 
     def _check_entry(self, row: Sequence) -> None:
+        # By type and range too: whoever can write the file can make checksums that fit.
         id, *values, crc = row
-        if crc != _entry_crc(id, *values):
+        sound = type(id) is str and all(type(number) is int and number >= 0 for number in values)
+        if not sound or max(values[3], values[4]) > _LAST or crc != _entry_crc(id, *values):
             raise self._damaged(f"the entry of {id!r} is not what was written")
 
     def _check_count(self, connection: sqlite3.Connection, found: int) -> None:
@@ -554,6 +559,10 @@ class BankStore:
                         if time.monotonic() > end:
                             raise late from None
                         time.sleep(0.0005)
+                    except OSError as error:
+                        if error.errno not in _NO_LOCKS:
+                            raise file_error(error, "bank", f"{self.path}-lock") from error
+                        break  # SQLite's own locks remain
                 yield
             finally:
                 os.close(lock)
@@ -750,7 +759,7 @@ def _open_lock(path: Path, bank: Path) -> int:
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):  # another process was quicker
                 lock = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-                os.fchmod(lock, stat.S_IMODE(os.stat(bank).st_mode) & 0o666)
+                _give_to_owner(lock, os.stat(bank))
                 return lock
             lock = os.open(path, flags)
         except OSError as error:
@@ -761,6 +770,17 @@ def _open_lock(path: Path, bank: Path) -> int:
             os.close(lock)
             raise WrongPathKindError(f"bank: {path}: not a file")
         return lock
+
+
+def _give_to_owner(lock: int, bank: os.stat_result) -> None:
+    """Owner, group and mode of the bank for its lock file: root must not lock the owner out."""
+    made, mode = os.fstat(lock), stat.S_IMODE(bank.st_mode) & 0o666
+    try:
+        if (made.st_uid, made.st_gid) != (bank.st_uid, bank.st_gid):
+            os.fchown(lock, bank.st_uid if made.st_uid != bank.st_uid else -1, bank.st_gid)
+    except OSError:  # not this user's to give away: what the bank's group may is no right of another group
+        mode &= ~stat.S_IRWXG
+    os.fchmod(lock, mode)
 
 
 def _row_crc(id: str, version: int, row) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapter import SAFETENSORS_NAME
+from ..arguments import MOST
 from ..config import CONFIG_NAME
-from ..errors import ArgumentError
-from ..files import read_json, write_json
+from ..errors import ArgumentError, FileFormatError
+from ..files import as_path, read_json, write_json
 from ..fingerprint import public_label
 from .options import CHANGEABLE, TrainingOptions
 
@@ -54,6 +56,8 @@ class Run:
                 differing.append(_difference(name, theirs.get(name), getattr(self, name)))
         for part, changeable in (("adapter", frozenset()), ("options", CHANGEABLE)):
             before, now = theirs.get(part, {}), getattr(self, part)
+            if not isinstance(before, dict):
+                raise FileFormatError(f"{directory / RUN_NAME}: {part}: got {type(before).__name__}, allowed an object")
             differing += [
                 _difference(name, before.get(name), now.get(name))
                 for name in sorted(before.keys() | now.keys())
@@ -77,8 +81,16 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a whole checkpoint was written after."""
-    return int(read_json(checkpoint / WHOLE_NAME)["step"])
+    """The step that a whole checkpoint was written after.
+
+    Raises:
+        ValueError: its file is damaged; OSError: it cannot be read.
+    """
+    path = checkpoint / WHOLE_NAME
+    step = read_json(path).get("step")
+    if type(step) is not int or not 0 <= step <= MOST:
+        raise FileFormatError(f"{path}: step: got {step!r:.80}, allowed an integer, 0 or more")
+    return step
 
 
 def mark_whole(checkpoint: Path, step: int) -> None:
@@ -92,9 +104,13 @@ def unmark(checkpoint: Path) -> None:
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The whole checkpoint of most steps, or None."""
-    found = [path for path in output.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return max((path for path in found if is_whole(path)), key=step_of, default=None)
+    """The whole checkpoint of most steps, or None; one whose step cannot be read is not whole."""
+    steps = {}
+    for path in output.glob(f"{_PREFIX}*"):
+        if path.name.removeprefix(_PREFIX).isdigit() and is_whole(path):
+            with contextlib.suppress(FileFormatError):
+                steps[path] = step_of(path)
+    return max(steps, key=steps.get, default=None)
 
 
 def checkpoint_to_resume(options: TrainingOptions) -> Path | None:
@@ -106,7 +122,7 @@ def checkpoint_to_resume(options: TrainingOptions) -> Path | None:
     """
     output = Path(options.output)
     if options.resume and options.resume != "auto":
-        checkpoint = Path(options.resume)
+        checkpoint = as_path(options.resume, "resume")
         if not is_whole(checkpoint):
             raise ArgumentError(f"resume: got {checkpoint}, which is no whole checkpoint; allowed auto, or one that is")
         return checkpoint

@@ -17,7 +17,7 @@ from .lengths import OVER_LONG
 from .options import DTYPES, REPORTERS, TrainingOptions
 
 INTERRUPTED = 130
-_DEFAULTS = TrainingOptions(output="")
+_DEFAULTS = TrainingOptions(output=".")
 _CONFIG = DeltaMemConfig()
 
 _DESCRIPTION = """\

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, FileFormatError, FileMissingError
+from ..files import as_path
 from ..texts import plain_content, says_something
 
 SYSTEM_ROLES = ("system", "developer")
@@ -79,7 +80,7 @@ class ExampleFiles(Sequence):
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike], visible_turns: int = 1):
-        self.paths = [Path(path) for path in paths]
+        self.paths = [as_path(path, "data") for path in paths]
         self.visible_turns = visible_turns
         self._places: list[tuple[int, int, int, int]] = []  # file, byte, line, target
         errors: list[str] = []
@@ -90,9 +91,9 @@ class ExampleFiles(Sequence):
             self._index(number, path, digest, errors)
         if errors:
             more = f" (and {len(errors) - 1} more lines that cannot be used)" if len(errors) > 1 else ""
-            raise ArgumentError(errors[0] + more)
+            raise FileFormatError(errors[0] + more)
         if not self._places:
-            raise ArgumentError(f"data: {', '.join(map(str, self.paths))}: holds no example")
+            raise FileFormatError(f"data: {', '.join(map(str, self.paths))}: holds no example")
         self.digest = digest.hexdigest()
 
     def _index(self, number: int, path: Path, digest, errors: list[str]) -> None:

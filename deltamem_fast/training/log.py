@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
-from ..files import write_text
+from ..errors import FileFormatError
+from ..files import as_path, naming_files, read_bytes, write_text
 
 LOG_NAME = "log.jsonl"
 
@@ -24,7 +23,7 @@ class TrainingLog:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = as_path(path, "log")
 
     def start(self, step: int) -> None:
         """Begin a log, or go on with one after ``step``: what was written later, and a torn last line, go."""
@@ -35,7 +34,7 @@ class TrainingLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming_files("log", self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
@@ -58,18 +57,21 @@ def read_log(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The entries of a log; a last line that was torn by a crash is left out.
 
     Raises:
+        OSError: it cannot be read.
         ValueError: another line is no entry; by file and line.
     """
     entries = []
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    path = as_path(path, "log")
+    # Not splitlines: a file's name in an entry may hold U+2028 and the like.
+    *lines, torn = read_bytes(path, "log").decode("utf-8", "replace").split("\n")
+    for number, line in enumerate([*lines, torn] if torn else lines, 1):
         try:
             entry = json.loads(line)
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                raise ArgumentError("got something else than an object with a step")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise FileFormatError("got something else than an object with a step")
+        except (ValueError, RecursionError) as error:
+            if number > len(lines):
                 break
-            raise ArgumentError(f"{path}:{number}: not an entry of a training log: {error}") from error
+            raise FileFormatError(f"{path}:{number}: not an entry of a training log: {error}") from error
         entries.append(entry)
     return entries

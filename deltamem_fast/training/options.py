@@ -9,6 +9,7 @@ from typing import Any
 
 from ..arguments import MOST, check_integer
 from ..errors import ArgumentError, ArgumentTypeError
+from ..files import as_path
 from .lengths import OVER_LONG
 
 DTYPES = ("bfloat16", "float32")
@@ -85,7 +86,7 @@ class TrainingOptions:
     progress: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "output", str(self.output))
+        object.__setattr__(self, "output", str(as_path(self.output, "output")))
         if not isinstance(self.report_to, list | tuple):
             raise ArgumentTypeError(f"report_to: got {type(self.report_to).__name__}, allowed a tuple of names")
         object.__setattr__(self, "report_to", tuple(self.report_to))

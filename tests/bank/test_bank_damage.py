@@ -1,5 +1,6 @@
 """Damaged banks: what was written, or an error of ours that names the file; never other values or SQLite's errors."""
 
+import errno
 import os
 import random
 import sqlite3
@@ -10,6 +11,7 @@ import pytest
 from bank_support import open_store
 
 from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError, WrongPathKindError
+from deltamem_fast.storage import bank_store
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
 
 SIZE = 400
@@ -125,6 +127,30 @@ def test_rows_of_another_write_or_id_are_found(good, path, change, message):
         assert store.read(["user-002"]) == ([good[1][0][2]], [good[1][1][2]])
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), (("created", 10**18), ("created", "x"), ("version", -1), ("updated", -1), ("state", b"short"))
+)
+def test_checksums_that_fit_are_not_enough(good, path, column, value):
+    """Whoever can write the file can make them."""
+    path.write_bytes(good[0])
+    names = ("key", "version", "bytes", "created", "updated")
+    with closing(sqlite3.connect(path)) as connection:
+        entry = connection.execute(f"SELECT {', '.join(names)} FROM memories WHERE id = 'user-000'").fetchone()
+        values = dict(zip(names, entry)) | ({column: value} if column in names else {})
+        (state,) = connection.execute("SELECT state FROM states WHERE key = 1").fetchone()
+        state = value if column == "state" else state
+        row = bank_store._row_crc("user-000", values["version"], state)
+        crc = bank_store._entry_crc("user-000", *values.values(), row)
+        connection.execute("UPDATE states SET state = ? WHERE key = ?", (state, values["key"]))
+        connection.execute(
+            "UPDATE memories SET version = ?, created = ?, updated = ?, row_crc = ?, entry_crc = ? WHERE key = 1",
+            (values["version"], values["created"], values["updated"], row, crc),
+        )
+        connection.commit()
+    with closing(open_store(path, SIZE)) as store, pytest.raises(FileFormatError, match="of 'user-000' is not what"):
+        store.read(["user-000"]) if column == "state" else store.entries()
+
+
 def test_an_id_that_was_lost_is_no_unknown_one(good, path):
     path.write_bytes(good[0].replace(b"user-050", b"user-05!", 1))  # in one of its two places
     with closing(open_store(path, SIZE)) as store:
@@ -195,6 +221,45 @@ def test_the_mode_of_a_file_that_is_there_is_kept(good, path):
         store.write(["new"], [0], [bytes(SIZE)])
         modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     assert modes == dict.fromkeys(["users.bank", "users.bank-lock", "users.bank-shm", "users.bank-wal"], 0o640)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, who may give files away")
+def test_a_lock_made_by_root_is_the_owners(good, path, monkeypatch):
+    path.write_bytes(good[0])
+    os.chown(path, 1234, 1235)
+    path.chmod(0o660)
+    lock = path.with_name("users.bank-lock")
+    with closing(open_store(path, SIZE)) as store:
+        lock.unlink(missing_ok=True)
+        store.write(["new"], [0], [bytes(SIZE)])
+        found = lock.stat()
+        assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 1235, 0o660)
+        lock.unlink()
+
+        def refuse(*_):
+            raise PermissionError
+
+        monkeypatch.setattr(os, "fchown", refuse)
+        store.write(["newer"], [0], [bytes(SIZE)])
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+
+
+def test_a_file_system_without_locks(good, path, monkeypatch):
+    path.write_bytes(good[0])
+
+    def failing(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    with closing(open_store(path, SIZE)) as store:
+        monkeypatch.setattr(bank_store.fcntl, "flock", failing(errno.ENOLCK))
+        store.write(["new"], [0], [bytes(SIZE)])
+        monkeypatch.setattr(bank_store.fcntl, "flock", failing(errno.EIO))
+        with pytest.raises(FileAccessError, match="users.bank-lock"):
+            store.write(["newer"], [0], [bytes(SIZE)])
+        assert store.read(["new", "newer"])[1] == [bytes(SIZE), None]
 
 
 def test_a_lock_that_is_no_file_is_not_followed(good, path, tmp_path):

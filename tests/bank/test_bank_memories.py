@@ -16,6 +16,7 @@ from transformers import DynamicCache
 import deltamem_fast
 from deltamem_fast import BankConflict, DeltaMemConfig, MemoryBank, MemoryState, memory_state, patch_model
 from deltamem_fast.bank import BankEntry
+from deltamem_fast.errors import FileFormatError
 from deltamem_fast.files import read_tensors
 from deltamem_fast.storage.bank_store import BankStore
 
@@ -330,6 +331,20 @@ def test_what_is_not_finite_is_refused(bank, model, value):
     memory[1].fill_(value)
     with pytest.raises(ValueError, match="'u0', 'u1', 'u2'"):
         bank.commit(["u0", "u1", "u2"], memory)
+
+
+@pytest.mark.parametrize("value", (torch.nan, -torch.inf, "count"))
+def test_what_no_commit_writes_is_not_gathered(bank, model, value):
+    bank.commit(["a", "b"], random_memory(model, 2))
+    row = bytearray(bank._store.row_bytes)
+    if value == "count":
+        row[-4:] = (-1).to_bytes(4, sys.byteorder, signed=True)
+    else:
+        row[:4] = torch.tensor([value]).numpy().tobytes()
+    bank._store.write(["b"], None, [bytes(row)])
+    with pytest.raises(FileFormatError, match="the memories of 'b' hold NaN or Inf, or counts below 0"):
+        bank.gather(["a", "nobody", "b"])
+    assert bank.gather(["a", "nobody"]).batch_size == 2
 
 
 def test_no_ids(bank):

@@ -5,6 +5,7 @@ import json
 import pytest
 from training_support import chat, write_lines
 
+from deltamem_fast.errors import FileFormatError
 from deltamem_fast.training import ExampleFiles
 from deltamem_fast.training.data import parse_line
 
@@ -158,6 +159,9 @@ def test_no_file_and_no_example(tmp_path):
         ExampleFiles([tmp_path / "nowhere.jsonl"])
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="empty.jsonl: holds no example"):
+        ExampleFiles([tmp_path / "empty.jsonl"])
+    (tmp_path / "empty.jsonl").write_text("nonsense")
+    with pytest.raises(FileFormatError, match=r"empty\.jsonl:1: not JSON"):
         ExampleFiles([tmp_path / "empty.jsonl"])
 
 

@@ -20,8 +20,11 @@ from training_support import (
 )
 
 from deltamem_fast import DeltaMemConfig, load_adapter, patch_model, save_adapter
+from deltamem_fast.adapter import SAFETENSORS_NAME
+from deltamem_fast.config import CONFIG_NAME
+from deltamem_fast.errors import FileFormatError
 from deltamem_fast.training import TrainingOptions, draw_curves, read_log, train
-from deltamem_fast.training.checkpoints import newest_checkpoint
+from deltamem_fast.training.checkpoints import WHOLE_NAME, Run, newest_checkpoint, step_of
 from deltamem_fast.training.curves import smoothed
 from deltamem_fast.training.log import TrainingLog
 
@@ -433,6 +436,35 @@ def test_a_log_goes_on_where_it_left_off(tmp_path):
         read_log(log.path)
     log.start(0)
     assert log.path.read_text() == ""
+
+
+def test_a_log_is_read_line_by_line_and_not_trusted(tmp_path):
+    log = TrainingLog(tmp_path / "log.jsonl")
+    log.write({"step": 1, "evaluation": {"a\u2028b.jsonl": {}}})
+    log.write({"step": 2})
+    assert [entry["step"] for entry in read_log(log.path)] == [1, 2]
+    for line in ("[" * 99999, '{"step": true}', "{}"):
+        log.path.write_text(line + "\n")
+        with pytest.raises(FileFormatError, match=r"log\.jsonl:1: not an entry of a training log"):
+            read_log(log.path)
+
+
+def test_a_damaged_checkpoint_does_not_keep_a_run_from_going_on(tmp_path):
+    for step, content in ((1, '{"step": 1}'), (2, "{}"), (3, '{"step": null}'), (4, '{"step": "x"}'), (5, "nonsense")):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        for name, text in ((WHOLE_NAME, content), (CONFIG_NAME, ""), (SAFETENSORS_NAME, "")):
+            (checkpoint / name).write_text(text)
+        if step > 1:
+            with pytest.raises(FileFormatError, match=f"checkpoint-{step}/checkpoint.json"):
+                step_of(checkpoint)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-1"
+    one = Run("m", "float32", {}, "0", 1, {})
+    one.save(tmp_path)
+    one.check(tmp_path)
+    (tmp_path / "training.json").write_text('{"model": "m", "adapter": null}')
+    with pytest.raises(FileFormatError, match="adapter: got NoneType, allowed an object"):
+        one.check(tmp_path)
 
 
 def test_curves_of_a_log_with_gaps(tmp_path):
