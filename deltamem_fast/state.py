@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -180,6 +180,8 @@ class MemoryState:
         Raises:
             IndexError: a row outside 0 to B − 1.
         """
+        if isinstance(rows, str | bytes | Mapping):
+            raise ArgumentTypeError(f"rows: got {rows!r}, allowed a list or tensor of integers, or a mask")
         try:
             index = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(list(rows), device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -432,7 +434,7 @@ def place_of(device: torch.device | str | int) -> torch.device:
     """
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise ArgumentError(f"device: got {device!r}, allowed a device of this machine: {reason}") from error
 

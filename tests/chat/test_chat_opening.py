@@ -53,7 +53,7 @@ def error_of(capsys) -> str:
         (["--adapter", "x"], "--adapter: given without MODEL"),
         (["--device", "nonsense"], "device: got 'nonsense'"),
         (["--device", "cuda:99"], "device: got 'cuda:99'"),
-        (["--backend", "triton", "--device", "meta"], "backend: got 'triton'"),
+        (["--backend", "triton"], "backend: got 'triton'"),
         (["--quantize", "4bit"], "--quantize: needs the package bitsandbytes"),
         (["--attention", "flash_attention_2"], "flash_attn"),
         (["--temperature", "hot"], "--temperature: got 'hot', allowed a number, 0 (greedy) or more"),

@@ -166,7 +166,7 @@ def test_a_file_is_read_without_a_model(saved):
     assert bits(file.memory) == bits(memory) and file.memory.frozen and list(file.memory) == [0, 1, 2]
     assert report(file.memory) == report(memory)
     names = memory._identity.fingerprints()
-    assert {key: getattr(file, key) for key in names} == names
+    assert names.items() <= file.fingerprints.items()
     assert file.path == path and names["adapter_fingerprint"][:12] in file.made_with
     loaded = MemoryState.load(path, model)
     assert all(entry.distance == 0 for entry in distance(loaded, file.memory))
@@ -188,17 +188,17 @@ def rewritten(saved, path, drop=(), **changes):
     [
         ({"format": "other"}, "not a memory file (format 'other', allowed 'deltamem-memory')"),
         ({"drop": ["format"]}, "not a memory file (format None"),
-        ({"format_version": "2"}, "format version '2', this version reads 1 to 1"),
+        ({"format_version": "3"}, "format version '3', this version reads 1 to 2"),
         ({"format_version": "one"}, "format version 'one'"),
-        ({"drop": ["layers"]}, "a broken memory file"),
-        ({"layers": "[1]"}, "a broken memory file"),
-        ({"layers": "not JSON"}, "a broken memory file"),
+        ({"drop": ["layers"]}, "not JSON"),
+        ({"layers": "[1]"}, "got a JSON list, allowed an object"),
+        ({"layers": "not JSON"}, "not JSON"),
         ({"drop": ["layers.1.state"]}, "a broken memory file"),
         ({"drop": ["skipped"]}, "a broken memory file"),
-        ({"layers.1.state": torch.zeros(2, 3, 4, 5)}, "layer 1 is torch.float32 [2, 3, 4, 5], allowed float32 [2, 3,"),
-        ({"layers.1.state": torch.zeros(3, 3, 4, 4)}, "layer 1 is torch.float32 [3, 3, 4, 4]"),
-        ({"layers.1.state": torch.zeros(2, 3, 4, 4).half()}, "layer 1 is torch.float16"),
-        ({"skipped": torch.zeros(1, 2)}, "skipped is [1, 2], allowed [3, 2]"),
+        ({"layers.1.state": torch.zeros(2, 3, 4, 5)}, "layers.1.state is F32 [2, 3, 4, 5], allowed F32 [2, 3,"),
+        ({"layers.1.state": torch.zeros(3, 3, 4, 4)}, "layers.1.state is F32 [3, 3, 4, 4]"),
+        ({"layers.1.state": torch.zeros(2, 3, 4, 4).half()}, "layers.1.state is F16"),
+        ({"skipped": torch.zeros(1, 2)}, "skipped is F32 [1, 2], allowed I32 [3, 2]"),
     ],
 )
 def test_a_broken_file_is_told(saved, tmp_path, changes, message):
