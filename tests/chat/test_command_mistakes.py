@@ -121,7 +121,7 @@ MISTAKES = [
     (("train", "{model}", "a\0b", *TRAIN[3:]), "DATA: got 'a"),
     (("train", "{model}", "{root}/directory", *TRAIN[3:]), "DATA: .*directory"),
     ((*TRAIN, "--evaluate", "{root}/missing"), "--evaluate: .*missing: no such file"),
-    ((*TRAIN[:4], "a\0b"), "--output: got 'a"),
+    ((*TRAIN[:4], "a\0b"), "output: got 'a"),
     ((*TRAIN, "--resume", LONG), "--resume: xxx.*too long"),
     # numbers
     ((*CHAT, "--temperature=nan"), "--temperature: got 'nan'"),
