@@ -74,10 +74,15 @@ def plain_content(content: Any, name: str) -> str:
     return "\n".join(part["text"] for part in content)
 
 
+def vocabulary_size(model) -> int:
+    """How many token ids a model has an embedding for."""
+    embeddings = unwrap(model).get_input_embeddings()
+    return int(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
+
+
 def check_known(model, ids: Sequence[int]) -> None:
     """Raise ValueError for token ids that a model has no embedding for; on a GPU they would end the process."""
-    embeddings = unwrap(model).get_input_embeddings()
-    known = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    known = vocabulary_size(model)
     if ids and not 0 <= min(ids) <= max(ids) < known:
         raise ArgumentError(
             f"tokenizer: gives token id {max(ids)}, the model knows 0 to {known - 1}; is it this model's?"

@@ -18,6 +18,7 @@ from ..files import Header, as_path, parse_json, parse_tensors, save_tensors
 from ..record import decoder_of, describe_difference, identity_of, unwrap
 from ..state import MemoryState
 from ..storage import snapshots
+from ..texts import vocabulary_size
 from .blocks import Block
 from .schema import check_content, check_identity
 from .settings import check_generation, check_template
@@ -49,11 +50,11 @@ def _check_can_be_loaded(session: MemorySession, content: dict[str, Any], tensor
         raise ArgumentTypeError(f"session: {_MUST_BE_JSON}: {error}") from error
     except (ValueError, RecursionError) as error:  # NaN, integers without end, lists in one another
         raise ArgumentError(f"session: {_MUST_BE_JSON}: {error}") from error
-    vocabulary = vocabulary_of(session.model)
+    vocabulary, segmented = vocabulary_size(session.model), identity_of(session.model).config.segmented
     check_template(session.template, "session: template", ArgumentError)
     check_generation(session.generation, "session: generation", vocabulary, ArgumentError)
     try:
-        check_content(parse_json(data, "session"), "session", vocabulary, _is_segmented(session.model), ArgumentError)
+        check_content(parse_json(data, "session"), "session", vocabulary, segmented, ArgumentError)
     except FileFormatError as error:  # keys that are one and the same in JSON
         raise ArgumentError(f"session: {_MUST_BE_JSON}: {error}") from error
     for name, tensor in tensors.items():
@@ -148,7 +149,7 @@ def load(
             raise FileFormatError(
                 f"directory: {directory}: saved under {difference}; adopt=True takes it all the same, if its shapes fit"
             )
-        check_content(content, f"directory: {path}", vocabulary_of(model), _is_segmented(model), FileFormatError)
+        check_content(content, f"directory: {path}", vocabulary_size(model), identity.config.segmented, FileFormatError)
         if files.keys() != {"state"}:
             raise FileFormatError(f"directory: {path}: files: got {sorted(files)}, allowed state")
         data_path = path.with_name(manifest["files"]["state"]["name"])
@@ -169,16 +170,6 @@ def load(
         return session
 
     return snapshots.read(directory, FORMAT, FORMAT_VERSION, make)
-
-
-def vocabulary_of(model: nn.Module) -> int:
-    """How many token ids a model takes."""
-    embeddings = unwrap(model).get_input_embeddings()
-    return int(getattr(embeddings, "num_embeddings", 0) or embeddings.weight.shape[0])
-
-
-def _is_segmented(model: nn.Module) -> bool:
-    return identity_of(model).config.memory_write_granularity != "token"
 
 
 def _check_header(content: dict[str, Any], header: Header, identity, path: Path) -> None:
