@@ -35,6 +35,7 @@ class MemoryCall:
         gates: sums over the gates of each layer's written tokens, empty when the forward is over; None: nobody asked.
         fed: what is known of the cache that keys and values go to; None: there is none.
         held: how many tokens that had got before this forward; None: not counted.
+        bypassed: the functions that a layer of this forward has found as they were; see ``paths``.
         projections: by layer the raw projections [B, T, W] of this forward's tokens; None: nobody asked.
     """
 
@@ -64,6 +65,7 @@ class MemoryCall:
         self.projections = projections
         self.fed = fed
         self.held = held
+        self.bypassed: tuple | None = None
         self._unmasked: torch.Tensor | None = None
         self.records = gates is not None or projections is not None
         # Whether tokens may be read, or read and written, where the state lies; but for that state itself.

@@ -43,7 +43,7 @@ def attention_forward(self, *args, memory: MemoryCall | None = None, **kwargs):
     adapter = self._modules["delta_memory"]
     weights = adapter.weights
     # A checkpoint's first run is to round as its recomputation does.
-    packed = memory.in_place and weights.usable(self, adapter)
+    packed = memory.in_place and weights.usable(self, adapter, memory)
     if packed and weights.applies(hidden_states):
         return fused_forward(self, adapter, memory, *args, **kwargs)
     reads = advance(adapter, *adapter.project(hidden_states, packed), memory)

@@ -17,6 +17,7 @@ from torch import nn
 
 from deltamem_kernels.layout import HeadLayout, Steering
 
+from .advance import MemoryCall
 from .memory import DeltaMemory
 from .packing import PackedRows, can_pack, fills_its_storage
 
@@ -90,7 +91,8 @@ class LayerWeights:
         self._steering: Steering | None = None
         # What was found where when the path was chosen: dictionaries, keys, objects; the types of the parts.
         self._places: tuple[tuple, tuple, tuple] = ((), (), ())
-        # The functions that the fused forward goes past: owners (classes, modules), names, functions.
+        # The functions that the fused forward goes past: owners (classes, modules), names, functions. Mostly
+        # the same in all layers, so that a forward looks at them once.
         self._functions: tuple[tuple, tuple, tuple] = ((), (), ())
         # The packed parameters, and where their rows lie.
         self._packed: tuple[list[nn.Parameter], list[int]] = ([], [])
@@ -182,12 +184,19 @@ class LayerWeights:
         self._packed = [p for pack in packs for p in pack.parameters], [a for pack in packs for a in pack.addresses]
         self._hooks = tuple(hooks for part in self._parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
 
-    def is_current(self) -> bool:
-        """Whether nothing that the choice and the packing rest on has been replaced or moved."""
+    def is_current(self, call: MemoryCall | None = None) -> bool:
+        """Whether nothing that the choice and the packing rest on has been replaced or moved.
+
+        Args:
+            call: the forward that asks; what all layers rest on is looked at by its first.
+        """
         if not all(map(operator.is_, map(dict.get, *self._places[:2]), self._places[2])):
             return False
-        if not all(map(operator.is_, map(getattr, *self._functions[:2]), self._functions[2])):
-            return False
+        if call is None or call.bypassed != self._functions:
+            if not all(map(operator.is_, map(getattr, *self._functions[:2]), self._functions[2])):
+                return False
+            if call is not None:
+                call.bypassed = self._functions
         if tuple(map(type, self._parts)) != self._types:
             return False
         parameters, addresses = self._packed
@@ -219,7 +228,7 @@ class LayerWeights:
             found = self._layouts[rotary] = HeadLayout(*self.heads, head_dim, rotary)
         return found
 
-    def usable(self, attention: nn.Module, memory: DeltaMemory) -> bool:
+    def usable(self, attention: nn.Module, memory: DeltaMemory, call: MemoryCall | None = None) -> bool:
         """Whether the packed rows may stand for the parameters in this call; looks at what has moved."""
         if torch.is_grad_enabled() or self.plain:
             return False
@@ -231,7 +240,7 @@ class LayerWeights:
             for owner, name, known in zip(*self._functions):
                 if getattr(owner, name) is not known:
                     return False
-        elif not self.is_current():
+        elif not self.is_current(call):
             self.refresh(attention, memory, trusted=False)
         return self.rows is not None
 
