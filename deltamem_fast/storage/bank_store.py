@@ -1,14 +1,16 @@
 """Rows of bytes by id in one SQLite file that many processes and threads share; ``MemoryBank`` without tensors.
 
-Needs the standard library alone. What holds, whoever is killed when: a write is there as a whole or not at all, it
-was made on the version it says it was, and once ``write`` has returned it stays. What is read is what was written, or
-an error that names the file: every row and every entry has a checksum, and every id is in two places.
+Needs the standard library, and NumPy for rows. What holds, whoever is killed when: a write is there as a whole or not at all,
+it was made on the version it says it was, and once ``write`` has returned it stays. What is read is what was written,
+or an error that names the file: every row and every entry has a checksum, and every id is in two places.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import operator
 import os
@@ -22,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import (
     ArgumentError,
@@ -37,6 +40,9 @@ from ..errors import (
 )
 from ..files import as_path, make_directory, naming_files
 
+if TYPE_CHECKING:
+    import numpy  # imported where it is used: what only opens and lists a store starts without it
+
 try:
     import fcntl
 except ImportError:  # Windows: SQLite's own locks remain
@@ -51,6 +57,7 @@ _MOST = 2**63 - 1  # that SQLite knows
 _PAGE_SIZES = (4096, 8192, 16384)
 _WAL_BYTES = 64 * 2**20  # of the log before it is copied into the file
 _READER_MILLISECONDS = 500  # that a delete waits for readers of the log
+_AT_ONCE = 64  # rows whose checksums are computed together
 _CACHE_KIB = 4096  # a connection; holds the inner pages of a million rows, and stays in the processor's caches
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of flock, on a file system that has none
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -67,7 +74,7 @@ CREATE TABLE memories (
     bytes INTEGER NOT NULL,
     created INTEGER NOT NULL,
     updated INTEGER NOT NULL,
-    row_crc INTEGER,
+    row_sum INTEGER,
     entry_crc INTEGER
 ) WITHOUT ROWID;
 CREATE INDEX entries_by_update ON memories (updated);
@@ -78,7 +85,7 @@ CREATE TABLE states (key INTEGER PRIMARY KEY, state BLOB NOT NULL);
 # "unchecked" is the last version of the rows that got their checksum here, and not when they were written.
 _UPGRADE = """
 ALTER TABLE entries RENAME TO memories;
-ALTER TABLE memories ADD COLUMN row_crc INTEGER;
+ALTER TABLE memories ADD COLUMN row_sum INTEGER;
 ALTER TABLE memories ADD COLUMN entry_crc INTEGER;
 CREATE INDEX memories_ids ON memories (id);
 INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 'version';
@@ -93,9 +100,9 @@ _PARTS = {
         ("index", "memories_ids"),
     },
 }  # fmt: skip
-_COLUMNS = "memories.id, memories.key, version, bytes, created, updated, row_crc, entry_crc"
+_COLUMNS = "memories.id, memories.key, version, bytes, created, updated, row_sum, entry_crc"
 _READ = """
-SELECT asked.key, memories.version, memories.row_crc, states.state FROM json_each(?) AS asked
+SELECT asked.key, memories.version, memories.row_sum, states.state FROM json_each(?) AS asked
 CROSS JOIN memories ON memories.id = asked.value LEFT JOIN states ON states.key = memories.key
 """
 _FIND = f"""
@@ -234,25 +241,61 @@ class BankStore:
         return versions, rows
 
     def each(self, ids: Sequence[str]) -> Iterator[tuple[int, int, bytes]]:
-        """(n, version, row) of the n-th id, all of one moment; nothing for an unknown id.
+        """(n, version, row) of the n-th id; see ``blocks``."""
+        import numpy
+
+        staged = numpy.empty((1, self.row_bytes), numpy.uint8)
+        for (place,), (version,) in self.blocks(ids, staged):
+            yield place, version, staged.tobytes()
+
+    def blocks(self, ids: Sequence[str], staged: numpy.ndarray) -> Iterator[tuple[list[int], list[int]]]:
+        """Rows of ``ids`` a block at a time, all of one moment, nothing for an unknown id.
 
         For what is copied elsewhere at once, while the processor still has it. This thread must not use the store
         again until the iterator has ended or is closed.
 
+        Args:
+            staged: uint8 [1 or more, row_bytes], contiguous; each block overwrites the one before.
+
+        Yields:
+            [n, …], which of the ids the first rows of ``staged`` are now, and their versions.
+
         Raises:
-            TypeError, ValueError: see ``check_ids``; at the first step.
+            TypeError, ValueError: see ``check_ids``; a row is not what was written. At the step that finds it.
         """
         ids = check_ids(ids)
-        found = 0
+        size, data, found = self.row_bytes, memoryview(staged.reshape(-1)), 0
+        places: list[int] = []
+        versions: list[int] = []
+        sums: list[int] = []
         with self._connection() as connection:
-            for place, version, crc, row in connection.execute(_READ, (json.dumps(ids),)):
-                whole = type(row) is bytes and len(row) == self.row_bytes and type(version) is int and version > 0
-                if not whole or crc != _row_crc(ids[place], version, row):
-                    raise self._damaged(f"the row of {ids[place]!r} is not what was written")
-                found += 1
-                yield place, version, row
+            for place, version, row_sum, row in connection.execute(_READ, (json.dumps(ids),)):
+                if type(row) is not bytes or len(row) != size or type(version) is not int or version < 1:
+                    raise self._not_as_written(ids[place])
+                start = len(places) * size
+                data[start : start + size] = row
+                places.append(place)
+                versions.append(version)
+                sums.append(row_sum)
+                if len(places) == len(staged):
+                    self._check_rows([ids[n] for n in places], versions, sums, staged)
+                    found += len(places)
+                    yield places, versions
+                    places, versions, sums = [], [], []
+            if places:
+                self._check_rows([ids[n] for n in places], versions, sums, staged[: len(places)])
+                found += len(places)
+                yield places, versions
             if found < len(ids):
                 self._check_unknown(connection, ids)
+
+    def _check_rows(self, ids: list[str], versions: list[int], sums: list, rows: numpy.ndarray) -> None:
+        for id, own, stored in zip(ids, _row_sums(ids, versions, rows), sums):
+            if own != stored:
+                raise self._not_as_written(id)
+
+    def _not_as_written(self, id: str) -> FileFormatError:
+        return self._damaged(f"the row of {id!r} is not what was written")
 
     def versions(self, ids: Sequence[str]) -> list[int]:
         """Versions of ``ids``, all of one moment; 0 for an unknown id. Errors as ``read``."""
@@ -333,6 +376,8 @@ class BankStore:
             TypeError, ValueError: an argument is not allowed (see ``check_ids``); nothing is written.
             TimeoutError: other writers took longer than ``timeout``; nothing is written.
         """
+        import numpy
+
         ids = check_ids(ids)
         for name, values in (("expected", expected), ("rows", rows)):
             if values is not None and len(values) != len(ids):
@@ -356,7 +401,11 @@ class BankStore:
             if any(known >= version for _, known, _ in found):
                 raise self._damaged("its count of versions is not what was written")
             now = time.time_ns() // 1000
-            crcs = [_row_crc(id, version, row) for id, row in zip(ids, rows)]
+            sums: list[int] = []
+            for start in range(0, len(ids), _AT_ONCE):
+                some = slice(start, start + _AT_ONCE)
+                block = numpy.frombuffer(b"".join(rows[some]), numpy.uint8).reshape(-1, self.row_bytes)
+                sums += _row_sums(ids[some], [version] * len(block), block)
             # In the order of the trees, so that a page is touched once.
             new = sorted((id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is None)
             old = sorted((key, id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is not None)
@@ -368,11 +417,11 @@ class BankStore:
                 raise self._damaged("an id has no row")
 
             def entry(id: str, key: int, created: int, place: int) -> tuple:
-                values = (key, version, self.row_bytes, created, now, crcs[place])
+                values = (key, version, self.row_bytes, created, now, sums[place])
                 return (*values, _entry_crc(id, *values), id)
 
             connection.executemany(
-                "UPDATE memories SET key = ?, version = ?, bytes = ?, created = ?, updated = ?, row_crc = ?, "
+                "UPDATE memories SET key = ?, version = ?, bytes = ?, created = ?, updated = ?, row_sum = ?, "
                 "entry_crc = ? WHERE id = ?",
                 (entry(id, key, found[place][2], place) for key, id, place in sorted(old, key=lambda one: one[1])),
             )
@@ -380,7 +429,7 @@ class BankStore:
                 "INSERT INTO states VALUES (?, ?)", ((free + n, rows[place]) for n, (_, place) in enumerate(new))
             )
             connection.executemany(
-                "INSERT INTO memories (key, version, bytes, created, updated, row_crc, entry_crc, id) "
+                "INSERT INTO memories (key, version, bytes, created, updated, row_sum, entry_crc, id) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (entry(id, free + n, now, place) for n, (id, place) in enumerate(new)),
             )
@@ -639,10 +688,10 @@ class BankStore:
                 sound = type(id) is str and all(type(number) is int and number >= 0 for number in numbers)
                 if not sound or type(state) is not bytes or len(state) != row_bytes or max(created, updated) > _LAST:
                     raise self._damaged(f"the row of {id!r} is not as it was written")
-                crc = _row_crc(id, version, state)
-                checked.append((crc, _entry_crc(id, *numbers, crc), id))
+                row_sum = _row_sum(id, version, state)
+                checked.append((row_sum, _entry_crc(id, *numbers, row_sum), id))
             connection.executemany(
-                "UPDATE memories SET row_crc = ?, entry_crc = ? WHERE id = ?",
+                "UPDATE memories SET row_sum = ?, entry_crc = ? WHERE id = ?",
                 sorted(checked, key=operator.itemgetter(2)),
             )
             last, done = rows[-1][1], done + len(rows)
@@ -783,13 +832,47 @@ def _give_to_owner(lock: int, bank: os.stat_result) -> None:
     os.fchmod(lock, mode)
 
 
-def _row_crc(id: str, version: int, row) -> int:
-    """Of a row, and of whose it is and since when."""
-    return zlib.crc32(row, zlib.crc32(f"{version} {id}".encode()))
+def _row_sum(id: str, version: int, row) -> int:
+    """Checksum of a row of bytes, and of whose it is and since when; of 63 bits, as SQLite's integers are signed."""
+    import numpy
+
+    return _row_sums([id], [version], numpy.frombuffer(row, numpy.uint8)[None])[0]
 
 
-def _entry_crc(id: str, key: int, version: int, size: int, created: int, updated: int, row_crc: int) -> int:
-    return zlib.crc32(f"{key} {version} {size} {created} {updated} {row_crc} {id}".encode())
+def _row_sums(ids: Sequence[str], versions: Sequence[int], rows: numpy.ndarray) -> list[int]:
+    """``_row_sum`` of each of ``rows``, uint8 [B, bytes], contiguous.
+
+    Multilinear hashing: Σ wordₙ · keyₙ modulo 2⁶⁴, of which the upper bits are kept. That sees changes in the lower
+    half of a word of 64 bits; a second sum, of the words in the other byte order, sees those in the upper half. Other
+    bytes have both sums with a chance of about 2⁻³⁰, whatever the change. A batch's rows take half the time of CRC-32.
+    """
+    import numpy
+
+    width = rows.shape[1]
+    whole, rest = divmod(width, 8)
+    words = rows[:, : 8 * whole]
+    if rest or not words.flags.c_contiguous:
+        padded = numpy.zeros((len(rows), whole + bool(rest)), "<u8")
+        padded.view(numpy.uint8)[:, :width] = rows
+        words = padded
+    words = words.view("<u8")
+    keys = _keys(words.shape[1])
+    lower = numpy.einsum("ij,j->i", words, keys[0]) >> 32
+    upper = numpy.einsum("ij,j->i", words.view(">u8"), keys[1]) >> 33
+    sums = (lower | upper << 32).astype(numpy.int64).tolist()
+    return [found ^ zlib.crc32(f"{version} {id}".encode()) for found, version, id in zip(sums, versions, ids)]
+
+
+@functools.lru_cache(maxsize=4)
+def _keys(words: int) -> numpy.ndarray:
+    """uint64 [2, words], random numbers that are the same everywhere."""
+    import numpy
+
+    return numpy.frombuffer(hashlib.shake_128(b"rows of a bank").digest(16 * words), "<u8").reshape(2, words)
+
+
+def _entry_crc(id: str, key: int, version: int, size: int, created: int, updated: int, row_sum: int) -> int:
+    return zlib.crc32(f"{key} {version} {size} {created} {updated} {row_sum} {id}".encode())
 
 
 def page_size_for(row_bytes: int) -> int:

@@ -104,7 +104,7 @@ CHANGES = (
     ("DELETE FROM states WHERE key = 1", "the row of 'user-000'"),
     ("UPDATE memories SET version = version + 1 WHERE id = 'user-000'", "the row of 'user-000'"),
     ("UPDATE memories SET key = 2 WHERE id = 'user-000'", "the row of 'user-000'"),
-    ("UPDATE memories SET version = 'x', row_crc = NULL WHERE id = 'user-000'", "the row of 'user-000'"),
+    ("UPDATE memories SET version = 'x', row_sum = NULL WHERE id = 'user-000'", "the row of 'user-000'"),
     ("UPDATE memories SET id = 'user-000' || x'ff' WHERE id = 'user-000'", ""),
 )
 
@@ -139,11 +139,11 @@ def test_checksums_that_fit_are_not_enough(good, path, column, value):
         values = dict(zip(names, entry)) | ({column: value} if column in names else {})
         (state,) = connection.execute("SELECT state FROM states WHERE key = 1").fetchone()
         state = value if column == "state" else state
-        row = bank_store._row_crc("user-000", values["version"], state)
+        row = bank_store._row_sum("user-000", values["version"], state)
         crc = bank_store._entry_crc("user-000", *values.values(), row)
         connection.execute("UPDATE states SET state = ? WHERE key = ?", (state, values["key"]))
         connection.execute(
-            "UPDATE memories SET version = ?, created = ?, updated = ?, row_crc = ?, entry_crc = ? WHERE key = 1",
+            "UPDATE memories SET version = ?, created = ?, updated = ?, row_sum = ?, entry_crc = ? WHERE key = 1",
             (values["version"], values["created"], values["updated"], row, crc),
         )
         connection.commit()

@@ -1,6 +1,7 @@
 """kill -9 at random moments, also amid checkpoints and while the file is made: no acknowledged write is lost."""
 
 import json
+import os
 import random
 import time
 
@@ -76,7 +77,10 @@ def kill(directory, rounds, seed):
         options = (draw.choice(("durable", "fast")), draw.choice((40_000, 400_000, 64 * 2**20)))
         deletes = "deletes" if single else "writes"
         workers = [start("write_worker.py", path, f"{seed}{turn}{n}", *options, deletes) for n in range(2 - single)]
-        time.sleep(draw.uniform(0.05, 0.5))
+        for worker in workers:
+            # Byte by byte: what comes after it is communicate's.
+            assert b"".join(os.read(worker.stdout.fileno(), 1) for _ in range(6)) == b"ready\n"
+        time.sleep(draw.uniform(0, 0.3))
         for worker in draw.sample(workers, len(workers)):
             worker.kill()
         outputs = [worker.communicate(timeout=60)[0] for worker in workers]

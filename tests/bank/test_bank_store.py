@@ -348,7 +348,7 @@ def test_the_format_is_frozen(store, path):
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         names = {name for (name,) in connection.execute("SELECT name FROM meta")}
         assert names == {"layout", "row_bytes", "version", "count"}
-    integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated", "row_crc", "entry_crc")]
+    integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated", "row_sum", "entry_crc")]
     assert tables == {
         "meta": [("name", "TEXT"), ("value", "")],
         "memories": [("id", "TEXT"), *integers],

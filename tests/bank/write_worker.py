@@ -1,6 +1,6 @@
 """Writes batches of sealed rows until it is killed: PATH SEED DURABLE CHECKPOINT_BYTES DELETES.
 
-Prints each write and delete before it begins, and what has become of it once that is known.
+Prints that it is ready, then each write and delete before it begins, and what has become of it once that is known.
 """
 
 import json
@@ -22,6 +22,7 @@ def say(**fields):
 def main(path, seed, durable, checkpoint_bytes, deletes):
     assert "torch" not in sys.modules
     draw = random.Random(seed)
+    print("ready", flush=True)  # what comes before takes as long as the machine is busy
     # Few bytes of log: then it is copied into the file at nearly every write, and the kill often falls into that.
     bank_store._WAL_BYTES = int(checkpoint_bytes)
     store = open_store(path, durable=durable == "durable")
