@@ -8,14 +8,17 @@ from typing import Any
 from .errors import ArgumentError, ArgumentTypeError
 
 MOST = 2**31 - 1
+MOST_64 = 2**63 - 1
 MOST_DEPTH = 100  # of lists and mappings in one another, in a message
 
 
-def check_integer(value: Any, name: str, least: int, most: int = MOST) -> int:
-    """``value``, if it is an integer from ``least`` to ``most``. Raises: ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+def check_integer(value: Any, name: str, least: int, most: int | None = MOST) -> int:
+    """``value``, if it is an integer from ``least`` to ``most`` (None: without end). Raises: ValueError."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
         shown = "an integer of many digits" if isinstance(value, int) and abs(value) > 10 * MOST else repr(value)
-        raise ArgumentError(f"{name}: got {shown}, allowed an integer, {least} or more (up to {most:,})")
+        end = "" if most is None else f" (up to {most:,})"
+        raise ArgumentError(f"{name}: got {shown}, allowed an integer, {least} or more{end}")
     return value
 
 

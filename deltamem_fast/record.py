@@ -105,6 +105,13 @@ class Identity:
         self.accepted.append(other)
 
 
+@functools.lru_cache(maxsize=256)
+def fingerprinted(fingerprints: str) -> Identity:
+    """The identity of an adapter that is not here, by its ``fingerprints`` as JSON; one object for each."""
+    values = json.loads(fingerprints)
+    return Identity({}, DeltaMemConfig(), None, values["adapter_name"], kept_fingerprints=values)
+
+
 def describe_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
     """What differs between the fingerprints of a memory and of a model, both named; "" if nothing.
 
@@ -119,7 +126,7 @@ def describe_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> s
             known.append(ours.get(f"{part}_fingerprint_1"))
         if isinstance(found, str) and found in known:
             continue
-        them = f"{public_label(str(theirs.get(f'{part}_name')))} ({str(found or '?')[:12]})"
+        them = f"{public_label(str(theirs.get(f'{part}_name'))):.200} ({str(found or '?')[:12]})"
         us = f"{ours[f'{part}_name']} ({ours[f'{part}_fingerprint'][:12]})"
         return f"{part} {them}, but the model's {part} is {us}" + _reason(part, theirs, ours)
     return ""
@@ -132,7 +139,7 @@ def _reason(part: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> st
     try:
         fields = json.loads(theirs["backbone_fields"])
         difference = differing_fields(fields, json.loads(ours["backbone_fields"]))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return "; the file has no fields of its backbone, only a fingerprint, so that it cannot say which differ"
     return f"; they differ in {difference}" if difference else ""
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import pathlib
 import struct
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from support import loud_adapter, tiny_model
 from transformers import DynamicCache
 
-from deltamem_fast import DeltaMemConfig, MemoryState, memory_state, patch_model
+from deltamem_fast import DeltaMemConfig, MemoryState, memory_format, memory_state, patch_model
 from deltamem_fast.errors import FileAccessError
 
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(3))
@@ -160,12 +159,11 @@ def test_a_failed_write_leaves_the_old_file(model, memory, tmp_path, monkeypatch
     path = memory.save(tmp_path / "m.safetensors")
     before = path.read_bytes()
 
-    def fail(self, data):
-        with open(self, "wb") as file:
-            file.write(b"half")
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+    monkeypatch.setattr(memory_format, "save_tensors", fail)
     with pytest.raises(FileAccessError, match="m.safetensors: disk full"):
         memory.save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

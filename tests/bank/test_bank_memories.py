@@ -385,7 +385,7 @@ def test_what_is_there(bank, model):
     assert all(entry.created.tzinfo is UTC and entry.created == entry.updated for entry in entries)
     assert [entry.id for entry in bank.list(prefix="team/", order_by="created")] == ["team/bob", "team/alice"]
     assert [entry.id for entry in bank.list(order_by="updated", descending=True, limit=1, offset=1)] == ["team/alice"]
-    assert bank.gather(["eve"])._rows == (("eve", entries[0].version),)
+    assert bank.gather(["eve"])._rows == (("eve", entries[0].version, bank._store.name),)
     assert repr(bank).startswith("MemoryBank('/") and "a fresh adapter" in repr(bank)
 
 

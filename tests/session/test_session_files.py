@@ -535,8 +535,10 @@ def test_sessions_are_private_and_keep_a_mode_that_was_chosen(told, tmp_path):
 
 def test_what_killed_writers_left_is_swept(saved):
     session, directory = saved
-    left = [".state-0123456789abcdef.safetensors.x.tmp", "state-0123456789abcdef.safetensors", ".session.json.y.tmp"]
-    for name in left:
+    left = (
+        ".state-0123456789abcdef.safetensors.ab_3def8.tmp state-0123456789abcdef.safetensors .session.json.abcdefg_.tmp"
+    )
+    for name in left.split():
         (directory / name).write_text("left")
     folder = directory / ".session.json.0123456789abcdef.tmp"
     folder.mkdir()
