@@ -322,6 +322,8 @@ class MemoryBank:
         dtypes = {layer.dtype for _, layer in state.items()}
         if dtypes - {torch.float32}:
             raise ArgumentError(f"state: got {', '.join(sorted(map(str, dtypes)))}, allowed torch.float32")
+        if any(layer.is_meta for _, layer in state.items()):
+            raise ArgumentError("state: is on the meta device, where it has no values")
         state.check_whole()
         self._identity.check(state._identity)
         here = self._store.name

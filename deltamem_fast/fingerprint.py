@@ -256,7 +256,7 @@ def public_name(name: str | os.PathLike) -> str:
     if not re.search(r"[/\\]|^\.{1,2}$|^~", name):
         return name
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return last if last not in ("", ".", "..", "~") else Path(name).expanduser().resolve().name or "/"
+    return last if last not in ("", ".", "..", "~") else Path(os.path.realpath(Path(name).expanduser())).name or "/"
 
 
 def public_label(label: str) -> str:

@@ -236,8 +236,8 @@ def _parsed(path: Path, data: bytes, format_name: str, format_version: int) -> d
 
 def _check_head(path: Path, manifest: dict[str, Any]) -> None:
     generation, entries = manifest.get("generation"), manifest.get("files")
-    if type(generation) is not int or generation < 1:
-        raise FileFormatError(f"directory: {path}: generation: got {generation!r}, allowed an integer, 1 or more")
+    if type(generation) is not int or not 1 <= generation < 2**63:
+        raise FileFormatError(f"directory: {path}: generation: got {generation!r:.80}, allowed an integer, 1 or more")
     if not isinstance(entries, dict):
         raise FileFormatError(f"directory: {path}: files: got {type(entries).__name__}, allowed an object")
     for name, entry in entries.items():
