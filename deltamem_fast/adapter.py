@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .arguments import shown
 from .config import CONFIG_NAME, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from .files import (
@@ -316,8 +317,8 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
     Raises:
         ValueError: the model is not patched, an unknown format, or a weight is not finite (then nothing is written).
     """
-    if format not in FORMATS:
-        raise ArgumentError(f"format: got {format!r}, allowed {', '.join(FORMATS)}")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ArgumentError(f"format: got {shown(format)}, allowed {', '.join(FORMATS)}")
     config = identity_of(model).config
     return write_adapter(directory, config, adapter_state_dict(model), format)
 

@@ -16,10 +16,19 @@ def check_integer(value: Any, name: str, least: int, most: int | None = MOST) ->
     """``value``, if it is an integer from ``least`` to ``most`` (None: without end). Raises: ValueError."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
-        shown = "an integer of many digits" if isinstance(value, int) and abs(value) > 10 * MOST else repr(value)
+        got = "an integer of many digits" if isinstance(value, int) and abs(value) > 10 * MOST else shown(value)
         end = "" if most is None else f" (up to {most:,})"
-        raise ArgumentError(f"{name}: got {shown}, allowed an integer, {least} or more{end}")
+        raise ArgumentError(f"{name}: got {got}, allowed an integer, {least} or more{end}")
     return value
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value for a message: at most so many characters, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits; lists in one another; an object whose repr is broken
+        return f"one {type(value).__name__} too large to show"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def check_text(value: Any, name: str, depth: int = MOST_DEPTH) -> None:

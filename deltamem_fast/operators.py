@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
-from .arguments import check_integer, check_text, check_tokenizer
+from .arguments import check_integer, check_text, check_tokenizer, shown
 from .capture import capture_projections
 from .cutting import pieces_of
 from .errors import ArgumentError, ArgumentTypeError
@@ -223,7 +223,7 @@ def forget(
     if strength is None:
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < 1e9:
-        raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more (less than 1e9)")
+        raise ArgumentError(f"strength: got {shown(strength)}, allowed a number, 0 or more (less than 1e9)")
     pieces = _encoded_pieces(model, tokenizer, _checked_text(text), WRITE_TOKENS)
     scratch, device = MemoryState.zeros(model), input_device(model)
     with capture_projections() as found:

@@ -19,6 +19,7 @@ from torch import nn
 
 from deltamem_kernels.rule import DeltaRule
 
+from .arguments import shown
 from .config import DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError
 from .fingerprint import (
@@ -283,7 +284,9 @@ def _described(model: Any) -> str:
     if isinstance(model, type):
         return f"the class {model.__name__}, allowed a model, as {model.__name__}.from_pretrained makes one"
     if isinstance(model, str | os.PathLike):
-        return f"the name {os.fspath(model)!r}, allowed a model: AutoModelForCausalLM.from_pretrained of it makes one"
+        return (
+            f"the name {shown(os.fspath(model))}, allowed a model: AutoModelForCausalLM.from_pretrained of it makes one"
+        )
     held = getattr(model, "model", None)
     if isinstance(held, nn.Module):
         return f"a {type(model).__name__}, allowed the model in it: its .model, a {type(held).__name__}"

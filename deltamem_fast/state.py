@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import MOST, check_integer
+from .arguments import MOST, check_integer, shown
 from .errors import (
     ArgumentError,
     ArgumentIndexError,
@@ -44,6 +44,10 @@ class MemoryState:
     _rows: tuple | None = None
 
     def __init__(self, layers: dict[int, torch.Tensor], *, identity=None, frozen: bool = False, skipped=None):
+        if not isinstance(layers, dict) or not all(isinstance(s, torch.Tensor) and s.dim() for s in layers.values()):
+            raise ArgumentTypeError(
+                f"layers: got {shown(layers)}, allowed a dict of layer index → [B, heads, rank, rank]"
+            )
         sizes = {int(state.shape[0]) for state in layers.values()}
         if len(sizes) > 1:
             raise ArgumentError(f"layers: got differing batch sizes {sorted(sizes)}, allowed one")
@@ -80,7 +84,9 @@ class MemoryState:
         try:
             return self._layers[layer_idx]
         except (KeyError, TypeError):
-            raise ArgumentKeyError(f"layer {layer_idx}: no memory there, only in layers {list(self._layers)}") from None
+            raise ArgumentKeyError(
+                f"layer {shown(layer_idx)}: no memory there, only in layers {list(self._layers)}"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -184,17 +190,19 @@ class MemoryState:
             IndexError: a row outside 0 to B − 1.
         """
         if isinstance(rows, str | bytes | Mapping):
-            raise ArgumentTypeError(f"rows: got {rows!r}, allowed a list or tensor of integers, or a mask")
+            raise ArgumentTypeError(f"rows: got {shown(rows)}, allowed a list or tensor of integers, or a mask")
         try:
             index = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(list(rows), device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ArgumentTypeError(f"rows: got {rows!r}, allowed a list or tensor of integers, or a mask") from error
+            raise ArgumentTypeError(
+                f"rows: got {shown(rows)}, allowed a list or tensor of integers, or a mask"
+            ) from error
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
                 raise ArgumentIndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
             index = index.nonzero().flatten()
         if index.numel() and (index.is_floating_point() or index.is_complex()):
-            raise ArgumentIndexError(f"rows: got {rows!r}, allowed integers or a bool mask")
+            raise ArgumentIndexError(f"rows: got {shown(rows)}, allowed integers or a bool mask")
         index = index.long().reshape(-1)
         if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
             raise ArgumentIndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
@@ -315,7 +323,7 @@ class MemoryState:
         """
         self.check_writable()
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-            raise ArgumentError(f"rate: got {rate!r}, allowed a number from 0 to 1")
+            raise ArgumentError(f"rate: got {shown(rate)}, allowed a number from 0 to 1")
         for i, state in self._layers.items():
             self.put(i, state * (1 - rate), in_place=True)
         return self
@@ -470,8 +478,8 @@ def place_of(device: torch.device | str | int) -> torch.device:
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise ArgumentError(f"device: got {device!r}, allowed a device of this machine: {reason}") from error
+        reason = str(error).split("\n")[0][:200]
+        raise ArgumentError(f"device: got {shown(device)}, allowed a device of this machine: {reason}") from error
 
 
 @contextlib.contextmanager

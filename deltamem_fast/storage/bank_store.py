@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from ..arguments import MOST_64, check_integer
+from ..arguments import MOST_64, check_integer, shown
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -285,8 +285,8 @@ class BankStore:
             raise ArgumentTypeError(f"prefix: got a {type(prefix).__name__}, allowed a string")
         if any("\ud800" <= letter <= "\udfff" for letter in prefix):
             raise ArgumentError(f"prefix: got {prefix!r}, which holds half of a surrogate pair")
-        if order_by not in ORDERS:
-            raise ArgumentError(f"order_by: got {order_by!r}, allowed {', '.join(ORDERS)}")
+        if not isinstance(order_by, str) or order_by not in ORDERS:
+            raise ArgumentError(f"order_by: got {shown(order_by)}, allowed {', '.join(ORDERS)}")
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
             check_integer(value, name, 0, None)
         first, end = prefix, _after(prefix)
@@ -731,7 +731,10 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
     """
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings")
-    ids = list(ids)
+    try:
+        ids = list(ids)
+    except TypeError as error:  # such as a tensor of no dimension
+        raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings") from error
     for id in ids:
         check_id(id, name)
     if len(set(ids)) != len(ids):
@@ -744,14 +747,13 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
 def check_id(id: str, name: str = "id") -> str:
     """``id`` itself; errors as ``check_ids``."""
     if not isinstance(id, str):
-        raise ArgumentTypeError(f"{name}: got {id!r}, a {type(id).__name__}, allowed strings")
+        raise ArgumentTypeError(f"{name}: got {shown(id)}, a {type(id).__name__}, allowed strings")
     try:
         size = len(id.encode())
     except UnicodeEncodeError:
         raise ArgumentError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
     if not 1 <= size <= MAX_ID_BYTES or "\0" in id:
-        shown = repr(id if size <= 80 else id[:40] + "…")
-        raise ArgumentError(f"{name}: got {shown} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
+        raise ArgumentError(f"{name}: got {shown(id)} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
     return id
 
 
