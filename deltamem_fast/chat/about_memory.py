@@ -98,6 +98,8 @@ def forget(chat: Chat, rest: str) -> None:
     if places_of({"messages": session.messages}, rest):
         more = "" if messages else f"; /forget {MESSAGES} TEXT takes the text out"
         lines.append(f"The record of the conversation keeps them, and /save writes it{more}.")
+    if messages and chat.history is not None:
+        lines.append(f"What was typed stays in {chat.history}, this line too.")
     chat.screen.say("\n".join(lines))
 
 

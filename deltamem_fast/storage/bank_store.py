@@ -214,7 +214,8 @@ class BankStore:
         with _fork_lock:
             _stores.add(self)
         self.unchecked = False
-        self._file = _make_private(self.path)
+        _make_private(self.path)
+        self._file = os.stat(self.path)
         try:
             self.layout, self.row_bytes, self.name = self._open(dict(layout), row_bytes, check)
         except BaseException:
@@ -638,6 +639,9 @@ class BankStore:
                             self._upgrade(connection, size)
                         if replace:
                             connection.execute("UPDATE meta SET value = ? WHERE name = 'layout'", (json.dumps(layout),))
+                self._file = os.stat(
+                    self.path
+                )  # again: layered file systems copy a file when it is opened to be written
                 found, size, unchecked, name = self._read_meta(connection)
                 self.unchecked = unchecked > 0
                 return found, size, name
@@ -757,7 +761,7 @@ def check_id(id: str, name: str = "id") -> str:
     return id
 
 
-def _make_private(path: Path) -> os.stat_result:
+def _make_private(path: Path) -> None:
     """Make an empty file (and its directory) for this user alone; one that is there is left as it is."""
     with naming_files("path", path):
         make_directory(path.parent)
@@ -774,7 +778,6 @@ def _make_private(path: Path) -> os.stat_result:
                 f"path: {path}: has {found.st_nlink} names (hard links), allowed one: SQLite keeps its log beside the "
                 "name, so that what is committed under one is lost under the other; copy the file, and open the copy"
             )
-        return found
 
 
 def _open_lock(path: Path, bank: Path) -> int:
