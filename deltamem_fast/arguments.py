@@ -12,13 +12,20 @@ MOST_64 = 2**63 - 1
 MOST_DEPTH = 100  # of lists and mappings in one another, in a message
 
 
-def check_integer(value: Any, name: str, least: int, most: int | None = MOST) -> int:
-    """``value``, if it is an integer from ``least`` to ``most`` (None: without end). Raises: ValueError."""
+def check_integer(value: Any, name: str, least: int, most: int | None = MOST, *, or_none: bool = False) -> Any:
+    """``value``, if it is an integer from ``least`` to ``most`` (None: without end), or None where that is allowed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value is None and or_none:
+        return None
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         got = "an integer of many digits" if isinstance(value, int) and abs(value) > 10 * MOST else shown(value)
-        end = "" if most is None else f" (up to {most:,})"
-        raise ArgumentError(f"{name}: got {got}, allowed an integer, {least} or more{end}")
+        allowed = f"{least} or more" if most in (None, MOST, MOST_64) else f"{least} to {most:,}"
+        end = f" (up to {most:,})" if most in (MOST, MOST_64) else ""
+        raise ArgumentError(f"{name}: got {got}, allowed an integer, {allowed}{', or None' * or_none}{end}")
     return value
 
 

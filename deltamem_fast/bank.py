@@ -136,7 +136,7 @@ class MemoryBank:
 
         A row that was gathered goes back under its own id alone, which must be at the version that it was gathered at.
         A row from elsewhere needs an id that is not there yet. Afterwards the rows of ``state`` count as gathered at
-        the new version, and can be committed again.
+        the new version, and can be committed again. Whether ``state`` is frozen is not stored.
 
         Args:
             ids: each once, as many as ``state`` has rows, in its order.

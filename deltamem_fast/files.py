@@ -187,8 +187,8 @@ def is_leftover(path: Path, names: str) -> bool:
     found = _LEFTOVER.fullmatch(path.name)
     if found is None or not re.fullmatch(names, found[1], re.DOTALL):
         return False
-    kind = path.lstat().st_mode
-    return stat.S_ISDIR(kind) if found[2] else stat.S_ISREG(kind)
+    mode = path.lstat().st_mode
+    return stat.S_ISDIR(mode) if found[2] else mode == stat.S_IFREG | 0o600  # as tempfile.mkstemp makes it
 
 
 def remove_leftover(path: Path) -> None:

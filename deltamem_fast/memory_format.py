@@ -54,6 +54,8 @@ def write_memory(
     for name, state in tensors.items():
         if state.is_meta:
             raise ArgumentError(f"memory: {name} is on the meta device, where it has no values")
+        if state.dtype != torch.float32:
+            raise ArgumentError(f"memory: {name} is {state.dtype}, allowed torch.float32; nothing was written")
         tensors[name] = state.cpu()
         if not bool(tensors[name].isfinite().all()):
             raise ArgumentError(f"memory: {name} holds NaN or Inf, which a file must not; nothing was written")

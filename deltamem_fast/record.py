@@ -103,7 +103,8 @@ class Identity:
         difference = describe_difference(other.fingerprints(), self.fingerprints())
         if difference:
             raise ArgumentError(f"memory: made under {difference}")
-        self.accepted.append(other)
+        if self.memories:  # one that is known by its fingerprints alone lives on, and must hold no model's weights
+            self.accepted.append(other)
 
 
 @functools.lru_cache(maxsize=256)

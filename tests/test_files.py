@@ -301,9 +301,11 @@ def test_what_a_user_put_there_is_not_swept(tmp_path):
     left, old = tmp_path / ".m.0123456789abcdef.tmp", tmp_path / ".m.ab_3def8.tmp"
     for folder in (*folders, left):
         folder.mkdir()
+    texts.append(tmp_path / ".m.my_draft.tmp")
     for file in (*texts, old):
         file.write_text("kept")
         os.utime(file, (0, 0))
+    old.chmod(0o600)
     write_text(tmp_path / "m", "text")
     assert all(path.exists() for path in (*folders, *texts)) and not left.exists() and not old.exists()
 

@@ -203,6 +203,8 @@ def test_a_pickled_memory_knows_its_adapter(model, memory, tmp_path):
         loaded = MemoryState.load(sent.save(tmp_path / "m.safetensors"), model)
         assert all(torch.equal(loaded[i], state) for i, state in sent.items())
     assert len({id(sent._identity) for sent in found}) == 1  # a server that is sent thousands keeps one
+    MemoryState.cat([found[0], memory])
+    assert found[0]._identity.accepted == []  # nor does it hold a model's weights
     values = vars(memory) | {"_identity": None}  # as versions before have pickled it
     old = MemoryState.__new__(MemoryState)
     old.__setstate__(values)

@@ -288,8 +288,7 @@ class MemorySession:
             ValueError: naming the argument; the limits stay as they were.
         """
         for name, value in (("context_turns", turns), ("context_tokens", tokens)):
-            if value is not None:
-                check_integer(value, name, 1, MOST_64)
+            check_integer(value, name, 1, MOST_64, or_none=True)
         self._limits = Limits(turns, tokens)
 
     # --- the memory's operators

@@ -540,6 +540,7 @@ def test_what_killed_writers_left_is_swept(saved):
     )
     for name in left.split():
         (directory / name).write_text("left")
+        (directory / name).chmod(0o600)
     folder = directory / ".session.json.0123456789abcdef.tmp"
     folder.mkdir()
     (folder / ".tmpAbCdEf").write_text("left by safetensors")
