@@ -70,7 +70,8 @@ class MemoryBank:
         Raises:
             ValueError: the model is not patched, the file is no bank, damaged, of a newer format, or made under
                 another adapter or backbone; the message names both. The file is left as it was.
-            OSError: the file cannot be opened or made.
+            OSError: the file cannot be opened or made, or has several names (hard links): SQLite's log lies beside one.
+                Later calls raise it where the file was moved, removed or replaced meanwhile.
         """
         self._model, self._identity = model, identity_of(model)
         self._shapes = {i: spec.shape for i, spec in self._identity.layer_specs().items()}

@@ -173,8 +173,8 @@ def _sweep(target: Path) -> None:
     """Remove what writers of ``target`` that were killed have left; those that still write hold a lock."""
     with contextlib.suppress(OSError):  # it takes room and does no other harm
         for path in target.parent.iterdir():
-            if is_leftover(path, f"{re.escape(target.name[:_LONGEST])}|{re.escape(target.name)}"):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if is_leftover(path, f"{re.escape(target.name[:_LONGEST])}|{re.escape(target.name)}"):
                     remove_leftover(path)
 
 
