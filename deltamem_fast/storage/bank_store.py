@@ -690,11 +690,13 @@ class BankStore:
     def _version_of(self, connection: sqlite3.Connection) -> int:
         """The format version of a store that this version reads, 0 for an empty file, else ValueError."""
         with self._one_moment(connection):
-            parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
+            # What has no page of its own is code: a trigger, a view, a virtual table. SQLite's own parts have one.
+            parts = connection.execute("SELECT type, name, rootpage FROM sqlite_master").fetchall()
             application = connection.execute("PRAGMA application_id").fetchone()[0]
             version = connection.execute("PRAGMA user_version").fetchone()[0]
         if application == APPLICATION_ID and 1 <= version <= FORMAT_VERSION:
-            if (names := {(kind, name) for kind, name in parts if not name.startswith("sqlite_")}) != _PARTS[version]:
+            names = {(kind, name) for kind, name, page in parts if not (page and name.startswith("sqlite_"))}
+            if names != _PARTS[version] or not all(page for _, _, page in parts):
                 raise self._damaged(f"its tables and indices are {sorted(names)}")
             return version
         if application == APPLICATION_ID:

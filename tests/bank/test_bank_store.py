@@ -420,3 +420,24 @@ def test_a_disk_that_is_full_while_a_file_is_made_is_said_to_be(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     open_store(tmp_path / "full.bank", SIZE).close()
+
+
+@pytest.mark.parametrize("name", ("helper", "sqlite_helper"))
+def test_code_in_a_file_is_not_run(store, path, name):
+    """A trigger would run at the next write; SQLite lets nobody name one sqlite_, but a file may hold one."""
+    store.write(["a", "b"], [0, 0], [A, B])
+    store.close()
+    trigger = f"CREATE TRIGGER {name} AFTER UPDATE ON memories BEGIN DELETE FROM states; END"
+    with closing(sqlite3.connect(path, isolation_level=None)) as tool:
+        tool.execute("PRAGMA writable_schema = ON")
+        tool.execute("INSERT INTO sqlite_master VALUES ('trigger', ?, 'memories', 0, ?)", (name, trigger))
+    with pytest.raises(FileFormatError, match=f"its tables and indices are .*'trigger', '{name}'"):
+        open_store(path, SIZE)
+
+
+def test_statistics_of_sqlite_are_no_damage(store, path):
+    store.write(["a"], [0], [A])
+    with closing(sqlite3.connect(path)) as tool:
+        tool.execute("ANALYZE")
+    with closing(open_store(path, SIZE)) as again:
+        assert again.read(["a"])[1] == [A]
