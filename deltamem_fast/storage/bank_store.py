@@ -215,7 +215,7 @@ class BankStore:
             _stores.add(self)
         self.unchecked = False
         _make_private(self.path)
-        self._file = os.stat(self.path)
+        self._file = _which_file(self.path)
         try:
             self.layout, self.row_bytes, self.name = self._open(dict(layout), row_bytes, check)
         except BaseException:
@@ -477,7 +477,7 @@ class BankStore:
         with handle.lock:
             if self._closed:
                 raise ArgumentError(f"bank: {self.path} was closed")
-            self._check_place()
+            self._check_place(handle)
             if handle.connection is not None and handle.process != os.getpid():
                 # SQLite believes to hold locks that belong to the other process. See ``_before_fork``.
                 raise StateError(f"bank: {self.path} was open when this process was forked from outside Python")
@@ -485,25 +485,28 @@ class BankStore:
                 if handle.connection is None:
                     handle.keep(self._connect("rw"))
                 yield handle.connection
+                if handle.companions is None:
+                    handle.companions = self._companions()
             except sqlite3.ProgrammingError:
                 raise  # a mistake of ours
             except (sqlite3.Error, MemoryError, UnicodeError) as error:
                 raise self._error(error, "bank") from error
 
-    def _check_place(self) -> None:
-        """Raise if the path no longer leads to the file that was opened: SQLite would go on with what nobody sees."""
-        try:
-            found = os.stat(self.path)
-        except OSError as error:
-            found, why = None, error
-        else:
-            why = None
-        if found is None or not os.path.samestat(found, self._file):
+    def _check_place(self, handle: _Handle) -> None:
+        """Raise if the path no longer leads to the file that was opened: SQLite would go on with what nobody sees.
+
+        Nor may its log and index go, which SQLite itself removes with the last connection alone.
+        """
+        kept = handle.companions
+        if _which_file(self.path) != self._file or (kept is not None and kept != self._companions()):
             raise FileAccessError(
-                f"bank: {self.path}: was moved, removed or replaced while it was open here, so nothing is read or "
-                f"written; what was committed before may lie in {self.path.name}-wal beside it. Put both back, or open "
-                "the bank anew"
-            ) from why
+                f"bank: {self.path}: it, its -wal or its -shm was moved, removed or replaced while it was open here; "
+                "nothing is read or written, and what was committed before may lie in the -wal: put them back "
+                "together, or close the bank and open it anew"
+            )
+
+    def _companions(self) -> tuple:
+        return _which_file(f"{self.path}-wal"), _which_file(f"{self.path}-shm")
 
     def _error(self, error: Exception, name: str) -> Exception:
         """SQLite's error as one of ours, which names the file."""
@@ -639,9 +642,7 @@ class BankStore:
                             self._upgrade(connection, size)
                         if replace:
                             connection.execute("UPDATE meta SET value = ? WHERE name = 'layout'", (json.dumps(layout),))
-                self._file = os.stat(
-                    self.path
-                )  # again: layered file systems copy a file when it is opened to be written
+                self._file = _which_file(self.path)  # layered file systems copy one that is opened to be written
                 found, size, unchecked, name = self._read_meta(connection)
                 self.unchecked = unchecked > 0
                 return found, size, name
@@ -715,6 +716,7 @@ class _Handle:
         self.lock = threading.Lock()
         self.connection: sqlite3.Connection | None = None
         self.process = 0
+        self.companions: tuple | None = None  # which files beside the bank's it has open; None: it was not used yet
 
     def keep(self, connection: sqlite3.Connection) -> None:
         self.connection, self.process = connection, os.getpid()
@@ -722,7 +724,7 @@ class _Handle:
     def close(self) -> None:
         if self.connection is not None:
             self.connection.close()
-            self.connection = None
+            self.connection = self.companions = None
 
     def __del__(self):
         self.close()
@@ -761,6 +763,15 @@ def check_id(id: str, name: str = "id") -> str:
     if not 1 <= size <= MAX_ID_BYTES or "\0" in id:
         raise ArgumentError(f"{name}: got {shown(id)} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
     return id
+
+
+def _which_file(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Which file lies there (device and inode), or None."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _make_private(path: Path) -> None:
