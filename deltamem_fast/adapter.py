@@ -323,15 +323,20 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
     return write_adapter(directory, config, adapter_state_dict(model), format)
 
 
-def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str) -> Path:
+def write_adapter(
+    directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str, *, finite: bool = True
+) -> Path:
     """Write configuration and weights in either format, so that an interrupted one is the old adapter or none.
 
     The weights come first, then a file of the other format goes, then the configuration is written. Our weights say
     which configuration they were written with; before released ones another configuration is removed.
+
+    Args:
+        finite: refuse NaN and Inf, which no model takes; False: another file's weights, whatever they are.
     """
     directory = as_path(directory, "directory")
     for key, value in weights.items():
-        _check_readable(key, value)
+        _check_readable(key, value, finite)
     # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
     weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
@@ -360,11 +365,11 @@ def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Te
     return directory
 
 
-def _check_readable(key: str, value: torch.Tensor) -> None:
-    """Raise for a weight that ``read_weights`` would refuse: the adapter that is there is not replaced by none."""
+def _check_readable(key: str, value: torch.Tensor, finite: bool) -> None:
+    """Raise for a weight that no model would take: the adapter that is there is not replaced by none."""
     if value.dtype not in _DTYPES:
         raise ArgumentError(f"adapter: {key} is {value.dtype}, allowed {', '.join(map(str, _DTYPES))}")
-    if not bool(value.isfinite().all()):
+    if finite and not bool(value.isfinite().all()):
         raise ArgumentError(f"adapter: {key} holds NaN or Inf, which a file must not; nothing was written")
 
 

@@ -247,7 +247,7 @@ def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: b
     _check_target(as_path(source, "SOURCE"), directory, force)
     adapter = read_adapter(source)
     weights = adapter.weights
-    write_adapter(directory, adapter.config, weights, to)
+    write_adapter(directory, adapter.config, weights, to, finite=False)
     _check_written(directory, weights)
     files = [CONFIG_NAME, SAFETENSORS_NAME if to == "safetensors" else RELEASED_NAME]
     return {
