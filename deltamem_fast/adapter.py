@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .arguments import shown
 from .config import CONFIG_NAME, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from .files import (
@@ -39,6 +40,7 @@ FORMAT_VERSION = 1
 FORMATS = ("safetensors", "released")
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_NAME, RELEASED_NAME)
 _FLOATS = ("F64", "F32", "F16", "BF16")  # as a safetensors header names them
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def _check_config(path: Path, written: str) -> None:
 
     A save that was interrupted between the two files leaves such a pair.
     """
-    values = parse_json(written, path, "adapter")
+    values = parse_json(written, f"{path}: its metadata's entry 'config'", "adapter")
     try:
         ours = DeltaMemConfig.from_dict({"format_version": 1} | values).to_dict()
     except ValueError as error:
@@ -287,6 +289,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
             for key, value in memory.state_dict().items():
                 value = value.detach()
                 value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                if value.is_meta:
+                    raise ArgumentError(f"adapter: {name}.{key} is on the meta device, where it has no values")
                 found[f"{name}.{key}"] = value.cpu().clone()
     return found
 
@@ -311,21 +315,28 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
             reads: ``delta_mem_adapter.pt``, its configuration keys alone).
 
     Raises:
-        ValueError: the model is not patched, or an unknown format.
+        ValueError: the model is not patched, an unknown format, or a weight is not finite (then nothing is written).
     """
-    if format not in FORMATS:
-        raise ArgumentError(f"format: got {format!r}, allowed {', '.join(FORMATS)}")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ArgumentError(f"format: got {shown(format)}, allowed {', '.join(FORMATS)}")
     config = identity_of(model).config
     return write_adapter(directory, config, adapter_state_dict(model), format)
 
 
-def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str) -> Path:
+def write_adapter(
+    directory, config: DeltaMemConfig, weights: dict[str, torch.Tensor], format: str, *, finite: bool = True
+) -> Path:
     """Write configuration and weights in either format, so that an interrupted one is the old adapter or none.
 
     The weights come first, then a file of the other format goes, then the configuration is written. Our weights say
     which configuration they were written with; before released ones another configuration is removed.
+
+    Args:
+        finite: refuse NaN and Inf, which no model takes; False: another file's weights, whatever they are.
     """
     directory = as_path(directory, "directory")
+    for key, value in weights.items():
+        _check_readable(key, value, finite)
     # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
     weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
@@ -352,6 +363,14 @@ def write_adapter(directory, config: DeltaMemConfig, weights: dict[str, torch.Te
         (directory / (SAFETENSORS_NAME if format == "released" else RELEASED_NAME)).unlink(missing_ok=True)
     config.save(directory, released=format == "released")
     return directory
+
+
+def _check_readable(key: str, value: torch.Tensor, finite: bool) -> None:
+    """Raise for a weight that no model would take: the adapter that is there is not replaced by none."""
+    if value.dtype not in _DTYPES:
+        raise ArgumentError(f"adapter: {key} is {value.dtype}, allowed {', '.join(map(str, _DTYPES))}")
+    if finite and not bool(value.isfinite().all()):
+        raise ArgumentError(f"adapter: {key} holds NaN or Inf, which a file must not; nothing was written")
 
 
 def _has_config(directory: Path, config: DeltaMemConfig) -> bool:

@@ -8,15 +8,34 @@ from typing import Any
 from .errors import ArgumentError, ArgumentTypeError
 
 MOST = 2**31 - 1
+MOST_64 = 2**63 - 1
 MOST_DEPTH = 100  # of lists and mappings in one another, in a message
 
 
-def check_integer(value: Any, name: str, least: int, most: int = MOST) -> int:
-    """``value``, if it is an integer from ``least`` to ``most``. Raises: ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        shown = "an integer of many digits" if isinstance(value, int) and abs(value) > 10 * MOST else repr(value)
-        raise ArgumentError(f"{name}: got {shown}, allowed an integer, {least} or more (up to {most:,})")
+def check_integer(value: Any, name: str, least: int, most: int | None = MOST, *, or_none: bool = False) -> Any:
+    """``value``, if it is an integer from ``least`` to ``most`` (None: without end), or None where that is allowed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value is None and or_none:
+        return None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        got = "an integer of many digits" if isinstance(value, int) and abs(value) > 10 * MOST else shown(value)
+        allowed = f"{least} or more" if most in (None, MOST, MOST_64) else f"{least} to {most:,}"
+        end = f" (up to {most:,})" if most in (MOST, MOST_64) else ""
+        raise ArgumentError(f"{name}: got {got}, allowed an integer, {allowed}{', or None' * or_none}{end}")
     return value
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """A value for a message: at most so many characters, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits; lists in one another; an object whose repr is broken
+        return f"one {type(value).__name__} too large to show"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def check_text(value: Any, name: str, depth: int = MOST_DEPTH) -> None:

@@ -22,6 +22,7 @@ from typing import NoReturn
 import numpy
 import torch
 
+from .arguments import MOST, check_integer
 from .errors import (
     ArgumentError,
     ArgumentKeyError,
@@ -30,9 +31,9 @@ from .errors import (
     FileFormatError,
     PathExistsError,
 )
-from .files import as_path, make_directory, naming_files, read_json, write_json
+from .files import as_path, make_directory, naming_files, read_json, read_metadata, write_json
 from .record import describe_difference, identity_of
-from .state import MemoryState, place_of
+from .state import MemoryState, load_memory, place_of
 from .storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids
 
 __all__ = ["BankConflict", "BankEntry", "MemoryBank"]
@@ -69,7 +70,8 @@ class MemoryBank:
         Raises:
             ValueError: the model is not patched, the file is no bank, damaged, of a newer format, or made under
                 another adapter or backbone; the message names both. The file is left as it was.
-            OSError: the file cannot be opened or made.
+            OSError: the file cannot be opened or made, or has several names (hard links): SQLite's log lies beside one.
+                Later calls raise it where the file was moved, removed or replaced meanwhile.
         """
         self._model, self._identity = model, identity_of(model)
         self._shapes = {i: spec.shape for i, spec in self._identity.layer_specs().items()}
@@ -127,7 +129,7 @@ class MemoryBank:
             place = spec.device if given is None else given
             layers[i], skipped[i] = states[i].to(place), counters[i].to(place)
         memory = MemoryState(layers, identity=self._identity, skipped=skipped)
-        memory._rows = tuple(zip(ids, versions))
+        memory._rows = tuple((id, version, self._store.name) for id, version in zip(ids, versions))
         return memory
 
     def commit(self, ids: Iterable[str], state: MemoryState, *, overwrite: bool = False) -> None:
@@ -135,17 +137,17 @@ class MemoryBank:
 
         A row that was gathered goes back under its own id alone, which must be at the version that it was gathered at.
         A row from elsewhere needs an id that is not there yet. Afterwards the rows of ``state`` count as gathered at
-        the new version, and can be committed again.
+        the new version, and can be committed again. Whether ``state`` is frozen is not stored.
 
         Args:
             ids: each once, as many as ``state`` has rows, in its order.
-            overwrite: True stores whatever the versions are; not under another's id either. To give somebody's memory
-                to another id on purpose, commit ``state.unnamed()``.
+            overwrite: True stores whatever the versions are; not under another's id either, nor in another bank. To
+                give somebody's memory to another id or bank on purpose, commit ``state.unnamed()``.
 
         Raises:
             BankConflict: ids have moved on (another commit, or a delete): gather again. Nothing is written.
-            TypeError, ValueError: an id is not allowed or comes twice, a row was gathered under another id, the state
-                does not fit the ids or the bank, or it holds NaN or Inf. Nothing is written.
+            TypeError, ValueError: an id is not allowed or comes twice, a row was gathered under another id or from
+                another bank, the state does not fit the ids or the bank, or it holds NaN or Inf. Nothing is written.
             TimeoutError: others were writing for a minute. Nothing is written.
         """
         ids = check_ids(ids)
@@ -157,12 +159,14 @@ class MemoryBank:
         if not finite.all():
             broken = [id for id, good in zip(ids, finite.tolist()) if not good]
             raise ArgumentError(f"state: the memories of {_some(broken)} hold NaN or Inf")
+        counters = words[:, self._state_words :]
+        counters[counters < 0] = MOST  # gone past the last int32, where it stays
         data, size = memoryview(words.reshape(-1)).cast("B"), 4 * self._words
         rows = [data[start : start + size] for start in range(0, len(data), size)]
         known = state._rows or (None,) * len(ids)
         expected = None if overwrite else [0 if row is None else row[1] for row in known]
         version = self._store.write(ids, expected, rows)
-        state._rows = tuple((id, version) for id in ids)
+        state._rows = tuple((id, version, self._store.name) for id in ids)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete memories, all or none; returns how many there were.
@@ -219,7 +223,7 @@ class MemoryBank:
             KeyError: no such id.
         """
         memory = self.gather([check_id(id)], "cpu")
-        if memory._rows == ((id, 0),):
+        if not memory._rows[0][1]:
             raise ArgumentKeyError(f"id: {id!r}: not in the bank")
         return memory.save(path)
 
@@ -255,8 +259,7 @@ class MemoryBank:
             ValueError: batch_size < 1.
         """
         directory = as_path(directory, "directory")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ArgumentError(f"batch_size: got {batch_size!r}, allowed an integer, 1 or more")
+        check_integer(batch_size, "batch_size", 1)
         with naming_files("directory", directory):
             make_directory(directory)
             if any(directory.iterdir()):
@@ -265,11 +268,12 @@ class MemoryBank:
         files = []
         for start in range(0, len(ids), batch_size):
             memory = self.gather(ids[start : start + batch_size], "cpu")
-            there = [n for n, (_, version) in enumerate(memory._rows) if version]  # not deleted meanwhile
+            there = [n for n, (_, version, _) in enumerate(memory._rows) if version]  # not deleted meanwhile
             memory = memory.select(there)
             name = f"memories-{len(files):06}.safetensors"
             path = memory.save(directory / name)
-            files.append({"file": name, "sha256": _digest(path), "ids": memory.ids})
+            # The file's own checksum: it names whose rows these are, too.
+            files.append({"file": name, "sha256": read_metadata(path, "directory")["sha256"], "ids": memory.ids})
         index = {"format": EXPORT_FORMAT, "format_version": EXPORT_VERSION, "files": files}
         write_json(directory / INDEX, index | {"sha256": _digest_of(files)})
         return sum(len(file["ids"]) for file in files)
@@ -296,8 +300,8 @@ class MemoryBank:
             if there:
                 raise BankConflict(there)
         for name, names, digest in files:
-            memory = MemoryState.load(directory / name, self._model, adopt=adopt)
-            if digest is not None and _digest(directory / name) != digest:
+            memory, metadata = load_memory(directory / name, self._model, adopt, "directory")
+            if digest is not None and metadata.get("sha256") != digest:
                 raise FileFormatError(f"directory: {directory / name}: damaged: not what the index names (sha256)")
             if memory.batch_size != len(names):
                 raise FileFormatError(
@@ -319,15 +323,22 @@ class MemoryBank:
         dtypes = {layer.dtype for _, layer in state.items()}
         if dtypes - {torch.float32}:
             raise ArgumentError(f"state: got {', '.join(sorted(map(str, dtypes)))}, allowed torch.float32")
+        if any(layer.is_meta for _, layer in state.items()):
+            raise ArgumentError("state: is on the meta device, where it has no values")
         state.check_whole()
         self._identity.check(state._identity)
-        swapped = [(n, row[0], id) for n, (row, id) in enumerate(zip(state._rows or (), ids)) if row and row[0] != id]
+        here = self._store.name
+        swapped = [
+            (n, f"{row[0]!r}{'' if row[2] == here else ' in another bank'}", id)
+            for n, (row, id) in enumerate(zip(state._rows or (), ids))
+            if row and (row[0], row[2]) != (id, here)
+        ]
         if swapped:
-            shown = ", ".join(f"row {n} is the memory of {owner!r}, not of {id!r}" for n, owner, id in swapped[:3])
+            shown = ", ".join(f"row {n} is the memory of {owner}, not of {id!r}" for n, owner, id in swapped[:3])
             more = f" and {len(swapped) - 3} more" if len(swapped) > 3 else ""
             raise ArgumentError(
                 f"ids: {shown}{more}; commit rows under their own ids ({_some(state.ids)}), or state.unnamed() to copy "
-                "memories to other ids on purpose"
+                "memories to other ids or banks on purpose"
             )
 
     def _read(self, ids: builtins.list[str]) -> tuple:
@@ -438,11 +449,6 @@ def _read_index(path: Path) -> list[tuple[str, list[str], str | None]]:
     if version > 1 and index.get("sha256") != _digest_of(files):
         raise FileFormatError(f"directory: {path}: damaged: its content is not what was written (sha256)")
     return [(file["file"], file["ids"], file.get("sha256") if version > 1 else None) for file in files]
-
-
-def _digest(path: Path) -> str:
-    with naming_files("directory", path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(files: list[dict]) -> str:

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from .config import DeltaMemConfig
 from .version import __version__
-
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CACHED = re.compile(r"models--(.+?)--(.+?)[/\\]snapshots[/\\]")
-
-
-def hub_id(name: str | os.PathLike | None) -> str | None:
-    """The hub id (owner/name) that a model was loaded by, from what was given for it; None if that was a path."""
-    name = os.fspath(name or "")
-    cached = _CACHED.search(name)
-    if cached is not None:  # a path into the hub's cache
-        return f"{cached[1]}/{cached[2]}"
-    return name if _ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def front_matter(base_model: str | None) -> list[str]:

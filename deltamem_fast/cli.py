@@ -247,7 +247,7 @@ def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: b
     _check_target(as_path(source, "SOURCE"), directory, force)
     adapter = read_adapter(source)
     weights = adapter.weights
-    write_adapter(directory, adapter.config, weights, to)
+    write_adapter(directory, adapter.config, weights, to, finite=False)
     _check_written(directory, weights)
     files = [CONFIG_NAME, SAFETENSORS_NAME if to == "safetensors" else RELEASED_NAME]
     return {
@@ -260,7 +260,7 @@ def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: b
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
-    if target.resolve() == source.resolve():
+    if os.path.realpath(target) == os.path.realpath(source):
         raise ArgumentError(f"TARGET: got {target}, which is SOURCE; allowed another directory")
     if target.exists() and not target.is_dir():
         raise ArgumentError(f"TARGET: got {target}, which is a file; allowed a directory")

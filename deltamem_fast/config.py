@@ -10,6 +10,7 @@ from typing import Any
 
 from deltamem_kernels.rule import MAX_RANK, STATE_UPDATE_MODES, DeltaRule
 
+from .arguments import shown
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from .files import as_path, parse_json, read_bytes, write_json
 
@@ -142,7 +143,9 @@ class DeltaMemConfig:
             if key not in ARCHIVED:
                 raise ArgumentError(f"{str(key)[:200]}: unknown configuration key")
             if _plain(value) != ARCHIVED[key] or isinstance(value, bool) is not isinstance(ARCHIVED[key], bool):
-                raise ArgumentError(f"{key}: archived, got {_shown(value)}, allowed its default {ARCHIVED[key]!r} only")
+                raise ArgumentError(
+                    f"{key}: archived, got {shown(value, 200)}, allowed its default {ARCHIVED[key]!r} only"
+                )
 
     @classmethod
     def tsw(cls, **changes) -> DeltaMemConfig:
@@ -211,7 +214,7 @@ class DeltaMemConfig:
             values = _RELEASED_DEFAULTS | values
         elif type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ArgumentError(
-                f"format_version: got {_shown(version)}, this version of deltamem-fast reads 1 to {FORMAT_VERSION}"
+                f"format_version: got {shown(version)}, this version of deltamem-fast reads 1 to {FORMAT_VERSION}"
             )
         active = {f.name for f in dataclasses.fields(cls)} - {"archived"}
         archived = {key: values.pop(key) for key in list(values) if key not in active}
@@ -242,16 +245,7 @@ def _plain(value):
 
 def _allow(name: str, value, condition: bool, allowed: str) -> None:
     if not condition:
-        raise ArgumentError(f"{name}: got {_shown(value)}, allowed {allowed}")
-
-
-def _shown(value) -> str:
-    """A value in a message: a file may hold an integer of more digits than Python writes, or a list of a million."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= 200 else f"{text[:199]}…"
+        raise ArgumentError(f"{name}: got {shown(value, 200)}, allowed {allowed}")
 
 
 def _choose(name: str, value, choices) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import (
     ArgumentError,
@@ -41,6 +42,9 @@ MOST_JSON_BYTES = 2**28
 _MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library has it
 _OLD = 24 * 3600.0  # seconds after which a leftover is one, where no lock tells
 _TEMPORARY = ".tmp"
+_LONGEST = 200  # characters of a file's name that its temporary directory has
+# A directory has 16 hexadecimal digits in its name; files, of versions before, 8 characters of tempfile.mkstemp.
+_LEFTOVER = re.compile(r"\.(.+)\.(?:([0-9a-f]{16})|[a-z0-9_]{8})\.tmp", re.DOTALL)
 _SHOWN = 120  # characters of a path that is too long
 
 # A tensor in a file's header: its dtype as safetensors names it, and its shape.
@@ -151,7 +155,7 @@ def _temporary_directory(target: Path) -> Iterator[Path]:
     """A private directory beside ``target``, gone afterwards; those that killed processes have left go first."""
     _sweep(target)
     while True:
-        folder = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}{_TEMPORARY}")
+        folder = target.with_name(f".{target.name[:_LONGEST]}.{secrets.token_hex(8)}{_TEMPORARY}")
         folder.mkdir(mode=0o700)
         lock = _lock(folder)
         if lock is None or _holds(lock, folder):  # else another writer took it for a leftover, before it was locked
@@ -167,14 +171,24 @@ def _temporary_directory(target: Path) -> Iterator[Path]:
 
 def _sweep(target: Path) -> None:
     """Remove what writers of ``target`` that were killed have left; those that still write hold a lock."""
-    prefix = f".{target.name[:200]}."
     with contextlib.suppress(OSError):  # it takes room and does no other harm
         for path in target.parent.iterdir():
-            middle = path.name.removeprefix(prefix).removesuffix(_TEMPORARY)
-            ours = "[0-9a-f]{16}" if path.is_dir() else "[^.]+"  # files: of versions before
-            if path.name == f"{prefix}{middle}{_TEMPORARY}" and re.fullmatch(ours, middle):
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if is_leftover(path, f"{re.escape(target.name[:_LONGEST])}|{re.escape(target.name)}"):
                     remove_leftover(path)
+
+
+def is_leftover(path: Path, names: str) -> bool:
+    """Whether ``path`` is called, and is, what a killed ``write_atomically`` leaves: of nobody else's making.
+
+    Args:
+        names: a regular expression for the names of the files that were to be written.
+    """
+    found = _LEFTOVER.fullmatch(path.name)
+    if found is None or not re.fullmatch(names, found[1], re.DOTALL):
+        return False
+    mode = path.lstat().st_mode
+    return stat.S_ISDIR(mode) if found[2] else mode == stat.S_IFREG | 0o600  # as tempfile.mkstemp makes it
 
 
 def remove_leftover(path: Path) -> None:
@@ -326,7 +340,7 @@ def _finite(text: str) -> float:
 def _object(pairs: list[tuple[str, Any]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"a key comes twice in an object of {sorted(found)[:8]}")
+        raise ValueError(f"a key comes twice in an object of {', '.join(sorted(found)[:8])!r:.200}")
     return found
 
 
@@ -344,22 +358,7 @@ def read_tensors(
         FileFormatError: not a safetensors file, or cut short.
     """
     with _opened(path, name) as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if not length <= min(size - 8, _MOST_HEADER_BYTES):
-            raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
-        head = file.read(length)
-        metadata, header, end = _parse_header(head, path, name)
-        if check is not None:
-            check(metadata, header)
-        if size != 8 + length + end:  # a hole of any size costs its maker nothing
-            raise FileFormatError(
-                f"{name}: {path}: not a safetensors file, or cut short: has {size:,} bytes, its header says "
-                f"{8 + length + end:,}"
-            )
-        data = start + head + file.read(end)
-    return metadata, _tensors(data, path, name)
+        return _read_tensors(file, os.fstat(file.fileno()).st_size, path, name, check)
 
 
 def parse_tensors(
@@ -369,13 +368,41 @@ def parse_tensors(
     check: Callable[[dict[str, str], Header], None] | None = None,
 ) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """As ``read_tensors``, of the bytes of the file ``path``."""
-    length = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else len(data)
-    if length > len(data) - 8:
-        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
-    metadata, header, _ = _parse_header(data[8 : 8 + length], path, name)
+    return _read_tensors(io.BytesIO(data), len(data), path, name, check)
+
+
+def read_metadata(path: str | os.PathLike, name: str) -> dict[str, str]:
+    """The metadata of a safetensors file, without reading its tensors; errors as ``read_tensors``."""
+    with _opened(path, name) as file:
+        metadata, _, _ = _read_header(file, os.fstat(file.fileno()).st_size, path, name)
+    return metadata
+
+
+def _read_tensors(file: IO[bytes], size: int, path, name: str, check) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    metadata, header, head = _read_header(file, size, path, name)
     if check is not None:
         check(metadata, header)
+    file.seek(0)
+    data = file.read(size)
+    if not data.startswith(head):  # overwritten in between: what was checked is not what was read
+        raise FileFormatError(f"{name}: {path}: was changed while it was read")
     return metadata, _tensors(data, path, name)
+
+
+def _read_header(file: IO[bytes], size: int, path, name: str) -> tuple[dict[str, str], Header, bytes]:
+    """Metadata, each tensor's dtype and shape, and the bytes that say so, of a file of ``size`` bytes."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    if not length <= min(size - 8, _MOST_HEADER_BYTES):
+        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
+    head = file.read(length)
+    metadata, header, end = _parse_header(head, path, name)
+    if size != 8 + length + end:  # a hole of any size costs its maker nothing
+        raise FileFormatError(
+            f"{name}: {path}: not a safetensors file, or cut short: has {size:,} bytes, its header says "
+            f"{8 + length + end:,}"
+        )
+    return metadata, header, start + head
 
 
 def _parse_header(data: bytes, path: str | os.PathLike, name: str) -> tuple[dict[str, str], Header, int]:

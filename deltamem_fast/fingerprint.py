@@ -65,6 +65,9 @@ _LATER = {"gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7}}
 # RoPE of these types depends on how long a context may be.
 _ROPE_BY_LENGTH = ("dynamic", "longrope", "yarn")
 
+_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots(?:[/\\]|$)")
+
 # What the first format left out of its hash over the whole configuration.
 _VOLATILE = {
     "_name_or_path",
@@ -141,7 +144,7 @@ def first_backbone_fingerprint(config) -> str:
 def differing_fields(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """The fields that differ and both values, in words: ``hidden_size 64 (the model's: 128)``."""
     names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
-    shown = [f"{name} {_short(theirs.get(name))} (the model's: {_short(ours.get(name))})" for name in names[:4]]
+    shown = [f"{name:.60} {_short(theirs.get(name))} (the model's: {_short(ours.get(name))})" for name in names[:4]]
     return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -236,18 +239,24 @@ def backbone_name(config) -> str:
     return f"{name} ({config.model_type}, {layers} layers, hidden {hidden})"
 
 
+def hub_id(name: str | os.PathLike | None) -> str | None:
+    """The hub id (owner/name) that something was loaded by, from what was given for it; None if that was a path."""
+    name = os.fspath(name or "")
+    cached = _CACHED.search(name)
+    if cached:  # a path into the hub's cache
+        return f"{cached[1]}/{cached[2]}"
+    return name if _ID.fullmatch(name) and not Path(name).exists() else None
+
+
 def public_name(name: str | os.PathLike) -> str:
     """A hub id as it is, of a path the last part: where somebody keeps files is nobody else's business."""
-    name = os.fspath(name)
-    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots(?:[/\\]|$)", name)
-    if cached:
-        return f"{cached[1]}/{cached[2]}"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists():
-        return name
+    found, name = hub_id(name), os.fspath(name)
+    if found is not None:
+        return found
     if not re.search(r"[/\\]|^\.{1,2}$|^~", name):
         return name
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return last if last not in ("", ".", "..", "~") else Path(name).expanduser().resolve().name or "/"
+    return last if last not in ("", ".", "..", "~") else Path(os.path.realpath(Path(name).expanduser())).name or "/"
 
 
 def public_label(label: str) -> str:

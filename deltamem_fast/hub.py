@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .adapter import export_adapter
-from .card import adapter_card, hub_id
+from .card import adapter_card
 from .errors import ArgumentError, FileAccessError
 from .files import write_text
+from .fingerprint import hub_id
 from .record import identity_of, unwrap
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from .arguments import MOST
 from .errors import ArgumentError, FileFormatError
-from .files import Header, as_path, check_seal, parse_json, read_tensors, seal, write_atomically
+from .files import Header, as_path, check_seal, parse_json, read_tensors, save_tensors, seal, write_atomically
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 2  # 1 had no checksum, and no fields of the backbone
@@ -48,28 +49,34 @@ def write_memory(
         ValueError, TypeError: a state is not finite, or on the meta device; what can be no path; nothing is written.
         OSError: it cannot be written; an old file stands.
     """
-    from safetensors.torch import save
-
     path = as_path(path, "path")
     tensors = {_name(i): state.detach().contiguous() for i, state in layers.items()}
     for name, state in tensors.items():
         if state.is_meta:
             raise ArgumentError(f"memory: {name} is on the meta device, where it has no values")
+        if state.dtype != torch.float32:
+            raise ArgumentError(f"memory: {name} is {state.dtype}, allowed torch.float32; nothing was written")
         tensors[name] = state.cpu()
         if not bool(tensors[name].isfinite().all()):
             raise ArgumentError(f"memory: {name} holds NaN or Inf, which a file must not; nothing was written")
     counters = [counter.detach().cpu() for counter in skipped.values()]
-    tensors[_SKIPPED] = torch.stack(counters) if counters else torch.zeros(0, 0, dtype=torch.int32, device="cpu")
+    tensors[_SKIPPED] = torch.zeros(0, 0, dtype=torch.int32, device="cpu")
+    if counters:
+        tensors[_SKIPPED] = whole_counts(torch.stack(counters))
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "layers": json.dumps({str(i): list(state.shape[1:]) for i, state in layers.items()}),
-        "frozen": json.dumps(frozen),
+        "frozen": json.dumps(bool(frozen)),  # users may have set it to anything that is true or not
         **fingerprints,
     }
     metadata["sha256"] = seal(metadata, tensors)
-    data = save(tensors, metadata)  # safetensors' own writing of files has errors of its own for a full disk
-    return write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    return write_atomically(path, lambda temporary: save_tensors(tensors, temporary, metadata))
+
+
+def whole_counts(counters: torch.Tensor) -> torch.Tensor:
+    """int32 counts of skipped tokens, each 0 or more: one that has gone past the last int32 stays at it."""
+    return counters.where(counters >= 0, MOST)
 
 
 def read_memory(
@@ -133,7 +140,9 @@ def _check_version(path, name: str, metadata: Mapping[str, str]) -> int:
 
 def _shapes(path, name: str, metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
     """Layer index → (H, r, r), as the metadata has it."""
-    said = parse_json(metadata.get("layers", ""), path, name)
+    if "layers" not in metadata:
+        raise FileFormatError(f"{name}: {path}: a broken memory file: its metadata lacks the entry 'layers'")
+    said = parse_json(metadata["layers"], f"{path}: its metadata's entry 'layers'", name)
     for layer, shape in said.items():
         whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
         if not re.fullmatch("0|[1-9][0-9]{0,8}", layer) or not whole or shape[1] != shape[2]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
-from .arguments import check_text, check_tokenizer
+from .arguments import check_integer, check_text, check_tokenizer, shown
 from .capture import capture_projections
 from .cutting import pieces_of
 from .errors import ArgumentError, ArgumentTypeError
@@ -98,8 +98,7 @@ def ingest(
     """
     _check(model, memory)
     _check_writable(memory)
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ArgumentError(f"tokens: got {tokens!r}, allowed an integer, 1 or more")
+    check_integer(tokens, "tokens", 1)
     pieces = _encoded_pieces(model, tokenizer, _checked_text(text), tokens)
     total, device, before = sum(map(len, pieces)), input_device(model), memory.skipped
     with taken_back(memory):
@@ -224,7 +223,7 @@ def forget(
     if strength is None:
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < 1e9:
-        raise ArgumentError(f"strength: got {strength!r}, allowed a number, 0 or more (less than 1e9)")
+        raise ArgumentError(f"strength: got {shown(strength)}, allowed a number, 0 or more (less than 1e9)")
     pieces = _encoded_pieces(model, tokenizer, _checked_text(text), WRITE_TOKENS)
     scratch, device = MemoryState.zeros(model), input_device(model)
     with capture_projections() as found:
@@ -331,8 +330,7 @@ def _with_bar(pieces: list[_Encoded], total: int, progress: bool | None) -> Iter
 
 
 def _check_writable(memory: MemoryState) -> None:
-    if memory.frozen:
-        raise ArgumentError("memory: it is frozen (read-only), allowed one that may be written")
+    memory.check_writable()
 
 
 def _check(model: nn.Module, memory: MemoryState) -> None:

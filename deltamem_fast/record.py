@@ -19,6 +19,7 @@ from torch import nn
 
 from deltamem_kernels.rule import DeltaRule
 
+from .arguments import shown
 from .config import DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError
 from .fingerprint import (
@@ -102,7 +103,15 @@ class Identity:
         difference = describe_difference(other.fingerprints(), self.fingerprints())
         if difference:
             raise ArgumentError(f"memory: made under {difference}")
-        self.accepted.append(other)
+        if self.memories:  # one that is known by its fingerprints alone lives on, and must hold no model's weights
+            self.accepted.append(other)
+
+
+@functools.lru_cache(maxsize=256)
+def fingerprinted(fingerprints: str) -> Identity:
+    """The identity of an adapter that is not here, by its ``fingerprints`` as JSON; one object for each."""
+    values = json.loads(fingerprints)
+    return Identity({}, DeltaMemConfig(), None, values["adapter_name"], kept_fingerprints=values)
 
 
 def describe_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
@@ -119,7 +128,7 @@ def describe_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> s
             known.append(ours.get(f"{part}_fingerprint_1"))
         if isinstance(found, str) and found in known:
             continue
-        them = f"{public_label(str(theirs.get(f'{part}_name')))} ({str(found or '?')[:12]})"
+        them = f"{public_label(str(theirs.get(f'{part}_name'))):.200} ({str(found or '?')[:12]})"
         us = f"{ours[f'{part}_name']} ({ours[f'{part}_fingerprint'][:12]})"
         return f"{part} {them}, but the model's {part} is {us}" + _reason(part, theirs, ours)
     return ""
@@ -132,7 +141,7 @@ def _reason(part: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> st
     try:
         fields = json.loads(theirs["backbone_fields"])
         difference = differing_fields(fields, json.loads(ours["backbone_fields"]))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return "; the file has no fields of its backbone, only a fingerprint, so that it cannot say which differ"
     return f"; they differ in {difference}" if difference else ""
 
@@ -276,7 +285,9 @@ def _described(model: Any) -> str:
     if isinstance(model, type):
         return f"the class {model.__name__}, allowed a model, as {model.__name__}.from_pretrained makes one"
     if isinstance(model, str | os.PathLike):
-        return f"the name {os.fspath(model)!r}, allowed a model: AutoModelForCausalLM.from_pretrained of it makes one"
+        return (
+            f"the name {shown(os.fspath(model))}, allowed a model: AutoModelForCausalLM.from_pretrained of it makes one"
+        )
     held = getattr(model, "model", None)
     if isinstance(held, nn.Module):
         return f"a {type(model).__name__}, allowed the model in it: its .model, a {type(held).__name__}"

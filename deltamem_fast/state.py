@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import check_integer
+from .arguments import MOST, check_integer, shown
 from .errors import (
     ArgumentError,
     ArgumentIndexError,
@@ -20,8 +21,8 @@ from .errors import (
     FileFormatError,
     StateError,
 )
-from .memory_format import read_memory, write_memory
-from .record import LayerSpec, describe_difference, identity_of
+from .memory_format import read_memory, whole_counts, write_memory
+from .record import LayerSpec, describe_difference, fingerprinted, identity_of
 
 
 class MemoryState:
@@ -32,10 +33,10 @@ class MemoryState:
     autograd they are replaced, and carry the graph.
 
     Attributes:
-        frozen: True makes it read-only: forwards read it and write nothing, and ``ingest``, ``revise`` and ``forget``
-            refuse it. ``zero_``, ``decay`` and ``put``, which name no text and no model, change it all the same.
+        frozen: True makes it read-only: forwards read it and write nothing, and what would change it (``ingest``,
+            ``revise``, ``forget``, ``decay``, ``zero_``) raises. May be set.
         skipped: int32 [B], how many (token, layer) pairs were not written, because a projection or the state after it
-            would be NaN or Inf.
+            would be NaN or Inf; 2**31 − 1 also stands for more.
     """
 
     # Of memories that were pickled by versions that did not have them.
@@ -43,6 +44,10 @@ class MemoryState:
     _rows: tuple | None = None
 
     def __init__(self, layers: dict[int, torch.Tensor], *, identity=None, frozen: bool = False, skipped=None):
+        if not isinstance(layers, dict) or not all(isinstance(s, torch.Tensor) and s.dim() for s in layers.values()):
+            raise ArgumentTypeError(
+                f"layers: got {shown(layers)}, allowed a dict of layer index → [B, heads, rank, rank]"
+            )
         sizes = {int(state.shape[0]) for state in layers.values()}
         if len(sizes) > 1:
             raise ArgumentError(f"layers: got differing batch sizes {sorted(sizes)}, allowed one")
@@ -52,8 +57,9 @@ class MemoryState:
         for i in self._arrived:
             self._keep_in_place(i)
         self._identity = identity
-        # (id, version) of the MemoryBank row that each of these was gathered from, None for others; None: no row was.
-        self._rows: tuple[tuple[str, int] | None, ...] | None = None
+        # (id, version, bank) of the MemoryBank row that each of these was gathered from, None for others; None: no row
+        # was.
+        self._rows: tuple[tuple[str, int, str] | None, ...] | None = None
         # Why this memory no longer fits its cache or graph: "" or the reason that the next forward gives.
         self._broken = ""
         # Why layers have written that others have not: "" or the reason that every later use gives.
@@ -78,7 +84,9 @@ class MemoryState:
         try:
             return self._layers[layer_idx]
         except (KeyError, TypeError):
-            raise ArgumentKeyError(f"layer {layer_idx}: no memory there, only in layers {list(self._layers)}") from None
+            raise ArgumentKeyError(
+                f"layer {shown(layer_idx)}: no memory there, only in layers {list(self._layers)}"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -104,7 +112,8 @@ class MemoryState:
         counters = list(self._skipped.values())
         if not counters:
             return torch.zeros(0, dtype=torch.int32, device="cpu")
-        return torch.stack([counter.to(counters[0].device) for counter in counters]).sum(0, dtype=torch.int32)
+        counters = whole_counts(torch.stack([counter.to(counters[0].device) for counter in counters]))
+        return counters.sum(0, dtype=torch.int64).clamp(max=MOST).to(torch.int32)
 
     @property
     def ids(self) -> list[str | None]:
@@ -181,17 +190,19 @@ class MemoryState:
             IndexError: a row outside 0 to B − 1.
         """
         if isinstance(rows, str | bytes | Mapping):
-            raise ArgumentTypeError(f"rows: got {rows!r}, allowed a list or tensor of integers, or a mask")
+            raise ArgumentTypeError(f"rows: got {shown(rows)}, allowed a list or tensor of integers, or a mask")
         try:
             index = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(list(rows), device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise ArgumentTypeError(f"rows: got {rows!r}, allowed a list or tensor of integers, or a mask") from error
+            raise ArgumentTypeError(
+                f"rows: got {shown(rows)}, allowed a list or tensor of integers, or a mask"
+            ) from error
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
                 raise ArgumentIndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")
             index = index.nonzero().flatten()
         if index.numel() and (index.is_floating_point() or index.is_complex()):
-            raise ArgumentIndexError(f"rows: got {rows!r}, allowed integers or a bool mask")
+            raise ArgumentIndexError(f"rows: got {shown(rows)}, allowed integers or a bool mask")
         index = index.long().reshape(-1)
         if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
             raise ArgumentIndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
@@ -251,19 +262,43 @@ class MemoryState:
         return copied
 
     def __getstate__(self) -> dict:
-        # Pickled without the adapter's weights; such a copy can be used, but not saved.
-        return vars(self) | {"_identity": None}
+        # Without the adapter's weights: by its fingerprints such a copy knows whose it is.
+        return vars(self) | {"_identity": None, "_made_under": self._made_under()}
+
+    def __setstate__(self, values: dict) -> None:
+        made_under = values.pop("_made_under", None)  # versions before had none
+        vars(self).update(values)
+        self._identity = None if made_under is None else fingerprinted(made_under)
+
+    def _made_under(self) -> str | None:
+        """The fingerprints, as JSON; None of a memory without a model, or where the weights are not here."""
+        if self._identity is None:
+            return None
+        try:
+            return json.dumps(self._identity.fingerprints())
+        except (RuntimeError, NotImplementedError, TypeError):  # offloaded, or sharded
+            return None
 
     # --- changing
 
     def zero_(self) -> MemoryState:
-        """Forget everything, in place (under autograd: off the graph); returns itself."""
+        """Forget everything, in place (under autograd: off the graph); returns itself.
+
+        Raises:
+            ValueError: it is frozen; nothing is changed.
+        """
+        self.check_writable()
         for i, state in self._layers.items():
             self.put(i, torch.zeros_like(state), in_place=True)
             self._count(i, -self._skipped[i])
             self._count_arrivals(i)
         self._broken = self._interrupted = ""
         return self
+
+    def check_writable(self) -> None:
+        """Raise ArgumentError if this memory is frozen."""
+        if self.frozen:
+            raise ArgumentError("memory: it is frozen (read-only), allowed one that may be written")
 
     def check_whole(self) -> None:
         """Raise StateError if an error has cut short a forward that was writing this memory."""
@@ -284,10 +319,11 @@ class MemoryState:
             rate: 0 (nothing changes) to 1 (as ``zero_``, but the counters of skipped tokens stay).
 
         Raises:
-            ValueError: rate is no number from 0 to 1; nothing is changed.
+            ValueError: rate is no number from 0 to 1, or the memory is frozen; nothing is changed.
         """
+        self.check_writable()
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-            raise ArgumentError(f"rate: got {rate!r}, allowed a number from 0 to 1")
+            raise ArgumentError(f"rate: got {shown(rate)}, allowed a number from 0 to 1")
         for i, state in self._layers.items():
             self.put(i, state * (1 - rate), in_place=True)
         return self
@@ -407,23 +443,30 @@ class MemoryState:
             ValueError: not a memory file, damaged, of a newer format, or saved under another adapter or backbone; the
                 message names both, and what differs.
         """
-        identity = identity_of(model)
-        specs = identity.layer_specs()
-        wanted = {i: spec.shape for i, spec in specs.items()}
+        return load_memory(path, model, adopt, kind=cls)[0]
 
-        def check(metadata, shapes) -> None:
-            difference = "" if adopt else describe_difference(metadata, identity.fingerprints())
-            if difference:
-                raise FileFormatError(
-                    f"path: {path}: saved under {difference}; adopt=True takes it all the same, if its shapes fit"
-                )
-            if shapes != wanted:
-                raise FileFormatError(f"path: {path}: holds layers {_short(shapes)}, the model's are {_short(wanted)}")
 
-        content = read_memory(path, "path", check)
-        layers = {i: content.layers[i].to(spec.device) for i, spec in specs.items()}
-        skipped = {i: content.skipped[i].to(spec.device) for i, spec in specs.items()}
-        return cls(layers, identity=identity, frozen=content.frozen, skipped=skipped)
+def load_memory(
+    path: str | os.PathLike, model, adopt: bool, name: str = "path", kind: type[MemoryState] = MemoryState
+) -> tuple[MemoryState, dict[str, str]]:
+    """``MemoryState.load``, and the file's metadata; ``name`` is the argument that an error names."""
+    identity = identity_of(model)
+    specs = identity.layer_specs()
+    wanted = {i: spec.shape for i, spec in specs.items()}
+
+    def check(metadata, shapes) -> None:
+        difference = "" if adopt else describe_difference(metadata, identity.fingerprints())
+        if difference:
+            raise FileFormatError(
+                f"{name}: {path}: saved under {difference}; adopt=True takes it all the same, if its shapes fit"
+            )
+        if shapes != wanted:
+            raise FileFormatError(f"{name}: {path}: holds layers {_short(shapes)}, the model's are {_short(wanted)}")
+
+    content = read_memory(path, name, check)
+    layers = {i: content.layers[i].to(spec.device) for i, spec in specs.items()}
+    skipped = {i: content.skipped[i].to(spec.device) for i, spec in specs.items()}
+    return kind(layers, identity=identity, frozen=content.frozen, skipped=skipped), content.fingerprints
 
 
 def place_of(device: torch.device | str | int) -> torch.device:
@@ -435,8 +478,8 @@ def place_of(device: torch.device | str | int) -> torch.device:
     try:
         return torch.empty(0, dtype=torch.float32, device=device).device
     except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise ArgumentError(f"device: got {device!r}, allowed a device of this machine: {reason}") from error
+        reason = str(error).split("\n")[0][:200]
+        raise ArgumentError(f"device: got {shown(device)}, allowed a device of this machine: {reason}") from error
 
 
 @contextlib.contextmanager

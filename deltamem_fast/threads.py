@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .errors import ArgumentError
+from .arguments import check_integer
 
 # A matmul of such a model takes microseconds; on a busy machine the threads that share it wait milliseconds.
 SMALL = 20_000_000  # parameters
@@ -20,9 +20,7 @@ HELP = "of PyTorch on a CPU (default: one for a small model, else as PyTorch has
 def check_threads(threads: int | None, name: str = "--threads") -> int | None:
     """``threads``, if PyTorch can have as many. Raises: ValueError."""
     most = 4 * (os.cpu_count() or 1)
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= most):
-        raise ArgumentError(f"{name}: got {threads!r}, allowed an integer, 1 to {most}")
-    return threads
+    return threads if threads is None else check_integer(threads, name, 1, most)
 
 
 @contextlib.contextmanager

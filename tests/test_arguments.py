@@ -1,7 +1,10 @@
 """Arguments that cannot be right: an error of this package that names the argument, from every public function."""
 
 import functools
+import tempfile
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from support import tiny_model
@@ -12,13 +15,21 @@ from deltamem_fast import MemorySession, MemoryState, patch_model, segment_ids_f
 from deltamem_fast.errors import DeltaMemError
 from deltamem_fast.training.options import TrainingOptions
 
+FOLDER = tempfile.TemporaryDirectory()
 HUGE, HALF = 10**400, "a\udcffb"
+DEEP = functools.reduce(lambda inside, _: [inside], range(3000), [])
+ODD = (10**5000, DEEP, {"a": DEEP}, "x" * 5000)  # repr raises, or goes on and on
 SAYS_HALF = [{"role": "user", "content": HALF}]
 
 
 @functools.cache
 def model():
     return patch_model(tiny_model(vocab_size=len(chatml_tokenizer()) + 8), backend="reference")
+
+
+@functools.cache
+def bank():
+    return deltamem_fast.MemoryBank(Path(FOLDER.name) / "users.bank", model())
 
 
 def memory(rows=1):
@@ -70,6 +81,20 @@ CASES = [
     ("target", lambda v: deltamem_fast.record_gates().__enter__().penalty(v), (None, "x", -1, True, float("nan"))),
     ("steps", lambda v: TrainingOptions("x", steps=v), (True, 0, HUGE, 2**63, 1.5, "x")),
     ("lr", lambda v: TrainingOptions("x", lr=v), (True, 0, HUGE, float("nan"), float("inf"), "x", None)),
+    ("rows", lambda v: memory(2).select(v), ODD[:3]),
+    ("times", lambda v: memory().repeat(v), ODD),
+    ("device", lambda v: memory().to(v), ODD),
+    ("layer", lambda v: memory()[v], ODD),
+    ("rate", lambda v: memory().decay(v), ODD),
+    ("layers", MemoryState, (None, 3, "x", [], {0: 1}, {0: torch.tensor(1.0)}, torch.zeros(2), *ODD)),
+    ("ids", lambda v: bank().gather(v), (None, 3, "x", [None], [10**5000], [DEEP], torch.tensor(1.0), ["a", "a"])),
+    ("order_by", lambda v: bank().list(order_by=v), (None, "x", torch.zeros(2), numpy.zeros(2), *ODD)),
+    ("limit", lambda v: bank().list(limit=v), (True, -1, 1.5, *ODD[1:])),
+    ("batch_size", lambda v: bank().export_all("x", batch_size=v), (True, 0, 1.5, *ODD)),
+    ("format", lambda v: deltamem_fast.export_adapter(model(), "x", v), (None, "x", numpy.zeros(2), *ODD)),
+    ("context_turns", lambda v: MemorySession(model(), chatml_tokenizer(), context_turns=v), (True, 0, 1.5, *ODD)),
+    ("context_tokens", lambda v: MemorySession(model(), chatml_tokenizer(), context_tokens=v), (True, 0, 10**30)),
+    ("strength", with_tokenizer("forget", strength=...), ODD),
     ("report_to", lambda v: TrainingOptions("x", report_to=v), (None, 3, "wandb", ("x",))),
 ]
 
@@ -84,4 +109,5 @@ def test_an_argument_that_cannot_be_right_is_named(argument, call, values, tmp_p
         with pytest.raises(DeltaMemError, match=f"^({argument})") as caught:
             call(value)
         assert isinstance(caught.value, ValueError | TypeError | OSError), value
+        assert len(str(caught.value)) < 1000
     assert not list(tmp_path.iterdir())

@@ -65,7 +65,7 @@ def test_archived_keys_are_kept():
         ({"num_state_heads": 0}, "num_state_heads: got 0, allowed 1 to 64"),
         ({"num_state_heads": 65}, "num_state_heads: got 65, allowed 1 to 64"),
         ({"num_state_heads": 10**400}, "num_state_heads: got 1000"),
-        ({"rank": 10**5000}, "rank: got a int that is too large to show"),
+        ({"rank": 10**5000}, "rank: got one int too large to show"),
         ({"alpha": 10**400}, "alpha: got 1000"),
         ({"alpha": 1e39}, "alpha: got 1e.39, allowed a finite number that float32 can hold"),
         ({"target_layers": list(range(10**6))}, "target_layers: got (0, 1, 2"),

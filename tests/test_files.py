@@ -25,7 +25,7 @@ from deltamem_fast import (
 )
 from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
 from deltamem_fast.config import CONFIG_NAME
-from deltamem_fast.errors import FileAccessError, FileFormatError, FileMissingError, WrongPathKindError
+from deltamem_fast.errors import ArgumentError, FileAccessError, FileFormatError, FileMissingError, WrongPathKindError
 from deltamem_fast.files import write_text
 from deltamem_fast.training import ExampleFiles, TrainingOptions
 from deltamem_fast.training.log import TrainingLog
@@ -295,12 +295,49 @@ def test_a_folder_that_a_sweeper_holds_is_left_to_it(tmp_path, monkeypatch):
     assert (tmp_path / "m").read_text() == "text"
 
 
-def test_a_users_folder_is_not_swept(tmp_path):
-    kept, left = tmp_path / ".m.keep.tmp", tmp_path / ".m.0123456789abcdef.tmp"
-    kept.mkdir()
-    left.mkdir()
+def test_what_a_user_put_there_is_not_swept(tmp_path):
+    folders = [tmp_path / name for name in (".m.keep.tmp", ".m.tmp", ".mm.0123456789abcdef.tmp", ".tmpAbCdEf")]
+    texts = [tmp_path / name for name in (".m.my-draft.tmp", ".m.draft.tmp", ".m.0123456789abcdef.tmp.txt", "m.tmp")]
+    left, old = tmp_path / ".m.0123456789abcdef.tmp", tmp_path / ".m.ab_3def8.tmp"
+    for folder in (*folders, left):
+        folder.mkdir()
+    texts.append(tmp_path / ".m.my_draft.tmp")
+    for file in (*texts, old):
+        file.write_text("kept")
+        os.utime(file, (0, 0))
+    old.chmod(0o600)
     write_text(tmp_path / "m", "text")
-    assert kept.is_dir() and not left.exists()
+    assert all(path.exists() for path in (*folders, *texts)) and not left.exists() and not old.exists()
+
+
+def test_a_file_that_is_overwritten_while_it_is_read(tmp_path):
+    """What was checked is what is read."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(3)}, path, {"long": "x" * 20_000})  # more than is read ahead
+    other = path.read_bytes().replace(b'"F32"', b'"I32"')
+
+    def check(metadata, header):
+        path.write_bytes(other)
+
+    with pytest.raises(FileFormatError, match="path: .*m.safetensors: was changed while it was read"):
+        files.read_tensors(path, "path", check)
+
+
+@pytest.mark.parametrize("format", ("safetensors", "released"))
+def test_weights_that_nobody_could_read_replace_none(tmp_path, format):
+    model = loud_adapter(patch_model(tiny_model()))
+    export_adapter(model, tmp_path, format)
+    memory = model.model.layers[0].self_attn.delta_memory
+    before, good = {path.name: path.read_bytes() for path in tmp_path.iterdir()}, memory.memory_q_proj.data
+    for bad, message in (
+        (torch.full_like(good, float("nan")), "memory_q_proj holds NaN or Inf"),
+        (good.to(torch.float8_e4m3fn), "memory_q_proj is torch.float8_e4m3fn, allowed torch.float64"),
+        (good.to("meta"), "memory_q_proj is on the meta device"),
+    ):
+        memory.memory_q_proj = torch.nn.Parameter(bad)
+        with pytest.raises(ArgumentError, match=f"adapter: .*{message}"):
+            export_adapter(model, tmp_path, format)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_an_adapter_goes_from_one_head_to_another(tmp_path):

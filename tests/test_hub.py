@@ -9,8 +9,9 @@ from support import loud_adapter, tiny_model
 
 from deltamem_fast import DeltaMemConfig, patch_model, push_to_hub
 from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
-from deltamem_fast.card import adapter_card, front_matter, hub_id, short_names
+from deltamem_fast.card import adapter_card, front_matter, short_names
 from deltamem_fast.config import CONFIG_NAME
+from deltamem_fast.fingerprint import hub_id
 
 
 class Hub:

@@ -1,17 +1,21 @@
 """MemoryState by itself, and its files."""
 
+import copy
 import errno
 import json
-import pathlib
+import pickle
 import struct
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support import loud_adapter, tiny_model
 from transformers import DynamicCache
 
-from deltamem_fast import DeltaMemConfig, MemoryState, memory_state, patch_model
-from deltamem_fast.errors import FileAccessError
+from deltamem_fast import DeltaMemConfig, MemoryState, memory_format, memory_state, patch_model
+from deltamem_fast.errors import ArgumentError, FileAccessError, FileFormatError
+from deltamem_fast.files import seal
 
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(3))
 
@@ -160,12 +164,11 @@ def test_a_failed_write_leaves_the_old_file(model, memory, tmp_path, monkeypatch
     path = memory.save(tmp_path / "m.safetensors")
     before = path.read_bytes()
 
-    def fail(self, data):
-        with open(self, "wb") as file:
-            file.write(b"half")
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+    monkeypatch.setattr(memory_format, "save_tensors", fail)
     with pytest.raises(FileAccessError, match="m.safetensors: disk full"):
         memory.save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -175,3 +178,48 @@ def test_a_memory_is_small(tmp_path):
     model = patch_model(tiny_model(num_hidden_layers=36))
     path = MemoryState.zeros(model, 1).save(tmp_path / "m.safetensors")
     assert path.stat().st_size < 36 * 64 * 4 + 6000
+
+
+def test_a_frozen_memory_is_not_changed(memory, tmp_path, model):
+    before = {i: state.clone() for i, state in memory.items()}
+    for change in (lambda m: m.zero_(), lambda m: m.decay(0.5), lambda m: m.decay(0)):
+        with pytest.raises(ArgumentError, match="memory: it is frozen"):
+            change(memory.read_only())
+    assert all(torch.equal(memory[i], before[i]) for i in before)
+    for flag, frozen in ((1, True), ("yes", True), (None, False), (torch.tensor(True), True)):
+        memory.frozen = flag
+        assert MemoryState.load(memory.save(tmp_path / "m.safetensors"), model).frozen is frozen
+
+
+def test_a_pickled_memory_knows_its_adapter(model, memory, tmp_path):
+    torch.save(memory, tmp_path / "m.pt")
+    found = [pickle.loads(pickle.dumps(memory)), torch.load(tmp_path / "m.pt", weights_only=False), copy.copy(memory)]
+    other = loud_adapter(patch_model(tiny_model(), DeltaMemConfig.msw(heads=2, target_layers=(0, 2))), seed=5)
+    for sent in found:
+        with pytest.raises(ArgumentError, match="memory: made under adapter"):
+            other(IDS, memory=sent)
+        with torch.no_grad():
+            model(IDS, memory=sent)
+        loaded = MemoryState.load(sent.save(tmp_path / "m.safetensors"), model)
+        assert all(torch.equal(loaded[i], state) for i, state in sent.items())
+    assert len({id(sent._identity) for sent in found}) == 1  # a server that is sent thousands keeps one
+    MemoryState.cat([found[0], memory])
+    assert found[0]._identity.accepted == []  # nor does it hold a model's weights
+    values = vars(memory) | {"_identity": None}  # as versions before have pickled it
+    old = MemoryState.__new__(MemoryState)
+    old.__setstate__(values)
+    assert old._identity is None and old.batch_size == memory.batch_size
+
+
+def test_a_file_that_says_too_much_of_its_backbone(model, memory, tmp_path):
+    """What differs is read from the file, too: whatever stands there."""
+    path = memory.save(tmp_path / "m.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | {"backbone_fingerprint": "x"}
+    for fields in ("[" * 100_000, json.dumps({"x" * 100_000: 1}), '{"a": ' + "1" * 5000 + "}"):
+        changed = metadata | {"backbone_fields": fields, "backbone_name": "y" * 100_000}
+        tensors = load_file(path)
+        save_file(tensors, tmp_path / "changed.safetensors", changed | {"sha256": seal(changed, tensors)})
+        with pytest.raises(FileFormatError, match="path: .*saved under backbone yyy") as caught:
+            MemoryState.load(tmp_path / "changed.safetensors", model)
+        assert len(str(caught.value)) < 2000

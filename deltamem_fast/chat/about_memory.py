@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from ..errors import ArgumentError, FileMissingError
 from ..files import as_path
 from ..inspection.heatmap import Snapshot, heat_map_lines, snapshot
 from ..inspection.table import number
+from ..session.forgetting import places_of
 from ..state import MemoryState
 from .wording import counted, in_bytes
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 MOST_BYTES = 16_000_000  # of a file to read
 MESSAGES = "--messages"
 MOST_DRAWN = 16  # states in a heat map, unless all are asked for
-_WORD = re.compile(r"\w+")
 _BARS = {"ascii": "#-", "unicode": "█░", "colour": "█░"}
 
 
@@ -94,18 +93,14 @@ def forget(chat: Chat, rest: str) -> None:
     if messages:
         gone = f"; {counted(told.turns, 'turn')} left the context" if told.turns else ""
         lines.append(f"Taken out of {counted(told.messages, 'message')}{gone}.")
-    if _stands_in(rest, [session.system or "", *(str(message.get("content")) for message in session.context)]):
+    if places_of({"system": session.system, "context": session.context}, rest):
         lines.append("Its words are still in sight, in the context: they leave it by /context drop.")
-    if _stands_in(rest, [str(message.get("content")) for message in session.messages]):
+    if places_of({"messages": session.messages}, rest):
         more = "" if messages else f"; /forget {MESSAGES} TEXT takes the text out"
         lines.append(f"The record of the conversation keeps them, and /save writes it{more}.")
+    if messages and chat.history is not None:
+        lines.append(f"What was typed stays in {chat.history}, this line too.")
     chat.screen.say("\n".join(lines))
-
-
-def _stands_in(text: str, others: list[str]) -> bool:
-    """Whether all words of ``text`` stand in ``others``, together."""
-    words = set(_WORD.findall(text.casefold()))
-    return bool(words) and words <= set(_WORD.findall(" ".join(others).casefold()))
 
 
 def ingest(chat: Chat, rest: str) -> None:

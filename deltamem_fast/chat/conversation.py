@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 
 import torch
@@ -42,6 +43,7 @@ class Chat:
         ended: ``/quit`` was said.
         unsaved: something changed since the session was last written or read.
         directory: where it was last written or read, as it was named.
+        history: the file that keeps what is typed, or None.
         changes: how many changes there were.
     """
 
@@ -53,6 +55,7 @@ class Chat:
         self.set_seed(seed)
         self.ended = self.unsaved = False
         self.directory: str | None = None
+        self.history: Path | None = None
         self.changes = 0
         self._past: list[Change] = []
 

@@ -35,7 +35,8 @@ def converse_in_terminal(opening: Opening, *, history: bool, markdown: bool) -> 
         with screen.waiting(f"loading {opening.name}", bars=not opening.small_world):
             chat = open_chat(opening, screen)
         _greet(chat, opening, screen)
-        prompt = Prompt(_history(screen) if history else None, lambda: toolbar(chat, opening.name))
+        chat.history = _history(screen) if history else None
+        prompt = Prompt(chat.history, lambda: toolbar(chat, opening.name))
         # While no answer comes, an interrupt has nothing to stop; the prompt has its own way with it.
         with quiet_keys(), interrupts(signal.SIG_IGN), fitting_threads(chat.session.model, opening.threads):
             _converse(chat, prompt, screen)

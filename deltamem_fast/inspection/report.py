@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_integer
 from ..errors import ArgumentError
 from ..state import MemoryState
 from .table import number, plain, table
@@ -138,10 +139,9 @@ def rows_of(memory: MemoryState, row: int | None, name: str = "row") -> list[int
     """The conversations to look at: ``row``, or all of them for None. Raises ValueError if there is no such row."""
     if row is None:
         return list(range(memory.batch_size))
-    if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < memory.batch_size:
-        allowed = f"0 to {memory.batch_size - 1}" if memory.batch_size else "none (the memory holds no conversation)"
-        raise ArgumentError(f"{name}: got {row!r}, allowed {allowed}")
-    return [row]
+    if not memory.batch_size:
+        raise ArgumentError(f"{name}: got {row!r}, allowed none (the memory holds no conversation)")
+    return [check_integer(row, name, 0, memory.batch_size - 1)]
 
 
 def _layer_reports(layer: int, state: torch.Tensor, skipped: torch.Tensor, rows: list[int]) -> list[list[LayerReport]]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from unicodedata import normalize
 
 from ..operators import WriteResult
 from .blocks import Message
 from .turns import Now
 
 _WORD = re.compile(r"\w+")
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_UNSEEN = re.compile(r"[\u00ad\u034f\u061c\u115f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
 # Scripts without spaces between words, or with particles at them: Thai, Lao, Tibetan, Burmese, Khmer, Tai, kana and
 # ideographs (with their extensions and compatibility forms), Hangul.
 _UNSPACED = re.compile(
@@ -54,13 +57,16 @@ def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:
 
     The cache has to be built anew afterwards.
     """
-    patterns = _patterns(text)
+    patterns = _patterns(normalize("NFC", part) for part in _texts(text))
 
     def cut(value: str) -> str:
+        found = normalize("NFC", value)  # é is one character, or two
+        if not any(pattern.search(found) for pattern in patterns):
+            return value
         for pattern in patterns:
-            while pattern.search(value):
-                value = " ".join(part.strip() for part in pattern.split(value)).strip()
-        return value
+            while pattern.search(found):
+                found = " ".join(part.strip() for part in pattern.split(found)).strip()
+        return found
 
     messages = tuple(_changed(message, cut) for message in now.messages)
     count = sum(new != old for new, old in zip(messages, now.messages))
@@ -70,19 +76,30 @@ def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:
 
 
 def places_of(kept: Mapping[str, Any], text: str | Sequence[Message]) -> tuple[str, ...]:
-    """Where in ``kept`` a text stands, or all of its words together, in any order."""
-    patterns, wanted = _patterns(text), [words for words in map(_words, _texts(text)) if words]
+    """Where in ``kept`` a text stands, or all of its words together, in any order; however they are written.
+
+    As ``_folded`` has it: half-width or wide, with soft hyphens, or in JSON (a tool call's arguments) by its escapes.
+    """
+    texts = [folded for folded in map(_folded, _texts(text)) if folded.strip()]
+    patterns, wanted = _patterns(texts), [words for words in map(_words, texts) if words]
     return tuple(
         place
-        for place, value in strings_of(kept)
+        for place, value in ((place, _folded(value)) for place, value in strings_of(kept))
         if any(words <= _words(value) for words in wanted) or any(pattern.search(value) for pattern in patterns)
     )
 
 
-def _patterns(text: str | Sequence[Message]) -> list[re.Pattern[str]]:
-    """What finds a text, however its white space and its upper and lower case are."""
+def _folded(text: str) -> str:
+    """A text in which characters that say the same are the same, and those that nobody sees are left out."""
+    text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text).encode("utf-16", "surrogatepass")
+    text = normalize("NFKC", _UNSEEN.sub("", text.decode("utf-16", "replace")))
+    return normalize("NFKC", text.casefold())
+
+
+def _patterns(texts: Iterable[str]) -> list[re.Pattern[str]]:
+    """What finds these texts, however their white space and their upper and lower case are."""
     found = []
-    for words in map(str.split, _texts(text)):
+    for words in map(str.split, texts):
         first, last = _edge(words[0][0], "(?<!{})"), _edge(words[-1][-1], "(?!{})")
         found.append(re.compile(first + r"\s+".join(map(re.escape, words)) + last, re.IGNORECASE))
     return found
@@ -106,7 +123,7 @@ def _texts(text: str | Sequence[Message]) -> list[str]:
 
 
 def _words(text: str) -> set[str]:
-    return set(_WORD.findall(text.casefold()))
+    return set(_WORD.findall(text))
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

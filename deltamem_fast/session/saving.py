@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ..cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
 from ..files import Header, as_path, parse_json, parse_tensors, save_tensors
+from ..memory_format import whole_counts
 from ..record import decoder_of, describe_difference, identity_of, unwrap
 from ..state import MemoryState
 from ..storage import snapshots
@@ -88,8 +89,8 @@ def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any
     tensors = {
         f"memory.{layer}": torch.cat([memory[layer].detach().cpu() for memory in memories]) for layer in now.memory
     }
-    tensors["skipped"] = torch.stack(
-        [torch.cat([memory._skipped[layer].cpu() for memory in memories]) for layer in now.memory]
+    tensors["skipped"] = whole_counts(
+        torch.stack([torch.cat([memory._skipped[layer].cpu() for memory in memories]) for layer in now.memory])
     )
     cache = now.window() if with_cache else None
     if cache is not None and any(type(layer) not in _SAVED_LAYERS for layer in cache.layers):
@@ -111,7 +112,7 @@ def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any
             "turns": [_turn_to_json(turn) for turn in now.turns],
             "cache": None if cache is None else [_layer_to_json(layer) for layer in cache.layers],
         },
-        "frozen": [memory.frozen for memory in memories],
+        "frozen": [bool(memory.frozen) for memory in memories],
     }
     if cache is not None:
         for place, layer in enumerate(cache.layers):

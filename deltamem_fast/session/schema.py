@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .settings import Error, check_generation, check_json, check_template, shown
+from ..arguments import shown
+from .settings import Error, check_generation, check_json, check_template
 
 _FIELDS = ("identity", "settings", "messages", "context", "frozen")
 _SETTINGS = ("system", "context_turns", "context_tokens", "template", "generation", "remembers")

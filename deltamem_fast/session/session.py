@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..answering import answer_options, check_reserved
-from ..arguments import check_text
+from ..arguments import MOST_64, check_integer, check_text
 from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..operators import WriteResult, forget, ingest, retrieve, revise
 from ..record import identity_of, memory_disabled
@@ -288,8 +288,7 @@ class MemorySession:
             ValueError: naming the argument; the limits stay as they were.
         """
         for name, value in (("context_turns", turns), ("context_tokens", tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ArgumentError(f"{name}: got {value!r}, allowed an integer, 1 or more, or None")
+            check_integer(value, name, 1, MOST_64, or_none=True)
         self._limits = Limits(turns, tokens)
 
     # --- the memory's operators

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import shown
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError
 
 MOST_DEPTH = 64  # of lists and objects in one another
@@ -232,12 +233,3 @@ def check_json(value: Any, where: str, error: Error, depth: int = MOST_DEPTH) ->
         raise error(f"{where}: got keys that are no texts, allowed JSON")
     for item in value.values() if isinstance(value, dict) else value:
         check_json(item, where, error, depth - 1)
-
-
-def shown(value: Any) -> str:
-    """A value for a message: short, whatever it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits; lists in one another
-        return f"one {type(value).__name__} too large to show"
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,8 +1,8 @@
 """Rows of bytes by id in one SQLite file that many processes and threads share; ``MemoryBank`` without tensors.
 
-Needs the standard library, and NumPy for rows. What holds, whoever is killed when: a write is there as a whole or not at all,
-it was made on the version it says it was, and once ``write`` has returned it stays. What is read is what was written,
-or an error that names the file: every row and every entry has a checksum, and every id is in two places.
+Needs the standard library, and NumPy for rows. What holds, whoever is killed when: a write is there as a whole or not
+at all, it was made on the version it says it was, and once ``write`` has returned it stays. What is read is what was
+written, or an error that names the file: every row and every entry has a checksum, and every id is in two places.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import operator
 import os
+import secrets
 import sqlite3
 import stat
 import threading
@@ -26,6 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..arguments import MOST_64, check_integer, shown
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -53,7 +55,6 @@ FORMAT_VERSION = 2  # in the file's header as user_version; 1 had no checksums
 MAX_ID_BYTES = 512
 ORDERS = ("id", "updated", "created", "bytes")
 
-_MOST = 2**63 - 1  # that SQLite knows
 _PAGE_SIZES = (4096, 8192, 16384)
 _WAL_BYTES = 64 * 2**20  # of the log before it is copied into the file
 _READER_MILLISECONDS = 500  # that a delete waits for readers of the log
@@ -90,6 +91,7 @@ ALTER TABLE memories ADD COLUMN entry_crc INTEGER;
 CREATE INDEX memories_ids ON memories (id);
 INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 'version';
 INSERT OR REPLACE INTO meta SELECT 'count', count(*) FROM memories;
+INSERT OR REPLACE INTO meta SELECT 'name', lower(hex(randomblob(16)));
 CREATE INDEX memories_by_key ON memories (key)
 """
 # What a file of each version consists of; a trigger or a view among it could change what is written.
@@ -176,6 +178,7 @@ class BankStore:
     Attributes:
         layout, row_bytes: as given when the file was made. Of an existing file they may differ from the arguments:
             comparing is the part of ``check``.
+        name: of this store and its copies alone; "" if an unreleased version has made it.
         unchecked: the file was made by the version before, which had no checksums: what was damaged until it was
             upgraded was not found.
     """
@@ -206,8 +209,7 @@ class BankStore:
                 is left as it was.
             OSError: it cannot be opened or made.
         """
-        if isinstance(row_bytes, bool) or not isinstance(row_bytes, int) or row_bytes < 1:
-            raise ArgumentError(f"row_bytes: got {row_bytes!r}, allowed an integer, 1 or more")
+        check_integer(row_bytes, "row_bytes", 1)
         # The companions' names follow from the real one; a path that goes through a link must find the same.
         self.path = Path(os.path.realpath(as_path(path, "path")))
         self.durable, self.timeout = durable, timeout
@@ -220,8 +222,9 @@ class BankStore:
             _stores.add(self)
         self.unchecked = False
         _make_private(self.path)
+        self._file = _which_file(self.path)
         try:
-            self.layout, self.row_bytes = self._open(dict(layout), row_bytes, check)
+            self.layout, self.row_bytes, self.name = self._open(dict(layout), row_bytes, check)
         except BaseException:
             self.close()
             raise
@@ -326,18 +329,17 @@ class BankStore:
             raise ArgumentTypeError(f"prefix: got a {type(prefix).__name__}, allowed a string")
         if any("\ud800" <= letter <= "\udfff" for letter in prefix):
             raise ArgumentError(f"prefix: got {prefix!r}, which holds half of a surrogate pair")
-        if order_by not in ORDERS:
-            raise ArgumentError(f"order_by: got {order_by!r}, allowed {', '.join(ORDERS)}")
+        if not isinstance(order_by, str) or order_by not in ORDERS:
+            raise ArgumentError(f"order_by: got {shown(order_by)}, allowed {', '.join(ORDERS)}")
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ArgumentError(f"{name}: got {value!r}, allowed an integer, 0 or more")
+            check_integer(value, name, 0, None)
         first, end = prefix, _after(prefix)
         where = "WHERE id >= :first" + ("" if end is None else " AND id < :end") if prefix else ""
         way = "DESC" if descending else "ASC"
         order = f"{order_by} {way}" + ("" if order_by == "id" else f", id {way}")
         sql = f"SELECT {_COLUMNS} FROM memories {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
-        values = {"first": first, "end": end, "limit": _MOST if limit is None else min(limit, _MOST)}
-        values["offset"] = min(offset, _MOST)
+        values = {"first": first, "end": end, "limit": MOST_64 if limit is None else min(limit, MOST_64)}
+        values["offset"] = min(offset, MOST_64)
         with self._connection() as connection:
             found = []
             with self._one_moment(connection):
@@ -395,8 +397,10 @@ class BankStore:
                 }  # fmt: skip
                 if moved:
                     raise BankConflict(moved)
-            # One count for the whole store: an id that is deleted and made again never gets an old number back.
-            connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'version'")
+            # One count for the whole store: an id that is deleted and made again never gets an old number back. It
+            # goes on by chance, so that two copies of a file, each written to, have no version in common.
+            step = 1 + int.from_bytes(os.urandom(3), "big")
+            connection.execute("UPDATE meta SET value = value + ? WHERE name = 'version'", (step,))
             version = connection.execute("SELECT value FROM meta WHERE name = 'version'").fetchone()[0]
             if any(known >= version for _, known, _ in found):
                 raise self._damaged("its count of versions is not what was written")
@@ -522,6 +526,7 @@ class BankStore:
         with handle.lock:
             if self._closed:
                 raise ArgumentError(f"bank: {self.path} was closed")
+            self._check_place(handle)
             if handle.connection is not None and handle.process != os.getpid():
                 # SQLite believes to hold locks that belong to the other process. See ``_before_fork``.
                 raise StateError(f"bank: {self.path} was open when this process was forked from outside Python")
@@ -529,10 +534,28 @@ class BankStore:
                 if handle.connection is None:
                     handle.keep(self._connect("rw"))
                 yield handle.connection
+                if handle.companions is None:
+                    handle.companions = self._companions()
             except sqlite3.ProgrammingError:
                 raise  # a mistake of ours
             except (sqlite3.Error, MemoryError, UnicodeError) as error:
                 raise self._error(error, "bank") from error
+
+    def _check_place(self, handle: _Handle) -> None:
+        """Raise if the path no longer leads to the file that was opened: SQLite would go on with what nobody sees.
+
+        Nor may its log and index go, which SQLite itself removes with the last connection alone.
+        """
+        kept = handle.companions
+        if _which_file(self.path) != self._file or (kept is not None and kept != self._companions()):
+            raise FileAccessError(
+                f"bank: {self.path}: it, its -wal or its -shm was moved, removed or replaced while it was open here; "
+                "nothing is read or written, and what was committed before may lie in the -wal: put them back "
+                "together, or close the bank and open it anew"
+            )
+
+    def _companions(self) -> tuple:
+        return _which_file(f"{self.path}-wal"), _which_file(f"{self.path}-shm")
 
     def _error(self, error: Exception, name: str) -> Exception:
         """SQLite's error as one of ours, which names the file."""
@@ -641,8 +664,8 @@ class BankStore:
             raise
         return connection
 
-    def _open(self, layout: dict[str, str], row_bytes: int, check) -> tuple[dict[str, str], int]:
-        """Check, make or upgrade the file; returns its layout and row size."""
+    def _open(self, layout: dict[str, str], row_bytes: int, check) -> tuple[dict[str, str], int, str]:
+        """Check, make or upgrade the file; returns its layout, row size and name."""
         handle = _Handle()
         with self._guard:
             self._handles.add(handle)  # so that a fork in another thread waits for it
@@ -654,7 +677,7 @@ class BankStore:
                     with self._turn():
                         if not self._version_of(connection):  # nobody else made it meanwhile
                             _create(connection, layout, row_bytes)
-                found, size, _ = self._read_meta(connection)
+                found, size, _, _ = self._read_meta(connection)
                 replace = check is not None and check(found, size)
                 if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
                     with self._turn():
@@ -668,9 +691,10 @@ class BankStore:
                             self._upgrade(connection, size)
                         if replace:
                             connection.execute("UPDATE meta SET value = ? WHERE name = 'layout'", (json.dumps(layout),))
-                found, size, unchecked = self._read_meta(connection)
+                self._file = _which_file(self.path)  # layered file systems copy one that is opened to be written
+                found, size, unchecked, name = self._read_meta(connection)
                 self.unchecked = unchecked > 0
-                return found, size
+                return found, size, name
         except sqlite3.ProgrammingError:
             raise
         except (sqlite3.Error, MemoryError, UnicodeError) as error:
@@ -699,28 +723,30 @@ class BankStore:
         connection.execute("DROP INDEX memories_by_key")
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
 
-    def _read_meta(self, connection: sqlite3.Connection) -> tuple[dict[str, str], int, int]:
-        """Layout, row size, and the last version of rows that were written without a checksum (0: there are none)."""
+    def _read_meta(self, connection: sqlite3.Connection) -> tuple[dict[str, str], int, int, str]:
+        """Layout, row size, the last version of rows that were written without a checksum (0: there are none), name."""
         meta = dict(connection.execute("SELECT name, value FROM meta").fetchall())
-        size, unchecked = meta.get("row_bytes"), meta.get("unchecked", 0)
+        size, unchecked, name = meta.get("row_bytes"), meta.get("unchecked", 0), meta.get("name", "")
         try:
             layout = json.loads(meta.get("layout"))
         except (TypeError, ValueError, RecursionError):
             layout = None
-        if not all(type(number) is int for number in (size, unchecked, meta.get("version"))):
+        if not all(type(number) is int for number in (size, unchecked, meta.get("version"))) or type(name) is not str:
             layout = None
         if not isinstance(layout, dict) or not all(isinstance(value, str) for value in layout.values()):
             raise self._damaged("its head (the table meta) is not what was written")
-        return layout, size, unchecked
+        return layout, size, unchecked, name
 
     def _version_of(self, connection: sqlite3.Connection) -> int:
         """The format version of a store that this version reads, 0 for an empty file, else ValueError."""
         with self._one_moment(connection):
-            parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
+            # What has no page of its own is code: a trigger, a view, a virtual table. SQLite's own parts have one.
+            parts = connection.execute("SELECT type, name, rootpage FROM sqlite_master").fetchall()
             application = connection.execute("PRAGMA application_id").fetchone()[0]
             version = connection.execute("PRAGMA user_version").fetchone()[0]
         if application == APPLICATION_ID and 1 <= version <= FORMAT_VERSION:
-            if (names := {(kind, name) for kind, name in parts if not name.startswith("sqlite_")}) != _PARTS[version]:
+            names = {(kind, name) for kind, name, page in parts if not (page and name.startswith("sqlite_"))}
+            if names != _PARTS[version] or not all(page for _, _, page in parts):
                 raise self._damaged(f"its tables and indices are {sorted(names)}")
             return version
         if application == APPLICATION_ID:
@@ -739,6 +765,7 @@ class _Handle:
         self.lock = threading.Lock()
         self.connection: sqlite3.Connection | None = None
         self.process = 0
+        self.companions: tuple | None = None  # which files beside the bank's it has open; None: it was not used yet
 
     def keep(self, connection: sqlite3.Connection) -> None:
         self.connection, self.process = connection, os.getpid()
@@ -746,7 +773,7 @@ class _Handle:
     def close(self) -> None:
         if self.connection is not None:
             self.connection.close()
-            self.connection = None
+            self.connection = self.companions = None
 
     def __del__(self):
         self.close()
@@ -761,7 +788,10 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
     """
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings")
-    ids = list(ids)
+    try:
+        ids = list(ids)
+    except TypeError as error:  # such as a tensor of no dimension
+        raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings") from error
     for id in ids:
         check_id(id, name)
     if len(set(ids)) != len(ids):
@@ -774,15 +804,23 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
 def check_id(id: str, name: str = "id") -> str:
     """``id`` itself; errors as ``check_ids``."""
     if not isinstance(id, str):
-        raise ArgumentTypeError(f"{name}: got {id!r}, a {type(id).__name__}, allowed strings")
+        raise ArgumentTypeError(f"{name}: got {shown(id)}, a {type(id).__name__}, allowed strings")
     try:
         size = len(id.encode())
     except UnicodeEncodeError:
         raise ArgumentError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
     if not 1 <= size <= MAX_ID_BYTES or "\0" in id:
-        shown = repr(id if size <= 80 else id[:40] + "…")
-        raise ArgumentError(f"{name}: got {shown} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
+        raise ArgumentError(f"{name}: got {shown(id)} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
     return id
+
+
+def _which_file(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Which file lies there (device and inode), or None."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _make_private(path: Path) -> None:
@@ -793,10 +831,15 @@ def _make_private(path: Path) -> None:
             made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             os.chmod(path, 0o600)  # whatever a umask took away
             os.close(made)
-        kind = os.stat(path).st_mode
-        if not stat.S_ISREG(kind):
-            found = "a directory" if stat.S_ISDIR(kind) else "no plain file"
-            raise WrongPathKindError(f"path: {path}: {found}, allowed a file")
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no plain file"
+            raise WrongPathKindError(f"path: {path}: {kind}, allowed a file")
+        if found.st_nlink > 1:
+            raise FileAccessError(
+                f"path: {path}: has {found.st_nlink} names (hard links), allowed one: SQLite keeps its log beside the "
+                "name, so that what is committed under one is lost under the other; copy the file, and open the copy"
+            )
 
 
 def _open_lock(path: Path, bank: Path) -> int:
@@ -901,12 +944,14 @@ def _create(connection: sqlite3.Connection, layout: dict[str, str], row_bytes: i
         # Counted from a random number: a version of one store says nothing about another that was put in its place.
         start = int.from_bytes(os.urandom(5), "big")
         values = {"layout": json.dumps(layout), "row_bytes": row_bytes, "version": start, "count": 0}
+        values["name"] = secrets.token_hex(16)
         connection.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # SQLite ends it itself where the disk is full
+            connection.execute("ROLLBACK")
         raise
 
 

@@ -16,7 +16,7 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from ..errors import (
 )
 from ..files import (
     MOST_JSON_BYTES,
+    is_leftover,
     json_bytes,
     make_directory,
     naming_files,
@@ -51,11 +52,7 @@ SUFFIX = ".safetensors"
 HEAD = {"sha256", "format", "format_version", "generation", "files"}  # what the manifest holds beside the content
 SEALED = 2  # the first format version whose manifest has a checksum of itself
 _DATA_NAME = re.compile(r"[a-z]+-[0-9a-f]{16}\.safetensors")
-# Also what the writers of earlier versions have left, and safetensors in their place.
-_OURS = re.compile(
-    r"[a-z]+-[0-9a-f]{16}\.safetensors|\.[a-z]+-[0-9a-f]{16}\.safetensors\..*\.tmp|\.session\.json\..*\.tmp"
-    r"|\.tmp[0-9A-Za-z]{6}"
-)
+_OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # what it left beside the files of earlier versions
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')  # how a manifest with a checksum begins
 _TRIES = 100
@@ -104,7 +101,7 @@ def commit(
             raise WrongPathKindError(f"directory: {path}: a symbolic link, allowed a file")
         with _only_writer(directory) as alone:
             generation, replaced = _replaceable(path, format_name, format_version, known, overwrite)
-            _sweep(directory, alone)
+            _sweep(directory, files, alone)
             try:
                 entries = {}
                 for name, write in files.items():
@@ -120,7 +117,7 @@ def commit(
                 if known is not None:
                     known.pop(replaced, None)  # a copy of it elsewhere is a backup
             finally:
-                _sweep(directory, alone)
+                _sweep(directory, files, alone)
     return directory
 
 
@@ -239,8 +236,8 @@ def _parsed(path: Path, data: bytes, format_name: str, format_version: int) -> d
 
 def _check_head(path: Path, manifest: dict[str, Any]) -> None:
     generation, entries = manifest.get("generation"), manifest.get("files")
-    if type(generation) is not int or generation < 1:
-        raise FileFormatError(f"directory: {path}: generation: got {generation!r}, allowed an integer, 1 or more")
+    if type(generation) is not int or not 1 <= generation < 2**63:
+        raise FileFormatError(f"directory: {path}: generation: got {generation!r:.80}, allowed an integer, 1 or more")
     if not isinstance(entries, dict):
         raise FileFormatError(f"directory: {path}: files: got {type(entries).__name__}, allowed an object")
     for name, entry in entries.items():
@@ -343,12 +340,13 @@ def _lock_mode(manifest_mode: int) -> int:
     return 0o600 | sum(bits for bits in (0o060, 0o006) if manifest_mode & bits == bits)
 
 
-def _sweep(directory: Path, alone: bool) -> None:
+def _sweep(directory: Path, names: Iterable[str], alone: bool) -> None:
     """Remove data files that the manifest does not name, and what killed writers have left.
 
-    Nothing goes where the manifest cannot be read.
+    Nothing goes where the manifest cannot be read, and nothing that others may have put there.
 
     Args:
+        names: of the data files.
         alone: the caller holds the lock. Else another may be writing: only what is old goes.
     """
     with contextlib.suppress(OSError, FileFormatError, KeyError, TypeError, AttributeError):
@@ -356,12 +354,18 @@ def _sweep(directory: Path, alone: bool) -> None:
         if (directory / MANIFEST).exists():
             entries = parse_json((directory / MANIFEST).read_bytes(), directory)["files"]
             kept = {entry["name"] for entry in entries.values()}
+        data = rf"(?:{'|'.join(map(re.escape, names))})-[0-9a-f]{{16}}{re.escape(SUFFIX)}"
         for path in directory.iterdir():
-            if path.name not in kept and _OURS.fullmatch(path.name):
-                # A file of our name was begun under the lock (in a version without folders): its writer is gone.
-                surely = alone and not path.is_dir() and not path.name.startswith(".tmp")
-                with contextlib.suppress(OSError):  # it takes room and does no other harm
-                    path.unlink() if surely else remove_leftover(path)
+            with contextlib.suppress(OSError):  # it takes room and does no other harm
+                if is_leftover(path, f"{data}|{re.escape(MANIFEST)}"):
+                    # A file was begun under the lock (in a version without folders): its writer is gone.
+                    remove_leftover(path) if path.is_dir() or not alone else path.unlink()
+                elif path.is_dir() or path.is_symlink() or path.name in kept:
+                    continue
+                elif re.fullmatch(data, path.name):
+                    path.unlink() if alone else remove_leftover(path)
+                elif _OF_SAFETENSORS.fullmatch(path.name):
+                    remove_leftover(path)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ from pathlib import Path
 from torch import nn
 
 from ..adapter import AdapterSource, load_adapter, read_adapter
-from ..card import hub_id, short_names
+from ..card import short_names
 from ..errors import ArgumentError
 from ..files import write_text
-from ..fingerprint import backbone_name
+from ..fingerprint import backbone_name, hub_id
 from ..notices import logger
 from ..patch import patch_model
 from ..record import is_patched, unwrap

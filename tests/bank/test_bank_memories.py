@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import deltamem_fast
 from deltamem_fast import BankConflict, DeltaMemConfig, MemoryBank, MemoryState, memory_state, patch_model
 from deltamem_fast.bank import BankEntry
-from deltamem_fast.errors import FileFormatError
+from deltamem_fast.errors import ArgumentError, FileFormatError
 from deltamem_fast.files import read_tensors
 from deltamem_fast.storage.bank_store import BankStore
 
@@ -385,7 +385,7 @@ def test_what_is_there(bank, model):
     assert all(entry.created.tzinfo is UTC and entry.created == entry.updated for entry in entries)
     assert [entry.id for entry in bank.list(prefix="team/", order_by="created")] == ["team/bob", "team/alice"]
     assert [entry.id for entry in bank.list(order_by="updated", descending=True, limit=1, offset=1)] == ["team/alice"]
-    assert bank.gather(["eve"])._rows == (("eve", entries[0].version),)
+    assert bank.gather(["eve"])._rows == (("eve", entries[0].version, bank._store.name),)
     assert repr(bank).startswith("MemoryBank('/") and "a fresh adapter" in repr(bank)
 
 
@@ -555,3 +555,43 @@ def test_exports_that_are_not_as_written_are_refused(bank, model, tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
             other.import_all(tmp_path / "all")
         assert len(other) == 0
+
+
+def test_a_row_of_another_bank_is_not_stored_under_the_same_id(bank, model, tmp_path):
+    """Two tenants may each have a "user 1"."""
+    with MemoryBank(tmp_path / "other.bank", model) as other:
+        for place, seed in ((bank, 1), (other, 2)):
+            place.commit(["ada"], random_memory(model, 1, seed))
+        mixed = MemoryState.cat([bank.gather(["ada"]), other.gather(["ada"])])
+        assert mixed.ids == ["ada", "ada"]
+        for overwrite in (False, True):
+            with pytest.raises(ArgumentError, match="row 0 is the memory of 'ada' in another bank.*unnamed"):
+                other.commit(["ada"], mixed.select([0]), overwrite=overwrite)
+        other.commit(["ada"], mixed.select([1]))
+        other.commit(["from here"], mixed.select([0]).unnamed())
+        assert bits(other.gather(["from here"])) == bits(bank.gather(["ada"]))
+
+
+def test_a_count_that_passes_its_end_stays_readable(bank, model, tmp_path):
+    memory = MemoryState.zeros(model, 2)
+    memory._skipped[0][1] = 2**31 - 1
+    memory._count(0, torch.tensor([3, 1], dtype=torch.int32))
+    memory._skipped[1][1] = 5
+    assert memory.skipped.tolist() == [3, 2**31 - 1]
+    bank.commit(["a", "b"], memory)
+    loaded = MemoryState.load(memory.save(tmp_path / "m.safetensors"), model)
+    for read in (bank.gather(["a", "b"]), loaded):
+        assert read._skipped[0].tolist() == [3, 2**31 - 1] and read.skipped.tolist() == [3, 2**31 - 1]
+
+
+def test_a_memory_without_values_is_refused(bank, model):
+    with pytest.raises(ArgumentError, match="state: is on the meta device"):
+        bank.commit(["a"], MemoryState.zeros(model).to("meta"))
+
+
+def test_a_pickled_row_goes_back_to_its_owner_alone(bank, model):
+    bank.commit(["ada"], random_memory(model, 1))
+    sent = pickle.loads(pickle.dumps(bank.gather(["ada"])))
+    with pytest.raises(ArgumentError, match="is the memory of 'ada'"):
+        bank.commit(["ben"], sent, overwrite=True)
+    bank.commit(["ada"], sent)

@@ -176,6 +176,6 @@ def test_forked_children_share_a_store(path):
 def test_a_file_that_was_moved_away_is_not_made_again(path):
     with closing(open_store(path, 64)) as store:
         path.rename(path.with_suffix(".away"))
-        with pytest.raises(OSError, match="cannot be opened any more"):
+        with pytest.raises(OSError, match="was moved, removed or replaced"):
             store.write(["a"], [0], [bytes(64)])
         assert not path.exists()

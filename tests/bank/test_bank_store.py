@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from bank_support import LAYOUT, check_file, open_store
 
-from deltamem_fast.errors import FileFormatError
+from deltamem_fast.errors import FileAccessError, FileFormatError
 from deltamem_fast.storage import bank_store
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
 
@@ -347,7 +349,7 @@ def test_the_format_is_frozen(store, path):
         assert connection.execute("PRAGMA user_version").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         names = {name for (name,) in connection.execute("SELECT name FROM meta")}
-        assert names == {"layout", "row_bytes", "version", "count"}
+        assert names == {"layout", "row_bytes", "version", "count", "name"}
     integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated", "row_sum", "entry_crc")]
     assert tables == {
         "meta": [("name", "TEXT"), ("value", "")],
@@ -362,3 +364,94 @@ def test_needs_no_torch():
     code = f"import sys, deltamem_fast.storage.bank_store; print(*sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and result.stdout.strip() == "", result
+
+
+# --- a file that is moved, linked or copied
+
+
+@pytest.mark.parametrize("away", ("moved", "removed", "replaced"))
+def test_a_file_that_is_no_longer_there_takes_nothing(store, path, away):
+    """SQLite would go on writing to a file that nobody finds again."""
+    store.write(["a"], [0], [A])
+    kept = path.with_name("kept")
+    os.link(path, kept) if away == "removed" else os.rename(path, kept)
+    if away == "removed":
+        path.unlink()
+    elif away == "replaced":
+        path.write_bytes(b"")
+    for use in (lambda: store.write(["b"], [0], [B]), lambda: store.read(["a"]), lambda: store.delete(["a"])):
+        with pytest.raises(FileAccessError, match="users.bank: it, its -wal or its -shm was moved, removed"):
+            use()
+    os.replace(kept, path)
+    store.write(["b"], [0], [B])
+    store.close()
+    with closing(open_store(path, SIZE)) as again:
+        assert again.read(["a", "b"])[1] == [A, B]
+
+
+@pytest.mark.parametrize("gone", ("-wal", "-shm"))
+def test_a_log_that_was_removed_is_missed(store, path, gone):
+    """Another process would make a new one, and what either commits would be lost to the other."""
+    store.write(["a"], [0], [A])
+    kept = path.with_name("kept")
+    os.rename(f"{path}{gone}", kept)
+    for use in (lambda: store.write(["b"], [0], [B]), lambda: store.read(["a"])):
+        with pytest.raises(FileAccessError, match="was moved, removed or replaced"):
+            use()
+    os.replace(kept, f"{path}{gone}")
+    store.write(["b"], [0], [B])
+    assert store.read(["a", "b"])[1] == [A, B]
+
+
+def test_a_file_of_two_names_is_refused(store, path):
+    store.write(["a"], [0], [A])
+    other = path.with_name("other.bank")
+    os.link(path, other)
+    store.write(["b"], [0], [B])
+    with pytest.raises(FileAccessError, match=r"path: .*other.bank: has 2 names \(hard links\), allowed one"):
+        open_store(other, SIZE)
+    assert store.read(["a", "b"])[1] == [A, B]
+
+
+def test_two_copies_of_a_file_have_no_version_in_common(store, path):
+    store.write(["a"], [0], [A])
+    store.close()
+    shutil.copy(path, path.with_name("copy.bank"))
+    with closing(open_store(path, SIZE)) as one, closing(open_store(path.with_name("copy.bank"), SIZE)) as other:
+        assert one.name == other.name and len(one.name) == 32
+        version = one.write(["a"], None, [B])
+        other.write(["a"], None, [C])
+        with pytest.raises(BankConflict):
+            other.write(["a"], [version], [B])
+
+
+def test_a_disk_that_is_full_while_a_file_is_made_is_said_to_be(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(FileAccessError, match="cannot be read or written"):
+            open_store(tmp_path / "full.bank", SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    open_store(tmp_path / "full.bank", SIZE).close()
+
+
+@pytest.mark.parametrize("name", ("helper", "sqlite_helper"))
+def test_code_in_a_file_is_not_run(store, path, name):
+    """A trigger would run at the next write; SQLite lets nobody name one sqlite_, but a file may hold one."""
+    store.write(["a", "b"], [0, 0], [A, B])
+    store.close()
+    trigger = f"CREATE TRIGGER {name} AFTER UPDATE ON memories BEGIN DELETE FROM states; END"
+    with closing(sqlite3.connect(path, isolation_level=None)) as tool:
+        tool.execute("PRAGMA writable_schema = ON")
+        tool.execute("INSERT INTO sqlite_master VALUES ('trigger', ?, 'memories', 0, ?)", (name, trigger))
+    with pytest.raises(FileFormatError, match=f"its tables and indices are .*'trigger', '{name}'"):
+        open_store(path, SIZE)
+
+
+def test_statistics_of_sqlite_are_no_damage(store, path):
+    store.write(["a"], [0], [A])
+    with closing(sqlite3.connect(path)) as tool:
+        tool.execute("ANALYZE")
+    with closing(open_store(path, SIZE)) as again:
+        assert again.read(["a"])[1] == [A]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from chat_support import ASKED, TOLD, fail, have, recall_chat, state_bits
@@ -50,7 +51,9 @@ def test_the_operators():
     have(chat, f"/revise {TOLD}")
     have(chat, TOLD)
     told = have(chat, f"/forget --messages {TOLD}")
-    assert "Taken out of 2 messages; 1 turn left the context." in told and "/save" not in told
+    assert "Taken out of 2 messages; 1 turn left the context." in told and "/save" not in told and "typed" not in told
+    chat.history = Path("typed")
+    assert "What was typed stays in typed, this line too." in have(chat, f"/forget --messages {TOLD}")
     assert TOLD not in str(chat.session.messages)
     have(chat, "/reset")
     assert have(chat, "/forget The rain sang.") == "Erased where its keys point to: the memory was empty."

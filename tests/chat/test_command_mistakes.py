@@ -34,6 +34,7 @@ def places(tmp_path_factory):
     (root / "file").write_text("x")
     (root / "latin").write_bytes(b"caf\xe9")
     (root / "directory").mkdir()
+    (root / "loop").symlink_to(root / "loop")
     config = json.loads((root / model / "config.json").read_text())
     weights = (root / model / "model.safetensors").read_bytes()
     broken = {
@@ -103,6 +104,8 @@ MISTAKES = [
     (("convert", ADAPTER, "a\0b", "--to", "released"), "TARGET: got 'a"),
     (("convert", ADAPTER, "", "--to", "released"), "TARGET: got ''"),
     (("convert", ADAPTER, "{root}/file/x", "--to", "released"), "file.*Not a directory"),
+    (("convert", ADAPTER, "{root}/loop", "--to", "released"), "loop"),
+    (("convert", "{root}/loop", "{root}/new", "--to", "released"), "adapter: .*loop.*neither a directory"),
     (("convert", LONG, "{root}/new", "--to", "released"), "SOURCE: xxx.*too long"),
     (("inspect", "{root}/directory"), "MEMORY: .*directory"),
     (("inspect", "{root}/latin"), "MEMORY: .*latin: "),

@@ -153,7 +153,7 @@ def test_what_makes_no_page(tmp_path):
     path = tmp_path / "a.html"
     for call, message in (
         (lambda: write_page(path), "memory: got neither a memory nor a trace"),
-        (lambda: write_page(path, memory, row=1), "row: got 1, allowed 0 to 0"),
+        (lambda: write_page(path, memory, row=1), "row: got 1, allowed an integer, 0 to 0"),
         (lambda: write_page(path, memory, other=random_memory()), "other: got layers"),
         (lambda: write_page(path, random_memory(rows=2), other=random_memory(), row=1), "other: row: got 1"),
         (lambda: write_page(path, found.memory, trace=found), "trace: did not start from this memory"),

@@ -84,7 +84,7 @@ def test_rows_layers_and_heads_are_told_in_order_and_one_row_alone():
     assert report(memory, 2).rows == found.rows[8:] and bits(memory) == before
     assert memory.report() == found and len(found) == 12
     for row in (3, -1, True, 1.0, "0"):
-        with pytest.raises(ValueError, match="row: got .*, allowed 0 to 2"):
+        with pytest.raises(ValueError, match="row: got .*, allowed an integer, 0 to 2"):
             report(memory, row)
     with pytest.raises(ValueError, match="holds no conversation"):
         report(random_memory(rows=0), 0)
@@ -143,7 +143,7 @@ def test_memories_that_cannot_be_compared():
         distance(a, random_memory(layers=(0, 2), rows=2))
     with pytest.raises(ValueError, match="b: got 1 rows, allowed 2 as in the other one; or name one row"):
         distance(a, random_memory())
-    with pytest.raises(ValueError, match="row: got 1, allowed 0 to 0"):
+    with pytest.raises(ValueError, match="row: got 1, allowed an integer, 0 to 0"):
         distance(a, random_memory(), row=1)
     assert len(distance(a, random_memory(), row=0)) == 2
 
@@ -190,9 +190,9 @@ def rewritten(saved, path, drop=(), **changes):
         ({"drop": ["format"]}, "not a memory file (format None"),
         ({"format_version": "3"}, "format version '3', this version reads 1 to 2"),
         ({"format_version": "one"}, "format version 'one'"),
-        ({"drop": ["layers"]}, "not JSON"),
+        ({"drop": ["layers"]}, "lacks the entry 'layers'"),
         ({"layers": "[1]"}, "got a JSON list, allowed an object"),
-        ({"layers": "not JSON"}, "not JSON"),
+        ({"layers": "entry 'layers': not JSON"}, "not JSON"),
         ({"drop": ["layers.1.state"]}, "a broken memory file"),
         ({"drop": ["skipped"]}, "a broken memory file"),
         ({"layers.1.state": torch.zeros(2, 3, 4, 5)}, "layers.1.state is F32 [2, 3, 4, 5], allowed F32 [2, 3,"),

@@ -535,9 +535,12 @@ def test_sessions_are_private_and_keep_a_mode_that_was_chosen(told, tmp_path):
 
 def test_what_killed_writers_left_is_swept(saved):
     session, directory = saved
-    left = [".state-0123456789abcdef.safetensors.x.tmp", "state-0123456789abcdef.safetensors", ".session.json.y.tmp"]
-    for name in left:
+    left = (
+        ".state-0123456789abcdef.safetensors.ab_3def8.tmp state-0123456789abcdef.safetensors .session.json.abcdefg_.tmp"
+    )
+    for name in left.split():
         (directory / name).write_text("left")
+        (directory / name).chmod(0o600)
     folder = directory / ".session.json.0123456789abcdef.tmp"
     folder.mkdir()
     (folder / ".tmpAbCdEf").write_text("left by safetensors")
@@ -737,3 +740,45 @@ def test_what_is_forgotten_is_whole_words():
         session.answer(said, **says(session.tokenizer, "Yes."))
         session.forget(gone, messages=True)
         assert gone not in session.messages[0]["content"]
+
+
+def test_a_text_is_forgotten_however_it_is_written(tmp_path):
+    session = tiny_session(chatml_tokenizer())
+    composed, apart = "Jos\u00e9 Ruiz", "Jose\u0301 Ruiz"
+    call = {"type": "function", "function": {"name": "f", "arguments": json.dumps({"name": composed})}}
+    said = (f"I am {apart}.", "Or JOS\u00c9 RUIZ!", "J\u00ado\u200bs\u00e9 Ruiz", "\uff2a\uff4f\uff53\u00e9 Ruiz")
+    messages = [{"role": "user", "content": text} for text in (*said, "Jose Ruiz")]
+    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    for wanted in (composed, apart):
+        session._now = type(session._now)(session.memory, tuple(messages))
+        told = session.forget(wanted, messages=True)
+        # What is not cut out is named: hidden and wide letters, and escapes in a tool call's JSON.
+        assert told.messages == 2 and [m["content"] for m in session.messages[:2]] == ["I am .", "Or !"]
+        assert told.remains == (
+            "messages[2].content", "messages[3].content", "messages[5].tool_calls[0].function.arguments",
+        )  # fmt: skip
+    assert session.messages[4]["content"] == "Jose Ruiz"
+
+
+def test_what_lies_in_the_directory_stays(saved):
+    session, directory = saved
+    files = ("backup-0123456789abcdef.safetensors", ".session.json.draft.tmp", "state.safetensors", ".notes.tmp")
+    folders = (".tmpAbCdEf", ".session.json.mine.tmp", "state-0123456789abcdef.safetensors", ".x.0123456789abcdef.tmp")
+    for name in files:
+        (directory / name).write_text("mine")
+        os.utime(directory / name, (0, 0))
+    for name in folders:
+        (directory / name).mkdir()
+        (directory / name / "mine").write_text("mine")
+    load(session, directory).save(directory)
+    assert all((directory / name).is_file() for name in files)
+    assert all((directory / name / "mine").is_file() for name in folders)
+
+
+def test_numbers_that_no_file_takes_are_refused_before(saved):
+    session, directory = saved
+    with pytest.raises(ArgumentError, match=r"context_tokens: got an integer of many digits, allowed an integer, 1 or"):
+        session.limit_context(tokens=10**30)  # what tokenizers without a limit have as model_max_length
+    change_manifest(directory, lambda manifest: manifest.update(generation=10**4299))
+    with pytest.raises(FileFormatError, match="session.json: generation: got .*allowed an integer, 1 or more"):
+        load(session, directory)
