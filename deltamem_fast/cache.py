@@ -391,15 +391,11 @@ def mark_missed(cache) -> None:
         )
 
 
-def fed_tokens(cache) -> int | None:
-    """How many tokens ``cache`` got from a patched model; None: none yet, or they were not counted."""
-    fed = getattr(cache, _FED, None)
-    return None if fed is None else fed.tokens
-
-
 def cut_short(cache, error: BaseException) -> None:
-    """Note that a forward failed after ``cache`` and its memory had got its tokens."""
-    getattr(cache, _FED).cut_short(error)
+    """Note that something failed after ``cache`` and its memory had got its tokens."""
+    fed = getattr(cache, _FED, None)
+    if fed is not None:
+        fed.cut_short(error)
     memory = getattr(cache, _ATTRIBUTE, None)
     if memory is not None:
         memory.interrupt(error)

@@ -32,7 +32,6 @@ class CallersMemory:
 
     def __init__(self, state: Any):
         self.state = state
-        self.written = False
 
 
 class LastSegments:

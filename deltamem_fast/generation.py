@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
-from .cache import cut_short, fed_tokens
+from .cache import cut_short
 from .calls import NOT_WRITTEN, LastSegments
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
@@ -113,18 +113,19 @@ def _generate(self, *args, **kwargs):
 
 @contextlib.contextmanager
 def _taken_back(memory: MemoryState | None, cache: Cache | None) -> Iterator[None]:
-    """Inside, a caller's memory changes wholly or not at all; a cache that went ahead of it cannot be used any more."""
-    if memory is None or memory.frozen:
-        yield
-        return
-    before = fed_tokens(cache)
+    """Inside, a caller's memory changes wholly or not at all; a cache that got tokens cannot be used any more."""
+    before = _length_of(cache)
     try:
-        with taken_back(memory):
+        with taken_back(None if memory is not None and memory.frozen else memory):
             yield
     except BaseException as error:
-        if fed_tokens(cache) != before:
+        if _length_of(cache) != before:
             cut_short(cache, error)
         raise
+
+
+def _length_of(cache: Cache | None) -> int:
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
 def _get_stopping_criteria(self, *args, **kwargs):

@@ -98,6 +98,95 @@ def test_so_is_a_cache(model, kind, place):
             model(IDS, past_key_values=cache)
 
 
+def fails(*_):
+    raise KeyboardInterrupt("late")
+
+
+def accelerates_hook(module):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hook = hooks.ModelHook()
+    hook.post_forward = fails
+    hooks.add_hook_to_module(module, hook)
+    return lambda: hooks.remove_hook_from_module(module)
+
+
+def global_hook(module):
+    def hook(called, *_):
+        if called is module:
+            fails()
+
+    return torch.nn.modules.module.register_module_forward_hook(hook).remove
+
+
+# What raises when the patched forward is over, and how it is taken off again.
+LATE = {
+    "hook": lambda module: module.register_forward_hook(fails).remove,
+    "always called": lambda module: module.register_forward_hook(fails, always_call=True).remove,
+    "global": global_hook,
+    "accelerate": accelerates_hook,
+}
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("part", ["model", "decoder"])
+@pytest.mark.parametrize("kind", LATE)
+def test_so_is_what_a_hook_behind_the_forward_spoils(kind, part, train):
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1), backend="reference"))
+    called = model if part == "model" else model.model
+    memory, own, other = MemoryState.zeros(model), cache_of(model, "dynamic"), cache_of(model, "dynamic")
+    remove = LATE[kind](called)
+    for arguments in ({"memory": memory, "past_key_values": other}, {"past_key_values": own}):
+        with torch.set_grad_enabled(train), pytest.raises(KeyboardInterrupt, match="late"):
+            called(IDS, **arguments)
+    remove()
+    for arguments in ({"memory": memory}, {"past_key_values": own}, {"memory": memory.clone()}):
+        with torch.no_grad(), pytest.raises(DeltaMemError, match="cut short by KeyboardInterrupt"):
+            called(IDS, **arguments)
+    with torch.no_grad(), pytest.raises(DeltaMemError, match="past_key_values: .* cut short by KeyboardInterrupt"):
+        called(IDS, memory=memory.zero_(), past_key_values=other)
+    called(IDS, memory=memory)
+    unpatch_model(model)
+    assert "_call_impl" not in vars(model) | vars(model.model)
+
+
+def test_another_model_called_in_a_hook_is_not_marked_with_it(model):
+    inner = loud_adapter(patch_model(tiny_model(num_hidden_layers=1), backend="reference"))
+    memories = [MemoryState.zeros(model), MemoryState.zeros(inner)]
+
+    def hook(*_):
+        inner(IDS, memory=memories[1], use_cache=False)
+        raise RuntimeError("late")
+
+    handle = model.register_forward_hook(hook)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="late"):
+        model(IDS, memory=memories[0], use_cache=False)
+    handle.remove()
+    inner(IDS, memory=memories[1], use_cache=False)
+    with pytest.raises(DeltaMemError, match="cut short"):
+        model(IDS, memory=memories[0], use_cache=False)
+
+
+def test_a_backward_that_fails_leaves_the_memory_as_the_forward_did():
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=2), backend="reference"))
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    memory, calls = MemoryState.zeros(model), []
+    loss = model(IDS, memory=memory, use_cache=False).logits.square().mean()
+    before = memory.detach()
+
+    def second(*_):  # in the recomputation
+        calls.append(1)
+        raise RuntimeError("late")
+
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(second)
+    with pytest.raises(RuntimeError, match="late"):
+        loss.backward()
+    handle.remove()
+    assert calls and all(torch.equal(memory[i], before[i]) for i in memory)
+    kept = memory.detach()
+    model(IDS, memory=kept, use_cache=False).logits.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_what_fails_before_the_layers_marks_nothing(model):
     memory, cache = MemoryState.zeros(model), DynamicCache(config=model.config)
     with torch.no_grad():
