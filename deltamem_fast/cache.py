@@ -31,7 +31,11 @@ class Fed:
         identity: of the adapter and backbone that its keys and values were computed under.
         tokens: how many the memory was given, too; None: not counted (compiled forwards).
         broken: why the cache must not go on, or "".
+        weight: one of that adapter's weights, and its version then; None: not looked at (compiled forwards).
     """
+
+    # Of caches that were pickled by versions that did not look at it.
+    weight: tuple[torch.nn.Parameter, int] | None = None
 
     def __init__(self, identity):
         self.identity = identity
@@ -48,11 +52,28 @@ class Fed:
     def __deepcopy__(self, memo) -> Fed:
         # The identity refers to the model's adapter; a copied cache must not copy that.
         copied = Fed(self.identity)
-        copied.tokens, copied.broken = self.tokens, self.broken
+        copied.tokens, copied.broken, copied.weight = self.tokens, self.broken, self.weight
         return copied
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"identity": None}
+        known = None if self.identity is None else self.identity.described()
+        return vars(self) | {"identity": known, "weight": None}
+
+    def check_weights(self, identity) -> None:
+        """Raise if the adapter of ``identity``, the one that the cache was fed under, has other weights by now.
+
+        Training steps and ``load_state_dict`` change all of them; one is looked at, by its version.
+        """
+        weight = next(iter(identity.memories.values()))._parameters["memory_q_proj"]
+        if weight.is_inference():
+            return
+        if self.weight is None or self.weight[0] is not weight:  # where FSDP gathers weights, they are others each time
+            self.weight = weight, weight._version
+        elif self.weight[1] != weight._version:
+            raise StateError(
+                "past_key_values: the adapter's weights were changed (by a training step, load_state_dict) after this "
+                "cache's keys and values were computed; start with an empty cache"
+            )
 
 
 class MemoryLayerMixin:
@@ -340,6 +361,8 @@ def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
     held = layer.counted if isinstance(layer, CountingMixin) else layer.get_seq_length()
     if not held and fed is not None:
         held = int(layer.get_seq_length())  # compiled forwards are not counted; else it was reset
+        if held:
+            layer.counted = held
     if fed is None or not held:
         fed = Fed(identity)
         setattr(cache, _FED, fed)
@@ -347,12 +370,26 @@ def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
         raise StateError(fed.broken)
     elif fed.identity is not identity:
         _check_same(fed, identity)
-    if fed.tokens is not None and held > fed.tokens:
+        fed.identity, fed.weight = identity, None
+    fed.check_weights(identity)
+    if fed.tokens is not None and held != fed.tokens:
+        _check_count(cache, fed, held)
+    return fed, held
+
+
+def _check_count(cache: Cache, fed: Fed, held: int) -> None:
+    """Raise unless the memory of a cache has read what it holds; a caller's may have read more."""
+    if held > fed.tokens:
         raise StateError(
             f"past_key_values: this cache holds {held} tokens, of which its memory has read {fed.tokens} (the model "
             "was not patched, or another one used it); start with an empty cache"
         )
-    return fed, held
+    if getattr(cache, _ATTRIBUTE, None) is not None:
+        raise StateError(
+            f"past_key_values: this cache holds {held} tokens, but its memory has read {fed.tokens}: its keys and "
+            "values were cut, and what the memory has written cannot be taken back; keep a copy from before "
+            "(copy.deepcopy(cache)) instead"
+        )
 
 
 def _check_same(fed: Fed, identity) -> None:

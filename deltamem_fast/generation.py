@@ -51,6 +51,10 @@ _ANSWER_NOT_WRITTEN = (
     "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes: it is read "
     "and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
 )
+_NO_CACHE = (
+    "use_cache: got False, and the adapter writes segments ({granularity}): a row's tokens read the memory from before "
+    "it, and without a cache that is empty at each step, so that what is generated remembers nothing; see use_cache=True"
+)
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
 _watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
 
@@ -165,7 +169,10 @@ def _warn_of_segments(self, kwargs: dict, settings: dict, answer_is_fed: bool) -
     """Say what an adapter that writes segments does not write, or writes otherwise than it was trained to."""
     config = identity_of(self).config
     memory = kwargs.get("memory")
-    if not config.segmented or settings["use_cache"] is False or getattr(memory, "frozen", False):
+    if not config.segmented or getattr(memory, "frozen", False):
+        return
+    if settings["use_cache"] is False:
+        warn_once("segments without a cache", _NO_CACHE.format(granularity=config.memory_write_granularity))
         return
     if kwargs.get("segment_ids") is None:
         warn_once("prompt without segments", _ONE_SEGMENT.format(granularity=config.memory_write_granularity))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -94,6 +95,17 @@ class Identity:
             "backbone_fingerprint_1": first_backbone_fingerprint(self.backbone_config),
             "backbone_name": backbone_name(self.backbone_config),
         }
+
+    def described(self) -> Identity | None:
+        """This identity without weights, by its fingerprints alone, for a pickle; None where they cannot be read.
+
+        Sharded weights are in several processes, those on meta nowhere.
+        """
+        weights = [weight for memory in self.memories.values() for weight in memory.parameters()]
+        if any(type(weight.data) is not torch.Tensor or weight.is_meta for weight in weights):
+            return None
+        kept = self.fingerprints()
+        return dataclasses.replace(self, memories={}, backbone_config=None, kept_fingerprints=kept, accepted=[])
 
     def check(self, other: Identity | None) -> None:
         """Raise ValueError if a memory of ``other`` was made with another adapter or backbone; names both."""

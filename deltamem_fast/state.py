@@ -251,8 +251,8 @@ class MemoryState:
         return copied
 
     def __getstate__(self) -> dict:
-        # Pickled without the adapter's weights; such a copy can be used, but not saved.
-        return vars(self) | {"_identity": None}
+        # Without the adapter's weights, which the identity refers to.
+        return vars(self) | {"_identity": None if self._identity is None else self._identity.described()}
 
     # --- changing
 

@@ -1,10 +1,11 @@
 """Forwards that fail half-way, and caches that went on without their memory: the next use says so."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from support import loud_adapter, tiny_model
+from support import loud_adapter, relative_error, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from deltamem_fast import (
@@ -264,7 +265,62 @@ def test_keys_of_one_adapter_do_not_go_on_under_another(kind, tmp_path):
             model(IDS, past_key_values=cache, memory=MemoryState.zeros(model))
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_pickled_cache_and_memory_still_know_their_adapter(model, kind):
+    other = loud_adapter(patch_model(tiny_model()), seed=2)
+    cache, memory = cache_of(model, kind), MemoryState.zeros(model)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache, memory=memory)
+        found, read = pickle.loads(pickle.dumps((cache, memory)))
+        with pytest.raises(DeltaMemError, match="past_key_values: .* under another adapter"):
+            other(IDS, past_key_values=found, memory=MemoryState.zeros(other))
+        with pytest.raises(DeltaMemError, match="memory: made under adapter"):
+            other(IDS, memory=read)
+        wanted = model(IDS, past_key_values=cache, memory=memory).logits
+        assert torch.equal(model(IDS, past_key_values=found, memory=read).logits, wanted)
+
+
+@pytest.mark.parametrize("change", ["a training step", "load_state_dict"])
+def test_keys_of_weights_that_were_trained_since_do_not_go_on(change):
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1), backend="reference"))
+    cache, memory = cache_of(model, "dynamic"), MemoryState.zeros(model)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache, memory=memory)
+        model(IDS, past_key_values=cache, memory=memory)
+    if change == "load_state_dict":
+        model.load_state_dict(model.state_dict())
+    else:
+        model.requires_grad_(False)
+        adapter = [p.requires_grad_() for n, p in model.named_parameters() if ".delta_memory." in n]
+        model(IDS, use_cache=False).logits.square().mean().backward()
+        torch.optim.AdamW(adapter, 1e-3).step()
+    with torch.no_grad():
+        with pytest.raises(DeltaMemError, match="past_key_values: the adapter's weights were changed"):
+            model(IDS, past_key_values=cache, memory=memory)
+        model(IDS, memory=memory)  # a memory goes on: that is how one is trained over several contexts
+
+
+def test_a_cache_that_was_cut_by_hand_does_not_go_on_with_its_memory(model):
+    cache, memory = cache_of(model, "dynamic"), MemoryState.zeros(model)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :5], layer.values[:, :, :5]
+        with pytest.raises(DeltaMemError, match="holds 5 tokens, but its memory has read 12: .* were cut"):
+            model(IDS, past_key_values=cache)
+        # A caller who cuts a cache can take back a memory of their own.
+        cache = cache_of(model, "dynamic")
+        model(IDS[:, :5], past_key_values=cache, memory=memory)
+        before = memory.clone()
+        model(IDS, past_key_values=cache, memory=memory)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :5], layer.values[:, :, :5]
+        model(IDS, past_key_values=cache, memory=before)
+    assert all(relative_error(before[i], memory[i]) < 1e-5 for i in memory)
+
+
 def test_compiled_forwards_look_at_the_marks_too(model, tmp_path):
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     memory, cache = MemoryState.zeros(model), DynamicCache(config=model.config)
     with torch.no_grad():
@@ -278,6 +334,12 @@ def test_compiled_forwards_look_at_the_marks_too(model, tmp_path):
         compiled(IDS, past_key_values=static, memory=MemoryState.zeros(model))
         with pytest.raises(DeltaMemError, match="computed under another adapter"):
             other(IDS, past_key_values=static, memory=MemoryState.zeros(other))
+        # Eager ones behind them are counted again.
+        memory = MemoryState.zeros(model)
+        model(IDS, past_key_values=static, memory=memory)
+        tiny_model()(IDS, past_key_values=static)
+        with pytest.raises(DeltaMemError, match="holds 36 tokens, of which its memory has read 24"):
+            model(IDS, past_key_values=static, memory=memory)
 
 
 def test_an_early_refusal_marks_no_memory_of_a_cache(model):
