@@ -53,7 +53,7 @@ _ANSWER_NOT_WRITTEN = (
 )
 _NO_CACHE = (
     "use_cache: got False, and the adapter writes segments ({granularity}): a row's tokens read the memory from before "
-    "it, and without a cache that is empty at each step, so that what is generated remembers nothing; see use_cache=True"
+    "it, and without a cache that is empty at each step, so that what is generated remembers nothing"
 )
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
 _watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
