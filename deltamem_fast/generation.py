@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
 from .cache import cut_short
-from .calls import NOT_WRITTEN, LastSegments
+from .calls import NOT_WRITTEN, LastSegments, PromptsMask
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
 from .record import RECORD, identity_of, is_disabled
@@ -285,7 +285,7 @@ def _prepare_inputs_for_generation(
     elif _is_wrapped(self) and getattr(inputs.get("attention_mask"), "ndim", 0) == 2:
         # PEFT puts virtual tokens in front of the prompt, and their ones in front of the mask: that one tells.
         return inputs
-    inputs["token_mask"] = real
+    inputs["token_mask"] = PromptsMask(real) if self._delta_memory_patch.composite else real
     return inputs
 
 
