@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,9 @@ from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
 from .record import RECORD, identity_of, is_disabled
 from .state import MemoryState, taken_back
+
+
+logger = logging.getLogger("deltamem_fast")
 
 
 class EndedRows:
@@ -50,6 +54,11 @@ _ONE_SEGMENT = (
 _ANSWER_NOT_WRITTEN = (
     "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes: it is read "
     "and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
+)
+_LOST = (
+    "generate: %d (token, layer) pairs were left out of the memory, because they, or the state after them, were NaN or "
+    "Inf. What is generated from there on is of little worth; in float16 a layer's output may overflow where it does "
+    "not in bfloat16"
 )
 _NO_CACHE = (
     "use_cache: got False, and the adapter writes segments ({granularity}): a row's tokens read the memory from before "
@@ -107,12 +116,17 @@ def _generate(self, *args, **kwargs):
     _warn_of_segments(self, kwargs, settings, answer_is_fed)
     # Beams are rows that never end: what has ended is kept aside.
     watch = EndedRows() if settings["num_beams"] == 1 else None
+    memory = kwargs.get("memory")
+    skipped = None if memory is None or memory.frozen else memory.skipped
     token = _watching.set(watch)
     try:
-        with _taken_back(kwargs.get("memory"), kwargs.get("past_key_values")):
-            return original(*args, **kwargs)
+        with _taken_back(memory, kwargs.get("past_key_values")):
+            out = original(*args, **kwargs)
     finally:
         _watching.reset(token)
+    if skipped is not None and (lost := int((memory.skipped - skipped).sum())):
+        logger.warning(_LOST, lost)
+    return out
 
 
 @contextlib.contextmanager

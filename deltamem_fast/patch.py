@@ -18,7 +18,7 @@ from .calls import CallersMemory, begin, composite_mask
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
-from .finite import contain, give_back
+from .finite import broken_rows, contain, give_back
 from .forwards import why_not_handed_on
 from .gates import current_record
 from .generation import generation_overrides
@@ -308,6 +308,7 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
         skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
         record.replace(model, "_skip_keys_device_placement", [*skipped, "memory"])
     install_files(outer, model, record)
+    record.broken_embeddings = broken_rows(decoder) is not None
 
 
 def _uninstall(model: nn.Module, record: PatchRecord) -> None:

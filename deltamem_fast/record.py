@@ -163,6 +163,8 @@ class PatchRecord:
     positional: dict[type, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     composite: bool = False
+    # Whether the table of embeddings had a row that is not finite when it was last looked at.
+    broken_embeddings: bool = False
     disabled_depth: int = 0
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
