@@ -65,11 +65,13 @@ class Fed:
         Training steps and ``load_state_dict`` change all of them; one is looked at, by its version.
         """
         weight = next(iter(identity.memories.values()))._parameters["memory_q_proj"]
-        if weight.is_inference():
+        try:
+            version = weight._version
+        except RuntimeError:  # made in inference mode: nothing counts its changes
             return
         if self.weight is None or self.weight[0] is not weight:  # where FSDP gathers weights, they are others each time
-            self.weight = weight, weight._version
-        elif self.weight[1] != weight._version:
+            self.weight = weight, version
+        elif self.weight[1] != version:
             raise StateError(
                 "past_key_values: the adapter's weights were changed (by a training step, load_state_dict) after this "
                 "cache's keys and values were computed; start with an empty cache"

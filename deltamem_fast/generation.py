@@ -18,7 +18,6 @@ from .notices import warn_once
 from .record import RECORD, identity_of, is_disabled
 from .state import MemoryState, taken_back
 
-
 logger = logging.getLogger("deltamem_fast")
 
 
