@@ -19,28 +19,30 @@ _running: contextvars.ContextVar[tuple[PatchRecord, list[tuple[MemoryCall, Memor
 )
 
 
-def marking(record: PatchRecord, run: Callable, *args, **kwargs) -> Any:
+def marking(record: PatchRecord, run: Callable, args: tuple, kwargs: dict[str, Any], *, anew: bool = False) -> Any:
     """``run(*args, **kwargs)``; whatever it raises, memories and caches that forwards in it have written are marked.
 
     So that an error that comes after the last layer, of a hook on the model or of accelerate's, is seen as well:
-    nobody got to know what the forward said. Inside another call of the same model that one marks. Compiled forwards
-    are not watched: what they run is one piece, with no place for a mark.
+    nobody got to know what the forward said. Inside another call of the same model that one marks, unless ``anew``.
+
+    Two things cannot be seen here: an interrupt between the end of this function and the caller's hold of what it
+    returns, and an error inside compiled forwards, which are one piece without a place for a mark.
     """
     if torch.compiler.is_compiling():
         return run(*args, **kwargs)
-    running = _running.get()
-    if running is not None and running[0] is record:
+    around = _running.get()
+    if not anew and around is not None and around[0] is record:
         return run(*args, **kwargs)
     calls: list[tuple[MemoryCall, MemoryState]] = []
-    token = _running.set((record, calls))
     try:
+        _running.set((record, calls))
         return run(*args, **kwargs)
     except BaseException as error:
         for call, state in calls:
             call.cut_short(error, state)
         raise
     finally:
-        _running.reset(token)
+        _running.set(around)  # not by a token: an interrupt may come before there is one
 
 
 def begun(call: MemoryCall) -> None:

@@ -376,7 +376,9 @@ def _with_signature(module: nn.Module, function):
 
 def _call(self, *args, **kwargs):
     """What ``model(...)`` runs, forward and hooks."""
-    return marking(self._delta_memory_patch, type(self)._call_impl, self, *args, **kwargs)
+    record = self._delta_memory_patch
+    outermost = self is not record.decoder or "outer" not in record.originals
+    return marking(record, type(self)._call_impl, (self, *args), kwargs, anew=outermost)
 
 
 def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
@@ -393,8 +395,8 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
         kwargs["token_mask"] = token_mask
     own = record.originals["outer"]
     if own is None:
-        return marking(record, type(self).forward, self, *args, **kwargs)
-    return marking(record, own, *args, **kwargs)
+        return marking(record, type(self).forward, (self, *args), kwargs)
+    return marking(record, own, args, kwargs)
 
 
 def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):

@@ -167,6 +167,22 @@ def test_another_model_called_in_a_hook_is_not_marked_with_it(model):
         model(IDS, memory=memories[0], use_cache=False)
 
 
+def test_what_a_hook_has_run_well_is_not_marked_with_the_call_around_it(model):
+    memories = [MemoryState.zeros(model) for _ in range(2)]
+
+    def hook(*_):
+        handle.remove()
+        model(IDS, memory=memories[1], use_cache=False)
+        raise RuntimeError("late")
+
+    handle = model.register_forward_hook(hook)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="late"):
+        model(IDS, memory=memories[0], use_cache=False)
+    model(IDS, memory=memories[1], use_cache=False)
+    with pytest.raises(DeltaMemError, match="cut short"):
+        model(IDS, memory=memories[0], use_cache=False)
+
+
 def test_a_backward_that_fails_leaves_the_memory_as_the_forward_did():
     model = loud_adapter(patch_model(tiny_model(num_hidden_layers=2), backend="reference"))
     model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
