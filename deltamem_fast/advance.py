@@ -90,14 +90,19 @@ class MemoryCall:
             raise ArgumentError(UNKNOWN_CHECKPOINTS)
         self.bridge.unseen.add(layer)
 
-    def cut_short(self, error: BaseException) -> None:
-        """Mark what a forward that failed may have left half-written; nothing, if no layer had begun."""
+    def cut_short(self, error: BaseException, state: MemoryState | None) -> None:
+        """Mark what a forward that failed may have left half-written; nothing, if no layer had begun.
+
+        Args:
+            error: what it failed with.
+            state: the memory that it was to write.
+        """
         if self.fed is not None and self.initial:
             self.fed.cut_short(error)
         elif self.fed is not None:
             self.fed.tokens = self.held
-        if self.initial and not self.frozen and self.state is not None:
-            self.state.interrupt(error)
+        if self.initial and not self.frozen and state is not None:
+            state.interrupt(error)
 
     def leave_out(self, finite: torch.Tensor) -> None:
         """Mask tokens that are not ``finite``, bool [B, T]; the mask of before tells what is to be counted."""

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
+from .record import fingerprinted
 from .state import MemoryState, writable
 
 _ATTRIBUTE = "_delta_memory"
@@ -31,7 +32,11 @@ class Fed:
         identity: of the adapter and backbone that its keys and values were computed under.
         tokens: how many the memory was given, too; None: not counted (compiled forwards).
         broken: why the cache must not go on, or "".
+        weight: one of that adapter's weights, and its version then; None: not looked at (compiled forwards).
     """
+
+    # Of caches that were pickled by versions that did not look at it.
+    weight: tuple[torch.nn.Parameter, int] | None = None
 
     def __init__(self, identity):
         self.identity = identity
@@ -48,11 +53,35 @@ class Fed:
     def __deepcopy__(self, memo) -> Fed:
         # The identity refers to the model's adapter; a copied cache must not copy that.
         copied = Fed(self.identity)
-        copied.tokens, copied.broken = self.tokens, self.broken
+        copied.tokens, copied.broken, copied.weight = self.tokens, self.broken, self.weight
         return copied
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"identity": None}
+        made_under = None if self.identity is None else self.identity.described()
+        return vars(self) | {"identity": None, "weight": None, "made_under": made_under}
+
+    def __setstate__(self, values: dict) -> None:
+        made_under = values.pop("made_under", None)  # versions before had none
+        vars(self).update(values)
+        self.identity = None if made_under is None else fingerprinted(made_under)
+
+    def check_weights(self, identity) -> None:
+        """Raise if the adapter of ``identity``, the one that the cache was fed under, has other weights by now.
+
+        Training steps and ``load_state_dict`` change all of them; one is looked at, by its version.
+        """
+        weight = next(iter(identity.memories.values()))._parameters["memory_q_proj"]
+        try:
+            version = weight._version
+        except RuntimeError:  # made in inference mode: nothing counts its changes
+            return
+        if self.weight is None or self.weight[0] is not weight:  # where FSDP gathers weights, they are others each time
+            self.weight = weight, version
+        elif self.weight[1] != version:
+            raise StateError(
+                "past_key_values: the adapter's weights were changed (by a training step, load_state_dict) after this "
+                "cache's keys and values were computed; start with an empty cache"
+            )
 
 
 class MemoryLayerMixin:
@@ -340,6 +369,8 @@ def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
     held = layer.counted if isinstance(layer, CountingMixin) else layer.get_seq_length()
     if not held and fed is not None:
         held = int(layer.get_seq_length())  # compiled forwards are not counted; else it was reset
+        if held:
+            layer.counted = held
     if fed is None or not held:
         fed = Fed(identity)
         setattr(cache, _FED, fed)
@@ -347,12 +378,26 @@ def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
         raise StateError(fed.broken)
     elif fed.identity is not identity:
         _check_same(fed, identity)
-    if fed.tokens is not None and held > fed.tokens:
+        fed.identity, fed.weight = identity, None
+    fed.check_weights(identity)
+    if fed.tokens is not None and held != fed.tokens:
+        _check_count(cache, fed, held)
+    return fed, held
+
+
+def _check_count(cache: Cache, fed: Fed, held: int) -> None:
+    """Raise unless the memory of a cache has read what it holds; a caller's may have read more."""
+    if held > fed.tokens:
         raise StateError(
             f"past_key_values: this cache holds {held} tokens, of which its memory has read {fed.tokens} (the model "
             "was not patched, or another one used it); start with an empty cache"
         )
-    return fed, held
+    if getattr(cache, _ATTRIBUTE, None) is not None:
+        raise StateError(
+            f"past_key_values: this cache holds {held} tokens, but its memory has read {fed.tokens}: its keys and "
+            "values were cut, and what the memory has written cannot be taken back; keep a copy from before "
+            "(copy.deepcopy(cache)) instead"
+        )
 
 
 def _check_same(fed: Fed, identity) -> None:
@@ -391,15 +436,11 @@ def mark_missed(cache) -> None:
         )
 
 
-def fed_tokens(cache) -> int | None:
-    """How many tokens ``cache`` got from a patched model; None: none yet, or they were not counted."""
-    fed = getattr(cache, _FED, None)
-    return None if fed is None else fed.tokens
-
-
 def cut_short(cache, error: BaseException) -> None:
-    """Note that a forward failed after ``cache`` and its memory had got its tokens."""
-    getattr(cache, _FED).cut_short(error)
+    """Note that something failed after ``cache`` and its memory had got its tokens."""
+    fed = getattr(cache, _FED, None)
+    if fed is not None:
+        fed.cut_short(error)
     memory = getattr(cache, _ATTRIBUTE, None)
     if memory is not None:
         memory.interrupt(error)

@@ -32,7 +32,21 @@ class CallersMemory:
 
     def __init__(self, state: Any):
         self.state = state
-        self.written = False
+
+
+class PromptsMask:
+    """What a model's own attention mask says of its prompt, bool [B, T] or True; the decoder's may have become longer.
+
+    Models that put images in put them where a token holds their place, or in front of the prompt, or between.
+    """
+
+    def __init__(self, mask: torch.Tensor | bool):
+        self.mask = mask
+
+    def for_tokens(self, batch: int, length: int) -> torch.Tensor | bool | None:
+        """The mask of a decoder's tokens [B, T]; None: they are others."""
+        fits = self.mask is True or tuple(self.mask.shape) == (batch, length)
+        return self.mask if fits else None
 
 
 class LastSegments:
@@ -177,6 +191,8 @@ def _check_segments(segment_ids, identity, batch: int, length: int, device) -> t
 
 def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> torch.Tensor | None:
     """bool [B, T] of this forward's tokens, or None = all are real."""
+    if isinstance(token_mask, PromptsMask):
+        token_mask = token_mask.for_tokens(batch, length)
     if token_mask is True:
         return None
     if token_mask is not None:
@@ -209,7 +225,7 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
     return attention_mask[:, past : past + length] != 0
 
 
-def composite_mask(kwargs: dict[str, Any]) -> torch.Tensor | bool | None:
+def composite_mask(kwargs: dict[str, Any]) -> PromptsMask | None:
     """What a model that prepares its masks itself must tell its decoder: ``token_mask``; None: it cannot be told here.
 
     Args:
@@ -219,5 +235,8 @@ def composite_mask(kwargs: dict[str, Any]) -> torch.Tensor | bool | None:
     attention_mask = kwargs.get("attention_mask")
     if tokens is None or not (attention_mask is None or getattr(attention_mask, "ndim", 0) == 2):
         return None
-    mask = _token_mask(None, attention_mask, kwargs.get("past_key_values"), *tokens.shape[:2])
-    return True if mask is None else mask
+    try:
+        mask = _token_mask(None, attention_mask, kwargs.get("past_key_values"), *tokens.shape[:2])
+    except ArgumentError:  # the cache holds more than the mask knows of: only the decoder's mask can tell
+        return None
+    return PromptsMask(True if mask is None else mask)

@@ -2,8 +2,13 @@
 
 Such a token goes through the layers as zeros and the memory leaves it out, as a masked one. Its own place in the last
 hidden states is NaN in the end, as the bare model's is; in the bare model all later tokens are NaN, too (and, where the
-mask is multiplied, those before it). What turns to NaN inside the backbone, a sum that overflows in float16, is not
-seen here: each layer's memory leaves those tokens out and counts them, the backbone itself is what it is.
+mask is multiplied, those before it).
+
+What turns to NaN inside the layers is not seen here, because nobody could look at every layer for nothing: a sum that
+overflows in float16, a state of which a read overflows (float32's, from about 3e38 / r on), or whose read times
+``delta_{q,k,v,o}_proj`` is more than the model's dtype holds (65,504 in float16). That token is NaN from there on, and
+through keys and values the later ones of its row are, as in the bare model. Every layer's memory leaves them out and
+counts them (``skipped``); states stay finite, and other rows what they were.
 """
 
 from __future__ import annotations
@@ -71,12 +76,27 @@ def give_back(call: MemoryCall, output, finite: torch.Tensor):
 def _broken_embeddings(decoder: nn.Module, input_ids: torch.Tensor | None) -> torch.Tensor | None:
     """The embeddings of tokens one of which has a row in the table that is not finite; None if none has.
 
+    Compiled code cannot look at the table. If it had such a row at the last look, by ``patch_model`` or a forward that
+    was not compiled, every token is looked at.
+    """
+    if input_ids is None:
+        return None
+    if torch.compiler.is_compiling():
+        return _embedding(decoder)(input_ids) if decoder._delta_memory_patch.broken_embeddings else None
+    rows = broken_rows(decoder)
+    decoder._delta_memory_patch.broken_embeddings = rows is not None
+    if rows is None or not rows[input_ids].any():
+        return None
+    return _embedding(decoder)(input_ids)
+
+
+def broken_rows(decoder: nn.Module) -> torch.Tensor | None:
+    """Which rows of a decoder's table of embeddings are not finite, bool [vocabulary]; None if all are.
+
     The table is looked through once, and again when it has changed.
     """
-    if input_ids is None or torch.compiler.is_compiling():
-        return None
-    embedding = decoder._modules.get("embed_tokens") or decoder.get_input_embeddings()
-    weight = embedding._parameters.get("weight")
+    embedding = _embedding(decoder)
+    weight = None if embedding is None else embedding._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
         return None
     version = weight.data_ptr(), weight._version
@@ -92,6 +112,11 @@ def _broken_embeddings(decoder: nn.Module, input_ids: torch.Tensor | None) -> to
                 rows = ~torch.isfinite(weight).all(-1)
                 rows = rows if rows.any() else None
         _known[embedding] = version, rows
-    if rows is None or not rows[input_ids].any():
+    return rows
+
+
+def _embedding(decoder: nn.Module) -> nn.Module | None:
+    try:
+        return decoder._modules.get("embed_tokens") or decoder.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # it takes embeddings alone
         return None
-    return embedding(input_ids)

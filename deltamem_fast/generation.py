@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import logging
 from collections.abc import Iterator
 
 import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
-from .cache import cut_short, fed_tokens
-from .calls import NOT_WRITTEN, LastSegments
+from .cache import cut_short
+from .calls import NOT_WRITTEN, LastSegments, PromptsMask
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .notices import warn_once
 from .record import RECORD, identity_of, is_disabled
 from .state import MemoryState, taken_back
+
+logger = logging.getLogger("deltamem_fast")
 
 
 class EndedRows:
@@ -50,6 +53,15 @@ _ONE_SEGMENT = (
 _ANSWER_NOT_WRITTEN = (
     "generate: the adapter writes segments ({granularity}), and what is generated has none while it comes: it is read "
     "and not written. To write an answer, ingest its message, or have the conversation in a MemorySession"
+)
+_LOST = (
+    "generate: %d (token, layer) pairs were left out of the memory, because they, or the state after them, were NaN or "
+    "Inf. What is generated from there on is of little worth; in float16 a layer's output may overflow where it does "
+    "not in bfloat16"
+)
+_NO_CACHE = (
+    "use_cache: got False, and the adapter writes segments ({granularity}): a row's tokens read the memory from before "
+    "it, and without a cache that is empty at each step, so that what is generated remembers nothing"
 )
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
 _watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
@@ -103,28 +115,34 @@ def _generate(self, *args, **kwargs):
     _warn_of_segments(self, kwargs, settings, answer_is_fed)
     # Beams are rows that never end: what has ended is kept aside.
     watch = EndedRows() if settings["num_beams"] == 1 else None
+    memory = kwargs.get("memory")
+    skipped = None if memory is None or memory.frozen else memory.skipped
     token = _watching.set(watch)
     try:
-        with _taken_back(kwargs.get("memory"), kwargs.get("past_key_values")):
-            return original(*args, **kwargs)
+        with _taken_back(memory, kwargs.get("past_key_values")):
+            out = original(*args, **kwargs)
     finally:
         _watching.reset(token)
+    if skipped is not None and (lost := int((memory.skipped - skipped).sum())):
+        logger.warning(_LOST, lost)
+    return out
 
 
 @contextlib.contextmanager
 def _taken_back(memory: MemoryState | None, cache: Cache | None) -> Iterator[None]:
-    """Inside, a caller's memory changes wholly or not at all; a cache that went ahead of it cannot be used any more."""
-    if memory is None or memory.frozen:
-        yield
-        return
-    before = fed_tokens(cache)
+    """Inside, a caller's memory changes wholly or not at all; a cache that got tokens cannot be used any more."""
+    before = _length_of(cache)
     try:
-        with taken_back(memory):
+        with taken_back(None if memory is not None and memory.frozen else memory):
             yield
     except BaseException as error:
-        if fed_tokens(cache) != before:
+        if _length_of(cache) != before:
             cut_short(cache, error)
         raise
+
+
+def _length_of(cache: Cache | None) -> int:
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
 def _get_stopping_criteria(self, *args, **kwargs):
@@ -164,7 +182,10 @@ def _warn_of_segments(self, kwargs: dict, settings: dict, answer_is_fed: bool) -
     """Say what an adapter that writes segments does not write, or writes otherwise than it was trained to."""
     config = identity_of(self).config
     memory = kwargs.get("memory")
-    if not config.segmented or settings["use_cache"] is False or getattr(memory, "frozen", False):
+    if not config.segmented or getattr(memory, "frozen", False):
+        return
+    if settings["use_cache"] is False:
+        warn_once("segments without a cache", _NO_CACHE.format(granularity=config.memory_write_granularity))
         return
     if kwargs.get("segment_ids") is None:
         warn_once("prompt without segments", _ONE_SEGMENT.format(granularity=config.memory_write_granularity))
@@ -277,7 +298,7 @@ def _prepare_inputs_for_generation(
     elif _is_wrapped(self) and getattr(inputs.get("attention_mask"), "ndim", 0) == 2:
         # PEFT puts virtual tokens in front of the prompt, and their ones in front of the mask: that one tells.
         return inputs
-    inputs["token_mask"] = real
+    inputs["token_mask"] = PromptsMask(real) if self._delta_memory_patch.composite else real
     return inputs
 
 

@@ -9,18 +9,20 @@ import torch
 from torch import nn
 
 from .adapter import AdapterSource, canonical_name, read_adapter, stage_weights
+from .advance import MemoryCall
 from .attention import attention_forward
 from .backends import check_backend, head_operations, operations, resolve_backend
 from .bridge import enter, leave
-from .cache import cut_short, fed_tokens, mark_missed, why_no_cache
+from .cache import mark_missed, why_no_cache
 from .calls import CallersMemory, begin, composite_mask
 from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
-from .finite import contain, give_back
+from .finite import broken_rows, contain, give_back
 from .forwards import why_not_handed_on
 from .gates import current_record
 from .generation import generation_overrides
+from .interrupted import begun, marking
 from .memory import DeltaMemory, LayerShape
 from .model_files import install_files
 from .paths import LayerPath, LayerWeights, why_generic
@@ -286,12 +288,14 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
     record.originals["decoder"] = vars(decoder).get("forward")
     record.replace(decoder, RECORD, record)
     record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
+    record.replace(decoder, "_call_impl", types.MethodType(_call, decoder))
     if model is not decoder:
         # Such a model, of images and text, may prepare the masks itself; its decoder cannot tell which tokens are real.
         record.composite = getattr(model, getattr(model, "base_model_prefix", ""), decoder) is not decoder
         record.originals["outer"] = vars(model).get("forward")
         record.replace(model, RECORD, record)
         record.replace(model, "forward", types.MethodType(_with_signature(model, _outer_forward), model))
+        record.replace(model, "_call_impl", types.MethodType(_call, model))
     for name, function in generation_overrides(model).items():
         record.originals[name] = vars(model).get(name)
         record.replace(model, name, types.MethodType(function, model))
@@ -304,6 +308,7 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
         skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
         record.replace(model, "_skip_keys_device_placement", [*skipped, "memory"])
     install_files(outer, model, record)
+    record.broken_embeddings = broken_rows(decoder) is not None
 
 
 def _uninstall(model: nn.Module, record: PatchRecord) -> None:
@@ -369,12 +374,18 @@ def _with_signature(module: nn.Module, function):
     return copied
 
 
+def _call(self, *args, **kwargs):
+    """What ``model(...)`` runs, forward and hooks."""
+    record = self._delta_memory_patch
+    outermost = self is not record.decoder or "outer" not in record.originals
+    return marking(record, type(self)._call_impl, (self, *args), kwargs, anew=outermost)
+
+
 def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
     record = self._delta_memory_patch
-    carried = None
     if memory is not None:
         # Hooks that move arguments between devices would copy it, and the copy would be written.
-        kwargs["memory"] = carried = CallersMemory(memory)
+        kwargs["memory"] = CallersMemory(memory)
     if segment_ids is not None:
         kwargs["segment_ids"] = segment_ids
     named = dict(zip(_positional_of(record, self), args)) | kwargs if args else kwargs
@@ -383,47 +394,43 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
     if token_mask is not None:
         kwargs["token_mask"] = token_mask
     own = record.originals["outer"]
-    cache = named.get("past_key_values")
-    before = fed_tokens(cache)
-    try:
-        return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
-    except BaseException as error:
-        # The decoder has written wholly, but nobody gets to know what it said.
-        if carried is not None and carried.written:
-            carried.state.interrupt(error)
-        if fed_tokens(cache) not in (None, before):
-            cut_short(cache, error)
-        raise
+    if own is None:
+        return marking(record, type(self).forward, (self, *args), kwargs)
+    return marking(record, own, args, kwargs)
 
 
 def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
     record = self._delta_memory_patch
     own = record.originals["decoder"]
-    carried = None
     if isinstance(memory, CallersMemory):
-        carried, memory = memory, memory.state
+        memory = memory.state
     if args:
         kwargs.update(_by_name(record, self, args, kwargs))
     if record_disabled(record):
         mark_missed(kwargs.get("past_key_values"))
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
+    begun(call)
     try:
-        finite = contain(self, call, kwargs)
-        if not call.in_place:
-            enter(self, call, kwargs)
-        output = type(self).forward(self, **kwargs, memory=call) if own is None else own(**kwargs, memory=call)
-        if len(call.initial) != len(record.identity.memories):
-            missing = sorted(set(record.identity.memories) - set(call.initial))
-            raise StateError(
-                f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
-                "keyword arguments down to it, so it cannot be patched"
-            )
+        return _with_memory(self, record, call, kwargs)
     except BaseException as error:
-        call.cut_short(error)
+        call.cut_short(error, call.state)
         raise
-    if carried is not None:
-        carried.written = not call.frozen
+
+
+def _with_memory(self, record: PatchRecord, call: MemoryCall, kwargs: dict):
+    """The decoder's own forward, its layers with ``call``."""
+    own = record.originals["decoder"]
+    finite = contain(self, call, kwargs)
+    if not call.in_place:
+        enter(self, call, kwargs)
+    output = type(self).forward(self, **kwargs, memory=call) if own is None else own(**kwargs, memory=call)
+    if len(call.initial) != len(record.identity.memories):
+        missing = sorted(set(record.identity.memories) - set(call.initial))
+        raise StateError(
+            f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
+            "keyword arguments down to it, so it cannot be patched"
+        )
     if not call.in_place:
         output = leave(call, output)
     if finite is not None:

@@ -89,7 +89,7 @@ class LayerWeights:
         self.prepared: dict = {}
         self._layouts: dict[int, HeadLayout] = {}
         self._steering: Steering | None = None
-        # What was found where when the path was chosen: dictionaries, keys, objects; the types of the parts.
+        # What was found where when the path was chosen: dictionaries, keys, objects; the types of attention and parts.
         self._places: tuple[tuple, tuple, tuple] = ((), (), ())
         # The functions that the fused forward goes past: owners (classes, modules), names, functions. Mostly
         # the same in all layers, so that a forward looks at them once.
@@ -97,6 +97,7 @@ class LayerWeights:
         # The packed parameters, and where their rows lie.
         self._packed: tuple[list[nn.Parameter], list[int]] = ([], [])
         self._parts: tuple[nn.Module, ...] = ()
+        self._typed: tuple[nn.Module, ...] = ()
         self._types: tuple[type, ...] = ()
         self._hooks: tuple[dict, ...] = ()
         self._known: list[weakref.ref] = []
@@ -166,7 +167,8 @@ class LayerWeights:
     def _remember(self, attention: nn.Module, memory: DeltaMemory) -> None:
         places = [(attention._modules, name, attention._modules.get(name)) for name in _parts_of(attention)]
         self._parts = tuple(part for _, _, part in places if part is not None)
-        self._types = tuple(map(type, self._parts))
+        self._typed = (*self._parts, attention)
+        self._types = tuple(map(type, self._typed))
         for part in self._parts:
             attributes = vars(part)
             places += [(part._parameters, name, part._parameters.get(name)) for name in ("weight", "bias")]
@@ -197,7 +199,7 @@ class LayerWeights:
                 return False
             if call is not None:
                 call.bypassed = self._functions
-        if tuple(map(type, self._parts)) != self._types:
+        if tuple(map(type, self._typed)) != self._types:
             return False
         parameters, addresses = self._packed
         return list(map(torch.Tensor.data_ptr, parameters)) == addresses

@@ -96,6 +96,16 @@ class Identity:
             "backbone_name": backbone_name(self.backbone_config),
         }
 
+    def described(self) -> str | None:
+        """The fingerprints as JSON, for a pickle, which ``fingerprinted`` reads; None where they cannot be told.
+
+        Sharded weights are in several processes, those on meta nowhere.
+        """
+        weights = [weight for memory in self.memories.values() for weight in memory.parameters()]
+        if any(type(weight.data) is not torch.Tensor or weight.is_meta for weight in weights):
+            return None
+        return json.dumps(self.fingerprints())
+
     def check(self, other: Identity | None) -> None:
         """Raise ValueError if a memory of ``other`` was made with another adapter or backbone; names both."""
         if other is None or other is self or any(other is known for known in self.accepted):
@@ -160,6 +170,8 @@ class PatchRecord:
     positional: dict[type, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     composite: bool = False
+    # Whether the table of embeddings had a row that is not finite when it was last looked at.
+    broken_embeddings: bool = False
     disabled_depth: int = 0
 
     def replace(self, owner: Any, name: str, value: Any) -> None:

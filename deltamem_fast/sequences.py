@@ -19,8 +19,8 @@ def sequence_starts(
 
     None: each row is one sequence. A sequence starts where ``cu_seq_lens_q`` says (B = 1), or else: where ``seq_idx``
     changes; where the position of a real token does not follow on from that of the one before; where a prepared mask
-    (4-D, or flex attention's) hides the token before. With position_ids, seq_idx or such a mask this waits for the
-    device once.
+    (4-D, or flex attention's) hides the token before; where the number in a 2-D mask changes, which may number the
+    sequences (1, 1, 2, 2, 2, 0). With position_ids, seq_idx or a mask this waits for the device once.
 
     Args:
         arguments: of the decoder's forward, by name.
@@ -45,7 +45,7 @@ def sequence_starts(
         for name, starts in (
             ("position_ids", _where_positions_restart(arguments.get("position_ids"), before, cache is not None)),
             ("seq_idx", _where_numbers_change(arguments.get("seq_idx"), before)),
-            ("attention_mask", _where_hidden(arguments.get("attention_mask"), before, cache)),
+            ("attention_mask", _where_mask_parts(arguments.get("attention_mask"), before, cache)),
         )
         if starts is not None
     ]
@@ -121,6 +121,13 @@ def _where_numbers_change(numbers, before: torch.Tensor) -> torch.Tensor | None:
     if not _one_a_token(numbers, before):
         return None
     return numbers[:, 1:] != _at(numbers, before)
+
+
+def _where_mask_parts(mask, before: torch.Tensor, cache) -> torch.Tensor | None:
+    """bool [B or 1, T − 1]: where a mask says that a sequence starts; a 2-D one of 0 and 1 does so nowhere."""
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return None if mask.dtype == torch.bool else _where_numbers_change(mask, before)
+    return _where_hidden(mask, before, cache)
 
 
 def _where_hidden(mask, before: torch.Tensor, cache) -> torch.Tensor | None:

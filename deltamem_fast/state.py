@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -263,21 +262,13 @@ class MemoryState:
 
     def __getstate__(self) -> dict:
         # Without the adapter's weights: by its fingerprints such a copy knows whose it is.
-        return vars(self) | {"_identity": None, "_made_under": self._made_under()}
+        made_under = None if self._identity is None else self._identity.described()
+        return vars(self) | {"_identity": None, "_made_under": made_under}
 
     def __setstate__(self, values: dict) -> None:
         made_under = values.pop("_made_under", None)  # versions before had none
         vars(self).update(values)
         self._identity = None if made_under is None else fingerprinted(made_under)
-
-    def _made_under(self) -> str | None:
-        """The fingerprints, as JSON; None of a memory without a model, or where the weights are not here."""
-        if self._identity is None:
-            return None
-        try:
-            return json.dumps(self._identity.fingerprints())
-        except (RuntimeError, NotImplementedError, TypeError):  # offloaded, or sharded
-            return None
 
     # --- changing
 

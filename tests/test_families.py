@@ -126,3 +126,50 @@ def test_layers_without_keys_of_their_own_are_left_out_by_target_layers():
     logits, tokens = outputs(model, memory=memory)
     assert relative_error(logits, bare) < 1e-5 and torch.equal(tokens, told)
     assert list(memory) == [0, 1] and memory[1].norm() > 0
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["2-D mask", "prepared mask"])
+def test_a_model_that_lengthens_its_prompt(prepared):
+    """Image tokens that come in front of a prompt inside the model: its decoder's own mask tells which are real."""
+    model = gemma3_with_images()
+    inner, front = model.model, torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
+
+    def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=None, **kwargs):
+        hidden = inner.language_model.embed_tokens(input_ids)
+        kwargs.pop("inputs_embeds"), kwargs.pop("position_ids"), kwargs.pop("pixel_values")
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            hidden = torch.cat([front, hidden], 1)
+        if attention_mask is not None:
+            attention_mask = torch.cat([torch.ones(2, 3, dtype=torch.int64), attention_mask], 1)
+        if prepared and attention_mask is not None:
+            attention_mask = dict.fromkeys(("full_attention", "sliding_attention"), attention_mask[:, None, None] != 0)
+        kwargs = {name: value for name, value in kwargs.items() if name in ("memory", "token_mask", "use_cache")}
+        out = inner.language_model(
+            inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        out.image_hidden_states = None
+        return out
+
+    inner.forward = forward
+    loud_adapter(patch_model(model, backend="reference"))
+    ids = IDS.repeat(2, 1)
+    mask = torch.ones_like(ids)
+    ids[0, :4] = mask[0, :4] = 0
+    wanted, found, plain = (MemoryState.zeros(model, 2) for _ in range(3))
+    hidden = torch.cat([front, inner.language_model.embed_tokens(ids)], 1).detach()
+    real = torch.cat([torch.ones(2, 3, dtype=torch.int64), mask], 1)
+    with torch.no_grad():
+        model.get_decoder()(inputs_embeds=hidden, attention_mask=real, memory=wanted)
+        model(input_ids=ids, memory=plain)  # without a mask all are real
+        if prepared:
+            with pytest.raises(DeltaMemError, match="attention_mask: got dict, allowed .*2, 15"):
+                model(input_ids=ids, attention_mask=mask, memory=found)
+            return
+        first = model(input_ids=ids, attention_mask=mask, memory=found)
+        assert all(relative_error(found[i], wanted[i]) < 1e-5 for i in wanted)
+        assert all(relative_error(plain[i][1], wanted[i][1]) < 1e-5 for i in wanted)
+        longer = torch.cat([mask, mask[:, -1:]], 1)
+        model(input_ids=ids[:, :1], attention_mask=longer, memory=found, past_key_values=first.past_key_values)
+        generated = MemoryState.zeros(model, 2)
+        model.generate(input_ids=ids, attention_mask=mask, memory=generated, max_new_tokens=1, do_sample=False)
+    assert all(relative_error(generated[i], wanted[i]) < 1e-5 for i in wanted)

@@ -586,6 +586,11 @@ def test_hooks_on_all_modules_and_changed_classes():
     fast.model.layers[0].self_attn.q_proj.__class__ = Doubled
     assert "Doubled" in layer_paths(fast)[0].reason
     assert relative_error(run(fast)[0], expected) > 1e-3
+    fast, _ = both()
+    attention = fast.model.layers[1].self_attn
+    attention.__class__ = type("Sharded", (type(attention),), {})  # as FSDP does
+    assert "Sharded is not one of the attentions" in layer_paths(fast)[1].reason
+    assert relative_error(run(fast)[0], expected) < 1e-5
 
 
 def test_pruned_and_replaced_linears():

@@ -233,3 +233,47 @@ def test_frozen_memories_count_nothing():
     with torch.no_grad():
         out = model(inputs_embeds=broken, memory=memory).logits
     assert out.isnan().any(-1).nonzero().tolist() == [[1, 5]] and memory.skipped.sum() == 0
+
+
+def test_a_nan_row_of_the_embeddings_in_compiled_forwards():
+    torch._dynamo.reset()
+    model = tiny_model(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[8] = float("nan")  # IDS[:, 5]
+        loud_adapter(patch_model(model, backend="reference"))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        memory, wanted = MemoryState.zeros(model, 3), MemoryState.zeros(model, 3)
+        out = compiled(IDS, memory=memory, use_cache=False).logits
+        expected = model(IDS, memory=wanted, use_cache=False).logits
+    assert out.isnan().any(-1).nonzero().tolist() == [[0, 5], [1, 5], [2, 5]]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert memory.skipped.tolist() == wanted.skipped.tolist() == [1, 1, 1]
+
+
+# --- what turns to NaN inside the layers
+
+
+@pytest.mark.parametrize("path", ("fast", "generic"))
+@pytest.mark.parametrize("backend", ("reference", "numba"))
+@pytest.mark.parametrize(("dtype", "value"), ((torch.float32, 3e38), (torch.float16, 1e6)), ids=("reads", "float16"))
+def test_what_overflows_in_the_layers_stays_in_its_row_and_is_counted(dtype, value, backend, path, caplog):
+    model = loud_adapter(patch_model(tiny_model(dtype=dtype), backend=backend))
+    if path == "generic":
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.register_forward_hook(lambda *arguments: None)
+    memory, clean = MemoryState.zeros(model, 3), MemoryState.zeros(model, 3)
+    memory[0][1] = value
+    with torch.no_grad():
+        found = model(IDS, memory=memory, use_cache=False).logits
+        wanted = model(IDS, memory=clean, use_cache=False).logits
+    assert found.isnan().any(-1).any(-1).tolist() == [False, True, False]
+    assert torch.equal(found[::2], wanted[::2])
+    for i in memory:
+        assert torch.isfinite(memory[i]).all() and torch.equal(memory[i][::2], clean[i][::2])
+    assert memory.skipped[1] > 0 and memory.skipped[::2].tolist() == [0, 0]
+    memory[0][1] = value
+    with caplog.at_level(logging.WARNING, "deltamem_fast"):
+        model.generate(IDS, memory=memory, max_new_tokens=2, do_sample=False)
+        model.generate(IDS, memory=clean, max_new_tokens=2, do_sample=False)
+    (record,) = caplog.records
+    assert "pairs were left out of the memory" in record.getMessage()

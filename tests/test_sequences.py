@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import loud_adapter, relative_error, tiny_model
+from transformers import DynamicCache
 
 from deltamem_fast import MemoryState, patch_model
 from deltamem_fast.sequences import sequence_starts
@@ -53,6 +54,23 @@ def test_no_sequence_reads_another(way, train):
         assert all(relative_error(memory[i][n : n + 1], alone[i]) < 1e-4 for i in alone)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_a_mask_that_numbers_the_sequences(train):
+    numbers = OWNERS + 1
+    numbers[0, :3] = numbers[1, 18:] = 0  # padding
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1)))
+    memory = MemoryState.zeros(model, 5)
+    with torch.set_grad_enabled(train):
+        model(IDS, attention_mask=numbers, memory=memory, use_cache=False)
+    for n, (row, start, end) in enumerate(parts()):
+        alone, real = MemoryState.zeros(model, 1), numbers[row : row + 1, start:end] != 0
+        with torch.no_grad():
+            model(IDS[row : row + 1, start:end], attention_mask=real, memory=alone, use_cache=False)
+        assert relative_error(memory[0][n : n + 1], alone[0]) < 1e-4
+    with pytest.raises(ValueError, match="got a cache, but by attention_mask a row holds several"):
+        model(IDS, attention_mask=numbers, past_key_values=DynamicCache(config=model.config))
+
+
 @pytest.mark.parametrize("family", ["llama", "smollm3"])
 def test_without_a_memory_of_the_callers(family):
     model = loud_adapter(patch_model(tiny_model(family)))
@@ -76,6 +94,8 @@ def test_padding_is_no_border():
     restarting[0, 10:] -= counted[0, 10]
     starts = sequence_starts({"position_ids": restarting}, None, mask != 0, 2, 20)
     assert starts.tolist() == [0, 10, 20, 40]
+    for zeros_and_ones in (mask, mask.float(), mask.bool()):
+        assert sequence_starts({"attention_mask": zeros_and_ones}, None, mask != 0, 2, 20) is None
 
 
 def test_what_is_far_is_not_hidden_by_another_sequence():
@@ -119,8 +139,6 @@ def test_flex_attentions_mask_is_looked_into():
 
 def test_with_a_cache_or_too_few_rows_it_is_refused():
     model = loud_adapter(patch_model(tiny_model()))
-    from transformers import DynamicCache
-
     with pytest.raises(ValueError, match="past_key_values: got a cache, but by position_ids a row holds several"):
         model(IDS, position_ids=POSITIONS, past_key_values=DynamicCache(config=model.config))
     with pytest.raises(ValueError, match=r"memory: got 2 row\(s\), allowed 5: one for each packed sequence"):
@@ -128,6 +146,7 @@ def test_with_a_cache_or_too_few_rows_it_is_refused():
 
 
 def test_compiled_forwards_say_so():
+    torch._dynamo.reset()  # models compiled before it count against its limit
     model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1)))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():

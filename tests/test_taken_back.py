@@ -126,6 +126,43 @@ def test_generate(model, tokenizer, memory, error, kind):
     assert all(torch.equal(memory[i], expected[i]) for i in memory)
 
 
+class Prints:
+    """A streamer that fails at its third call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def put(self, value):
+        self.calls += 1
+        if self.calls == 3:
+            raise BrokenPipeError("now")
+
+    def end(self):
+        pass
+
+
+def stops(input_ids, scores, **_):
+    raise BrokenPipeError("now")
+
+
+@pytest.mark.parametrize("kind", (DynamicCache, StaticCache))
+@pytest.mark.parametrize("given", ({"streamer": Prints}, {"stopping_criteria": lambda: [stops]}))
+def test_generate_with_a_memory_of_the_caches(model, tokenizer, given, kind):
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    cache = kind(config=model.config, **({"max_cache_len": 80} if kind is StaticCache else {}))
+    with pytest.raises(BrokenPipeError):
+        model.generate(ids, past_key_values=cache, max_new_tokens=4, **{name: made() for name, made in given.items()})
+    with pytest.raises(RuntimeError, match="past_key_values: a forward with this cache was cut short by BrokenPipe"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=4)
+    frozen = MemoryState.zeros(model)
+    frozen.frozen, cache = True, DynamicCache(config=model.config)
+    with pytest.raises(BrokenPipeError):
+        model.generate(ids, memory=frozen, past_key_values=cache, max_new_tokens=4, streamer=Prints())
+    with pytest.raises(RuntimeError, match="past_key_values: .* cut short by BrokenPipe"):
+        model.generate(ids, memory=frozen, past_key_values=cache, max_new_tokens=4)
+    model.generate(ids, memory=frozen, max_new_tokens=1)
+
+
 def test_a_cache_that_was_used_before_goes_on_after_a_failure_before_its_first_forward(model, tokenizer, memory):
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     cache = DynamicCache(config=model.config)

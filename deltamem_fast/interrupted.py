@@ -1,0 +1,54 @@
+"""Forwards that fail after their layers have begun: what they may have left half-written is marked."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .advance import MemoryCall
+    from .record import PatchRecord
+    from .state import MemoryState
+
+# The model that is being called in this context, and what its decoder's forwards have written so far.
+_running: contextvars.ContextVar[tuple[PatchRecord, list[tuple[MemoryCall, MemoryState]]] | None] = (
+    contextvars.ContextVar("deltamem_running", default=None)
+)
+
+
+def marking(record: PatchRecord, run: Callable, args: tuple, kwargs: dict[str, Any], *, anew: bool = False) -> Any:
+    """``run(*args, **kwargs)``; whatever it raises, memories and caches that forwards in it have written are marked.
+
+    So that an error that comes after the last layer, of a hook on the model or of accelerate's, is seen as well:
+    nobody got to know what the forward said. Inside another call of the same model that one marks, unless ``anew``.
+
+    Two things cannot be seen here: an interrupt between the end of this function and the caller's hold of what it
+    returns, and an error inside compiled forwards, which are one piece without a place for a mark.
+    """
+    if torch.compiler.is_compiling():
+        return run(*args, **kwargs)
+    around = _running.get()
+    if not anew and around is not None and around[0] is record:
+        return run(*args, **kwargs)
+    calls: list[tuple[MemoryCall, MemoryState]] = []
+    try:
+        _running.set((record, calls))
+        return run(*args, **kwargs)
+    except BaseException as error:
+        for call, state in calls:
+            call.cut_short(error, state)
+        raise
+    finally:
+        _running.set(around)  # not by a token: an interrupt may come before there is one
+
+
+def begun(call: MemoryCall) -> None:
+    """Have ``marking`` know of a decoder's forward that is about to run its layers."""
+    if torch.compiler.is_compiling():
+        return
+    running = _running.get()
+    if running is not None:
+        running[1].append((call, call.state))
