@@ -13,8 +13,9 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList
 from .cache import cut_short, fed_tokens
 from .calls import NOT_WRITTEN, LastSegments
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .forwards import cache_name, given_cache
 from .notices import warn_once
-from .record import RECORD, identity_of, is_disabled
+from .record import RECORD, identity_of, is_disabled, record_of
 from .state import MemoryState, taken_back
 
 
@@ -95,6 +96,8 @@ def _generate(self, *args, **kwargs):
     """
     original = _original(self, "generate")
     answer_is_fed = kwargs.pop("answer_is_fed", False)
+    if "past_key_values" in kwargs:  # newer versions warn of this name
+        kwargs[record_of(self).cache_name] = kwargs.pop("past_key_values")
     if is_disabled(self):
         return original(*args, **kwargs)
     given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
@@ -105,7 +108,7 @@ def _generate(self, *args, **kwargs):
     watch = EndedRows() if settings["num_beams"] == 1 else None
     token = _watching.set(watch)
     try:
-        with _taken_back(kwargs.get("memory"), kwargs.get("past_key_values")):
+        with _taken_back(kwargs.get("memory"), given_cache(kwargs)):
             return original(*args, **kwargs)
     finally:
         _watching.reset(token)
@@ -244,12 +247,15 @@ def _prepare_inputs_for_generation(
     is_first_iteration=False,
     memory=None,
     segment_ids=None,
+    cache=None,
     **kwargs,
 ):
-    inputs = _original(self, "prepare_inputs_for_generation")(
+    past_key_values = cache if past_key_values is None else past_key_values
+    original = _original(self, "prepare_inputs_for_generation")
+    kwargs[record.cache_name if (record := vars(self).get(RECORD)) else cache_name(original)] = past_key_values
+    inputs = original(
         input_ids,
         next_sequence_length=next_sequence_length,
-        past_key_values=past_key_values,
         attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
         is_first_iteration=is_first_iteration,

@@ -18,7 +18,7 @@ from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
 from .finite import contain, give_back
-from .forwards import why_not_handed_on
+from .forwards import cache_name, given_cache, why_not_handed_on
 from .gates import current_record
 from .generation import generation_overrides
 from .memory import DeltaMemory, LayerShape
@@ -77,7 +77,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
-    record = PatchRecord(identity, decoder, attentions)
+    record = PatchRecord(identity, decoder, attentions, cache_name=cache_name(type(decoder).forward))
     try:
         _install(outer, model, record, memories)
     except BaseException:
@@ -383,7 +383,7 @@ def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, 
     if token_mask is not None:
         kwargs["token_mask"] = token_mask
     own = record.originals["outer"]
-    cache = named.get("past_key_values")
+    cache = given_cache(named)
     before = fed_tokens(cache)
     try:
         return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
@@ -404,14 +404,19 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
         carried, memory = memory, memory.state
     if args:
         kwargs.update(_by_name(record, self, args, kwargs))
+    name = record.cache_name
     if record_disabled(record):
-        mark_missed(kwargs.get("past_key_values"))
+        mark_missed(given_cache(kwargs))
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
+    if name != "past_key_values" and name in kwargs:
+        kwargs["past_key_values"] = kwargs.pop(name)
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
     try:
         finite = contain(self, call, kwargs)
         if not call.in_place:
             enter(self, call, kwargs)
+        if name != "past_key_values" and "past_key_values" in kwargs:
+            kwargs[name] = kwargs.pop("past_key_values")
         output = type(self).forward(self, **kwargs, memory=call) if own is None else own(**kwargs, memory=call)
         if len(call.initial) != len(record.identity.memories):
             missing = sorted(set(record.identity.memories) - set(call.initial))
