@@ -43,8 +43,8 @@ def cache_name(forward: Callable) -> str:
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward or of ``generate``, under either name, or None."""
-    cache = arguments.get("past_key_values")
-    return arguments.get("cache") if cache is None else cache
+    cache = arguments.get("cache")  # counts alone where both are given
+    return arguments.get("past_key_values") if cache is None else cache
 
 
 def _is_of(function: ast.expr, attribute: str, names: set[str]) -> bool:

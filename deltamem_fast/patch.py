@@ -49,9 +49,8 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
             ``numba`` or ``reference``.
 
-    Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder, or of
-    PEFT's wrapper that was put around a patched model, know nothing of the memory. A wrapper that was there before
-    does: its ``save_pretrained`` writes the adapter beside PEFT's.
+    Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
+    nothing of the memory. PEFT's wrapper does: its ``save_pretrained`` writes the adapter beside PEFT's.
 
     Raises:
         ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the
