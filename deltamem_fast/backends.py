@@ -38,13 +38,13 @@ def why_unusable(backend: str) -> str:
     if not installed(backend):
         return f"the package {backend} is not installed" + (" (extra: cpu)" if backend == "numba" else "")
     try:
-        _load(backend)
-        _load_heads(backend)
         if backend == "numba":
             from numba import config
 
             if config.DISABLE_JIT:
                 return "the package numba compiles nothing here (NUMBA_DISABLE_JIT)"
+        _load(backend)
+        _load_heads(backend)
     except Exception as error:  # whatever it is, a model goes on without it
         reason = f"the package {backend} cannot be used here: {type(error).__name__}: {' '.join(str(error).split())}"
         if "no locator available" in str(error):
