@@ -407,8 +407,10 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     if record_disabled(record):
         mark_missed(given_cache(kwargs))
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
-    if name != "past_key_values" and name in kwargs:
+    if name in kwargs:
         kwargs["past_key_values"] = kwargs.pop(name)
+    elif "past_key_values" in kwargs:
+        name = "past_key_values"  # given so: newer versions warn of it themselves
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
     try:
         finite = contain(self, call, kwargs)
