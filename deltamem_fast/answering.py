@@ -46,7 +46,7 @@ _FIXED = {
 }
 # What a session and retrieve hand to generate themselves.
 RESERVED = (
-    "answer_is_fed", "assistant_early_exit", "assistant_model", "attention_mask", "cache_config",
+    "answer_is_fed", "assistant_early_exit", "assistant_model", "attention_mask", "cache", "cache_config",
     "cache_implementation", "constraints", "custom_generate", "ended_rows", "force_words_ids",
     "input_ids", "inputs", "inputs_embeds", "is_assistant", "max_cache_len", "memory", "num_beam_groups", "num_beams",
     "num_return_sequences", "past_key_values", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens",

@@ -38,6 +38,11 @@ def why_unusable(backend: str) -> str:
     if not installed(backend):
         return f"the package {backend} is not installed" + (" (extra: cpu)" if backend == "numba" else "")
     try:
+        if backend == "numba":
+            from numba import config
+
+            if config.DISABLE_JIT:
+                return "the package numba compiles nothing here (NUMBA_DISABLE_JIT)"
         _load(backend)
         _load_heads(backend)
     except Exception as error:  # whatever it is, a model goes on without it

@@ -417,10 +417,13 @@ def why_no_cache(decoder, layer_indices: Iterable[int]) -> str:
         if isinstance(found, type) and issubclass(found, Cache) and found.__module__ == module.__name__:
             return f"uses a cache of its own, {found.__name__}, which carries no memory"
     try:
-        layers = DynamicCache(config=decoder.config).layers
+        cache = DynamicCache(config=decoder.config)
     except Exception:  # a configuration that it cannot be made of: the first forward shows
         return ""
+    layers = cache.layers
     for layer_idx in layer_indices:
+        if layer_idx >= len(layers) and cache.layer_class_to_replicate is None:
+            return f"keeps no keys and values of layer {layer_idx} in its cache, which so carries no memory of it"
         if layer_idx < len(layers) and type(layers[layer_idx]) not in _WITH_MEMORY:
             return f"keeps layer {layer_idx} in a {type(layers[layer_idx]).__name__}, which carries no memory"
     return ""

@@ -13,6 +13,7 @@ from .bridge import Bridge, is_sharded
 from .cache import Fed, adopt, check_rows, expect
 from .capture import current_capture
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .forwards import given_cache
 from .gates import current_record
 from .notices import warn_once
 from .sequences import sequence_starts
@@ -236,7 +237,7 @@ def composite_mask(kwargs: dict[str, Any]) -> PromptsMask | None:
     if tokens is None or not (attention_mask is None or getattr(attention_mask, "ndim", 0) == 2):
         return None
     try:
-        mask = _token_mask(None, attention_mask, kwargs.get("past_key_values"), *tokens.shape[:2])
+        mask = _token_mask(None, attention_mask, given_cache(kwargs), *tokens.shape[:2])
     except ArgumentError:  # the cache holds more than the mask knows of: only the decoder's mask can tell
         return None
     return PromptsMask(True if mask is None else mask)

@@ -61,7 +61,9 @@ _KINDS = {
     "qwen_sparse_attention": "indexed_attention",
 }
 # Fields that some versions of transformers do not know yet, with what those versions compute.
-_LATER = {"gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7}}
+_LATER = {"gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7}, "laguna": {"gating": True}}
+# What Gemma 4's configuration has by layer, and had before for all layers with full attention.
+_OF_A_LAYER = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 # RoPE of these types depends on how long a context may be.
 _ROPE_BY_LENGTH = ("dynamic", "longrope", "yarn")
 
@@ -125,6 +127,7 @@ def backbone_fields(config) -> dict[str, Any]:
         "num_key_value_heads": values.get("num_key_value_heads") or heads,
         "rope": _rope(values),
         **_windows(values),
+        **_global_layers(fields),
     }
     fields = {name: _plain(value) for name, value in sorted(fields.items())}
     return {name: value for name, value in fields.items() if value is not None and value is not False}
@@ -175,13 +178,26 @@ def _without(value):
     return value
 
 
+def _global_layers(fields: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma 4's layers with full attention have of their own, as versions without per_layer_config say it."""
+    layers = fields.get("per_layer_config")
+    if not isinstance(layers, dict) or "global_head_dim" in fields:
+        return {}
+    own = [layer for layer in layers.values() if layer]
+    if not own or any(layer != own[0] or not layer.keys() <= _OF_A_LAYER.keys() for layer in own):
+        return {}
+    return {"per_layer_config": None} | {_OF_A_LAYER[name]: value for name, value in own[0].items()}
+
+
 def _rope(values: dict[str, Any]) -> dict[str, Any] | None:
     """RoPE's parameters in one spelling; by kind of layer where the kinds differ. None: the decoder has none."""
     found = values.get("rope_parameters") or values.get("rope_scaling") or {}
     top = {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     kinds = {kind: parameters for kind, parameters in found.items() if isinstance(parameters, dict)}
     if kinds:  # what some versions leave beside them is not read
-        return {kind: _rope_of(parameters, top, values) for kind, parameters in kinds.items()}
+        made = {kind: _rope_of(parameters, top, values) for kind, parameters in kinds.items()}
+        first = next(iter(made.values()))
+        return first if all(parameters == first for parameters in made.values()) else made  # older versions have one
     if not found and top["rope_theta"] is None:
         return None
     return _rope_of(found, top, values)

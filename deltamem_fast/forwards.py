@@ -1,4 +1,4 @@
-"""What the source of a forward says: whether it hands its keyword arguments on."""
+"""What forwards say of themselves: whether they hand keyword arguments on, and what they call the cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
 @functools.cache
@@ -32,6 +33,18 @@ def why_not_handed_on(forward: Callable, attribute: str = "") -> str:
     if not calls or any(keyword.arg is None for call in calls for keyword in call.keywords):
         return ""
     return f"hands no keyword arguments on to its {attribute or 'layers'}"
+
+
+def cache_name(forward: Callable) -> str:
+    """What a forward calls the cache that it takes: ``past_key_values``, and since transformers 5.24 ``cache``."""
+    names = inspect.signature(forward).parameters
+    return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward or of ``generate``, under either name, or None."""
+    cache = arguments.get("cache")  # counts alone where both are given
+    return arguments.get("past_key_values") if cache is None else cache
 
 
 def _is_of(function: ast.expr, attribute: str, names: set[str]) -> bool:

@@ -29,6 +29,7 @@ def fused_forward(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
     past_key_values=None,
+    cache=None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention's own forward with its memory; same arguments and results, within rounding.
@@ -49,8 +50,9 @@ def fused_forward(
     reads, addend = _steer(attention, memory, call, packed, length, cos, sin)
 
     query, key, value = _heads(packed, batch, length, weights.heads, attention.head_dim)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, attention.layer_idx)
+    cache = past_key_values if cache is None else cache  # its name since transformers 5.24
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
     family = sys.modules[type(attention).__module__]
     interface = family.ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, family.eager_attention_forward

@@ -14,8 +14,9 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList
 from .cache import cut_short
 from .calls import NOT_WRITTEN, LastSegments, PromptsMask
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .forwards import cache_name, given_cache
 from .notices import warn_once
-from .record import RECORD, identity_of, is_disabled
+from .record import RECORD, identity_of, is_disabled, record_of
 from .state import MemoryState, taken_back
 
 logger = logging.getLogger("deltamem_fast")
@@ -107,6 +108,8 @@ def _generate(self, *args, **kwargs):
     """
     original = _original(self, "generate")
     answer_is_fed = kwargs.pop("answer_is_fed", False)
+    if "past_key_values" in kwargs:  # newer versions warn of this name
+        kwargs[record_of(self).cache_name] = kwargs.pop("past_key_values")
     if is_disabled(self):
         return original(*args, **kwargs)
     given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
@@ -119,7 +122,7 @@ def _generate(self, *args, **kwargs):
     skipped = None if memory is None or memory.frozen else memory.skipped
     token = _watching.set(watch)
     try:
-        with _taken_back(memory, kwargs.get("past_key_values")):
+        with _taken_back(memory, given_cache(kwargs)):
             out = original(*args, **kwargs)
     finally:
         _watching.reset(token)
@@ -265,12 +268,15 @@ def _prepare_inputs_for_generation(
     is_first_iteration=False,
     memory=None,
     segment_ids=None,
+    cache=None,
     **kwargs,
 ):
-    inputs = _original(self, "prepare_inputs_for_generation")(
+    past_key_values = cache if past_key_values is None else past_key_values
+    original = _original(self, "prepare_inputs_for_generation")
+    kwargs[record.cache_name if (record := vars(self).get(RECORD)) else cache_name(original)] = past_key_values
+    inputs = original(
         input_ids,
         next_sequence_length=next_sequence_length,
-        past_key_values=past_key_values,
         attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
         is_first_iteration=is_first_iteration,

@@ -28,6 +28,8 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
     """
     record.originals["load_state_dict"] = vars(model).get("load_state_dict")
     record.replace(model, "load_state_dict", types.MethodType(_load_state_dict, model))
+    record.hooks.append(model.register_load_state_dict_post_hook(_restore_trainers))
+    record.hooks.append(model.register_state_dict_post_hook(_save_beside_peft))
     if hasattr(model, "save_pretrained"):
         # The backbone's checkpoint stays one: from_pretrained of the bare class reads it.
         ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
@@ -37,11 +39,9 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
         record.replace(model, "_get_files_timestamps", types.MethodType(_get_files_timestamps, model))
         record.originals["save_pretrained"] = vars(model).get("save_pretrained")
         record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
-    if outer is not model:
-        for name, function in (("save_pretrained", _save_pretrained_of_peft), ("load_adapter", _load_adapter_of_peft)):
-            if hasattr(type(outer), name):  # other wrappers have neither, and hand both on to the model
-                record.originals[f"outer_{name}"] = vars(outer).get(name)
-                record.replace(outer, name, types.MethodType(function, outer))
+    if outer is not model and hasattr(type(outer), "save_pretrained"):  # other wrappers hand it on to the model
+        record.originals["outer_save_pretrained"] = vars(outer).get("save_pretrained")
+        record.replace(outer, "save_pretrained", types.MethodType(_save_pretrained_of_peft, outer))
 
 
 def _own(module: nn.Module, record: PatchRecord, name: str, prefix: str = ""):
@@ -125,46 +125,57 @@ def _save_pretrained_of_peft(self, save_directory, *args, **kwargs):
     return result
 
 
+def _save_beside_peft(model: nn.Module, state_dict, prefix: str, _) -> None:
+    """The same for a wrapper that PEFT has put around a patched model (TRL's trainers do that).
+
+    When such a wrapper saves, the model is asked for its state dict, and for nothing else.
+    """
+    peft = sys.modules.get("peft")
+    if not prefix or peft is None or "outer_save_pretrained" in record_of(model).originals:
+        return
+    values = _arguments_of(inspect.unwrap(peft.PeftModel.save_pretrained))
+    if values is not None and unwrap(values["self"]) is model and values.get("is_main_process", True):
+        write_adapter(values["save_directory"], identity_of(model).config, adapter_state_dict(model), "safetensors")
+
+
 # --- loading
 
 
 def _load_state_dict(self, state_dict, *args, **kwargs):
-    """``load_state_dict``; the adapter is not missing where ``strict=False`` loads the backbone's own checkpoint.
-
-    The Trainer does that: then the adapter is loaded too, from the files beside that checkpoint.
-    """
+    """``load_state_dict``; the adapter is not missing where ``strict=False`` loads the backbone's own checkpoint."""
     record = record_of(self)
     result = _own(self, record, "load_state_dict")(state_dict, *args, **kwargs)
     keys = set(_keys(record))
     if keys <= set(result.missing_keys):
-        if not _restore_trainers(self):
+        if _trainers_checkpoint() is None:
             _logger.warning("load_state_dict: the state dict holds no adapter, so the model's stays as it is")
         result.missing_keys[:] = [key for key in result.missing_keys if key not in keys]
     return result
 
 
-def _load_adapter_of_peft(self, *args, **kwargs):
-    result = _own(self, record_of(unwrap(self)), "load_adapter", "outer_")(*args, **kwargs)
-    if _trainers_checkpoint() is not None and not _restore_trainers(self):
-        _logger.warning("load_adapter: no adapter of the memory is beside PEFT's, so the model's stays as it is")
-    return result
+def _restore_trainers(model: nn.Module, incompatible) -> None:
+    """After ``load_state_dict`` without the adapter, of the model or of PEFT's wrapper around it.
 
-
-def _restore_trainers(model: nn.Module) -> bool:
-    """Load the adapter of the checkpoint that transformers' Trainer is just restoring the model from, if it has one."""
+    If transformers' Trainer is restoring a checkpoint, the adapter beside it is loaded.
+    """
+    if not any(".delta_memory." in key for key in incompatible.missing_keys):
+        return
     directory = _trainers_checkpoint()
     if directory is None:
-        return False
-    if not (Path(directory) / CONFIG_NAME).is_file():
-        return False
-    load_adapter(model, directory)
-    return True
+        return
+    if (Path(directory) / CONFIG_NAME).is_file():
+        load_adapter(model, directory)
+    else:
+        _logger.warning("%s: this checkpoint holds no adapter of the memory, so the model's stays as it is", directory)
 
 
 def _trainers_checkpoint() -> str | os.PathLike | None:
     """The directory that the Trainer, further up the stack, is loading a model's weights from.
 
-    It reads the weights itself and gives the model a state dict; nothing that a model can see tells where from.
+    The stack is the one place that tells. The Trainer reads the weights itself, gives the model a plain dict, hands the
+    directory to no method of the model, and calls a TrainerCallback neither before nor after; its class is not ours to
+    change. The adapter's weights within the model's own file would need no directory, but then that file were no
+    checkpoint of the backbone any more.
     """
     if "transformers.trainer" not in sys.modules:
         return None
@@ -184,3 +195,11 @@ def _trainers_checkpoint() -> str | os.PathLike | None:
                 return values[first].state.best_model_checkpoint
         frame = frame.f_back
     return None
+
+
+def _arguments_of(function) -> dict | None:
+    """The arguments of the innermost call of ``function`` up the stack, or None."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals

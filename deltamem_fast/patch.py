@@ -19,7 +19,7 @@ from .capture import current_capture
 from .config import DELTA_HEADS, DeltaMemConfig
 from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
 from .finite import broken_rows, contain, give_back
-from .forwards import why_not_handed_on
+from .forwards import cache_name, given_cache, why_not_handed_on
 from .gates import current_record
 from .generation import generation_overrides
 from .interrupted import begun, marking
@@ -51,9 +51,8 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
             ``numba`` or ``reference``.
 
-    Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder, or of
-    PEFT's wrapper that was put around a patched model, know nothing of the memory. A wrapper that was there before
-    does: its ``save_pretrained`` writes the adapter beside PEFT's.
+    Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
+    nothing of the memory. PEFT's wrapper does: its ``save_pretrained`` writes the adapter beside PEFT's.
 
     Raises:
         ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the
@@ -79,7 +78,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
-    record = PatchRecord(identity, decoder, attentions)
+    record = PatchRecord(identity, decoder, attentions, cache_name=cache_name(type(decoder).forward))
     try:
         _install(outer, model, record, memories)
     except BaseException:
@@ -406,10 +405,17 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
         memory = memory.state
     if args:
         kwargs.update(_by_name(record, self, args, kwargs))
+    name = record.cache_name
     if record_disabled(record):
-        mark_missed(kwargs.get("past_key_values"))
+        mark_missed(given_cache(kwargs))
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
+    if name in kwargs:
+        kwargs["past_key_values"] = kwargs.pop(name)
+    elif "past_key_values" in kwargs:
+        name = "past_key_values"  # given so: newer versions warn of it themselves
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
+    if name != "past_key_values" and "past_key_values" in kwargs:
+        kwargs[name] = kwargs.pop("past_key_values")
     begun(call)
     try:
         return _with_memory(self, record, call, kwargs)

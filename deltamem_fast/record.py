@@ -169,6 +169,8 @@ class PatchRecord:
     # By class: its forward when it was patched, and the names of what that takes by position.
     positional: dict[type, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    # What the decoder and the model call the cache. Here it is past_key_values, whatever the version.
+    cache_name: str = "past_key_values"
     composite: bool = False
     # Whether the table of embeddings had a row that is not finite when it was last looked at.
     broken_embeddings: bool = False

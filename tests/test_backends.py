@@ -74,6 +74,18 @@ def test_auto_goes_on_without_a_numba_that_has_no_place_for_its_cache(undecided,
 
 
 @needs_numba
+def test_auto_goes_on_without_a_numba_that_was_told_not_to_compile(undecided, caplog):
+    from numba import config
+
+    undecided.setattr(config, "DISABLE_JIT", 1)
+    with caplog.at_level(logging.WARNING, "deltamem_fast"):
+        assert resolve_backend("auto", "cpu") == "reference"
+    assert "NUMBA_DISABLE_JIT" in caplog.text
+    with pytest.raises(MissingPackageError, match="NUMBA_DISABLE_JIT"):
+        resolve_backend("numba", "cpu")
+
+
+@needs_numba
 def test_a_cache_that_fails_later_fails_no_call(monkeypatch, tmp_path, caplog):
     from numba import config
 

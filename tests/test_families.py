@@ -59,11 +59,11 @@ REFUSED = {
     "MiniMax": (lambda: tiny("MiniMaxForCausalLM", **EXPERTS), "a cache of its own, MiniMaxCache"),
     "Falcon-H1": (
         lambda: tiny("FalconH1ForCausalLM", **MAMBA),
-        "keeps layer 0 in a LinearAttentionAndFullAttentionLayer",
+        "(keeps layer 0 in a LinearAttentionAndFullAttentionLayer|hands no keyword arguments on to its layers)",
     ),
     "Gemma 3n": (
         lambda: tiny("Gemma3nForCausalLM", **GEMMA, **SHARED, activation_sparsity_pattern=[0.0] * 4),
-        "keeps layer 2 in a DummyLayer",
+        "(keeps layer 2 in a DummyLayer|keeps no keys and values of layer 2 in its cache)",
     ),
     "Nemotron": (
         lambda: tiny("NemotronForCausalLM"),

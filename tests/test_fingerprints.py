@@ -56,6 +56,11 @@ FROZEN = (
     ("GptOssConfig", {}, "31a15b28ea03"),
     ("DeepseekV3Config", {}, "aedb896939dd"),
     ("Qwen3NextConfig", {}, "f58ad79ebfc7"),
+    ("Gemma4TextConfig", {}, "115b7206a9ae"),
+    ("Gemma4TextConfig", {"num_hidden_layers": 6, "global_head_dim": 64, "num_global_key_value_heads": 1,
+                          "attention_k_eq_v": True}, "4bfe45c2efc6"),
+    ("Olmo3Config", {"rope_theta": 500000.0}, "e99ef5d894f0"),
+    ("LagunaConfig", {}, "42cda12119af"),
 )  # fmt: skip
 
 

@@ -295,3 +295,36 @@ def test_an_offloaded_adapter_is_saved(saved, tmp_path):
     other.save_pretrained(tmp_path)
     load_adapter(model, tmp_path)  # it stays on the device that computes
     assert same(adapter_state_dict(model), adapter_state_dict(other))
+
+
+def test_peft_around_a_patched_model_saves_the_memory_too(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(copy.deepcopy(saved), peft.LoraConfig(target_modules=["q_proj"], r=4))
+    model.state_dict()  # by itself it writes nothing
+    model.save_pretrained(tmp_path / "another process", is_main_process=False)
+    assert not (tmp_path / "another process" / CONFIG_NAME).exists()
+    model.save_pretrained(tmp_path / "here")
+    assert same(read_weights(tmp_path / "here"), adapter_state_dict(saved))
+    again = peft.PeftModel.from_pretrained(patch_model(tiny_model(), tmp_path / "here"), tmp_path / "here")
+    assert torch.equal(logits(again), logits(model))
+    unpatch_model(model)
+    model.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / CONFIG_NAME).exists()
+
+
+def test_the_trainer_goes_on_with_peft_around_a_patched_model(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def wrapped(seed):
+        model = loud_adapter(patch_model(tiny_model()), seed=seed)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+        around = peft.get_peft_model(model, config)  # which freezes the memory
+        for layer in model.model.layers:
+            layer.self_attn.delta_memory.requires_grad_()
+        return around
+
+    train(tmp_path / "whole", model=wrapped(3))
+    train(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"), model=wrapped(4))
+    whole, again = (read_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "again"))
+    assert same(whole, again) and not same(whole, read_weights(tmp_path / "whole" / "checkpoint-2"))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache import rewound
-from ..record import decoder_of, input_device, is_disabled, unwrap
+from ..record import decoder_of, input_device, is_disabled, record_of, unwrap
 from ..state import MemoryState
 from .blocks import Block, Message
 
@@ -55,7 +55,7 @@ def feed(model: nn.Module, cache: Cache, memory: MemoryState, block: Block) -> N
         if block.segments is not None:
             arguments["segment_ids"] = torch.tensor([block.segments], device=device)
     ids = torch.tensor([block.ids], device=device)
-    decoder_of(inner)(input_ids=ids, past_key_values=cache, use_cache=True, **arguments)
+    decoder_of(inner)(input_ids=ids, use_cache=True, **{record_of(inner).cache_name: cache}, **arguments)
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
