@@ -30,7 +30,7 @@ from .files import (
     write_atomically,
 )
 from .memory import DeltaMemory
-from .record import identity_of, record_of, unwrap
+from .record import identity_of, new_token, record_of, unwrap
 from .released_file import read_released
 
 RELEASED_NAME = "delta_mem_adapter.pt"
@@ -410,6 +410,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     # Memories made until now go on belonging to the old adapter.
     identity.kept_fingerprints = before
     record_of(unwrap(model)).identity = dataclasses.replace(
-        identity, adapter_name=source.name, kept_fingerprints=None, accepted=[]
+        identity, adapter_name=source.name, kept_fingerprints=None, accepted=[], token=new_token()
     )
     return model

@@ -39,7 +39,7 @@ from .storage.bank_store import BankConflict, BankEntry, BankStore, check_id, ch
 __all__ = ["BankConflict", "BankEntry", "MemoryBank"]
 
 EXPORT_FORMAT = "deltamem-bank-export"
-EXPORT_VERSION = 2  # 1 had no checksums
+EXPORT_VERSION = 3  # 1 had no checksums, 2 those of whole files
 INDEX = "index.json"
 _STAGE_BYTES = 2**20  # of rows between the file and the layers' tensors
 
@@ -259,7 +259,7 @@ class MemoryBank:
             ValueError: batch_size < 1.
         """
         directory = as_path(directory, "directory")
-        check_integer(batch_size, "batch_size", 1)
+        check_integer(batch_size, "batch_size", 1, None)
         with naming_files("directory", directory):
             make_directory(directory)
             if any(directory.iterdir()):
@@ -421,7 +421,7 @@ def _check_layout(path, theirs: tuple[dict[str, str], int], ours: tuple[dict[str
 
 
 def _read_index(path: Path) -> list[tuple[str, list[str], str | None]]:
-    """(file name, ids, sha256) of each file of an export; exports of version 1 have no sha256."""
+    """(file name, ids, sha256 in its metadata) of each file of an export; those of earlier versions name none."""
     index = read_json(path, "directory")
     if index.get("format") != EXPORT_FORMAT:
         raise FileFormatError(
@@ -448,7 +448,7 @@ def _read_index(path: Path) -> list[tuple[str, list[str], str | None]]:
         raise FileFormatError(str(error)) from error
     if version > 1 and index.get("sha256") != _digest_of(files):
         raise FileFormatError(f"directory: {path}: damaged: its content is not what was written (sha256)")
-    return [(file["file"], file["ids"], file.get("sha256") if version > 1 else None) for file in files]
+    return [(file["file"], file["ids"], file.get("sha256") if version > 2 else None) for file in files]
 
 
 def _digest_of(files: list[dict]) -> str:

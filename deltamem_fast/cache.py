@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterable
 
@@ -32,11 +33,11 @@ class Fed:
         identity: of the adapter and backbone that its keys and values were computed under.
         tokens: how many the memory was given, too; None: not counted (compiled forwards).
         broken: why the cache must not go on, or "".
-        weight: one of that adapter's weights, and its version then; None: not looked at (compiled forwards).
+        weights: of that adapter in one layer, and their versions then; None: not looked at (compiled forwards).
     """
 
     # Of caches that were pickled by versions that did not look at it.
-    weight: tuple[torch.nn.Parameter, int] | None = None
+    weights: tuple[tuple[torch.nn.Parameter, ...], tuple[int, ...]] | None = None
 
     def __init__(self, identity):
         self.identity = identity
@@ -53,12 +54,12 @@ class Fed:
     def __deepcopy__(self, memo) -> Fed:
         # The identity refers to the model's adapter; a copied cache must not copy that.
         copied = Fed(self.identity)
-        copied.tokens, copied.broken, copied.weight = self.tokens, self.broken, self.weight
+        copied.tokens, copied.broken, copied.weights = self.tokens, self.broken, self.weights
         return copied
 
     def __getstate__(self) -> dict:
         made_under = None if self.identity is None else self.identity.described()
-        return vars(self) | {"identity": None, "weight": None, "made_under": made_under}
+        return vars(self) | {"identity": None, "weights": None, "made_under": made_under}
 
     def __setstate__(self, values: dict) -> None:
         made_under = values.pop("made_under", None)  # versions before had none
@@ -66,22 +67,33 @@ class Fed:
         self.identity = None if made_under is None else fingerprinted(made_under)
 
     def check_weights(self, identity) -> None:
-        """Raise if the adapter of ``identity``, the one that the cache was fed under, has other weights by now.
+        """Raise if the adapter of ``identity``, the one that the cache was fed under, was changed in place since.
 
-        Training steps and ``load_state_dict`` change all of them; one is looked at, by its version.
+        By the versions of one layer's weights, which training steps and ``load_state_dict`` move on, whether or not
+        the values are others. Weights that are other tensors by now (FSDP gathers them anew) are not compared.
         """
-        weight = next(iter(identity.memories.values()))._parameters["memory_q_proj"]
-        try:
-            version = weight._version
-        except RuntimeError:  # made in inference mode: nothing counts its changes
-            return
-        if self.weight is None or self.weight[0] is not weight:  # where FSDP gathers weights, they are others each time
-            self.weight = weight, version
-        elif self.weight[1] != version:
+        weights = tuple(next(iter(identity.memories.values()))._parameters.values())
+        versions = _versions(weights)
+        if self.weights is None or any(map(operator.is_not, self.weights[0], weights)):
+            self.weights = weights, versions
+        elif self.weights[1] != versions:
             raise StateError(
                 "past_key_values: the adapter's weights were changed (by a training step, load_state_dict) after this "
                 "cache's keys and values were computed; start with an empty cache"
             )
+
+
+def _versions(weights: Iterable[torch.Tensor]) -> tuple[int, ...]:
+    try:
+        return tuple(weight._version for weight in weights)
+    except RuntimeError:  # made in inference mode: nothing counts their changes
+        return ()
+
+
+def is_outdated(cache: Cache) -> bool:
+    """Whether the adapter was changed in place since ``cache`` was fed; its keys and values are to be computed anew."""
+    fed = getattr(cache, _FED, None)
+    return fed is not None and fed.weights is not None and _versions(fed.weights[0]) != fed.weights[1]
 
 
 class MemoryLayerMixin:
@@ -378,7 +390,7 @@ def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
         raise StateError(fed.broken)
     elif fed.identity is not identity:
         _check_same(fed, identity)
-        fed.identity, fed.weight = identity, None
+        fed.identity, fed.weights = identity, None
     fed.check_weights(identity)
     if fed.tokens is not None and held != fed.tokens:
         _check_count(cache, fed, held)

@@ -44,6 +44,10 @@ class PromptsMask:
     def __init__(self, mask: torch.Tensor | bool):
         self.mask = mask
 
+    def to(self, *args, **kwargs) -> PromptsMask:
+        """The mask elsewhere: accelerate's hooks move what has this method to where the decoder computes."""
+        return PromptsMask(self.mask if self.mask is True else self.mask.to(*args, **kwargs))
+
     def for_tokens(self, batch: int, length: int) -> torch.Tensor | bool | None:
         """The mask of a decoder's tokens [B, T]; None: they are others."""
         fits = self.mask is True or tuple(self.mask.shape) == (batch, length)

@@ -13,10 +13,22 @@ if TYPE_CHECKING:
     from .record import PatchRecord
     from .state import MemoryState
 
-# The model that is being called in this context, and what its decoder's forwards have written so far.
-_running: contextvars.ContextVar[tuple[PatchRecord, list[tuple[MemoryCall, MemoryState]]] | None] = (
-    contextvars.ContextVar("deltamem_running", default=None)
-)
+
+class _Running:
+    """A call of a patched model.
+
+    Attributes:
+        record: the model's.
+        calls: what its decoder's forwards have written so far; None: the call is over, and a copy of its context is
+            all that is left of it.
+    """
+
+    def __init__(self, record: PatchRecord):
+        self.record = record
+        self.calls: list[tuple[MemoryCall, MemoryState]] | None = []
+
+
+_running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("deltamem_running", default=None)
 
 
 def marking(record: PatchRecord, run: Callable, args: tuple, kwargs: dict[str, Any], *, anew: bool = False) -> Any:
@@ -31,17 +43,18 @@ def marking(record: PatchRecord, run: Callable, args: tuple, kwargs: dict[str, A
     if torch.compiler.is_compiling():
         return run(*args, **kwargs)
     around = _running.get()
-    if not anew and around is not None and around[0] is record:
+    if not anew and around is not None and around.calls is not None and around.record is record:
         return run(*args, **kwargs)
-    calls: list[tuple[MemoryCall, MemoryState]] = []
+    running = _Running(record)
     try:
-        _running.set((record, calls))
+        _running.set(running)
         return run(*args, **kwargs)
     except BaseException as error:
-        for call, state in calls:
+        for call, state in running.calls:
             call.cut_short(error, state)
         raise
     finally:
+        running.calls = None
         _running.set(around)  # not by a token: an interrupt may come before there is one
 
 
@@ -50,5 +63,5 @@ def begun(call: MemoryCall) -> None:
     if torch.compiler.is_compiling():
         return
     running = _running.get()
-    if running is not None:
-        running[1].append((call, call.state))
+    if running is not None and running.calls is not None:
+        running.calls.append((call, call.state))

@@ -52,7 +52,8 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
             ``numba`` or ``reference``.
 
     Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
-    nothing of the memory. PEFT's wrapper does: its ``save_pretrained`` writes the adapter beside PEFT's.
+    nothing of the memory. PEFT's wrapper does: its ``save_pretrained`` writes the adapter beside PEFT's (one that was
+    put around a patched model not if it is given ``state_dict=``).
 
     Raises:
         ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the

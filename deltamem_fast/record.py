@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import secrets
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,11 @@ class LayerSpec:
         return torch.zeros(batch_size, *self.shape, dtype=torch.float32, device=self.device)
 
 
+def new_token() -> str:
+    """A name that nobody else has, for an ``Identity``."""
+    return secrets.token_hex(8)
+
+
 @dataclass(eq=False)
 class Identity:
     """Which adapter on which backbone a memory belongs to; outlives the model."""
@@ -69,6 +75,8 @@ class Identity:
     backbone_config: Any
     adapter_name: str
     kept_fingerprints: dict[str, str] | None = None
+    # Pickles carry it: a copy belongs to the adapter that it was made with, also when that was trained meanwhile.
+    token: str = field(default_factory=new_token)
     accepted: list[Identity] = field(default_factory=list)
 
     def layer_specs(self) -> dict[int, LayerSpec]:
@@ -104,11 +112,14 @@ class Identity:
         weights = [weight for memory in self.memories.values() for weight in memory.parameters()]
         if any(type(weight.data) is not torch.Tensor or weight.is_meta for weight in weights):
             return None
-        return json.dumps(self.fingerprints())
+        try:
+            return json.dumps(self.fingerprints() | {"token": self.token})
+        except RuntimeError:  # in a forked process, which cannot read what lies on a GPU
+            return None
 
     def check(self, other: Identity | None) -> None:
         """Raise ValueError if a memory of ``other`` was made with another adapter or backbone; names both."""
-        if other is None or other is self or any(other is known for known in self.accepted):
+        if other is None or other.token == self.token or any(other is known for known in self.accepted):
             return
         difference = describe_difference(other.fingerprints(), self.fingerprints())
         if difference:
@@ -119,9 +130,10 @@ class Identity:
 
 @functools.lru_cache(maxsize=256)
 def fingerprinted(fingerprints: str) -> Identity:
-    """The identity of an adapter that is not here, by its ``fingerprints`` as JSON; one object for each."""
+    """The identity of an adapter that is not here, by ``described`` of it; one object for each."""
     values = json.loads(fingerprints)
-    return Identity({}, DeltaMemConfig(), None, values["adapter_name"], kept_fingerprints=values)
+    token = values.pop("token")
+    return Identity({}, DeltaMemConfig(), None, values["adapter_name"], kept_fingerprints=values, token=token)
 
 
 def describe_difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
@@ -207,6 +219,7 @@ class PatchRecord:
         memo[id(self)] = copied
         for name, value in vars(self).items():
             setattr(copied, name, copy.deepcopy(value, memo))
+        copied.identity.token = new_token()  # its weights go their own way
         copied.pack()
         return copied
 

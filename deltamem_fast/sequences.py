@@ -125,9 +125,13 @@ def _where_numbers_change(numbers, before: torch.Tensor) -> torch.Tensor | None:
 
 def _where_mask_parts(mask, before: torch.Tensor, cache) -> torch.Tensor | None:
     """bool [B or 1, T − 1]: where a mask says that a sequence starts; a 2-D one of 0 and 1 does so nowhere."""
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return None if mask.dtype == torch.bool else _where_numbers_change(mask, before)
-    return _where_hidden(mask, before, cache)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return _where_hidden(mask, before, cache)
+    if mask.dtype == torch.bool or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    starts = _where_numbers_change(mask, before)
+    # 0 numbers no sequence: it hides a token from attention, which token_mask may still call real.
+    return None if starts is None else starts & (mask[:, 1:] != 0) & (_at(mask, before) != 0)
 
 
 def _where_hidden(mask, before: torch.Tensor, cache) -> torch.Tensor | None:

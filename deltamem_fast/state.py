@@ -260,6 +260,11 @@ class MemoryState:
         copied._interrupted, copied._rows = self._interrupted, self._rows
         return copied
 
+    def __copy__(self) -> MemoryState:
+        copied = MemoryState.__new__(MemoryState)
+        vars(copied).update(vars(self))
+        return copied
+
     def __getstate__(self) -> dict:
         # Without the adapter's weights: by its fingerprints such a copy knows whose it is.
         made_under = None if self._identity is None else self._identity.described()
@@ -268,6 +273,8 @@ class MemoryState:
     def __setstate__(self, values: dict) -> None:
         made_under = values.pop("_made_under", None)  # versions before had none
         vars(self).update(values)
+        if any(row is not None and len(row) < 3 for row in self._rows or ()):  # of versions that did not name the bank
+            self._rows = None
         self._identity = None if made_under is None else fingerprinted(made_under)
 
     # --- changing

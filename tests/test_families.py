@@ -6,6 +6,7 @@ import transformers
 from support import loud_adapter, relative_error
 
 from deltamem_fast import DeltaMemConfig, MemoryState, is_patched, memory_state, patch_model, unpatch_model
+from deltamem_fast.calls import PromptsMask
 from deltamem_fast.errors import DeltaMemError, UnsupportedError
 
 SMALL = {
@@ -126,6 +127,14 @@ def test_layers_without_keys_of_their_own_are_left_out_by_target_layers():
     logits, tokens = outputs(model, memory=memory)
     assert relative_error(logits, bare) < 1e-5 and torch.equal(tokens, told)
     assert list(memory) == [0, 1] and memory[1].norm() > 0
+
+
+def test_accelerates_hooks_move_what_a_prompts_mask_says():
+    operations = pytest.importorskip("accelerate.utils.operations")
+    for mask in (torch.ones(1, 3, dtype=torch.bool), True):
+        moved = operations.send_to_device({"token_mask": PromptsMask(mask)}, "meta")["token_mask"]
+        assert mask is True or moved.for_tokens(1, 3).is_meta
+    assert moved.for_tokens(1, 3) is True
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["2-D mask", "prepared mask"])

@@ -1,5 +1,6 @@
 """Forwards that fail half-way, and caches that went on without their memory: the next use says so."""
 
+import contextvars
 import copy
 import pickle
 
@@ -11,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from deltamem_fast import (
     DeltaMemError,
     MemoryState,
+    interrupted,
     load_adapter,
     memory_disabled,
     memory_state,
@@ -148,6 +150,23 @@ def test_so_is_what_a_hook_behind_the_forward_spoils(kind, part, train):
     called(IDS, memory=memory)
     unpatch_model(model)
     assert "_call_impl" not in vars(model) | vars(model.model)
+
+
+def test_a_context_that_outlives_the_forward_keeps_nothing_of_it():
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1)))
+    kept = []
+    remove = model.register_forward_hook(lambda *_: kept.append(contextvars.copy_context())).remove
+    with torch.no_grad():
+        model(IDS)
+        remove()
+        assert kept[0][interrupted._running].calls is None
+        memory = MemoryState.zeros(model)
+        late = model.register_forward_hook(fails).remove
+        with pytest.raises(KeyboardInterrupt, match="late"):
+            kept[0].run(model, IDS, memory=memory)
+        late()
+        with pytest.raises(DeltaMemError, match="cut short by KeyboardInterrupt"):
+            model(IDS, memory=memory)
 
 
 def test_another_model_called_in_a_hook_is_not_marked_with_it(model):

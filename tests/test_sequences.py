@@ -71,6 +71,20 @@ def test_a_mask_that_numbers_the_sequences(train):
         model(IDS, attention_mask=numbers, past_key_values=DynamicCache(config=model.config))
 
 
+@pytest.mark.parametrize("real", [True, torch.ones(2, 8, dtype=torch.bool)])
+def test_a_mask_of_zeros_and_ones_numbers_nothing(real):
+    """Nor where token_mask has the memory read what attention does not see."""
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1)))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]])
+    ids, memories = IDS[:, :8], [MemoryState.zeros(model, 2) for _ in range(2)]
+    with torch.no_grad():
+        found, wanted = (
+            model(ids, attention_mask=m, token_mask=real, memory=memory).logits
+            for m, memory in zip((mask, mask.bool()), memories)
+        )
+    assert torch.equal(found, wanted) and torch.equal(memories[0][0], memories[1][0])
+
+
 @pytest.mark.parametrize("family", ["llama", "smollm3"])
 def test_without_a_memory_of_the_callers(family):
     model = loud_adapter(patch_model(tiny_model(family)))

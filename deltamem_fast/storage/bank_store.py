@@ -51,7 +51,7 @@ except ImportError:  # Windows: SQLite's own locks remain
     fcntl = None
 
 APPLICATION_ID = 0x644D656D  # "dMem", in the file's header
-FORMAT_VERSION = 2  # in the file's header as user_version; 1 had no checksums
+FORMAT_VERSION = 3  # in the file's header as user_version; 1 had no checksums, 2 others of the rows
 MAX_ID_BYTES = 512
 ORDERS = ("id", "updated", "created", "bytes")
 
@@ -84,7 +84,8 @@ CREATE TABLE states (key INTEGER PRIMARY KEY, state BLOB NOT NULL);
 """
 # The table's other name makes a process of the version before, which has the file open still, fail and not half-write.
 # "unchecked" is the last version of the rows that got their checksum here, and not when they were written.
-_UPGRADE = """
+_UPGRADE = {
+    1: """
 ALTER TABLE entries RENAME TO memories;
 ALTER TABLE memories ADD COLUMN row_sum INTEGER;
 ALTER TABLE memories ADD COLUMN entry_crc INTEGER;
@@ -93,7 +94,13 @@ INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 've
 INSERT OR REPLACE INTO meta SELECT 'count', count(*) FROM memories;
 INSERT OR REPLACE INTO meta SELECT 'name', lower(hex(randomblob(16)));
 CREATE INDEX memories_by_key ON memories (key)
-"""
+""",
+    2: """
+ALTER TABLE memories RENAME COLUMN row_crc TO row_sum;
+INSERT OR IGNORE INTO meta SELECT 'name', lower(hex(randomblob(16)));
+CREATE INDEX memories_by_key ON memories (key)
+""",
+}
 # What a file of each version consists of; a trigger or a view among it could change what is written.
 _PARTS = {
     1: {("table", "meta"), ("table", "entries"), ("table", "states"), ("index", "entries_by_update")},
@@ -102,6 +109,7 @@ _PARTS = {
         ("index", "memories_ids"),
     },
 }  # fmt: skip
+_PARTS[3] = _PARTS[2]
 _COLUMNS = "memories.id, memories.key, version, bytes, created, updated, row_sum, entry_crc"
 _READ = """
 SELECT asked.key, memories.version, memories.row_sum, states.state FROM json_each(?) AS asked
@@ -178,7 +186,7 @@ class BankStore:
     Attributes:
         layout, row_bytes: as given when the file was made. Of an existing file they may differ from the arguments:
             comparing is the part of ``check``.
-        name: of this store and its copies alone; "" if an unreleased version has made it.
+        name: of this store and its copies alone.
         unchecked: the file was made by the version before, which had no checksums: what was damaged until it was
             upgraded was not found.
     """
@@ -701,15 +709,18 @@ class BankStore:
             raise self._error(error, "path") from error
 
     def _upgrade(self, connection: sqlite3.Connection, row_bytes: int) -> None:
-        """Bring a file of the version before to this one, within a transaction; reads every row once."""
-        for statement in _UPGRADE.split(";"):
+        """Bring a file of a version before to this one, within a transaction; reads every row once."""
+        before = self._version_of(connection)
+        for statement in _UPGRADE[before].split(";"):
             connection.execute(statement)
         last, done = -1, 0
         while rows := connection.execute(_NEXT, (last,)).fetchall():
             checked = []
-            for id, key, version, size, created, updated, _, _, state in rows:
+            for id, key, version, size, created, updated, row_crc, entry_crc, state in rows:
                 numbers = (key, version, size, created, updated)
                 sound = type(id) is str and all(type(number) is int and number >= 0 for number in numbers)
+                if sound and before == 2:
+                    sound = row_crc == _row_crc(id, version, state) and entry_crc == _entry_crc(id, *numbers, row_crc)
                 if not sound or type(state) is not bytes or len(state) != row_bytes or max(created, updated) > _LAST:
                     raise self._damaged(f"the row of {id!r} is not as it was written")
                 row_sum = _row_sum(id, version, state)
@@ -838,7 +849,8 @@ def _make_private(path: Path) -> None:
         if found.st_nlink > 1:
             raise FileAccessError(
                 f"path: {path}: has {found.st_nlink} names (hard links), allowed one: SQLite keeps its log beside the "
-                "name, so that what is committed under one is lost under the other; copy the file, and open the copy"
+                "name, so that what is committed under one is lost under the other; remove the other names, or copy "
+                "the file and open the copy"
             )
 
 
@@ -880,6 +892,11 @@ def _row_sum(id: str, version: int, row) -> int:
     import numpy
 
     return _row_sums([id], [version], numpy.frombuffer(row, numpy.uint8)[None])[0]
+
+
+def _row_crc(id: str, version: int, row) -> int:
+    """``_row_sum`` as of version 2."""
+    return zlib.crc32(row, zlib.crc32(f"{version} {id}".encode())) if type(row) is bytes else -1
 
 
 def _row_sums(ids: Sequence[str], versions: Sequence[int], rows: numpy.ndarray) -> list[int]:

@@ -535,7 +535,7 @@ def test_exports_that_are_not_as_written_are_refused(bank, model, tmp_path):
     with closing(MemoryBank(tmp_path / "other.bank", model)) as other:
         for changed, error, message in (
             (good | {"format": "x"}, ValueError, "no export of a bank"),
-            (good | {"format_version": 3}, ValueError, "format version 3, this version reads 1 to 2"),
+            (good | {"format_version": 4}, ValueError, "format version 4, this version reads 1 to 3"),
             (good | {"files": None}, ValueError, "got None"),
             (good | {"files": [{"file": "../outside.safetensors", "ids": ["a", "b"]}]}, ValueError, "beside it"),
             (good | {"files": [{"file": str(outside), "ids": ["a", "b"]}]}, ValueError, "beside it"),

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import zlib
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -311,11 +312,36 @@ def test_other_files_are_refused_and_kept(path, make, message):
 
 def test_a_newer_format_is_refused_and_kept(path):
     open_store(path, SIZE).close()
-    sqlite_file(path, "PRAGMA user_version = 3")
+    sqlite_file(path, "PRAGMA user_version = 4")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="a bank of format version 3, this version reads 1 to 2"):
+    with pytest.raises(ValueError, match="a bank of format version 4, this version reads 1 to 3"):
         open_store(path, SIZE)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_file_with_the_checksums_of_version_2(path, damage):
+    rows = {"ada": A, "ben": bytes(SIZE)}
+    with closing(open_store(path, SIZE)) as store:
+        version = store.write(list(rows), [0, 0], list(rows.values()))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("ALTER TABLE memories RENAME COLUMN row_sum TO row_crc")
+        for id, *entry in connection.execute(
+            "SELECT id, key, version, bytes, created, updated FROM memories"
+        ).fetchall():
+            crc = zlib.crc32(rows[id], zlib.crc32(f"{version} {id}".encode()))
+            sums = crc + damage, bank_store._entry_crc(id, *entry, crc + damage), id
+            connection.execute("UPDATE memories SET row_crc = ?, entry_crc = ? WHERE id = ?", sums)
+        connection.execute("PRAGMA user_version = 2")
+        connection.commit()
+    if damage:
+        with pytest.raises(FileFormatError, match="the row of 'ada' is not as it was written"):
+            open_store(path, SIZE)
+        return
+    for _ in range(2):
+        with closing(open_store(path, SIZE)) as store:
+            assert store.read(["ben", "ada"]) == ([version] * 2, [bytes(SIZE), A])
+            assert store.write(["eve"], None, [A]) > version
 
 
 def test_a_damaged_file_is_no_silent_loss(path):
@@ -346,7 +372,7 @@ def test_the_format_is_frozen(store, path):
             for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
         assert connection.execute("PRAGMA application_id").fetchone() == (0x644D656D,)
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         names = {name for (name,) in connection.execute("SELECT name FROM meta")}
         assert names == {"layout", "row_bytes", "version", "count", "name"}

@@ -1,6 +1,7 @@
 """MemorySession: what stays in the context, what the memory gets, and turns that do not come to an end."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,23 @@ TALK = ("My dog is called Rex. He is old.", "Where did Ada go?", "She took the t
 def answers(session, texts=TALK, **options):
     options = {"max_new_tokens": 6} | options
     return [session.answer(text, **options) for text in texts]
+
+
+def test_a_session_goes_on_after_a_training_step():
+    """Its keys and values are computed anew: under the weights of now, as in a session without a cache."""
+    session = tiny_session(chatml_tokenizer())
+    answers(session, TALK[:2])
+    snapshot = session.snapshot()
+    with torch.no_grad():
+        for name, weight in session.model.named_parameters():
+            if ".delta_memory.delta_" in name:
+                weight.mul_(1.5)
+    found = answers(session, TALK[2:])
+    session.restore(snapshot)
+    assert answers(session, TALK[2:]) == found
+    session.restore(snapshot)
+    session._now = replace(session._now, cache=None, mark=None)
+    assert answers(session, TALK[2:]) == found
 
 
 # --- what it does, against the model used by hand

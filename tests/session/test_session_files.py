@@ -31,6 +31,7 @@ from deltamem_fast.errors import (
     WrongPathKindError,
 )
 from deltamem_fast.session import saving
+from deltamem_fast.session.forgetting import places_of
 from deltamem_fast.session.settings import GENERATION
 from deltamem_fast.storage import snapshots
 
@@ -758,6 +759,20 @@ def test_a_text_is_forgotten_however_it_is_written(tmp_path):
             "messages[2].content", "messages[3].content", "messages[5].tool_calls[0].function.arguments",
         )  # fmt: skip
     assert session.messages[4]["content"] == "Jose Ruiz"
+
+
+def test_where_a_text_remains():
+    said = {"note": "Hello\nAda Lovelace lives in Paris", "path": "C:\\users"}
+    call = {"type": "function", "function": {"name": "f", "arguments": json.dumps(said)}}
+    messages = [{"role": "user", "content": r"in C:\users\u0041bc"}, {"role": "assistant", "tool_calls": [call]}]
+    arguments = "messages[1].tool_calls[0].function.arguments"
+    assert places_of({"messages": messages}, "Ada Lovelace lives") == (arguments,)
+    assert places_of({"messages": messages}, r"C:\users") == ("messages[0].content", arguments)
+    # What makes it a message is nobody's words; what a call hands over is.
+    assert places_of({"messages": messages}, "user") == places_of({"messages": messages}, "content") == ()
+    assert places_of({"messages": [{"role": "user", "content": [{"Ada": 1}]}]}, "ada") == (
+        "messages[0].content[0].Ada",
+    )
 
 
 def test_what_lies_in_the_directory_stays(saved):
