@@ -383,4 +383,4 @@ def test_files_are_private(written, model, tmp_path):
     assert modes == dict.fromkeys(("users.bank", "users.bank-lock", "users.bank-shm", "users.bank-wal"), 0o600)
     assert all((tmp_path / name).stat().st_mode & 0o777 == 0o700 for name in ("new", "bank", "all"))
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "all").iterdir()} == {0o600}
-    assert json.loads((tmp_path / "all" / "index.json").read_text())["format_version"] == 2
+    assert json.loads((tmp_path / "all" / "index.json").read_text())["format_version"] == 3
