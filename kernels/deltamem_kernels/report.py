@@ -105,6 +105,7 @@ CASES = [
 ]
 # Every kernel, at the released adapters' rank and at two whose registers are scarce: --brief.
 BRIEF = [CASES[0], CASES[2], CASES[8]]
+LEAST = CASES[:1]  # every kernel, once: --least
 # The full product of what the released adapters and their neighbours use: --full, and make soak.
 PRODUCT = [
     Case(dtype, rank, heads, mask, length)
@@ -310,13 +311,14 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--brief", action="store_true", help="every kernel, in few cases")
+    sizes.add_argument("--least", action="store_true", help="every kernel, as the released adapters have it")
     sizes.add_argument("--full", action="store_true", help="the full product of dtypes, ranks, heads, masks, lengths")
     parser.add_argument("--depth", action="store_true", help="only how many steps of a scan wait for one another")
     options = parser.parse_args()
     if options.depth:
         return print_depth()
     targets = options.target or list(TARGETS)
-    cases = BRIEF if options.brief else PRODUCT if options.full else CASES
+    cases = BRIEF if options.brief else LEAST if options.least else PRODUCT if options.full else CASES
     print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
     print(f"{'case':<50} {'kernel':<23}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
     with tempfile.TemporaryDirectory() as directory:

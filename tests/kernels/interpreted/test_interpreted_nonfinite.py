@@ -13,7 +13,7 @@ CASES = [
     (DeltaRule(8), 4, None),
     (DeltaRule(2, coupled=False), 18, 16),
     (DeltaRule(5, 3), 3, None),
-    (DeltaRule(64, 2), 3, None),
+    (DeltaRule(64), 3, None),
 ]
 
 
