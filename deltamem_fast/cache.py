@@ -85,7 +85,7 @@ class Fed:
 
 def _versions(weights: Iterable[torch.Tensor]) -> tuple[int, ...]:
     try:
-        return tuple(weight._version for weight in weights)
+        return tuple(map(torch.Tensor._version.__get__, weights))
     except RuntimeError:  # made in inference mode: nothing counts their changes
         return ()
 
