@@ -22,7 +22,7 @@ from typing import NoReturn
 import numpy
 import torch
 
-from .arguments import MOST, check_integer
+from .arguments import MOST, MOST_64, check_integer
 from .errors import (
     ArgumentError,
     ArgumentKeyError,
@@ -259,7 +259,7 @@ class MemoryBank:
             ValueError: batch_size < 1.
         """
         directory = as_path(directory, "directory")
-        check_integer(batch_size, "batch_size", 1, None)
+        check_integer(batch_size, "batch_size", 1, MOST_64)
         with naming_files("directory", directory):
             make_directory(directory)
             if any(directory.iterdir()):
