@@ -155,9 +155,9 @@ class MemoryBank:
         if not ids:
             return
         words = self._words_of(state).numpy()
-        finite = numpy.isfinite(words[:, : self._state_words].view(numpy.float32)).all(1)
-        if not finite.all():
-            broken = [id for id, good in zip(ids, finite.tolist()) if not good]
+        numbers = words[:, : self._state_words].view(numpy.float32)
+        if not _all_finite(numbers):
+            broken = [id for id, good in zip(ids, numpy.isfinite(numbers).all(1).tolist()) if not good]
             raise ArgumentError(f"state: the memories of {_some(broken)} hold NaN or Inf")
         counters = words[:, self._state_words :]
         counters[counters < 0] = MOST  # gone past the last int32, where it stays

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -182,8 +183,7 @@ def _trainers_checkpoint() -> str | os.PathLike | None:
     from transformers import Trainer
     from transformers.trainer_utils import load_sharded_checkpoint
 
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         code, values = frame.f_code, frame.f_locals
         first, second = (*code.co_varnames[: code.co_argcount], "", "")[:2]
         if code is load_sharded_checkpoint.__code__:  # (model, folder, …)
@@ -193,13 +193,17 @@ def _trainers_checkpoint() -> str | os.PathLike | None:
                 return values[second]
             if code.co_name == "_load_best_model":
                 return values[first].state.best_model_checkpoint
-        frame = frame.f_back
     return None
 
 
 def _arguments_of(function) -> dict | None:
     """The arguments of the innermost call of ``function`` up the stack, or None."""
+    return next((frame.f_locals for frame in _callers() if frame.f_code is function.__code__), None)
+
+
+def _callers() -> Iterator[types.FrameType]:
+    """The frames of those who are calling, the innermost first."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not function.__code__:
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return None if frame is None else frame.f_locals

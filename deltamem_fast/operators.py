@@ -97,7 +97,7 @@ def ingest(
         ValueError, TypeError: naming the argument, before anything is written.
     """
     _check(model, memory)
-    _check_writable(memory)
+    memory.check_writable()
     check_integer(tokens, "tokens", 1)
     pieces = _encoded_pieces(model, tokenizer, _checked_text(text), tokens)
     total, device, before = sum(map(len, pieces)), input_device(model), memory.skipped
@@ -218,7 +218,7 @@ def forget(
         ValueError, TypeError: naming the argument; the memory is as it was, also after any other error or an interrupt.
     """
     _check(model, memory)
-    _check_writable(memory)
+    memory.check_writable()
     config = identity_of(model).config
     if strength is None:
         strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
@@ -327,10 +327,6 @@ def _with_bar(pieces: list[_Encoded], total: int, progress: bool | None) -> Iter
 
 
 # --- models
-
-
-def _check_writable(memory: MemoryState) -> None:
-    memory.check_writable()
 
 
 def _check(model: nn.Module, memory: MemoryState) -> None:

@@ -260,6 +260,14 @@ def test_peft_around_a_model_that_is_then_patched(tmp_path):
     assert not (tmp_path / "without" / CONFIG_NAME).exists()
 
 
+def goes_on(wrapped, tmp_path):
+    """A run that begins at another's checkpoint ends as that one does, whatever model it was given."""
+    train(tmp_path / "whole", model=wrapped(3))
+    train(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"), model=wrapped(4))
+    whole, again = (read_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "again"))
+    assert same(whole, again) and not same(whole, read_weights(tmp_path / "whole" / "checkpoint-2"))
+
+
 def test_the_trainer_goes_on_with_peft_and_a_memory(tmp_path):
     peft = pytest.importorskip("peft")
 
@@ -268,10 +276,7 @@ def test_the_trainer_goes_on_with_peft_and_a_memory(tmp_path):
         torch.manual_seed(0)
         return loud_adapter(patch_model(peft.get_peft_model(tiny_model(), config)), seed=seed)
 
-    train(tmp_path / "whole", model=wrapped(3))
-    train(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"), model=wrapped(4))
-    whole, again = (read_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "again"))
-    assert same(whole, again) and not same(whole, read_weights(tmp_path / "whole" / "checkpoint-2"))
+    goes_on(wrapped, tmp_path)
 
 
 def test_peft_trains_the_memory_beside_lora(saved, tmp_path):
@@ -324,7 +329,4 @@ def test_the_trainer_goes_on_with_peft_around_a_patched_model(tmp_path):
             layer.self_attn.delta_memory.requires_grad_()
         return around
 
-    train(tmp_path / "whole", model=wrapped(3))
-    train(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"), model=wrapped(4))
-    whole, again = (read_weights(tmp_path / name / "checkpoint-4") for name in ("whole", "again"))
-    assert same(whole, again) and not same(whole, read_weights(tmp_path / "whole" / "checkpoint-2"))
+    goes_on(wrapped, tmp_path)

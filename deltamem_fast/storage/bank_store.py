@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import hashlib
 import json
 import operator
 import os
@@ -58,7 +56,6 @@ ORDERS = ("id", "updated", "created", "bytes")
 _PAGE_SIZES = (4096, 8192, 16384)
 _WAL_BYTES = 64 * 2**20  # of the log before it is copied into the file
 _READER_MILLISECONDS = 500  # that a delete waits for readers of the log
-_AT_ONCE = 64  # rows whose checksums are computed together
 _CACHE_KIB = 4096  # a connection; holds the inner pages of a million rows, and stays in the processor's caches
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of flock, on a file system that has none
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -274,36 +271,26 @@ class BankStore:
         Raises:
             TypeError, ValueError: see ``check_ids``; a row is not what was written. At the step that finds it.
         """
+        from .row_checksums import row_sums
+
         ids = check_ids(ids)
         size, data, found = self.row_bytes, memoryview(staged.reshape(-1)), 0
-        places: list[int] = []
-        versions: list[int] = []
-        sums: list[int] = []
         with self._connection() as connection:
-            for place, version, row_sum, row in connection.execute(_READ, (json.dumps(ids),)):
-                if type(row) is not bytes or len(row) != size or type(version) is not int or version < 1:
-                    raise self._not_as_written(ids[place])
-                start = len(places) * size
-                data[start : start + size] = row
-                places.append(place)
-                versions.append(version)
-                sums.append(row_sum)
-                if len(places) == len(staged):
-                    self._check_rows([ids[n] for n in places], versions, sums, staged)
-                    found += len(places)
-                    yield places, versions
-                    places, versions, sums = [], [], []
-            if places:
-                self._check_rows([ids[n] for n in places], versions, sums, staged[: len(places)])
-                found += len(places)
+            cursor = connection.execute(_READ, (json.dumps(ids),))
+            while block := cursor.fetchmany(len(staged)):
+                places, versions, stored, rows = map(list, zip(*block))
+                for n, (place, version, row) in enumerate(zip(places, versions, rows)):
+                    if type(row) is not bytes or len(row) != size or type(version) is not int or version < 1:
+                        raise self._not_as_written(ids[place])
+                    data[n * size : (n + 1) * size] = row
+                theirs = [ids[place] for place in places]
+                for id, own, kept in zip(theirs, row_sums(theirs, versions, staged[: len(block)]), stored):
+                    if own != kept:
+                        raise self._not_as_written(id)
+                found += len(block)
                 yield places, versions
             if found < len(ids):
                 self._check_unknown(connection, ids)
-
-    def _check_rows(self, ids: list[str], versions: list[int], sums: list, rows: numpy.ndarray) -> None:
-        for id, own, stored in zip(ids, _row_sums(ids, versions, rows), sums):
-            if own != stored:
-                raise self._not_as_written(id)
 
     def _not_as_written(self, id: str) -> FileFormatError:
         return self._damaged(f"the row of {id!r} is not what was written")
@@ -386,7 +373,7 @@ class BankStore:
             TypeError, ValueError: an argument is not allowed (see ``check_ids``); nothing is written.
             TimeoutError: other writers took longer than ``timeout``; nothing is written.
         """
-        import numpy
+        from .row_checksums import sums_of_buffers
 
         ids = check_ids(ids)
         for name, values in (("expected", expected), ("rows", rows)):
@@ -413,11 +400,7 @@ class BankStore:
             if any(known >= version for _, known, _ in found):
                 raise self._damaged("its count of versions is not what was written")
             now = time.time_ns() // 1000
-            sums: list[int] = []
-            for start in range(0, len(ids), _AT_ONCE):
-                some = slice(start, start + _AT_ONCE)
-                block = numpy.frombuffer(b"".join(rows[some]), numpy.uint8).reshape(-1, self.row_bytes)
-                sums += _row_sums(ids[some], [version] * len(block), block)
+            sums = sums_of_buffers(ids, [version] * len(ids), rows)
             # In the order of the trees, so that a page is touched once.
             new = sorted((id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is None)
             old = sorted((key, id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is not None)
@@ -710,21 +693,23 @@ class BankStore:
 
     def _upgrade(self, connection: sqlite3.Connection, row_bytes: int) -> None:
         """Bring a file of a version before to this one, within a transaction; reads every row once."""
+        from .row_checksums import row_crc, sums_of_buffers
+
         before = self._version_of(connection)
         for statement in _UPGRADE[before].split(";"):
             connection.execute(statement)
         last, done = -1, 0
         while rows := connection.execute(_NEXT, (last,)).fetchall():
-            checked = []
-            for id, key, version, size, created, updated, row_crc, entry_crc, state in rows:
+            for id, key, version, size, created, updated, crc, entry_crc, state in rows:
                 numbers = (key, version, size, created, updated)
                 sound = type(id) is str and all(type(number) is int and number >= 0 for number in numbers)
+                sound = sound and type(state) is bytes and len(state) == row_bytes and max(created, updated) <= _LAST
                 if sound and before == 2:
-                    sound = row_crc == _row_crc(id, version, state) and entry_crc == _entry_crc(id, *numbers, row_crc)
-                if not sound or type(state) is not bytes or len(state) != row_bytes or max(created, updated) > _LAST:
+                    sound = crc == row_crc(id, version, state) and entry_crc == _entry_crc(id, *numbers, crc)
+                if not sound:
                     raise self._damaged(f"the row of {id!r} is not as it was written")
-                row_sum = _row_sum(id, version, state)
-                checked.append((row_sum, _entry_crc(id, *numbers, row_sum), id))
+            sums = sums_of_buffers(*([row[place] for row in rows] for place in (0, 2, -1)))
+            checked = [(row_sum, _entry_crc(*row[:6], row_sum), row[0]) for row, row_sum in zip(rows, sums)]
             connection.executemany(
                 "UPDATE memories SET row_sum = ?, entry_crc = ? WHERE id = ?",
                 sorted(checked, key=operator.itemgetter(2)),
@@ -885,50 +870,6 @@ def _give_to_owner(lock: int, bank: os.stat_result) -> None:
     except OSError:  # not this user's to give away: what the bank's group may is no right of another group
         mode &= ~stat.S_IRWXG
     os.fchmod(lock, mode)
-
-
-def _row_sum(id: str, version: int, row) -> int:
-    """Checksum of a row of bytes, and of whose it is and since when; of 63 bits, as SQLite's integers are signed."""
-    import numpy
-
-    return _row_sums([id], [version], numpy.frombuffer(row, numpy.uint8)[None])[0]
-
-
-def _row_crc(id: str, version: int, row) -> int:
-    """``_row_sum`` as of version 2."""
-    return zlib.crc32(row, zlib.crc32(f"{version} {id}".encode())) if type(row) is bytes else -1
-
-
-def _row_sums(ids: Sequence[str], versions: Sequence[int], rows: numpy.ndarray) -> list[int]:
-    """``_row_sum`` of each of ``rows``, uint8 [B, bytes], contiguous.
-
-    Multilinear hashing: Σ wordₙ · keyₙ modulo 2⁶⁴, of which the upper bits are kept. That sees changes in the lower
-    half of a word of 64 bits; a second sum, of the words in the other byte order, sees those in the upper half. Other
-    bytes have both sums with a chance of about 2⁻³⁰, whatever the change. A batch's rows take half the time of CRC-32.
-    """
-    import numpy
-
-    width = rows.shape[1]
-    whole, rest = divmod(width, 8)
-    words = rows[:, : 8 * whole]
-    if rest or not words.flags.c_contiguous:
-        padded = numpy.zeros((len(rows), whole + bool(rest)), "<u8")
-        padded.view(numpy.uint8)[:, :width] = rows
-        words = padded
-    words = words.view("<u8")
-    keys = _keys(words.shape[1])
-    lower = numpy.einsum("ij,j->i", words, keys[0]) >> 32
-    upper = numpy.einsum("ij,j->i", words.view(">u8"), keys[1]) >> 33
-    sums = (lower | upper << 32).astype(numpy.int64).tolist()
-    return [found ^ zlib.crc32(f"{version} {id}".encode()) for found, version, id in zip(sums, versions, ids)]
-
-
-@functools.lru_cache(maxsize=4)
-def _keys(words: int) -> numpy.ndarray:
-    """uint64 [2, words], random numbers that are the same everywhere."""
-    import numpy
-
-    return numpy.frombuffer(hashlib.shake_128(b"rows of a bank").digest(16 * words), "<u8").reshape(2, words)
 
 
 def _entry_crc(id: str, key: int, version: int, size: int, created: int, updated: int, row_sum: int) -> int:

@@ -13,6 +13,7 @@ from bank_support import open_store
 from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError, WrongPathKindError
 from deltamem_fast.storage import bank_store
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
+from deltamem_fast.storage.row_checksums import sums_of_buffers
 
 SIZE = 400
 IDS = [f"user-{n:03}" for n in range(120)]
@@ -139,7 +140,7 @@ def test_checksums_that_fit_are_not_enough(good, path, column, value):
         values = dict(zip(names, entry)) | ({column: value} if column in names else {})
         (state,) = connection.execute("SELECT state FROM states WHERE key = 1").fetchone()
         state = value if column == "state" else state
-        row = bank_store._row_sum("user-000", values["version"], state)
+        row = sums_of_buffers(["user-000"], [values["version"]], [state])[0]
         crc = bank_store._entry_crc("user-000", *values.values(), row)
         connection.execute("UPDATE states SET state = ? WHERE key = ?", (state, values["key"]))
         connection.execute(
