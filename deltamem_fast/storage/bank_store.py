@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import operator
 import os
@@ -276,18 +277,24 @@ class BankStore:
         ids = check_ids(ids)
         size, data, found = self.row_bytes, memoryview(staged.reshape(-1)), 0
         with self._connection() as connection:
-            cursor = connection.execute(_READ, (json.dumps(ids),))
-            while block := cursor.fetchmany(len(staged)):
-                places, versions, stored, rows = map(list, zip(*block))
-                for n, (place, version, row) in enumerate(zip(places, versions, rows)):
+            rows = connection.execute(_READ, (json.dumps(ids),))
+            while found < len(ids):
+                places, versions, stored = [], [], []
+                # One at a time: a block of them at once would push one another out of the processor's caches.
+                for n, (place, version, row_sum, row) in enumerate(itertools.islice(rows, len(staged))):
                     if type(row) is not bytes or len(row) != size or type(version) is not int or version < 1:
                         raise self._not_as_written(ids[place])
                     data[n * size : (n + 1) * size] = row
+                    places.append(place)
+                    versions.append(version)
+                    stored.append(row_sum)
+                if not places:
+                    break
                 theirs = [ids[place] for place in places]
-                for id, own, kept in zip(theirs, row_sums(theirs, versions, staged[: len(block)]), stored):
+                for id, own, kept in zip(theirs, row_sums(theirs, versions, staged[: len(places)]), stored):
                     if own != kept:
                         raise self._not_as_written(id)
-                found += len(block)
+                found += len(places)
                 yield places, versions
             if found < len(ids):
                 self._check_unknown(connection, ids)
