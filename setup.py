@@ -61,6 +61,7 @@ setup(
         "transformers>=5.10,<6",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
+        "xxhash>=3.0",
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require=EXTRAS,

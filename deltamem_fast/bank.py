@@ -77,7 +77,7 @@ class MemoryBank:
         self._shapes = {i: spec.shape for i, spec in self._identity.layer_specs().items()}
         # A row, in words of 4 bytes: the layers' float32 states in order, then their int32 counters.
         self._widths = {i: math.prod(shape) for i, shape in self._shapes.items()}
-        self._starts = dict(zip(self._widths, itertools.accumulate(self._widths.values(), initial=0)))
+        self._groups = [(width, len(list(layers))) for width, layers in itertools.groupby(self._widths.values())]
         self._state_words = sum(self._widths.values())
         self._words = self._state_words + len(self._widths)
         layout = {
@@ -129,7 +129,7 @@ class MemoryBank:
             place = spec.device if given is None else given
             layers[i], skipped[i] = states[i].to(place), counters[i].to(place)
         memory = MemoryState(layers, identity=self._identity, skipped=skipped)
-        memory._rows = tuple((id, version, self._store.name) for id, version in zip(ids, versions))
+        memory._rows = tuple(zip(ids, versions, itertools.repeat(self._store.name)))
         return memory
 
     def commit(self, ids: Iterable[str], state: MemoryState, *, overwrite: bool = False) -> None:
@@ -154,7 +154,7 @@ class MemoryBank:
         self._check_state(ids, state)
         if not ids:
             return
-        words = self._words_of(state).numpy()
+        words = self._words_of(state)
         numbers = words[:, : self._state_words].view(numpy.float32)
         if not _all_finite(numbers):
             broken = [id for id, good in zip(ids, numpy.isfinite(numbers).all(1).tolist()) if not good]
@@ -348,54 +348,71 @@ class MemoryBank:
         little PyTorch would wait for its pool, 10 ms and more where cores are busy.
         """
         versions = [0] * len(ids)
-        layers = {
-            i: torch.empty(len(ids), *shape, dtype=torch.float32, device="cpu") for i, shape in self._shapes.items()
-        }
-        states = {i: layer.view(len(ids), self._widths[i]).numpy() for i, layer in layers.items()}
+        # One allocation where layers have one width: 36 of them come and go at glibc's threshold for fresh pages.
+        groups = [
+            torch.empty(n, len(ids), width, dtype=torch.float32, device="cpu").numpy() for width, n in self._groups
+        ]
+        states = list(itertools.chain(*groups))
         counters = numpy.empty((len(self._widths), len(ids)), numpy.int32)
         staged = numpy.empty((max(1, min(len(ids), _STAGE_BYTES // (4 * self._words))), self._words), numpy.int32)
         floats = staged.view(numpy.float32)
-        sound = True
-        for places, found in self._store.blocks(ids, staged.view(numpy.uint8)):
-            rows, first = len(places), places[0]
-            for place, version in zip(places, found):
-                versions[place] = version
+        data, size, places, sound = memoryview(staged.reshape(-1)).cast("B"), 4 * self._words, [], True
+
+        def take() -> bool:
+            rows, first, start = len(places), places[0] if places else 0, 0
             # A slice is much the quicker: all but rows beside unknown ones.
             at = slice(first, first + rows) if places == list(range(first, first + rows)) else numpy.array(places)
-            for i, state in states.items():
-                state[at] = floats[:rows, self._starts[i] : self._starts[i] + self._widths[i]]
-            counters[:, at] = staged[:rows, self._state_words :].T
-            sound &= _all_finite(floats[:rows, : self._state_words])
-            sound &= bool((staged[:rows, self._state_words :] >= 0).all())
+            for group, (width, n) in zip(groups, self._groups):
+                group[:, at] = floats[:rows, start : start + n * width].reshape(rows, n, width).swapaxes(0, 1)
+                start += n * width
+            counts = staged[:rows, self._state_words :]
+            counters[:, at] = counts.T
+            return _all_finite(floats[:rows, : self._state_words]) and bool((counts >= 0).all())
+
+        for place, version, row in self._store.each(ids):
+            versions[place] = version
+            data[len(places) * size : (len(places) + 1) * size] = row
+            places.append(place)
+            if len(places) == len(staged):
+                sound &= take()
+                places.clear()
+        sound &= take()
         unknown = [n for n, version in enumerate(versions) if version == 0]
         if unknown:
-            for state in states.values():
+            for state in states:
                 state[unknown] = 0
             counters[:, unknown] = 0
         if not sound:
             self._raise_unsound(ids, states, counters)
-        # Each layer's are updated in place, so that none may share storage with another's.
+        # Each layer's are updated in place, so that none may share a torch storage with another's.
+        shapes = [(len(ids), *shape) for shape in self._shapes.values()]
+        layers = {i: torch.from_numpy(state).view(shape) for i, state, shape in zip(self._shapes, states, shapes)}
         return versions, layers, {i: torch.from_numpy(counter.copy()) for i, counter in zip(layers, counters)}
 
-    def _raise_unsound(self, ids: builtins.list[str], states: dict, counters: numpy.ndarray) -> NoReturn:
+    def _raise_unsound(
+        self, ids: builtins.list[str], states: Iterable[numpy.ndarray], counters: numpy.ndarray
+    ) -> NoReturn:
         """Of rows that no commit writes: damaged while the bank had no checksums, or made by somebody else."""
         good = (counters >= 0).all(0)
-        for state in states.values():
+        for state in states:
             good &= numpy.isfinite(state).all(1)
         broken = [id for id, fine in zip(ids, good.tolist()) if not fine]
         raise FileFormatError(
             f"bank: {self._store.path}: damaged: the memories of {_some(broken)} hold NaN or Inf, or counts below 0"
         )
 
-    def _words_of(self, state: MemoryState) -> torch.Tensor:
-        """int32 [B, words], the rows of a state, on the CPU."""
-        rows = state.batch_size
-        states = [state[i].detach().reshape(rows, -1).contiguous().view(torch.int32) for i in self._shapes]
+    def _words_of(self, state: MemoryState) -> numpy.ndarray:
+        """int32 [B, words], the rows of a state."""
+        rows, split = state.batch_size, self._state_words
+        states = [state[i].detach().reshape(rows, -1) for i in self._shapes]
         counters = [state._skipped[i].detach().reshape(rows, 1) for i in self._shapes]
-        parts = states + counters
-        if len({part.device for part in parts}) > 1:
-            parts = [part.cpu() for part in parts]
-        return torch.cat(parts, 1).cpu()  # one copy where all layers share a device
+        if {part.device for part in states + counters} == {states[0].device} != {torch.device("cpu")}:
+            states, counters = [torch.cat(states, 1)], [torch.cat(counters, 1)]  # one copy from a GPU, not one a layer
+        words = numpy.empty((rows, self._words), numpy.int32)
+        # PyTorch's cat of so many narrow parts takes half as long again.
+        numpy.concatenate([part.cpu().numpy() for part in states], 1, words[:, :split].view(numpy.float32))
+        numpy.concatenate([part.cpu().numpy() for part in counters], 1, words[:, split:])
+        return words
 
 
 def _all_finite(numbers: numpy.ndarray) -> bool:

@@ -63,10 +63,14 @@ def test_a_memory_of_the_version_before(model, written):
     assert same(file.memory, written) and file.backbone_name == "qwen3 (qwen3, 3 layers, hidden 64)"
 
 
-def test_a_bank_of_the_version_before(model, written, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "message"),
+    (("users.bank.gz", "under backbone .* has no fields of its backbone"), ("users-3.bank.gz", "rms_norm_eps")),
+)
+def test_a_bank_of_a_version_before(model, written, tmp_path, file, message):
     path = tmp_path / "users.bank"
-    path.write_bytes(gzip.decompress((BEFORE / "users.bank.gz").read_bytes()))
-    with pytest.raises(FileFormatError, match="under backbone .* has no fields of its backbone"):
+    path.write_bytes(gzip.decompress((BEFORE / file).read_bytes()))
+    with pytest.raises(FileFormatError, match=message):
         MemoryBank(path, small(rms_norm_eps=1e-5))
     ids = memories_before.IDS
     for _ in range(2):  # upgraded by the first

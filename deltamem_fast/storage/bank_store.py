@@ -1,6 +1,6 @@
 """Rows of bytes by id in one SQLite file that many processes and threads share; ``MemoryBank`` without tensors.
 
-Needs the standard library, and NumPy for rows. What holds, whoever is killed when: a write is there as a whole or not
+Needs no tensors. What holds, whoever is killed when: a write is there as a whole or not
 at all, it was made on the version it says it was, and once ``write`` has returned it stays. What is read is what was
 written, or an error that names the file: every row and every entry has a checksum, and every id is in two places.
 """
@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import operator
 import os
 import secrets
 import sqlite3
 import stat
+import struct
 import threading
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..arguments import MOST_64, check_integer, shown
 from ..errors import (
@@ -40,9 +38,7 @@ from ..errors import (
     file_error,
 )
 from ..files import as_path, make_directory, naming_files
-
-if TYPE_CHECKING:
-    import numpy  # imported where it is used: what only opens and lists a store starts without it
+from .checksums import entry_sum, entry_sum_2, row_sum, row_sum_2, row_sum_3
 
 try:
     import fcntl
@@ -50,7 +46,7 @@ except ImportError:  # Windows: SQLite's own locks remain
     fcntl = None
 
 APPLICATION_ID = 0x644D656D  # "dMem", in the file's header
-FORMAT_VERSION = 3  # in the file's header as user_version; 1 had no checksums, 2 others of the rows
+FORMAT_VERSION = 4  # in the file's header as user_version; 1 had no checksums, 2 and 3 others of the rows
 MAX_ID_BYTES = 512
 ORDERS = ("id", "updated", "created", "bytes")
 
@@ -74,7 +70,7 @@ CREATE TABLE memories (
     created INTEGER NOT NULL,
     updated INTEGER NOT NULL,
     row_sum INTEGER,
-    entry_crc INTEGER
+    entry_sum INTEGER
 ) WITHOUT ROWID;
 CREATE INDEX entries_by_update ON memories (updated);
 CREATE INDEX memories_ids ON memories (id);
@@ -86,7 +82,7 @@ _UPGRADE = {
     1: """
 ALTER TABLE entries RENAME TO memories;
 ALTER TABLE memories ADD COLUMN row_sum INTEGER;
-ALTER TABLE memories ADD COLUMN entry_crc INTEGER;
+ALTER TABLE memories ADD COLUMN entry_sum INTEGER;
 CREATE INDEX memories_ids ON memories (id);
 INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 'version';
 INSERT OR REPLACE INTO meta SELECT 'count', count(*) FROM memories;
@@ -95,7 +91,12 @@ CREATE INDEX memories_by_key ON memories (key)
 """,
     2: """
 ALTER TABLE memories RENAME COLUMN row_crc TO row_sum;
+ALTER TABLE memories RENAME COLUMN entry_crc TO entry_sum;
 INSERT OR IGNORE INTO meta SELECT 'name', lower(hex(randomblob(16)));
+CREATE INDEX memories_by_key ON memories (key)
+""",
+    3: """
+ALTER TABLE memories RENAME COLUMN entry_crc TO entry_sum;
 CREATE INDEX memories_by_key ON memories (key)
 """,
 }
@@ -107,8 +108,8 @@ _PARTS = {
         ("index", "memories_ids"),
     },
 }  # fmt: skip
-_PARTS[3] = _PARTS[2]
-_COLUMNS = "memories.id, memories.key, version, bytes, created, updated, row_sum, entry_crc"
+_PARTS[3] = _PARTS[4] = _PARTS[2]
+_COLUMNS = "memories.id, memories.key, version, bytes, created, updated, row_sum, entry_sum"
 _READ = """
 SELECT asked.key, memories.version, memories.row_sum, states.state FROM json_each(?) AS asked
 CROSS JOIN memories ON memories.id = asked.value LEFT JOIN states ON states.key = memories.key
@@ -250,57 +251,26 @@ class BankStore:
         return versions, rows
 
     def each(self, ids: Sequence[str]) -> Iterator[tuple[int, int, bytes]]:
-        """(n, version, row) of the n-th id; see ``blocks``."""
-        import numpy
-
-        staged = numpy.empty((1, self.row_bytes), numpy.uint8)
-        for (place,), (version,) in self.blocks(ids, staged):
-            yield place, version, staged.tobytes()
-
-    def blocks(self, ids: Sequence[str], staged: numpy.ndarray) -> Iterator[tuple[list[int], list[int]]]:
-        """Rows of ``ids`` a block at a time, all of one moment, nothing for an unknown id.
+        """(n, version, row) of the n-th id, all of one moment; nothing for an unknown id.
 
         For what is copied elsewhere at once, while the processor still has it. This thread must not use the store
         again until the iterator has ended or is closed.
 
-        Args:
-            staged: uint8 [1 or more, row_bytes], contiguous; each block overwrites the one before.
-
-        Yields:
-            [n, …], which of the ids the first rows of ``staged`` are now, and their versions.
-
         Raises:
-            TypeError, ValueError: see ``check_ids``; a row is not what was written. At the step that finds it.
+            TypeError, ValueError: see ``check_ids``, at the first step; a row is not what was written, at the step
+                that finds it.
         """
-        from .row_checksums import row_sums
-
-        ids = check_ids(ids)
-        size, data, found = self.row_bytes, memoryview(staged.reshape(-1)), 0
+        ids, size, found = check_ids(ids), self.row_bytes, 0
         with self._connection() as connection:
-            rows = connection.execute(_READ, (json.dumps(ids),))
-            while found < len(ids):
-                places, versions, stored = [], [], []
-                # One at a time: a block of them at once would push one another out of the processor's caches.
-                for n, (place, version, row_sum, row) in enumerate(itertools.islice(rows, len(staged))):
-                    if type(row) is not bytes or len(row) != size or type(version) is not int or version < 1:
-                        raise self._not_as_written(ids[place])
-                    data[n * size : (n + 1) * size] = row
-                    places.append(place)
-                    versions.append(version)
-                    stored.append(row_sum)
-                if not places:
-                    break
-                theirs = [ids[place] for place in places]
-                for id, own, kept in zip(theirs, row_sums(theirs, versions, staged[: len(places)]), stored):
-                    if own != kept:
-                        raise self._not_as_written(id)
-                found += len(places)
-                yield places, versions
+            # One at a time: rows that are fetched together push one another out of the processor's caches.
+            for place, version, kept, row in connection.execute(_READ, (json.dumps(ids),)):
+                sound = type(row) is bytes and len(row) == size and type(version) is int and version >= 1
+                if not sound or row_sum(ids[place], version, row) != kept:
+                    raise self._damaged(f"the row of {ids[place]!r} is not what was written")
+                found += 1
+                yield place, version, row
             if found < len(ids):
                 self._check_unknown(connection, ids)
-
-    def _not_as_written(self, id: str) -> FileFormatError:
-        return self._damaged(f"the row of {id!r} is not what was written")
 
     def versions(self, ids: Sequence[str]) -> list[int]:
         """Versions of ``ids``, all of one moment; 0 for an unknown id. Errors as ``read``."""
@@ -380,8 +350,6 @@ class BankStore:
             TypeError, ValueError: an argument is not allowed (see ``check_ids``); nothing is written.
             TimeoutError: other writers took longer than ``timeout``; nothing is written.
         """
-        from .row_checksums import sums_of_buffers
-
         ids = check_ids(ids)
         for name, values in (("expected", expected), ("rows", rows)):
             if values is not None and len(values) != len(ids):
@@ -407,7 +375,7 @@ class BankStore:
             if any(known >= version for _, known, _ in found):
                 raise self._damaged("its count of versions is not what was written")
             now = time.time_ns() // 1000
-            sums = sums_of_buffers(ids, [version] * len(ids), rows)
+            sums = [row_sum(id, version, row) for id, row in zip(ids, rows)]
             # In the order of the trees, so that a page is touched once.
             new = sorted((id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is None)
             old = sorted((key, id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is not None)
@@ -420,18 +388,18 @@ class BankStore:
 
             def entry(id: str, key: int, created: int, place: int) -> tuple:
                 values = (key, version, self.row_bytes, created, now, sums[place])
-                return (*values, _entry_crc(id, *values), id)
+                return (*values, entry_sum(id, *values), id)
 
             connection.executemany(
                 "UPDATE memories SET key = ?, version = ?, bytes = ?, created = ?, updated = ?, row_sum = ?, "
-                "entry_crc = ? WHERE id = ?",
+                "entry_sum = ? WHERE id = ?",
                 (entry(id, key, found[place][2], place) for key, id, place in sorted(old, key=lambda one: one[1])),
             )
             connection.executemany(
                 "INSERT INTO states VALUES (?, ?)", ((free + n, rows[place]) for n, (_, place) in enumerate(new))
             )
             connection.executemany(
-                "INSERT INTO memories (key, version, bytes, created, updated, row_sum, entry_crc, id) "
+                "INSERT INTO memories (key, version, bytes, created, updated, row_sum, entry_sum, id) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (entry(id, free + n, now, place) for n, (id, place) in enumerate(new)),
             )
@@ -493,10 +461,13 @@ class BankStore:
 
     def _check_entry(self, row: Sequence) -> None:
         # By type and range too: whoever can write the file can make checksums that fit.
-        id, *values, crc = row
-        sound = type(id) is str and all(type(number) is int and number >= 0 for number in values)
-        if not sound or max(values[3], values[4]) > _LAST or crc != _entry_crc(id, *values):
-            raise self._damaged(f"the entry of {id!r} is not what was written")
+        try:
+            id, *values, kept = row
+            sound = kept == entry_sum(id, *values) and values[3] <= _LAST and values[4] <= _LAST
+        except (struct.error, AttributeError):  # numbers or an id that are none
+            sound = False
+        if not sound:
+            raise self._damaged(f"the entry of {row[0]!r} is not what was written")
 
     def _check_count(self, connection: sqlite3.Connection, found: int) -> None:
         if (found,) != connection.execute("SELECT value FROM meta WHERE name = 'count'").fetchone():
@@ -700,25 +671,25 @@ class BankStore:
 
     def _upgrade(self, connection: sqlite3.Connection, row_bytes: int) -> None:
         """Bring a file of a version before to this one, within a transaction; reads every row once."""
-        from .row_checksums import row_crc, sums_of_buffers
-
         before = self._version_of(connection)
+        old_row_sum = {2: row_sum_2, 3: row_sum_3}.get(before)  # version 1 had none
         for statement in _UPGRADE[before].split(";"):
             connection.execute(statement)
         last, done = -1, 0
         while rows := connection.execute(_NEXT, (last,)).fetchall():
-            for id, key, version, size, created, updated, crc, entry_crc, state in rows:
+            checked = []
+            for id, key, version, size, created, updated, kept, kept_entry, state in rows:
                 numbers = (key, version, size, created, updated)
                 sound = type(id) is str and all(type(number) is int and number >= 0 for number in numbers)
                 sound = sound and type(state) is bytes and len(state) == row_bytes and max(created, updated) <= _LAST
-                if sound and before == 2:
-                    sound = crc == row_crc(id, version, state) and entry_crc == _entry_crc(id, *numbers, crc)
+                if sound and old_row_sum is not None:
+                    sound = kept == old_row_sum(id, version, state) and kept_entry == entry_sum_2(id, *numbers, kept)
                 if not sound:
                     raise self._damaged(f"the row of {id!r} is not as it was written")
-            sums = sums_of_buffers(*([row[place] for row in rows] for place in (0, 2, -1)))
-            checked = [(row_sum, _entry_crc(*row[:6], row_sum), row[0]) for row, row_sum in zip(rows, sums)]
+                new = row_sum(id, version, state)
+                checked.append((new, entry_sum(id, *numbers, new), id))
             connection.executemany(
-                "UPDATE memories SET row_sum = ?, entry_crc = ? WHERE id = ?",
+                "UPDATE memories SET row_sum = ?, entry_sum = ? WHERE id = ?",
                 sorted(checked, key=operator.itemgetter(2)),
             )
             last, done = rows[-1][1], done + len(rows)
@@ -795,13 +766,22 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
         ids = list(ids)
     except TypeError as error:  # such as a tensor of no dimension
         raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings") from error
-    for id in ids:
-        check_id(id, name)
+    if not _plain(ids):
+        for id in ids:
+            check_id(id, name)
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(id for id in ids if id in seen or seen.add(id))
         raise ArgumentError(f"{name}: got {twice!r} twice, allowed each once")
     return ids
+
+
+def _plain(ids: list[str]) -> bool:
+    """Whether ids are sure to be allowed, each by itself; all of them at one look, for they come by hundreds."""
+    if set(map(type, ids)) != {str}:
+        return False
+    text, sizes = "".join(ids), set(map(len, ids))
+    return text.isascii() and "\0" not in text and 1 <= min(sizes) and max(sizes) <= MAX_ID_BYTES
 
 
 def check_id(id: str, name: str = "id") -> str:
@@ -877,10 +857,6 @@ def _give_to_owner(lock: int, bank: os.stat_result) -> None:
     except OSError:  # not this user's to give away: what the bank's group may is no right of another group
         mode &= ~stat.S_IRWXG
     os.fchmod(lock, mode)
-
-
-def _entry_crc(id: str, key: int, version: int, size: int, created: int, updated: int, row_sum: int) -> int:
-    return zlib.crc32(f"{key} {version} {size} {created} {updated} {row_sum} {id}".encode())
 
 
 def page_size_for(row_bytes: int) -> int:

@@ -13,7 +13,7 @@ from bank_support import open_store
 from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError, WrongPathKindError
 from deltamem_fast.storage import bank_store
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
-from deltamem_fast.storage.row_checksums import sums_of_buffers
+from deltamem_fast.storage.checksums import entry_sum, row_sum
 
 SIZE = 400
 IDS = [f"user-{n:03}" for n in range(120)]
@@ -140,12 +140,13 @@ def test_checksums_that_fit_are_not_enough(good, path, column, value):
         values = dict(zip(names, entry)) | ({column: value} if column in names else {})
         (state,) = connection.execute("SELECT state FROM states WHERE key = 1").fetchone()
         state = value if column == "state" else state
-        row = sums_of_buffers(["user-000"], [values["version"]], [state])[0]
-        crc = bank_store._entry_crc("user-000", *values.values(), row)
+        row = row_sum("user-000", values["version"], state)
+        numbers = (number % 2**64 if isinstance(number, int) else 0 for number in values.values())
+        own = entry_sum("user-000", *numbers, row)
         connection.execute("UPDATE states SET state = ? WHERE key = ?", (state, values["key"]))
         connection.execute(
-            "UPDATE memories SET version = ?, created = ?, updated = ?, row_sum = ?, entry_crc = ? WHERE key = 1",
-            (values["version"], values["created"], values["updated"], row, crc),
+            "UPDATE memories SET version = ?, created = ?, updated = ?, row_sum = ?, entry_sum = ? WHERE key = 1",
+            (values["version"], values["created"], values["updated"], row, own),
         )
         connection.commit()
     with closing(open_store(path, SIZE)) as store, pytest.raises(FileFormatError, match="of 'user-000' is not what"):

@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import zlib
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -15,7 +14,7 @@ import pytest
 from bank_support import LAYOUT, check_file, open_store
 
 from deltamem_fast.errors import FileAccessError, FileFormatError
-from deltamem_fast.storage import bank_store
+from deltamem_fast.storage import bank_store, checksums
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
 
 SIZE = 100
@@ -312,27 +311,30 @@ def test_other_files_are_refused_and_kept(path, make, message):
 
 def test_a_newer_format_is_refused_and_kept(path):
     open_store(path, SIZE).close()
-    sqlite_file(path, "PRAGMA user_version = 4")
+    sqlite_file(path, "PRAGMA user_version = 5")
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="a bank of format version 4, this version reads 1 to 3"):
+    with pytest.raises(ValueError, match="a bank of format version 5, this version reads 1 to 4"):
         open_store(path, SIZE)
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [False, True])
-def test_a_file_with_the_checksums_of_version_2(path, damage):
+@pytest.mark.parametrize("damage", [None, "row", "entry"])
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_file_with_the_checksums_of_a_version_before(path, before, damage):
     rows = {"ada": A, "ben": bytes(SIZE)}
     with closing(open_store(path, SIZE)) as store:
         version = store.write(list(rows), [0, 0], list(rows.values()))
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("ALTER TABLE memories RENAME COLUMN row_sum TO row_crc")
         for id, *entry in connection.execute(
             "SELECT id, key, version, bytes, created, updated FROM memories"
         ).fetchall():
-            crc = zlib.crc32(rows[id], zlib.crc32(f"{version} {id}".encode()))
-            sums = crc + damage, bank_store._entry_crc(id, *entry, crc + damage), id
-            connection.execute("UPDATE memories SET row_crc = ?, entry_crc = ? WHERE id = ?", sums)
-        connection.execute("PRAGMA user_version = 2")
+            row = {2: checksums.row_sum_2, 3: checksums.row_sum_3}[before](id, version, rows[id]) + (damage == "row")
+            sums = row, checksums.entry_sum_2(id, *entry, row) + (damage == "entry"), id
+            connection.execute("UPDATE memories SET row_sum = ?, entry_sum = ? WHERE id = ?", sums)
+        connection.execute("ALTER TABLE memories RENAME COLUMN entry_sum TO entry_crc")
+        if before == 2:
+            connection.execute("ALTER TABLE memories RENAME COLUMN row_sum TO row_crc")
+        connection.execute(f"PRAGMA user_version = {before}")
         connection.commit()
     if damage:
         with pytest.raises(FileFormatError, match="the row of 'ada' is not as it was written"):
@@ -372,11 +374,11 @@ def test_the_format_is_frozen(store, path):
             for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
         assert connection.execute("PRAGMA application_id").fetchone() == (0x644D656D,)
-        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (4,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         names = {name for (name,) in connection.execute("SELECT name FROM meta")}
         assert names == {"layout", "row_bytes", "version", "count", "name"}
-    integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated", "row_sum", "entry_crc")]
+    integers = [(name, "INTEGER") for name in ("key", "version", "bytes", "created", "updated", "row_sum", "entry_sum")]
     assert tables == {
         "meta": [("name", "TEXT"), ("value", "")],
         "memories": [("id", "TEXT"), *integers],

@@ -1,4 +1,5 @@
-"""Writes ``memories_v1``: formats memory 1, bank 1, bank export 1. It was run once, with commit da92e0d:
+"""Writes ``memories_v1``: formats memory 1, bank 1, bank export 1. It was run once, with commit da92e0d, and once with
+00def18 for ``users-3.bank.gz``, bank 3:
 
 PYTHONPATH=<its checkout>:<its checkout>/kernels:tests python tests/written_before/memories_v1.py <new folder>
 """
