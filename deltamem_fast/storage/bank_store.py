@@ -624,7 +624,6 @@ class BankStore:
                 f"wal_autocheckpoint = {_WAL_BYTES // page_size}",
                 f"journal_size_limit = {_WAL_BYTES}",
                 "secure_delete = ON",  # what is forgotten shall not lie in free pages
-                "cell_size_check = ON",  # finds damage before it is followed
                 "trusted_schema = OFF",  # the file may come from elsewhere
             ):
                 connection.execute(f"PRAGMA {setting}")
