@@ -33,11 +33,12 @@ class Fed:
         identity: of the adapter and backbone that its keys and values were computed under.
         tokens: how many the memory was given, too; None: not counted (compiled forwards).
         broken: why the cache must not go on, or "".
-        weights: of that adapter in one layer, and their versions then; None: not looked at (compiled forwards).
+        weights: of that adapter in one layer, their versions then, and how often it had been loaded; None: not looked
+            at (compiled forwards).
     """
 
     # Of caches that were pickled by versions that did not look at it.
-    weights: tuple[tuple[torch.nn.Parameter, ...], tuple[int, ...]] | None = None
+    weights: tuple[tuple[torch.nn.Parameter, ...], tuple[int, ...], int] | None = None
 
     def __init__(self, identity):
         self.identity = identity
@@ -70,13 +71,15 @@ class Fed:
         """Raise if the adapter of ``identity``, the one that the cache was fed under, was changed in place since.
 
         By the versions of one layer's weights, which training steps and ``load_state_dict`` move on, whether or not
-        the values are others. Weights that are other tensors by now (FSDP gathers them anew) are not compared.
+        the values are others. Weights that are other tensors by now (FSDP gathers them anew) are not compared, unless
+        ``load_state_dict(assign=True)`` has put them there.
         """
-        weights = tuple(next(iter(identity.memories.values()))._parameters.values())
+        layer = next(iter(identity.memories.values()))
+        weights, loads = tuple(layer._parameters.values()), layer.loads
         versions = _versions(weights)
-        if self.weights is None or any(map(operator.is_not, self.weights[0], weights)):
-            self.weights = weights, versions
-        elif self.weights[1] != versions:
+        if self.weights is None or (self.weights[2] == loads and any(map(operator.is_not, self.weights[0], weights))):
+            self.weights = weights, versions, loads
+        elif self.weights[1] != versions or self.weights[2] != loads:
             raise StateError(
                 "past_key_values: the adapter's weights were changed (by a training step, load_state_dict) after this "
                 "cache's keys and values were computed; start with an empty cache"
@@ -91,9 +94,12 @@ def _versions(weights: Iterable[torch.Tensor]) -> tuple[int, ...]:
 
 
 def is_outdated(cache: Cache) -> bool:
-    """Whether the adapter was changed in place since ``cache`` was fed; its keys and values are to be computed anew."""
+    """Whether the adapter was changed since ``cache`` was fed; its keys and values are to be computed anew."""
     fed = getattr(cache, _FED, None)
-    return fed is not None and fed.weights is not None and _versions(fed.weights[0]) != fed.weights[1]
+    if fed is None or fed.weights is None:
+        return False
+    weights, versions, loads = fed.weights
+    return _versions(weights) != versions or next(iter(fed.identity.memories.values())).loads != loads
 
 
 class MemoryLayerMixin:

@@ -68,6 +68,7 @@ def begin(
     memory: MemoryState | None,
     segment_ids: torch.Tensor | int | None,
     token_mask: torch.Tensor | bool | None,
+    cache_name: str,
 ) -> MemoryCall:
     """Check a forward's arguments and make its MemoryCall.
 
@@ -78,6 +79,7 @@ def begin(
         memory: the caller's state, or None = the cache's.
         segment_ids: int [B, T] (SSW); −1 = nothing of this forward is written; None = each token by itself.
         token_mask: bool [B, T]; True = all tokens are real; None = take it from the attention mask.
+        cache_name: of the argument that is the cache; see ``PatchRecord``.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -94,7 +96,7 @@ def begin(
     if segment_ids is not None:
         segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
         unwritten = segment_ids is None
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(cache_name)
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
     fed: Fed | None = None
     held: int | None = None
@@ -109,7 +111,7 @@ def begin(
         state = memory if memory is not None else _zeros(identity, rows)
     else:
         if cache is None and _uses_cache(decoder, kwargs):
-            cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+            cache = kwargs[cache_name] = DynamicCache(config=decoder.config)
         if cache is not None and decoder.training and getattr(decoder, "gradient_checkpointing", False):
             raise ArgumentError("past_key_values: got a cache, which transformers drops under gradient checkpointing")
         if memory is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 
 from .backends import BACKENDS
+from .files import as_path
 from .recall.weights import STRATEGIES
 from .standard_input import typed_lines
 from .threads import HELP, check_threads, fitting_threads
@@ -55,6 +56,7 @@ def _prove(arguments: argparse.Namespace) -> int:
     from .demo_text import format_demo
     from .inspection.heatmap import style_of
 
+    as_path(arguments.output, "--output")
     say = _progress()
     figures, snapshots = run_demo(
         weights=arguments.weights,

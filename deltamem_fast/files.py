@@ -17,7 +17,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from .errors import (
     ArgumentError,
@@ -278,7 +278,7 @@ def read_bytes(path: str | os.PathLike, name: str = "path", *, most: int | None 
         FileAccessError: it cannot be read, or is no plain file.
         FileFormatError: it has more than ``most`` bytes.
     """
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
             raise FileFormatError(f"{name}: {path}: has {size:,} bytes, allowed at most {most:,}")
@@ -286,7 +286,8 @@ def read_bytes(path: str | os.PathLike, name: str = "path", *, most: int | None 
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike, name: str):
+def opened(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
+    """A plain file, open to be read; errors as ``read_bytes``."""
     with naming_files(name, path):
         try:
             kind = os.stat(path).st_mode
@@ -357,7 +358,7 @@ def read_tensors(
         FileMissingError, FileAccessError: see ``read_bytes``.
         FileFormatError: not a safetensors file, or cut short.
     """
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         return _read_tensors(file, os.fstat(file.fileno()).st_size, path, name, check)
 
 
@@ -373,7 +374,7 @@ def parse_tensors(
 
 def read_metadata(path: str | os.PathLike, name: str) -> dict[str, str]:
     """The metadata of a safetensors file, without reading its tensors; errors as ``read_tensors``."""
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         metadata, _, _ = _read_header(file, os.fstat(file.fileno()).st_size, path, name)
     return metadata
 

@@ -56,6 +56,7 @@ class DeltaMemory(nn.Module):
         self.backend = backend
         # Its rows in packed storage (paths.LayerWeights), once a model is patched with it.
         self.weights = None
+        self.loads = 0  # times that load_state_dict has been here, once a model is patched with it
         width, gates = self.rule.read_width, self.rule.gate_width
 
         def parameter(*size):

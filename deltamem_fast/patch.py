@@ -329,6 +329,7 @@ def _apply(self, function, recurse=True):
 
 def _after_loading(module: nn.Module, _) -> None:
     """After ``load_state_dict``, which may have put other parameters in the old ones' places (assign=True)."""
+    module.delta_memory.loads += 1
     module.delta_memory.weights.refresh(module, module.delta_memory)
 
 
@@ -410,13 +411,9 @@ def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None
     if record_disabled(record):
         mark_missed(given_cache(kwargs))
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
-    if name in kwargs:
-        kwargs["past_key_values"] = kwargs.pop(name)
-    elif "past_key_values" in kwargs:
-        name = "past_key_values"  # given so: newer versions warn of it themselves
-    call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask)
-    if name != "past_key_values" and "past_key_values" in kwargs:
-        kwargs[name] = kwargs.pop("past_key_values")
+    if name not in kwargs and "past_key_values" in kwargs:
+        name = "past_key_values"  # newer versions take this one too, and warn of it themselves
+    call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask, name)
     begun(call)
     try:
         return _with_memory(self, record, call, kwargs)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ArgumentError, FileMissingError
-from ..files import as_path
+from ..files import as_path, naming_files
 from .memory_file import MemoryFile, read_memory_file
 from .table import number, printable
 
@@ -97,10 +97,11 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
     if arguments.text is not None:
         return arguments.text.encode("utf-8", "replace").decode("utf-8")  # no tokenizer takes what is no text
     path = as_path(arguments.text_file, "--text-file")
-    if not path.is_file():
+    if not path.exists():
         raise FileMissingError(f"--text-file: {path}: no such file")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with naming_files("--text-file", path):  # a pipe is as good as a file
+            return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"--text-file: {path}: not UTF-8: {error}") from error
 

@@ -10,8 +10,8 @@ import sys
 from ..adapter import read_adapter
 from ..backends import BACKENDS
 from ..config import DELTA_HEADS, GRANULARITIES, OUTPUT_INITS, STATE_UPDATE_MODES, DeltaMemConfig
-from ..errors import ArgumentError, FileMissingError
-from ..files import as_path
+from ..errors import ArgumentError
+from ..files import as_path, opened
 from ..loading import bars, found_model, load_tokenizer, load_weights
 from .lengths import OVER_LONG
 from .options import DTYPES, REPORTERS, TrainingOptions
@@ -125,8 +125,8 @@ def _train(arguments: argparse.Namespace) -> int:
     adapter = adapter_of(arguments)
     for argument, names in (("DATA", arguments.data), ("--evaluate", arguments.evaluate)):
         for name in names:
-            if not as_path(name, argument).is_file():
-                raise FileMissingError(f"{argument}: {name}: no such file")
+            with opened(as_path(name, argument), argument):
+                pass
     as_path(arguments.output, "--output")
     if arguments.resume not in ("", "auto"):
         as_path(arguments.resume, "--resume")

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ArgumentError, FileFormatError, FileMissingError
-from ..files import as_path
+from ..errors import ArgumentError, FileFormatError
+from ..files import as_path, opened
 from ..texts import plain_content, says_something
 
 SYSTEM_ROLES = ("system", "developer")
@@ -75,7 +75,7 @@ class ExampleFiles(Sequence):
         digest: SHA-256 of the files' bytes.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or one that is none (a directory, a pipe: it is read more than once).
         ValueError: a line that is not as described, by file and line, and how many more there are; or no example.
     """
 
@@ -86,8 +86,6 @@ class ExampleFiles(Sequence):
         errors: list[str] = []
         digest = hashlib.sha256()
         for number, path in enumerate(self.paths):
-            if not path.is_file():
-                raise FileMissingError(f"data: {path}: no such file")
             self._index(number, path, digest, errors)
         if errors:
             more = f" (and {len(errors) - 1} more lines that cannot be used)" if len(errors) > 1 else ""
@@ -98,7 +96,7 @@ class ExampleFiles(Sequence):
 
     def _index(self, number: int, path: Path, digest, errors: list[str]) -> None:
         offset = 0
-        with open(path, "rb") as file:
+        with opened(path, "data") as file:
             for line, raw in enumerate(file, 1):
                 digest.update(raw)
                 if raw.strip():

@@ -1,7 +1,9 @@
 """``deltamem inspect``: what it prints and writes, and how it tells an error."""
 
 import json
+import os
 import re
+import threading
 
 import pytest
 import torch
@@ -139,8 +141,11 @@ def test_what_is_printed_of_a_text(shipped, tmp_path, capsys):
     assert "Wrote most (gate × error), over all layers and heads:" in out and "Read most" in out
     written = out[out.index("Wrote most") : out.index("Read most")].splitlines()[1:]
     assert any("' 42'  token 7" in line for line in written[:2]) and len(written) == 8 and "state norm" not in out
-    (tmp_path / "text.txt").write_text(FACT, "utf-8")
-    by_token = inspect(capsys, path, "--text-file", tmp_path / "text.txt", "--tokens")
+    os.mkfifo(pipe := tmp_path / "text")
+    writer = threading.Thread(target=pipe.write_text, args=(FACT, "utf-8"))
+    writer.start()
+    by_token = inspect(capsys, path, "--text-file", pipe, "--tokens")
+    writer.join()
     assert by_token.startswith(out.rstrip("\n")) and "state norm" in by_token and "' 42'" in by_token.splitlines()[-3]
 
 
