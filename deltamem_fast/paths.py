@@ -18,6 +18,7 @@ from torch import nn
 from deltamem_kernels.layout import HeadLayout, Steering
 
 from .advance import MemoryCall
+from .errors import ArgumentTypeError
 from .memory import DeltaMemory
 from .packing import PackedRows, can_pack, fills_its_storage
 
@@ -110,7 +111,9 @@ class LayerWeights:
         return copied
 
     def __reduce_ex__(self, protocol):
-        return LayerWeights, ()
+        raise ArgumentTypeError(
+            "a layer of a patched model cannot be pickled; use save_adapter, a state_dict, or unpatch_model first"
+        )
 
     def refresh(self, attention: nn.Module, memory: DeltaMemory, trusted: bool = True) -> None:
         """Choose the path again and pack the weights for it.

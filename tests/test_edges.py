@@ -332,6 +332,8 @@ def test_slots_outside_the_pool_are_refused():
 def test_pickling(model, tmp_path):
     with pytest.raises(TypeError, match="a patched model cannot be pickled; use save_pretrained"):
         torch.save(model, io.BytesIO())
+    with pytest.raises(TypeError, match="a layer of a patched model cannot be pickled"):
+        torch.save(model.model.layers, io.BytesIO())
     memory = remembered(model)
     data = pickle.dumps(memory)
     assert len(data) < 20_000
