@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import nn
 
 from .backends import head_operations, operations
 from .config import DELTA_HEADS, DeltaMemConfig
+from .errors import ArgumentTypeError
 
 
 @dataclass(frozen=True)
@@ -204,3 +206,11 @@ class DeltaMemory(nn.Module):
         return head_operations(self.backend, reads.device).delta(
             reads, self.delta_o_proj, self.config.scale, dtype, norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps
         )
+
+
+def refuse_pickling() -> NoReturn:
+    """Of what holds methods of this process: it could be written, and not read."""
+    raise ArgumentTypeError(
+        "a patched model, or a part of it, cannot be pickled; use save_pretrained (it writes the adapter too), or "
+        "unpatch_model first"
+    )

@@ -18,8 +18,7 @@ from torch import nn
 from deltamem_kernels.layout import HeadLayout, Steering
 
 from .advance import MemoryCall
-from .errors import ArgumentTypeError
-from .memory import DeltaMemory
+from .memory import DeltaMemory, refuse_pickling
 from .packing import PackedRows, can_pack, fills_its_storage
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -111,9 +110,7 @@ class LayerWeights:
         return copied
 
     def __reduce_ex__(self, protocol):
-        raise ArgumentTypeError(
-            "a layer of a patched model cannot be pickled; use save_adapter, a state_dict, or unpatch_model first"
-        )
+        refuse_pickling()
 
     def refresh(self, attention: nn.Module, memory: DeltaMemory, trusted: bool = True) -> None:
         """Choose the path again and pack the weights for it.

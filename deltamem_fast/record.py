@@ -33,7 +33,7 @@ from .fingerprint import (
     public_label,
     public_name,
 )
-from .memory import DeltaMemory
+from .memory import DeltaMemory, refuse_pickling
 
 logger = logging.getLogger("deltamem_fast")
 RECORD = "_delta_memory_patch"
@@ -232,9 +232,7 @@ class PatchRecord:
             torch.cuda.empty_cache()
 
     def __reduce_ex__(self, protocol):
-        raise ArgumentTypeError(
-            "a patched model cannot be pickled; use save_pretrained (it writes the adapter too), or unpatch_model first"
-        )
+        refuse_pickling()
 
 
 # What accelerate keeps a forward under that it has put one of its own on: its hooks' (dispatch_model, cpu_offload) goes
