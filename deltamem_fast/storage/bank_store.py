@@ -462,8 +462,9 @@ class BankStore:
     def _check_entry(self, row: Sequence) -> None:
         # By type and range too: whoever can write the file can make checksums that fit.
         try:
-            id, *values, kept = row
-            sound = kept == entry_sum(id, *values) and values[3] <= _LAST and values[4] <= _LAST
+            id, key, version, size, created, updated, own, kept = row
+            sound = kept == entry_sum(id, key, version, size, created, updated, own)
+            sound = sound and created <= _LAST and updated <= _LAST
         except (struct.error, AttributeError):  # numbers or an id that are none
             sound = False
         if not sound:

@@ -16,13 +16,13 @@ def row_sum(id: str, version: int, row: bytes | memoryview) -> int:
     return xxh3_64_intdigest(row, xxh3_64_intdigest(id.encode(), version)) >> 1
 
 
-def entry_sum(id: str, *values: int) -> int:
-    """XXH3 of an entry: key, version, bytes, created, updated, row_sum.
+def entry_sum(id: str, key: int, version: int, size: int, created: int, updated: int, row_sum: int) -> int:
+    """XXH3 of an entry.
 
     Raises:
-        struct.error: one of them is no integer, or negative.
+        struct.error: a number that is none, or negative.
     """
-    return xxh3_64_intdigest(_pack(*values), xxh3_64_intdigest(id.encode())) >> 1
+    return xxh3_64_intdigest(_pack(key, version, size, created, updated, row_sum) + id.encode()) >> 1
 
 
 # --- of earlier versions of the file
