@@ -279,6 +279,7 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
         place = "_old_forward" if "_old_forward" in vars(attention) else "forward"
         record.replace(attention, place, types.MethodType(attention_forward, attention))
         record.replace(attention, "_apply", types.MethodType(_apply, attention))
+        record.hooks.append(attention.register_load_state_dict_pre_hook(_before_loading))
         record.hooks.append(attention.register_load_state_dict_post_hook(_after_loading))
         memories[name].weights = LayerWeights()
     record.pack()
@@ -322,9 +323,19 @@ def _uninstall(model: nn.Module, record: PatchRecord) -> None:
 
 def _apply(self, function, recurse=True):
     """``nn.Module._apply`` of a patched attention (``.to()`` and its like); then the weights are packed again."""
-    type(self)._apply(self, function, recurse)
-    self.delta_memory.weights.refresh(self, self.delta_memory)
+    weights = self.delta_memory.weights
+    known = weights.let_go()
+    try:
+        type(self)._apply(self, function, recurse)
+    except BaseException:
+        weights.know(known)
+        raise
+    weights.refresh(self, self.delta_memory)
     return self
+
+
+def _before_loading(module: nn.Module, *_) -> None:
+    module.delta_memory.weights.let_go()
 
 
 def _after_loading(module: nn.Module, _) -> None:

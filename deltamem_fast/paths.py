@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +143,7 @@ class LayerWeights:
                 own = [
                     p for name in PROJECTIONS for p in getattr(attention._modules.get(name), "_parameters", {}).values()
                 ]
-                self._known = [weakref.ref(part) for part in (*used, *own) if part is not None]
+                self.know(part for part in (*used, *own) if part is not None)
             elif not all(any(part is known() for known in self._known) for part in used):
                 reason = reason or "a weight was replaced after patching"
                 rows, first, bias = rows[-len(memory.row_names) :], 0, None
@@ -158,6 +159,20 @@ class LayerWeights:
             self.shape = shape_of(attention)
             self._layouts, self._steering, self.prepared = {}, None, {}
             self._remember(attention, memory)
+
+    def let_go(self) -> list[nn.Parameter]:
+        """Drop the weak references to parameters, which are returned: PyTorch swaps no tensor that has one.
+
+        It swaps those of a class of their own (quantised, sharded) in ``.to()``, and all by
+        ``torch.__future__.set_swap_module_params_on_conversion`` in ``load_state_dict``, too. ``refresh`` follows.
+        """
+        known = [part for reference in self._known if (part := reference()) is not None]
+        self._known = []
+        return known
+
+    def know(self, parameters: Iterable[nn.Parameter]) -> None:
+        """These are the model's own; see ``refresh``."""
+        self._known = [weakref.ref(part) for part in parameters]
 
     def _ours(self) -> set[int]:
         """Parameters that are rows of what is packed here."""

@@ -297,3 +297,73 @@ def test_what_is_no_model_is_named(name, tmp_path):
             call(given)
         assert "not patched" in str(caught.value) or "allowed" in str(caught.value), function
     assert not list(tmp_path.iterdir())
+
+
+# --- weights of a class of their own: .to() swaps them, where others get other data
+
+
+class Halves(torch.Tensor):
+    """A tensor in two parts, as quantised ones are in values and scales."""
+
+    @staticmethod
+    def __new__(cls, first, second):
+        return torch.Tensor._make_wrapper_subclass(cls, first.shape, dtype=first.dtype, device=first.device)
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+
+    def __tensor_flatten__(self):
+        return ["first", "second"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, *_):
+        return Halves(parts["first"], parts["second"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args, kwargs=None):
+        def each(name):
+            taken = (getattr(a, name) if isinstance(a, cls) else a for a in args)
+            return function(*taken, **(kwargs or {}))
+
+        first, second = each("first"), each("second")
+        whole = function.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.clone, torch.ops.aten._to_copy)
+        return cls(first, second) if whole else first + second
+
+
+def test_weights_of_a_class_of_their_own_are_moved():
+    model = tiny_model()
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(Halves(weight.data / 2, weight.data / 2), False)
+    loud_adapter(patch_model(model, DeltaMemConfig(output_init="random")))
+    assert layer_paths(model)[1].path == "generic" and layer_paths(model)[0].path == "fast"
+    before = run(model)[0]
+    model.double().float()
+    assert type(model.model.layers[1].self_attn.q_proj.weight.data) is Halves
+    assert layer_paths(model)[0].path == "fast"
+    assert relative_error(run(model)[0], before) < 1e-5
+
+
+def test_weights_are_swapped_where_that_is_asked_for():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = loud_adapter(patch_model(tiny_model()), seed=2)
+        model.double().float()
+        model.load_state_dict(loud_adapter(patch_model(tiny_model())).state_dict())
+        assert {path.path for path in layer_paths(model).values()} == {"fast"}
+        agrees(model)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_a_move_that_fails_leaves_the_fast_path():
+    model = loud_adapter(patch_model(tiny_model()))
+
+    def refuse(tensor):
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        model._apply(refuse)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.data = model.model.layers[0].self_attn.q_proj.weight.data.clone()
+    assert {path.path for path in layer_paths(model).values()} == {"fast"}
+    agrees(model)
