@@ -218,10 +218,12 @@ def _storage(identity: Any) -> _Storage:
 
 def _call(function: Any, arguments: Any) -> Any:
     if function == _Global("torch._utils _rebuild_tensor_v2"):
-        storage, offset, shape, stride, *_ = arguments
+        storage, offset, shape, stride, *more = arguments
         numbers = all(isinstance(sizes, tuple) and all(map(_natural, sizes)) for sizes in (shape, stride))
         if not (numbers and len(shape) == len(stride) and _natural(offset) and isinstance(storage, _Storage)):
             raise _Broken("data.pkl is damaged")
+        if any(more[2:]):  # after requires_grad and hooks: bits that stand for a sign, such as of torch._neg_view
+            raise _Broken("a tensor's numbers are stored with another sign than it has: resolve_neg() before saving")
         return _Tensor(storage, offset, shape, stride)
     if function == _Global("torch._utils _rebuild_parameter"):
         return arguments[0]

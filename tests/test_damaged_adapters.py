@@ -111,8 +111,9 @@ def test_a_number_that_the_models_dtype_cannot_hold(model, half, weights, tmp_pa
         (lambda t: torch.zeros(1).expand(2**28), "268,435,456 numbers, its storage 1: expanded"),
         (lambda t: [1, 2], "something else than named tensors"),
         (lambda t: {"a": t}, "something else than named tensors"),
+        (lambda t: torch._neg_view(t), "with another sign than it has"),
     ],
-    ids=("sparse", "quantised", "meta", "float8", "expanded", "expanded to 1 GiB", "list", "nested"),
+    ids=("sparse", "quantised", "meta", "float8", "expanded", "expanded to 1 GiB", "list", "nested", "negated"),
 )
 def test_a_wrong_tensor_in_a_pickle(model, weights, tmp_path, make, message):
     refused(model, written(tmp_path, weights | {LAST: make(weights[LAST])}, "released"), message)

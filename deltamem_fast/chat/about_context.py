@@ -59,7 +59,7 @@ def _show(chat: Chat) -> None:
     most = max(8, (chat.screen.columns - 20) // 2)  # two texts beside the figures
     rows = [["-", str(len(now.preamble)), shortened(_preamble(chat), most), ""]] if now.preamble.ids else []
     for number, turn in enumerate(now.turns, first):
-        texts = (shortened(turn.messages[place]["content"], most) for place in (0, -1))
+        texts = (shortened(turn.messages[place].get("content") or "", most) for place in (0, -1))
         rows.append([str(number), str(len(turn)), *texts])
     if rows:
         chat.screen.table(["turn", "tokens", "said", "answered"], rows, left=(2, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -54,9 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from .report import distance, report, rows_of
 
     text = _text_of(arguments)
-    for name in ("html", "png"):
-        if getattr(arguments, name) is not None:
-            as_path(getattr(arguments, name), f"--{name}")
+    _check_outputs(arguments, text is not None)
     file = read_memory_file(as_path(arguments.memory, "MEMORY"), "MEMORY")
     other = None if arguments.other is None else read_memory_file(as_path(arguments.other, "OTHER"), "OTHER")
     rows_of(file.memory, arguments.row, "--row")
@@ -81,6 +80,26 @@ def _run(arguments: argparse.Namespace) -> int:
         if written:
             print("\n" + "\n".join(f"wrote {path}" for path in written))
     return 0
+
+
+def _check_outputs(arguments: argparse.Namespace, with_text: bool) -> None:
+    """Raise if a page or picture would take the place of a file that is read, or of one another."""
+    given = {"MEMORY": arguments.memory, "OTHER": arguments.other, "--text-file": arguments.text_file}
+    taken = {os.path.realpath(as_path(path, name)): name for name, path in given.items() if path is not None}
+    given = {"--html": arguments.html, "--png": arguments.png}
+    outputs = [(name, as_path(path, name)) for name, path in given.items() if path is not None]
+    if arguments.png is not None and with_text:
+        outputs.append(("--png", _beside(Path(arguments.png))))
+    for name, path in outputs:
+        owner = taken.get(os.path.realpath(path))
+        if owner is not None:
+            raise ArgumentError(f"{name}: would write {path}, which is {owner}; allowed another file")
+        taken[os.path.realpath(path)] = name
+
+
+def _beside(picture: Path) -> Path:
+    """Where the picture of a text's tokens goes."""
+    return picture.with_name(f"{picture.stem}-tokens{picture.suffix}")
 
 
 def _text_of(arguments: argparse.Namespace) -> str | None:
@@ -201,8 +220,7 @@ def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace
         if trace is not None:
             from .trace_picture import draw_trace
 
-            path = Path(arguments.png)
-            written.append(_draw(draw_trace, trace, path.with_name(f"{path.stem}-tokens{path.suffix}")))
+            written.append(_draw(draw_trace, trace, _beside(Path(arguments.png))))
     return written
 
 

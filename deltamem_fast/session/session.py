@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import os
 import secrets
 import threading
@@ -126,12 +127,12 @@ class MemorySession:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """All messages of the conversation, in or out of the context; an answer's thinking is ``reasoning_content``."""
-        return [dict(message) for message in self._now.messages]
+        return copy.deepcopy(list(self._now.messages))
 
     @property
     def context(self) -> list[dict[str, Any]]:
         """The messages that are still in the context."""
-        return [dict(message) for turn in self._now.turns for message in turn.messages]
+        return copy.deepcopy([message for turn in self._now.turns for message in turn.messages])
 
     @property
     def limits(self) -> Limits:
@@ -452,4 +453,8 @@ def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ..
     for place, message in enumerate(text):
         if message.get("role") not in _ROLES:
             raise ArgumentError(f"text[{place}]: got role {message.get('role')!r}, allowed {', '.join(_ROLES)}")
-    return tuple(plain_messages(text))
+    messages = plain_messages(text)
+    try:  # the caller may go on with its lists, of tool calls or documents
+        return tuple(copy.deepcopy(messages))
+    except Exception as error:  # of whatever class it is that cannot be copied
+        raise ArgumentTypeError(f"text: holds something that cannot be copied: {error}") from error

@@ -8,6 +8,7 @@ from ..version import __version__
 from .checkpoints import Run
 from .lengths import Checked
 
+CARD_NAME = "README.md"
 # Of the machine, not of the adapter.
 _LEFT_OUT = frozenset("output resume keep workers report_to cpu progress save_every evaluate_every".split())
 

@@ -23,8 +23,8 @@ from ..patch import patch_model
 from ..record import is_patched, unwrap
 from ..training_setup import prepare_for_training
 from .callbacks import ProgressCallback, StopCallback, StopRequest, checking
-from .card import model_card
-from .checkpoints import Run, checkpoint_to_resume, step_of
+from .card import CARD_NAME, model_card
+from .checkpoints import RUN_NAME, Run, checkpoint_to_resume, step_of
 from .curves import CURVES_NAME, draw_curves
 from .data import ExampleFiles
 from .episode import EpisodeSchedule, build_episode
@@ -85,9 +85,10 @@ def train(
         README.md, ``log.jsonl``, ``curves.png`` where matplotlib is installed, and the last checkpoints.
 
     Raises:
-        ValueError: data or an option that is wrong, a run in ``output`` that is not resumed, or is another one; a
-            package that is not installed; or a loss or gradient that is not finite: the step is not taken, and the
-            model's adapter is as the step before has left it.
+        ValueError: data or an option that is wrong, a run in ``output`` that is not resumed, or is another one; files
+            there that no run has written, and this one would write over; a package that is not installed; or a loss or
+            gradient that is not finite: the step is not taken, and the model's adapter is as the step before has left
+            it.
         FileNotFoundError: no such file or adapter.
     """
     if is_patched(model):
@@ -96,6 +97,7 @@ def train(
     from transformers import set_seed
 
     checkpoint = checkpoint_to_resume(options)
+    _check_output(Path(options.output))
     source = read_adapter(adapter)
     files = ExampleFiles(data, options.visible_turns)
     run = _run(model, source, files.digest, options)
@@ -113,6 +115,18 @@ def train(
     _prepare(model, adapter, source, checkpoint, backend, options)
     result = _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
     return replace(result, evaluation={paths[name]: found for name, found in result.evaluation.items()})
+
+
+def _check_output(output: Path) -> None:
+    """Raise if a first run would write over what no run has written: somebody's README, or data called log.jsonl."""
+    if (output / RUN_NAME).is_file():
+        return
+    there = [name for name in (CARD_NAME, LOG_NAME, CURVES_NAME) if os.path.lexists(output / name)]
+    if there:
+        raise ArgumentError(
+            f"output: {output} holds {' and '.join(there)} and no training run, which would write over that; allowed: "
+            "another directory"
+        )
 
 
 def _check_installed(options: TrainingOptions) -> None:
@@ -244,7 +258,7 @@ def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
         if not stop.stopped:
             base = hub_id(getattr(unwrap(model).config, "_name_or_path", None))
             card = model_card(run, base, checked, steps_done, evaluation)
-            write_text(output / "README.md", card, private=False)
+            write_text(output / CARD_NAME, card, private=False)
     trainer.accelerator.wait_for_everyone()
     interrupted_at = output / f"checkpoint-{steps_done}" if stop.stopped else None
     return TrainingResult(output, steps_done, steps, interrupted_at, evaluation)

@@ -162,3 +162,10 @@ def test_without_a_seed_each_chat_draws_anew():
         chat = recall_chat(generation={"do_sample": True, "temperature": 5.0})
         drawn.add(tuple(have(chat, "The rain sang all day.") for _ in range(5)))
     assert len(drawn) > 1
+
+
+def test_the_context_of_a_turn_without_words():
+    """As an agent's session may have it, which was saved by another program."""
+    chat = tiny_chat(ListScreen(), "Yes.")
+    chat.session.answer([{"role": "tool", "content": None, "reasoning_content": "42"}])
+    assert "Yes." in have(chat, "/context")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import threading
 
 import pytest
@@ -213,6 +214,26 @@ def test_errors_name_the_argument(files, tmp_path, capsys):
     ):
         assert re.match(message, refused(capsys, *arguments)), message
     assert main(["inspect", str(a), "--text", "x", "--text-file", "y"]) == 2
+
+
+def test_what_is_read_is_not_written_over(files, tmp_path, capsys):
+    a, b = (shutil.copy(files / "alice.safetensors", tmp_path / name) for name in ("a", "b"))
+    (tmp_path / "link").symlink_to(a)
+    (tmp_path / "t-tokens.png").write_text("Ada")
+    before = a.read_bytes()
+    for arguments, message in (
+        ([a, "--html", a], "--html: would write .*/a, which is MEMORY; allowed another file"),
+        ([a, "--png", tmp_path / "link"], "--png: would write .*/link, which is MEMORY"),
+        ([a, b, "--html", tmp_path / "." / "b"], "--html: would write .*/b, which is OTHER"),
+        ([a, "--html", tmp_path / "x", "--png", tmp_path / "x"], "--png: would write .*/x, which is --html"),
+        (
+            [a, "--text-file", tmp_path / "t-tokens.png", "--png", tmp_path / "t.png"],
+            "--png: would write .*/t-tokens.png, which is --text-file",
+        ),
+    ):
+        assert re.match(message, refused(capsys, *arguments)), message
+    assert a.read_bytes() == b.read_bytes() == before and (tmp_path / "t-tokens.png").read_text() == "Ada"
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_foreign_memory_asks_for_its_model(files, tmp_path, capsys, monkeypatch):

@@ -247,6 +247,24 @@ def test_a_turn_of_several_messages():
 # --- options
 
 
+def test_what_was_said_stays_as_it_was_said(tmp_path):
+    """Whatever its lists are used for afterwards, the caller's own and those that the session gives away."""
+    session = tiny_session(chatml_tokenizer())
+    calls = [{"function": {"name": "add", "arguments": {"numbers": [1, 2]}}}]
+    session.answer([{"role": "user", "content": None, "tool_calls": calls}], max_new_tokens=2)
+    said = session.messages
+    calls[0]["function"]["arguments"]["numbers"].append(3)
+    session.messages[0]["tool_calls"].clear()
+    session.context[0]["tool_calls"][0]["function"]["name"] = "sub"
+    assert session.messages == said == session.context and said[0]["tool_calls"][0]["function"]["name"] == "add"
+    assert said[0]["tool_calls"][0]["function"]["arguments"] == {"numbers": [1, 2]}
+    loaded = MemorySession.load(session.save(tmp_path / "saved"), session.model, session.tokenizer)
+    assert loaded.messages == said
+    with pytest.raises(TypeError, match="text: holds something that cannot be copied"):
+        session.answer([{"role": "user", "content": "Go on.", "lock": threading.Lock()}])
+    assert session.messages == said
+
+
 def test_options_pass_through():
     session = tiny_session(chatml_tokenizer(), generation={"max_new_tokens": 3, "do_sample": False})
     story = says(session.tokenizer, "She went home and then she went home.")["logits_processor"]

@@ -146,3 +146,13 @@ def test_ctrl_c_in_a_terminal(place, tmp_path):
     steps = len(steps_in(output))
     assert f"interrupted after step {steps} of 100000; saved {output}/checkpoint-{steps}" in err and "--resume" in err
     assert (output / f"checkpoint-{steps}" / "checkpoint.json").is_file()
+
+
+@pytest.mark.parametrize("name", ("README.md", "log.jsonl"))
+def test_what_no_run_has_written_is_not_written_over(place, tmp_path, capsys, name):
+    """Where a run is kept: in a project's or a model's directory, or beside data of this name."""
+    (tmp_path / name).write_text("somebody's")
+    for flags in ((), ("--resume",)):
+        assert main(command(place, tmp_path, "--steps", "1", *flags)) == 2
+        assert f"output: {tmp_path} holds {name} and no training run" in error_of(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "somebody's"
