@@ -17,7 +17,7 @@ from .options import CHANGEABLE, TrainingOptions
 
 RUN_NAME = "training.json"
 WHOLE_NAME = "checkpoint.json"  # written last: a directory that has it is whole
-_PREFIX = "checkpoint-"
+PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def unmark(checkpoint: Path) -> None:
 def newest_checkpoint(output: Path) -> Path | None:
     """The whole checkpoint of most steps, or None; one whose step cannot be read is not whole."""
     steps = {}
-    for path in output.glob(f"{_PREFIX}*"):
-        if path.name.removeprefix(_PREFIX).isdigit() and is_whole(path):
+    for path in output.glob(f"{PREFIX}*"):
+        if path.name.removeprefix(PREFIX).isdigit() and is_whole(path):
             with contextlib.suppress(FileFormatError):
                 steps[path] = step_of(path)
     return max(steps, key=steps.get, default=None)

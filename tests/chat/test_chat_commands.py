@@ -167,5 +167,5 @@ def test_without_a_seed_each_chat_draws_anew():
 def test_the_context_of_a_turn_without_words():
     """As an agent's session may have it, which was saved by another program."""
     chat = tiny_chat(ListScreen(), "Yes.")
-    chat.session.answer([{"role": "tool", "content": None, "reasoning_content": "42"}])
+    chat.session.answer([{"role": "tool", "reasoning_content": "42"}])
     assert "Yes." in have(chat, "/context")

@@ -148,7 +148,7 @@ def test_ctrl_c_in_a_terminal(place, tmp_path):
     assert (output / f"checkpoint-{steps}" / "checkpoint.json").is_file()
 
 
-@pytest.mark.parametrize("name", ("README.md", "log.jsonl"))
+@pytest.mark.parametrize("name", ("README.md", "log.jsonl", "checkpoint-100"))
 def test_what_no_run_has_written_is_not_written_over(place, tmp_path, capsys, name):
     """Where a run is kept: in a project's or a model's directory, or beside data of this name."""
     (tmp_path / name).write_text("somebody's")
