@@ -77,7 +77,10 @@ class MemoryCall:
         """The state that a layer starts from, and whether this is its first run in this forward."""
         first_run = layer not in self.initial
         if first_run:
-            self.initial[layer] = self.state[layer]
+            state = self.state[layer]
+            if not self.in_place and not torch.compiler.is_compiling() and state.is_inference():
+                state = state.clone()  # autograd cannot save one that was made in inference mode
+            self.initial[layer] = state
             if not self.in_place and not torch.is_grad_enabled():
                 self._run_unseen(layer)
         elif self.bridge is not None and layer in self.bridge.unseen:

@@ -102,6 +102,13 @@ def is_outdated(cache: Cache) -> bool:
     return _versions(weights) != versions or next(iter(fed.identity.memories.values())).loads != loads
 
 
+def _refuse_crop(*args, **kwargs) -> None:
+    raise UnsupportedError(
+        "crop: a cache of a patched model cannot be cropped, because the memory has already written the tokens "
+        "that would go; keep a copy (copy.deepcopy(cache), memory.clone()) from before them instead"
+    )
+
+
 class MemoryLayerMixin:
     """Adds the memory of one layer to a cache layer.
 
@@ -142,10 +149,7 @@ class MemoryLayerMixin:
 
     def crop(self, *args, **kwargs) -> None:
         """Raises: what the memory has written cannot be taken back."""
-        raise UnsupportedError(
-            "crop: a cache of a patched model cannot be cropped, because the memory has already written the tokens "
-            "that would go; keep a copy (copy.deepcopy(cache), memory.clone()) from before them instead"
-        )
+        _refuse_crop()
 
 
 ROOM = 64  # tokens
@@ -484,6 +488,9 @@ def check_rows(memory: MemoryState, batch_size: int) -> None:
 
 def _replace_layers(cache: Cache, identity) -> None:
     """Turn the plain layers that a memory belongs to into ours; only empty ones can be."""
+    if "crop" not in vars(cache) and not torch.compiler.is_compiling():
+        # The cache's own goes layer by layer, and would have cut those without a memory before one with it raises.
+        cache.crop = _refuse_crop
     for layer_idx in identity.layer_specs():
         # A cache made without a configuration grows its layers at the first update.
         while len(cache.layers) <= layer_idx:

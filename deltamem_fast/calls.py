@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .advance import MemoryCall
 from .bridge import Bridge, is_sharded
@@ -26,6 +27,11 @@ _TOKEN_BY_TOKEN = (
     "written by itself, which it was not trained for. Pass segment_ids (see segment_ids_from_messages), or "
     "segment_ids=-1 to write nothing; generate and MemorySession do so by themselves"
 )
+
+
+# The identity of the model whose ``generate`` runs here. What it is given may call the model as well: the branch
+# without the prompt of classifier-free guidance, a caller's logits processor or decoding loop.
+generating: contextvars.ContextVar[Any] = contextvars.ContextVar("deltamem_generating", default=None)
 
 
 class CallersMemory:
@@ -88,6 +94,11 @@ def begin(
     if tokens is None:
         raise ArgumentError("input_ids: got neither input_ids nor inputs_embeds")
     batch, length = tokens.shape[:2]
+    if not batch or not length:
+        raise ArgumentError(f"input_ids: got shape {list(tokens.shape[:2])}, allowed one row and one token, or more")
+    cache = kwargs.get(cache_name)
+    if cache is not None and not isinstance(cache, Cache):
+        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
     if memory is not None and not isinstance(memory, MemoryState):
         raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
     if memory is not None:
@@ -96,7 +107,11 @@ def begin(
     if segment_ids is not None:
         segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
         unwritten = segment_ids is None
-    cache = kwargs.get(cache_name)
+    elif identity.config.segmented and memory is None and _is_generating(identity):
+        # As generate's own steps: the first tokens of a cache are one segment, the later ones are not written.
+        unwritten = cache is not None and int(cache.get_seq_length()) > 0
+        if not unwritten:
+            segment_ids = torch.zeros(batch, length, dtype=torch.int64, device=tokens.device)
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
     fed: Fed | None = None
     held: int | None = None
@@ -145,6 +160,11 @@ def begin(
         fed=fed,
         held=held,
     )
+
+
+def _is_generating(identity) -> bool:
+    # Compiled code, which cannot ask for a context, gets segment_ids from generate's own steps.
+    return not torch.compiler.is_compiling() and generating.get() is identity
 
 
 def _zeros(identity, batch: int) -> MemoryState:

@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
 from .cache import cut_short
-from .calls import NOT_WRITTEN, LastSegments, PromptsMask
+from .calls import NOT_WRITTEN, LastSegments, PromptsMask, generating
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .forwards import cache_name, given_cache
 from .notices import warn_once
@@ -120,12 +120,13 @@ def _generate(self, *args, **kwargs):
     watch = EndedRows() if settings["num_beams"] == 1 else None
     memory = kwargs.get("memory")
     skipped = None if memory is None or memory.frozen else memory.skipped
-    token = _watching.set(watch)
+    token, running = _watching.set(watch), generating.set(identity_of(self))
     try:
         with _taken_back(memory, given_cache(kwargs)):
             out = original(*args, **kwargs)
     finally:
         _watching.reset(token)
+        generating.reset(running)
     if skipped is not None and (lost := int((memory.skipped - skipped).sum())):
         logger.warning(_LOST, lost)
     return out

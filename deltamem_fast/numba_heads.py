@@ -95,7 +95,8 @@ def _factors(steering: Steering) -> np.ndarray:
 
 def _loops_take(packed: torch.Tensor, state: torch.Tensor | None = None, skipped: torch.Tensor | None = None) -> bool:
     """Whether the loops can take these tensors as they lie."""
-    if packed.dtype != torch.float32 or not packed.is_contiguous():
+    # Tensors without storage (FakeTensorMode) are of another type: their address is 0.
+    if type(packed) is not torch.Tensor or packed.dtype != torch.float32 or not packed.is_contiguous():
         return False
     if state is not None and (state.dtype != torch.float32 or not state.is_contiguous()):
         return False

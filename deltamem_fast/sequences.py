@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError
+from .arguments import shown
+from .errors import ArgumentError, ArgumentTypeError
 
 _HIDDEN = -1e4  # what is added to a score of what is hidden, at most
 _HOLDS_SEVERAL = "a row holds several packed sequences"
@@ -36,6 +37,7 @@ def sequence_starts(
             raise ArgumentError("past_key_values: got a cache with packed sequences (cu_seq_lens_q), allowed None")
         if batch != 1:
             raise ArgumentError(f"cu_seq_lens_q: got with a batch of {batch}, allowed 1")
+        _check_starts(cu_seqlens, length)
         return cu_seqlens
     if length < 2:
         return None
@@ -70,6 +72,21 @@ def sequence_starts(
     first = torch.ones(batch, 1, dtype=torch.bool, device=starts.device)
     places = torch.cat([first, starts], 1).flatten().nonzero().flatten()
     return torch.cat([places, places.new_full((1,), batch * length)])
+
+
+def _check_starts(cu_seqlens, length: int) -> None:
+    """Raise unless ``cu_seq_lens_q`` is an integer tensor [N + 1]; where asking costs nothing, also of its values."""
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
+        raise ArgumentTypeError(f"cu_seq_lens_q: got {found}, allowed an int32 or int64 tensor")
+    if cu_seqlens.ndim != 1 or not cu_seqlens.numel():
+        raise ArgumentError(f"cu_seq_lens_q: got shape {list(cu_seqlens.shape)}, allowed [sequences + 1]")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        starts = cu_seqlens.tolist()
+        if starts[0] != 0 or starts[-1] != length or starts != sorted(starts):
+            raise ArgumentError(
+                f"cu_seq_lens_q: got {shown(starts)}, allowed a non-decreasing list from 0 to T = {length}"
+            )
 
 
 def _compiled(name: str) -> str:

@@ -286,6 +286,9 @@ class MemoryState:
             ValueError: it is frozen; nothing is changed.
         """
         self.check_writable()
+        self._interrupted = (
+            "memory: zero_() was cut short, so that some layers are empty and others are not; zero_() it"
+        )
         for i, state in self._layers.items():
             self.put(i, torch.zeros_like(state), in_place=True)
             self._count(i, -self._skipped[i])
@@ -322,8 +325,9 @@ class MemoryState:
         self.check_writable()
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
             raise ArgumentError(f"rate: got {shown(rate)}, allowed a number from 0 to 1")
-        for i, state in self._layers.items():
-            self.put(i, state * (1 - rate), in_place=True)
+        with taken_back(self):
+            for i, state in self._layers.items():
+                self.put(i, state * (1 - rate), in_place=True)
         return self
 
     def forget(self, model, tokenizer, text, *, strength: float | None = None):

@@ -353,6 +353,23 @@ def test_assisted_decoding_and_batches_raise(qwen):
         cache.crop(-1)
 
 
+def test_a_refused_crop_cuts_no_layer():
+    model = loud_adapter(patch_model(tiny_model(), DeltaMemConfig(target_layers=[1, 2])))
+    for own in (True, False):
+        cache = dynamic(model)
+        run(model, IDS, past_key_values=cache, **({} if own else {"memory": MemoryState.zeros(model, 3)}))
+        for copied in (cache, copy.deepcopy(cache)):
+            with pytest.raises(NotImplementedError, match="crop"):
+                copied.crop(-6)
+            assert [layer.get_seq_length() for layer in copied.layers] == [26, 26, 26]
+
+
+@pytest.mark.parametrize("ids", (IDS[:, :0], IDS[:0]), ids=("no token", "no row"))
+def test_nothing_to_read(qwen, ids):
+    with pytest.raises(ValueError, match=r"input_ids: got shape \[\d+, \d+\], allowed one row and one token, or more"):
+        run(qwen, ids)
+
+
 def test_mistaken_arguments_of_a_forward(qwen):
     memory = MemoryState.zeros(qwen, 3)
     for arguments, kind, message in (
@@ -362,6 +379,11 @@ def test_mistaken_arguments_of_a_forward(qwen):
         ({"token_mask": torch.ones(3, 5)}, ValueError, r"token_mask: got \[3, 5\], allowed a tensor \[3, 26\]"),
         ({"attention_mask": torch.ones(3, 5)}, ValueError, r"attention_mask: got \[3, 5\]"),
         ({"cu_seq_lens_q": torch.tensor([0, 26])}, ValueError, "cu_seq_lens_q: got with a batch of 3"),
+        (
+            {"past_key_values": ((IDS, IDS),), "attention_mask": torch.ones_like(IDS)},
+            TypeError,
+            "past_key_values: got tuple, allowed a decoder's Cache",
+        ),
     ):
         with pytest.raises(kind, match=message):
             qwen(IDS, **({"memory": memory} | arguments))

@@ -357,6 +357,22 @@ def test_inference_mode_then_no_grad():
     assert memory[0].abs().max() == 0 and memory.skipped.sum() == 0
 
 
+def test_inference_mode_then_gradients():
+    model = loud_adapter(patch_model(tiny_model()))
+    with torch.inference_mode():
+        memory = MemoryState.zeros(model, 2)
+        model(IDS, memory=memory, use_cache=False)
+        cache = model(IDS).past_key_values
+        copied = memory.clone()
+    plain, found = remembered(model, use_cache=False), []
+    for given in (plain, memory, copied):
+        model.zero_grad()
+        model(IDS, memory=given, use_cache=False).logits.sum().backward()
+        found.append(model.model.layers[1].self_attn.delta_memory.memory_k_proj.grad.clone())
+    assert all(relative_error(gradient, found[0]) < 1e-5 for gradient in found)
+    model(IDS, past_key_values=cache).logits.sum().backward()
+
+
 def test_mistaken_memories(model):
     wide = MemoryState({i: state.double() for i, state in MemoryState.zeros(model, 2).items()})
     with pytest.raises(TypeError, match="memory: layer 0 is torch.float64, allowed float32"):

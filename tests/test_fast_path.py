@@ -19,6 +19,7 @@ from deltamem_fast import (
     load_adapter,
     memory_disabled,
     memory_state,
+    numba_heads,
     patch_model,
     save_adapter,
     unpatch_model,
@@ -623,6 +624,17 @@ def test_functional_call_borrows_nothing():
     assert relative_error(out, other(IDS, use_cache=False).logits) < 1e-5
     assert places == {name: tensor.untyped_storage().data_ptr() for name, tensor in given.items()}
     assert relative_error(run(model)[0], before) < 1e-6
+
+
+def test_tensors_without_storage_are_not_gone_to_by_address():
+    fake = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
+    model = loud_adapter(patch_model(tiny_model(), backend="numba"))
+    expected = run(model)[0]
+    with fake(allow_non_fake_inputs=True):
+        assert not numba_heads._loops_take(torch.empty(2, 4))  # it would write to address 0
+        with pytest.raises(RuntimeError):
+            model(IDS, use_cache=False)
+    assert torch.equal(run(model)[0], expected)
 
 
 def test_one_position_for_all_tokens():

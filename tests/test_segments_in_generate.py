@@ -78,6 +78,28 @@ def test_caches_beams_and_samples(model, options, segments):
     assert close(memory_state(found.past_key_values), wanted.repeat(times))
 
 
+def test_the_branch_of_a_guidance_is_written_as_a_prompt(model, told):
+    other = IDS[1:, :7]
+    found = model.generate(IDS[:1], guidance_scale=3.0, negative_prompt_ids=other, eos_token_id=None, **STEPS)
+    with torch.no_grad():
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        ids, fed, segments = IDS[:1], (IDS[:1], other), 0
+        for _ in range(6):
+            with_it, without = (
+                model(part, past_key_values=cache, segment_ids=torch.full_like(part, segments))
+                .logits[:, -1]
+                .log_softmax(-1)
+                for part, cache in zip(fed, caches)
+            )
+            token = (without + 3.0 * (with_it - without)).argmax(-1, keepdim=True)
+            ids, fed, segments = torch.cat([ids, token], 1), (token, token), -1
+    assert torch.equal(found, ids)
+    assert not any("each token was written by itself" in message for message in told())
+    with torch.no_grad():  # what is called outside stays as it was
+        model(IDS, use_cache=False)
+    assert any("each token was written by itself" in message for message in told())
+
+
 def test_padding_is_in_no_segment_and_a_second_prompt_is_another(model):
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0

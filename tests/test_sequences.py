@@ -159,6 +159,24 @@ def test_with_a_cache_or_too_few_rows_it_is_refused():
         model(IDS, position_ids=POSITIONS, memory=MemoryState.zeros(model, 2))
 
 
+@pytest.mark.parametrize(
+    ("starts", "kind", "message"),
+    [
+        ([0, 5, 12], TypeError, "got list, allowed an int32 or int64 tensor"),
+        (torch.tensor([0.0, 12.0]), TypeError, "got torch.float32"),
+        (torch.tensor([]).int(), ValueError, r"got shape \[0\]"),
+        (torch.tensor([0, 5, 11]), ValueError, r"got \[0, 5, 11\], allowed a non-decreasing list from 0 to T = 12"),
+        (torch.tensor([0, 7, 5, 12]), ValueError, r"got \[0, 7, 5, 12\]"),
+    ],
+)
+def test_mistaken_starts_leave_the_memory_as_it_is(starts, kind, message):
+    model = patch_model(tiny_model())
+    memory = MemoryState.zeros(model, max(0, len(starts) - 1))
+    with pytest.raises(kind, match=f"cu_seq_lens_q: {message}"):
+        model(torch.ones(1, 12, dtype=torch.int64), cu_seq_lens_q=starts, use_cache=False, memory=memory)
+    memory.check_whole()
+
+
 def test_compiled_forwards_say_so():
     torch._dynamo.reset()  # models compiled before it count against its limit
     model = loud_adapter(patch_model(tiny_model(num_hidden_layers=1)))

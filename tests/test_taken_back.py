@@ -76,6 +76,28 @@ def test_operators(model, tokenizer, memory, name, error):
     assert all(torch.equal(memory[i], expected[i]) for i in memory) and seen(memory) != before
 
 
+def test_decay_and_zero_in_the_middle(model, memory, monkeypatch):
+    put, before = MemoryState.put, memory.clone()
+
+    def fails(self, layer, *args, **kwargs):
+        if layer == 1:
+            raise KeyboardInterrupt
+        put(self, layer, *args, **kwargs)
+
+    for operator, whole in ((lambda: memory.decay(0.5), True), (lambda: memory.zero_(), False)):
+        monkeypatch.setattr(MemoryState, "put", fails)
+        with pytest.raises(KeyboardInterrupt):
+            operator()
+        monkeypatch.setattr(MemoryState, "put", put)
+        if whole:
+            assert all(torch.equal(memory[i], before[i]) for i in before)
+            memory.check_whole()
+        else:
+            with pytest.raises(RuntimeError, match=r"zero_\(\) was cut short"):
+                memory.check_whole()
+    memory.zero_().check_whole()
+
+
 def test_forget_in_the_middle_of_its_erasing(model, tokenizer, memory, monkeypatch):
     before, erased = seen(memory), operators._erased
 
