@@ -175,7 +175,7 @@ def test_generate_with_a_memory_of_the_caches(model, tokenizer, given, kind):
     with pytest.raises(BrokenPipeError):
         model.generate(ids, past_key_values=cache, max_new_tokens=4, **{name: made() for name, made in given.items()})
     with pytest.raises(RuntimeError, match="past_key_values: a forward with this cache was cut short by BrokenPipe"):
-        model.generate(ids, past_key_values=cache, max_new_tokens=4)
+        model.generate(torch.cat([ids, ids], 1), past_key_values=cache, max_new_tokens=4)
     frozen = MemoryState.zeros(model)
     frozen.frozen, cache = True, DynamicCache(config=model.config)
     with pytest.raises(BrokenPipeError):
