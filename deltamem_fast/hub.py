@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .adapter import export_adapter
 from .card import adapter_card
-from .errors import ArgumentError, FileAccessError
+from .errors import ArgumentError, ArgumentTypeError, FileAccessError
 from .files import write_text
 from .fingerprint import hub_id
 from .record import identity_of, unwrap
@@ -43,12 +43,14 @@ def push_to_hub(
         The commit's URL.
 
     Raises:
-        ValueError: the model is not patched, an unknown format, or no repository's name.
+        ValueError, TypeError: the model is not patched, an unknown format, or no repository's name.
         OSError: the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
+    if not isinstance(repo_id, str):
+        raise ArgumentTypeError(f"repo_id: got {type(repo_id).__name__}, allowed a string, owner/name")
     base_model = hub_id(getattr(unwrap(model).config, "_name_or_path", None))
     config = identity_of(model).config
     api = HfApi(token=token)

@@ -80,6 +80,8 @@ def test_what_push_to_hub_refuses(model, monkeypatch):
     with pytest.raises(ValueError, match="format: got 'pt', allowed safetensors, released"):
         upload(model, monkeypatch, hub, "adapter", format="pt")
     assert "create_repo" not in hub.calls
+    with pytest.raises(TypeError, match="repo_id: got NoneType, allowed a string"):
+        push_to_hub(model, None)
     with pytest.raises(ValueError, match="repo_id: got 'a//b', allowed owner/name"):
         upload(model, monkeypatch, Hub(error=HFValidationError("no")), "a//b")
     with pytest.raises(OSError, match="repo_id: adapter: the hub refuses, or cannot be reached: no network"):
