@@ -406,12 +406,13 @@ class MemoryBank:
         rows, split = state.batch_size, self._state_words
         states = [state[i].detach().reshape(rows, -1) for i in self._shapes]
         counters = [state._skipped[i].detach().reshape(rows, 1) for i in self._shapes]
-        if {part.device for part in states + counters} == {states[0].device} != {torch.device("cpu")}:
+        devices = {part.device for part in states + counters}
+        if len(devices) == 1 and devices != {torch.device("cpu")}:
             states, counters = [torch.cat(states, 1)], [torch.cat(counters, 1)]  # one copy from a GPU, not one a layer
         words = numpy.empty((rows, self._words), numpy.int32)
         # PyTorch's cat of so many narrow parts takes half as long again.
-        numpy.concatenate([part.cpu().numpy() for part in states], 1, words[:, :split].view(numpy.float32))
-        numpy.concatenate([part.cpu().numpy() for part in counters], 1, words[:, split:])
+        numpy.concatenate([part.cpu().numpy() for part in states], axis=1, out=words[:, :split].view(numpy.float32))
+        numpy.concatenate([part.cpu().numpy() for part in counters], axis=1, out=words[:, split:])
         return words
 
 

@@ -77,13 +77,15 @@ class Fed:
         layer = next(iter(identity.memories.values()))
         weights, loads = tuple(layer._parameters.values()), layer.loads
         versions = _versions(weights)
-        if self.weights is None or (self.weights[2] == loads and any(map(operator.is_not, self.weights[0], weights))):
-            self.weights = weights, versions, loads
-        elif self.weights[1] != versions or self.weights[2] != loads:
-            raise StateError(
-                "past_key_values: the adapter's weights were changed (by a training step, load_state_dict) after this "
-                "cache's keys and values were computed; start with an empty cache"
-            )
+        if self.weights is not None:
+            before, versions_before, loads_before = self.weights
+            others = any(map(operator.is_not, before, weights))
+            if loads != loads_before or (not others and versions != versions_before):
+                raise StateError(
+                    "past_key_values: the adapter's weights were changed (by a training step, load_state_dict) after "
+                    "this cache's keys and values were computed; start with an empty cache"
+                )
+        self.weights = weights, versions, loads
 
 
 def _versions(weights: Iterable[torch.Tensor]) -> tuple[int, ...]:
@@ -320,13 +322,19 @@ def memory_state(cache: Cache) -> MemoryState:
     return memory
 
 
+def check_kind(cache: Cache | None) -> None:
+    """Raise ArgumentTypeError for what is given as a cache and is none that a decoder takes."""
+    if cache is not None and (isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache)):
+        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
+
+
 def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -> MemoryState:
     """Make ``cache`` ready for a forward of ``batch_size`` rows and return the memory that it reads and writes.
 
     Empty plain layers are replaced by ours. With a caller's ``memory`` the cache gets no state of its own.
 
     Raises:
-        TypeError: a kind of cache or layer that cannot carry a memory.
+        TypeError: a kind of layer that cannot carry a memory.
         ValueError: the cache holds tokens that its memory never read, or another batch size.
     """
     own = getattr(cache, _ATTRIBUTE, None)
@@ -334,8 +342,6 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
     if not external and own is not None and own.batch_size == batch_size:
         identity.check(own._identity)
         return own  # every forward but a conversation's first
-    if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
-        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
     if external:
         check_rows(memory, batch_size)
         if own is not None and all(_is_empty(cache.layers[layer_idx]) for layer_idx in own):

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from .advance import MemoryCall
 from .bridge import Bridge, is_sharded
-from .cache import Fed, adopt, check_rows, expect
+from .cache import Fed, adopt, check_kind, check_rows, expect
 from .capture import current_capture
 from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .forwards import given_cache
@@ -97,8 +97,7 @@ def begin(
     if not batch or not length:
         raise ArgumentError(f"input_ids: got shape {list(tokens.shape[:2])}, allowed one row and one token, or more")
     cache = kwargs.get(cache_name)
-    if cache is not None and not isinstance(cache, Cache):
-        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
+    check_kind(cache)
     if memory is not None and not isinstance(memory, MemoryState):
         raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
     if memory is not None:

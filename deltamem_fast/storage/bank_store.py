@@ -1,8 +1,8 @@
 """Rows of bytes by id in one SQLite file that many processes and threads share; ``MemoryBank`` without tensors.
 
-Needs no tensors. What holds, whoever is killed when: a write is there as a whole or not
-at all, it was made on the version it says it was, and once ``write`` has returned it stays. What is read is what was
-written, or an error that names the file: every row and every entry has a checksum, and every id is in two places.
+Needs no tensors. What holds, whoever is killed when: a write is there as a whole or not at all, it was made on the
+version it says it was, and once ``write`` has returned it stays. What is read is what was written, or an error that
+names the file: every row and every entry has a checksum, and every id is in two places.
 """
 
 from __future__ import annotations

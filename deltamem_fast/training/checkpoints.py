@@ -17,7 +17,7 @@ from .options import CHANGEABLE, TrainingOptions
 
 RUN_NAME = "training.json"
 WHOLE_NAME = "checkpoint.json"  # written last: a directory that has it is whole
-PREFIX = "checkpoint-"
+_PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,16 @@ def unmark(checkpoint: Path) -> None:
     (checkpoint / WHOLE_NAME).unlink(missing_ok=True)
 
 
+def checkpoints_in(output: Path) -> list[Path]:
+    """What lies in a directory under a checkpoint's name, whole or not, anybody's."""
+    return [path for path in output.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+
+
 def newest_checkpoint(output: Path) -> Path | None:
     """The whole checkpoint of most steps, or None; one whose step cannot be read is not whole."""
     steps = {}
-    for path in output.glob(f"{PREFIX}*"):
-        if path.name.removeprefix(PREFIX).isdigit() and is_whole(path):
+    for path in checkpoints_in(output):
+        if is_whole(path):
             with contextlib.suppress(FileFormatError):
                 steps[path] = step_of(path)
     return max(steps, key=steps.get, default=None)

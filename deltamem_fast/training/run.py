@@ -24,7 +24,7 @@ from ..record import is_patched, unwrap
 from ..training_setup import prepare_for_training
 from .callbacks import ProgressCallback, StopCallback, StopRequest, checking
 from .card import CARD_NAME, model_card
-from .checkpoints import PREFIX, RUN_NAME, Run, checkpoint_to_resume, step_of
+from .checkpoints import RUN_NAME, Run, checkpoint_to_resume, checkpoints_in, step_of
 from .curves import CURVES_NAME, draw_curves
 from .data import ExampleFiles
 from .episode import EpisodeSchedule, build_episode
@@ -125,7 +125,7 @@ def _check_output(output: Path) -> None:
     if (output / RUN_NAME).is_file():
         return
     there = [name for name in (CARD_NAME, LOG_NAME, CURVES_NAME) if os.path.lexists(output / name)]
-    there += sorted(path.name for path in output.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit())
+    there += sorted(path.name for path in checkpoints_in(output))
     if there:
         raise ArgumentError(
             f"output: {output} holds {', '.join(there[:3])}{', …' if len(there) > 3 else ''} and no training run, "
