@@ -56,6 +56,7 @@ test-transformers: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/python -m bench.readme --check
 	$(BIN)/python -m bench.recall readme --check
 	$(BIN)/python -m bench.holding readme --check

@@ -22,6 +22,7 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.130",
     "ruff>=0.11",
+    "import-linter>=2.5",
     "build>=1.2",
     "setuptools>=77",
     "peft>=0.17",
