@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (HERE / "deltamem_fast/version.py").read_text(), re.M).group(1)
@@ -42,16 +42,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        "deltamem_fast",
-        "deltamem_fast.chat",
-        "deltamem_fast.inspection",
-        "deltamem_fast.recall",
-        "deltamem_fast.session",
-        "deltamem_fast.storage",
-        "deltamem_fast.training",
-        "deltamem_kernels",
-    ],
+    packages=find_packages(include=["deltamem_fast", "deltamem_fast.*"]) + find_packages("kernels"),
     package_dir={"deltamem_kernels": "kernels/deltamem_kernels"},
     package_data={
         "deltamem_fast": ["data/recall/*", "data/recall/*/*", "inspection/page.html", "py.typed"],

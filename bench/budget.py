@@ -63,7 +63,7 @@ def launched(case: problems.Case) -> list[tuple]:
 
     Specialisation on alignment and on arguments that are 1 is left out: few calls differ in that alone.
     """
-    from deltamem_kernels import launch, ops
+    from deltamem_kernels.triton import launch, ops
 
     inputs = problems.random_inputs(case, "meta")
     with mock.patch.object(launch, "recorded", []), torch.no_grad():

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from deltamem_fast import DeltaMemConfig, patch_model
-from deltamem_fast.backends import installed
+from deltamem_kernels.dispatch import installed
 from deltamem_kernels.rule import DeltaRule
 
 from . import backbones, launches, peers
@@ -99,7 +99,7 @@ def depth_rows() -> Iterator[Row]:
     for length in DEPTHS:
         parameters = {"tokens": length, "rank": 8, "heads": 1}
         try:
-            from deltamem_kernels.scan import depth
+            from deltamem_kernels.triton.scan import depth
         except ImportError as error:
             yield absent("scan-depth", str(error).split(" (")[0], parameters)
             return

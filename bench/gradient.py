@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, reference
-from deltamem_fast.backends import installed
+from deltamem_fast import DeltaMemConfig, MemoryState, patch_model
+from deltamem_kernels.dispatch import installed
+from deltamem_kernels.reference import recurrence as reference
 
 from . import backbones
 from .model import loud, random_ids
@@ -44,7 +45,7 @@ def implementations() -> dict[str, Callable]:
     """What is measured, by name; ``per-token`` is the baseline. Each returns reads and the last state first."""
     found = {"per-token": per_token, "reference": reference.scan}
     if installed("numba"):
-        from deltamem_fast import numba_backend
+        from deltamem_kernels.numba import ops as numba_backend
 
         found["numba"] = numba_backend.scan
     return found

@@ -1,8 +1,8 @@
 """What a decoded token costs in tensor operations and kernel launches, counted without a GPU.
 
 The rule: every operator that PyTorch's dispatcher sees counts, but for views and ``_unsafe_view``, which compute
-nothing; so does every launch that goes past the dispatcher, Triton's through ``deltamem_kernels.launch`` and a call
-from Python into a function compiled by numba. By this rule one layer of an unpatched Qwen3 (bfloat16, SDPA) costs
+nothing; so does every launch that goes past the dispatcher, Triton's through ``deltamem_kernels.triton.launch`` and a
+call from Python into a function compiled by numba. By this rule one layer of an unpatched Qwen3 (bfloat16, SDPA) costs
 56 and one with the released δ-mem 107.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltamem_fast.backends import installed
+from deltamem_kernels.dispatch import installed
 
 LAYERS = (4, 8)
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
@@ -63,15 +63,14 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def _triton_launches(counter: Counter) -> Iterator[None]:
-    """Count the calls of ``deltamem_kernels.launch.launch``, under whatever module's name it is called."""
+    """Count the calls of ``deltamem_kernels.triton.launch.launch``, under whatever module's name it is called."""
     if not installed("triton"):
         yield
         return
-    package = importlib.import_module("deltamem_kernels")
-    original = importlib.import_module("deltamem_kernels.launch").launch
+    package = importlib.import_module("deltamem_kernels.triton")
+    original = importlib.import_module("deltamem_kernels.triton.launch").launch
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "report":
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
     def counted(kernel, *args, **kwargs):
         counter[getattr(getattr(kernel, "fn", kernel), "__name__", str(kernel))] += 1
@@ -126,8 +125,8 @@ def triton_without_device() -> Iterator[None]:
 
     For counting alone. The model must be patched and run inside.
     """
-    from deltamem_fast import backends
-    from deltamem_kernels import launch
+    from deltamem_kernels import dispatch as backends
+    from deltamem_kernels.triton import launch
 
     saved = launch.recorded, backends.interpreting
     chosen = [(cache, dict(cache)) for cache in (backends._loaded, backends._loaded_heads)]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig
 
 from deltamem_fast import DeltaMemConfig, memory_disabled, patch_model
-from deltamem_fast.backends import resolve_backend
+from deltamem_kernels.dispatch import resolve_backend
 
 from . import backbones, peers
 from .problems import relative_error

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deltamem_fast import reference, reference_heads
-from deltamem_fast.backends import head_operations, operations
+from deltamem_kernels.dispatch import head_operations, operations
 from deltamem_kernels.layout import HeadLayout, Steering
+from deltamem_kernels.reference import heads as reference_heads
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
 LAYOUT = HeadLayout(q=32, k=8, v=8, dim=128, rotary=128)  # Qwen3-4B's and 8B's

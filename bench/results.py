@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamem_fast.files import read_json, write_json
+from deltamem_fast.storage.files import read_json, write_json
 
 from . import machine
 from .rows import Row, from_dict

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from deltamem_fast import reference
-from deltamem_fast.backends import installed
+from deltamem_kernels.dispatch import installed
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
 from . import peers
@@ -66,7 +66,7 @@ def implementations() -> dict[str, Callable]:
     """What is measured, by name; ``reference`` is the baseline."""
     found = {"reference": reference.scan}
     if installed("numba"):
-        from deltamem_fast import numba_backend
+        from deltamem_kernels.numba import ops as numba_backend
 
         found["numba"] = numba_backend.scan
     return found

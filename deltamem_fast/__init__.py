@@ -13,46 +13,46 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .adapter import export_adapter, load_adapter, save_adapter
-    from .bank import BankConflict, MemoryBank
-    from .cache import memory_state
+    from .adapter.files import export_adapter, load_adapter, save_adapter
+    from .adapter.hub import push_to_hub
+    from .adapter.record import is_patched, memory_disabled
     from .config import DeltaMemConfig
     from .errors import DeltaMemError
-    from .gates import record_gates
-    from .hub import push_to_hub
-    from .operators import WriteResult, forget, ingest, retrieve, revise
-    from .patch import layer_paths, patch_model, unpatch_model
-    from .record import is_patched, memory_disabled
-    from .segments import segment_ids_from_messages
+    from .memory.bank import BankConflict, MemoryBank
+    from .memory.operators import WriteResult, forget, ingest, retrieve, revise
+    from .memory.state import MemoryState
+    from .memory.watch import record_gates
+    from .model.cache import memory_state
+    from .model.patch import layer_paths, patch_model, unpatch_model
     from .session import MemorySession
-    from .state import MemoryState
+    from .text.segments import segment_ids_from_messages
 
 # Public name → the module that holds it. Imported when first asked for: a process that only stores memories
 # (deltamem_fast.storage), or prints a version, needs neither torch nor transformers.
 _HOMES = {
-    "BankConflict": "bank",
+    "BankConflict": "memory.bank",
     "DeltaMemConfig": "config",
     "DeltaMemError": "errors",
-    "MemoryBank": "bank",
+    "MemoryBank": "memory.bank",
     "MemorySession": "session",
-    "MemoryState": "state",
-    "WriteResult": "operators",
-    "export_adapter": "adapter",
-    "forget": "operators",
-    "ingest": "operators",
-    "is_patched": "record",
-    "layer_paths": "patch",
-    "load_adapter": "adapter",
-    "memory_disabled": "record",
-    "memory_state": "cache",
-    "patch_model": "patch",
-    "push_to_hub": "hub",
-    "record_gates": "gates",
-    "retrieve": "operators",
-    "revise": "operators",
-    "save_adapter": "adapter",
-    "segment_ids_from_messages": "segments",
-    "unpatch_model": "patch",
+    "MemoryState": "memory.state",
+    "WriteResult": "memory.operators",
+    "export_adapter": "adapter.files",
+    "forget": "memory.operators",
+    "ingest": "memory.operators",
+    "is_patched": "adapter.record",
+    "layer_paths": "model.patch",
+    "load_adapter": "adapter.files",
+    "memory_disabled": "adapter.record",
+    "memory_state": "model.cache",
+    "patch_model": "model.patch",
+    "push_to_hub": "adapter.hub",
+    "record_gates": "memory.watch",
+    "retrieve": "memory.operators",
+    "revise": "memory.operators",
+    "save_adapter": "adapter.files",
+    "segment_ids_from_messages": "text.segments",
+    "unpatch_model": "model.patch",
 }
 
 __all__ = [

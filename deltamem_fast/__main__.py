@@ -6,7 +6,7 @@ import sys
 def main() -> int:
     """Run the command line; returns the exit code."""
     try:
-        from .cli import main  # takes a while: an interrupt meanwhile is no traceback either
+        from .cli.main import main  # takes a while: an interrupt meanwhile is no traceback either
     except KeyboardInterrupt:
         return 130
     return main()

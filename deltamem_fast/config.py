@@ -12,7 +12,7 @@ from deltamem_kernels.rule import MAX_RANK, STATE_UPDATE_MODES, DeltaRule
 
 from .arguments import shown
 from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from .files import as_path, parse_json, read_bytes, write_json
+from .storage.files import as_path, parse_json, read_bytes, write_json
 
 CONFIG_NAME = "delta_mem_config.json"
 FORMAT_VERSION = 1

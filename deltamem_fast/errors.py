@@ -13,6 +13,7 @@ from deltamem_kernels.errors import (
     ArgumentKeyError,
     ArgumentTypeError,
     DeltaMemError,
+    MissingPackageError,
     UnsupportedError,
 )
 
@@ -75,10 +76,6 @@ class StateError(DeltaMemError, RuntimeError, ValueError):
 
 class ConflictError(StateError):
     """Somebody else has written meanwhile; nothing was written."""
-
-
-class MissingPackageError(DeltaMemError, ImportError, ValueError):
-    """A package that this needs is not installed."""
 
 
 _KINDS = (

@@ -71,7 +71,7 @@ def test_contents(built):
         assert names == set(again.namelist())
         entry_points = wheel.read(f"deltamem_fast-{__version__}.dist-info/entry_points.txt").decode()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast").rglob("*.py")}
-    modules |= {f"deltamem_kernels/{p.name}" for p in (ROOT / "kernels" / "deltamem_kernels").glob("*.py")}
+    modules |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
     assert modules <= names
     assert {"deltamem_fast/inspection/page.html", "deltamem_fast/py.typed", "deltamem_kernels/py.typed"} <= names
     weights = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast" / "data").rglob("*") if p.is_file()}
@@ -84,7 +84,7 @@ def test_contents(built):
 def test_the_version_stands_in_one_place():
     found = [
         str(path.relative_to(ROOT))
-        for pattern in ("*.py", "*.toml", "deltamem_fast/*.py", "kernels/deltamem_kernels/*.py", "bench/*.py")
+        for pattern in ("*.py", "*.toml", "deltamem_fast/**/*.py", "kernels/**/*.py", "bench/**/*.py")
         for path in ROOT.glob(pattern)
         if f'"{__version__}"' in path.read_text()
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deltamem_fast.files import read_json, write_text
+from deltamem_fast.storage.files import read_json, write_text
 
 _TEXT = """---
 license: apache-2.0

@@ -7,7 +7,7 @@ from random import Random
 
 import torch
 
-from deltamem_fast.files import write_atomically
+from deltamem_fast.storage.files import write_atomically
 
 NAME = "checkpoint.pt"
 

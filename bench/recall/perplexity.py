@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltamem_fast import MemoryState
+from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.recall import task
 from deltamem_fast.recall.chats import encode, tell
-from deltamem_fast.record import identity_of
 
 from ..rows import Row, counted
 from .conversations import SENTENCES, Messages

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamem_fast import DeltaMemConfig, patch_model, save_adapter
-from deltamem_fast.files import write_json
 from deltamem_fast.recall import task
 from deltamem_fast.recall.chats import Chat, encode
+from deltamem_fast.storage.files import write_json
 from deltamem_fast.training import EpisodeBatch, episode_loss
-from deltamem_fast.training_setup import prepare_for_training
+from deltamem_fast.training.setup import prepare_for_training
 
 from . import checkpoint
 from .settle import settling_losses

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from deltamem_fast.files import write_json
 from deltamem_fast.recall import task
 from deltamem_fast.recall.tokenizer import build_tokenizer
+from deltamem_fast.storage.files import write_json
 
 from . import checkpoint
 

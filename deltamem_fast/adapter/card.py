@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import DeltaMemConfig
-from .version import __version__
+from ..config import DeltaMemConfig
+from ..version import __version__
 
 
 def front_matter(base_model: str | None) -> list[str]:

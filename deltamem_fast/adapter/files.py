@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .arguments import shown
-from .config import CONFIG_NAME, DeltaMemConfig
-from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from .files import (
+from ..arguments import shown
+from ..config import CONFIG_NAME, DeltaMemConfig
+from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
+from ..storage.files import (
     Header,
     as_path,
     check_seal,
@@ -29,7 +29,7 @@ from .files import (
     seal,
     write_atomically,
 )
-from .memory import DeltaMemory
+from .layer import DeltaMemory
 from .record import identity_of, new_token, record_of, unwrap
 from .released_file import read_released
 

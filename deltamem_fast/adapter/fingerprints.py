@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .config import DeltaMemConfig
-from .memory import DeltaMemory
+from ..config import DeltaMemConfig
+from .layer import DeltaMemory
 
 # Of every Llama-shaped decoder; further fields by model type. ``head_dim``, ``rope`` and the windows are worked out,
 # because configurations spell them in several ways.

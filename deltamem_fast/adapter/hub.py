@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .adapter import export_adapter
+from ..errors import ArgumentError, ArgumentTypeError, FileAccessError
+from ..storage.files import write_text
 from .card import adapter_card
-from .errors import ArgumentError, ArgumentTypeError, FileAccessError
-from .files import write_text
-from .fingerprint import hub_id
+from .files import export_adapter
+from .fingerprints import hub_id
 from .record import identity_of, unwrap
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .backends import head_operations, operations
-from .config import DELTA_HEADS, DeltaMemConfig
-from .errors import ArgumentTypeError
+from deltamem_kernels.dispatch import head_operations, operations
+
+from ..config import DELTA_HEADS, DeltaMemConfig
+from ..errors import ArgumentTypeError
 
 
 @dataclass(frozen=True)

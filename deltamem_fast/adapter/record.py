@@ -20,10 +20,10 @@ from torch import nn
 
 from deltamem_kernels.rule import DeltaRule
 
-from .arguments import shown
-from .config import DeltaMemConfig
-from .errors import ArgumentError, ArgumentTypeError
-from .fingerprint import (
+from ..arguments import shown
+from ..config import DeltaMemConfig
+from ..errors import ArgumentError, ArgumentTypeError
+from .fingerprints import (
     adapter_fingerprint,
     backbone_fields,
     backbone_fingerprint,
@@ -33,7 +33,7 @@ from .fingerprint import (
     public_label,
     public_name,
 )
-from .memory import DeltaMemory, refuse_pickling
+from .layer import DeltaMemory, refuse_pickling
 
 logger = logging.getLogger("deltamem_fast")
 RECORD = "_delta_memory_patch"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import ArgumentError, ConflictError
-from ..files import as_path
 from ..session import MemorySession
+from ..storage.files import as_path
 from ..storage.snapshots import MANIFEST, SUFFIX
 from .about_context import summary
 from .options import generation_with

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..display import number
 from ..errors import ArgumentError, FileMissingError
-from ..files import as_path
-from ..inspection.heatmap import Snapshot, heat_map_lines, snapshot
-from ..inspection.table import number
+from ..inspection.pictures import Snapshot, heat_map_lines, snapshot
+from ..memory.state import MemoryState
 from ..session.forgetting import places_of
-from ..state import MemoryState
+from ..storage.files import as_path
 from .wording import counted, in_bytes
 
 if TYPE_CHECKING:
-    from ..inspection.report import LayerReport
+    from ..memory.figures import LayerReport
     from .conversation import Chat
 
 MOST_BYTES = 16_000_000  # of a file to read

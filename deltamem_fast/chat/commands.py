@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..answering import DEFAULT_NEW_TOKENS
+from ..adapter.record import unwrap
 from ..errors import ArgumentError
-from ..record import unwrap
 from ..session import MemorySession
+from ..text.answering import DEFAULT_NEW_TOKENS
 from . import about_context, about_files, about_memory, small_world
 from .options import OPTIONS, generation_with, read_option, shown_options
 from .wording import counted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..files import make_directory, naming_files
+from ..storage.files import make_directory, naming_files
 
 VARIABLE = "DELTAMEM_HISTORY"
 

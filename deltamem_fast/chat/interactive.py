@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..model_info import model_facts
-from ..record import identity_of
-from ..threads import fitting_threads
+from ..adapter.record import identity_of
+from ..inspection.model_info import model_facts
+from ..model.threads import fitting_threads
 from . import small_world
 from .about_context import turns_in_context
 from .about_files import show_loaded

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import read_adapter
-from ..backends import resolve_backend
+from deltamem_kernels.dispatch import resolve_backend
+
+from ..adapter.files import read_adapter
 from ..errors import ArgumentError, MissingPackageError
-from ..loading import bars, found_model, load_tokenizer, load_weights, told, usable_device
+from ..model.loading import bars, found_model, load_tokenizer, load_weights, told, usable_device
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZED = ("4bit", "8bit")
@@ -50,7 +51,7 @@ def load_for_chat(
         ValueError, OSError: no such model, adapter or device, or a tokenizer that cannot chat; the message names it.
         ImportError: a package is missing, which the message names.
     """
-    from ..patch import patch_model  # transformers takes a while, and is not needed to parse arguments
+    from ..model.patch import patch_model  # transformers takes a while, and is not needed to parse arguments
 
     device = usable_device(device)
     resolve_backend(backend, device.type)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, FileMissingError
-from ..files import as_path
+from ..model.threads import check_threads
 from ..recall.weights import find_weights
+from ..storage.files import as_path
 from ..storage.snapshots import MANIFEST
-from ..threads import check_threads
 from .loading import load_for_chat
 from .options import OPTIONS, Value, generation_with, read_option
 from .wording import without_surrogates
@@ -65,7 +65,7 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
     Raises:
         ValueError, OSError: an argument that is wrong, or does not go with another; the message names it.
     """
-    from ..demo import device_for
+    from ..recall.demo import device_for
 
     shipped = arguments.model is None
     if shipped and arguments.adapter is not None:

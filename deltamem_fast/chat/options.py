@@ -23,7 +23,7 @@ class Option:
 
 def _can_be_saved(name: str, value: Value) -> bool:
     """Whether a session with this option can be saved."""
-    from ..session.settings import GENERATION  # late: sessions import transformers
+    from ..text.settings import GENERATION  # late: sessions import transformers
 
     return GENERATION[name].holds(value, 0)
 

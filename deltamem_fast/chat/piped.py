@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..standard_input import typed_lines
-from ..threads import fitting_threads
+from ..model.threads import fitting_threads
 from .opening import Opening, open_chat, quiet_library
 from .screens import PlainScreen
+from .standard_input import typed_lines
 
 
 def converse_over_pipe(opening: Opening, said: Sequence[str] | None) -> bool:

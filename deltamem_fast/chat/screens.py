@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ..inspection.heatmap import style_of
-from ..inspection.table import table
+from ..display import table
+from ..inspection.pictures import style_of
 from .wrapping import harmless
 
 PIPE_COLUMNS = 110

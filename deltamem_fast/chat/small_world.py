@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from ..recall import world
-from ..recall.interactive import help_text, unknown_words
+from ..recall.hints import help_text, unknown_words
 from ..recall.task import draw_facts
 
 _SHOWN = 6  # unknown words at most

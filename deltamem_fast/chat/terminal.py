@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from ..inspection.heatmap import style_of
+from ..inspection.pictures import style_of
 from .wrapping import Wrap, harmless
 
 _WAITING = "…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..inspection.table import columns_of
+from ..display import columns_of
 
 # All control characters but line breaks and tabs: a terminal acts upon them, and a model may write them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

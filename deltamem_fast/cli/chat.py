@@ -6,14 +6,15 @@ import argparse
 import importlib
 import sys
 
-from ..backends import BACKENDS
+from deltamem_kernels.dispatch import BACKENDS
+
+from ..chat.history import VARIABLE
+from ..chat.loading import ATTENTIONS, DTYPES, QUANTIZED
+from ..chat.opening import CONTEXT_TURNS, STRATEGY, Opening, read_arguments
+from ..chat.options import OPTIONS
 from ..errors import MissingPackageError
+from ..model.threads import HELP
 from ..recall.weights import STRATEGIES
-from ..threads import HELP
-from .history import VARIABLE
-from .loading import ATTENTIONS, DTYPES, QUANTIZED
-from .opening import CONTEXT_TURNS, STRATEGY, Opening, read_arguments
-from .options import OPTIONS
 
 PACKAGES = ("prompt_toolkit", "rich")
 WELL, FAILED = 0, 1  # exit codes
@@ -95,13 +96,13 @@ def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
                 f"a chat in a terminal needs the package {package}, which cannot be imported ({error}); "
                 "pip install deltamem-fast[chat] (over a pipe, or with --say, none is needed)"
             ) from error
-    from .interactive import converse_in_terminal
+    from ..chat.interactive import converse_in_terminal
 
     converse_in_terminal(opening, history=not arguments.no_history, markdown=arguments.markdown)
     return WELL
 
 
 def _over_pipe(arguments: argparse.Namespace, opening: Opening) -> int:
-    from .piped import converse_over_pipe
+    from ..chat.piped import converse_over_pipe
 
     return WELL if converse_over_pipe(opening, arguments.say) else FAILED

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from random import Random
 
-from .backends import BACKENDS
-from .files import as_path
-from .recall.weights import STRATEGIES
-from .standard_input import typed_lines
-from .threads import HELP, check_threads, fitting_threads
+from deltamem_kernels.dispatch import BACKENDS
+
+from ..chat.standard_input import typed_lines
+from ..model.threads import HELP, check_threads, fitting_threads
+from ..recall.weights import STRATEGIES
+from ..storage.files import as_path
 
 HOLDS, DOES_NOT_HOLD = 0, 1
 QUESTIONS = 256
@@ -52,9 +53,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _prove(arguments: argparse.Namespace) -> int:
-    from .demo import failed_checks, run_demo
-    from .demo_text import format_demo
-    from .inspection.heatmap import style_of
+    from ..inspection.pictures import style_of
+    from ..recall.demo import failed_checks, run_demo
+    from ..recall.demo_text import format_demo
 
     as_path(arguments.output, "--output")
     say = _progress()
@@ -80,11 +81,11 @@ def _prove(arguments: argparse.Namespace) -> int:
 
 
 def _converse(arguments: argparse.Namespace) -> int:
-    from .demo import device_for
-    from .inspection.heatmap import style_of
-    from .patch import patch_model
-    from .recall.interactive import converse
-    from .recall.weights import find_weights, load_backbone
+    from ..inspection.pictures import style_of
+    from ..model.patch import patch_model
+    from ..recall.demo import device_for
+    from ..recall.hints import converse
+    from ..recall.weights import find_weights, load_backbone
 
     device = device_for(arguments.backend)
     found = find_weights(arguments.weights)

@@ -8,10 +8,10 @@ import os
 import sys
 from pathlib import Path
 
+from ..display import number, printable
 from ..errors import ArgumentError, FileMissingError
-from ..files import as_path, naming_files
-from .memory_file import MemoryFile, read_memory_file
-from .table import number, printable
+from ..memory.memory_file import MemoryFile, read_memory_file
+from ..storage.files import as_path, naming_files
 
 TOP = 8
 
@@ -52,7 +52,7 @@ def add_inspect_command(commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .report import distance, report, rows_of
+    from ..memory.figures import distance, report, rows_of
 
     text = _text_of(arguments)
     _check_outputs(arguments, text is not None)
@@ -129,9 +129,9 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
 
 
 def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
-    from ..state import MemoryState
-    from ..threads import fitting_threads
-    from .trace import trace
+    from ..inspection.trace import trace
+    from ..memory.state import MemoryState
+    from ..model.threads import fitting_threads
 
     model, tokenizer = _shipped(arguments, file) if arguments.model is None else _load(arguments)
     try:
@@ -143,8 +143,8 @@ def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
 
 
 def _load(arguments: argparse.Namespace):
-    from ..loading import bars, load_tokenizer
-    from ..model_info import load_patched
+    from ..inspection.model_info import load_patched
+    from ..model.loading import bars, load_tokenizer
 
     model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device, "--model")
     with bars(hidden=not sys.stderr.isatty()):
@@ -153,11 +153,11 @@ def _load(arguments: argparse.Namespace):
 
 def _shipped(arguments: argparse.Namespace, file: MemoryFile):
     """The demo's backbone with the adapter that the file was made with; an error that names the right one if none."""
-    from ..loading import bars, load_tokenizer
-    from ..model_info import load_patched
-    from ..patch import patch_model, unpatch_model
+    from ..adapter.record import describe_difference, identity_of
+    from ..inspection.model_info import load_patched
+    from ..model.loading import bars, load_tokenizer
+    from ..model.patch import patch_model, unpatch_model
     from ..recall.weights import find_weights
-    from ..record import describe_difference, identity_of
 
     unknown = ArgumentError(
         f"--model: not given, and MEMORY was not made with the demo's weights but with {file.made_with}; pass --model "
@@ -189,7 +189,7 @@ def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace
     row = arguments.row or 0
     written = []
     if arguments.html:
-        from .page import write_page
+        from ..inspection.page import write_page
 
         names = {"File": file.path.name, "Adapter": file.adapter_name, "Backbone": file.backbone_name}
         rows = file.memory.batch_size
@@ -211,14 +211,14 @@ def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace
             )
         )
     if arguments.png:
-        from .heatmap import draw_heat_map, snapshot
+        from ..inspection.pictures import draw_heat_map, snapshot
 
         shots = [snapshot(file.memory, file.path.stem, row)]
         shots += [snapshot(trace.memory, "after the text")] if trace is not None else []
         shots += [snapshot(other.memory, _other_name(file, other), row)] if other is not None else []
         written.append(_draw(draw_heat_map, shots, Path(arguments.png)))
         if trace is not None:
-            from .trace_picture import draw_trace
+            from ..inspection.trace_picture import draw_trace
 
             written.append(_draw(draw_trace, trace, _beside(Path(arguments.png))))
     return written

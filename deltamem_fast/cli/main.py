@@ -14,16 +14,24 @@ from pathlib import Path
 
 import torch
 
-from .adapter import FORMATS, RELEASED_NAME, SAFETENSORS_NAME, read_adapter, read_weights, same_bits, write_adapter
-from .chat.command import add_chat_command
-from .config import CONFIG_NAME
-from .demo_command import add_demo_command
-from .errors import ArgumentError, DeltaMemError, file_error
-from .files import as_path
-from .inspection.command import add_inspect_command
-from .inspection.table import printable
-from .training.command import add_train_command
-from .version import __version__
+from ..adapter.files import (
+    FORMATS,
+    RELEASED_NAME,
+    SAFETENSORS_NAME,
+    read_adapter,
+    read_weights,
+    same_bits,
+    write_adapter,
+)
+from ..config import CONFIG_NAME
+from ..display import printable
+from ..errors import ArgumentError, DeltaMemError, file_error
+from ..storage.files import as_path
+from ..version import __version__
+from .chat import add_chat_command
+from .demo import add_demo_command
+from .inspect import add_inspect_command
+from .train import add_train_command
 
 DEBUG = "DELTAMEM_DEBUG"
 # Exit codes.
@@ -78,7 +86,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({text})" if text else "out of memory"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parents[1])]
     frame = (ours or frames)[-1]
     return (
         f"{type(error).__name__}: {text} ({Path(frame.filename).name}, line {frame.lineno}; this should have been said "
@@ -191,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
-        from .model_info import format_facts, load_patched, model_facts
+        from ..inspection.model_info import format_facts, load_patched, model_facts
 
         model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device)
         facts = model_facts(model)
@@ -199,7 +207,7 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.adapter is not None:
         raise ArgumentError("--adapter: given without MODEL, which it belongs to")
-    from .environment import environment
+    from ..inspection.facts import environment
 
     facts = environment()
     print(json.dumps(facts, indent=2) if arguments.json else format_environment(facts))

@@ -7,14 +7,15 @@ import json
 import os
 import sys
 
-from ..adapter import read_adapter
-from ..backends import BACKENDS
+from deltamem_kernels.dispatch import BACKENDS
+
+from ..adapter.files import read_adapter
 from ..config import DELTA_HEADS, GRANULARITIES, OUTPUT_INITS, STATE_UPDATE_MODES, DeltaMemConfig
 from ..errors import ArgumentError
-from ..files import as_path, opened
-from ..loading import bars, found_model, load_tokenizer, load_weights
-from .lengths import OVER_LONG
-from .options import DTYPES, REPORTERS, TrainingOptions
+from ..model.loading import bars, found_model, load_tokenizer, load_weights
+from ..storage.files import as_path, opened
+from ..training.lengths import OVER_LONG
+from ..training.options import DTYPES, REPORTERS, TrainingOptions
 
 INTERRUPTED = 130
 _DEFAULTS = TrainingOptions(output=".")
@@ -131,7 +132,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.resume not in ("", "auto"):
         as_path(arguments.resume, "--resume")
     read_adapter(adapter)  # a wrong one is told before gigabytes are read
-    from .run import train
+    from ..training.run import train
 
     model, tokenizer = load_backbone(arguments.model, arguments.dtype)
     result = train(

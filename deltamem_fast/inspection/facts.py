@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .backends import installed, interpreting, resolve_backend
-from .version import __version__
+from deltamem_kernels.dispatch import installed, interpreting, resolve_backend
+
+from ..version import __version__
 
 # Name of the distribution → name of the module.
 PACKAGES = {
@@ -75,7 +76,7 @@ def kernels() -> dict[str, Any]:
     if not installed("triton"):
         return {"available": [], "note": "triton is not installed"}
     try:
-        from deltamem_kernels import ops
+        from deltamem_kernels.triton import ops
     except Exception as error:  # a Triton that is installed can fail in any way when it is imported
         return {"available": [], "note": f"they cannot be imported: {type(error).__name__}: {error}"}
     available = [name for name in KERNELS if callable(getattr(ops, name, None))]

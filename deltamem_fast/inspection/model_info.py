@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import read_adapter
-from .backends import resolve_backend
-from .loading import bars, found_model, load_weights, usable_device
-from .patch import layer_paths, patch_model
-from .record import identity_of
+from deltamem_kernels.dispatch import resolve_backend
+
+from ..adapter.files import read_adapter
+from ..adapter.record import identity_of
+from ..model.loading import bars, found_model, load_weights, usable_device
+from ..model.patch import layer_paths, patch_model
 
 
 def load_patched(name: str, adapter: str | None, dtype: str, device: str, argument: str = "MODEL") -> nn.Module:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from ..display import plain
 from ..errors import ArgumentError
-from ..files import write_text
-from ..state import MemoryState
-from .report import check_alike, distance, report, rows_of
-from .table import plain
+from ..memory.figures import check_alike, distance, report, rows_of
+from ..memory.state import MemoryState
+from ..storage.files import write_text
 from .trace import Trace
 
 TEMPLATE = Path(__file__).with_name("page.html")

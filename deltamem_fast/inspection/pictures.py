@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..backends import installed
+from deltamem_kernels.dispatch import installed
+
 from ..errors import ArgumentError, MissingPackageError
-from ..files import write_atomically
-from ..state import MemoryState
+from ..memory.state import MemoryState
+from ..storage.files import write_atomically
 
 STYLES = ("colour", "unicode", "ascii")
 INCHES, MARGIN, DPI = 1.2, 0.5, 100

@@ -6,10 +6,15 @@ from typing import NamedTuple
 
 import torch
 
+from deltamem_kernels.reference.recurrence import (
+    all_finite,
+    delta_rule,
+    full_precision,
+    split_projections,
+    valid_tokens,
+)
 from deltamem_kernels.rule import DeltaRule
-
-from ..reference import all_finite, delta_rule, full_precision, split_projections, valid_tokens
-from ..segment_means import segment_means
+from deltamem_kernels.segment_means import segment_means
 
 BLOCK = 256  # tokens whose states are held at a time
 

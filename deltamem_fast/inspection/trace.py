@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..capture import capture_projections
+from ..adapter.layer import DeltaMemory
+from ..adapter.record import decoder_of, identity_of, input_device, is_disabled, unwrap
+from ..display import number, plain, printable, table
 from ..errors import ArgumentError
-from ..memory import DeltaMemory
-from ..record import decoder_of, identity_of, input_device, is_disabled, unwrap
-from ..state import MemoryState
-from ..texts import encode_text
+from ..memory.capture import capture_projections
+from ..memory.state import MemoryState
+from ..text.encode import encode_text
 from .pieces import token_pieces
 from .replay import replay
-from .table import number, plain, printable, table
 
 MEASURES = ("writes", "reads")
 KEPT_TOKENS = 256

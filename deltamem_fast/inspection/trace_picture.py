@@ -6,11 +6,12 @@ import os
 import warnings
 from pathlib import Path
 
-from ..backends import installed
+from deltamem_kernels.dispatch import installed
+
+from ..display import printable
 from ..errors import MissingPackageError
-from ..files import write_atomically
-from .heatmap import DPI
-from .table import printable
+from ..storage.files import write_atomically
+from .pictures import DPI
 from .trace import Trace
 
 NAMED_TOKENS = 120  # more do not fit under the picture

@@ -22,19 +22,12 @@ from typing import NoReturn
 import numpy
 import torch
 
-from .arguments import MOST, MOST_64, check_integer
-from .errors import (
-    ArgumentError,
-    ArgumentKeyError,
-    ArgumentTypeError,
-    DeltaMemError,
-    FileFormatError,
-    PathExistsError,
-)
-from .files import as_path, make_directory, naming_files, read_json, read_metadata, write_json
-from .record import describe_difference, identity_of
+from ..adapter.record import describe_difference, identity_of
+from ..arguments import MOST, MOST_64, check_integer
+from ..errors import ArgumentError, ArgumentKeyError, ArgumentTypeError, DeltaMemError, FileFormatError, PathExistsError
+from ..storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids
+from ..storage.files import as_path, make_directory, naming_files, read_json, read_metadata, write_json
 from .state import MemoryState, load_memory, place_of
-from .storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids
 
 __all__ = ["BankConflict", "BankEntry", "MemoryBank"]
 

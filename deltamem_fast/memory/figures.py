@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ..arguments import check_integer
+from ..display import number, plain, table
 from ..errors import ArgumentError
-from ..state import MemoryState
-from .table import number, plain, table
+from .state import MemoryState
 
 
 @dataclass(frozen=True)

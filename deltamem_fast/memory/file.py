@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .arguments import MOST
-from .errors import ArgumentError, FileFormatError
-from .files import Header, as_path, check_seal, parse_json, read_tensors, save_tensors, seal, write_atomically
+from ..arguments import MOST
+from ..errors import ArgumentError, FileFormatError
+from ..storage.files import Header, as_path, check_seal, parse_json, read_tensors, save_tensors, seal, write_atomically
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 2  # 1 had no checksum, and no fields of the backbone

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..fingerprint import public_label
-from ..memory_format import read_memory
-from ..state import MemoryState
+from ..adapter.fingerprints import public_label
+from .file import read_memory
+from .state import MemoryState
 
 NAMES = ("adapter_name", "adapter_fingerprint", "backbone_name", "backbone_fingerprint")
 

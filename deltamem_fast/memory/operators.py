@@ -10,24 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
-from .arguments import check_integer, check_text, check_tokenizer, shown
+from deltamem_kernels.reference.recurrence import split_projections, valid_tokens
+from deltamem_kernels.segment_means import segment_means
+
+from ..adapter.record import decoder_of, identity_of, input_device, is_disabled, unwrap
+from ..arguments import check_integer, check_text, check_tokenizer, shown
+from ..errors import ArgumentError, ArgumentTypeError
+from ..text.answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
+from ..text.cutting import pieces_of
+from ..text.encode import Message, chat_ids, check_known, encode_text, plain_content, plain_messages, says_something
 from .capture import capture_projections
-from .cutting import pieces_of
-from .errors import ArgumentError, ArgumentTypeError
-from .record import decoder_of, identity_of, input_device, is_disabled, unwrap
-from .reference import split_projections, valid_tokens
-from .segment_means import segment_means
 from .state import MemoryState, taken_back
-from .texts import (
-    Message,
-    chat_ids,
-    check_known,
-    encode_text,
-    plain_content,
-    plain_messages,
-    says_something,
-)
 
 Text = str | Sequence[Message]
 
@@ -134,8 +127,8 @@ def retrieve(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    from .session.settings import check_values, checked_template
-    from .session.streaming import TextStream
+    from ..text.settings import check_values, checked_template
+    from ..text.thinking import TextStream
 
     _check(model, memory)
     check_reserved(options, "options", "retrieve")

@@ -11,17 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .arguments import MOST, check_integer, shown
-from .errors import (
-    ArgumentError,
-    ArgumentIndexError,
-    ArgumentKeyError,
-    ArgumentTypeError,
-    FileFormatError,
-    StateError,
-)
-from .memory_format import read_memory, whole_counts, write_memory
-from .record import LayerSpec, describe_difference, fingerprinted, identity_of
+from ..adapter.record import LayerSpec, describe_difference, fingerprinted, identity_of
+from ..arguments import MOST, check_integer, shown
+from ..errors import ArgumentError, ArgumentIndexError, ArgumentKeyError, ArgumentTypeError, FileFormatError, StateError
+from .file import read_memory, whole_counts, write_memory
 
 
 class MemoryState:
@@ -410,7 +403,7 @@ class MemoryState:
 
     def report(self):
         """Figures of every layer and head, as an ``inspection.report.MemoryReport``; ``print`` it to read it."""
-        from .inspection.report import report
+        from .figures import report
 
         return report(self)
 

@@ -11,7 +11,7 @@ import torch
 
 from deltamem_kernels.rule import DeltaRule
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 
 OPEN, SHUT = 0.99, 0.01
 

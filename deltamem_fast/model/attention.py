@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .advance import MemoryCall, advance
+from ..adapter.layer import DeltaMemory
 from .fused import fused_forward
-from .memory import DeltaMemory
+from .update import MemoryCall, advance
 
 
 class SteeredAttention:

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .advance import MemoryCall
-from .bridge import Bridge, is_sharded
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..memory.capture import current_capture
+from ..memory.state import MemoryState
+from ..memory.watch import current_record
+from ..notices import warn_once
 from .cache import Fed, adopt, check_kind, check_rows, expect
-from .capture import current_capture
-from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from .checkpointing import Bridge, is_sharded
 from .forwards import given_cache
-from .gates import current_record
-from .notices import warn_once
 from .sequences import sequence_starts
-from .state import MemoryState
+from .update import MemoryCall
 
 NOT_WRITTEN = -1  # the segment id of tokens that are read and not written
 

@@ -18,9 +18,9 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
-from .record import fingerprinted
-from .state import MemoryState, writable
+from ..adapter.record import fingerprinted
+from ..errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
+from ..memory.state import MemoryState, writable
 
 _ATTRIBUTE = "_delta_memory"
 _FED = "_delta_memory_fed"

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from .advance import MemoryCall
+    from .update import MemoryCall
 
 UNKNOWN_CHECKPOINTS = (
     "memory: got one with gradients, but the layers run under reentrant checkpointing that is not the model's own (or "

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .adapter import ADAPTER_FILES, adapter_state_dict, load_adapter, write_adapter
-from .config import CONFIG_NAME
-from .errors import ArgumentError
-from .record import PatchRecord, identity_of, record_of, unwrap
+from ..adapter.files import ADAPTER_FILES, adapter_state_dict, load_adapter, write_adapter
+from ..adapter.record import PatchRecord, identity_of, record_of, unwrap
+from ..config import CONFIG_NAME
+from ..errors import ArgumentError
 
 _logger = logging.getLogger("deltamem_fast")
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from .advance import MemoryCall
+    from .update import MemoryCall
 
 logger = logging.getLogger("deltamem_fast")
 # By embedding: address and version of its weight, and which of its rows are not finite; None: all are.

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltamem_kernels.dispatch import head_operations
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
 
-from .advance import MemoryCall, advance
-from .backends import head_operations
-from .memory import DeltaMemory
-from .state import written
+from ..adapter.layer import DeltaMemory
+from ..memory.state import written
+from .update import MemoryCall, advance
 
 
 def fused_forward(

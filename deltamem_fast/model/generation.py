@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
+from ..adapter.record import RECORD, identity_of, is_disabled, record_of
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..memory.state import MemoryState, taken_back
+from ..notices import warn_once
+from .begin import NOT_WRITTEN, LastSegments, PromptsMask, generating
 from .cache import cut_short
-from .calls import NOT_WRITTEN, LastSegments, PromptsMask, generating
-from .errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .forwards import cache_name, given_cache
-from .notices import warn_once
-from .record import RECORD, identity_of, is_disabled, record_of
-from .state import MemoryState, taken_back
 
 logger = logging.getLogger("deltamem_fast")
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .advance import MemoryCall
-    from .record import PatchRecord
-    from .state import MemoryState
+    from ..adapter.record import PatchRecord
+    from ..memory.state import MemoryState
+    from .update import MemoryCall
 
 
 class _Running:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 
 # Address of a packed parameter → what packed it, while that lives. Its storage no longer tells that it is a part.
 _packed_at: weakref.WeakValueDictionary[int, PackedRows] = weakref.WeakValueDictionary()

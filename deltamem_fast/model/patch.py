@@ -8,25 +8,11 @@ import types
 import torch
 from torch import nn
 
-from .adapter import AdapterSource, canonical_name, read_adapter, stage_weights
-from .advance import MemoryCall
-from .attention import attention_forward
-from .backends import check_backend, head_operations, operations, resolve_backend
-from .bridge import enter, leave
-from .cache import mark_missed, why_no_cache
-from .calls import CallersMemory, begin, composite_mask
-from .capture import current_capture
-from .config import DELTA_HEADS, DeltaMemConfig
-from .errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
-from .finite import broken_rows, contain, give_back
-from .forwards import cache_name, given_cache, why_not_handed_on
-from .gates import current_record
-from .generation import generation_overrides
-from .interrupted import begun, marking
-from .memory import DeltaMemory, LayerShape
-from .model_files import install_files
-from .paths import LayerPath, LayerWeights, why_generic
-from .record import (
+from deltamem_kernels.dispatch import check_backend, head_operations, operations, resolve_backend
+
+from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
+from ..adapter.layer import DeltaMemory, LayerShape
+from ..adapter.record import (
     RECORD,
     Identity,
     PatchRecord,
@@ -37,6 +23,21 @@ from .record import (
     spread_by,
     unwrap,
 )
+from ..config import DELTA_HEADS, DeltaMemConfig
+from ..errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
+from ..memory.capture import current_capture
+from ..memory.watch import current_record
+from .attention import attention_forward
+from .begin import CallersMemory, begin, composite_mask
+from .cache import mark_missed, why_no_cache
+from .checkpointing import enter, leave
+from .files import install_files
+from .finite import broken_rows, contain, give_back
+from .forwards import cache_name, given_cache, why_not_handed_on
+from .generation import generation_overrides
+from .interrupted import begun, marking
+from .update import MemoryCall
+from .weights import LayerPath, LayerWeights, why_generic
 
 MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
 

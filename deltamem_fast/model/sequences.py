@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .arguments import shown
-from .errors import ArgumentError, ArgumentTypeError
+from ..arguments import shown
+from ..errors import ArgumentError, ArgumentTypeError
 
 _HIDDEN = -1e4  # what is added to a score of what is hidden, at most
 _HOLDS_SEVERAL = "a row holds several packed sequences"

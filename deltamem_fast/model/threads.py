@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .arguments import check_integer
+from ..arguments import check_integer
 
 # A matmul of such a model takes microseconds; on a busy machine the threads that share it wait milliseconds.
 SMALL = 20_000_000  # parameters

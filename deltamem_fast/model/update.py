@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from deltamem_kernels.dispatch import operations
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.segment_means import segment_means
 
-from .backends import operations
-from .bridge import UNKNOWN_CHECKPOINTS, Bridge, join
+from ..adapter.layer import DeltaMemory
+from ..errors import ArgumentError
+from ..memory.state import MemoryState, writable, written
+from ..memory.watch import GateSums, gate_sums
 from .cache import Fed
-from .errors import ArgumentError
-from .gates import GateSums, gate_sums
-from .memory import DeltaMemory
-from .segment_means import segment_means
-from .state import MemoryState, writable, written
+from .checkpointing import UNKNOWN_CHECKPOINTS, Bridge, join
 
 
 class MemoryCall:

@@ -18,9 +18,9 @@ from torch import nn
 
 from deltamem_kernels.layout import HeadLayout, Steering
 
-from .advance import MemoryCall
-from .memory import DeltaMemory, refuse_pickling
+from ..adapter.layer import DeltaMemory, refuse_pickling
 from .packing import PackedRows, can_pack, fills_its_storage
+from .update import MemoryCall
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..record import find_record, memory_disabled, unwrap
-from ..segments import sentence_spans
-from ..state import MemoryState
+from ..adapter.record import find_record, memory_disabled, unwrap
+from ..memory.state import MemoryState
+from ..text.segments import sentence_spans
 
 Chat = Sequence[dict[str, str]]
 

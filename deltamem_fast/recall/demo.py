@@ -18,20 +18,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import same_bits
-from .backends import BACKENDS, installed, resolve_backend
-from .environment import versions
-from .errors import ArgumentError
-from .inspection.heatmap import Snapshot, draw_heat_map
-from .patch import patch_model, unpatch_model
-from .recall import story as stories
-from .recall.chats import next_logits
-from .recall.proof import chance, draw_plan, mean_share, measure_bare, measure_empty, measure_patched
-from .recall.task import user
-from .recall.weights import STRATEGIES, find_weights, load_backbone
-from .record import identity_of, memory_disabled
-from .state import MemoryState
-from .threads import check_threads, fitting_threads
+from deltamem_kernels.dispatch import BACKENDS, installed, resolve_backend
+
+from ..adapter.files import same_bits
+from ..adapter.record import identity_of, memory_disabled
+from ..errors import ArgumentError
+from ..inspection.facts import versions
+from ..inspection.pictures import Snapshot, draw_heat_map
+from ..memory.state import MemoryState
+from ..model.patch import patch_model, unpatch_model
+from ..model.threads import check_threads, fitting_threads
+from . import story as stories
+from .chats import next_logits
+from .proof import chance, draw_plan, mean_share, measure_bare, measure_empty, measure_patched
+from .task import user
+from .weights import STRATEGIES, find_weights, load_backbone
 
 MEMORY_NAME, HEAT_MAP_NAME = "memory.safetensors", "heatmap.png"
 

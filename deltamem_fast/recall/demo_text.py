@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..inspection.pictures import Snapshot, heat_map_lines
 from . import demo
-from .inspection.heatmap import Snapshot, heat_map_lines
-from .recall.proof import REVISED_FACTS
+from .proof import REVISED_FACTS
 
 ROWS = {
     "empty": "empty memory",

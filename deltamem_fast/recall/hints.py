@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from ..inspection.heatmap import heat_map_lines, snapshot
-from ..state import MemoryState
+from ..inspection.pictures import heat_map_lines, snapshot
+from ..memory.state import MemoryState
 from . import world
 from .chats import answer, tell
 from .task import draw_facts, user

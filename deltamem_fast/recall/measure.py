@@ -9,7 +9,7 @@ from random import Random
 from torch import nn
 
 from ..errors import ArgumentError
-from ..state import MemoryState
+from ..memory.state import MemoryState
 from . import world
 from .chats import Chat, ask, tell
 from .task import Fact, draw_facts, grouped, user

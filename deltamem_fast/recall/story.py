@@ -7,8 +7,8 @@ from random import Random
 
 from torch import nn
 
-from ..inspection.heatmap import Snapshot, snapshot
-from ..state import MemoryState
+from ..inspection.pictures import Snapshot, snapshot
+from ..memory.state import MemoryState
 from . import world
 from .chats import answer, tell
 from .task import Fact, changed, draw_facts, user

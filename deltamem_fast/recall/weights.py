@@ -11,8 +11,8 @@ from torch import nn
 
 from ..config import CONFIG_NAME
 from ..errors import FileMissingError
-from ..files import as_path
-from ..loading import bars, load_tokenizer, load_weights
+from ..model.loading import bars, load_tokenizer, load_weights
+from ..storage.files import as_path
 
 SHIPPED = Path(__file__).parent.parent / "data" / "recall"
 # Write strategy → the directory of its adapter.

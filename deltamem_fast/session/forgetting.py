@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 from unicodedata import normalize
 
-from ..operators import WriteResult
+from ..memory.operators import WriteResult
 from .blocks import Message
 from .turns import Now
 

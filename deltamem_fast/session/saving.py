@@ -12,17 +12,17 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
+from ..adapter.record import decoder_of, describe_difference, identity_of, unwrap
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
-from ..files import Header, as_path, parse_json, parse_tensors, save_tensors
-from ..memory_format import whole_counts
-from ..record import decoder_of, describe_difference, identity_of, unwrap
-from ..state import MemoryState
+from ..memory.file import whole_counts
+from ..memory.state import MemoryState
+from ..model.cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
 from ..storage import snapshots
-from ..texts import vocabulary_size
+from ..storage.files import Header, as_path, parse_json, parse_tensors, save_tensors
+from ..text.encode import vocabulary_size
+from ..text.settings import check_generation, check_template
 from .blocks import Block
 from .schema import check_content, check_identity
-from .settings import check_generation, check_template
 from .turns import Now
 from .window import Mark, Turn, new_cache
 

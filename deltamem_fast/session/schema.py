@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..arguments import shown
-from .settings import Error, check_generation, check_json, check_template
+from ..text.settings import Error, check_generation, check_json, check_template
 
 _FIELDS = ("identity", "settings", "messages", "context", "frozen")
 _SETTINGS = ("system", "context_turns", "context_tokens", "template", "generation", "remembers")

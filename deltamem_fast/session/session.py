@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from ..answering import answer_options, check_reserved
+from ..adapter.record import identity_of, memory_disabled
 from ..arguments import MOST_64, check_integer, check_text
 from ..errors import ArgumentError, ArgumentTypeError, StateError
-from ..operators import WriteResult, forget, ingest, retrieve, revise
-from ..record import identity_of, memory_disabled
-from ..state import MemoryState
-from ..texts import plain_messages
+from ..memory.operators import WriteResult, forget, ingest, retrieve, revise
+from ..memory.state import MemoryState
+from ..text.answering import answer_options, check_reserved
+from ..text.encode import plain_messages
+from ..text.settings import check_mapping, check_values, checked_template
 from .blocks import Message, Renderer
 from .forgetting import Forgotten, places_of, strings_of, without_text
-from .settings import check_mapping, check_values, checked_template
 from .turns import Limits, Now, have_turn
 from .window import Mark, Turn
 

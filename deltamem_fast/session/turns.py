@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..answering import warn_if_cut_off
-from ..cache import is_outdated
-from ..record import input_device, is_disabled, unwrap
-from ..state import MemoryState
-from ..texts import check_known
+from ..adapter.record import input_device, is_disabled, unwrap
+from ..memory.state import MemoryState
+from ..model.cache import is_outdated
+from ..text.answering import warn_if_cut_off
+from ..text.encode import check_known
+from ..text.thinking import TextStream, stream_tokens
 from .blocks import NEXT, NOTHING, Block, Chat, Message, Renderer, joined_ids, joined_segments
-from .streaming import TextStream, stream_tokens
 from .window import Mark, Turn, build, feed, feed_preamble, new_cache
 
 

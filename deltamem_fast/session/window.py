@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..cache import rewound
-from ..record import decoder_of, input_device, is_disabled, record_of, unwrap
-from ..state import MemoryState
+from ..adapter.record import decoder_of, input_device, is_disabled, record_of, unwrap
+from ..memory.state import MemoryState
+from ..model.cache import rewound
 from .blocks import Block, Message
 
 

@@ -37,8 +37,8 @@ from ..errors import (
     WrongPathKindError,
     file_error,
 )
-from ..files import as_path, make_directory, naming_files
 from .checksums import entry_sum, entry_sum_2, row_sum, row_sum_2, row_sum_3
+from .files import as_path, make_directory, naming_files
 
 try:
     import fcntl

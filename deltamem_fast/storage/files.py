@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from .errors import (
+from ..errors import (
     ArgumentError,
     ArgumentTypeError,
     DeltaMemError,

@@ -30,7 +30,7 @@ from ..errors import (
     WaitedTooLongError,
     WrongPathKindError,
 )
-from ..files import (
+from .files import (
     MOST_JSON_BYTES,
     is_leftover,
     json_bytes,

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig
 
-from .errors import ArgumentError, ArgumentTypeError
-from .notices import logger
-from .record import unwrap
+from ..adapter.record import unwrap
+from ..errors import ArgumentError, ArgumentTypeError
+from ..notices import logger
 
 DEFAULT_NEW_TOKENS = 512
 THINKING_TOKENS = 2048  # more, for an answer that is wanted whole where the model may think first

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 from .segments import sentence_spans
 
 Message = Mapping[str, Any]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .arguments import check_text
-from .config import DeltaMemConfig
-from .errors import ArgumentError, ArgumentTypeError
-from .record import unwrap
+from ..adapter.record import unwrap
+from ..arguments import check_text
+from ..config import DeltaMemConfig
+from ..errors import ArgumentError, ArgumentTypeError
 from .segments import _tokenize, refused_by_template, segment_ids_from_messages, sentence_spans
 
 Message = Mapping[str, Any]

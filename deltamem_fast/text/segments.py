@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import check_text
-from .errors import ArgumentError, DeltaMemError
+from ..arguments import check_text
+from ..errors import ArgumentError, DeltaMemError
 
 _GRANULARITIES = {
     "message": False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..card import front_matter
+from ..adapter.card import front_matter
 from ..config import DeltaMemConfig
 from ..version import __version__
 from .checkpoints import Run

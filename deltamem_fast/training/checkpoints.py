@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter import SAFETENSORS_NAME
+from ..adapter.files import SAFETENSORS_NAME
+from ..adapter.fingerprints import public_label
 from ..arguments import MOST
 from ..config import CONFIG_NAME
 from ..errors import ArgumentError, FileFormatError
-from ..files import as_path, read_json, write_json
-from ..fingerprint import public_label
+from ..storage.files import as_path, read_json, write_json
 from .options import CHANGEABLE, TrainingOptions
 
 RUN_NAME = "training.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from ..files import write_atomically
+from ..storage.files import write_atomically
 from .log import read_log
 
 CURVES_NAME = "curves.png"

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, FileFormatError
-from ..files import as_path, opened
-from ..texts import plain_content, says_something
+from ..storage.files import as_path, opened
+from ..text.encode import plain_content, says_something
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError
-from ..texts import plain_messages
+from ..text.encode import plain_messages
 from .data import Example
 from .loss import IGNORED, EpisodeBatch
 
@@ -76,7 +76,7 @@ def build_episode(tokenizer, config: DeltaMemConfig, example: Example, kind: str
 def _tokenise_write(tokenizer, config: DeltaMemConfig, messages: list[dict]) -> tuple[list[int], list[int] | None]:
     if not config.segmented:
         return _tokenise(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False)), None
-    from ..segments import segment_ids_from_messages
+    from ..text.segments import segment_ids_from_messages
 
     ids, segments = segment_ids_from_messages(tokenizer, messages, config.memory_write_granularity)
     return ids[0].tolist(), segments[0].tolist()

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from ..errors import FileFormatError
-from ..files import as_path, naming_files, read_bytes, write_text
+from ..storage.files import as_path, naming_files, read_bytes, write_text
 
 LOG_NAME = "log.jsonl"
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..adapter.record import decoder_of, identity_of, unwrap
 from ..errors import ArgumentError
-from ..gates import GateRecord, record_gates
-from ..record import decoder_of, identity_of, unwrap
-from ..state import MemoryState
+from ..memory.state import MemoryState
+from ..memory.watch import GateRecord, record_gates
 
 IGNORED = -100
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..arguments import MOST, check_integer
 from ..errors import ArgumentError, ArgumentTypeError
-from ..files import as_path
+from ..storage.files import as_path
 from .lengths import OVER_LONG
 
 DTYPES = ("bfloat16", "float32")

@@ -13,15 +13,14 @@ from pathlib import Path
 
 from torch import nn
 
-from ..adapter import AdapterSource, load_adapter, read_adapter
-from ..card import short_names
+from ..adapter.card import short_names
+from ..adapter.files import AdapterSource, load_adapter, read_adapter
+from ..adapter.fingerprints import backbone_name, hub_id
+from ..adapter.record import is_patched, unwrap
 from ..errors import ArgumentError
-from ..files import write_text
-from ..fingerprint import backbone_name, hub_id
+from ..model.patch import patch_model
 from ..notices import logger
-from ..patch import patch_model
-from ..record import is_patched, unwrap
-from ..training_setup import prepare_for_training
+from ..storage.files import write_text
 from .callbacks import ProgressCallback, StopCallback, StopRequest, checking
 from .card import CARD_NAME, model_card
 from .checkpoints import RUN_NAME, Run, checkpoint_to_resume, checkpoints_in, step_of
@@ -31,6 +30,7 @@ from .episode import EpisodeSchedule, build_episode
 from .lengths import Checked, check_lengths
 from .log import LOG_NAME, TrainingLog
 from .options import TrainingOptions
+from .setup import prepare_for_training
 
 
 @dataclass(frozen=True)

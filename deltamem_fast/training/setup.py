@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .errors import ArgumentError
-from .memory import DeltaMemory
-from .patch import computing_dtype
-from .record import PatchRecord, record_of, unwrap
+from ..adapter.layer import DeltaMemory
+from ..adapter.record import PatchRecord, record_of, unwrap
+from ..errors import ArgumentError
+from ..model.patch import computing_dtype
 
 
 def prepare_for_training(model: nn.Module) -> nn.Module:

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..adapter import adapter_state_dict, write_adapter
+from ..adapter.files import adapter_state_dict, write_adapter
+from ..adapter.record import identity_of, unwrap
 from ..errors import ArgumentError
-from ..gates import GateRecord
-from ..record import identity_of, unwrap
-from ..state import MemoryState
+from ..memory.state import MemoryState
+from ..memory.watch import GateRecord
 from .callbacks import FiniteCallback
 from .checkpoints import mark_whole, unmark
 from .data import Example

@@ -102,11 +102,11 @@ def _best(device_type: str, wanted: str) -> str:
 
 def _load(name: str) -> ModuleType:
     if name == "triton":
-        from deltamem_kernels import ops
+        from .triton import ops
     elif name == "numba":
-        from . import numba_backend as ops
+        from .numba import ops
     else:
-        from . import reference as ops
+        from .reference import recurrence as ops
     return ops
 
 
@@ -121,11 +121,11 @@ def head_operations(backend: str, device: torch.device) -> ModuleType:
 
 def _load_heads(name: str) -> ModuleType:
     if name == "triton":
-        from deltamem_kernels import ops
+        from .triton import ops
     elif name == "numba":
-        from . import numba_heads as ops
+        from .numba import heads as ops
     else:
-        from . import reference_heads as ops
+        from .reference import heads as ops
     return ops
 
 

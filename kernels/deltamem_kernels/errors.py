@@ -28,3 +28,7 @@ class ArgumentKeyError(ArgumentError, KeyError):
 
 class UnsupportedError(ArgumentError, NotImplementedError):
     """What was asked for is not supported."""
+
+
+class MissingPackageError(DeltaMemError, ImportError, ValueError):
+    """A package that this needs is not installed."""

@@ -25,18 +25,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import launch as _launch
-from .heads import decode_, steer_heads_
 from .layout import HeadLayout, Steering
-from .read import read
-from .read_backward import read_backward
 from .rule import DeltaRule
-from .scan import choose_chunk, depth, scan
-from .scan_backward import depth as depth_backward
-from .scan_backward import scan_backward
-from .steer import steer
-from .steer_backward import steer_backward
-from .step import step
+from .triton import launch as _launch
+from .triton.heads import decode_, steer_heads_
+from .triton.read import read
+from .triton.read_backward import read_backward
+from .triton.scan import choose_chunk, depth, scan
+from .triton.scan_backward import depth as depth_backward
+from .triton.scan_backward import scan_backward
+from .triton.steer import steer
+from .triton.steer_backward import steer_backward
+from .triton.step import step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 from support import loud_adapter, tiny_model
 
 from deltamem_fast import DeltaMemConfig, DeltaMemError, load_adapter, patch_model, save_adapter
-from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
+from deltamem_fast.adapter.files import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
 from deltamem_fast.config import CONFIG_NAME
 from deltamem_fast.errors import FileFormatError
 

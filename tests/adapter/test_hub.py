@@ -8,10 +8,10 @@ import torch
 from support import loud_adapter, tiny_model
 
 from deltamem_fast import DeltaMemConfig, patch_model, push_to_hub
-from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
-from deltamem_fast.card import adapter_card, front_matter, short_names
+from deltamem_fast.adapter.card import adapter_card, front_matter, short_names
+from deltamem_fast.adapter.files import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
+from deltamem_fast.adapter.fingerprints import hub_id
 from deltamem_fast.config import CONFIG_NAME
-from deltamem_fast.fingerprint import hub_id
 
 
 class Hub:

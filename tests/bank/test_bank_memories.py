@@ -15,10 +15,10 @@ from transformers import DynamicCache
 
 import deltamem_fast
 from deltamem_fast import BankConflict, DeltaMemConfig, MemoryBank, MemoryState, memory_state, patch_model
-from deltamem_fast.bank import BankEntry
 from deltamem_fast.errors import ArgumentError, FileFormatError
-from deltamem_fast.files import read_tensors
+from deltamem_fast.memory.bank import BankEntry
 from deltamem_fast.storage.bank_store import BankStore
+from deltamem_fast.storage.files import read_tensors
 
 CONFIGS = {
     "tsw": DeltaMemConfig(),

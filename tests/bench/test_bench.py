@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltamem_fast import reference
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import ScanOutput
 
 pytestmark = pytest.mark.xdist_group("bench")  # one worker runs the quick benchmarks, once
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOP = {
     "format_version", "device", "driver", "processor", "cores", "threads", "freed_memory", "python", "torch",
     "transformers", "numba", "triton", "commit", "dirty", "time", "arguments", "rows",

@@ -17,7 +17,7 @@ from deltamem_fast.recall.task import Fact
 from deltamem_fast.recall.tokenizer import build_tokenizer
 
 pytest.importorskip("bm25s")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = {
     "tsw-r8": DeltaMemConfig.tsw(),
     "ssw-r8": DeltaMemConfig.ssw("sentence_mean"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAD = {
     "format_version": 2, "device": "Some GPU", "driver": "580.1", "processor": "Some CPU", "cores": 16, "threads": 8,
     "python": "3.12.3", "torch": "2.11.0+cu130", "transformers": "5.17.0", "numba": None, "triton": "3.6.0",

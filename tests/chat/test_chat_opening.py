@@ -7,8 +7,9 @@ import torch
 from chat_support import ASKED, TOLD, recall_model, write_tiny_model
 from safetensors.torch import load_file, save_file
 
-from deltamem_fast.chat import command, loading, opening
-from deltamem_fast.cli import main
+from deltamem_fast.chat import loading, opening
+from deltamem_fast.cli import chat as command
+from deltamem_fast.cli.main import main
 
 
 class Stdin(list):
@@ -149,7 +150,7 @@ def test_settings_reach_the_session(shipped, tmp_path, capsys):
 
 
 def test_thinking_goes_to_the_template():
-    from deltamem_fast.cli import _parser
+    from deltamem_fast.cli.main import _parser
 
     for flag, template in (([], {}), (["--thinking"], True), (["--no-thinking"], False)):
         found = opening.read_arguments(_parser().parse_args(["chat", *flag])).template

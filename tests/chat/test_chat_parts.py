@@ -116,7 +116,7 @@ def test_options_of_generate():
 
 
 def test_what_can_be_set_can_be_saved():
-    from deltamem_fast.session.settings import GENERATION, MOST_NEW_TOKENS
+    from deltamem_fast.text.settings import GENERATION, MOST_NEW_TOKENS
 
     for name, texts in {
         "temperature": ("0", "0.5", "1e9"), "top_p": ("0.1", "1"), "max_new_tokens": ("1", str(MOST_NEW_TOKENS)),

@@ -10,9 +10,9 @@ import torch
 from support import GOLDEN, tiny_model
 
 from deltamem_fast import __version__
-from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, read_adapter
-from deltamem_fast.cli import main
-from deltamem_fast.environment import KERNELS, PACKAGES, devices, versions
+from deltamem_fast.adapter.files import RELEASED_NAME, SAFETENSORS_NAME, read_adapter
+from deltamem_fast.cli.main import main
+from deltamem_fast.inspection.facts import KERNELS, PACKAGES, devices, versions
 
 ADAPTER = GOLDEN / "qwen3_tsw" / "adapter"
 OPTIONAL = ("triton", "numba", "flash_attn")
@@ -57,7 +57,7 @@ def test_info_without_the_optional_packages():
     program = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({OPTIONAL!r}))\n"
-        "from deltamem_fast.cli import main\n"
+        "from deltamem_fast.cli.main import main\n"
         "raise SystemExit(main(['info', '--json']))\n"
     )
     done = python("-c", program)
@@ -69,11 +69,11 @@ def test_info_without_the_optional_packages():
 
 
 def test_info_says_why_kernels_cannot_be_imported(monkeypatch):
-    from deltamem_fast import environment
+    from deltamem_fast.inspection import facts as environment
 
     monkeypatch.setattr(environment, "installed", lambda package: True)
-    monkeypatch.delattr("deltamem_kernels.ops", raising=False)
-    monkeypatch.setitem(sys.modules, "deltamem_kernels.ops", None)
+    monkeypatch.delattr("deltamem_kernels.triton.ops", raising=False)
+    monkeypatch.setitem(sys.modules, "deltamem_kernels.triton.ops", None)
     found = environment.kernels()
     assert found["available"] == []
     assert "cannot be imported" in found["note"]

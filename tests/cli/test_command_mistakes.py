@@ -13,10 +13,11 @@ from chat_support import write_tiny_model
 from support import GOLDEN
 from transformers import AutoModelForCausalLM
 
-from deltamem_fast import MemoryState, cli, patch_model
-from deltamem_fast.cli import main
+from deltamem_fast import MemoryState, patch_model
+from deltamem_fast.chat.standard_input import typed_lines
+from deltamem_fast.cli import main as cli
+from deltamem_fast.cli.main import main
 from deltamem_fast.errors import ArgumentError
-from deltamem_fast.standard_input import typed_lines
 
 ADAPTER = str(GOLDEN / "qwen3_tsw" / "adapter")
 LONG, HUGE = "x" * 5000, "9" * 5000
@@ -261,8 +262,8 @@ def test_another_encoding_is_named(encoding, monkeypatch):
 
 
 def test_a_small_model_gets_one_thread_and_gives_the_others_back(monkeypatch):
-    from deltamem_fast import threads
-    from deltamem_fast.threads import VARIABLES, fitting_threads
+    from deltamem_fast.model import threads
+    from deltamem_fast.model.threads import VARIABLES, fitting_threads
 
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)

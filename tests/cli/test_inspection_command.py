@@ -12,12 +12,12 @@ from inspection_support import CHAT, CONFIGS, TOKENIZER, bits, filled, model_wit
 from matplotlib.image import imread
 
 from deltamem_fast import MemoryState, patch_model, save_adapter, unpatch_model
-from deltamem_fast.cli import main
-from deltamem_fast.inspection import heatmap
-from deltamem_fast.inspection.memory_file import read_memory_file
-from deltamem_fast.inspection.report import distance, report
+from deltamem_fast.cli.main import main
+from deltamem_fast.inspection import pictures as heatmap
+from deltamem_fast.inspection.model_info import load_patched
 from deltamem_fast.inspection.trace import trace
-from deltamem_fast.model_info import load_patched
+from deltamem_fast.memory.figures import distance, report
+from deltamem_fast.memory.memory_file import read_memory_file
 from deltamem_fast.recall import weights as recall_weights
 from deltamem_fast.recall.chats import tell
 from deltamem_fast.recall.weights import find_weights, load_backbone

@@ -12,7 +12,7 @@ from tokenizers_for_tests import chatml_tokenizer
 from training_support import chat, recall_lines, small_model, steps_in, weights_in, write_lines
 
 from deltamem_fast import patch_model
-from deltamem_fast.cli import main
+from deltamem_fast.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_what_is_wrong_is_told_in_one_line(name, place, tmp_path, capsys):
 
 def test_the_command_line_is_light():
     heavy = ("transformers.trainer", "matplotlib", "tensorboard", "wandb")
-    program = f"import sys, deltamem_fast.cli; print([name for name in {heavy} if name in sys.modules])"
+    program = f"import sys, deltamem_fast.cli.main; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
 

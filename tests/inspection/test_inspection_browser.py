@@ -16,8 +16,8 @@ import torch
 from inspection_support import CHAT, CONFIGS, TOKENIZER, filled, model_with, random_memory, random_trace
 
 from deltamem_fast.inspection.page import write_page
-from deltamem_fast.inspection.report import distance, report
 from deltamem_fast.inspection.trace import trace
+from deltamem_fast.memory.figures import distance, report
 
 pytestmark = pytest.mark.xdist_group("browser")  # one worker starts one browser
 

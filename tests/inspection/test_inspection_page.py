@@ -14,8 +14,8 @@ import torch
 from inspection_support import CHAT, CONFIGS, TOKENIZER, filled, model_with, random_memory, random_trace
 
 from deltamem_fast.inspection.page import TEMPLATE, fill, safe_json, write_page
-from deltamem_fast.inspection.report import distance, report
 from deltamem_fast.inspection.trace import trace
+from deltamem_fast.memory.figures import distance, report
 
 ATTACK = "</script><script>alert(1)</script><!-- {{policy}} &amp; \u2028 \ud800"
 

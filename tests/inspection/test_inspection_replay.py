@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamem_fast import reference
 from deltamem_fast.inspection import replay as module
 from deltamem_fast.inspection.replay import replay
-from deltamem_fast.segment_means import segment_means
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.segment_means import segment_means
 
 RULES = st.builds(
     DeltaRule,

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from deltamem_fast import (
     DeltaMemConfig,
     MemoryState,
-    advance,
     memory_disabled,
     patch_model,
     segment_ids_from_messages,
@@ -27,8 +26,9 @@ from deltamem_fast.inspection import trace_picture
 from deltamem_fast.inspection.pieces import token_pieces
 from deltamem_fast.inspection.trace import MEASURES, trace
 from deltamem_fast.inspection.trace_picture import draw_trace, trace_png_size
+from deltamem_fast.model import update as advance
 from deltamem_fast.recall.weights import find_weights, load_backbone
-from deltamem_fast.texts import encode_text
+from deltamem_fast.text.encode import encode_text
 
 
 @pytest.fixture

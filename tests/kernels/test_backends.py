@@ -9,11 +9,13 @@ import torch
 from support import tiny_model
 
 import deltamem_fast
-from deltamem_fast import MemoryState, backends, patch_model
-from deltamem_fast.backends import installed, resolve_backend, why_unusable
+import deltamem_kernels.numba
+from deltamem_fast import MemoryState, patch_model
 from deltamem_fast.errors import ArgumentError, DeltaMemError, MissingPackageError
+from deltamem_kernels import dispatch as backends
+from deltamem_kernels.dispatch import installed, resolve_backend, why_unusable
 
-NUMBA_MODULES = ("numba_backend", "numba_backward", "numba_heads", "numba_loops", "numba_rows", "numba_threads")
+NUMBA_MODULES = ("ops", "backward", "heads", "loops", "rows", "threads")
 needs_numba = pytest.mark.skipif(not installed("numba"), reason="numba is not installed")
 
 
@@ -21,8 +23,8 @@ needs_numba = pytest.mark.skipif(not installed("numba"), reason="numba is not in
 def undecided(monkeypatch):
     """Nothing was decided or imported yet; what is decided here is forgotten afterwards."""
     for name in NUMBA_MODULES:
-        monkeypatch.delitem(sys.modules, f"deltamem_fast.{name}", raising=False)
-        monkeypatch.delattr(deltamem_fast, name, raising=False)
+        monkeypatch.delitem(sys.modules, f"deltamem_kernels.numba.{name}", raising=False)
+        monkeypatch.delattr(deltamem_kernels.numba, name, raising=False)
     for name in ("_loaded", "_loaded_heads"):
         monkeypatch.setattr(backends, name, {})
     monkeypatch.setattr(backends, "_said", set())
@@ -47,7 +49,7 @@ def fails_to_import(monkeypatch, module, error):
 @needs_numba
 @pytest.mark.parametrize("error", [ImportError("Numba needs NumPy 2.2 or less"), OSError("libllvmlite.so: bad ELF")])
 def test_auto_goes_on_without_a_numba_that_cannot_be_imported(undecided, caplog, error):
-    fails_to_import(undecided, "deltamem_fast.numba_backend", error)
+    fails_to_import(undecided, "deltamem_kernels.numba.ops", error)
     with caplog.at_level(logging.WARNING, "deltamem_fast"):
         assert resolve_backend("auto", "cpu") == "reference"
         assert resolve_backend("auto", "cpu") == "reference"
@@ -89,7 +91,7 @@ def test_auto_goes_on_without_a_numba_that_was_told_not_to_compile(undecided, ca
 def test_a_cache_that_fails_later_fails_no_call(monkeypatch, tmp_path, caplog):
     from numba import config
 
-    from deltamem_fast.numba_machine import _warn_of_cache, njit
+    from deltamem_kernels.numba.machine import _warn_of_cache, njit
 
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     _warn_of_cache.cache_clear()
@@ -118,8 +120,8 @@ def test_a_cache_that_fails_later_fails_no_call(monkeypatch, tmp_path, caplog):
 
 def test_auto_goes_on_without_a_triton_that_cannot_be_imported(undecided, caplog):
     undecided.setattr(backends, "installed", lambda package: True)
-    undecided.delattr("deltamem_kernels.ops", raising=False)
-    undecided.setitem(sys.modules, "deltamem_kernels.ops", None)
+    undecided.delattr("deltamem_kernels.triton.ops", raising=False)
+    undecided.setitem(sys.modules, "deltamem_kernels.triton.ops", None)
     with caplog.at_level(logging.WARNING, "deltamem_fast"):
         assert resolve_backend("auto", "cuda") == "reference"
     assert "triton cannot be used here" in caplog.text

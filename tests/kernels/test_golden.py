@@ -6,9 +6,9 @@ from support import CASES, GOLDEN, golden_case, golden_model, relative_error
 from transformers import DynamicCache
 
 from deltamem_fast import MemoryState, memory_state, patch_model
-from deltamem_fast.backends import interpreting
+from deltamem_kernels.dispatch import interpreting
 
-# Triton's interpreter needs a process of its own: tests/test_golden_interpreted.py starts it.
+# Triton's interpreter needs a process of its own: tests/kernels/test_golden_interpreted.py starts it.
 BACKENDS = ("triton",) if interpreting() else ("reference", "numba")
 
 

@@ -20,7 +20,7 @@ def check(pairs):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert passed and int(passed[1]) == len(tests) > 0, done.stdout[-2000:]

@@ -64,7 +64,7 @@ def rules(*first):
 def properties(monkeypatch):
     import kernel_properties
 
-    from deltamem_kernels import launch
+    from deltamem_kernels.triton import launch
 
     monkeypatch.setattr(launch, "empty", kernel_properties.poisoned)
     return kernel_properties
@@ -91,7 +91,7 @@ def test_chunks(properties, rule):
 @pytest.mark.parametrize("name", ["released", "four heads"])
 def test_long(properties, name, length):
     """Three launches = one token after another (which the other tests compare with the reference)."""
-    from deltamem_kernels.scan import scan
+    from deltamem_kernels.triton.scan import scan
 
     rule = RULES[name]
     x, bias, state, mask = properties.random_problem(rule, 2, length, torch.bfloat16, DEVICE, masked=True)
@@ -227,7 +227,7 @@ def test_steer_gradient(properties, dtype, normed, weight_dtype, lead, width):
     weight = torch.randn(2560, width, generator=make).to(DEVICE, weight_dtype or dtype)
     norm_weight = torch.rand(2560, generator=make).to(DEVICE, weight_dtype or dtype) if normed else None
     properties.check_steer_gradient(grad, reads, weight, 2.0, norm_weight)
-    from deltamem_kernels.steer_backward import steer_backward
+    from deltamem_kernels.triton.steer_backward import steer_backward
 
     found = [steer_backward(grad, reads, weight, 2.0, norm_weight=norm_weight) for _ in range(2)]
     assert properties.equal(*found)
@@ -235,7 +235,7 @@ def test_steer_gradient(properties, dtype, normed, weight_dtype, lead, width):
 
 def test_training_in_a_cuda_graph(properties):
     """Nothing in forward or backward waits for the device: all of it can be captured, packed rows and slots too."""
-    from deltamem_kernels import ops
+    from deltamem_kernels.triton import ops
 
     rule = RULES["released"]
     x, bias, _, _ = properties.random_problem(rule, 1, 500, torch.bfloat16, DEVICE)
@@ -260,7 +260,7 @@ def test_training_in_a_cuda_graph(properties):
 
 
 def test_operators_compile(properties):
-    from deltamem_kernels import ops
+    from deltamem_kernels.triton import ops
 
     rule = RULES["released"]
     x, bias, state, mask = properties.random_problem(rule, 2, 300, torch.bfloat16, DEVICE, masked=True)
@@ -276,7 +276,7 @@ def test_operators_compile(properties):
 
 
 def test_step_in_a_cuda_graph(properties):
-    from deltamem_kernels.step import step
+    from deltamem_kernels.triton.step import step
 
     rule = RULES["released"]
     x, bias, state, _ = properties.random_problem(rule, 4, 3, torch.bfloat16, DEVICE)
@@ -366,8 +366,8 @@ def test_many_decodes(heads, rule, batch, parts):
 
 
 def test_decode_in_a_cuda_graph(properties, heads):
-    from deltamem_kernels.heads import decode_
     from deltamem_kernels.layout import HeadLayout
+    from deltamem_kernels.triton.heads import decode_
 
     rule, layout = RULES["released"], HeadLayout(*QWEN)
     (packed, bias, state), turn, _ = decode_problem(properties, heads, rule, layout, 2, torch.bfloat16)
@@ -391,8 +391,8 @@ def test_decode_in_a_cuda_graph(properties, heads):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_heads_compile(properties, heads, frozen):
-    from deltamem_kernels import ops
     from deltamem_kernels.layout import HeadLayout
+    from deltamem_kernels.triton import ops
 
     rule, layout = RULES["four heads"], HeadLayout(*QWEN)
     (packed, bias, state), turn, mask = decode_problem(properties, heads, rule, layout, 3, torch.bfloat16)
@@ -414,7 +414,7 @@ def test_heads_compile(properties, heads, frozen):
 
 def test_a_million_tokens(properties):
     """Chunks = one token after another = two halves with the state carried."""
-    from deltamem_kernels.scan import scan
+    from deltamem_kernels.triton.scan import scan
 
     rule, length = RULES["released"], 2**20
     x, bias, state, _ = properties.random_problem(rule, 1, length, torch.bfloat16, DEVICE)
@@ -430,8 +430,8 @@ def test_a_million_tokens(properties):
 
 def test_a_million_tokens_of_heads(properties, heads):
     """More numbers than 32 bits count: the last tokens = the same tokens alone."""
-    from deltamem_kernels.heads import steer_heads_
     from deltamem_kernels.layout import HeadLayout
+    from deltamem_kernels.triton.heads import steer_heads_
 
     layout, length = HeadLayout(16, 4, 4, 128, 128), 2**20
     packed = torch.randn(1, length, layout.width, device=DEVICE, dtype=torch.bfloat16)

@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import loud_adapter, tiny_model
 
-from deltamem_fast import DeltaMemConfig, patch_model, reference, reference_heads
+from deltamem_fast import DeltaMemConfig, patch_model
 from deltamem_kernels.layout import HeadLayout, Steering
+from deltamem_kernels.reference import heads as reference_heads
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
-numba_heads = pytest.importorskip("deltamem_fast.numba_heads", reason="needs numba")
-numba_threads = pytest.importorskip("deltamem_fast.numba_threads", reason="needs numba")
+numba_heads = pytest.importorskip("deltamem_kernels.numba.heads", reason="needs numba")
+numba_threads = pytest.importorskip("deltamem_kernels.numba.threads", reason="needs numba")
 
 LAYOUTS = st.builds(
     lambda q, k, v, dim, share: HeadLayout(q, k, v, dim, {"none": 0, "half": dim // 4 * 2, "all": dim}[share]),

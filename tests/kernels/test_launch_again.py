@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-heads = pytest.importorskip("deltamem_kernels.heads", reason="needs Triton")
+heads = pytest.importorskip("deltamem_kernels.triton.heads", reason="needs Triton")
 from deltamem_kernels.layout import HeadLayout, Steering  # noqa: E402
 from deltamem_kernels.rule import DeltaRule  # noqa: E402
 
@@ -100,7 +100,7 @@ class Vast:
 
 def test_fusion_is_not_left_to_the_compiler(monkeypatch):
     """Which product of a sum becomes part of an fma would differ from kernel to kernel, and with it the last bits."""
-    from deltamem_kernels import launch
+    from deltamem_kernels.triton import launch
 
     found = []
     monkeypatch.setattr(launch, "recorded", found)

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from deltamem_fast import reference
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
 pytest.importorskip("numba", reason="the CPU backend needs numba")
-from deltamem_fast import numba_backend, numba_loops
-from deltamem_fast.numba_backward import backward_loops
-from deltamem_fast.numba_machine import changed
-from deltamem_fast.numba_rows import row_loop, turn_loop
+from deltamem_kernels.numba import loops as numba_loops
+from deltamem_kernels.numba import ops as numba_backend
+from deltamem_kernels.numba.backward import backward_loops
+from deltamem_kernels.numba.machine import changed
+from deltamem_kernels.numba.rows import row_loop, turn_loop
 
 RULES = st.builds(
     DeltaRule,
@@ -339,7 +340,7 @@ def test_peak_memory_as_pytorch_counts_it():
 # numba's own buffers are in nobody's books but the process's.
 PEAK = """
 import re, torch
-from deltamem_fast import numba_backend
+from deltamem_kernels.numba import ops as numba_backend
 from deltamem_kernels.rule import DeltaRule
 torch.set_num_threads(1)
 rule = DeltaRule(8)

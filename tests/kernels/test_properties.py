@@ -1,20 +1,17 @@
 """The properties of the delta rule on the CPU backends: the same checks that the kernels pass."""
 
 import contextlib
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamem_fast import numba_backend, reference
-from deltamem_fast.segment_means import segment_means
+from deltamem_kernels.numba import ops as numba_backend
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
-
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+from deltamem_kernels.segment_means import segment_means
 
 RULES = st.builds(
     DeltaRule,

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from deltamem_fast import reference
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
 RULES = [

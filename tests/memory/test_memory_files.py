@@ -15,10 +15,10 @@ from support import tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryBank, MemoryState, patch_model
 from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError
-from deltamem_fast.files import read_tensors, seal
-from deltamem_fast.inspection.memory_file import read_memory_file
+from deltamem_fast.memory.memory_file import read_memory_file
+from deltamem_fast.storage.files import read_tensors, seal
 
-BEFORE = Path(__file__).parent / "written_before" / "memories_v1"
+BEFORE = Path(__file__).parents[1] / "written_before" / "memories_v1"
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ def test_loaded_memories_are_the_process_own(path, written, model, tmp_path):
 
 def test_loaded_adapters_are_the_process_own(model, tmp_path):
     from deltamem_fast import save_adapter
-    from deltamem_fast.adapter import read_adapter
+    from deltamem_fast.adapter.files import read_adapter
 
     directory = save_adapter(model, tmp_path / "adapter")
     weights, file = read_adapter(directory).weights, directory / "delta_mem_adapter.safetensors"

@@ -19,11 +19,11 @@ from deltamem_fast import (
     retrieve,
     revise,
 )
-from deltamem_fast.cutting import pieces_of
+from deltamem_fast.adapter.record import decoder_of, identity_of
 from deltamem_fast.recall.chats import ask, tell
 from deltamem_fast.recall.task import changed, draw_facts, user
-from deltamem_fast.record import decoder_of, identity_of
-from deltamem_fast.texts import encode_text
+from deltamem_fast.text.cutting import pieces_of
+from deltamem_fast.text.encode import encode_text
 
 TEXT = "Ada went to the market. She took the train; then she went home. Where is my dog? He is in Paris."
 
@@ -167,7 +167,7 @@ def test_revise_the_newer_value_wins(strategy, replaces):
 
 def test_the_delta_rule_replaces_under_the_same_key():
     """One key at β = 1: what was there goes, the newer value stands."""
-    from deltamem_fast.reference import delta_rule
+    from deltamem_kernels.reference.recurrence import delta_rule
 
     key = torch.zeros(1, 2, 1, 8)
     key[..., 3] = 1.0
@@ -201,10 +201,10 @@ def test_forget_takes_the_fact_and_leaves_the_others(strategy, left_most, kept_l
 @pytest.mark.parametrize("strategy", tuple(CONFIGS))
 def test_forget_is_the_erasure_that_it_says(strategy):
     """S ← S − diag(1 − (1 − β)ⁿ) (S k) kᵀ, token by token, keys and gates as with an empty memory."""
-    from deltamem_fast.capture import capture_projections
-    from deltamem_fast.reference import split_projections
-    from deltamem_fast.segment_means import segment_means
-    from deltamem_fast.segments import segment_ids_from_messages
+    from deltamem_fast.memory.capture import capture_projections
+    from deltamem_fast.text.segments import segment_ids_from_messages
+    from deltamem_kernels.reference.recurrence import split_projections
+    from deltamem_kernels.segment_means import segment_means
 
     model, tokenizer = tiny(strategy)
     config = identity_of(model).config

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from support import loud_adapter, tiny_model
 from transformers import DynamicCache
 
-from deltamem_fast import DeltaMemConfig, MemoryState, memory_format, memory_state, patch_model
+from deltamem_fast import DeltaMemConfig, MemoryState, memory_state, patch_model
 from deltamem_fast.errors import ArgumentError, FileAccessError, FileFormatError
-from deltamem_fast.files import seal
+from deltamem_fast.memory import file as memory_format
+from deltamem_fast.storage.files import seal
 
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(3))
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support import loud_adapter, relative_error, tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, record_gates
-from deltamem_fast.training_setup import prepare_for_inference, prepare_for_training
+from deltamem_fast.training.setup import prepare_for_inference, prepare_for_training
 
 IDS = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(3))
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]] * 2)

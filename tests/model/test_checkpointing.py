@@ -10,7 +10,7 @@ from support import loud_adapter, relative_error, tiny_model
 from torch.utils.checkpoint import checkpoint
 
 from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, record_gates
-from deltamem_fast.training_setup import prepare_for_training
+from deltamem_fast.training.setup import prepare_for_training
 
 GENERATOR = torch.Generator().manual_seed(3)
 WRITE = torch.randint(3, 128, (2, 10), generator=GENERATOR)

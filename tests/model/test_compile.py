@@ -19,7 +19,7 @@ from deltamem_fast import (
     record_gates,
     unpatch_model,
 )
-from deltamem_fast.training_setup import prepare_for_training
+from deltamem_fast.training.setup import prepare_for_training
 
 IDS = torch.randint(3, 128, (2, 14), generator=torch.Generator().manual_seed(7))
 BACKENDS = ("reference", "numba")
@@ -122,7 +122,7 @@ def tiny_logits(model, length=5):
 
 
 def test_ops_pass_torchs_own_checks():
-    from deltamem_fast import numba_backend
+    from deltamem_kernels.numba import ops as numba_backend
 
     rule = DeltaMemConfig.msw(heads=2, rank=3).rule
     tokens = torch.randn(2, 4, rule.width, requires_grad=True)

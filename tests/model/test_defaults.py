@@ -9,8 +9,8 @@ from tokenizers_for_tests import chatml_tokenizer
 
 import deltamem_fast
 from deltamem_fast import DeltaMemConfig, MemoryBank, MemorySession, MemoryState, patch_model, unpatch_model
-from deltamem_fast.backends import installed
 from deltamem_fast.inspection.trace import trace
+from deltamem_kernels.dispatch import installed
 
 CASES = [("ssw", "reference")] + [("tsw", "numba")] * installed("numba")
 IDS = torch.arange(5, 25)[None]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, record_gates
-from deltamem_fast.training_setup import prepare_for_training
+from deltamem_fast.training.setup import prepare_for_training
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker starts the processes, once
 WORLD = 2

@@ -299,7 +299,8 @@ def test_an_override_from_before_the_patch_is_called():
 @pytest.mark.parametrize("backend", ("numba", "reference"))
 @pytest.mark.parametrize("frozen", (False, True))
 def test_autocast_leaves_the_recurrence_in_float32(backend, frozen):
-    from deltamem_fast import numba_backend, reference
+    from deltamem_kernels.numba import ops as numba_backend
+    from deltamem_kernels.reference import recurrence as reference
 
     ops = {"numba": numba_backend, "reference": reference}[backend]
     rule = DeltaMemConfig().rule
@@ -317,7 +318,7 @@ def test_autocast_leaves_the_recurrence_in_float32(backend, frozen):
 
 
 def test_slots_outside_the_pool_are_refused():
-    from deltamem_fast import numba_backend
+    from deltamem_kernels.numba import ops as numba_backend
 
     rule = DeltaMemConfig().rule
     x, bias, pool = torch.randn(2, rule.width), torch.randn(8), torch.zeros(3, 1, 8, 8)

@@ -6,8 +6,8 @@ import transformers
 from support import loud_adapter, relative_error
 
 from deltamem_fast import DeltaMemConfig, MemoryState, is_patched, memory_state, patch_model, unpatch_model
-from deltamem_fast.calls import PromptsMask
 from deltamem_fast.errors import DeltaMemError, UnsupportedError
+from deltamem_fast.model.begin import PromptsMask
 
 SMALL = {
     "vocab_size": 128,

@@ -19,12 +19,12 @@ from deltamem_fast import (
     load_adapter,
     memory_disabled,
     memory_state,
-    numba_heads,
     patch_model,
     save_adapter,
     unpatch_model,
 )
-from deltamem_fast import paths as paths_module
+from deltamem_fast.model import weights as paths_module
+from deltamem_kernels.numba import heads as numba_heads
 
 FAMILIES = ("qwen3", "smollm3", "llama", "mistral", "qwen2")
 IDS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(7))

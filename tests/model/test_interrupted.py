@@ -12,7 +12,6 @@ from transformers import DynamicCache, StaticCache
 from deltamem_fast import (
     DeltaMemError,
     MemoryState,
-    interrupted,
     load_adapter,
     memory_disabled,
     memory_state,
@@ -20,6 +19,7 @@ from deltamem_fast import (
     save_adapter,
     unpatch_model,
 )
+from deltamem_fast.model import interrupted
 
 IDS = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(5))
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from deltamem_fast import load_adapter, patch_model, unpatch_model
-from deltamem_fast.adapter import ADAPTER_FILES, SAFETENSORS_NAME, adapter_state_dict, read_weights
+from deltamem_fast.adapter.files import ADAPTER_FILES, SAFETENSORS_NAME, adapter_state_dict, read_weights
 from deltamem_fast.config import CONFIG_NAME
 
 IDS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(7))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from support import loud_adapter, tiny_model
 
-from deltamem_fast import DeltaMemConfig, MemoryState, numba_backend, patch_model, reference
+from deltamem_fast import DeltaMemConfig, MemoryState, patch_model
 from deltamem_fast.inspection.replay import replay
+from deltamem_kernels.numba import ops as numba_backend
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
 BACKENDS = (reference, numba_backend)

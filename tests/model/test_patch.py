@@ -164,7 +164,7 @@ def test_a_failure_while_installing_is_undone(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("deltamem_fast.patch.generation_overrides", fail)
+    monkeypatch.setattr("deltamem_fast.model.patch.generation_overrides", fail)
     with pytest.raises(KeyboardInterrupt):
         patch_model(model)
     assert_unchanged(model, before)
@@ -400,7 +400,7 @@ def test_the_decoder_alone_can_be_patched(tmp_path):
 
 
 def test_the_backend_is_said_once(caplog, monkeypatch):
-    from deltamem_fast import backends
+    from deltamem_kernels import dispatch as backends
 
     monkeypatch.setattr(backends, "_said", set())
     monkeypatch.setattr(backends, "_loaded", {})

@@ -6,7 +6,7 @@ from support import loud_adapter, relative_error, tiny_model
 from transformers import DynamicCache
 
 from deltamem_fast import MemoryState, patch_model
-from deltamem_fast.sequences import sequence_starts
+from deltamem_fast.model.sequences import sequence_starts
 
 LENGTHS = [[7, 13], [4, 9, 7]]  # of the sequences in two rows
 IDS = torch.randint(3, 128, (2, 20), generator=torch.Generator().manual_seed(3))

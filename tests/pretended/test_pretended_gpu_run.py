@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 import pretended_cuda
 
-from deltamem_kernels.launch import interpreted
 from deltamem_kernels.layout import HeadLayout
+from deltamem_kernels.triton.launch import interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not interpreted(), reason="test_bench_gpu.py runs it in a process of its own")

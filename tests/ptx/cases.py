@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bench import problems
-from deltamem_fast import reference_heads
-from deltamem_kernels import heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
+from deltamem_kernels.reference import heads as reference_heads
+from deltamem_kernels.triton import heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
 
 
 @dataclass(frozen=True)

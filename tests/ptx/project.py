@@ -35,7 +35,7 @@ def prepare() -> None:
     cache = Path(tempfile.gettempdir()) / f"deltamem-emulated-ptx-{os.getuid()}"
     os.environ["TRITON_CACHE_DIR"] = os.environ.get("DELTAMEM_EMULATED_CACHE", str(cache))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "kernels"), str(ROOT / "tests" / "ptx")]
+    folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(ROOT / "tests" / "ptx")]
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
 
 
@@ -47,10 +47,12 @@ def pin(interpreted: bool) -> None:
 
 
 def modules() -> list:
-    """All modules of ``deltamem_kernels`` that can be imported."""
-    top = importlib.import_module("deltamem_kernels")
-    names = [info.name for info in pkgutil.walk_packages(top.__path__, "deltamem_kernels.")]
-    return [top, *(importlib.import_module(name) for name in names if not name.endswith("__main__"))]
+    """All modules of the Triton kernels."""
+    top = importlib.import_module("deltamem_kernels.triton")
+    return [
+        top,
+        *(importlib.import_module(info.name) for info in pkgutil.walk_packages(top.__path__, f"{top.__name__}.")),
+    ]
 
 
 def admit() -> None:

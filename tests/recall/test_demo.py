@@ -11,14 +11,14 @@ import torch
 from recall_weights import write_untrained_weights
 from safetensors.torch import load_file
 
-from deltamem_fast import demo
-from deltamem_fast.backends import resolve_backend
-from deltamem_fast.cli import main
-from deltamem_fast.demo import CHECKS, check_figures, failed_checks, run_demo
-from deltamem_fast.demo_text import format_demo
+from deltamem_fast.cli.main import main
+from deltamem_fast.recall import demo
+from deltamem_fast.recall.demo import CHECKS, check_figures, failed_checks, run_demo
+from deltamem_fast.recall.demo_text import format_demo
 from deltamem_fast.recall.proof import FACTS
 from deltamem_fast.recall.task import user
 from deltamem_fast.recall.weights import STRATEGIES, find_weights, load_backbone
+from deltamem_kernels.dispatch import resolve_backend
 
 COUNTS = [str(count) for count in FACTS]
 

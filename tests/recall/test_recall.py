@@ -11,18 +11,19 @@ from matplotlib.image import imread
 from recall_weights import CONFIGS, untrained_backbone
 
 from deltamem_fast import MemoryState, patch_model, segment_ids_from_messages, unpatch_model
-from deltamem_fast.inspection import heatmap
-from deltamem_fast.inspection.heatmap import Snapshot, draw_heat_map, heat_map_lines, png_size, style_of
-from deltamem_fast.recall import interactive, measure, revision, task, world
+from deltamem_fast.adapter.record import identity_of
+from deltamem_fast.inspection import pictures as heatmap
+from deltamem_fast.inspection.pictures import Snapshot, draw_heat_map, heat_map_lines, png_size, style_of
+from deltamem_fast.recall import hints as interactive
+from deltamem_fast.recall import measure, revision, task, world
 from deltamem_fast.recall.chats import answer, ask, encode, next_logits, tell
-from deltamem_fast.recall.interactive import converse, known_words, unknown_words
+from deltamem_fast.recall.hints import converse, known_words, unknown_words
 from deltamem_fast.recall.measure import CONDITIONS, draw_episode, recall
 from deltamem_fast.recall.proof import chance, draw_plan
 from deltamem_fast.recall.revision import draw_revision, revise
 from deltamem_fast.recall.story import draw_story, tell_facts, tell_revision
 from deltamem_fast.recall.tokenizer import build_tokenizer
 from deltamem_fast.recall.weights import STRATEGIES, find_weights, load_backbone
-from deltamem_fast.record import identity_of
 
 NAMES = {kind: (world.people, world.objects)[i] for i, kind in enumerate(world.KINDS)}
 

@@ -10,7 +10,7 @@ from tokenizers_for_tests import chatml_tokenizer, thinking_tokenizer, tokenizer
 from transformers import GenerationConfig, LogitsProcessorList
 
 from deltamem_fast import MemorySession, MemoryState, WriteResult, ingest, patch_model, retrieve
-from deltamem_fast.session.streaming import TextStream
+from deltamem_fast.text.thinking import TextStream
 
 THOUGHT = "<think>\n" + "Hm, the train. " * 12
 

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from deltamem_fast import MemorySession, MemoryState, memory_disabled
-from deltamem_fast.record import decoder_of
+from deltamem_fast.adapter.record import decoder_of
 
 STRATEGIES = tuple(CONFIGS)
 TALK = ("My dog is called Rex. He is old.", "Where did Ada go?", "She took the train; then she went home.", "And then?")
@@ -439,7 +439,7 @@ def test_off_is_the_bare_backbone_and_writes_nothing():
 
 
 def test_off_holds_for_the_turn_alone_and_not_for_who_reads_it():
-    from deltamem_fast.record import is_disabled
+    from deltamem_fast.adapter.record import is_disabled
 
     session = tiny_session(chatml_tokenizer())
     session.remembers = False

@@ -32,8 +32,8 @@ from deltamem_fast.errors import (
 )
 from deltamem_fast.session import saving
 from deltamem_fast.session.forgetting import places_of
-from deltamem_fast.session.settings import GENERATION
 from deltamem_fast.storage import snapshots
+from deltamem_fast.text.settings import GENERATION
 
 TOLD, ASKED = "My dog is called Rex. He is old.", "Where did Ada go?"
 

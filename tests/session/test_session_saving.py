@@ -11,8 +11,8 @@ from support import loud_adapter, relative_error, tiny_model
 from tokenizers_for_tests import chatml_tokenizer, mode_tokenizer, thinking_tokenizer
 
 from deltamem_fast import MemorySession, patch_model, unpatch_model
-from deltamem_fast.files import read_json
 from deltamem_fast.storage import snapshots
+from deltamem_fast.storage.files import read_json
 
 TALK = ("My dog is called Rex. He is old.", "Where did Ada go?", "She took the train; then she went home.", "And then?")
 SETTINGS = ({}, {"context_turns": 2}, {"context_tokens": 60}, {"system": "You are kind.", "context_turns": 2})

@@ -5,7 +5,7 @@ import torch
 from session_support import says, state_bits, tiny_session
 from tokenizers_for_tests import mode_tokenizer, thinking_tokenizer, tokenizer_with
 
-from deltamem_fast.session.streaming import TextStream, stream_tokens
+from deltamem_fast.text.thinking import TextStream, stream_tokens
 
 THOUGHT = "<think>\nAda went to the market; the train?\n</think>\n\nShe went home."
 

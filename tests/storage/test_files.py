@@ -15,18 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support import CASES, GOLDEN, golden_case, golden_model, loud_adapter, tiny_model
 
-from deltamem_fast import (
-    DeltaMemConfig,
-    export_adapter,
-    files,
-    load_adapter,
-    patch_model,
-    save_adapter,
-)
-from deltamem_fast.adapter import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
+from deltamem_fast import DeltaMemConfig, export_adapter, load_adapter, patch_model, save_adapter
+from deltamem_fast.adapter.files import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
 from deltamem_fast.config import CONFIG_NAME
 from deltamem_fast.errors import ArgumentError, FileAccessError, FileFormatError, FileMissingError, WrongPathKindError
-from deltamem_fast.files import write_text
+from deltamem_fast.storage import files
+from deltamem_fast.storage.files import write_text
 from deltamem_fast.training import ExampleFiles, TrainingOptions
 from deltamem_fast.training.log import TrainingLog
 
@@ -356,7 +350,7 @@ def test_an_adapter_goes_from_one_head_to_another(tmp_path):
 
 @pytest.mark.parametrize("name", ("ours", "released"))
 def test_adapters_written_by_the_version_before_are_read(name, tmp_path):
-    made = runpy.run_path(str(Path(__file__).parent / "written_before" / "adapters" / "make.py"))
+    made = runpy.run_path(str(Path(__file__).parents[1] / "written_before" / "adapters" / "make.py"))
     expected = patch_model(made["model"](), made["config"]())
     made["fill"](expected.model.layers[1].self_attn.delta_memory)
     model = patch_model(made["model"](), made["HERE"] / name)

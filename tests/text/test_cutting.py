@@ -8,9 +8,9 @@ import torch
 from support import loud_adapter, tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryState, ingest, patch_model
-from deltamem_fast.cutting import pieces_of
-from deltamem_fast.record import decoder_of
-from deltamem_fast.texts import encode_text
+from deltamem_fast.adapter.record import decoder_of
+from deltamem_fast.text.cutting import pieces_of
+from deltamem_fast.text.encode import encode_text
 
 TEXTS = {
     "chinese": "艾达去了市场。她坐了火车，然后回家了！我的狗在哪里？" * 12,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamem_fast.config import GRANULARITIES
-from deltamem_fast.segments import segment_ids_from_messages, sentence_spans
+from deltamem_fast.text.segments import segment_ids_from_messages, sentence_spans
 
 CHATML_MODELS = (made.chatml_tokenizer, made.default_system_tokenizer, made.thinking_tokenizer, made.mode_tokenizer)
 ALL = (*CHATML_MODELS, made.trimmed_tokenizer)

@@ -12,7 +12,7 @@ import torch
 from tokenizers_for_tests import chatml_tokenizer
 from training_support import recall_lines, small_model, steps_in, weights_in, write_lines
 
-from deltamem_fast.cli import main
+from deltamem_fast.cli.main import main
 from deltamem_fast.training import read_log
 
 WORKER = Path(__file__).parent / "train_worker.py"

@@ -20,7 +20,7 @@ from training_support import (
 )
 
 from deltamem_fast import DeltaMemConfig, load_adapter, patch_model, save_adapter
-from deltamem_fast.adapter import SAFETENSORS_NAME
+from deltamem_fast.adapter.files import SAFETENSORS_NAME
 from deltamem_fast.config import CONFIG_NAME
 from deltamem_fast.errors import FileFormatError
 from deltamem_fast.training import TrainingOptions, draw_curves, read_log, train

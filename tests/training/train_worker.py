@@ -21,7 +21,7 @@ def pretend_a_gpu() -> None:
 if __name__ == "__main__":
     import torch
 
-    from deltamem_fast.cli import main
+    from deltamem_fast.cli.main import main
 
     torch.set_num_threads(1)
     if sys.argv[1] == "fsdp":

@@ -20,8 +20,8 @@ import types
 
 import numpy as np
 
-from . import numba_loops
-from .numba_loops import (
+from . import loops as numba_loops
+from .loops import (
     _EPS,
     _ONE,
     _OPTIONS,
@@ -36,7 +36,7 @@ from .numba_loops import (
     _tanh,
     _unit,
 )
-from .numba_machine import changed, njit
+from .machine import changed, njit
 
 # The walk back runs the same instructions for every token too, so its sums over i may also be reordered.
 _REORDERED = _OPTIONS | {"fastmath": {"contract", "reassoc"}}

@@ -8,13 +8,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from deltamem_kernels.layout import HeadLayout, Steering, check_heads
-from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
-
-from . import reference_heads
-from .numba_backend import checked_slots
-from .numba_rows import BLOCK, row_loop, turn_loop
-from .numba_threads import on_threads, threads_for
+from ..layout import HeadLayout, Steering, check_heads
+from ..reference import heads as reference_heads
+from ..rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
+from .ops import checked_slots
+from .rows import BLOCK, row_loop, turn_loop
+from .threads import on_threads, threads_for
 
 # Rows whose Δo may lie there through the attention; those of a longer prompt are made behind it, at a higher price, for
 # there they might be what its peak memory consists of.

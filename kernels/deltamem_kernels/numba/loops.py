@@ -13,7 +13,7 @@ import types
 
 import numpy as np
 
-from .numba_machine import changed, fma, njit, publish
+from .machine import changed, fma, njit, publish
 
 STANDARD, LAMBDA_OUTSIDE, NO_LAMBDA = 0, 1, 2
 BLOCK = 64

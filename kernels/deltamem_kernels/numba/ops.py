@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import torch
 
-from deltamem_kernels.rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
+from deltamem_fast.errors import ArgumentIndexError
 
-from . import reference
-from .errors import ArgumentIndexError
-from .numba_backward import backward_loops
-from .numba_loops import BLOCK, loops
+from ..reference import recurrence as reference
+from ..rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
+from .backward import backward_loops
+from .loops import BLOCK, loops
 
 # The loops read and write float32, whatever PyTorch's default dtype and device are just now.
 _FLOAT = {"dtype": torch.float32, "device": "cpu"}

@@ -11,9 +11,9 @@ import functools
 import numpy as np
 from numba import carray, types
 
-from . import numba_loops
-from .numba_loops import _ONE, _OPTIONS, _PART, _ZERO, BLOCK, read_sequences, scan_sequences
-from .numba_machine import bytes_, changed, floats, fma, integers, long_integers, njit, pause, seen, take
+from . import loops as numba_loops
+from .loops import _ONE, _OPTIONS, _PART, _ZERO, BLOCK, read_sequences, scan_sequences
+from .machine import bytes_, changed, floats, fma, integers, long_integers, njit, pause, seen, take
 
 # The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
 TABLE = (

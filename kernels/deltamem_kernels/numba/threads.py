@@ -17,7 +17,7 @@ from numba import cfunc, types
 from numba.core.types.function_type import CompileResultWAP
 from numba.extending import intrinsic
 
-from .numba_machine import WORD, words_at
+from .machine import WORD, words_at
 
 
 def _call_with(count: int):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from deltamem_kernels.layout import HeadLayout, Steering, check_heads
-from deltamem_kernels.rule import DeltaRule
-
-from .reference import read, step
+from ..layout import HeadLayout, Steering, check_heads
+from ..rule import DeltaRule
+from .recurrence import read, step
 
 _ORDER = "qkvo"
 

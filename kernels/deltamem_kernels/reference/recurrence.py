@@ -14,9 +14,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from deltamem_kernels.rule import DeltaRule, ScanOutput, check_arguments
+from deltamem_fast.errors import ArgumentError
 
-from .errors import ArgumentError
+from ..rule import DeltaRule, ScanOutput, check_arguments
 
 EPS = 1e-6
 UNDIVIDED = 64  # tokens of a row whose graph is kept whole

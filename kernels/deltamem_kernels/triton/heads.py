@@ -16,22 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import ArgumentError
+from ..layout import HeadLayout, Steering, check_heads
+from ..rule import DeltaRule, check_arguments, check_together
 from . import launch as _launch
-from .columns import (
-    direction,
-    dot,
-    dot_rows,
-    gates,
-    load_bias,
-    load_vector,
-    load_write,
-    lost,
-    owned,
-    sigmoid,
-    state_pointers,
-    written,
-)
-from .errors import ArgumentError
 from .launch import (
     MOST_REGISTERS,
     check_device,
@@ -48,8 +36,20 @@ from .launch import (
     tile,
     whole_keys,
 )
-from .layout import HeadLayout, Steering, check_heads
-from .rule import DeltaRule, check_arguments, check_together
+from .primitives import (
+    direction,
+    dot,
+    dot_rows,
+    gates,
+    load_bias,
+    load_vector,
+    load_write,
+    lost,
+    owned,
+    sigmoid,
+    state_pointers,
+    written,
+)
 
 TOKENS = 16  # tokens of a tile of ``steer_heads_``: the least that fills a matrix instruction
 HEADS_IN_TURN = 8  # heads that a program of it takes one after another, cosines and sines staying

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import torch
 import triton
 
-from .errors import ArgumentError, ArgumentTypeError
-from .rule import DeltaRule
+from ..errors import ArgumentError, ArgumentTypeError
+from ..rule import DeltaRule
 
 # A warp on AMD's data-centre cards is 64 threads wide. A program of the recurrence gives one thread one column.
 WARP = 64 if torch.version.hip else 32

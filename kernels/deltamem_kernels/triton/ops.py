@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
+from ..layout import HeadLayout, Steering, check_heads
+from ..rule import DeltaRule, ScanOutput, check_arguments
 from . import heads as _heads
 from . import read as _read
 from . import read_backward as _read_backward
@@ -19,9 +22,6 @@ from . import scan_backward as _scan_backward
 from . import steer as _steer
 from . import steer_backward as _steer_backward
 from . import step as _step
-from .errors import ArgumentError
-from .layout import HeadLayout, Steering, check_heads
-from .rule import DeltaRule, ScanOutput, check_arguments
 
 
 # A DeltaRule, flat. Its mode is called ``update`` here: an operator that mutates cannot have an argument "mode",
@@ -355,7 +355,7 @@ def scan(
     slots: Tensor | None = None,
     checkpoint_every: int = 0,
 ) -> ScanOutput:
-    """``deltamem_kernels.scan.scan``, differentiable in projections, gate_bias and state, and compilable."""
+    """``deltamem_kernels.triton.scan.scan``, differentiable in projections, gate_bias and state, and compilable."""
     if _direct(projections, gate_bias, state):
         return _scan.scan(
             projections, gate_bias, state, rule,
@@ -379,7 +379,7 @@ def read(
     mask: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """``deltamem_kernels.read.read``, differentiable in projections and state, and compilable."""
+    """``deltamem_kernels.triton.read.read``, differentiable in projections and state, and compilable."""
     if _direct(projections, state):
         return _read.read(projections, state, rule, mask=mask, slots=slots)
     return read_op(projections, state, *_flat(rule), mask, slots)
@@ -395,7 +395,7 @@ def step(
     slots: Tensor | None = None,
     skipped: Tensor | None = None,
 ) -> Tensor:
-    """``deltamem_kernels.step.step``, compilable. Not differentiable: the state is changed in place."""
+    """``deltamem_kernels.triton.step.step``, compilable. Not differentiable: the state is changed in place."""
     if not torch.compiler.is_compiling():
         with torch.no_grad():
             return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots, skipped=skipped)
@@ -414,7 +414,7 @@ def steer(
     eps: float = 1e-6,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``deltamem_kernels.steer.steer``, compilable, and without ``out`` differentiable in every tensor."""
+    """``deltamem_kernels.triton.steer.steer``, compilable, and without ``out`` differentiable in every tensor."""
     if _direct(base, reads, weight, norm_weight):
         return _steer.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps, out=out)
     if out is None:
@@ -434,7 +434,7 @@ def delta(
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """``deltamem_kernels.steer.delta``, compilable. Not differentiable."""
+    """``deltamem_kernels.triton.steer.delta``, compilable. Not differentiable."""
     if not torch.compiler.is_compiling():
         with torch.no_grad():
             return _steer.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
@@ -451,7 +451,7 @@ def steer_heads_(
     *,
     check: bool = True,
 ) -> None:
-    """``deltamem_kernels.heads.steer_heads_``, compilable. Not differentiable."""
+    """``deltamem_kernels.triton.heads.steer_heads_``, compilable. Not differentiable."""
     if not torch.compiler.is_compiling():
         with torch.no_grad():
             return _heads.steer_heads_(packed, reads, layout, steering, cos, sin, check=check)
@@ -477,7 +477,7 @@ def decode_(
     check: bool = True,
     prepared: dict | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``deltamem_kernels.heads.decode_``, compilable. Not differentiable."""
+    """``deltamem_kernels.triton.heads.decode_``, compilable. Not differentiable."""
     if not torch.compiler.is_compiling():
         with torch.no_grad():
             return _heads.decode_(

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..rule import DeltaRule, check_arguments
 from . import launch as _launch
-from .columns import columns, direction, dot, load_flag, load_vector, owned, state_pointers
 from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, tile, whole_keys
-from .rule import DeltaRule, check_arguments
+from .primitives import columns, direction, dot, load_flag, load_vector, owned, state_pointers
 from .scan import LOOK_WIDTH, find_flags
 
 

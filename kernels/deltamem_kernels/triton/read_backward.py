@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..rule import DeltaRule, check_arguments
 from . import launch as _launch
-from .columns import across, columns, direction, direction_backward, group_sum, load_vector, owned, state_pointers
 from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, whole_keys
-from .rule import DeltaRule, check_arguments
+from .primitives import across, columns, direction, direction_backward, group_sum, load_vector, owned, state_pointers
 from .scan import find_flags
 from .scan_backward import check_gradient, choose_spacing, scatter_rows, token_tile
 

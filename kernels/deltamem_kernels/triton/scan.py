@@ -26,8 +26,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import ArgumentError
+from ..rule import DeltaRule, ScanOutput, check_arguments
 from . import launch as _launch
-from .columns import (
+from .launch import (
+    check_device,
+    check_reach,
+    float32_only,
+    half_or_single,
+    launch,
+    next_power_of_two,
+    rule_flags,
+    state_strides,
+    tile,
+)
+from .primitives import (
     columns,
     direction,
     dot,
@@ -43,19 +56,6 @@ from .columns import (
     written,
     zero_or_nan,
 )
-from .errors import ArgumentError
-from .launch import (
-    check_device,
-    check_reach,
-    float32_only,
-    half_or_single,
-    launch,
-    next_power_of_two,
-    rule_flags,
-    state_strides,
-    tile,
-)
-from .rule import DeltaRule, ScanOutput, check_arguments
 
 SHORT = 128  # tokens up to which one launch beats three
 CHUNKED_RANK = 16  # a chunk's map has r³ numbers; above this rank they outweigh the tokens

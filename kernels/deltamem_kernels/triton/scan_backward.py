@@ -30,8 +30,23 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import ArgumentError
+from ..rule import DeltaRule, check_arguments, check_together
 from . import launch as _launch
-from .columns import (
+from .launch import (
+    MOST_REGISTERS,
+    check_device,
+    check_reach,
+    dense_state,
+    float32_only,
+    half_or_single,
+    launch,
+    next_power_of_two,
+    rule_flags,
+    state_strides,
+    tile,
+)
+from .primitives import (
     across,
     columns,
     direction,
@@ -48,21 +63,6 @@ from .columns import (
     state_pointers,
     written,
 )
-from .errors import ArgumentError
-from .launch import (
-    MOST_REGISTERS,
-    check_device,
-    check_reach,
-    dense_state,
-    float32_only,
-    half_or_single,
-    launch,
-    next_power_of_two,
-    rule_flags,
-    state_strides,
-    tile,
-)
-from .rule import DeltaRule, check_arguments, check_together
 from .scan import CHUNKED_RANK, MAP_WARPS, carry, choose_chunk, chunk_table, find_flags
 
 

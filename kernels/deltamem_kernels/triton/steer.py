@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import ArgumentError
+from ..rule import check_together
 from . import launch as _launch
-from .columns import dot_rows
-from .errors import ArgumentError
 from .launch import check_device, check_reach, half_or_single, launch, matrix_precision, next_power_of_two
-from .rule import check_together
+from .primitives import dot_rows
 
 
 @triton.jit

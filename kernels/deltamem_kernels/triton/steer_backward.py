@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import ArgumentError
+from ..rule import check_together
 from . import launch as _launch
-from .errors import ArgumentError
 from .launch import check_device, check_reach, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
-from .rule import check_together
 from .steer import batch_time
 
 SPLITS = 128  # sums over tokens that are added at last: a fixed number, so the same bits on every device

@@ -12,8 +12,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ..errors import ArgumentError
+from ..rule import DeltaRule, check_arguments, check_together
 from . import launch as _launch
-from .columns import (
+from .launch import (
+    check_device,
+    check_reach,
+    float32_only,
+    half_or_single,
+    launch,
+    next_power_of_two,
+    rule_flags,
+    state_strides,
+    tile,
+)
+from .primitives import (
     direction,
     dot,
     gates,
@@ -27,19 +40,6 @@ from .columns import (
     state_pointers,
     written,
 )
-from .errors import ArgumentError
-from .launch import (
-    check_device,
-    check_reach,
-    float32_only,
-    half_or_single,
-    launch,
-    next_power_of_two,
-    rule_flags,
-    state_strides,
-    tile,
-)
-from .rule import DeltaRule, check_arguments, check_together
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if INTERPRETED:
     import torch
@@ -23,7 +23,7 @@ if INTERPRETED:
 def poison(monkeypatch):
     from kernel_properties import poisoned
 
-    from deltamem_kernels import launch
+    from deltamem_kernels.triton import launch
 
     monkeypatch.setattr(launch, "empty", poisoned)
 

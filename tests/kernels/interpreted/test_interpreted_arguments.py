@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from deltamem_kernels import rule as checks
-from deltamem_kernels.heads import decode_, steer_heads_
 from deltamem_kernels.layout import HeadLayout
-from deltamem_kernels.read import read
-from deltamem_kernels.read_backward import read_backward
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.scan import scan
-from deltamem_kernels.scan_backward import scan_backward
-from deltamem_kernels.steer import delta, steer
-from deltamem_kernels.steer_backward import steer_backward
-from deltamem_kernels.step import step
+from deltamem_kernels.triton.heads import decode_, steer_heads_
+from deltamem_kernels.triton.read import read
+from deltamem_kernels.triton.read_backward import read_backward
+from deltamem_kernels.triton.scan import scan
+from deltamem_kernels.triton.scan_backward import scan_backward
+from deltamem_kernels.triton.steer import delta, steer
+from deltamem_kernels.triton.steer_backward import steer_backward
+from deltamem_kernels.triton.step import step
 
 RULE = DeltaRule(4, 2)
 LAYOUT = HeadLayout(2, 1, 1, 16, 16)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_interpreted_scan import DTYPES, RULES, SEEDS
 
-from deltamem_kernels import read_backward, steer_backward
-from deltamem_kernels import scan_backward as kernel
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.triton import read_backward, steer_backward
+from deltamem_kernels.triton import scan_backward as kernel
 
 # Tokens of a chunk (0: one), of a block, of a part: several of each, and none of several.
 WAYS = [(0, (2, 2)), (0, (4, 1)), (2, (2, 1)), (4, (2, 2)), (4, (4, 2))]
@@ -155,7 +155,7 @@ def test_steer_of_wide_reads():
 
 def on_meta(rule, length, monkeypatch, packed=False):
     """What scan_backward allocates and launches, from tensors that hold no numbers: the host cannot look at them."""
-    from deltamem_kernels import launch
+    from deltamem_kernels.triton import launch
 
     monkeypatch.setattr(launch, "empty", torch.empty)
     monkeypatch.setattr(launch, "recorded", recorded := [])

@@ -5,10 +5,10 @@ import pytest
 import torch
 from kernel_properties import random_problem
 
-from deltamem_kernels import ops
-from deltamem_kernels.heads import decode_, steer_heads_
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.triton import ops
+from deltamem_kernels.triton.heads import decode_, steer_heads_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(16, 16), (16, 8), (16, 0), (24, 24), (24, 8), (128, 128)]

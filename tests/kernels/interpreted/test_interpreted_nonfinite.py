@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deltamem_fast import reference
-from deltamem_kernels import heads, ops, scan, step
 from deltamem_kernels.layout import HeadLayout, Steering
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.triton import heads, ops, scan, step
 
 # One program for all columns, several rows in one, several tiles of one row; chunks.
 CASES = [

@@ -4,9 +4,9 @@ import kernel_properties as properties
 import pytest
 import torch
 
-from deltamem_fast import reference
-from deltamem_kernels import ops
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.triton import ops
 
 RULE = DeltaRule(3, 2, coupled=False)
 

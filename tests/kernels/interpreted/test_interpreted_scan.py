@@ -8,9 +8,9 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamem_kernels import scan as kernel
-from deltamem_kernels.columns import sigmoid, tanh
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.triton import scan as kernel
+from deltamem_kernels.triton.primitives import sigmoid, tanh
 
 CHUNK = 3
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
@@ -175,7 +175,7 @@ def test_chunk_choice():
 @pytest.mark.parametrize("heads", [1, 4])
 def test_depth_and_maps(rank, heads, monkeypatch):
     """Depth grows as √T, and nothing that is allocated outweighs the tokens by T r."""
-    from deltamem_kernels import launch
+    from deltamem_kernels.triton import launch
 
     monkeypatch.setattr(launch, "empty", torch.empty)
     rule = DeltaRule(rank, heads)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from test_interpreted_scan import DTYPES, RULES, SEEDS
 
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.steer import steer
-from deltamem_kernels.step import step
+from deltamem_kernels.triton.steer import steer
+from deltamem_kernels.triton.step import step
 
 
 @given(RULES, DTYPES, SEEDS, st.integers(1, 3), st.booleans())

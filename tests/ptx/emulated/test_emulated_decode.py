@@ -7,10 +7,10 @@ import pytest
 import torch
 from kernel_properties import random_problem
 
-from deltamem_kernels.heads import decode_
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.step import step
+from deltamem_kernels.triton.heads import decode_
+from deltamem_kernels.triton.step import step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [  # rank, heads, dtype, (dim, rotary), corrected heads, parts, norm, raw scales

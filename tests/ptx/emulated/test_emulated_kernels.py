@@ -5,9 +5,9 @@ import kernel_properties as properties
 import pytest
 import torch
 
-from deltamem_kernels import steer_backward
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.triton import steer_backward
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 RULES = {

@@ -1,6 +1,6 @@
 """Wrote the adapters beside this file with the version of commit da92e0d (its packages on PYTHONPATH).
 
-``tests/test_files.py`` takes the model and the numbers from here and reads the files with today's version.
+``tests/storage/test_files.py`` takes the model and the numbers from here and reads the files with today's version.
 """
 
 from pathlib import Path

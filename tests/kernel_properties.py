@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from deltamem_fast import reference
-from deltamem_kernels import scan as kernel
-from deltamem_kernels.read import read
-from deltamem_kernels.read_backward import read_backward
+from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.scan_backward import scan_backward
-from deltamem_kernels.steer_backward import steer_backward
-from deltamem_kernels.step import step
+from deltamem_kernels.triton import scan as kernel
+from deltamem_kernels.triton.read import read
+from deltamem_kernels.triton.read_backward import read_backward
+from deltamem_kernels.triton.scan_backward import scan_backward
+from deltamem_kernels.triton.steer_backward import steer_backward
+from deltamem_kernels.triton.step import step
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -246,7 +246,7 @@ def check_step(rule, x, bias, state, mask, slots=None):
 
 
 def check_steer(base, reads, weight, scale, norm_weight=None):
-    from deltamem_kernels.steer import steer
+    from deltamem_kernels.triton.steer import steer
 
     given = [t.cpu() if t is not None else None for t in (base, reads, weight)]
     norm = None if norm_weight is None else norm_weight.cpu()

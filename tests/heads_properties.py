@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from deltamem_fast import reference_heads as reference
-from deltamem_kernels.heads import decode_, steer_heads_
 from deltamem_kernels.layout import HeadLayout, Steering
-from deltamem_kernels.read import read
+from deltamem_kernels.reference import heads as reference
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.step import step
+from deltamem_kernels.triton.heads import decode_, steer_heads_
+from deltamem_kernels.triton.read import read
+from deltamem_kernels.triton.step import step
 
 
 def random_steering(layout: HeadLayout, width, which="qo", normed=True, raws=0, outputs=20, dtype=torch.float32,

@@ -10,7 +10,7 @@ from support import tiny_model
 from tokenizers_for_tests import chatml_tokenizer
 
 from deltamem_fast import DeltaMemConfig
-from deltamem_fast.adapter import SAFETENSORS_NAME
+from deltamem_fast.adapter.files import SAFETENSORS_NAME
 from deltamem_fast.training import TrainingOptions, read_log, train
 
 

@@ -11,11 +11,11 @@ from support import Says, loud_adapter, tiny_model
 from transformers import LogitsProcessorList
 
 from deltamem_fast import DeltaMemConfig, MemorySession, patch_model
+from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.recall.weights import find_weights, load_backbone
-from deltamem_fast.record import identity_of
 from deltamem_fast.storage import snapshots
 
-WRITTEN_BEFORE = Path(__file__).parents[1] / "written_before"
+WRITTEN_BEFORE = Path(__file__).parent / "written_before"
 
 CONFIGS = {
     "tsw": DeltaMemConfig.tsw(),

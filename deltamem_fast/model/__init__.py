@@ -1,0 +1,1 @@
+"""The patched model: its forward, its attention, its cache, its generate."""

@@ -1,0 +1,1 @@
+"""The operators as compiled loops for a CPU."""

@@ -1,0 +1,1 @@
+"""The operators in plain PyTorch: what every other implementation is compared with."""
