@@ -25,8 +25,11 @@ import torch
 from ..adapter.record import describe_difference, identity_of
 from ..arguments import MOST, MOST_64, check_integer
 from ..errors import ArgumentError, ArgumentKeyError, ArgumentTypeError, DeltaMemError, FileFormatError, PathExistsError
-from ..storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids
-from ..storage.files import as_path, make_directory, naming_files, read_json, read_metadata, write_json
+from ..storage.bank_entries import BankEntry
+from ..storage.bank_ids import BankConflict, check_id, check_ids
+from ..storage.bank_store import BankStore
+from ..storage.files import as_path, make_directory, naming_files, read_json, write_json
+from ..storage.tensors import read_metadata
 from .state import MemoryState, load_memory, place_of
 
 __all__ = ["BankConflict", "BankEntry", "MemoryBank"]

@@ -18,7 +18,8 @@ from ..memory.file import whole_counts
 from ..memory.state import MemoryState
 from ..model.cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
 from ..storage import snapshots
-from ..storage.files import Header, as_path, parse_json, parse_tensors, save_tensors
+from ..storage.files import as_path, parse_json
+from ..storage.tensors import Header, parse_tensors, save_tensors
 from ..text.encode import vocabulary_size
 from ..text.settings import check_generation, check_template
 from .blocks import Block
