@@ -9,7 +9,8 @@ from contextlib import closing, contextmanager
 import pytest
 from bank_support import add_one, check_file, counts, finish, open_store, sealed, start, unsealed
 
-from deltamem_fast.storage.bank_store import BankConflict, BankStore
+from deltamem_fast.storage.bank_file import BankFile
+from deltamem_fast.storage.bank_store import BankConflict
 
 
 @pytest.fixture
@@ -88,17 +89,17 @@ def test_many_make_the_same_file(path, attempt):
 
 
 def test_who_comes_second_to_make_it_opens_it(path, monkeypatch):
-    turn = BankStore._turn
+    turn = BankFile.turn
 
     @contextmanager
     def after_another(self):
-        monkeypatch.setattr(BankStore, "_turn", turn)
+        monkeypatch.setattr(BankFile, "turn", turn)
         with closing(open_store(path, 64)) as other:
             add_one(other, ["a"])
         with turn(self):
             yield
 
-    monkeypatch.setattr(BankStore, "_turn", after_another)
+    monkeypatch.setattr(BankFile, "turn", after_another)
     with closing(open_store(path, 64)) as store:
         assert counts(store, ["a"]) == [1]
 
