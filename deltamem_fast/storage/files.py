@@ -305,7 +305,7 @@ def parse_json(data: bytes | str, path: str | os.PathLike, name: str = "") -> di
     where = f"{name}: {path}" if name else f"{path}"
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=unique_keys)
     except RecursionError:
         raise FileFormatError(f"{where}: not JSON: nested too deeply") from None
     except ValueError as error:
@@ -326,10 +326,13 @@ def _finite(text: str) -> float:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """For ``json.loads``: an object from its pairs; raises ValueError for a key that stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"a key comes twice in an object of {', '.join(sorted(found)[:8])!r:.200}")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice!r:.80} stands there twice, allowed once")
     return found
 
 

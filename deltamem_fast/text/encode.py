@@ -66,12 +66,17 @@ def plain_content(content: Any, name: str) -> str:
             f"{name}: got content of type {type(content).__name__}, allowed a str or a list of parts"
         )
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if not is_text_part(part):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise ArgumentError(
                 f'{name}: got a content part of type {kind!r:.80}, allowed {{"type": "text", "text": "…"}} only'
             )
     return "\n".join(part["text"] for part in content)
+
+
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a message's content is ``{"type": "text", "text": "…"}``."""
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def vocabulary_size(model) -> int:
