@@ -108,6 +108,16 @@ class MemoryState:
         return counters.sum(0, dtype=torch.int64).clamp(max=MOST).to(torch.int32)
 
     @property
+    def identity(self):
+        """Of the adapter and backbone that this memory was made under; None: it was made without a model."""
+        return self._identity
+
+    @property
+    def broken(self) -> str:
+        """Why this memory no longer fits its cache or graph, or ""."""
+        return self._broken
+
+    @property
     def ids(self) -> list[str | None]:
         """Of each row the id under which a MemoryBank has it, or None where it came from no bank."""
         return [None if row is None else row[0] for row in self._rows or (None,) * self.batch_size]
@@ -342,6 +352,10 @@ class MemoryState:
         else:
             self._layers[layer_idx] = state.detach() if in_place else state
 
+    def counter(self, layer_idx: int) -> torch.Tensor:
+        """A layer's live count of tokens that were not written, int32 [B]; see ``skipped``."""
+        return self._skipped[layer_idx]
+
     def _count(self, layer_idx: int, more: torch.Tensor) -> None:
         """Add to a layer's count of skipped tokens."""
         counter = self._skipped[layer_idx]
@@ -439,6 +453,17 @@ class MemoryState:
                 message names both, and what differs.
         """
         return load_memory(path, model, adopt, kind=cls)[0]
+
+    # --- the rows of a MemoryBank
+
+    @property
+    def bank_rows(self) -> tuple[tuple[str, int, str] | None, ...]:
+        """Of each row the (id, version, bank's name) that a MemoryBank gathered it at, or None."""
+        return self._rows or (None,) * self.batch_size
+
+    def name_rows(self, rows: Iterable[tuple[str, int, str]]) -> None:
+        """Say of all rows which of a MemoryBank they are; see ``bank_rows``."""
+        self._rows = tuple(rows)
 
 
 def load_memory(
