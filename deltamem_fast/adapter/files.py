@@ -29,9 +29,11 @@ from ..storage.files import (
     seal,
     write_atomically,
 )
+from .identity import new_token
 from .layer import DeltaMemory
-from .record import identity_of, new_token, record_of, unwrap
+from .record import identity_of, record_of
 from .released_file import read_released
+from .wrappers import unwrap
 
 RELEASED_NAME = "delta_mem_adapter.pt"
 SAFETENSORS_NAME = "delta_mem_adapter.safetensors"

@@ -22,7 +22,8 @@ from typing import NoReturn
 import numpy
 import torch
 
-from ..adapter.record import describe_difference, identity_of
+from ..adapter.identity import describe_difference
+from ..adapter.record import identity_of
 from ..arguments import MOST, MOST_64, check_integer
 from ..errors import ArgumentError, ArgumentKeyError, ArgumentTypeError, DeltaMemError, FileFormatError, PathExistsError
 from ..storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.record import unwrap
+from ..adapter.wrappers import unwrap
 from ..arguments import check_text
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError

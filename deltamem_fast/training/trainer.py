@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..adapter.files import adapter_state_dict, write_adapter
-from ..adapter.record import identity_of, unwrap
+from ..adapter.record import identity_of
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..memory.watch import GateRecord
