@@ -56,7 +56,7 @@ test-transformers: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m bench.readme --check
 	$(BIN)/python -m bench.recall readme --check
 	$(BIN)/python -m bench.holding readme --check

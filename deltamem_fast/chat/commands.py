@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..adapter.record import unwrap
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..session import MemorySession
 from ..text.answering import DEFAULT_NEW_TOKENS

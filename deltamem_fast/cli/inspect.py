@@ -153,7 +153,8 @@ def _load(arguments: argparse.Namespace):
 
 def _shipped(arguments: argparse.Namespace, file: MemoryFile):
     """The demo's backbone with the adapter that the file was made with; an error that names the right one if none."""
-    from ..adapter.record import describe_difference, identity_of
+    from ..adapter.identity import describe_difference
+    from ..adapter.record import identity_of
     from ..inspection.model_info import load_patched
     from ..model.loading import bars, load_tokenizer
     from ..model.patch import patch_model, unpatch_model

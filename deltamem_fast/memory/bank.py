@@ -21,7 +21,8 @@ from typing import NoReturn
 import numpy
 import torch
 
-from ..adapter.record import describe_difference, identity_of
+from ..adapter.identity import describe_difference
+from ..adapter.record import identity_of
 from ..arguments import MOST, MOST_64, check_integer
 from ..errors import ArgumentError, ArgumentKeyError, ArgumentTypeError, FileFormatError, PathExistsError
 from ..storage.bank_entries import BankEntry

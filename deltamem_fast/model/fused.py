@@ -18,7 +18,8 @@ from deltamem_kernels.rule import DeltaRule
 
 from ..adapter.layer import DeltaMemory
 from ..memory.state import written
-from .update import MemoryCall, advance
+from .call import MemoryCall
+from .update import advance
 
 
 def fused_forward(

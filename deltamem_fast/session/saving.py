@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..adapter.record import decoder_of, describe_difference, identity_of, unwrap
+from ..adapter.identity import describe_difference
+from ..adapter.record import identity_of
+from ..adapter.wrappers import decoder_of, unwrap
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
 from ..memory.file import whole_counts
 from ..memory.state import MemoryState

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..adapter.record import input_device, is_disabled, unwrap
+from ..adapter.record import is_disabled
+from ..adapter.wrappers import input_device, unwrap
 from ..memory.state import MemoryState
 from ..model.cache import is_outdated
 from ..text.answering import warn_if_cut_off

@@ -16,7 +16,8 @@ from torch import nn
 from ..adapter.card import short_names
 from ..adapter.files import AdapterSource, load_adapter, read_adapter
 from ..adapter.fingerprints import backbone_name, hub_id
-from ..adapter.record import is_patched, unwrap
+from ..adapter.record import is_patched
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..model.patch import patch_model
 from ..notices import logger

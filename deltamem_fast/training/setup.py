@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..adapter.layer import DeltaMemory
-from ..adapter.record import PatchRecord, record_of, unwrap
+from ..adapter.record import PatchRecord, record_of
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..model.patch import computing_dtype
 

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..adapter.files import adapter_state_dict, write_adapter
-from ..adapter.record import identity_of, unwrap
+from ..adapter.record import identity_of
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..memory.watch import GateRecord
@@ -43,7 +44,7 @@ class EpisodeModel(nn.Module):
         self.model = model
         self.gate_weight, self.gate_target = gate_weight, gate_target
         self.config = model.config
-        self._no_split_modules = unwrap(model)._no_split_modules  # noqa: SLF001 (accelerate looks for it under this name)
+        self._no_split_modules = unwrap(model)._no_split_modules
 
     def forward(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """The losses of an episode batch.
@@ -374,5 +375,5 @@ def training_arguments(options: TrainingOptions, steps: int, evaluates: bool) ->
     )
     if arguments.n_gpu > 1:
         # Several GPUs in one process would get torch's DataParallel, which copies the model in every forward.
-        arguments._n_gpu = 1  # noqa: SLF001 (there is no argument for it)
+        arguments._n_gpu = 1
     return arguments

@@ -575,7 +575,7 @@ def test_a_row_of_another_bank_is_not_stored_under_the_same_id(bank, model, tmp_
 def test_a_count_that_passes_its_end_stays_readable(bank, model, tmp_path):
     memory = MemoryState.zeros(model, 2)
     memory._skipped[0][1] = 2**31 - 1
-    memory._count(0, torch.tensor([3, 1], dtype=torch.int32))
+    memory.count(0, torch.tensor([3, 1], dtype=torch.int32))
     memory._skipped[1][1] = 5
     assert memory.skipped.tolist() == [3, 2**31 - 1]
     bank.commit(["a", "b"], memory)
