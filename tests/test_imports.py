@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,13 @@ except AttributeError as error:
     print(error)
 """
     assert run(code) == "module 'deltamem_fast' has no attribute 'no_such_name'"
+
+
+def test_of_the_storage_tensors_alone_needs_torch():
+    names = {f"deltamem_fast.storage.{path.stem}" for path in (ROOT / "deltamem_fast/storage").glob("[a-z]*.py")}
+    names.remove("deltamem_fast.storage.tensors")
+    code = f"import sys, {', '.join(names)}; print(*sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
+    assert run(code) == ""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (listed,) = (contract["source_modules"] for contract in contracts if "torch" in contract["forbidden_modules"])
+    assert set(listed) == names, "the contract names each of them"

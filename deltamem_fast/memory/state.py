@@ -489,6 +489,17 @@ class MemoryState:
         """
         return load_memory(path, model, adopt, kind=cls)[0]
 
+    # --- the rows of a MemoryBank
+
+    @property
+    def bank_rows(self) -> tuple[tuple[str, int, str] | None, ...]:
+        """Of each row the (id, version, bank's name) that a MemoryBank gathered it at, or None."""
+        return self._rows or (None,) * self.batch_size
+
+    def name_rows(self, rows: Iterable[tuple[str, int, str]]) -> None:
+        """Say of all rows which of a MemoryBank they are; see ``bank_rows``."""
+        self._rows = tuple(rows)
+
 
 def load_memory(
     path: str | os.PathLike, model, adopt: bool, name: str = "path", kind: type[MemoryState] = MemoryState

@@ -351,10 +351,10 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
             raise ArgumentError(
                 "memory: this cache already carries a memory of its own; pass memory_state(cache) or a fresh cache"
             )
-        _replace_layers(cache, identity)
+        replace_layers(cache, identity)
         return memory
     specs = identity.layer_specs()
-    _replace_layers(cache, identity)
+    replace_layers(cache, identity)
     if own is None:
         if not all(_is_empty(cache.layers[layer_idx]) for layer_idx in specs):
             raise ArgumentError(
@@ -491,7 +491,7 @@ def check_rows(memory: MemoryState, batch_size: int) -> None:
         )
 
 
-def _replace_layers(cache: Cache, identity) -> None:
+def replace_layers(cache: Cache, identity) -> None:
     """Turn the plain layers that a memory belongs to into ours; only empty ones can be."""
     if "crop" not in vars(cache) and not torch.compiler.is_compiling():
         # The cache's own goes layer by layer, and would have cut those without a memory before one with it raises.

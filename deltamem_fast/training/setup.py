@@ -36,7 +36,7 @@ def prepare_for_training(model: nn.Module) -> nn.Module:
             memory.weights.unpack()
             _cast(memory, torch.float32)
             for name in memory.used_names:
-                memory._parameters[name].requires_grad_(True)
+                memory.get_parameter(name).requires_grad_(True)
     return model.train()
 
 

@@ -18,7 +18,7 @@ from deltamem_fast import BankConflict, DeltaMemConfig, MemoryBank, MemoryState,
 from deltamem_fast.errors import ArgumentError, FileFormatError
 from deltamem_fast.memory.bank import BankEntry
 from deltamem_fast.storage.bank_store import BankStore
-from deltamem_fast.storage.files import read_tensors
+from deltamem_fast.storage.tensors import read_tensors
 
 CONFIGS = {
     "tsw": DeltaMemConfig(),
@@ -452,7 +452,7 @@ def test_closed(path, model):
 
 @pytest.mark.parametrize("durable", (True, False))
 def test_durable_syncs(path, model, durable):
-    with MemoryBank(path, model, durable=durable) as bank, bank._store._connection() as connection:
+    with MemoryBank(path, model, durable=durable) as bank, bank._store._file.connection() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2 if durable else 1,)
 
 
