@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from deltamem_fast.errors import ArgumentIndexError
-
+from ..errors import ArgumentIndexError
 from ..reference import recurrence as reference
 from ..rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
 from .backward import backward_loops

@@ -14,8 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from deltamem_fast.errors import ArgumentError
-
+from ..errors import ArgumentError
 from ..rule import DeltaRule, ScanOutput, check_arguments
 
 EPS = 1e-6
