@@ -10,11 +10,13 @@ import torch
 from ..errors import ArgumentIndexError
 from ..reference import recurrence as reference
 from ..rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
+from ..schemas import ROWS, RULE, SEQUENCES, TOKENS, fake_reads, flat_rule, operator
 from .backward import backward_loops
-from .loops import BLOCK, loops
+from .loops import BLOCK, scan_loops
 
 # The loops read and write float32, whatever PyTorch's default dtype and device are just now.
 _FLOAT = {"dtype": torch.float32, "device": "cpu"}
+_RULE = RULE.replace("update", "update_mode")
 _UNWANTED = np.zeros((0, 0), np.uint8)  # nobody asks which tokens were written
 
 
@@ -67,7 +69,7 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, s
     if slots is not None:
         places = torch.where(slots >= 0, places, -1)
     per_row = length // every if every else 0
-    run, shape = loops(rule.rank).scan_rows, (rule.heads, rule.rank, rule.rank)
+    run, shape = scan_loops(rule.rank).scan_rows, (rule.heads, rule.rank, rule.rank)
     if cu_seqlens is None:
         saved = torch.empty(batch, per_row, *shape, **_FLOAT)
         run(
@@ -91,48 +93,26 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, s
     return reads, final, skipped, saved, written.view(torch.bool)
 
 
-def _rule(rank, heads, update_mode, row_gates, coupled, normalize) -> DeltaRule:
-    return DeltaRule(rank, heads, update_mode, row_gates, coupled, normalize)
-
-
-@torch.library.custom_op("deltamem_fast::scan_numba", mutates_args=())
-def _scan_op(
-    projections: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, update_mode: str,
-    row_gates: bool, coupled: bool, normalize: bool, every: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
-    return _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, says=True)
-
-
-@_scan_op.register_fake
-def _(
-    projections,
-    gate_bias,
-    state,
-    mask,
-    cu_seqlens,
-    slots,
-    rank,
-    heads,
-    update_mode,
-    row_gates,
-    coupled,
-    normalize,
-    every,
-):
+def _fake_scan(projections, gate_bias, state, mask, cu_seqlens, slots, rank, heads, *given):
     batch, length = projections.shape[:2]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    floats = {"dtype": torch.float32}
-    count = length // every if every else 0
-    lead = (batch,) if cu_seqlens is None else ()
+    every, lead, states = given[-1], (batch,) if cu_seqlens is None else (), (heads, rank, rank)
     return (
-        projections.new_empty(batch, length, heads * rank, **floats),
-        projections.new_empty(sequences, heads, rank, rank, **floats),
+        fake_reads(projections, rank, heads),
+        projections.new_empty(sequences, *states, dtype=torch.float32),
         projections.new_empty(sequences, dtype=torch.int32),
-        projections.new_empty(*lead, count, heads, rank, rank, **floats),
+        projections.new_empty(*lead, length // every if every else 0, *states, dtype=torch.float32),
         projections.new_empty(batch, length, dtype=torch.bool),
     )
+
+
+@operator(
+    "deltamem_fast::scan_numba", f"{TOKENS}, Tensor? state, {SEQUENCES}, {_RULE}, SymInt every",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_fake_scan,
+)  # fmt: skip
+def scan_op(projections, gate_bias, state, mask, cu_seqlens, slots, *given):
+    *rule, every = given
+    return _scan(projections, gate_bias, state, DeltaRule(*rule), mask, cu_seqlens, slots, every, says=True)
 
 
 def _scan_backward(d_reads, d_state, d_saved, projections, gate_bias, state, rule, mask, cu_seqlens, slots, every):
@@ -174,28 +154,25 @@ def _scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor |
     return pool.to(state.dtype)
 
 
-@torch.library.custom_op("deltamem_fast::scan_backward_numba", mutates_args=())
-def _scan_backward_op(
-    d_reads: torch.Tensor, d_state: torch.Tensor, d_saved: torch.Tensor, projections: torch.Tensor,
-    gate_bias: torch.Tensor, state: torch.Tensor | None, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
-    slots: torch.Tensor | None, rank: int, heads: int, update_mode: str, row_gates: bool, coupled: bool,
-    normalize: bool, every: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
+def _like(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Contiguous tensors of the same shapes, for gradients."""
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+
+
+@operator(
+    "deltamem_fast::scan_backward_numba",
+    f"Tensor d_reads, Tensor d_state, Tensor d_saved, {TOKENS}, Tensor? state, {SEQUENCES}, {_RULE}, SymInt every",
+    "(Tensor, Tensor, Tensor)",
+    fake=lambda d_reads, d_state, d_saved, projections, gate_bias, state, *_: _like(
+        projections, gate_bias, d_state.new_empty(0) if state is None else state
+    ),
+)
+def scan_backward_op(d_reads, d_state, d_saved, projections, gate_bias, state, mask, cu_seqlens, slots, *given):
+    *rule, every = given
     d_projections, d_bias, grad = _scan_backward(
-        d_reads, d_state, d_saved, projections, gate_bias, state, rule, mask, cu_seqlens, slots, every
+        d_reads, d_state, d_saved, projections, gate_bias, state, DeltaRule(*rule), mask, cu_seqlens, slots, every
     )
     return d_projections, d_bias, grad.new_empty(0) if state is None else _scatter_rows(grad, state, slots)
-
-
-@_scan_backward_op.register_fake
-def _(d_reads, d_state, d_saved, projections, gate_bias, state, *_):
-    like = torch.contiguous_format
-    return (
-        torch.empty_like(projections, memory_format=like),
-        torch.empty_like(gate_bias, memory_format=like),
-        d_state.new_empty(0) if state is None else torch.empty_like(state, memory_format=like),
-    )
 
 
 def _setup(ctx, inputs, output):
@@ -207,28 +184,21 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, d_reads, d_state, _skipped, d_saved, _written):
     projections, gate_bias, state, written, cu_seqlens, slots = ctx.saved_tensors
-    d_projections, d_bias, d_initial = _scan_backward_op(
+    d_projections, d_bias, d_initial = scan_backward_op(
         d_reads, d_state, d_saved, projections, gate_bias, state, written, cu_seqlens, slots, *ctx.rule_flags, ctx.every
     )
     return d_projections, d_bias, None if state is None else d_initial, *[None] * 10
 
 
-_scan_op.register_autograd(_backward, setup_context=_setup)
+scan_op.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("deltamem_fast::step_numba", mutates_args=("state", "skipped"))
-def _step_op(
-    projections: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor, skipped: torch.Tensor,
-    mask: torch.Tensor | None, slots: torch.Tensor | None, rank: int, heads: int, update_mode: str, row_gates: bool,
-    coupled: bool, normalize: bool,
-) -> torch.Tensor:  # fmt: skip
-    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
-    return _step(projections, gate_bias, state, rule, mask, slots, skipped)
-
-
-@_step_op.register_fake
-def _(projections, gate_bias, state, skipped, mask, slots, rank, heads, update_mode, row_gates, coupled, normalize):
-    return projections.new_empty(projections.shape[0], heads * rank, dtype=torch.float32)
+@operator(
+    "deltamem_fast::step_numba", f"{TOKENS}, Tensor(a2!) state, Tensor(a3!) skipped, {ROWS}, {_RULE}",
+    fake=lambda projections, gate_bias, state, skipped, mask, slots, *rule: fake_reads(projections, *rule[:2]),
+)  # fmt: skip
+def step_op(projections, gate_bias, state, skipped, mask, slots, *rule):
+    return _step(projections, gate_bias, state, DeltaRule(*rule), mask, slots, skipped)
 
 
 def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Tensor:
@@ -237,7 +207,7 @@ def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Te
     slots = torch.arange(batch, device="cpu") if slots is None else checked_slots(slots, state)
     work = state if state.dtype == torch.float32 and state.is_contiguous() else _floats(state)
     nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank, **_FLOAT)
-    loops(rule.rank).scan_rows(
+    scan_loops(rule.rank).scan_rows(
         _array(_floats(projections[:, None])), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)[:, None]),
         _array(work), _array(slots), *_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
         _UNWANTED,
@@ -247,24 +217,19 @@ def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Te
     return reads[:, 0]
 
 
-@torch.library.custom_op("deltamem_fast::read_numba", mutates_args=())
-def _read_op(
-    projections: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None, slots: torch.Tensor | None, rank: int,
-    heads: int, update_mode: str, row_gates: bool, coupled: bool, normalize: bool,
-) -> torch.Tensor:  # fmt: skip
-    return _read(projections, state, _rule(rank, heads, update_mode, row_gates, coupled, normalize), mask, slots)
-
-
-@_read_op.register_fake
-def _(projections, state, mask, slots, rank, heads, update_mode, row_gates, coupled, normalize):
-    return projections.new_empty(*projections.shape[:2], heads * rank, dtype=torch.float32)
+@operator(
+    "deltamem_fast::read_numba", f"Tensor projections, Tensor state, {ROWS}, {_RULE}",
+    fake=lambda projections, state, mask, slots, *rule: fake_reads(projections, *rule[:2]),
+)  # fmt: skip
+def read_op(projections, state, mask, slots, *rule):
+    return _read(projections, state, DeltaRule(*rule), mask, slots)
 
 
 def _read(projections, state, rule, mask, slots) -> torch.Tensor:
     batch, length = projections.shape[:2]
     reads = torch.empty(batch, length, rule.read_width, **_FLOAT)
     slots = torch.arange(batch, device="cpu") if slots is None else checked_slots(slots, state)
-    loops(rule.rank).read_rows(
+    scan_loops(rule.rank).read_rows(
         _array(_floats(projections)), _array(_mask_of(projections, mask)), _array(_floats(state)), _array(slots),
         rule.heads, rule.normalize, _array(reads),
     )  # fmt: skip
@@ -283,20 +248,12 @@ def _read_backward(d_reads, projections, state, rule, mask, slots) -> tuple[torc
     return d_projections.to(projections.dtype), _scatter_rows(d_rows, state, slots)
 
 
-@torch.library.custom_op("deltamem_fast::read_backward_numba", mutates_args=())
-def _read_backward_op(
-    d_reads: torch.Tensor, projections: torch.Tensor, state: torch.Tensor, mask: torch.Tensor | None,
-    slots: torch.Tensor | None, rank: int, heads: int, update_mode: str, row_gates: bool, coupled: bool,
-    normalize: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    rule = _rule(rank, heads, update_mode, row_gates, coupled, normalize)
-    return _read_backward(d_reads, projections, state, rule, mask, slots)
-
-
-@_read_backward_op.register_fake
-def _(d_reads, projections, state, *_):
-    like = torch.contiguous_format
-    return torch.empty_like(projections, memory_format=like), torch.empty_like(state, memory_format=like)
+@operator(
+    "deltamem_fast::read_backward_numba", f"Tensor d_reads, Tensor projections, Tensor state, {ROWS}, {_RULE}",
+    "(Tensor, Tensor)", fake=lambda d_reads, projections, state, *_: _like(projections, state),
+)  # fmt: skip
+def read_backward_op(d_reads, projections, state, mask, slots, *rule):
+    return _read_backward(d_reads, projections, state, DeltaRule(*rule), mask, slots)
 
 
 def _setup_read(ctx, inputs, output):
@@ -305,11 +262,11 @@ def _setup_read(ctx, inputs, output):
 
 
 def _backward_of_read(ctx, d_reads):
-    grads = _read_backward_op(d_reads, *ctx.saved_tensors, *ctx.rule_flags)
+    grads = read_backward_op(d_reads, *ctx.saved_tensors, *ctx.rule_flags)
     return *grads, *[None] * 8
 
 
-_read_op.register_autograd(_backward_of_read, setup_context=_setup_read)
+read_op.register_autograd(_backward_of_read, setup_context=_setup_read)
 
 
 def _needs_op(*tensors) -> bool:
@@ -317,10 +274,6 @@ def _needs_op(*tensors) -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _arguments(rule: DeltaRule) -> tuple:
-    return rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize
 
 
 def scan(
@@ -340,8 +293,8 @@ def scan(
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     if _needs_op(projections, gate_bias, state):
-        out = _scan_op(
-            projections, gate_bias, state, mask, cu_seqlens, slots, *_arguments(rule), checkpoint_every
+        out = scan_op(
+            projections, gate_bias, state, mask, cu_seqlens, slots, *flat_rule(rule), checkpoint_every
         )  # fmt: skip
     else:
         out = _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, checkpoint_every)
@@ -364,7 +317,7 @@ def step(
     if skipped is None:
         skipped = torch.zeros(state.shape[0], dtype=torch.int32, device="cpu")
     if torch.compiler.is_compiling():
-        return _step_op(projections, gate_bias, state, skipped, mask, slots, *_arguments(rule))
+        return step_op(projections, gate_bias, state, skipped, mask, slots, *flat_rule(rule))
     return _step(projections, gate_bias, state, rule, mask, slots, skipped)
 
 
@@ -379,7 +332,7 @@ def read(
     """``reference.read`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
     check_arguments(projections, projections.new_zeros(rule.bias_width), state, rule, mask=mask, slots=slots)
     if _needs_op(projections, state):
-        return _read_op(projections, state, mask, slots, *_arguments(rule))
+        return read_op(projections, state, mask, slots, *flat_rule(rule))
     return _read(projections, state, rule, mask, slots)
 
 
