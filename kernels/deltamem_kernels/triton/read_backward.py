@@ -16,8 +16,9 @@ from ..rule import DeltaRule, check_arguments
 from . import launch as _launch
 from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, whole_keys
 from .primitives import across, columns, direction, direction_backward, group_sum, load_vector, owned, state_pointers
-from .scan import find_flags
-from .scan_backward import check_gradient, choose_spacing, scatter_rows, token_tile
+from .projection_gradient import token_tile
+from .scan_backward import check_gradient, choose_spacing, scatter_rows
+from .token_flags import find_flags
 
 
 @triton.jit
