@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_scan import carry
+from .chunk_scan import pass_state
 from .primitives import (
     across,
     columns,
@@ -17,7 +17,7 @@ from .primitives import (
     load_bias,
     load_vector,
     load_write,
-    locate,
+    locate_chunk,
     owned,
     state_pointers,
     written,
@@ -29,21 +29,24 @@ def checkpoint_gradient(
     p_checkpoint, passed, every, m_column, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr
 ):
     """The gradient [R, COLUMNS] that comes in by a checkpoint after ``passed`` tokens, 0 where there is none."""
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     o_checkpoint = (passed // every - 1).to(tl.int64) * (HEADS * RANK * RANK)
     m = (m_column & (passed % every == 0))[None, :] & (o_j < RANK)
     return tl.load((p_checkpoint + o_checkpoint)[None, :] + o_j, mask=m, other=0.0)
 
 
 @triton.jit
-def through(
+def run_token(
     s, q, k, v, b, lam, d, flag, up, beta_bias, lambda_bias, R: tl.constexpr, MODE: tl.constexpr,
     HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Take each column through one token, raw: up adds write v k, where d is 0; else what is added is d q."""
+    """Take each column of s [R, COLUMNS] through one token, raw [R, COLUMNS] or [COLUMNS].
+
+    up adds write v k, where d is 0; else what is added is d q. A token that does not count changes nothing.
+    """
     keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
     added = tl.where(up, write * v.to(tl.float32), 0.0)
-    z, c = direction(k, NORMALIZE)
+    z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
     after = written(s, z, c, keep, erase, added)
     z, c = direction(q, NORMALIZE)
     after = tl.fma(across(d.to(tl.float32) * c, R), z, after)
@@ -51,20 +54,20 @@ def through(
 
 
 @triton.jit
-def walk(
+def run_tokens(
     s, up, adds, p_x, p_flag, p_d, p_checkpoint, p_bound, passed, count, h, i, beta_bias, lambda_bias, every,
     stride_x_t, stride_x_w, stride_d_t,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
     HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
     SPACING: tl.constexpr,
 ):  # fmt: skip
-    """Take each column through ``count`` tokens, and return it.
+    """Take each column of s [R, COLUMNS] through ``count`` tokens, and return it.
 
     up: through rising tokens, adding write v k; else through falling ones, adding d q and what comes in by
     checkpoints. adds: whether anything is added at all. The pointers are to the first token; ``passed`` tokens of the
     sequence lie before it. SPACING > 0: what a column is before each block that it enters is stored.
     """
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     down = adds & (up == 0)
     turn = tl.where(up, 1, -1)
     t = tl.where(up, 0, tl.maximum(count - 1, 0))
@@ -78,11 +81,11 @@ def walk(
     Q_WAITS: tl.constexpr = R <= 8 or SPACING > 0 or not HAS_CHECKPOINTS
     steps = tl.max(count, axis=0)
     m = count > 0
-    q = load_vector(p_x, o_q, stride_x_w, m & down, RANK, R, WHOLE)
-    k = load_vector(p_x, o_k, stride_x_w, m, RANK, R, WHOLE)
-    v, b, lam = load_write(p_x, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    d = tl.load(p_d, mask=m & down, other=0.0)
-    flag = tl.load(p_flag, mask=m, other=0)
+    q = load_vector(p_x, o_q, stride_x_w, m & down, RANK, R, WHOLE)  # [R, COLUMNS]
+    k = load_vector(p_x, o_k, stride_x_w, m, RANK, R, WHOLE)  # [R, COLUMNS]
+    v, b, lam = load_write(p_x, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
+    d = tl.load(p_d, mask=m & down, other=0.0)  # [COLUMNS]
+    flag = tl.load(p_flag, mask=m, other=0)  # [COLUMNS]
     for n in range(steps):
         # The next token is on its way while this one is computed.
         m_next = n + 1 < count
@@ -106,7 +109,7 @@ def walk(
             tl.store((p_bound + o_bound)[None, :] + o_j, s, mask=m_bound[None, :] & (o_j < RANK))
         if HAS_CHECKPOINTS:
             s += checkpoint_gradient(p_checkpoint, passed + t + 1, every, down & (n < count), HEADS, RANK, R)
-        s = through(
+        s = run_token(
             s, q, k, v, b, lam, d, flag, adds & up, beta_bias, lambda_bias, R, MODE, HAS_LAMBDA, NORMALIZE
         )  # fmt: skip
         q, k, v, b, lam, d, flag = q_next, k_next, v_next, b_next, lam_next, d_next, flag_next
@@ -115,7 +118,7 @@ def walk(
 
 
 @triton.jit
-def first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED: tl.constexpr):
+def checkpoints_before(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED: tl.constexpr):
     """How many checkpoints the sequences before this one have."""
     if IS_PACKED:
         return tl.load(checkpoint_first_ptr + sequence, mask=m_column, other=0).to(tl.int64)
@@ -124,8 +127,8 @@ def first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS
 
 
 @triton.jit
-def map_both_kernel(
-    x_ptr, bias_ptr, flags_ptr, d_reads_ptr, d_checkpoints_ptr, maps_ptr,
+def chunk_transition_backward_kernel(
+    x_ptr, bias_ptr, flags_ptr, d_reads_ptr, d_checkpoints_ptr, transitions_ptr,
     cu_ptr, chunk_sequence_ptr, chunk_first_ptr, checkpoint_first_ptr,
     total_groups, length, chunk_length, chunks_per_sequence, every,
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_d_b, stride_d_t, stride_d_c,
@@ -133,14 +136,14 @@ def map_both_kernel(
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
     WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
-    """maps[chunk, h, i, a, :] = row a of the chunk's matrix backwards; a = r: its vector; a = r + 1: the vector
-    forwards."""
-    group, place, m_column = columns(total_groups, RANK * (RANK + 2), COLUMNS)
+    """transitions[chunk, h, i, a, :] = row a of the chunk's matrix backwards; a = r: its vector; a = r + 1: the vector
+    forwards. As ``chunk_scan.chunk_transition_kernel``, for both ways."""
+    group, place, m_column = columns(total_groups, RANK * (RANK + 2), COLUMNS)  # [COLUMNS] each
     i = place // (RANK + 2)
     a = place % (RANK + 2)
     chunk = group // HEADS
     h = group % HEADS
-    sequence, here, row, begin, count = locate(
+    sequence, here, row, begin, count = locate_chunk(
         chunk, m_column, length, chunk_length, chunks_per_sequence,
         cu_ptr, chunk_sequence_ptr, chunk_first_ptr, IS_PACKED,
     )  # fmt: skip
@@ -150,30 +153,30 @@ def map_both_kernel(
     p_d += (h * RANK + i).to(tl.int64) * stride_d_c
     p_checkpoint = d_checkpoints_ptr
     if HAS_CHECKPOINTS:
-        checkpoint = first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
+        checkpoint = checkpoints_before(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
         p_checkpoint += ((checkpoint * HEADS + h) * RANK + i) * RANK
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    o_j = tl.arange(0, R)[:, None]
-    s = tl.where(o_j == a[None, :], 1.0, 0.0) * tl.where(o_j < RANK, 1.0, 0.0)
-    s = walk(
-        s, a == RANK + 1, a >= RANK, p_x, p_flag, p_d, p_checkpoint, maps_ptr, here * chunk_length, count, h, i,
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
+    s = tl.where(o_j == a[None, :], 1.0, 0.0) * tl.where(o_j < RANK, 1.0, 0.0)  # [R, COLUMNS]
+    s = run_tokens(
+        s, a == RANK + 1, a >= RANK, p_x, p_flag, p_d, p_checkpoint, transitions_ptr, here * chunk_length, count, h, i,
         beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
         HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
     )  # fmt: skip
-    o_map = (group.to(tl.int64) * (RANK * (RANK + 2)) + place) * RANK
-    tl.store(maps_ptr + o_map[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
+    o_transition = (group.to(tl.int64) * (RANK * (RANK + 2)) + place) * RANK
+    tl.store(transitions_ptr + o_transition[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
 
 
 @triton.jit(do_not_specialize=["stride_m_a", "stride_m_j"])
-def carry_both_kernel(
-    maps_ptr, s_ptr, slots_ptr, d_state_ptr, edges_ptr, d_initial_ptr, chunk_first_ptr,
+def state_passing_backward_kernel(
+    transitions_ptr, s_ptr, slots_ptr, d_state_ptr, edges_ptr, d_initial_ptr, chunk_first_ptr,
     chunks_per_sequence, states, stride_m_a, stride_m_j,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_d_n, stride_d_h, stride_d_i, stride_d_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """edges[chunk, h, 0, i, :] = s_i before the chunk, edges[chunk, h, 1, i, :] = g_i after it, and the gradient of
-    the initial state. One program per sequence, head, row and direction; see ``scan.carry_kernel``."""
+    the initial state. One program per sequence, head, row and direction; see ``chunk_scan.state_passing_kernel``."""
     back = tl.program_id(0) % 2
     i = tl.program_id(0) // 2 % RANK
     h = tl.program_id(0) // (2 * RANK) % HEADS
@@ -184,7 +187,7 @@ def carry_both_kernel(
     else:
         chunk = sequence * chunks_per_sequence
         count = chunks_per_sequence + sequence * 0
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     o_none = o_j * 0  # makes a tile of a number: the interpreter does not mix the two in a mask
     s = tl.zeros([R, 1], tl.float32)
     row = sequence.to(tl.int64)
@@ -203,23 +206,36 @@ def carry_both_kernel(
         tl.float32
     )
 
-    MAP: tl.constexpr = HEADS * RANK * RANK * (RANK + 2)
+    TRANSITION: tl.constexpr = HEADS * RANK * RANK * (RANK + 2)
     EDGE: tl.constexpr = HEADS * 2 * RANK * RANK
     # Backwards the matrix as it lies, from the last chunk; forwards its transpose, from the first.
     chunk += tl.where(back == 1, tl.maximum(count - 1, 0), 0)
     step = tl.where(back == 1, -1, 1).to(tl.int64)
-    p_map = maps_ptr + chunk.to(tl.int64) * MAP + (h * RANK + i) * (RANK * (RANK + 2))
-    p_vector = p_map + (RANK + 1 - back) * RANK
+    p_transition = transitions_ptr + chunk.to(tl.int64) * TRANSITION + (h * RANK + i) * (RANK * (RANK + 2))
+    p_vector = p_transition + (RANK + 1 - back) * RANK
     p_edge = edges_ptr + chunk.to(tl.int64) * EDGE + ((h * 2 + back) * RANK + i) * RANK
     stride_a = tl.where(back == 1, stride_m_a, stride_m_j)
     stride_j = tl.where(back == 1, stride_m_j, stride_m_a)
-    s = carry(s, p_map, p_vector, p_edge, count, step * MAP, step * EDGE, stride_a, stride_j, stride_m_j, RANK, R)
+    s = pass_state(
+        s,
+        p_transition,
+        p_vector,
+        p_edge,
+        count,
+        step * TRANSITION,
+        step * EDGE,
+        stride_a,
+        stride_j,
+        stride_m_j,
+        RANK,
+        R,
+    )
     o_initial = ((row * HEADS + h) * RANK + i) * RANK
     tl.store(d_initial_ptr + o_initial + o_j, s, mask=(o_j < RANK) & (o_none + back == 1))
 
 
 @triton.jit
-def walk_kernel(
+def block_states_kernel(
     x_ptr, bias_ptr, s_ptr, slots_ptr, d_state_ptr, edges_ptr, flags_ptr, d_reads_ptr, d_checkpoints_ptr,
     bounds_ptr, d_initial_ptr,
     cu_ptr, chunk_sequence_ptr, chunk_first_ptr, block_first_ptr, checkpoint_first_ptr,
@@ -233,22 +249,25 @@ def walk_kernel(
     IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, SPACING: tl.constexpr,
 ):  # fmt: skip
     """bounds[block, h, 0, i, :] = s_i before the block of SPACING tokens, bounds[block, h, 1, i, :] = g_i after it;
-    with one chunk per sequence also the gradient of the initial state."""
-    group, place, m_column = columns(total_groups, 2 * RANK, COLUMNS)
+    with one chunk per sequence also the gradient of the initial state.
+
+    s equals the states of ``reference.recurrence.delta_rule``, g autograd's gradients of them.
+    """
+    group, place, m_column = columns(total_groups, 2 * RANK, COLUMNS)  # [COLUMNS] each
     i = place % RANK
     back = place // RANK
     up = back == 0
     chunk = group // HEADS
     h = group % HEADS
-    sequence, here, row, begin, count = locate(
+    sequence, here, row, begin, count = locate_chunk(
         chunk, m_column, length, chunk_length, chunks_per_sequence,
         cu_ptr, chunk_sequence_ptr, chunk_first_ptr, IS_PACKED,
     )  # fmt: skip
-    o_j = tl.arange(0, R)[:, None]
-    m_row = m_column[None, :] & (o_j < RANK)
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
+    m_row = m_column[None, :] & (o_j < RANK)  # [R, COLUMNS]
     if IS_CHUNKED:
         o_edge = ((chunk.to(tl.int64) * HEADS + h) * 2 + back) * (RANK * RANK) + i * RANK
-        s = tl.load(edges_ptr + o_edge[None, :] + o_j, mask=m_row & (count > 0)[None, :], other=0.0)
+        s = tl.load(edges_ptr + o_edge[None, :] + o_j, mask=m_row & (count > 0)[None, :], other=0.0)  # [R, COLUMNS]
     else:
         p_g = state_pointers(
             d_state_ptr + sequence.to(tl.int64) * stride_g_n, h, i, stride_g_h, stride_g_i, stride_g_j,
@@ -276,10 +295,10 @@ def walk_kernel(
     p_d += (h * RANK + i).to(tl.int64) * stride_d_c
     p_checkpoint = d_checkpoints_ptr
     if HAS_CHECKPOINTS:
-        checkpoint = first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
+        checkpoint = checkpoints_before(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
         p_checkpoint += ((checkpoint * HEADS + h) * RANK + i) * RANK
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    s = walk(
+    s = run_tokens(
         s, up, m_column, p_x, p_flag, p_d, p_checkpoint, p_bound, here * chunk_length, count, h, i,
         beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
         HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, SPACING,

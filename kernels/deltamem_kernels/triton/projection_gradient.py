@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..rule import DeltaRule
 from . import launch as _launch
-from .chunk_scan_backward import checkpoint_gradient, first_checkpoint, through, walk
+from .chunk_scan_backward import checkpoint_gradient, checkpoints_before, run_token, run_tokens
 from .launch import next_power_of_two
 from .primitives import (
     across,
@@ -26,14 +26,14 @@ from .primitives import (
     load_bias,
     load_vector,
     load_write,
-    locate,
+    locate_chunk,
     owned,
     written,
 )
 
 
 @triton.jit
-def meet(
+def run_to_part(
     s, g, p_x, p_flag, p_d, p_checkpoint, passed, first, rest, count, h, i, beta_bias, lambda_bias, every,
     stride_x_t, stride_x_w, stride_d_t,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
@@ -41,22 +41,22 @@ def meet(
 ):  # fmt: skip
     """Take s up through tokens 0 to ``first`` − 1, then g down through ``count`` − 1 to ``rest`` → (s, g).
 
-    One loop for both: every part of a block has as far to walk, so the parts can be warps of one program.
+    One loop for both: every part of a block has as far to go, so the parts can be warps of one program.
     """
     o_q = h * RANK
     o_k = (HEADS + h) * RANK
-    Q_WAITS: tl.constexpr = R <= 8 or not HAS_CHECKPOINTS  # see walk
+    Q_WAITS: tl.constexpr = R <= 8 or not HAS_CHECKPOINTS  # see run_tokens
     total = first + count - rest
     steps = tl.max(total, axis=0)
     t = tl.where(first > 0, 0, count - 1)
     m = total > 0
     down = first <= 0
     p_now = p_x + t.to(tl.int64) * stride_x_t
-    q = load_vector(p_now, o_q, stride_x_w, m & down, RANK, R, WHOLE)
-    k = load_vector(p_now, o_k, stride_x_w, m, RANK, R, WHOLE)
-    v, b, lam = load_write(p_now, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    d = tl.load(p_d + t.to(tl.int64) * stride_d_t, mask=m & down, other=0.0)
-    flag = tl.load(p_flag + t, mask=m, other=0)
+    q = load_vector(p_now, o_q, stride_x_w, m & down, RANK, R, WHOLE)  # [R, COLUMNS]
+    k = load_vector(p_now, o_k, stride_x_w, m, RANK, R, WHOLE)  # [R, COLUMNS]
+    v, b, lam = load_write(p_now, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
+    d = tl.load(p_d + t.to(tl.int64) * stride_d_t, mask=m & down, other=0.0)  # [COLUMNS]
+    flag = tl.load(p_flag + t, mask=m, other=0)  # [COLUMNS]
     for n in range(steps):
         if not Q_WAITS:
             q = load_vector(p_now, o_q, stride_x_w, (n < total) & down, RANK, R, WHOLE)
@@ -77,18 +77,18 @@ def meet(
         s, g = tl.where(turns, g, s), tl.where(turns, s, g)
         if HAS_CHECKPOINTS:
             s += checkpoint_gradient(p_checkpoint, passed + t + 1, every, down & (n < total), HEADS, RANK, R)
-        s = through(
+        s = run_token(
             s, q, k, v, b, lam, d, flag, down == 0, beta_bias, lambda_bias, R, MODE, HAS_LAMBDA, NORMALIZE
         )  # fmt: skip
         q, k, v, b, lam, d, flag = q_next, k_next, v_next, b_next, lam_next, d_next, flag_next
         t, down = t_next, down_next
-    # The column that walks is s, which at its turn changes places with g.
+    # The column that is taken on is s, which at its turn changes places with g.
     turned = (first < steps)[None, :]
     return tl.where(turned, g, s), tl.where(turned, s, g)
 
 
 @triton.jit
-def token_kernel(
+def projection_gradient_kernel(
     x_ptr, bias_ptr, slots_ptr, flags_ptr, d_reads_ptr, d_checkpoints_ptr, bounds_ptr, d_x_ptr, d_bias_ptr,
     cu_ptr, block_sequence_ptr, block_first_ptr, checkpoint_first_ptr,
     total_groups, states, blocks, padded_blocks, length, blocks_per_sequence, every,
@@ -100,28 +100,30 @@ def token_kernel(
 ):  # fmt: skip
     """Rows of the projections' gradient, and d_bias[program, :, :], the sums of the gates' over the program's tokens.
 
+    Equals autograd's gradients of ``reference.recurrence.scan``.
+
     A head is R columns here, a power of two, so that its rows are neighbours within a warp. A program is one head and
-    TOGETHER parts of several blocks, as many as ``padded_blocks`` is a multiple of: all have as far to walk, and the
+    TOGETHER parts of several blocks, as many as ``padded_blocks`` is a multiple of: all have as far to go, and the
     parts of a block start from the same bounds.
     """
     BLOCKS: tl.constexpr = COLUMNS // R // TOGETHER
     PARTS: tl.constexpr = SPACING // PART
-    group, i, m_column = columns(total_groups, R, COLUMNS)
+    group, i, m_column = columns(total_groups, R, COLUMNS)  # [COLUMNS] each
     rest = group // BLOCKS
     part = rest % PARTS
     rest = rest // PARTS
     block = rest % (padded_blocks // BLOCKS) * BLOCKS + group % BLOCKS
     h = rest // (padded_blocks // BLOCKS)
     m_column = m_column & (i < RANK) & (block < blocks)
-    sequence, here, row, begin, count = locate(
+    sequence, here, row, begin, count = locate_chunk(
         block, m_column, length, SPACING, blocks_per_sequence,
         cu_ptr, block_sequence_ptr, block_first_ptr, IS_PACKED,
     )  # fmt: skip
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     m_row = (m_column & (count > 0))[None, :] & (o_j < RANK)
     p_bound = bounds_ptr + (block.to(tl.int64) * HEADS + h) * (2 * RANK * RANK) + i * RANK
-    s = tl.load(p_bound[None, :] + o_j, mask=m_row, other=0.0)
-    g = tl.load(p_bound[None, :] + RANK * RANK + o_j, mask=m_row, other=0.0)
+    s = tl.load(p_bound[None, :] + o_j, mask=m_row, other=0.0)  # [R, COLUMNS]
+    g = tl.load(p_bound[None, :] + RANK * RANK + o_j, mask=m_row, other=0.0)  # [R, COLUMNS]
     live = m_column
     if HAS_SLOTS:
         live = m_column & (owned(tl.load(slots_ptr + sequence, mask=m_column, other=-1), states) >= 0)
@@ -132,26 +134,26 @@ def token_kernel(
     p_d += (h * RANK + i).to(tl.int64) * stride_d_c
     p_checkpoint = d_checkpoints_ptr
     if HAS_CHECKPOINTS:
-        checkpoint = first_checkpoint(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
+        checkpoint = checkpoints_before(sequence, length, every, checkpoint_first_ptr, m_column, IS_PACKED)
         p_checkpoint += ((checkpoint * HEADS + h) * RANK + i) * RANK
     first = tl.minimum(part * PART, count)
     own = tl.minimum(count - first, PART)
     passed = here * SPACING
     if SPACING > PART and TOGETHER == 1:
-        s = walk(
+        s = run_tokens(
             s, m_column, m_column, p_x, p_flag, p_d, p_checkpoint, bounds_ptr, passed, first, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
             HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
         )  # fmt: skip
         rest = first + own
-        g = walk(
+        g = run_tokens(
             g, m_column & False, m_column, p_x + rest.to(tl.int64) * stride_x_t, p_flag + rest,
             p_d + rest.to(tl.int64) * stride_d_t, p_checkpoint, bounds_ptr, passed + rest, count - rest, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
             HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
         )  # fmt: skip
     elif SPACING > PART:
-        s, g = meet(
+        s, g = run_to_part(
             s, g, p_x, p_flag, p_d, p_checkpoint, passed, first, first + own, count, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
             HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS,
@@ -175,12 +177,12 @@ def token_kernel(
     held = ()
     for n in tl.static_range(PART):
         m = n < own
-        k = load_vector(p_x, o_k, stride_x_w, m, RANK, R, WHOLE)
-        v, b, lam = load_write(p_x, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+        k = load_vector(p_x, o_k, stride_x_w, m, RANK, R, WHOLE)  # [R, COLUMNS]
+        v, b, lam = load_write(p_x, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
         v = v.to(tl.float32)
-        flag = tl.load(p_flag + n, mask=m, other=0)
+        flag = tl.load(p_flag + n, mask=m, other=0)  # [COLUMNS]
         keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-        z, c = direction(k, NORMALIZE)
+        z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
         held = held + ((s, z, c, v, keep, erase, write, flag),)
         # One stride after another: the pointers are 64 bits wide, n strides may not fit 32.
         p_x += stride_x_t
@@ -190,7 +192,7 @@ def token_kernel(
 
     d_beta_bias = tl.zeros([COLUMNS], tl.float32)
     d_lambda_bias = tl.zeros([COLUMNS], tl.float32)
-    mine = o_j == i[None, :]
+    mine = o_j == i[None, :]  # [R, COLUMNS]
     kind: tl.constexpr = d_x_ptr.dtype.element_ty
     for n in tl.static_range(PART - 1, -1, -1):
         s, z_k, c_k, v, keep, erase, write, flag = held[n]
@@ -198,18 +200,18 @@ def token_kernel(
         valid = (flag == 1) & live
         p_x -= stride_x_t
         p_d -= stride_d_t
-        q = load_vector(p_x, o_q, stride_x_w, m, RANK, R, WHOLE)
-        d = tl.load(p_d, mask=m & m_column, other=0.0).to(tl.float32)
-        z_q, c_q = direction(q, NORMALIZE)
+        q = load_vector(p_x, o_q, stride_x_w, m, RANK, R, WHOLE)  # [R, COLUMNS]
+        d = tl.load(p_d, mask=m & m_column, other=0.0).to(tl.float32)  # [COLUMNS]
+        z_q, c_q = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
         if HAS_CHECKPOINTS:
             g += checkpoint_gradient(p_checkpoint, passed + first + n + 1, every, m & m_column, HEADS, RANK, R)
 
-        along = dot(s, z_k) * c_k
+        along = dot(s, z_k) * c_k  # [COLUMNS]
         u = tl.fma(-erase, along, write * v)
-        d_u = dot(g, z_k) * c_k
+        d_u = dot(g, z_k) * c_k  # [COLUMNS]
         d_along = -erase * d_u
-        d_keep = dot(g, s)
-        d_q = direction_backward(group_sum(s * d[None, :], R), z_q, c_q, NORMALIZE)
+        d_keep = dot(g, s)  # [COLUMNS]
+        d_q = direction_backward(group_sum(s * d[None, :], R), z_q, c_q, NORMALIZE)  # [R, COLUMNS]
         d_k = direction_backward(group_sum(tl.fma(g, across(u, R), s * d_along[None, :]), R), z_k, c_k, NORMALIZE)
         d_beta, d_lambda = gates_backward(keep, write, d_keep, -along * d_u, v * d_u, MODE, HAS_LAMBDA)
         d_beta = tl.where(valid, d_beta, 0.0)
@@ -244,8 +246,8 @@ def token_kernel(
 
 
 def token_tile(rule: DeltaRule) -> tuple[int, int]:
-    """Columns and warps of a program of ``token_kernel``: whole heads, and 8 numbers of a tile for each thread (at
-    r = 64 16, and 4 on AMD, whose scalar registers hold the masks), of which it has a dozen tiles."""
+    """Columns and warps of a program of ``projection_gradient_kernel``: whole heads, and 8 numbers of a tile for each
+    thread (at r = 64 16, and 4 on AMD, whose scalar registers hold the masks), of which it has a dozen tiles."""
     rows = next_power_of_two(rule.rank)
     cols = max(rows, min(_launch.WARP, 8 * _launch.WARP // rows))
     numbers = max(8, rows // 4) if _launch.WARP == 32 else 4 if rows == 64 else 8
@@ -253,6 +255,8 @@ def token_tile(rule: DeltaRule) -> tuple[int, int]:
 
 
 def parts_together(rule: DeltaRule, parts: int) -> int:
-    """Parts of a block in one program of ``token_kernel``: the bounds that they share then lie in L1. Above r = 8 the
-    one loop that they need for both ways has too few registers."""
+    """Parts of a block in one program of ``projection_gradient_kernel``: the bounds that they share then lie in L1.
+
+    Above r = 8 the one loop that they need for both ways has too few registers.
+    """
     return math.gcd(parts, 4) if rule.rank <= 8 else 1

@@ -34,7 +34,10 @@ def repair_kernel(
     HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, which leaves at once where all states are finite. Else the sequence from its first token
-    on; the state lies in ``final`` meanwhile. HAS_FLAGS: what a token is found to be is noted there, too."""
+    on; the state lies in ``final`` meanwhile. HAS_FLAGS: what a token is found to be is noted there, too.
+
+    Equals ``reference.recurrence.scan``, by ``all_finite`` there.
+    """
     sequence = tl.program_id(0)
     p_final = final_ptr + sequence.to(tl.int64) * (HEADS * RANK * RANK)
     last = tl.zeros([BLOCK], tl.float32)
@@ -56,12 +59,12 @@ def repair_kernel(
         if HAS_SLOTS:
             state_row = owned(tl.load(slots_ptr + sequence), states)
         o_column = tl.arange(0, COLUMNS)
-        o_j = tl.arange(0, R)[:, None]
+        o_j = tl.arange(0, R)[:, None]  # [R, 1]
         for first in range(0, HEADS * RANK, COLUMNS):
             column = first + o_column
             h = column // RANK
             i = column % RANK
-            m_tile = (column < HEADS * RANK)[None, :] & (o_j < RANK)
+            m_tile = (column < HEADS * RANK)[None, :] & (o_j < RANK)  # [R, COLUMNS]
             s = tl.zeros([R, COLUMNS], tl.float32)
             if HAS_STATE:
                 p_s = state_pointers(
@@ -130,21 +133,24 @@ def repaired(
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``first`` and following of one state → (as they are, where they lie, after the token, their reads)."""
+    """Columns ``first`` and following of one state → (as they are, where they lie, after the token, their reads).
+
+    Each [R, COLUMNS], the reads [COLUMNS].
+    """
     column = first + tl.arange(0, COLUMNS)
     h = column // RANK
     i = column % RANK
     m_column = column < HEADS * RANK
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     p_s = p_state + column[None, :] * RANK + o_j
-    s = tl.load(p_s, mask=m_column[None, :] & (o_j < RANK), other=0.0)
+    s = tl.load(p_s, mask=m_column[None, :] & (o_j < RANK), other=0.0)  # [R, COLUMNS]
     p_token = p_x + column * 0
-    q = load_vector(p_token, h * RANK, stride_x_w, m_column, RANK, R, WHOLE)
-    k = load_vector(p_token, (HEADS + h) * RANK, stride_x_w, m_column, RANK, R, WHOLE)
-    v, b, lam = load_write(p_token, h, i, stride_x_w, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    q = load_vector(p_token, h * RANK, stride_x_w, m_column, RANK, R, WHOLE)  # [R, COLUMNS]
+    k = load_vector(p_token, (HEADS + h) * RANK, stride_x_w, m_column, RANK, R, WHOLE)  # [R, COLUMNS]
+    v, b, lam = load_write(p_token, h, i, stride_x_w, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    z, c = direction(q, NORMALIZE)
-    read = dot(s, z) * c
+    z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
+    read = dot(s, z) * c  # [COLUMNS]
     z, c = direction(k, NORMALIZE)
     keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
     return s, p_s, written(s, z, c, keep, erase, write * v.to(tl.float32)), read

@@ -4,13 +4,13 @@
     S_t    = diag(keep_t) S_{t-1} − diag(erase_t) (S_{t-1} k_t) k_tᵀ + diag(write_t) v_t k_tᵀ
 
 Row i of S goes through an affine map per token, s_i <- s_i (keep_i I − erase_i k kᵀ) + write_i v_i kᵀ, and affine
-maps compose. A long sequence is therefore cut into chunks:
+maps compose. A long sequence is therefore cut into chunks (``chunk_scan``):
 
-    1. ``map_kernel``: the map of each chunk, a matrix [r, r] and a vector [r] per row, all chunks at once;
-    2. ``carry_kernel``: the state before each chunk, one chunk after another, T / C short steps;
-    3. ``scan_kernel``: the reads of each chunk from the state before it, all chunks at once.
+    1. ``chunk_transition_kernel``: the map of each chunk, a matrix [r, r] and a vector [r] per row, all chunks at once;
+    2. ``state_passing_kernel``: the state before each chunk, one chunk after another, T / C short steps;
+    3. ``chunk_scan_kernel``: the reads of each chunk from the state before it, all chunks at once.
 
-A short sequence, or a rank above 16, is one chunk: kernel 3 alone. ``flag_kernel`` says beforehand which tokens
+A short sequence, or a rank above 16, is one chunk: kernel 3 alone. ``token_flags_kernel`` says beforehand which tokens
 count, one byte each; with narrow tokens in one chunk, kernel 3 looks for itself.
 
 A token that would leave NaN or Inf in the state of any head is written in none. No kernel of these looks at every
@@ -28,7 +28,7 @@ import triton
 from ..errors import ArgumentError
 from ..rule import DeltaRule, ScanOutput, check_arguments
 from . import launch as _launch
-from .chunk_scan import carry_kernel, map_kernel, scan_kernel
+from .chunk_scan import chunk_scan_kernel, chunk_transition_kernel, state_passing_kernel
 from .launch import (
     check_device,
     check_reach,
@@ -44,15 +44,15 @@ from .repair import repair_kernel
 from .token_flags import find_flags
 
 SHORT = 128  # tokens up to which one launch beats three
-CHUNKED_RANK = 16  # a chunk's map has r³ numbers; above this rank they outweigh the tokens
-MAP_WARPS = 2  # of a map's program: r (r + 1) columns a head look at the same tokens, which then lie in L1
+CHUNKED_RANK = 16  # a chunk's transition has r³ numbers; above this rank they outweigh the tokens
+TRANSITION_WARPS = 2  # of its program: r (r + 1) columns a head look at the same tokens, which then lie in L1
 LOOK_WIDTH = 40  # widest token that each thread of a scan checks for itself, registers permitting
 
 
 def choose_chunk(rule: DeltaRule, length: int) -> int:
     """Tokens per chunk, or 0 for one chunk a sequence.
 
-    2 C + T / C dependent steps are fewest at C = √(T / 2). The maps, 4 r² (r + 1) bytes a chunk and head, are no
+    2 C + T / C dependent steps are fewest at C = √(T / 2). The transitions, 4 r² (r + 1) bytes a chunk and head, are no
     more than the tokens, 8 r C bytes in bfloat16, from C = r (r + 1) / 2 on. It depends on nothing that changes
     from call to call but T: a row's bits do not depend on the rows beside it.
     """
@@ -63,7 +63,7 @@ def choose_chunk(rule: DeltaRule, length: int) -> int:
 
 
 def depth(rule: DeltaRule, length: int) -> int:
-    """How many steps of a scan depend on each other: T in one chunk, else C (map), T / C (carry) and C (reads)."""
+    """Dependent steps of a scan: T in one chunk, else C (transitions), T / C (states) and C (reads)."""
     chunk = choose_chunk(rule, length)
     return 2 * chunk + triton.cdiv(length, chunk) if chunk else length
 
@@ -212,23 +212,23 @@ def scan_with_flags(
     start = state
     if chunk:
         start = _launch.empty((chunks, heads, rank, rank), **float32)
-        maps = _launch.empty((chunks, heads, rank, rank + 1, rank), **float32)
+        transitions = _launch.empty((chunks, heads, rank, rank + 1, rank), **float32)
         launch(
-            map_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), MAP_WARPS * cols), projections,
-            num_warps=MAP_WARPS,
-            x_ptr=projections, bias_ptr=gate_bias, flags_ptr=flags, maps_ptr=maps,
-            total_groups=chunks * heads, COLUMNS=MAP_WARPS * cols, IS_PACKED=packed,
+            chunk_transition_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), TRANSITION_WARPS * cols),
+            projections, num_warps=TRANSITION_WARPS,
+            x_ptr=projections, bias_ptr=gate_bias, flags_ptr=flags, transitions_ptr=transitions,
+            total_groups=chunks * heads, COLUMNS=TRANSITION_WARPS * cols, IS_PACKED=packed,
             **place, **strides, **rule_flags(rule, projections),
         )  # fmt: skip
         launch(
-            carry_kernel, sequences * heads * rank, projections, num_warps=1,
-            maps_ptr=maps, s_ptr=state, slots_ptr=slots, starts_ptr=start, final_ptr=final,
+            state_passing_kernel, sequences * heads * rank, projections, num_warps=1,
+            transitions_ptr=transitions, s_ptr=state, slots_ptr=slots, starts_ptr=start, final_ptr=final,
             chunk_first_ptr=chunk_first, chunks_per_sequence=chunks_per_sequence, states=states,
             stride_m_a=rank, stride_m_j=1, **state_strides(state), HEADS=heads, RANK=rank, R=rows,
             HAS_STATE=state is not None, HAS_SLOTS=slots is not None, IS_PACKED=packed,
         )  # fmt: skip
     launch(
-        scan_kernel, triton.cdiv(chunks * heads * rank, cols), projections, num_warps=1,
+        chunk_scan_kernel, triton.cdiv(chunks * heads * rank, cols), projections, num_warps=1,
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=start, slots_ptr=slots, flags_ptr=flags, mask_ptr=masked,
         reads_ptr=reads, final_ptr=None if chunk else final, skipped_ptr=skipped,
         checkpoints_ptr=checkpoints, checkpoint_first_ptr=checkpoint_first,

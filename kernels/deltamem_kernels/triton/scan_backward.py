@@ -9,13 +9,14 @@ With G = dL/dS_t, the gradient of the state after token t, d = dL/dread_t, and f
     g <- g (keep I − erase k kᵀ) + d q
 
 the rows of G obey, backwards in time, the affine recurrence of the rows of S with the same symmetric matrices: the
-matrix of a chunk is the forward one transposed. What the forward pass did with chunks is done here with both at once:
+matrix of a chunk is the forward one transposed. What the forward pass did with chunks is done here with both at once
+(``chunk_scan_backward``, ``projection_gradient``):
 
-    1. ``map_both_kernel``: each chunk's matrix, and its vector in either direction, all chunks at once;
-    2. ``carry_both_kernel``: the states before the chunks and the gradients after them, both ways side by side;
-    3. ``walk_kernel``: inside the chunks the same at the bounds of blocks of SPACING tokens;
-    4. ``token_kernel``: every PART of a block walks to its own few tokens from the block's two bounds, holds their
-       states in registers, and goes back through them: a row of the projections' gradient each.
+    1. ``chunk_transition_backward_kernel``: each chunk's matrix, and its vector in either direction, all at once;
+    2. ``state_passing_backward_kernel``: the states before the chunks and the gradients after them, side by side;
+    3. ``block_states_kernel``: inside the chunks the same at the bounds of blocks of SPACING tokens;
+    4. ``projection_gradient_kernel``: every PART of a block goes to its own few tokens from the block's two bounds,
+       holds their states in registers, and goes back through them: a row of the projections' gradient each.
 
 A short sequence, or a rank above 16, is one chunk: 3 and 4 alone. Nothing of the forward pass is kept; no state is
 stored but at the bounds, 2 r² numbers for 2 r tokens. Sums over the rows of a head are sums over neighbouring columns,
@@ -30,7 +31,7 @@ import triton
 from ..errors import ArgumentError
 from ..rule import DeltaRule, check_arguments, check_together
 from . import launch as _launch
-from .chunk_scan_backward import carry_both_kernel, map_both_kernel, walk_kernel
+from .chunk_scan_backward import block_states_kernel, chunk_transition_backward_kernel, state_passing_backward_kernel
 from .launch import (
     MOST_REGISTERS,
     check_device,
@@ -44,8 +45,8 @@ from .launch import (
     state_strides,
     tile,
 )
-from .projection_gradient import parts_together, token_kernel, token_tile
-from .scan import CHUNKED_RANK, MAP_WARPS, choose_chunk, chunk_table
+from .projection_gradient import parts_together, projection_gradient_kernel, token_tile
+from .scan import CHUNKED_RANK, TRANSITION_WARPS, choose_chunk, chunk_table
 from .token_flags import find_flags
 
 
@@ -194,23 +195,24 @@ def scan_backward(
     edges = None
     if chunk:
         edges = _launch.empty((chunks, heads, 2, rank, rank), **float32)
-        maps = _launch.empty((chunks, heads, rank, rank + 2, rank), **float32)
+        transitions = _launch.empty((chunks, heads, rank, rank + 2, rank), **float32)
         launch(
-            map_both_kernel, triton.cdiv(chunks * heads * rank * (rank + 2), MAP_WARPS * cols), projections,
-            num_warps=MAP_WARPS, maps_ptr=maps, total_groups=chunks * heads, COLUMNS=MAP_WARPS * cols,
-            **common, **place,
+            chunk_transition_backward_kernel, triton.cdiv(chunks * heads * rank * (rank + 2), TRANSITION_WARPS * cols),
+            projections, num_warps=TRANSITION_WARPS, transitions_ptr=transitions, total_groups=chunks * heads,
+            COLUMNS=TRANSITION_WARPS * cols, **common, **place,
         )  # fmt: skip
         launch(
-            carry_both_kernel, 2 * sequences * heads * rank, projections, num_warps=1,
-            maps_ptr=maps, edges_ptr=edges, chunk_first_ptr=chunk_first, chunks_per_sequence=chunks_per_sequence,
-            stride_m_a=rank, stride_m_j=1, HEADS=heads, RANK=rank, R=rows, IS_PACKED=packed, **initial,
+            state_passing_backward_kernel, 2 * sequences * heads * rank, projections, num_warps=1,
+            transitions_ptr=transitions, edges_ptr=edges, chunk_first_ptr=chunk_first,
+            chunks_per_sequence=chunks_per_sequence, stride_m_a=rank, stride_m_j=1,
+            HEADS=heads, RANK=rank, R=rows, IS_PACKED=packed, **initial,
             **{f"stride_d_{name}": stride for name, stride in zip("nhij", d_state.stride())},
         )  # fmt: skip
-        del maps
+        del transitions
     bounds = _launch.empty((blocks, heads, 2, rank, rank), **float32)
     if sequences:
         launch(
-            walk_kernel, triton.cdiv(chunks * heads * 2 * rank, cols), projections, num_warps=1,
+            block_states_kernel, triton.cdiv(chunks * heads * 2 * rank, cols), projections, num_warps=1,
             registers=None if rank <= 8 else MOST_REGISTERS,
             edges_ptr=edges, bounds_ptr=bounds, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=chunks * heads, COLUMNS=cols, IS_CHUNKED=bool(chunk), SPACING=block,
@@ -228,7 +230,7 @@ def scan_backward(
     d_bias = _launch.empty((heads, padded * rows // cols * (block // part) // together, kinds, rows), **float32)
     if d_bias.numel():
         launch(
-            token_kernel, d_bias.numel() // (kinds * rows), projections, num_warps=together * warps,
+            projection_gradient_kernel, d_bias.numel() // (kinds * rows), projections, num_warps=together * warps,
             registers=None if rank <= 8 else MOST_REGISTERS,
             slots_ptr=slots, bounds_ptr=bounds, d_x_ptr=d_x, d_bias_ptr=d_bias,
             block_sequence_ptr=block_sequence, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
