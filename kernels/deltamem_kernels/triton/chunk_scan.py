@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .primitives import (
     columns,
+    delta_update,
     direction,
     dot,
     gates,
@@ -20,10 +21,9 @@ from .primitives import (
     load_vector,
     load_write,
     locate_chunk,
-    lost,
     owned,
     state_pointers,
-    written,
+    zero_or_nan,
 )
 
 BROKEN = tl.constexpr(2**30)  # a bit in the count of skipped tokens: a state inside a chunk is not finite
@@ -76,7 +76,7 @@ def chunk_transition_kernel(
         z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
         keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
         added = tl.where(a == RANK, write * v.to(tl.float32), 0.0)
-        s = tl.where((flag == 1)[None, :], written(s, z, c, keep, erase, added), s)
+        s = tl.where((flag == 1)[None, :], delta_update(s, z, c, keep, erase, added), s)
         k, v, b, lam, flag = k_next, v_next, b_next, lam_next, flag_next
 
     o_transition = (group.to(tl.int64) * (RANK * (RANK + 1)) + place) * RANK
@@ -265,7 +265,7 @@ def chunk_scan_kernel(
         tl.store(p_read, tl.where(valid, read, 0.0), mask=t < count)
         z, c = direction(k, NORMALIZE)
         keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-        s = tl.where(valid[None, :], written(s, z, c, keep, erase, write * v.to(tl.float32)), s)
+        s = tl.where(valid[None, :], delta_update(s, z, c, keep, erase, write * v.to(tl.float32)), s)
         skipped += tl.where((flag == 2) & live, 1, 0)
         if HAS_CHECKPOINTS:
             until -= 1
@@ -281,7 +281,7 @@ def chunk_scan_kernel(
     if IS_CHUNKED:
         # Integers: the order of the additions does not show.
         tl.atomic_add(skipped_ptr + sequence, skipped, mask=m_count & (skipped > 0), sem="relaxed")
-        broken = m_column & (lost(s) != 0.0)
+        broken = m_column & (zero_or_nan(s) != 0.0)
         tl.atomic_or(skipped_ptr + sequence, BROKEN, mask=broken, sem="relaxed")
     else:
         tl.store(skipped_ptr + sequence, skipped, mask=m_count)

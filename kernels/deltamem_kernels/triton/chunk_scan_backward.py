@@ -12,6 +12,7 @@ from .chunk_scan import pass_state
 from .primitives import (
     across,
     columns,
+    delta_update,
     direction,
     gates,
     load_bias,
@@ -20,7 +21,6 @@ from .primitives import (
     locate_chunk,
     owned,
     state_pointers,
-    written,
 )
 
 
@@ -47,7 +47,7 @@ def run_token(
     keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
     added = tl.where(up, write * v.to(tl.float32), 0.0)
     z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
-    after = written(s, z, c, keep, erase, added)
+    after = delta_update(s, z, c, keep, erase, added)
     z, c = direction(q, NORMALIZE)
     after = tl.fma(across(d.to(tl.float32) * c, R), z, after)
     return tl.where((flag == 1)[None, :], after, s)

@@ -97,7 +97,7 @@ def dot_rows(a, b):
 
 
 @triton.jit
-def zero_or_nan(x):
+def zero_or_nan_rows(x):
     """[N, W], W of 4 or more → [N]: 0 where all numbers of a row are finite, else NaN. 0 · x is 0, or NaN."""
     x_0, x_1, x_2, x_3 = quarters(tl.trans(x))
     return tl.sum(tl.fma(x_3, 0.0, tl.fma(x_2, 0.0, tl.fma(x_1, 0.0, x_0 * 0.0))), axis=0)
@@ -105,8 +105,10 @@ def zero_or_nan(x):
 
 @triton.jit
 def direction(raw, NORMALIZE: tl.constexpr):
-    """Raw q or k [R, COLUMNS] → (z, c) with unit(tanh(raw)) = c z. c [COLUMNS] joins a product that is one
-    number per column, which spares R multiplications."""
+    """Raw q or k [R, COLUMNS] → (z, c) with unit(tanh(raw)) = c z; see ``reference.recurrence.split_projections``.
+
+    c [COLUMNS] joins a product that is one number per column, which spares R multiplications.
+    """
     z = raw.to(tl.float32)
     if NORMALIZE:
         z = tanh(z)
@@ -118,7 +120,7 @@ def direction(raw, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def gates(beta_raw, lambda_raw, MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr):
-    """Raw gates, bias included → keep, erase, write."""
+    """Raw gates, bias included → keep, erase, write, each [COLUMNS]; see ``reference.recurrence.split_projections``."""
     beta = sigmoid(beta_raw)
     if MODE == "no_lambda":
         keep = tl.full(beta.shape, 1.0, tl.float32)
@@ -285,15 +287,18 @@ def load_bias(
 
 
 @triton.jit
-def written(s, z, c, keep, erase, added):
-    """keep s − erase (s · k) k + added k, with k = c z."""
+def delta_update(s, z, c, keep, erase, added):
+    """s [R, COLUMNS] after a token: keep s − erase (s · k) k + added k, with k = c z and added = write v.
+
+    Equals a row of S_t in ``reference.recurrence.delta_rule``.
+    """
     along = dot(s, z) * c  # [COLUMNS]
     u = tl.fma(-erase, along, added) * c
     return tl.fma(across(u, s.shape[0]), z, keep[None, :] * s)
 
 
 @triton.jit
-def lost(s):
+def zero_or_nan(s):
     """[R, COLUMNS] → [COLUMNS]: 0 where all numbers of a column are finite, else NaN. 0 · x is 0, or NaN."""
     return pairwise(s * 0.0)
 

@@ -17,6 +17,7 @@ from .launch import next_power_of_two
 from .primitives import (
     across,
     columns,
+    delta_update,
     direction,
     direction_backward,
     dot,
@@ -28,7 +29,6 @@ from .primitives import (
     load_write,
     locate_chunk,
     owned,
-    written,
 )
 
 
@@ -188,7 +188,7 @@ def projection_gradient_kernel(
         p_x += stride_x_t
         p_d += stride_d_t
         if n + 1 < PART:
-            s = tl.where((flag == 1)[None, :], written(s, z, c, keep, erase, write * v), s)
+            s = tl.where((flag == 1)[None, :], delta_update(s, z, c, keep, erase, write * v), s)
 
     d_beta_bias = tl.zeros([COLUMNS], tl.float32)
     d_lambda_bias = tl.zeros([COLUMNS], tl.float32)

@@ -7,16 +7,16 @@ import triton.language as tl
 
 from .chunk_scan import BROKEN
 from .primitives import (
+    delta_update,
     direction,
     dot,
     gates,
     load_bias,
     load_vector,
     load_write,
-    lost,
     owned,
     state_pointers,
-    written,
+    zero_or_nan,
 )
 
 
@@ -100,7 +100,7 @@ def repair_kernel(
                     p_x, p_final, bias_ptr, first, stride_x_w, stride_bias, HEADS, RANK, R, COLUMNS, WHOLE,
                     MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
                 )  # fmt: skip
-                nothing += lost(s)
+                nothing += zero_or_nan(s)
             flag = tl.where((flag == 1) & (tl.sum(nothing, axis=0) != 0.0), 2, flag)
             m_valid = o_column * 0 + flag == 1
             for first in range(0, HEADS * RANK, COLUMNS):
@@ -153,4 +153,4 @@ def repaired(
     read = dot(s, z) * c  # [COLUMNS]
     z, c = direction(k, NORMALIZE)
     keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-    return s, p_s, written(s, z, c, keep, erase, write * v.to(tl.float32)), read
+    return s, p_s, delta_update(s, z, c, keep, erase, write * v.to(tl.float32)), read

@@ -27,6 +27,7 @@ from .launch import (
     tile,
 )
 from .primitives import (
+    delta_update,
     direction,
     dot,
     gates,
@@ -35,10 +36,9 @@ from .primitives import (
     load_flag,
     load_vector,
     load_write,
-    lost,
     owned,
     state_pointers,
-    written,
+    zero_or_nan,
 )
 
 
@@ -85,7 +85,7 @@ def stepped(
     read = dot(s, z) * c  # [COLUMNS]
     z, c = direction(k, NORMALIZE)
     keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-    s = written(s, z, c, keep, erase, write * v.to(tl.float32))
+    s = delta_update(s, z, c, keep, erase, write * v.to(tl.float32))
     return p_s, m_tile, s, read, flag, state_row
 
 
@@ -114,7 +114,7 @@ def step_kernel(
             stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
             HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
         )  # fmt: skip
-        nothing = lost(s)
+        nothing = zero_or_nan(s)
         if GROUP > 1:
             nothing = tl.reshape(group_sum(nothing[None, :], GROUP), [COLUMNS])
         flag = tl.where((flag == 1) & (nothing != 0.0), 2, flag)
@@ -135,7 +135,7 @@ def step_kernel(
                 stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
                 HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
             )  # fmt: skip
-            nothing += lost(s)
+            nothing += zero_or_nan(s)
         finite = tl.sum(nothing, axis=0) == 0.0
         for first in tl.range(0, HEADS * RANK, COLUMNS):
             place = first + o_column

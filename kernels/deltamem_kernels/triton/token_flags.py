@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import launch as _launch
 from .launch import launch, next_power_of_two
-from .primitives import zero_or_nan
+from .primitives import zero_or_nan_rows
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def token_flags_kernel(
     o_w = tl.arange(0, WIDTH_PAD)
     p_x = x_ptr + (b * stride_x_b + t * stride_x_t)[:, None] + o_w[None, :] * stride_x_w
     x = tl.load(p_x, mask=m_token[:, None] & (o_w < WIDTH)[None, :], other=0.0).to(tl.float32)  # [TOKENS, WIDTH_PAD]
-    flag = tl.where(zero_or_nan(x) == 0.0, 1, 2)  # [TOKENS]
+    flag = tl.where(zero_or_nan_rows(x) == 0.0, 1, 2)  # [TOKENS]
     if HAS_MASK:
         present = tl.load(mask_ptr + b * stride_mask_b + t * stride_mask_t, mask=m_token, other=0)
         flag = tl.where(present != 0, flag, 0)
