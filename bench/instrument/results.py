@@ -14,7 +14,7 @@ from . import machine
 from .rows import Row, from_dict
 
 FORMAT_VERSION = 2
-DIRECTORY = Path(__file__).resolve().parent / "results"
+DIRECTORY = machine.ROOT / "bench" / "results"
 KEYS = ("device", "driver", "torch", "triton", "commit", "dirty", "time", "arguments")
 
 
@@ -103,6 +103,15 @@ def newest(directory: Path = DIRECTORY) -> list[Result]:
         if result.whole and (device not in found or result.head["time"] >= found[device].head["time"]):
             found[device] = result
     return sorted(found.values(), key=lambda result: (result.head["driver"] is None, result.head["device"]))
+
+
+def latest(directory: Path) -> Result | None:
+    """The newest whole result of all devices there, or None.
+
+    Raises:
+        ValueError, OSError: a file there cannot be read.
+    """
+    return max(newest(directory), key=lambda result: result.head["time"], default=None)
 
 
 def heading(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -39,6 +40,11 @@ class Row:
     p80: float | None = None
     ratios: dict[str, list[float]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What makes two rows the same measurement."""
+        return f"{self.name} {json.dumps(self.parameters, sort_keys=True)}"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deltamem_fast.display import columns_of, table
+
 from . import devices, targets
 from .rows import Row
 
@@ -16,6 +18,11 @@ def duration(seconds: float | None) -> str:
         return ""
     scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
     return f"{seconds * scale:.3g} {unit}"
+
+
+def timing(row: Row) -> str:
+    """The row's median and its spread, or ""."""
+    return "" if row.p50 is None else f"{duration(row.p50)} ({duration(row.p20)} to {duration(row.p80)})"
 
 
 def number(value: float) -> str:
@@ -39,6 +46,8 @@ def named_value(name: str, value: float) -> str:
     """One of a row's ``values`` with its unit."""
     if name == "bandwidth":
         return f"{value / 1e9:,.3g} GB/s"
+    if name == "extra_memory":
+        return f"extra memory {value:+.2%}"
     if name in ("bytes", "peak_memory"):
         return f"{name.replace('_', ' ')} {size(value)}"
     if name.startswith("estimate_"):
@@ -91,10 +100,9 @@ def plain_table(rows: Sequence[Row]) -> str:
 
 def aligned(lines: Sequence[list[str]]) -> str:
     """A heading line and the lines under it, columns aligned."""
-    lines = list(lines)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)] + [0]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    heading, *rest = lines
+    rule = ["-" * max(map(columns_of, column)) for column in zip(*lines)][:-1] + [""]
+    return table(heading, [rule, *rest], left=range(len(heading)))
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -1,1 +1,1 @@
-"""A memory one can hold: the operators, sessions and the bank, measured, and written into README."""
+"""A memory one can hold: the operators, sessions and the bank, measured."""

@@ -1,7 +1,5 @@
 """MemoryBank with a million users: room on the disk, and how long gathering and committing a batch takes.
 
-python -m bench.bank [--users 1000000] [--ids 512] [--output DIR] [--directory DIR]
-
 The store is really filled, through MemoryBank.commit, with random memories in the shape of Qwen3-4B's (36 layers, one
 8×8 float32 each) under ids in random order. Takes three minutes and 10 GB in --directory, freed at the end.
 """
@@ -13,7 +11,6 @@ import hashlib
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,9 +21,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from deltamem_fast import MemoryBank, MemoryState, patch_model
 
-from . import results
-from .rows import Row, counted, measured, refused
-from .tables import duration, plain_table
+from ..instrument import commands, results
+from ..instrument.rows import Row, counted, measured, refused
+from ..instrument.tables import duration
 
 DIRECTORY = results.DIRECTORY / "bank"
 FULL = 1_000_000
@@ -222,22 +219,23 @@ def verdicts(rows: list[Row], users: int, ids: int) -> list[str]:
     return said
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.bank", description="MemoryBank with a million users.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m bench.memory bank``."""
     parser.add_argument("--users", type=int, default=FULL, help="memories in the bank")
     parser.add_argument("--ids", type=int, default=512, help="memories of a batch")
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON")
     parser.add_argument("--directory", type=Path, help="where the bank lies meanwhile (default: a temporary folder)")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, write, print; the exit status is 1 if something was refused.
+
+    Raises:
+        ValueError: a batch that is no part of the bank.
+        OSError: the disk has no room.
+    """
     if not 1 <= options.ids <= options.users:
-        parser.error("--ids: allowed 1 to --users")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure, write, print; the exit status is 1 if something was refused."""
-    options = parse(arguments)
+        raise ValueError(f"--ids: got {options.ids}, allowed 1 to --users")
     torch.manual_seed(0)
     random.seed(0)
     if options.directory is not None:
@@ -245,19 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-bank-", dir=options.directory) as directory:
         free, needed = shutil.disk_usage(directory).free, options.users * 11_000
         if free < needed:
-            print(f"bench.bank: error: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free", file=sys.stderr)
-            return 2
+            raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
         rows = measure(Path(directory) / "users.bank", backbone(), options.users, options.ids)
-    result = results.collect(
-        rows, "cpu", {"quick": options.users < FULL, "users": options.users, "ids": options.ids}
-    )  # fmt: skip
-    path = results.write(options.output, result)
-    print(f"{result.head['device']}, {result.head['cores']} cores, {result.head['threads']} threads")
-    print(f"written to {path}\n")
-    print(plain_table(rows) + "\n")
-    print("\n".join(verdicts(rows, options.users, options.ids)))
-    return 1 if any(row.status == "refused" for row in rows) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    arguments = {"quick": options.users < FULL, "users": options.users, "ids": options.ids}
+    status = commands.finish(rows, arguments, options.output)
+    print("\n" + "\n".join(verdicts(rows, options.users, options.ids)))
+    return status

@@ -20,9 +20,8 @@ from deltamem_fast.recall.chats import ask, tell
 from deltamem_fast.recall.task import Fact, changed, draw_facts, user
 from deltamem_fast.recall.weights import STRATEGIES, find_weights, load_backbone
 
-from .. import results
-from ..rows import Row, counted
-from ..tables import plain_table
+from ..instrument import commands, results
+from ..instrument.rows import Row, counted
 
 DIRECTORY = results.DIRECTORY / "operators"
 EPISODES, FACTS = 96, 4
@@ -93,9 +92,9 @@ def _norm(memories: Sequence[MemoryState]) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``python -m bench.holding operators``."""
+    """Those of ``python -m bench.memory operators``."""
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="eight memories a strategy; stays out of README")
+    parser.add_argument("--quick", action="store_true", help="eight memories a strategy; stays out of docs/results")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -108,8 +107,4 @@ def run(options: argparse.Namespace) -> int:
         patch_model(model, weights.adapters[strategy])
         rows += measure(model, tokenizer, strategy, 8 if options.quick else EPISODES)
         unpatch_model(model)
-    result = results.collect(rows, "cpu", {"quick": options.quick})
-    path = results.write(options.output, result)
-    print(plain_table(rows))
-    print(f"\n{path}")
-    return 0
+    return commands.finish(rows, {"quick": options.quick}, options.output)

@@ -18,10 +18,10 @@ from transformers.cache_utils import DynamicCache
 from deltamem_fast import DeltaMemConfig, MemorySession, MemoryState, patch_model
 from deltamem_fast.recall.weights import find_weights, load_backbone
 
-from .. import backbones, results
-from ..model import loud
-from ..rows import Row, compare, counted, measured
-from ..tables import plain_table
+from ..instrument import backbones, commands, results
+from ..instrument.rows import Row, compare, counted, measured
+from ..instrument.timing import in_turns
+from ..speed.model import loud
 
 DIRECTORY = results.DIRECTORY / "sessions"
 SAID, ANSWERED, TURNS, WINDOW = 64, 64, 8, 4
@@ -61,13 +61,7 @@ def turn_rows(model: nn.Module, tokenizer, sizes: dict) -> list[Row]:
         "session": by_session(model, tokenizer, text, answered),
         "session, window": by_session(model, tokenizer, text, answered, context_turns=window),
     }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(turns + 1):
-        for name in list(variants)[:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            variants[name](turn)
-            if turn:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
+    times = in_turns(variants, turns, "cpu", warm_up=1)
     rows = []
     for name, seconds in times.items():
         parameters = sizes | ({} if name == "session, window" else {"window": None})
@@ -102,9 +96,9 @@ def file_rows(model: nn.Module, tokenizer, sizes: dict, repeats: int) -> list[Ro
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``python -m bench.holding sessions``."""
+    """Those of ``python -m bench.memory sessions``."""
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, few turns; stays out of README")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, few turns; stays out of docs/results")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -119,7 +113,4 @@ def run(options: argparse.Namespace) -> int:
     if options.quick:
         sizes |= {"said": 12, "answered": 4, "turns": 3, "window": 2}
     rows = [*turn_rows(model, tokenizer, sizes), *file_rows(model, tokenizer, sizes, 3 if options.quick else 15)]
-    path = results.write(options.output, results.collect(rows, "cpu", {"quick": options.quick}))
-    print(plain_table(rows))
-    print(f"\n{path}")
-    return 0
+    return commands.finish(rows, {"quick": options.quick}, options.output)

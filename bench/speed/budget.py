@@ -14,8 +14,9 @@ from unittest import mock
 
 import torch
 
-from . import backbones, kernels, problems
-from .devices import SLOWEST
+from ..instrument import backbones
+from ..instrument.devices import SLOWEST
+from . import kernels, problems
 from .model import Sizes
 
 START = 14.0  # s: a process imports torch and transformers, and makes a CUDA context

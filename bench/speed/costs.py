@@ -15,8 +15,9 @@ from deltamem_fast import DeltaMemConfig, patch_model
 from deltamem_kernels.dispatch import installed
 from deltamem_kernels.rule import DeltaRule
 
-from . import backbones, launches, peers
-from .rows import Row, absent, counted, refused
+from ..instrument import backbones, launches
+from ..instrument.rows import Row, absent, counted, refused
+from . import peers
 
 CASES = 3  # the released sizes, short and long, and several heads in packed rows
 DEPTHS = (128, 2048, 8192, 32768, 131_072)

@@ -1,7 +1,7 @@
 """Nsight Compute's counters of decode, step and scan, beside what the PTX emulator counts: do they agree?
 
 A part of ``python -m bench.gpu``. The device's own counters need ``ncu`` and the driver's permission; without either
-a row says so. ``python -m bench.counters CASE ...`` is what ncu watches: each case launched once after a warm-up.
+a row says so. ``python -m bench.speed.counters CASE ...`` is what ncu watches: each case launched once after a warm-up.
 
 Executed instructions are of warps. ncu's are of the machine code (SASS), the emulator's of PTX, so their ratio is what
 the last compiler makes of it; sectors (32 bytes) that loads and stores ask L1 for should be the same.
@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from . import budget, machine, problems, results, suite
+from ..instrument import machine, results
+from ..instrument.rows import Row, absent, counted
+from . import budget, problems, suite
 from .problems import Case
-from .rows import Row, absent, counted
 
 CASES = (
     Case("decode_"),
@@ -75,7 +76,7 @@ def command(ncu: str, cases: Sequence[Case]) -> list[str]:
     return [
         ncu, "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only",
         "--csv", "--print-units", "base", "--metrics", ",".join(METRICS),
-        sys.executable, "-m", "bench.counters", *map(name_of, cases),
+        sys.executable, "-m", "bench.speed.counters", *map(name_of, cases),
     ]  # fmt: skip
 
 
@@ -118,8 +119,7 @@ def why_not(text: str, status: int | None) -> str:
     errors = [line for line in text.splitlines() if line.startswith("==ERROR==")]
     if errors:
         return "ncu: " + errors[0].removeprefix("==ERROR==").strip()[:200]
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return f"ncu ended with {status} and no counters: {lines[-1][:200] if lines else 'no message'}"
+    return f"ncu ended with {status} and no counters: {suite.last_line(text)}"
 
 
 def emulated(directory: Path = results.DIRECTORY) -> list[dict]:
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cases = [case_of(text) for text in (sys.argv[1:] if arguments is None else arguments)]
     except ValueError as error:
-        print(f"bench.counters: error: {error}", file=sys.stderr)
+        print(f"bench.speed.counters: error: {error}", file=sys.stderr)
         return 2
     for case in cases:
         watched(case)

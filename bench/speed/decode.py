@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
+from ..instrument.rows import Row, absent
+from ..instrument.timing import capture, wall
 from . import peers
 from .model import Models, random_ids
-from .rows import Row, absent
-from .timing import capture, wall
 
 # Of torch.compile by name; ``graph`` captures the eager forward by hand.
 MODES = {"graph": None, "compile": "default", "reduce-overhead": "reduce-overhead"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import re
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,19 +18,17 @@ from deltamem_fast import DeltaMemConfig, MemoryState, patch_model
 from deltamem_kernels.dispatch import installed
 from deltamem_kernels.reference import recurrence as reference
 
-from . import backbones
+from ..instrument import backbones
+from ..instrument.rows import Row, absent, compare, measured, refused
+from ..instrument.timing import in_turns
 from .model import loud, random_ids
 from .problems import relative_error
-from .rows import Row, absent, compare, measured, refused, spread
-from .scan import Case, random_inputs
-from .timing import in_turns
+from .scan import NO_NUMBA, Case, compared, random_inputs
 
-TOLERANCE = 1e-5  # of each gradient of the scan, against float64
 MODEL_TOLERANCE = 1e-4  # of all gradients of a model in float32, against the reference's
 CASES = (Case(512), Case(2048), Case(8192), Case(200, batch=32))
 QUICK_CASES = (Case(64), Case(96, batch=2))
 WRITTEN, READ = 512, 64  # tokens of a training step's two passes
-NO_NUMBA = "numba is not installed"
 
 
 def per_token(projections, gate_bias, state, rule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,44 +102,24 @@ def peak_memory(name: str, case: Case) -> int | None:
 
 
 def measure(case: Case, turns: int, calls: int, memory: bool = True) -> list[Row]:
-    """Check every implementation against the float64 reference, then time in turns those that passed.
+    """Check every implementation against the float64 reference, and time it (see ``scan.compared``).
 
     Args:
-        case: the sizes.
-        turns: of each turn the loops of PyTorch run once.
-        calls: how often the compiled scan runs in a turn. A turn's ratio is to the median of them.
         memory: measure peak memory too.
     """
-    parameters = asdict(case) | {"dtype": "float32"}
-    problem = random_problem(case)
+    parameters, problem = asdict(case) | {"dtype": "float32"}, random_problem(case)
     wide = [[t.double() for t in tensors] for tensors in problem]
     exact = gradients(lambda *t: reference.scan(*t, dtype=torch.float64), case.rule, *wide)
-    scans, rows, errors = {}, {}, {}
-    for name, scan in implementations().items():
-        error = errors[name] = error_of(scan, case, problem, exact)
-        if error < TOLERANCE:
-            scans[name] = scan
-        else:
-            note = f"relative error {error:.1e}, allowed under {TOLERANCE:.0e}"
-            rows[name] = refused(f"scan-gradient/{name}", parameters, note, error)
-    times, ratios = ({name: [] for name in scans} for _ in range(2))
-    for _ in range(turns):
-        turn = {n: [seconds(s, case) for _ in range(calls if n == "numba" else 1)] for n, s in scans.items()}
-        for name, found in turn.items():
-            times[name] += found
-            if name != "per-token" and "per-token" in turn:
-                ratios[name].append(turn["per-token"][0] / statistics.median(found))
-    peaks = {name: peak_memory(name, case) if memory else None for name in scans}
-    for name in scans:
-        row = rows[name] = measured(f"scan-gradient/{name}", parameters, times[name], errors[name])
-        if peaks[name]:
-            row.values["peak_memory"] = peaks[name]
-        if ratios[name]:
-            row.ratios["per-token"] = list(spread(ratios[name]))
-            if peaks[name] and peaks["per-token"]:
-                row.values["memory_to_per-token"] = peaks[name] / peaks["per-token"]
-    if "numba" not in errors:
-        rows["numba"] = absent("scan-gradient/numba", NO_NUMBA, parameters)
+    rows = compared(
+        "scan-gradient", implementations(), parameters, "per-token",
+        lambda scan: error_of(scan, case, problem, exact), lambda scan: seconds(scan, case), turns, calls,
+    )  # fmt: skip
+    timed = [name for name, row in rows.items() if memory and row.status == "measured"]
+    peaks = {name: peak for name in timed if (peak := peak_memory(name, case))}
+    for name, peak in peaks.items():
+        rows[name].values["peak_memory"] = peak
+        if "per-token" in rows[name].ratios and "per-token" in peaks:
+            rows[name].values["memory_to_per-token"] = peak / peaks["per-token"]
     return list(rows.values())
 
 

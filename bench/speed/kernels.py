@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from ..instrument.rows import Row, absent, compare, measured, refused
+from ..instrument.timing import capture, copy_bandwidth, in_turns, l2_bytes, peak_memory
 from . import peers, problems
 from .problems import Case
-from .rows import Row, absent, compare, measured, refused
-from .timing import capture, copy_bandwidth, in_turns, l2_bytes, peak_memory
 
 TOKENS = (1, 16, 128, 1024, 8192, 32768, 131_072)
 BATCHES = (1, 16, 128, 512)
@@ -145,12 +145,17 @@ def _released_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
     if not error < 5e-2:  # their inputs and states are rounded to bfloat16
         return refused(name, case.parameters, f"relative error {error:.1e} to the released scan", error)
     graphs = [capture(functools.partial(ours, n), device) for n in range(2)]
-    variants = {"graph": lambda n: graphs[n % 2](), "eager": ours, "released": released}
+    return _beside(
+        name, case, error, {"graph": lambda n: graphs[n % 2](), "eager": ours, "released": released}, turns, device
+    )
+
+
+def _beside(name: str, case: Case, error: float, variants: dict[str, Callable], turns: int, device: str) -> Row:
+    """Ours as a ``graph`` and ``eager``, and the ``released`` one, in turns."""
     times = in_turns(variants, turns, device, warm_up=1)
     row = measured(name, case.parameters, times["graph"], error)
     compare(row, "released", times["released"], times["graph"])
-    compare(row, "released, ours launched from Python", times["released"], times["eager"])
-    return row
+    return compare(row, "released, ours launched from Python", times["released"], times["eager"])
 
 
 def _gradient_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
@@ -181,11 +186,7 @@ def _gradient_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
     if not error < 5e-2:
         return refused(name, case.parameters, f"relative error {error:.1e} to the released gradient of v", error)
     graph = capture(ours, device)
-    variants = {"graph": lambda n: graph(), "eager": ours, "released": released}
-    times = in_turns(variants, turns, device, warm_up=1)
-    row = measured(name, case.parameters, times["graph"], error)
-    compare(row, "released", times["released"], times["graph"])
-    compare(row, "released, ours launched from Python", times["released"], times["eager"])
+    row = _beside(name, case, error, {"graph": lambda n: graph(), "eager": ours, "released": released}, turns, device)
     peaks = [peak_memory(call, device) for call in (ours, released)]
     if None not in peaks:
         # Both return reads and gradients, which nothing can save: what counts is what lies beside them at the peak.

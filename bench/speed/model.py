@@ -7,7 +7,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from transformers import DynamicCache, PretrainedConfig
 from deltamem_fast import DeltaMemConfig, memory_disabled, patch_model
 from deltamem_kernels.dispatch import resolve_backend
 
-from . import backbones, peers
+from ..instrument import backbones
+from ..instrument.rows import Row, absent, compare, measured, refused
+from ..instrument.timing import wall
+from . import peers
 from .problems import relative_error
-from .rows import Row, absent, compare, measured, refused
-from .timing import wall
 
 TOLERANCE = 1e-4  # of the logits in float32, against the patch computed by the reference
 NOISE = 8.0  # in another dtype: times the error that rounding gives the backbone itself
@@ -88,11 +89,7 @@ class Models:
                 row.parameters["backend"] = resolve_backend("auto", self.device)
             rows.append(row)
         for variant, row in self.refusals.items():
-            make = refused if row.status == "refused" else absent
-            if make is refused:
-                rows.append(refused(f"{name}/{variant}", dict(parameters), row.note, row.error))
-            else:
-                rows.append(absent(f"{name}/{variant}", row.note, dict(parameters)))
+            rows.append(replace(row, name=f"{name}/{variant}", parameters=dict(parameters)))
         return rows
 
 

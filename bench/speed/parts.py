@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import budget, counters, decode, kernels, model, prefill, timing
+from ..instrument import timing
+from ..instrument.rows import Row, absent, counted, refused
+from . import budget, counters, decode, kernels, model, prefill
 from .budget import Estimate
-from .rows import Row, absent, counted, refused
 
 PREFILL_TURNS = 4
 

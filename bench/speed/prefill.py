@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from . import backbones, peers
+from ..instrument import backbones
+from ..instrument.rows import Row
+from ..instrument.timing import peak_memory, wall
+from . import peers
 from .model import Models, random_ids
-from .rows import Row
-from .timing import peak_memory, wall
 
 
 def prefill(model: nn.Module, ids: torch.Tensor) -> None:

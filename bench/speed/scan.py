@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,12 +13,13 @@ from deltamem_kernels.dispatch import installed
 from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
+from ..instrument.rows import Row, absent, compare, measured, refused, spread
+from ..instrument.timing import in_turns
 from . import peers
 from .problems import relative_error
-from .rows import Row, absent, compare, measured, refused, spread
-from .timing import in_turns
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of what a scan returns, and of each of its gradients, against float64
+NO_NUMBA = "numba is not installed"
 
 
 @dataclass(frozen=True)
@@ -72,43 +73,54 @@ def implementations() -> dict[str, Callable]:
     return found
 
 
-@torch.no_grad()
-def measure(case: Case, turns: int, calls: int) -> list[Row]:
-    """Check every implementation against the float64 reference, then time in turns those that passed.
+def compared(
+    prefix: str, scans: Mapping[str, Callable], parameters: dict, baseline: str, error_of: Callable, seconds: Callable,
+    turns: int, calls: int,
+) -> dict[str, Row]:  # fmt: skip
+    """Check every implementation, then time in turns those that passed; rows by name.
 
     Args:
-        case: the sizes.
-        turns: of each turn the baseline runs once.
+        prefix: of the rows' names.
+        scans: implementations by name.
+        baseline: whose time the ratios are to.
+        error_of, seconds: the relative error of an implementation, and how long a call of it takes.
+        turns: of each turn what is not compiled runs once.
         calls: how often the compiled scan, which takes a fraction of that, runs in a turn. A turn's ratio is the
             baseline's time to the median of them.
     """
-    parameters = asdict(case) | {"dtype": "float32"}
-    inputs = random_inputs(case)
-    expected = reference.scan(*inputs, case.rule, dtype=torch.float64)
-    scans, rows, errors = {}, {}, {}
-    for name, scan in implementations().items():
-        error = errors[name] = error_of(scan, case, inputs, expected)
+    rows, errors = {}, {}
+    for name, scan in scans.items():
+        error = error_of(scan)
         if error < TOLERANCE:
-            scans[name] = scan
+            errors[name] = error
         else:
             note = f"relative error {error:.1e}, allowed under {TOLERANCE:.0e}"
-            rows[name] = refused(f"scan/{name}", parameters, note, error)
-    times = {name: [] for name in scans}
-    ratios = {name: [] for name in scans}
+            rows[name] = refused(f"{prefix}/{name}", parameters, note, error)
+    times, ratios = ({name: [] for name in errors} for _ in range(2))
     for _ in range(turns):
-        turn = {}
-        for name, scan in scans.items():
-            turn[name] = [seconds(scan, case) for _ in range(1 if name == "reference" else calls)]
-            times[name] += turn[name]
-        for name in turn:
-            if name != "reference" and "reference" in turn:
-                ratios[name].append(turn["reference"][0] / statistics.median(turn[name]))
-    for name in scans:
-        rows[name] = measured(f"scan/{name}", parameters, times[name], errors[name])
+        turn = {name: [seconds(scans[name]) for _ in range(calls if name == "numba" else 1)] for name in errors}
+        for name, found in turn.items():
+            times[name] += found
+            if name != baseline and baseline in turn:
+                ratios[name].append(turn[baseline][0] / statistics.median(found))
+    for name, error in errors.items():
+        rows[name] = measured(f"{prefix}/{name}", parameters, times[name], error)
         if ratios[name]:
-            rows[name].ratios["reference"] = list(spread(ratios[name]))
-    if "numba" not in rows and "numba" not in errors:
-        rows["numba"] = absent("scan/numba", "numba is not installed", parameters)
+            rows[name].ratios[baseline] = list(spread(ratios[name]))
+    if "numba" not in scans:
+        rows["numba"] = absent(f"{prefix}/numba", NO_NUMBA, parameters)
+    return rows
+
+
+@torch.no_grad()
+def measure(case: Case, turns: int, calls: int) -> list[Row]:
+    """Check every implementation against the float64 reference, and time it; see ``compared``."""
+    parameters, inputs = asdict(case) | {"dtype": "float32"}, random_inputs(case)
+    expected = reference.scan(*inputs, case.rule, dtype=torch.float64)
+    rows = compared(
+        "scan", implementations(), parameters, "reference", lambda scan: error_of(scan, case, inputs, expected),
+        lambda scan: seconds(scan, case), turns, calls,
+    )  # fmt: skip
     return list(rows.values())
 
 

@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import machine
-from .rows import Row, counted, refused
+from ..instrument import machine
+from ..instrument.rows import Row, counted, refused
 
 ROOT = machine.ROOT
 LOG = "gpu-tests.txt"
@@ -28,6 +28,11 @@ NO_TESTS = 5  # pytest's exit status where a process got none
 def files() -> list[str]:
     """The files with tests for a GPU: every process would import all the others too."""
     return [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+
+
+def last_line(text: str) -> str:
+    """The last line of a process's output that says anything."""
+    return next((line[:200] for line in text.splitlines()[::-1] if line.strip()), "no message")
 
 
 def end(process: subprocess.Popen) -> None:
@@ -117,6 +122,5 @@ def _complaint(found: dict[str, list[str]], statuses: list[int | None], seconds:
         said.append("failed: " + ", ".join(found["failed"][:5]) + (" …" if len(found["failed"]) > 5 else ""))
     odd = [n for n, status in enumerate(statuses) if status not in (0, 1, NO_TESTS, None)]
     if odd:
-        lines = [line for line in logs[odd[0]].strip().splitlines() if line.strip()]
-        said.append(f"pytest ended with {statuses[odd[0]]}: {lines[-1][:200] if lines else 'no message'}")
+        said.append(f"pytest ended with {statuses[odd[0]]}: {last_line(logs[odd[0]])}")
     return "; ".join(said) or "no test passed"

@@ -25,7 +25,7 @@ from .state import MemoryState, taken_back
 Text = str | Sequence[Message]
 
 WRITE_TOKENS = 8192  # the write budget of the released recipe
-TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # of forget; see bench/holding/operators.py
+TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # of forget; see bench/memory/operators.py
 
 
 class WriteResult(int):
@@ -195,7 +195,7 @@ def forget(
 
     which is what n tellings' erasing comes to, n = ``strength``. Nothing decays, no value is written; a token whose
     gate is shut erases nothing. (SSW: one erasure for each segment, by its mean.) Keys are shared: what other texts
-    wrote under the same keys goes, too. `python -m bench.holding operators` measures how much.
+    wrote under the same keys goes, too. `python -m bench.memory operators` measures how much.
 
     Args:
         model: patched.
