@@ -1,6 +1,6 @@
 """Calls of every launcher at the released adapter's sizes (bfloat16, r 8, H 1), whose costs are counted.
 
-Inputs, what they must give and the least bytes that a call moves are those of ``bench.problems``.
+Inputs, what they must give and the least bytes that a call moves are those of ``bench.speed.problems``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import problems
+from bench.speed import problems
 from deltamem_kernels.triton import heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
 
 
