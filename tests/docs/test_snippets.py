@@ -13,7 +13,8 @@ from deltamem_fast.recall.weights import find_weights
 
 MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 ADAPTER = "declare-lab/delta-mem_qwen3_4b-instruct"
-WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+README = ROOT / "README.md"
+WITH_PYTHON = [page for page in PAGES if page != README and blocks(page, "python")]  # README: below
 
 
 class Hub:
@@ -72,11 +73,15 @@ def test_the_pages_python_runs(page, folder):
     assert run_page(page)
 
 
+def test_the_pages_that_show_python_are_found():
+    assert {page.stem for page in WITH_PYTHON} >= {"memory", "sessions", "serving", "training", "inspection"}
+
+
 def test_readme_has_ten_lines_that_keep_a_memory(folder, capsys):
-    ((_, source),) = blocks(ROOT / "README.md", "python")
+    ((_, source),) = blocks(README, "python")
     lines = [line for line in source.splitlines() if line.strip()]
     assert len(lines) == 10 and f'"{MODEL}"' in source and f'"{ADAPTER}"' in source
-    names = run_page(ROOT / "README.md")
+    names = run_page(README)
     assert all(state.abs().max() > 0 for _, state in names["memory"].items())
     assert capsys.readouterr().out.strip() and (folder / "ada.safetensors").is_file()
 

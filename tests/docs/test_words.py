@@ -1,6 +1,7 @@
 """What the pages say of the repository is there: links, paths, functions, the proof, sizes."""
 
 import ast
+import functools
 import json
 import re
 
@@ -47,6 +48,7 @@ def test_relative_links_lead_somewhere(page):
 # --- files and functions
 
 
+@functools.cache
 def defined_in(path) -> set[str]:
     """Functions, classes, methods (Class.method) and constants of a Python file."""
     found = set()
@@ -148,7 +150,7 @@ def proof(page) -> list[str]:
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     """What the demo prints with few questions: the story and the checks of bits are those of the whole one."""
-    return format_demo(*run_demo(output=tmp_path_factory.mktemp("demo"), questions=4)).splitlines()
+    return format_demo(*run_demo(output=tmp_path_factory.mktemp("demo"), questions=1)).splitlines()
 
 
 def test_readmes_proof_is_what_the_demo_prints(printed):
