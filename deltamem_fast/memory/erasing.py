@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from .pieces import WRITE_TOKENS, Text, checked_text, encoded_pieces
 from .watch import capture_projections
 
-TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # see bench/holding/operators.py
+TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # see bench/memory/operators.py
 
 
 class WriteResult(int):

@@ -156,7 +156,7 @@ def forget(
 
     which is what n tellings' erasing comes to, n = ``strength``. Nothing decays, no value is written; a token whose
     gate is shut erases nothing. (SSW: one erasure for each segment, by its mean.) Keys are shared: what other texts
-    wrote under the same keys goes, too. `python -m bench.holding operators` measures how much.
+    wrote under the same keys goes, too. `python -m bench.memory operators` measures how much.
 
     Args:
         model: patched.

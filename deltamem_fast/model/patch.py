@@ -8,7 +8,7 @@ import types
 import torch
 from torch import nn
 
-from deltamem_kernels.dispatch import check_backend, head_operations, operations, resolve_backend
+from deltamem_kernels.dispatch import check_backend, operations, resolve_backend
 
 from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
 from ..adapter.identity import Identity
@@ -62,7 +62,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     if device.type != "meta":
         resolve_backend(backend, device.type)
         # Imported now: what fails does so here, and not in the middle of a forward.
-        operations(backend, device), head_operations(backend, device)
+        operations(backend, device)
     _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)

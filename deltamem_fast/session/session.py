@@ -292,6 +292,20 @@ class MemorySession:
             check_integer(value, name, 1, MOST_64, or_none=True)
         self._limits = Limits(turns, tokens)
 
+    def anew(self) -> MemorySession:
+        """A new session of the same settings, with an empty memory; it may replace the files that this one may."""
+        new: MemorySession = MemorySession(
+            self.model,
+            self.tokenizer,
+            system=self.system,
+            context_turns=self.limits.turns,
+            context_tokens=self.limits.tokens,
+            template=self.template,
+            generation=self.generation,
+        )
+        new._remembers, new._known = self._remembers, self._known
+        return new
+
     # --- the memory's operators
 
     def ingest(self, text: str | Sequence[Message], **options: Any) -> WriteResult:

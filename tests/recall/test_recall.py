@@ -12,8 +12,9 @@ from recall_weights import CONFIGS, untrained_backbone
 
 from deltamem_fast import MemoryState, patch_model, segment_ids_from_messages, unpatch_model
 from deltamem_fast.adapter.record import identity_of
+from deltamem_fast.display import style_of
 from deltamem_fast.inspection import pictures as heatmap
-from deltamem_fast.inspection.pictures import Snapshot, draw_heat_map, heat_map_lines, png_size, style_of
+from deltamem_fast.inspection.pictures import Snapshot, draw_heat_map, heat_map_lines, png_size
 from deltamem_fast.recall import hints as interactive
 from deltamem_fast.recall import measure, revision, task, world
 from deltamem_fast.recall.chats import answer, ask, encode, next_logits, tell
