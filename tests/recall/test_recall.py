@@ -43,7 +43,7 @@ def parts(names, joint):
     """First and second parts of names."""
     if joint:
         return [{name.split(joint)[i] for name in names} for i in (0, 1)]
-    pairs = [(a, b) for a in world._ONSETS for b in world._ENDINGS if a + b in set(names)]
+    pairs = [(a, b) for a in world.ONSETS for b in world.ENDINGS if a + b in set(names)]
     return [{pair[i] for pair in pairs} for i in (0, 1)]
 
 
