@@ -129,15 +129,14 @@ def triton_without_device() -> Iterator[None]:
     from deltamem_kernels.triton import launch
 
     saved = launch.recorded, backends.interpreting
-    chosen = [(cache, dict(cache)) for cache in (backends._loaded, backends._loaded_heads)]
+    chosen = dict(backends._loaded)
     launch.recorded, backends.interpreting = [], lambda: True
     try:
         yield
     finally:
         launch.recorded, backends.interpreting = saved
-        for cache, before in chosen:
-            cache.clear()
-            cache.update(before)
+        backends._loaded.clear()
+        backends._loaded.update(chosen)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def launched(case: problems.Case) -> list[tuple]:
 
     inputs = problems.random_inputs(case, "meta")
     with mock.patch.object(launch, "recorded", []), torch.no_grad():
-        problems.apply(case, inputs, ops, ops)
+        problems.apply(case, inputs, ops)
         return [_distinct(*entry[:3]) for entry in launch.recorded]
 
 

@@ -125,7 +125,7 @@ def _released_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
     Python launches them.
     """
     rule, name = case.rule, "scan/triton" if device == "cuda" else "scan/auto"
-    ops, _ = problems.modules(device)
+    ops = problems.operators(device)
     sets = []
     for _ in range(2):
         inputs = problems.random_inputs(case, device)
@@ -164,7 +164,7 @@ def _gradient_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
     Ours as a CUDA graph, as above; theirs is two launches that take long enough to hide theirs.
     """
     rule, name = case.rule, "scan-gradient/triton" if device == "cuda" else "scan-gradient/auto"
-    ops, _ = problems.modules(device)
+    ops = problems.operators(device)
     inputs = problems.random_inputs(case, device)
     x, bias = inputs["projections"].requires_grad_(), inputs["bias"].requires_grad_()
     grad = torch.randn(case.batch, case.tokens, rule.read_width, device=device)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deltamem_kernels.dispatch import head_operations, operations
+from deltamem_kernels.dispatch import Operators, operations
 from deltamem_kernels.layout import HeadLayout, Steering
-from deltamem_kernels.reference import heads as reference_heads
-from deltamem_kernels.reference import recurrence as reference
+from deltamem_kernels.reference import ops as reference
 from deltamem_kernels.rule import DeltaRule
 
 LAYOUT = HeadLayout(q=32, k=8, v=8, dim=128, rotary=128)  # Qwen3-4B's and 8B's
@@ -136,7 +135,7 @@ def _steering(inputs: dict, with_o: bool) -> Steering:
     return Steering(q=inputs["q"], o=inputs["o"] if with_o else None, scale=2.0, **norms)
 
 
-def _gradient(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[torch.Tensor, ...]:
+def _gradient(case: Case, inputs: dict[str, torch.Tensor], ops: Operators) -> tuple[torch.Tensor, ...]:
     """The gradients of one forward call, in the order of its inputs, for what its results are given."""
     names = {
         "scan": ("projections", "bias", "state"),
@@ -146,19 +145,19 @@ def _gradient(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[
     given = {"scan": ("d_reads", "d_state"), "read": ("d_reads",), "steer": ("d_out",)}[case.forward]
     with torch.enable_grad():
         leaves = {name: inputs[name].detach().requires_grad_() for name in names[case.forward]}
-        found = apply(replace(case, kernel=case.forward), inputs | leaves, ops, heads)
+        found = apply(replace(case, kernel=case.forward), inputs | leaves, ops)
         return torch.autograd.grad(found, tuple(leaves.values()), [inputs[name] for name in given])
 
 
-def apply(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[torch.Tensor, ...]:
-    """Call the kernel with modules that have ``scan`` … ``steer`` and ``steer_heads_``, ``decode_``.
+def apply(case: Case, inputs: dict[str, torch.Tensor], ops: Operators) -> tuple[torch.Tensor, ...]:
+    """Call the kernel as ``ops`` has it.
 
     Returns:
         what it computed; what it changed in place among it.
     """
     i, rule = inputs, case.rule
     if case.kernel != case.forward:
-        return _gradient(case, inputs, ops, heads)
+        return _gradient(case, inputs, ops)
     if case.kernel == "scan":
         out = ops.scan(i["projections"], i["bias"], i["state"], rule)
         return out.reads, out.state
@@ -170,18 +169,18 @@ def apply(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[torc
         return (ops.steer(i["base"], i["reads"], i["o"], 2.0),)
     turn = i["cos"], i["sin"]
     if case.kernel == "steer_heads_":
-        heads.steer_heads_(i["packed"], i["reads"], LAYOUT, _steering(i, False), *turn)
+        ops.steer_heads_(i["packed"], i["reads"], LAYOUT, _steering(i, False), *turn)
         return (i["packed"][..., : LAYOUT.width],)
-    reads, addend = heads.decode_(
+    reads, addend = ops.decode_(
         i["packed"], i["bias"], i["state"], rule, LAYOUT, _steering(i, True), *turn,
         skipped=i["skipped"], arrived=i["arrived"],
     )  # fmt: skip
     return reads, addend, i["packed"][..., : LAYOUT.width], i["state"]
 
 
-def modules(device: str) -> tuple[object, object]:
+def operators(device: str) -> Operators:
     """The implementation that ``backend="auto"`` takes on ``device``, for ``apply``."""
-    return operations("auto", torch.device(device)), head_operations("auto", torch.device(device))
+    return operations("auto", torch.device(device))
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -194,7 +193,7 @@ def _wide(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-class _Exact:
+class Exact:
     """``reference`` in float64, with the signatures of the kernels."""
 
     @staticmethod
@@ -204,6 +203,8 @@ class _Exact:
     step = staticmethod(reference.step)
     read = staticmethod(reference.read)
     steer = staticmethod(reference.steer)
+    steer_heads_ = staticmethod(reference.steer_heads_)
+    decode_ = staticmethod(reference.decode_)
 
 
 def check(case: Case, device: str) -> tuple[str, float]:
@@ -211,9 +212,9 @@ def check(case: Case, device: str) -> tuple[str, float]:
     small = replace(case, batch=min(case.batch, 3), tokens=min(case.tokens, CHECK_TOKENS))
     inputs = random_inputs(small, device)
     exact_inputs = {name: _wide(name, tensor.cpu().clone()) for name, tensor in inputs.items()}
-    exact = apply(small, exact_inputs, _Exact, reference_heads)
+    exact = apply(small, exact_inputs, Exact)
     worst = 0.0
-    for ours, wanted in zip(apply(small, inputs, *modules(device)), exact, strict=True):
+    for ours, wanted in zip(apply(small, inputs, operators(device)), exact, strict=True):
         error = relative_error(ours.cpu(), wanted)
         allowed = TOLERANCES[str(ours.dtype).removeprefix("torch.")]
         if not error < allowed:
@@ -224,10 +225,10 @@ def check(case: Case, device: str) -> tuple[str, float]:
 
 def calls(case: Case, device: str, sets: int) -> list[Callable[[], object]]:
     """The kernel on each of ``sets`` fresh sets of inputs."""
-    made = modules(device)
+    ops = operators(device)
 
     def on(inputs):
-        return lambda: apply(case, inputs, *made)
+        return lambda: apply(case, inputs, ops)
 
     return [on(random_inputs(case, device)) for _ in range(sets)]
 
@@ -236,4 +237,4 @@ def compiled_reference(case: Case, device: str) -> Callable[[], object]:
     """The plain PyTorch definition under torch.compile, on fresh inputs. One token a row: a scan is a loop."""
     inputs = random_inputs(case, device)
     run = torch.compile(apply, dynamic=False)
-    return lambda: run(case, inputs, reference, reference_heads)
+    return lambda: run(case, inputs, reference)
