@@ -5,6 +5,7 @@ What was never measured is said once on a page, never in a row of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,7 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = plots.DIRECTORY) 
         ValueError, OSError: a file there cannot be read.
     """
     names = ("emulated", "operators", "sessions", "bank", "recall")
-    return Found(
-        results.newest(directory), **{name: results.latest(directory / name) for name in names}, pictures=pictures
-    )
+    return Found(results.newest(directory), pictures=pictures, **{n: results.latest(directory / n) for n in names})
 
 
 def _page(title: str, *parts: str) -> str:
@@ -136,8 +135,10 @@ def _machines(found: Found, titles: Mapping[str, str]) -> Iterator[str]:
     targets = [target for target in TARGETS if target.name.split("/")[0] in titles]
     for result in found.machines:
         yield from (f"## {result.head['device']}", results.heading(result), target_tables(targets, result.rows)[0])
-        yield (
-            _pictures(plots.picture(name, result, found.pictures) for name in plots.MACHINE) if titles is SPEED else ""
+        yield _pictures(
+            plots.picture(name, result, found.pictures)
+            for name in plots.MACHINE
+            if (name == "kernels") is (titles is KERNELS)
         )
         yield from row_tables(result.rows, titles)
     _, others = target_tables(targets, [row for result in found.machines for row in result.rows])
@@ -316,7 +317,8 @@ def written(found: Found) -> dict[str, str]:
 
 def _device(result: Result) -> str:
     head = result.head
-    return head["device"] if head["driver"] else f"{head['device']}, {head['threads']} threads"
+    name = re.sub(r"\((R|TM)\)| Processor$", "", head["device"])
+    return name if head["driver"] else f"{name}, {head['threads']} threads"
 
 
 def readme_rows(found: Found) -> str:
@@ -330,7 +332,7 @@ def readme_rows(found: Found) -> str:
     ):
         kept = ((row, on) for row, on in every if row.name == name and baseline in row.ratios)
         for row, on in [pair for pair in kept if pair[0].parameters["batch"] == 1][:1]:  # GPUs are first
-            lines.append([what, ratio(row.ratios[baseline]), f"{row.parameters['model']}'s shape, {on}"])
+            lines.append([what, ratio(row.ratios[baseline]), f"a random {row.parameters['model']}, {on}"])
     shares = {
         variant: row.values["share"]
         for variant, row in (_curve(found.recall.rows, "facts") if found.recall else ()) if row.parameters["facts"] == 4
@@ -342,7 +344,7 @@ def readme_rows(found: Found) -> str:
         lines.append(["Four facts told, their context gone: answered right", said, size])
     for row in [row for row in (found.bank.rows if found.bank else ()) if row.name == "bank/gather"][:1]:
         what = f"{row.parameters['ids']} memories out of {row.parameters['users']:,}, gathered from a bank"
-        lines.append([what, timing(row), f"Qwen3-4B's shape, {_device(found.bank)}"])
+        lines.append([what, timing(row), f"those of a Qwen3-4B, {_device(found.bank)}"])
     streaming = next(target for target in TARGETS if target.value == "streaming")
     worst = streaming.worst([row for row, _ in every])
     on = next((on for row, on in every if row is worst), "")

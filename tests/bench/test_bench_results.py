@@ -312,7 +312,7 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     plots = bench("report.plots")
     first, second = (plots.draw(found(sample()), tmp_path / name) for name in "ab")
-    assert [path.name for path in first] == [f"gpu-some-gpu-{name}.png" for name in ("scan", "model", "memory")]
+    assert [path.name for path in first] == [f"gpu-some-gpu-{name}.png" for name in ("kernels", "model", "memory")]
     for one, other in zip(first, second):
         data = one.read_bytes()
         assert data.startswith(b"\x89PNG") and 2_000 < len(data) < 100_000
@@ -327,11 +327,12 @@ def test_no_picture_without_numbers(tmp_path):
 def test_a_title_has_the_numbers_of_the_rows():
     plots, pyplot = bench("report.plots"), pytest.importorskip("matplotlib.pyplot")
     titles = []
-    for name in ("model", "memory"):
+    for name in ("kernels", "model", "memory"):
         figure = pyplot.figure()
         titles.append(plots.MACHINE[name](sample().rows, figure))
         pyplot.close(figure)
-    assert titles == ["With the memory a model runs at 100 to 124 % of its bare speed",
+    assert titles == ["At its best size each kernel moves its bytes at 25 to 25 % of a copy's speed",
+                      "With the memory a model runs at 100 to 124 % of its bare speed",
                       "The patch adds at most 0.6 % to a prompt's peak memory"]  # fmt: skip
 
 
