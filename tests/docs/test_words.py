@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import re
+import tomllib
 
 import pytest
 from pages import PAGES, ROOT, blocks, name_of, prose
@@ -91,6 +92,15 @@ def test_architecture_names_the_way_of_a_token():
     named = {name for _, name in paths_in(ROOT / "docs/architecture.md") if name}
     wanted = {"patch_model", "begin", "attention_forward", "advance", "operations", "split_projections", "launch"}
     assert wanted <= named and len(named) >= 25
+
+
+def test_architecture_shows_the_contracts_that_the_linter_checks():
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [contract["layers"] for contract in linter["contracts"] if contract["type"] == "layers"]
+    text = " ".join((ROOT / "docs/architecture.md").read_text(encoding="utf-8").split())
+    assert layers
+    for order in layers:
+        assert f"`{' > '.join(order).replace('deltamem_fast.', '')}`" in text
 
 
 def test_modules_that_a_page_runs_are_there():
