@@ -1,4 +1,4 @@
-"""Recall: measured, drawn, and written into README.
+"""Recall of the shipped weights: measured, and the weights made anew.
 
 python -m bench.recall COMMAND [--help]
 """
@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from .. import commands
-from . import curves, plots, readme, train
+from ..instrument import commands
+from . import curves, train
 
-COMMANDS = {
-    "curves": curves,
-    "plots": plots,
-    "readme": readme,
-    "train": train,
-}
+COMMANDS = {"curves": curves, "train": train}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,8 +23,8 @@ from deltamem_fast import patch_model, unpatch_model
 from deltamem_fast.config import CONFIG_NAME
 from deltamem_fast.recall.weights import SHIPPED, load_backbone
 
-from .. import results
-from ..rows import Row, absent, counted
+from ..instrument import results
+from ..instrument.rows import Row, absent, counted
 from . import conversations, figures, perplexity, variants
 from .conversations import ASKED, Conversation
 from .variants import Variant
@@ -220,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write; a run with other weights or fewer episodes is kept out of README."""
+    """Measure and write; a run with other weights or fewer episodes is kept out of docs/results."""
     if options.episodes < 1:
         raise ValueError(f"--episodes: got {options.episodes}, allowed 1 or more")
     start = time.perf_counter()

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ..display import table
-from ..inspection.pictures import style_of
-from .wrapping import harmless
+from ..display import columns_of, harmless, style_of, table
 
 PIPE_COLUMNS = 110
 
@@ -30,7 +28,7 @@ class Screen(Protocol):
 
     Attributes:
         columns: how wide it is.
-        style: of heat maps, see ``inspection.heatmap.STYLES``.
+        style: of heat maps, see ``inspection.pictures.STYLES``.
     """
 
     columns: int
@@ -110,3 +108,43 @@ class PlainScreen:
 
     def _tell(self, text: str) -> None:
         print(f"deltamem: {harmless(' '.join(text.split()))}", file=sys.stderr, flush=True)
+
+
+class Wrap:
+    """Breaks lines between words, although a word is shown as it grows: one that no longer fits moves down whole.
+
+    Args:
+        columns: of the terminal; the last one stays free, where terminals differ in what comes next.
+    """
+
+    def __init__(self, columns: int):
+        self._room = max(1, columns - 1)
+        self._column = 0
+        self._word = ""  # what has been shown of the word at the cursor
+
+    def add(self, piece: str) -> str:
+        """What to write to the terminal for ``piece``."""
+        return "".join(map(self._add, piece.expandtabs(4)))
+
+    def _add(self, char: str) -> str:
+        if char == "\n":
+            self._column, self._word = 0, ""
+            return char
+        width = columns_of(char)
+        before = ""
+        if self._column + width > self._room:
+            if char == " ":
+                self._column, self._word = 0, ""
+                return "\n"
+            before = self._break()
+        self._column += width
+        self._word = "" if char == " " else self._word + char
+        return before + char
+
+    def _break(self) -> str:
+        length = columns_of(self._word)
+        if not 0 < length < self._column:  # nothing of it stands here, or it began at the edge: cut it
+            self._column, self._word = 0, ""
+            return "\n"
+        self._column = length
+        return f"\x1b[{length}D\x1b[K\n{self._word}"

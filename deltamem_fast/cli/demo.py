@@ -11,9 +11,10 @@ from random import Random
 
 from deltamem_kernels.dispatch import BACKENDS
 
-from ..chat.standard_input import typed_lines
+from ..display import style_of
+from ..model.loading import device_for
 from ..model.threads import HELP, check_threads, fitting_threads
-from ..recall.weights import STRATEGIES
+from ..recall.weights import STRATEGIES, find_weights, load_backbone
 from ..storage.files import as_path
 
 HOLDS, DOES_NOT_HOLD = 0, 1
@@ -53,7 +54,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _prove(arguments: argparse.Namespace) -> int:
-    from ..inspection.pictures import style_of
     from ..recall.demo import failed_checks, run_demo
     from ..recall.demo_text import format_demo
 
@@ -81,11 +81,8 @@ def _prove(arguments: argparse.Namespace) -> int:
 
 
 def _converse(arguments: argparse.Namespace) -> int:
-    from ..inspection.pictures import style_of
     from ..model.patch import patch_model
-    from ..recall.demo import device_for
     from ..recall.hints import converse
-    from ..recall.weights import find_weights, load_backbone
 
     device = device_for(arguments.backend)
     found = find_weights(arguments.weights)
@@ -101,6 +98,8 @@ def _converse(arguments: argparse.Namespace) -> int:
 
 def _typed_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
+        from ..chat.loop import typed_lines
+
         yield from typed_lines()
         return
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
-from ..display import number, printable
+from ..display import counted, number, printable, without_surrogates
 from ..errors import ArgumentError, FileMissingError
 from ..memory.memory_file import MemoryFile, read_memory_file
+from ..model.loading import DTYPES, load_patched
 from ..storage.files import as_path, naming_files
 
 TOP = 8
@@ -33,9 +33,7 @@ def add_inspect_command(commands) -> None:
     inspect.add_argument("--tokens", action="store_true", help="the text's figures token by token")
     inspect.add_argument("--model", help="a model's directory or hub id (default: the demo's, if MEMORY is of it)")
     inspect.add_argument("--adapter", help="the adapter's directory or hub id; goes with --model")
-    inspect.add_argument(
-        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: as saved"
-    )
+    inspect.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
     inspect.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
     inspect.add_argument(
         "--row", type=int, metavar="N", help="one conversation of the file, from 0 (default: all in the figures; 0 in "
@@ -114,7 +112,7 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
     if arguments.model is not None and arguments.adapter is None:
         raise ArgumentError("--model: given without --adapter; a memory fits one adapter only")
     if arguments.text is not None:
-        return arguments.text.encode("utf-8", "replace").decode("utf-8")  # no tokenizer takes what is no text
+        return without_surrogates(arguments.text)
     path = as_path(arguments.text_file, "--text-file")
     if not path.exists():
         raise FileMissingError(f"--text-file: {path}: no such file")
@@ -143,19 +141,14 @@ def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
 
 
 def _load(arguments: argparse.Namespace):
-    from ..inspection.model_info import load_patched
-    from ..model.loading import bars, load_tokenizer
-
-    model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device, "--model")
-    with bars(hidden=not sys.stderr.isatty()):
-        return model, load_tokenizer(arguments.model, "--model")
+    dtype, device = arguments.dtype, arguments.device
+    return load_patched(arguments.model, arguments.adapter, "--model", dtype=dtype, device=device)
 
 
 def _shipped(arguments: argparse.Namespace, file: MemoryFile):
     """The demo's backbone with the adapter that the file was made with; an error that names the right one if none."""
-    from ..adapter.record import describe_difference, identity_of
-    from ..inspection.model_info import load_patched
-    from ..model.loading import bars, load_tokenizer
+    from ..adapter.identity import describe_difference
+    from ..adapter.record import identity_of
     from ..model.patch import patch_model, unpatch_model
     from ..recall.weights import find_weights
 
@@ -167,18 +160,17 @@ def _shipped(arguments: argparse.Namespace, file: MemoryFile):
         weights = find_weights()
     except FileNotFoundError as error:
         raise unknown from error
-    model = None
-    with bars(hidden=True):
-        for directory in weights.adapters.values():
-            if model is None:
-                model = load_patched(str(weights.backbone), str(directory), arguments.dtype, arguments.device)
-            else:
-                patch_model(unpatch_model(model), directory)
-            difference = describe_difference(file.fingerprints, identity_of(model).fingerprints())
-            if difference.startswith("backbone"):
-                break
-            if not difference:
-                return model, load_tokenizer(str(weights.backbone), local_files_only=True)
+    model, options = None, {"dtype": arguments.dtype, "device": arguments.device, "local": True, "quiet": True}
+    for adapter in map(str, weights.adapters.values()):
+        if model is None:
+            model, tokenizer = load_patched(str(weights.backbone), adapter, **options)
+        else:
+            patch_model(unpatch_model(model), adapter)
+        difference = describe_difference(file.fingerprints, identity_of(model).fingerprints())
+        if not difference:
+            return model, tokenizer
+        if difference.startswith("backbone"):
+            break
     raise unknown
 
 
@@ -195,7 +187,7 @@ def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace
         rows = file.memory.batch_size
         for layer in list(file.memory)[:1]:
             heads, rank = file.memory[layer].shape[1:3]
-            names["Memory"] = f"{_count(len(file.memory), 'layer')}, {_count(heads, 'head')}, rank {rank}"
+            names["Memory"] = f"{counted(len(file.memory), 'layer')}, {counted(heads, 'head')}, rank {rank}"
         if rows > 1:
             names["Conversation"] = f"{row} of 0 to {rows - 1}"
         written.append(
@@ -231,10 +223,6 @@ def _draw(draw, what, path: Path) -> Path:
         raise ArgumentError(f"--png: {error}") from error
 
 
-def _count(number: int, of: str) -> str:
-    return f"{number} {of}{'s' * (number != 1)}"
-
-
 def _other_name(file: MemoryFile, other: MemoryFile) -> str:
     # The folder's name tells two of one name apart; the whole path is nobody's business.
     return other.path.stem if other.path.stem != file.path.stem else f"{other.path.parent.name}/{other.path.name}"
@@ -257,7 +245,7 @@ def _format(arguments, file: MemoryFile, other: MemoryFile | None, found: dict) 
     lines += [f"backbone  {printable(file.backbone_name)} ({file.backbone_fingerprint[:12]})"]
     count, rank = file.memory.batch_size, max((state.shape[-1] for _, state in file.memory.items()), default=0)
     kind = "read-only" if file.memory.frozen else "writable"
-    lines += [f"holds     {_count(count, 'conversation')}, rank {rank}, {kind}", "", str(found["report"])]
+    lines += [f"holds     {counted(count, 'conversation')}, rank {rank}, {kind}", "", str(found["report"])]
     if other is not None:
         lines += ["", f"Distance to {printable(str(other.path))}", str(found["distance"])]
     if "text" in found:

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
-import torch
 from torch import nn
 
 from deltamem_kernels.dispatch import resolve_backend
 
-from ..adapter.files import read_adapter
 from ..adapter.record import identity_of
-from ..model.loading import bars, found_model, load_weights, usable_device
-from ..model.patch import layer_paths, patch_model
-
-
-def load_patched(name: str, adapter: str | None, dtype: str, device: str, argument: str = "MODEL") -> nn.Module:
-    """The model ``name`` (a directory or hub id) with a memory.
-
-    Args:
-        adapter: a directory or hub id, or None = fresh parameters.
-        dtype: ``auto`` (as saved), ``bfloat16``, ``float16`` or ``float32``.
-        device: as torch names it.
-        argument: what errors call ``name``.
-
-    Raises:
-        ValueError, OSError: no such model, adapter or device; the message names it.
-    """
-    target = usable_device(device)
-    name = found_model(name, argument)
-    read_adapter(adapter)  # a wrong one is told before gigabytes are read
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    # Bars are for who waits at a terminal; anywhere else they would stand in front of an error's one line.
-    with bars(hidden=not sys.stderr.isatty()):
-        model = load_weights(name, argument, device=target, dtype=wanted)
-    return patch_model(model.eval(), adapter)
+from ..display import columns
+from ..model.patch import layer_paths
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
@@ -72,5 +47,4 @@ def format_facts(facts: dict[str, Any]) -> str:
         indices = [layer["layer"] for layer in group]
         span = f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]}-{indices[-1]}"
         rows.append((span, key[0] + (f": {key[1]}" if key[1] else "")))
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+    return "\n".join(columns(rows, (0, 1)))

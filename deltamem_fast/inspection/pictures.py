@@ -38,16 +38,6 @@ def snapshot(memory: MemoryState, name: str, row: int = 0) -> Snapshot:
     return Snapshot(name, {layer: state[row].detach().to("cpu", copy=True) for layer, state in memory.items()})
 
 
-def style_of(stream) -> str:
-    """The richest of ``STYLES`` that ``stream`` can show; colours only in a terminal (not if NO_COLOR is set)."""
-    try:
-        "·░▒▓█▀".encode(getattr(stream, "encoding", None) or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return "ascii"
-    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return "unicode" if plain else "colour"
-
-
 def heat_map_lines(snapshots: Sequence[Snapshot], style: str = "ascii", width: int = 80) -> list[str]:
     """The states side by side as lines of text: a band for each layer and head, titled with its largest |entry|.
 

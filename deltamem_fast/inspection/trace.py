@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ..adapter.layer import DeltaMemory
-from ..adapter.record import decoder_of, identity_of, input_device, is_disabled, unwrap
+from ..adapter.record import identity_of, is_disabled
+from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..display import number, plain, printable, table
 from ..errors import ArgumentError
-from ..memory.capture import capture_projections
 from ..memory.state import MemoryState
+from ..memory.watch import capture_projections
 from ..text.encode import encode_text
 from .pieces import token_pieces
 from .replay import replay

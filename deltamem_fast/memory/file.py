@@ -13,7 +13,8 @@ import torch
 
 from ..arguments import MOST
 from ..errors import ArgumentError, FileFormatError
-from ..storage.files import Header, as_path, check_seal, parse_json, read_tensors, save_tensors, seal, write_atomically
+from ..storage.files import as_path, parse_json, write_atomically
+from ..storage.tensors import Header, check_seal, read_tensors, save_tensors, seal
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 2  # 1 had no checksum, and no fields of the backbone

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from ..adapter.layer import DeltaMemory
+from .call import MemoryCall
 from .fused import fused_forward
-from .update import MemoryCall, advance
+from .update import advance
 
 
 class SteeredAttention:

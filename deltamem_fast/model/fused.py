@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltamem_kernels.dispatch import head_operations
+from deltamem_kernels.dispatch import operations
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
 
 from ..adapter.layer import DeltaMemory
 from ..memory.state import written
-from .update import MemoryCall, advance
+from .call import MemoryCall
+from .update import advance
 
 
 def fused_forward(
@@ -91,7 +92,7 @@ def _steer(
     weights = memory.weights
     layout = weights.layout(attention.head_dim, 0 if cos is None else cos.shape[-1])
     steering = weights.steering(attention, memory)
-    heads = head_operations(memory.backend, packed.device)
+    heads = operations(memory.backend, packed.device)
     bias = weights.gate_bias.tensor
     if call.may_read if call.frozen else call.steps(memory.layer_idx):
         found = _in_place(heads, memory, call, packed, length, layout, steering, cos, sin)

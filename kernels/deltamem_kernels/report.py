@@ -6,8 +6,8 @@
 Runs the launchers on tensors without memory, takes down what they would launch, and compiles that for each
 target: what is reported is what a launch would run, specialised as Triton would (an alignment of 16 bytes, a
 stride of 1). Not to be run with TRITON_INTERPRET=1. The last table (with --depth the only one) says how many steps
-of a scan wait for one another, and what the maps of its chunks weigh against the tokens. What the kernels execute and
-ask of memory is counted on an emulator, which the repository has: make kernels-report.
+of a scan wait for one another, and what the transitions of its chunks weigh against the tokens. What the kernels
+execute and ask of memory is counted on an emulator, which the repository has: make kernels-report.
 """
 
 from __future__ import annotations
@@ -276,14 +276,14 @@ def measure(target: str, case: Case, seen: set) -> list[Resources]:
 
 
 def weights(rule: DeltaRule, length: int) -> tuple[int, int]:
-    """Bytes of the maps of a scan's chunks and of its tokens, one sequence in bfloat16, as it would allocate them."""
+    """Bytes of the transitions of a scan's chunks and of its tokens, one sequence in bfloat16, as a scan allocates."""
     saved = _launch.recorded
     _launch.recorded = []
     try:
         meta = {"dtype": torch.bfloat16, "device": "meta"}
         x = torch.empty(1, length, rule.width, **meta)
         scan(x, torch.empty(rule.bias_width, **meta), None, rule)
-        maps = [a["maps_ptr"] for _, a, _ in _launch.recorded if "maps_ptr" in a]
+        maps = [a["transitions_ptr"] for _, a, _ in _launch.recorded if "transitions_ptr" in a]
         return sum({id(m): m.numel() * 4 for m in maps}.values()), x.numel() * 2
     finally:
         _launch.recorded = saved
@@ -320,7 +320,7 @@ def main() -> None:
     targets = options.target or list(TARGETS)
     cases = BRIEF if options.brief else LEAST if options.least else PRODUCT if options.full else CASES
     print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
-    print(f"{'case':<50} {'kernel':<23}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
+    print(f"{'case':<50} {'kernel':<34}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TRITON_CACHE_DIR"] = directory
         for target in targets:
@@ -328,7 +328,7 @@ def main() -> None:
             for case in cases:
                 for row in measure(target, case, seen):
                     print(
-                        f"{row.case:<50} {row.kernel:<23}{row.target:<7}{row.registers:>5}{row.shared:>7}"
+                        f"{row.case:<50} {row.kernel:<34}{row.target:<7}{row.registers:>5}{row.shared:>7}"
                         f"{row.stack:>6}{row.spills:>7}{row.instructions:>6}",
                         flush=True,
                     )

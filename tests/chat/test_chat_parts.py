@@ -8,13 +8,11 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from deltamem_fast.chat.history import history_path, make_private
-from deltamem_fast.chat.interactive import interrupt_once, interrupts
+from deltamem_fast.chat.loop import interrupt_once, interrupts, whole_lines
 from deltamem_fast.chat.options import OPTIONS, generation_with, read_option
-from deltamem_fast.chat.piped import whole_lines
-from deltamem_fast.chat.prompt import CommandCompleter, PrivateHistory
-from deltamem_fast.chat.wording import counted, in_bytes, shortened
-from deltamem_fast.chat.wrapping import Wrap, harmless
+from deltamem_fast.chat.prompt import CommandCompleter, PrivateHistory, history_path, make_private
+from deltamem_fast.chat.screens import Wrap
+from deltamem_fast.display import counted, harmless, in_bytes, shortened
 
 
 def test_where_the_history_lies(monkeypatch, tmp_path):

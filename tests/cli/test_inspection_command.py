@@ -14,10 +14,10 @@ from matplotlib.image import imread
 from deltamem_fast import MemoryState, patch_model, save_adapter, unpatch_model
 from deltamem_fast.cli.main import main
 from deltamem_fast.inspection import pictures as heatmap
-from deltamem_fast.inspection.model_info import load_patched
 from deltamem_fast.inspection.trace import trace
 from deltamem_fast.memory.figures import distance, report
 from deltamem_fast.memory.memory_file import read_memory_file
+from deltamem_fast.model.loading import load_patched
 from deltamem_fast.recall import weights as recall_weights
 from deltamem_fast.recall.chats import tell
 from deltamem_fast.recall.weights import find_weights, load_backbone
@@ -33,7 +33,7 @@ def files(tmp_path_factory):
     TOKENIZER.save_pretrained(directory / "model")
     save_adapter(model, directory / "adapter")
     unpatch_model(model).save_pretrained(directory / "model")
-    model = load_patched(str(directory / "model"), str(directory / "adapter"), "auto", "cpu")
+    model, _ = load_patched(str(directory / "model"), str(directory / "adapter"), tokenizer=False)
     alice, bob = filled(model, 2), filled(model, 2, seed=5)
     alice._skipped[1] += torch.tensor([4, 0], dtype=torch.int32)
     alice.save(directory / "alice.safetensors")
@@ -168,7 +168,7 @@ def test_a_text_on_a_given_model(files, tmp_path, capsys):
 
 
 def test_a_read_only_memory_says_so(files, tmp_path, capsys):
-    model = load_patched(str(files / "model"), str(files / "adapter"), "auto", "cpu")
+    model, _ = load_patched(str(files / "model"), str(files / "adapter"), tokenizer=False)
     memory = filled(model)
     memory.frozen = True
     memory.save(tmp_path / "frozen.safetensors")

@@ -14,7 +14,7 @@ from deltamem_fast import MemoryState
 from deltamem_fast.display import columns_of, number, printable, table
 from deltamem_fast.memory.figures import distance, effective_rank, report
 from deltamem_fast.memory.memory_file import read_memory_file
-from deltamem_fast.storage.files import read_tensors
+from deltamem_fast.storage.tensors import read_tensors
 
 examples = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**20)

@@ -16,7 +16,7 @@ from support import tiny_model
 from deltamem_fast import DeltaMemConfig, MemoryBank, MemoryState, patch_model
 from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError
 from deltamem_fast.memory.memory_file import read_memory_file
-from deltamem_fast.storage.files import read_tensors, seal
+from deltamem_fast.storage.tensors import read_tensors, seal
 
 BEFORE = Path(__file__).parents[1] / "written_before" / "memories_v1"
 

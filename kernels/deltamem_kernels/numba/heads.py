@@ -11,7 +11,7 @@ import torch
 from ..layout import HeadLayout, Steering, check_heads
 from ..reference import heads as reference_heads
 from ..rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
-from .ops import checked_slots
+from .recurrence import checked_slots
 from .rows import BLOCK, row_loop, turn_loop
 from .threads import on_threads, threads_for
 

@@ -37,6 +37,7 @@ from .launch import (
     whole_keys,
 )
 from .primitives import (
+    delta_update,
     direction,
     dot,
     dot_rows,
@@ -44,11 +45,10 @@ from .primitives import (
     load_bias,
     load_vector,
     load_write,
-    lost,
     owned,
     sigmoid,
     state_pointers,
-    written,
+    zero_or_nan,
 )
 
 TOKENS = 16  # tokens of a tile of ``steer_heads_``: the least that fills a matrix instruction
@@ -290,8 +290,8 @@ def recall(
     if not FROZEN:
         z, c = direction(k, NORMALIZE)
         keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-        s = written(s, z, c, keep, erase, write * v.to(tl.float32))
-        flag = tl.where((flag == 1) & (tl.sum(lost(s), axis=0) != 0.0), 2, flag)
+        s = delta_update(s, z, c, keep, erase, write * v.to(tl.float32))
+        flag = tl.where((flag == 1) & (tl.sum(zero_or_nan(s), axis=0) != 0.0), 2, flag)
     valid = column * 0 + flag == 1
     return tl.where(valid & m_live, read, 0.0), s, flag
 
