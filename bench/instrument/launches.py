@@ -129,14 +129,14 @@ def triton_without_device() -> Iterator[None]:
     from deltamem_kernels.triton import launch
 
     saved = launch.recorded, backends.interpreting
-    chosen = dict(backends._loaded)
+    chosen = dict(backends.loaded)
     launch.recorded, backends.interpreting = [], lambda: True
     try:
         yield
     finally:
         launch.recorded, backends.interpreting = saved
-        backends._loaded.clear()
-        backends._loaded.update(chosen)
+        backends.loaded.clear()
+        backends.loaded.update(chosen)
 
 
 @torch.no_grad()
