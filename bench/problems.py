@@ -174,7 +174,7 @@ def apply(case: Case, inputs: dict[str, torch.Tensor], ops, heads) -> tuple[torc
         return (i["packed"][..., : LAYOUT.width],)
     reads, addend = heads.decode_(
         i["packed"], i["bias"], i["state"], rule, LAYOUT, _steering(i, True), *turn,
-        skipped=i["skipped"], arrived=i["arrived"],
+        skipped=i["skipped"], workspace=heads.workspace({}, i["arrived"]),
     )  # fmt: skip
     return reads, addend, i["packed"][..., : LAYOUT.width], i["state"]
 

@@ -14,7 +14,7 @@ import torch
 
 from bench import problems
 from deltamem_kernels.reference import heads as reference_heads
-from deltamem_kernels.triton import heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
+from deltamem_kernels.triton import decode, heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def _with(options: dict[str, Any]) -> tuple[SimpleNamespace, SimpleNamespace]:
             scan=lambda *given: scan.scan(*given, **options), step=step.step, read=read.read, steer=steer.steer
         ),
         SimpleNamespace(
-            steer_heads_=heads.steer_heads_, decode_=lambda *given, **more: heads.decode_(*given, **more, **options)
+            steer_heads_=heads.steer_heads_,
+            decode_=lambda *given, **more: decode.decode_(*given, **more, **options),
+            workspace=decode.workspace,
         ),
     )
 

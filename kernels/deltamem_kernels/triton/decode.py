@@ -1,16 +1,14 @@
-"""What a memory does to the attention's heads, where they lie: in packed rows [q heads | k heads | v heads | ...].
+"""``decode_``: one decoded token a row. Its memory is read and written, its heads are steered, and Δo is made.
 
-    x <- RoPE(rms_norm(x + scale · c · W reads))     q and k; v: the correction alone
+    read = S q,   S <- diag(keep) S − diag(erase) (S k) kᵀ + diag(write) v kᵀ
+    x <- RoPE(rms_norm(x + scale · c · W read)),   Δo = scale · c · W_o read
 
-``steer_heads_`` does it to many tokens whose reads are known, ``decode_`` to one token per row, together with the
-step of its state and with Δo. Both are one launch, compute in float32 and round once.
-
-RoPE turns pairs of numbers, so a head is two tiles of D / 2 numbers, ``lo`` and ``hi``; pair j < rotary / 2 is (j,
-j + rotary / 2), and the pairs behind them, which are not turned, are (j + rotary / 2, j + D / 2): every number of
-the head once, in pieces that lie together, and no number has to change threads.
+One launch; computes in float32 and rounds once. ``heads`` does it to many tokens whose reads are known.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,16 +18,30 @@ from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
 from ..rule import DeltaRule, check_arguments, check_together
 from . import launch as _launch
+from .head_parts import (
+    Factor,
+    Heads,
+    Kind,
+    Turn,
+    arguments,
+    check_tensors,
+    load_raw,
+    load_turn,
+    pairs,
+    scale_of,
+    steered_heads,
+    turned,
+)
 from .launch import (
     MOST_REGISTERS,
-    check_device,
+    Launched,
     check_reach,
     compiler_sees,
+    fixed,
     float32_only,
     half_or_single,
     launch,
     launch_again,
-    matrix_precision,
     next_power_of_two,
     rule_flags,
     state_strides,
@@ -46,354 +58,262 @@ from .primitives import (
     load_write,
     lost,
     owned,
-    sigmoid,
     state_pointers,
     written,
 )
 
-TOKENS = 16  # tokens of a tile of ``steer_heads_``: the least that fills a matrix instruction
-HEADS_IN_TURN = 8  # heads that a program of it takes one after another, cosines and sines staying
-READ_BLOCK = 16  # numbers of a read that are multiplied at once: a matrix instruction takes no fewer
 ALONE = 512  # rows from which a program has a row to itself
 PLANS = 1024  # launches of differing shapes that are kept
 PROGRAMS = 4096  # of one warp each: what an H200 holds at once (132 × 32)
 
 
-@triton.jit
-def pairs(o_j, DIM: tl.constexpr, ROTARY: tl.constexpr):
-    """The two places of pair j in its head."""
-    if ROTARY == 0 or ROTARY == DIM:
-        o_lo = o_j
-        o_hi = o_j + DIM // 2
-    else:
-        TURN: tl.constexpr = ROTARY // 2
-        HALF: tl.constexpr = DIM // 2
-        # The compiler does not see through the choice: pieces of so many numbers lie together.
-        PIECE: tl.constexpr = (TURN | HALF) & -(TURN | HALF)
-        o_lo = tl.max_contiguous(tl.multiple_of(o_j + tl.where(o_j < TURN, 0, TURN), PIECE), PIECE)
-        o_hi = tl.max_contiguous(tl.multiple_of(o_j + tl.where(o_j < TURN, TURN, HALF), PIECE), PIECE)
-    return o_lo, o_hi
+class Rows(NamedTuple):
+    """The packed rows [B, N], the reads [B, H·r], and who has arrived, int32 [B]; see ``decode_kernel``."""
+
+    x_ptr: torch.Tensor
+    reads_ptr: torch.Tensor
+    arrived_ptr: torch.Tensor | None
+    batch: int
+    stride_x_b: int
 
 
-@triton.jit
-def factor(raw, scale, scale_max):
-    """scale · c"""
-    return scale * sigmoid(raw.to(tl.float32)) * scale_max
+class Memory(NamedTuple):
+    """The memory's projections in the rows (from ``m_ptr``), its gates' biases, and states [S, H, r, r].
 
-
-@triton.jit
-def turned(lo, hi, cos_lo, sin_lo, cos_hi, sin_hi):
-    out_lo = tl.fma(lo, cos_lo.to(tl.float32), -hi * sin_lo.to(tl.float32))
-    out_hi = tl.fma(hi, cos_hi.to(tl.float32), lo * sin_hi.to(tl.float32))
-    return out_lo, out_hi
-
-
-@triton.jit
-def load_turn(p_cos, p_sin, o_lo, o_hi, stride_cos_w, stride_sin_w, m):
-    """cos and sin of both numbers of a pair, raw; 1 and 0 where m is False."""
-    cos_lo = tl.load(p_cos + o_lo * stride_cos_w, mask=m, other=1.0)
-    sin_lo = tl.load(p_sin + o_lo * stride_sin_w, mask=m, other=0.0)
-    cos_hi = tl.load(p_cos + o_hi * stride_cos_w, mask=m, other=1.0)
-    sin_hi = tl.load(p_sin + o_hi * stride_sin_w, mask=m, other=0.0)
-    return cos_lo, sin_lo, cos_hi, sin_hi
-
-
-@triton.jit
-def steer_group(
-    p_x, p_reads, w_ptr, norm_ptr, raw_ptr, p_cos, p_sin, m_token, first, last, scale, scale_max, eps,
-    stride_r_c, stride_w_n, stride_w_c, stride_norm, stride_cos_w, stride_sin_w,
-    DIM: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
-    READ_WIDTH: tl.constexpr, READ_BLOCK: tl.constexpr, PRECISION: tl.constexpr, DENSE: tl.constexpr,
-    HAS_DELTA: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_RAW: tl.constexpr,
-):  # fmt: skip
-    """Heads ``first`` to ``last`` − 1 of one kind, one after another, of TOKENS tokens."""
-    if DENSE:
-        stride_w_n = READ_WIDTH
-        stride_w_c = 1
-    o_j = tl.arange(0, PAIRS)
-    m_j = o_j < DIM // 2
-    o_lo, o_hi = pairs(o_j, DIM, ROTARY)
-    m_tile = m_token[:, None] & m_j[None, :]
-    p_x += first * DIM
-    p_lo, p_hi = p_x[:, None] + o_lo[None, :], p_x[:, None] + o_hi[None, :]
-    x_lo = tl.load(p_lo, mask=m_tile, other=0.0)
-    x_hi = tl.load(p_hi, mask=m_tile, other=0.0)
-    if HAS_ROPE:
-        m_turn = m_token[:, None] & (o_j < ROTARY // 2)[None, :]
-        cos_lo, sin_lo, cos_hi, sin_hi = load_turn(
-            p_cos[:, None], p_sin[:, None], o_lo[None, :], o_hi[None, :], stride_cos_w, stride_sin_w, m_turn
-        )
-    if HAS_NORM:
-        norm_lo = tl.load(norm_ptr + o_lo * stride_norm, mask=m_j, other=0.0).to(tl.float32)
-        norm_hi = tl.load(norm_ptr + o_hi * stride_norm, mask=m_j, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        by = scale
-        if HAS_RAW:
-            by = factor(tl.load(raw_ptr), scale, scale_max)
-        p_w = w_ptr + first.to(tl.int64) * DIM * stride_w_n
-    for head in range(first, last):
-        # The next head is on its way while this one is computed.
-        m_next = m_tile & (o_j * 0 + head + 1 < last)[None, :]
-        next_lo = tl.load(p_lo + DIM, mask=m_next, other=0.0)
-        next_hi = tl.load(p_hi + DIM, mask=m_next, other=0.0)
-
-        lo, hi = x_lo.to(tl.float32), x_hi.to(tl.float32)
-        if HAS_DELTA:
-            # The sum is short, but as outer products every thread would fetch the weights of its places one by one.
-            d_lo = tl.zeros([TOKENS, PAIRS], tl.float32)
-            d_hi = tl.zeros([TOKENS, PAIRS], tl.float32)
-            for start in range(0, READ_WIDTH, READ_BLOCK):
-                o_c = start + tl.arange(0, READ_BLOCK)
-                m_c = o_c < READ_WIDTH
-                m_w = m_c[:, None] & m_j[None, :]
-                p_r = p_reads[:, None] + o_c[None, :] * stride_r_c
-                reads = tl.load(p_r, mask=m_token[:, None] & m_c[None, :], other=0.0).to(tl.float32)
-                p_c = p_w + o_c[:, None] * stride_w_c
-                w_lo = tl.load(p_c + o_lo[None, :] * stride_w_n, mask=m_w, other=0.0).to(tl.float32)
-                w_hi = tl.load(p_c + o_hi[None, :] * stride_w_n, mask=m_w, other=0.0).to(tl.float32)
-                d_lo = tl.dot(reads, w_lo, d_lo, input_precision=PRECISION)
-                d_hi = tl.dot(reads, w_hi, d_hi, input_precision=PRECISION)
-            lo = tl.fma(d_lo, tl.zeros_like(d_lo) + by, lo)
-            hi = tl.fma(d_hi, tl.zeros_like(d_hi) + by, hi)
-            p_w += DIM * stride_w_n
-        if HAS_NORM:
-            inverse = tl.rsqrt(tl.sum(tl.fma(lo, lo, hi * hi), axis=1) / DIM + eps)
-            lo = lo * inverse[:, None] * norm_lo[None, :]
-            hi = hi * inverse[:, None] * norm_hi[None, :]
-        if HAS_ROPE:
-            lo, hi = turned(lo, hi, cos_lo, sin_lo, cos_hi, sin_hi)
-        tl.store(p_lo, lo.to(x_lo.dtype), mask=m_tile)
-        tl.store(p_hi, hi.to(x_hi.dtype), mask=m_tile)
-        p_lo += DIM
-        p_hi += DIM
-        x_lo, x_hi = next_lo, next_hi
-
-
-@triton.jit
-def steer_heads_kernel(
-    x_ptr, reads_ptr, q_ptr, k_ptr, v_ptr, raw_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
-    tokens, length, scale, scale_max, eps,
-    stride_x_b, stride_x_t, stride_r_b, stride_r_t, stride_r_c,
-    stride_q_n, stride_q_c, stride_k_n, stride_k_c, stride_v_n, stride_v_c, stride_raw, stride_q_norm, stride_k_norm,
-    stride_cos_b, stride_cos_t, stride_cos_w, stride_sin_b, stride_sin_t, stride_sin_w,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    PAIRS: tl.constexpr, TOKENS: tl.constexpr, TURNS: tl.constexpr,
-    Q_GROUPS: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
-    READ_WIDTH: tl.constexpr, READ_BLOCK: tl.constexpr, PRECISION: tl.constexpr, DENSE: tl.constexpr,
-    HAS_Q: tl.constexpr, HAS_K: tl.constexpr, HAS_V: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HAS_RAW: tl.constexpr,
-):  # fmt: skip
-    """A program: TOKENS tokens, up to TURNS heads of one kind. Kinds to which nothing is done have no groups."""
-    GROUPS: tl.constexpr = Q_GROUPS + K_GROUPS + V_GROUPS
-    group = tl.program_id(0) % GROUPS
-    token = tl.program_id(0) // GROUPS * TOKENS + tl.arange(0, TOKENS)
-    m_token = token < tokens
-    b = (token // length).to(tl.int64)
-    t = (token % length).to(tl.int64)
-    p_x = x_ptr + b * stride_x_b + t * stride_x_t
-    p_reads = reads_ptr
-    if HAS_Q or HAS_K or HAS_V:
-        p_reads += b * stride_r_b + t * stride_r_t
-    p_cos, p_sin = cos_ptr, sin_ptr
-    if ROTARY > 0:
-        p_cos += b * stride_cos_b + t * stride_cos_t
-        p_sin += b * stride_sin_b + t * stride_sin_t
-    if Q_GROUPS > 0:
-        if group < Q_GROUPS:
-            first = group * TURNS
-            steer_group(
-                p_x, p_reads, q_ptr, q_norm_ptr, raw_ptr, p_cos, p_sin,
-                m_token, first, tl.minimum(first + TURNS, Q), scale, scale_max, eps,
-                stride_r_c, stride_q_n, stride_q_c, stride_q_norm, stride_cos_w, stride_sin_w,
-                DIM, ROTARY, PAIRS, TOKENS, READ_WIDTH, READ_BLOCK, PRECISION, DENSE,
-                HAS_Q, HAS_Q_NORM, ROTARY > 0, HAS_RAW,
-            )  # fmt: skip
-    if K_GROUPS > 0:
-        if (group >= Q_GROUPS) & (group < Q_GROUPS + K_GROUPS):
-            first = (group - Q_GROUPS) * TURNS
-            steer_group(
-                p_x + Q * DIM, p_reads, k_ptr, k_norm_ptr, raw_ptr + stride_raw if HAS_RAW else None, p_cos, p_sin,
-                m_token, first, tl.minimum(first + TURNS, K), scale, scale_max, eps,
-                stride_r_c, stride_k_n, stride_k_c, stride_k_norm, stride_cos_w, stride_sin_w,
-                DIM, ROTARY, PAIRS, TOKENS, READ_WIDTH, READ_BLOCK, PRECISION, DENSE,
-                HAS_K, HAS_K_NORM, ROTARY > 0, HAS_RAW,
-            )  # fmt: skip
-    if V_GROUPS > 0:
-        if group >= Q_GROUPS + K_GROUPS:
-            first = (group - Q_GROUPS - K_GROUPS) * TURNS
-            steer_group(
-                p_x + (Q + K) * DIM, p_reads, v_ptr, None, raw_ptr + 2 * stride_raw if HAS_RAW else None, None, None,
-                m_token, first, tl.minimum(first + TURNS, V), scale, scale_max, eps,
-                stride_r_c, stride_v_n, stride_v_c, 0, 0, 0,
-                DIM, 0, PAIRS, TOKENS, READ_WIDTH, READ_BLOCK, PRECISION, DENSE,
-                HAS_V, False, False, HAS_RAW,
-            )  # fmt: skip
-
-
-@triton.jit
-def token_flag(p_x, p_mask, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, HAS_MASK: tl.constexpr):
-    """1: the token counts. 2: it is unmasked, but not finite. 0: it is masked."""
-    o_w = tl.arange(0, WIDTH_PAD)
-    x = tl.load(p_x + o_w, mask=o_w < WIDTH, other=0.0).to(tl.float32)
-    flag = tl.where(tl.sum(x * 0.0, axis=0) == 0.0, 1, 2)
-    if HAS_MASK:
-        flag = tl.where(tl.load(p_mask) != 0, flag, 0)
-    return flag
-
-
-@triton.jit
-def state_tile(
-    memory, first, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    DENSE_STATE: tl.constexpr,
-):  # fmt: skip
-    """Places of the state's rows ``first`` to ``first`` + COLUMNS − 1, and which there are.
-
-    memory: what a program needs of its row's memory, for every function here; see ``decode_kernel``.
+    states: S if rows have slots.
     """
-    _, _, _, _, p_state, stride_s_h, stride_s_i, stride_s_j, live = memory
-    column = first + tl.arange(0, COLUMNS)
-    m_live = (column < HEADS * RANK) & (column * 0 + live > 0)
-    p_s = state_pointers(
-        p_state + column * 0, column // RANK, column % RANK, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
-    )  # fmt: skip
-    return p_s, m_live[None, :] & (tl.arange(0, R) < RANK)[:, None], m_live
+
+    m_ptr: torch.Tensor
+    bias_ptr: torch.Tensor
+    s_ptr: torch.Tensor
+    slots_ptr: torch.Tensor | None
+    mask_ptr: torch.Tensor | None
+    skipped_ptr: torch.Tensor | None
+    states: int
+    stride_bias: int
+    stride_mask_b: int
+    stride_skipped: int
+    stride_s_n: int
+    stride_s_h: int
+    stride_s_i: int
+    stride_s_j: int
+    HAS_SLOTS: tl.constexpr
+    HAS_MASK: tl.constexpr
+    HAS_SKIPPED: tl.constexpr
+    FROZEN: tl.constexpr
+    DENSE_STATE: tl.constexpr
+
+
+class Rule(NamedTuple):
+    """The recurrence, and the tile [R, COLUMNS] in which a program has (a piece of) a row's state."""
+
+    HEADS: tl.constexpr
+    RANK: tl.constexpr
+    R: tl.constexpr
+    COLUMNS: tl.constexpr
+    WIDTH: tl.constexpr
+    WIDTH_PAD: tl.constexpr
+    MODE: tl.constexpr
+    ROW_GATES: tl.constexpr
+    HAS_LAMBDA: tl.constexpr
+    NORMALIZE: tl.constexpr
+    WHOLE: tl.constexpr
+
+
+class Output(NamedTuple):
+    """Δo [B, n], in UNITS units of UNIT · PAIRS numbers."""
+
+    w_ptr: torch.Tensor | None
+    delta_ptr: torch.Tensor | None
+    n: int
+    stride_w_n: int
+    stride_w_c: int
+    UNITS: tl.constexpr
+
+
+class Shares(NamedTuple):
+    """How the UNITS units of a row are shared.
+
+    PARTS: programs a row. IN_REGISTERS: a program has the whole state in one tile. LATE: a program has one unit; it
+    asks for its heads and weights first and computes the reads while they are on their way.
+    """
+
+    PARTS: tl.constexpr
+    UNITS: tl.constexpr
+    IN_REGISTERS: tl.constexpr
+    LATE: tl.constexpr
+
+
+class Row(NamedTuple):
+    """Where things of a program's row lie. p_m: its projections. live: 0 if it has no state, else 1."""
+
+    p_x: tl.tensor
+    p_cos: tl.tensor
+    p_sin: tl.tensor
+    p_delta: tl.tensor
+    p_scratch: tl.tensor
+    p_m: tl.tensor
+    p_mask: tl.tensor
+    p_state: tl.tensor
+    live: tl.tensor
+
+
+class Known(NamedTuple):
+    """What ``recall`` finds: reads [COLUMNS], the state after the token [R, COLUMNS], and the token's flag."""
+
+    reads: tl.tensor
+    s: tl.tensor
+    flag: tl.tensor
 
 
 @triton.jit
-def recall(
-    memory, first, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr,
-    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr,
-):  # fmt: skip
-    """Columns ``first`` to ``first`` + COLUMNS − 1 → (their reads, their state after the token, the token's flag).
+def token_flag(row, memory, rule):
+    """1: the token counts. 2: it is unmasked, but not finite. 0: it is masked, or has no state."""
+    o_w = tl.arange(0, rule.WIDTH_PAD)  # [WIDTH_PAD]
+    x = tl.load(row.p_m + o_w, mask=o_w < rule.WIDTH, other=0.0).to(tl.float32)
+    flag = tl.where(tl.sum(x * 0.0, axis=0) == 0.0, 1, 2)
+    if memory.HAS_MASK:
+        flag = tl.where(tl.load(row.p_mask) != 0, flag, 0)
+    return tl.where(row.live > 0, flag, 0)
+
+
+@triton.jit
+def state_tile(row, memory, rule, first):
+    """Places of the state's rows ``first`` to ``first`` + COLUMNS − 1, and which there are."""
+    column = first + tl.arange(0, rule.COLUMNS)  # [COLUMNS]
+    m_live = (column < rule.HEADS * rule.RANK) & (column * 0 + row.live > 0)
+    p_s = state_pointers(
+        row.p_state + column * 0, column // rule.RANK, column % rule.RANK,
+        memory.stride_s_h, memory.stride_s_i, memory.stride_s_j, rule.RANK, rule.R, memory.DENSE_STATE,
+    )  # fmt: skip
+    m_tile = m_live[None, :] & (tl.arange(0, rule.R) < rule.RANK)[:, None]  # [R, COLUMNS], as p_s
+    return p_s, m_tile, m_live
+
+
+@triton.jit
+def recall(row, memory, rule, first):
+    """``reference.recurrence.step`` (``read`` if frozen) of columns ``first`` to ``first`` + COLUMNS − 1 → ``Known``.
 
     The flag is 2 for a token that would leave NaN or Inf in these columns, too; then the reads are 0, here alone.
     The same operations in the same order as in ``step_kernel``, hence the same bits.
     """
-    p_x, p_mask, bias_ptr, stride_bias, _, _, _, _, live = memory
-    column = first + tl.arange(0, COLUMNS)
+    HEADS: tl.constexpr = rule.HEADS
+    RANK: tl.constexpr = rule.RANK
+    column = first + tl.arange(0, rule.COLUMNS)  # [COLUMNS]
     h = column // RANK
     i = column % RANK
     m_column = column < HEADS * RANK
-    p_s, m_tile, m_live = state_tile(memory, first, HEADS, RANK, R, COLUMNS, DENSE_STATE)
-    s = tl.load(p_s, mask=m_tile, other=0.0)
-    p_token = p_x + column * 0
-    q = load_vector(p_token, h * RANK, 1, m_live, RANK, R, WHOLE)
-    if not FROZEN:
-        k = load_vector(p_token, (HEADS + h) * RANK, 1, m_live, RANK, R, WHOLE)
-        v, beta, lam = load_write(p_token, h, i, 1, m_live, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-        beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    flag = tl.where(live > 0, token_flag(p_x, p_mask, WIDTH, WIDTH_PAD, HAS_MASK), 0)
-    z, c = direction(q, NORMALIZE)
-    read = dot(s, z) * c
-    if not FROZEN:
-        z, c = direction(k, NORMALIZE)
-        keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+    p_s, m_tile, m_live = state_tile(row, memory=memory, rule=rule, first=first)
+    s = tl.load(p_s, mask=m_tile, other=0.0)  # [R, COLUMNS]
+    p_token = row.p_m + column * 0
+    q = load_vector(p_token, h * RANK, 1, m_live, RANK, rule.R, rule.WHOLE)  # [R, COLUMNS]
+    if not memory.FROZEN:
+        k = load_vector(p_token, (h + HEADS) * RANK, 1, m_live, RANK, rule.R, rule.WHOLE)  # [R, COLUMNS]
+        v, beta, lam = load_write(p_token, h, i, 1, m_live, HEADS, RANK, rule.ROW_GATES, rule.HAS_LAMBDA)  # [COLUMNS]
+        beta_bias, lambda_bias = load_bias(
+            memory.bias_ptr, memory.stride_bias, h, i, m_column, HEADS, RANK, rule.ROW_GATES, rule.HAS_LAMBDA
+        )  # fmt: skip
+    flag = token_flag(row, memory=memory, rule=rule)
+    z, c = direction(q, rule.NORMALIZE)  # [R, COLUMNS], [COLUMNS]
+    read = dot(s, z) * c  # [COLUMNS]
+    if not memory.FROZEN:
+        z, c = direction(k, rule.NORMALIZE)
+        keep, erase, write = gates(
+            beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, rule.MODE, rule.HAS_LAMBDA
+        )  # fmt: skip
         s = written(s, z, c, keep, erase, write * v.to(tl.float32))
         flag = tl.where((flag == 1) & (tl.sum(lost(s), axis=0) != 0.0), 2, flag)
     valid = column * 0 + flag == 1
-    return tl.where(valid & m_live, read, 0.0), s, flag
+    return Known(reads=tl.where(valid & m_live, read, 0.0), s=s, flag=flag)
 
 
 @triton.jit
-def remember(
-    memory, first, s, flag, HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    DENSE_STATE: tl.constexpr,
-):  # fmt: skip
-    """Store columns of the state, if the token counts."""
-    p_s, m_tile, _ = state_tile(memory, first, HEADS, RANK, R, COLUMNS, DENSE_STATE)
-    column = first + tl.arange(0, COLUMNS)
+def remember(row, memory, rule, first, s, flag):
+    """Store columns [R, COLUMNS] of the state, if the token counts."""
+    p_s, m_tile, _ = state_tile(row, memory=memory, rule=rule, first=first)
+    column = first + tl.arange(0, rule.COLUMNS)  # [COLUMNS]
     tl.store(p_s, s, mask=m_tile & (column * 0 + flag == 1)[None, :])
 
 
 @triton.jit
-def reads_block(read, p_scratch, block, READ_WIDTH: tl.constexpr, CHUNK: tl.constexpr, IN_REGISTERS: tl.constexpr):
-    """Reads ``block`` · CHUNK and following of this row, [CHUNK]."""
+def reads_block(reads, row, heads, block, IN_REGISTERS: tl.constexpr):
+    """Reads ``block`` · CHUNK and following of this row, [CHUNK]; reads: [COLUMNS] in registers."""
+    CHUNK: tl.constexpr = heads.CHUNK
     if IN_REGISTERS:
         # All but one of the numbers added are 0: exact.
-        rows = tl.reshape(read, [read.shape[0] // CHUNK, CHUNK])
-        o_row = tl.arange(0, read.shape[0] // CHUNK)[:, None]
-        return tl.sum(tl.where(o_row == block, rows, 0.0), axis=0)
+        pieces = tl.reshape(reads, [reads.shape[0] // CHUNK, CHUNK])
+        o_piece = tl.arange(0, reads.shape[0] // CHUNK)[:, None]
+        return tl.sum(tl.where(o_piece == block, pieces, 0.0), axis=0)
     else:
-        o_c = block * CHUNK + tl.arange(0, CHUNK)
-        return tl.load(p_scratch + o_c, mask=o_c < READ_WIDTH, other=0.0)
+        o_c = block * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+        return tl.load(row.p_scratch + o_c, mask=o_c < heads.READ_WIDTH, other=0.0)
 
 
 @triton.jit
-def load_weights(p_w, o_n, m_n, block, stride_w_n, stride_w_c, READ_WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+def load_weights(p_w, o_n, m_n, block, stride_w_n, stride_w_c, heads):
     """Weights of one block of reads, raw, [numbers, CHUNK]."""
-    o_c = block * CHUNK + tl.arange(0, CHUNK)
+    o_c = block * heads.CHUNK + tl.arange(0, heads.CHUNK)  # [CHUNK]
     p = p_w + o_n[:, None] * stride_w_n + o_c[None, :] * stride_w_c
-    return tl.load(p, mask=m_n[:, None] & (o_c < READ_WIDTH)[None, :], other=0.0)
+    return tl.load(p, mask=m_n[:, None] & (o_c < heads.READ_WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def steer_unit(
-    p_x, w_ptr, norm_ptr, raw_ptr, p_cos, p_sin, first, heads, scale, scale_max, eps,
-    stride_w_n, stride_w_c, stride_norm, stride_cos_w, stride_sin_w,
-    memory, known, p_scratch,
-    DIM: tl.constexpr, ROTARY: tl.constexpr, PAIRS: tl.constexpr, UNIT: tl.constexpr,
-    READ_WIDTH: tl.constexpr, CHUNK: tl.constexpr, IN_REGISTERS: tl.constexpr, LATE: tl.constexpr,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr,
-    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE: tl.constexpr,
-    HAS_DELTA: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_RAW: tl.constexpr,
-):  # fmt: skip
-    """Heads ``first`` to ``first`` + UNIT − 1 of one kind and one token, all pairs in one row of numbers."""
-    if DENSE:
+def steer_unit(kind, unit, row, known, turn, factor, heads, memory, rule, shares):
+    """UNIT heads of one kind and one token, all pairs in one row of numbers; ``reference.heads.steer_heads_``."""
+    DIM: tl.constexpr = heads.DIM
+    PAIRS: tl.constexpr = heads.PAIRS
+    READ_WIDTH: tl.constexpr = heads.READ_WIDTH
+    stride_w_n = kind.stride_w_n
+    stride_w_c = kind.stride_w_c
+    if heads.DENSE:
         stride_w_n = READ_WIDTH
         stride_w_c = 1
-    o = tl.arange(0, UNIT * PAIRS)
+    first = unit * heads.UNIT
+    o = tl.arange(0, heads.UNIT * PAIRS)  # [UNIT · PAIRS], as all that follows
     o_j = o % PAIRS
     head = first + o // PAIRS
-    m = (o_j < DIM // 2) & (head < heads)
-    o_lo, o_hi = pairs(o_j, DIM, ROTARY)
+    m = (o_j < DIM // 2) & (head < kind.COUNT)
+    o_lo, o_hi = pairs(o_j, DIM=DIM, ROTARY=kind.ROTARY)
+    p_x = row.p_x + kind.FIRST * DIM
     p_lo, p_hi = p_x + head * DIM + o_lo, p_x + head * DIM + o_hi
     x_lo = tl.load(p_lo, mask=m, other=0.0)
     x_hi = tl.load(p_hi, mask=m, other=0.0)
-    if HAS_DELTA:
-        p_w = w_ptr + first.to(tl.int64) * DIM * stride_w_n
+    if kind.HAS_DELTA:
+        p_w = kind.w_ptr + first.to(tl.int64) * DIM * stride_w_n
         o_w = o // PAIRS * DIM
-        w_lo = load_weights(p_w, o_w + o_lo, m, 0, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
-        w_hi = load_weights(p_w, o_w + o_hi, m, 0, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
-        if HAS_RAW:
-            raw = tl.load(raw_ptr)
-    if HAS_ROPE:
+        w_lo = load_weights(p_w, o_w + o_lo, m, 0, stride_w_n, stride_w_c, heads=heads)  # [UNIT · PAIRS, CHUNK]
+        w_hi = load_weights(p_w, o_w + o_hi, m, 0, stride_w_n, stride_w_c, heads=heads)
+        raw = load_raw(factor, PLACE=kind.PLACE)
+    if kind.ROTARY > 0:
         cos_lo, sin_lo, cos_hi, sin_hi = load_turn(
-            p_cos, p_sin, o_lo, o_hi, stride_cos_w, stride_sin_w, m & (o_j < ROTARY // 2)
-        )
-    if HAS_NORM:
-        norm_lo = tl.load(norm_ptr + o_lo * stride_norm, mask=m, other=0.0)
-        norm_hi = tl.load(norm_ptr + o_hi * stride_norm, mask=m, other=0.0)
-    if LATE:
-        known = recall(
-            memory, 0, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-            MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
+            p_cos=row.p_cos, p_sin=row.p_sin, o_lo=o_lo, o_hi=o_hi, turn=turn, m=m & (o_j < kind.ROTARY // 2)
         )  # fmt: skip
+    if kind.HAS_NORM:
+        norm_lo = tl.load(kind.norm_ptr + o_lo * kind.stride_norm, mask=m, other=0.0)
+        norm_hi = tl.load(kind.norm_ptr + o_hi * kind.stride_norm, mask=m, other=0.0)
+    if shares.LATE:
+        known = recall(row, memory=memory, rule=rule, first=0)
     lo, hi = x_lo.to(tl.float32), x_hi.to(tl.float32)
-    if HAS_DELTA:
-        reads = reads_block(known[0], p_scratch, 0, READ_WIDTH, CHUNK, IN_REGISTERS)
+    if kind.HAS_DELTA:
+        reads = reads_block(known.reads, row=row, heads=heads, block=0, IN_REGISTERS=shares.IN_REGISTERS)  # [CHUNK]
         d_lo = dot_rows(w_lo.to(tl.float32), reads[None, :])
         d_hi = dot_rows(w_hi.to(tl.float32), reads[None, :])
-        for block in range(1, (READ_WIDTH + CHUNK - 1) // CHUNK):
-            reads = reads_block(known[0], p_scratch, block, READ_WIDTH, CHUNK, IN_REGISTERS)
-            w_lo = load_weights(p_w, o_w + o_lo, m, block, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
-            w_hi = load_weights(p_w, o_w + o_hi, m, block, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
+        for block in range(1, (READ_WIDTH + heads.CHUNK - 1) // heads.CHUNK):
+            reads = reads_block(known.reads, row=row, heads=heads, block=block, IN_REGISTERS=shares.IN_REGISTERS)
+            w_lo = load_weights(p_w, o_w + o_lo, m, block, stride_w_n, stride_w_c, heads=heads)
+            w_hi = load_weights(p_w, o_w + o_hi, m, block, stride_w_n, stride_w_c, heads=heads)
             d_lo += dot_rows(w_lo.to(tl.float32), reads[None, :])
             d_hi += dot_rows(w_hi.to(tl.float32), reads[None, :])
-        by = scale
-        if HAS_RAW:
-            by = factor(raw, scale, scale_max)
+        by = scale_of(factor, raw=raw)
         lo = tl.fma(d_lo, tl.zeros_like(d_lo) + by, lo)
         hi = tl.fma(d_hi, tl.zeros_like(d_hi) + by, hi)
-    if HAS_NORM:
-        square = tl.sum(tl.reshape(tl.fma(lo, lo, hi * hi), [UNIT, PAIRS]), axis=1, keep_dims=True)
-        inverse = tl.reshape(tl.broadcast_to(tl.rsqrt(square / DIM + eps), [UNIT, PAIRS]), [UNIT * PAIRS])
+    if kind.HAS_NORM:
+        square = tl.sum(tl.reshape(tl.fma(lo, lo, hi * hi), [heads.UNIT, PAIRS]), axis=1, keep_dims=True)  # [UNIT, 1]
+        inverse = tl.broadcast_to(tl.rsqrt(square / DIM + heads.eps), [heads.UNIT, PAIRS])  # [UNIT, PAIRS]
+        inverse = tl.reshape(inverse, [heads.UNIT * PAIRS])
         lo = lo * inverse * norm_lo.to(tl.float32)
         hi = hi * inverse * norm_hi.to(tl.float32)
-    if HAS_ROPE:
+    if kind.ROTARY > 0:
         lo, hi = turned(lo, hi, cos_lo, sin_lo, cos_hi, sin_hi)
     tl.store(p_lo, lo.to(x_lo.dtype), mask=m)
     tl.store(p_hi, hi.to(x_hi.dtype), mask=m)
@@ -401,65 +321,40 @@ def steer_unit(
 
 
 @triton.jit
-def output_unit(
-    p_delta, w_ptr, raw_ptr, first, n, scale, scale_max, stride_w_n, stride_w_c, memory, known, p_scratch,
-    BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, CHUNK: tl.constexpr, IN_REGISTERS: tl.constexpr, LATE: tl.constexpr,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr,
-    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE: tl.constexpr,
-    HAS_RAW: tl.constexpr,
-):  # fmt: skip
-    """BLOCK numbers of Δo = scale · c · W reads."""
-    if DENSE:
-        stride_w_n = READ_WIDTH
+def output_unit(o, unit, row, known, factor, heads, memory, rule, shares):
+    """UNIT · PAIRS numbers of Δo = scale · c · W_o reads, as ``reference.heads.decode_`` gives it."""
+    BLOCK: tl.constexpr = heads.UNIT * heads.PAIRS
+    stride_w_n = o.stride_w_n
+    stride_w_c = o.stride_w_c
+    if heads.DENSE:
+        stride_w_n = heads.READ_WIDTH
         stride_w_c = 1
-    o = tl.arange(0, BLOCK)
-    m = first + o < n
-    p_w = w_ptr + first.to(tl.int64) * stride_w_n
-    w = load_weights(p_w, o, m, 0, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
-    if HAS_RAW:
-        raw = tl.load(raw_ptr)
-    if LATE:
-        known = recall(
-            memory, 0, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-            MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
-        )  # fmt: skip
-    reads = reads_block(known[0], p_scratch, 0, READ_WIDTH, CHUNK, IN_REGISTERS)
-    delta = dot_rows(w.to(tl.float32), reads[None, :])
-    for block in range(1, (READ_WIDTH + CHUNK - 1) // CHUNK):
-        reads = reads_block(known[0], p_scratch, block, READ_WIDTH, CHUNK, IN_REGISTERS)
-        w = load_weights(p_w, o, m, block, stride_w_n, stride_w_c, READ_WIDTH, CHUNK)
+    first = unit * BLOCK
+    o_n = tl.arange(0, BLOCK)  # [BLOCK]
+    m_n = first + o_n < o.n
+    p_w = o.w_ptr + first.to(tl.int64) * stride_w_n
+    w = load_weights(p_w, o_n, m_n, 0, stride_w_n, stride_w_c, heads=heads)  # [BLOCK, CHUNK]
+    raw = load_raw(factor, PLACE=3)
+    if shares.LATE:
+        known = recall(row, memory=memory, rule=rule, first=0)
+    reads = reads_block(known.reads, row=row, heads=heads, block=0, IN_REGISTERS=shares.IN_REGISTERS)  # [CHUNK]
+    delta = dot_rows(w.to(tl.float32), reads[None, :])  # [BLOCK]
+    for block in range(1, (heads.READ_WIDTH + heads.CHUNK - 1) // heads.CHUNK):
+        reads = reads_block(known.reads, row=row, heads=heads, block=block, IN_REGISTERS=shares.IN_REGISTERS)
+        w = load_weights(p_w, o_n, m_n, block, stride_w_n, stride_w_c, heads=heads)
         delta += dot_rows(w.to(tl.float32), reads[None, :])
-    if HAS_RAW:
-        scale = factor(raw, scale, scale_max)
-    tl.store(p_delta + first + o, (scale * delta).to(p_delta.dtype.element_ty), mask=m)
+    scale = scale_of(factor, raw=raw)
+    tl.store(row.p_delta + first + o_n, (scale * delta).to(row.p_delta.dtype.element_ty), mask=m_n)
     return known
 
 
 @triton.jit
-def decode_kernel(
-    x_ptr, m_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, reads_ptr, skipped_ptr, arrived_ptr, delta_ptr,
-    q_ptr, k_ptr, v_ptr, o_ptr, raw_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
-    batch, states, n, scale, scale_max, eps,
-    stride_x_b, stride_bias, stride_mask_b, stride_skipped,
-    stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-    stride_q_n, stride_q_c, stride_k_n, stride_k_c, stride_v_n, stride_v_c, stride_o_n, stride_o_c,
-    stride_raw, stride_q_norm, stride_k_norm,
-    stride_cos_b, stride_cos_t, stride_cos_w, stride_sin_b, stride_sin_t, stride_sin_w,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    PAIRS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    Q_UNITS: tl.constexpr, K_UNITS: tl.constexpr, V_UNITS: tl.constexpr, O_UNITS: tl.constexpr,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr,
-    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
-    HAS_Q: tl.constexpr, HAS_K: tl.constexpr, HAS_V: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr, HAS_K_NORM: tl.constexpr, HAS_RAW: tl.constexpr,
-    PARTS: tl.constexpr, FROZEN: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE: tl.constexpr,
-):  # fmt: skip
-    """PARTS programs a row. Each computes the row's reads for itself, from the old state, and does its share of the
-    units: UNIT heads, or BLOCK numbers of Δo.
+def decode_kernel(rows, memory, rule, q, k, v, o, turn, factor, heads, shares):
+    """``reference.heads.decode_``: PARTS programs a row. Each computes the row's reads for itself, from the old state,
+    and does its share of the units: UNIT heads, or as many numbers of Δo.
+
+    rows: ``Rows``. memory: ``Memory``. rule: ``Rule``. q, k, v: ``Kind``. o: ``Output``. shares: ``Shares``. turn,
+    factor, heads: see ``head_parts``.
 
     With one program, it also writes the state, which it alone reads. With several, all read the old state and one
     must replace it, and none may wait for another (nothing says that they run at the same time). So each announces
@@ -476,56 +371,53 @@ def decode_kernel(
     Whoever is last writes the same bits, from the same inputs: the result does not depend on the order of arrival.
     The last one also sets the count back to 0, for the next launch, which starts after this one has ended.
     """
-    TILES: tl.constexpr = (HEADS * RANK + COLUMNS - 1) // COLUMNS
-    READ_WIDTH: tl.constexpr = HEADS * RANK
-    UNITS: tl.constexpr = Q_UNITS + K_UNITS + V_UNITS + O_UNITS
-    IN_REGISTERS: tl.constexpr = TILES == 1
-    # A program of one unit asks for its heads and weights first and computes the reads while they are on their way.
-    LATE: tl.constexpr = IN_REGISTERS and PARTS == UNITS
-    row = tl.program_id(0) // PARTS
+    READ_WIDTH: tl.constexpr = heads.READ_WIDTH
+    COLUMNS: tl.constexpr = rule.COLUMNS
+    PARTS: tl.constexpr = shares.PARTS
+    FROZEN: tl.constexpr = memory.FROZEN
+    IN_REGISTERS: tl.constexpr = shares.IN_REGISTERS
+    LATE: tl.constexpr = shares.LATE
+    number = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
-    b = row.to(tl.int64)
+    b = number.to(tl.int64)
     state_row = b
-    if HAS_SLOTS:
-        state_row = owned(tl.load(slots_ptr + row), states)
+    if memory.HAS_SLOTS:
+        state_row = owned(tl.load(memory.slots_ptr + number), memory.states)
     live = tl.where(state_row >= 0, 1, 0)
-    p_mask = m_ptr  # not None, which a tuple does not take
-    if HAS_MASK:
-        p_mask = mask_ptr + b * stride_mask_b
-    memory = (
-        m_ptr + b * stride_x_b, p_mask, bias_ptr, stride_bias,
-        s_ptr + state_row * stride_s_n, stride_s_h, stride_s_i, stride_s_j, live,
-    )  # fmt: skip
-    p_x = x_ptr + b * stride_x_b
-    p_cos, p_sin = cos_ptr, sin_ptr
-    if ROTARY > 0:
-        p_cos += b * stride_cos_b
-        p_sin += b * stride_sin_b
-    p_delta = delta_ptr
-    if O_UNITS > 0:
-        p_delta += b * n
+    p_x = rows.x_ptr + b * rows.stride_x_b
+    # What is not there is not used; None would do, but a tuple does not take it.
+    p_mask, p_cos, p_sin, p_delta = p_x, p_x, p_x, p_x
+    if memory.HAS_MASK:
+        p_mask = memory.mask_ptr + b * memory.stride_mask_b
+    if q.ROTARY > 0:
+        p_cos = turn.cos_ptr + b * turn.stride_cos_b
+        p_sin = turn.sin_ptr + b * turn.stride_sin_b
+    if o.UNITS > 0:
+        p_delta = o.delta_ptr + b * o.n
     # Reads that registers do not hold: each program reads those that it has written itself.
-    p_scratch = reads_ptr + b * READ_WIDTH
+    p_scratch = rows.reads_ptr + b * READ_WIDTH
     if not IN_REGISTERS:
-        p_scratch += part.to(tl.int64) * batch * READ_WIDTH
+        p_scratch += part.to(tl.int64) * rows.batch * READ_WIDTH
+    row = Row(
+        p_x=p_x, p_cos=p_cos, p_sin=p_sin, p_delta=p_delta, p_scratch=p_scratch,
+        p_m=memory.m_ptr + b * rows.stride_x_b, p_mask=p_mask, p_state=memory.s_ptr + state_row * memory.stride_s_n,
+        live=live,
+    )  # fmt: skip
 
     # Alone with its row, a program writes the state as soon as it has read it, if it is in its registers as a whole.
     AT_ONCE: tl.constexpr = PARTS == 1 and not LATE and not FROZEN and IN_REGISTERS
-    known = (tl.zeros([COLUMNS], tl.float32), tl.zeros([R, COLUMNS], tl.float32), live)
+    known = Known(reads=tl.zeros([COLUMNS], tl.float32), s=tl.zeros([rule.R, COLUMNS], tl.float32), flag=live)
     if not LATE:
         flag = live * 0
         for first in tl.range(0, READ_WIDTH, COLUMNS, disable_licm=True):
-            known = recall(
-                memory, first, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-                MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
-            )  # fmt: skip
+            known = recall(row, memory=memory, rule=rule, first=first)
             if not IN_REGISTERS:
-                o_c = first + tl.arange(0, COLUMNS)
-                tl.store(p_scratch + o_c, known[0], mask=o_c < READ_WIDTH)
+                o_c = first + tl.arange(0, COLUMNS)  # [COLUMNS]
+                tl.store(p_scratch + o_c, known.reads, mask=o_c < READ_WIDTH)
             if AT_ONCE:
-                remember(memory, first, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
-            flag = tl.maximum(flag, known[2])
-        known = (known[0], known[1], flag)
+                remember(row, memory=memory, rule=rule, first=first, s=known.s, flag=known.flag)
+            flag = tl.maximum(flag, known.flag)
+        known = Known(reads=known.reads, s=known.s, flag=flag)
         if not IN_REGISTERS:
             if flag == 2:
                 # What some of the columns have read is taken back.
@@ -536,180 +428,53 @@ def decode_kernel(
             tl.debug_barrier()
 
     # Nothing is hoisted out of these loops: addresses of all four kinds of units would fill the registers.
-    turns = 1 if LATE else (UNITS - 1 - part) // PARTS + 1
-    for turn in tl.range(0, turns, disable_licm=True):
-        unit = part + turn * PARTS
-        if Q_UNITS > 0 and unit < Q_UNITS:
+    turns = 1 if LATE else (shares.UNITS - 1 - part) // PARTS + 1
+    for nth in tl.range(0, turns, disable_licm=True):
+        unit = part + nth * PARTS
+        if q.UNITS > 0 and unit < q.UNITS:
             known = steer_unit(
-                p_x, q_ptr, q_norm_ptr, raw_ptr, p_cos, p_sin, unit * UNIT, Q, scale, scale_max, eps,
-                stride_q_n, stride_q_c, stride_q_norm, stride_cos_w, stride_sin_w, memory, known, p_scratch,
-                DIM, ROTARY, PAIRS, UNIT, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
-                HAS_Q, HAS_Q_NORM, ROTARY > 0, HAS_RAW,
+                kind=q, unit=unit, row=row, known=known, turn=turn, factor=factor, heads=heads, memory=memory,
+                rule=rule, shares=shares,
             )  # fmt: skip
-        elif K_UNITS > 0 and unit < Q_UNITS + K_UNITS:
+        elif k.UNITS > 0 and unit < q.UNITS + k.UNITS:
             known = steer_unit(
-                p_x + Q * DIM, k_ptr, k_norm_ptr, raw_ptr + stride_raw if HAS_RAW else None, p_cos, p_sin,
-                (unit - Q_UNITS) * UNIT, K, scale, scale_max, eps,
-                stride_k_n, stride_k_c, stride_k_norm, stride_cos_w, stride_sin_w, memory, known, p_scratch,
-                DIM, ROTARY, PAIRS, UNIT, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
-                HAS_K, HAS_K_NORM, ROTARY > 0, HAS_RAW,
+                kind=k, unit=unit - q.UNITS, row=row, known=known, turn=turn, factor=factor, heads=heads,
+                memory=memory, rule=rule, shares=shares,
             )  # fmt: skip
-        elif V_UNITS > 0 and unit < Q_UNITS + K_UNITS + V_UNITS:
+        elif v.UNITS > 0 and unit < q.UNITS + k.UNITS + v.UNITS:
             known = steer_unit(
-                p_x + (Q + K) * DIM, v_ptr, None, raw_ptr + 2 * stride_raw if HAS_RAW else None, None, None,
-                (unit - Q_UNITS - K_UNITS) * UNIT, V, scale, scale_max, eps,
-                stride_v_n, stride_v_c, 0, 0, 0, memory, known, p_scratch,
-                DIM, 0, PAIRS, UNIT, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
-                HAS_V, False, False, HAS_RAW,
+                kind=v, unit=unit - q.UNITS - k.UNITS, row=row, known=known, turn=turn, factor=factor, heads=heads,
+                memory=memory, rule=rule, shares=shares,
             )  # fmt: skip
-        elif O_UNITS > 0:
+        elif o.UNITS > 0:
             known = output_unit(
-                p_delta, o_ptr, raw_ptr + 3 * stride_raw if HAS_RAW else None,
-                (unit - Q_UNITS - K_UNITS - V_UNITS) * BLOCK, n, scale, scale_max,
-                stride_o_n, stride_o_c, memory, known, p_scratch,
-                BLOCK, READ_WIDTH, CHUNK, IN_REGISTERS, LATE, HEADS, RANK, R, COLUMNS,
-                WIDTH, WIDTH_PAD, WHOLE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE, DENSE,
-                HAS_RAW,
+                o=o, unit=unit - q.UNITS - k.UNITS - v.UNITS, row=row, known=known, factor=factor, heads=heads,
+                memory=memory, rule=rule, shares=shares,
             )  # fmt: skip
 
     if IN_REGISTERS:
         if part == 0:
-            o_c = tl.arange(0, COLUMNS)
-            tl.store(p_scratch + o_c, known[0], mask=o_c < READ_WIDTH)
+            o_c = tl.arange(0, COLUMNS)  # [COLUMNS]
+            tl.store(p_scratch + o_c, known.reads, mask=o_c < READ_WIDTH)
     if not FROZEN:
         last = part == 0
         if PARTS > 1:
             tl.debug_barrier()
-            last = tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == PARTS - 1
+            last = tl.atomic_add(rows.arrived_ptr + number, 1, sem="acq_rel", scope="gpu") == PARTS - 1
         if last:
             if IN_REGISTERS and not AT_ONCE:
-                remember(memory, 0, known[1], known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
+                remember(row, memory=memory, rule=rule, first=0, s=known.s, flag=known.flag)
             elif not AT_ONCE:
                 for first in tl.range(0, READ_WIDTH, COLUMNS, disable_licm=True):
-                    _, s, _ = recall(
-                        memory, first, HEADS, RANK, R, COLUMNS, WIDTH, WIDTH_PAD, WHOLE,
-                        MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_MASK, FROZEN, DENSE_STATE,
-                    )  # fmt: skip
-                    remember(memory, first, s, known[2], HEADS, RANK, R, COLUMNS, DENSE_STATE)
-            if HAS_SKIPPED:
+                    again = recall(row, memory=memory, rule=rule, first=first)
+                    remember(row, memory=memory, rule=rule, first=first, s=again.s, flag=known.flag)
+            if memory.HAS_SKIPPED:
                 # No state is given to two rows, so nobody else touches this count.
-                p_skipped = skipped_ptr + state_row * stride_skipped
-                if known[2] == 2:
+                p_skipped = memory.skipped_ptr + state_row * memory.stride_skipped
+                if known.flag == 2:
                     tl.store(p_skipped, tl.load(p_skipped) + 1)
             if PARTS > 1:
-                tl.store(arrived_ptr + row, 0)
-
-
-def _check(packed: torch.Tensor, steering: Steering, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
-    check_device(packed)
-    check_reach("packed", packed, 1)
-    half_or_single("packed", packed)
-    named = {"cos": cos, "sin": sin, "q": steering.q, "k": steering.k, "v": steering.v, "o": steering.o}
-    named |= {"q_norm": steering.q_norm, "k_norm": steering.k_norm, "scale_raw": steering.scale_raw}
-    for name, tensor in named.items():
-        if tensor is not None:
-            half_or_single(name, tensor)
-            # Rows and tokens of the tables have 64-bit offsets.
-            check_reach(name, tensor, 1 if name in ("cos", "sin") else tensor.ndim)
-    check_together("packed", packed, **named)
-
-
-def _arguments(layout: HeadLayout, steering: Steering, cos: torch.Tensor | None, sin: torch.Tensor | None) -> dict:
-    """What both kernels take alike."""
-    found: dict = {"raw_ptr": steering.scale_raw, "cos_ptr": cos, "sin_ptr": sin}
-    found |= {"scale": float(steering.scale), "scale_max": float(steering.scale_max), "eps": float(steering.eps)}
-    # Rows of weights that lie end to end have a length that the compiler knows, hence the alignment of each.
-    weights = [getattr(steering, head) for head in "qkvo"]
-    found["DENSE"] = all(w is None or w.is_contiguous() for w in weights)
-    # One raw for all heads is one raw each, a stride of 0 apart.
-    raw = steering.scale_raw
-    found["stride_raw"] = raw.stride(0) if raw is not None and raw.numel() == 4 else 0
-    for head in "qkv":
-        weight = getattr(steering, head)
-        found |= {f"{head}_ptr": weight, f"HAS_{head.upper()}": weight is not None}
-        for name, stride in zip("nc", weight.stride() if weight is not None else (0, 0)):
-            found[f"stride_{head}_{name}"] = stride
-    for name in ("q_norm", "k_norm"):
-        weight = getattr(steering, name)
-        found |= {f"{name}_ptr": weight, f"HAS_{name.upper()}": weight is not None}
-        found[f"stride_{name}"] = weight.stride(0) if weight is not None else 0
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        b, t, w = tensor.stride() if tensor is not None else (0, 0, 0)
-        found |= {f"stride_{name}_b": b if tensor is not None and tensor.shape[0] > 1 else 0}
-        found |= {f"stride_{name}_t": t, f"stride_{name}_w": w}
-    return found | {
-        "Q": layout.q, "K": layout.k, "V": layout.v, "DIM": layout.dim, "ROTARY": layout.rotary,
-        "PAIRS": next_power_of_two(layout.dim // 2), "HAS_RAW": raw is not None,
-    }  # fmt: skip
-
-
-def _heads(layout: HeadLayout, steering: Steering) -> tuple[int, int, int]:
-    """How many q, k and v heads have something done to them."""
-    q = layout.rotary or steering.q is not None or steering.q_norm is not None
-    k = layout.rotary or steering.k is not None or steering.k_norm is not None
-    return layout.q if q else 0, layout.k if k else 0, layout.v if steering.v is not None else 0
-
-
-def steer_heads_(
-    packed: torch.Tensor,
-    reads: torch.Tensor,
-    layout: HeadLayout,
-    steering: Steering,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    *,
-    check: bool = True,
-) -> None:
-    """Correct, normalise and rotate the heads of packed rows, in place. Not differentiable.
-
-        x <- RoPE(rms_norm(x + scale · c · W reads))     q and k; v: the correction alone
-
-    Args:
-        packed: bfloat16, float16 or float32 [B, T, N], last stride 1, N at least the layout's width; q, k and v
-            are changed, what lies behind them is not. Heads to which nothing is done are neither read nor written.
-        reads: [B, T, H·r], float32 (another floating dtype is widened), of any strides.
-        layout: which heads lie where.
-        steering: corrections and norms; ``o`` is not used.
-        cos, sin: [B or 1, T, rotary], of any floating dtype up to float32, or None without RoPE.
-        check: False leaves the checks out, for a caller that knows the shapes.
-
-    Everything is computed in float32 and rounded once.
-
-    Raises:
-        ValueError, TypeError: see ``layout.check_heads``; a float64 tensor; tensors that are not on a GPU.
-    """
-    if check:
-        check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
-        _check(packed, steering, cos, sin)
-        half_or_single("reads", reads)
-        check_together("packed", packed, reads=reads)
-        check_reach("reads", reads, 1)
-        if reads.shape[:-1] != packed.shape[:-1]:
-            raise ArgumentError(
-                f"reads: got shape {list(reads.shape)}, allowed {[*packed.shape[:-1], reads.shape[-1]]}"
-            )
-    heads = _heads(layout, steering)
-    tokens = packed.shape[0] * packed.shape[1]
-    if tokens == 0 or sum(heads) == 0:
-        return
-    blocks = triton.cdiv(tokens, TOKENS)
-    turns = min(HEADS_IN_TURN, max(2, blocks * sum(heads) // 1024))
-    groups = [triton.cdiv(n, turns) for n in heads]
-    arguments = _arguments(layout, steering, cos, sin)
-    # 16 bytes of a 16-bit tile are a thread's.
-    launch(
-        steer_heads_kernel, blocks * sum(groups), packed, num_warps=max(1, min(16, arguments["PAIRS"] // 16)),
-        x_ptr=packed, reads_ptr=reads, tokens=tokens, length=packed.shape[1],
-        stride_x_b=packed.stride(0), stride_x_t=packed.stride(1),
-        stride_r_b=reads.stride(0), stride_r_t=reads.stride(1), stride_r_c=reads.stride(2),
-        TOKENS=TOKENS, TURNS=turns, Q_GROUPS=groups[0], K_GROUPS=groups[1], V_GROUPS=groups[2],
-        READ_WIDTH=reads.shape[-1], READ_BLOCK=READ_BLOCK,
-        PRECISION=matrix_precision(),
-        **arguments,
-    )  # fmt: skip
+                tl.store(rows.arrived_ptr + number, 0)
 
 
 def decode_(
@@ -725,10 +490,9 @@ def decode_(
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     skipped: torch.Tensor | None = None,
-    arrived: torch.Tensor | None = None,
     frozen: bool = False,
     check: bool = True,
-    prepared: dict | None = None,
+    workspace: torch.Tensor | None = None,
     parts: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One decoded token per row: read, write, and the heads corrected, normalised and rotated. Not differentiable.
@@ -751,11 +515,10 @@ def decode_(
         slots: int [B], which row of ``state`` each token belongs to, no row twice; −1 = reads 0, writes nothing.
         skipped: int32 with a row per row of ``state``, or None; incremented where an unmasked token was not written
             because it, or the state after it, is not finite.
-        arrived: int32 [B], contiguous zeros, or None; zero again afterwards. With it, a few rows are spread over many
-            programs (see ``decode_kernel``); no other launch may use it at the same time.
-        frozen: read only; state, skipped and arrived stay as they are.
+        frozen: read only; state, skipped and workspace stay as they are.
         check: as in ``steer_heads_``.
-        prepared: not used here.
+        workspace: int32 [B], contiguous zeros, or None; zero again afterwards. With it, a few rows are spread over
+            many programs (see ``decode_kernel``); no other launch may use it at the same time. See ``workspace``.
         parts: programs per row, None to choose (tests set it).
 
     Returns:
@@ -767,7 +530,7 @@ def decode_(
             are not on a GPU.
     """
     if check:
-        _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived)
+        _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, workspace)
     batch = packed.shape[0]
     if slots is not None:
         slots = slots.contiguous()
@@ -778,119 +541,139 @@ def decode_(
         steering.scale, steering.scale_max, steering.eps,
         *((None if t is None else (t.dtype, *t.shape, *t.stride())) for t in (cos, sin, *weights)),
         *((None if t is None else (t.dtype, *t.stride())) for t in (packed, gate_bias, state, mask, slots, skipped)),
-        arrived is None, None if slots is None else state.shape[0],
+        workspace is None, None if slots is None else state.shape[0],
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= PLANS:
             _plans.clear()
         plan = _plans[key] = _Plan(
-            packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived, frozen,
-            parts,
+            packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask=mask, slots=slots, skipped=skipped,
+            frozen=frozen, shared=workspace is not None, parts=parts,
         )  # fmt: skip
     reads = _launch.empty((plan.scratch, batch, rule.read_width), dtype=torch.float32, device=packed.device)
     addend = None
     if steering.o is not None:
         addend = _launch.empty((batch, steering.o.shape[0]), dtype=packed.dtype, device=packed.device)
     if batch:
+        mask = None if mask is None else mask.view(torch.uint8)
         plan.launch(
-            packed, rows, gate_bias, state, slots, None if mask is None else mask.view(torch.uint8), reads,
-            None if frozen else skipped, arrived if plan.parts > 1 else None, addend, cos, sin, *weights,
-        )  # fmt: skip
+            rows=(packed, reads, workspace if plan.parts > 1 else None),
+            memory=(rows, gate_bias, state, slots, mask, None if frozen else skipped),
+            q=(steering.q, steering.q_norm),
+            k=(steering.k, steering.k_norm),
+            v=(steering.v, None),
+            o=(steering.o, addend),
+            turn=(cos, sin),
+            factor=(steering.scale_raw,),
+        )
     return reads[0], addend
+
+
+def workspace(kept: dict, counter: torch.Tensor | None) -> torch.Tensor | None:
+    """What ``decode_`` wants from token to token; see ``reference.heads.workspace``. Here, the counter."""
+    return counter
 
 
 # What a launch takes besides its tensors, by everything that it follows from.
 _plans: dict[tuple, _Plan] = {}
 
 
-def _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived) -> None:
+def _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, workspace) -> None:
     check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
-    _check(packed, steering, cos, sin)
+    check_tensors(packed, steering, cos, sin)
     rows = packed[:, layout.width : layout.width + rule.width]
     check_arguments(rows, gate_bias, state, rule, mask=mask, slots=slots)
     float32_only("state", state)
     half_or_single("gate_bias", gate_bias)
     check_reach("gate_bias", gate_bias, 1)
-    check_together("packed", packed, skipped=skipped, arrived=arrived)
-    for name, counts, length in (("skipped", skipped, state.shape[0]), ("arrived", arrived, packed.shape[0])):
+    check_together("packed", packed, skipped=skipped, workspace=workspace)
+    for name, counts, length in (("skipped", skipped, state.shape[0]), ("workspace", workspace, packed.shape[0])):
         if counts is not None and (counts.dtype != torch.int32 or tuple(counts.shape) != (length,)):
             raise ValueError(f"{name}: got {counts.dtype} {list(counts.shape)}, allowed int32 [{length}]")
-    if arrived is not None and not arrived.is_contiguous():
-        raise ArgumentError(f"arrived: got a stride of {arrived.stride(0)}, allowed 1")
+    if workspace is not None and not workspace.is_contiguous():
+        raise ArgumentError(f"workspace: got a stride of {workspace.stride(0)}, allowed 1")
 
 
 class _Plan:
     """The launch of ``decode_kernel`` for tensors of given shapes, strides and dtypes; ``launch`` adds the tensors.
 
     Attributes:
-        arguments: all but the tensors.
         parts, warps, registers: programs per row, warps of each, registers of a thread (see ``launch``).
         scratch: rows of reads that it needs; programs whose reads do not fit into registers keep them there, each its
             own; all the same, the first's are returned.
     """
 
-    TENSORS = (
-        "x_ptr", "m_ptr", "bias_ptr", "s_ptr", "slots_ptr", "mask_ptr", "reads_ptr", "skipped_ptr", "arrived_ptr",
-        "delta_ptr", "cos_ptr", "sin_ptr", "q_ptr", "k_ptr", "v_ptr", "o_ptr", "q_norm_ptr", "k_norm_ptr", "raw_ptr",
-    )  # fmt: skip
+    KINDS = {
+        "rows": Rows, "memory": Memory, "rule": Rule, "q": Kind, "k": Kind, "v": Kind, "o": Output, "turn": Turn,
+        "factor": Factor, "heads": Heads, "shares": Shares,
+    }  # fmt: skip
 
     def __init__(
-        self, packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, arrived, frozen,
-        parts,
+        self, packed, rows, gate_bias, state, rule, layout, steering, cos, sin, *, mask, slots, skipped, frozen,
+        shared, parts,
     ):  # fmt: skip
+        """shared: whether there is a workspace, with which several programs can share a row."""
         batch = packed.shape[0]
         outputs = 0 if steering.o is None else steering.o.shape[0]
-        arguments = _arguments(layout, steering, cos, sin)
-        count = _heads(layout, steering)
-        pairs = arguments["PAIRS"]
+        count = steered_heads(layout, steering)
+        pairs = next_power_of_two(layout.dim // 2)
         units = sum(count) + triton.cdiv(outputs, pairs)
         if parts is None:
             # One head a program while they all fit on the device at once.
             parts = min(units, PROGRAMS // max(batch, 1)) if batch < ALONE else 1
-        if parts > 1 and arrived is None and not frozen:
+        if parts > 1 and not shared and not frozen:
             parts = 1
         self.parts = parts = max(1, parts)
         # A program that has a row to itself has as many threads for it as eight (or four) of the others.
         self.warps = warps = 1 if parts > 1 else 8 if rule.rank <= 16 else 4
         self.programs = batch * parts
         self.registers = None if rule.read_width <= 16 else MOST_REGISTERS
-        count = [triton.cdiv(n, warps) for n in count]
-        _, cols = tile(rule)
-        cols *= warps
-        self.scratch = 1 if rule.read_width <= cols else parts
-        arguments |= state_strides(state)
-        arguments |= rule_flags(rule, rows)
-        arguments |= {
-            "batch": batch, "states": state.shape[0] if slots is not None else 0, "n": outputs,
-            "stride_x_b": packed.stride(0), "stride_bias": gate_bias.stride(0),
-            "stride_mask_b": mask.stride(0) if mask is not None else 0,
-            "stride_skipped": skipped.stride(0) if skipped is not None else 0,
-            "stride_o_n": steering.o.stride(0) if outputs else 0, "stride_o_c": steering.o.stride(1) if outputs else 0,
-            "UNIT": warps, "BLOCK": warps * pairs, "CHUNK": min(8, next_power_of_two(rule.read_width)),
-            "Q_UNITS": count[0], "K_UNITS": count[1], "V_UNITS": count[2],
-            "O_UNITS": triton.cdiv(outputs, warps * pairs),
-            "COLUMNS": cols, "WIDTH": rule.width, "WIDTH_PAD": next_power_of_two(rule.width),
-            "HAS_SLOTS": slots is not None, "HAS_MASK": mask is not None,
-            "HAS_SKIPPED": skipped is not None and not frozen, "PARTS": parts, "FROZEN": frozen,
-        }  # fmt: skip
-        self.arguments = {name: value for name, value in arguments.items() if name not in self.TENSORS}
-        names = [parameter.name for parameter in decode_kernel.params] if hasattr(decode_kernel, "params") else []
-        self._values = [self.arguments.get(name) for name in names]
-        self._places = [names.index(name) for name in self.TENSORS] if names else []
-        self._compiled: dict[tuple, object] = {}
+        units = sum(triton.cdiv(n, warps) for n in (*count, triton.cdiv(outputs, pairs)))
+        columns = tile(rule)[1] * warps
+        in_registers = rule.read_width <= columns
+        self.scratch = 1 if in_registers else parts
+        given = arguments(
+            layout, steering, cos, sin, unit=warps, read_width=rule.read_width,
+            chunk=min(8, next_power_of_two(rule.read_width)),
+        )  # fmt: skip
+        given["rows"] = fixed(
+            Rows, x_ptr=None, reads_ptr=None, arrived_ptr=None, batch=batch, stride_x_b=packed.stride(0)
+        )
+        given["memory"] = fixed(
+            Memory, m_ptr=None, bias_ptr=None, s_ptr=None, slots_ptr=None, mask_ptr=None, skipped_ptr=None,
+            states=state.shape[0] if slots is not None else 0, stride_bias=gate_bias.stride(0),
+            stride_mask_b=mask.stride(0) if mask is not None else 0,
+            stride_skipped=skipped.stride(0) if skipped is not None else 0,
+            HAS_SLOTS=slots is not None, HAS_MASK=mask is not None, HAS_SKIPPED=skipped is not None and not frozen,
+            FROZEN=frozen, **state_strides(state),
+        )  # fmt: skip
+        given["rule"] = fixed(
+            Rule, COLUMNS=columns, WIDTH=rule.width, WIDTH_PAD=next_power_of_two(rule.width), **rule_flags(rule, rows)
+        )
+        given["o"] = fixed(
+            Output, w_ptr=None, delta_ptr=None, n=outputs, stride_w_n=steering.o.stride(0) if outputs else 0,
+            stride_w_c=steering.o.stride(1) if outputs else 0, UNITS=triton.cdiv(outputs, warps * pairs),
+        )  # fmt: skip
+        given["shares"] = fixed(
+            Shares, PARTS=parts, UNITS=units, IN_REGISTERS=in_registers, LATE=in_registers and parts == units
+        )
+        # What does not change from launch to launch, by the argument, in the kernel's order: all but the tensors.
+        self._rest = {
+            name: tuple(value for field, value in given[name]._asdict().items() if not field.endswith("_ptr"))
+            for name in self.KINDS
+        }
+        self._launched: dict[tuple, Launched | None] = {}
 
-    def launch(self, *tensors: torch.Tensor | None) -> None:
-        """Launch with the tensors in the order of TENSORS."""
-        known = compiler_sees(tensors)
-        compiled = self._compiled.get(known)
-        if compiled is None:
-            self._compiled[known] = launch(
-                decode_kernel, self.programs, tensors[0], num_warps=self.warps, registers=self.registers,
-                **dict(zip(self.TENSORS, tensors)), **self.arguments,
-            )  # fmt: skip
+    def launch(self, **tensors: tuple[torch.Tensor | None, ...]) -> None:
+        """Launch with the tensors of each argument that has any, in the order of its fields."""
+        known = compiler_sees(sum(tensors.values(), ()))
+        launched = self._launched.get(known)
+        values = [tensors.get(name, ()) + rest for name, rest in self._rest.items()]
+        if launched is not None:
+            launch_again(launched, self.programs, tensors["rows"][0], values)
             return
-        values = self._values.copy()
-        for place, tensor in zip(self._places, tensors):
-            values[place] = tensor
-        launch_again(compiled, self.programs, tensors[0], values)
+        named = {name: kind(*value) for (name, kind), value in zip(self.KINDS.items(), values)}
+        self._launched[known] = launch(
+            decode_kernel, self.programs, tensors["rows"][0], num_warps=self.warps, registers=self.registers, **named
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
 from ..rule import DeltaRule, ScanOutput, check_arguments
+from . import decode as _decode
 from . import heads as _heads
 from . import read as _read
 from . import read_backward as _read_backward
@@ -288,11 +289,11 @@ def decode_op(
     scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reads, delta = _heads.decode_(
+    reads, delta = _decode.decode_(
         packed, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
         _layout(heads_q, heads_k, heads_v, dim, rotary),
         Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps), cos, sin,
-        mask=mask, slots=slots, skipped=skipped, arrived=arrived,
+        mask=mask, slots=slots, skipped=skipped, workspace=arrived,
     )  # fmt: skip
     return reads, packed.new_empty(0) if delta is None else delta
 
@@ -307,7 +308,7 @@ def decode_frozen_op(
     scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reads, delta = _heads.decode_(
+    reads, delta = _decode.decode_(
         packed, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
         _layout(heads_q, heads_k, heads_v, dim, rotary),
         Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps), cos, sin,
@@ -441,6 +442,9 @@ def delta(
     return delta_op(reads, weight, scale, dtype, norm_weight, eps)
 
 
+workspace = _decode.workspace
+
+
 def steer_heads_(
     packed: Tensor,
     reads: Tensor,
@@ -472,17 +476,16 @@ def decode_(
     mask: Tensor | None = None,
     slots: Tensor | None = None,
     skipped: Tensor | None = None,
-    arrived: Tensor | None = None,
     frozen: bool = False,
     check: bool = True,
-    prepared: dict | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``deltamem_kernels.triton.heads.decode_``, compilable. Not differentiable."""
+    """``deltamem_kernels.triton.decode.decode_``, compilable. Not differentiable."""
     if not torch.compiler.is_compiling():
         with torch.no_grad():
-            return _heads.decode_(
+            return _decode.decode_(
                 packed, gate_bias, state, rule, layout, steering, cos, sin, mask=mask, slots=slots, skipped=skipped,
-                arrived=arrived, frozen=frozen, check=check, prepared=prepared,
+                frozen=frozen, check=check, workspace=workspace,
             )  # fmt: skip
     check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
     given = *_flat(rule), *_flat_layout(layout), *steering, cos, sin, mask, slots
@@ -492,6 +495,6 @@ def decode_(
         # An optional tensor that is mutated cannot be None under Inductor.
         int32 = {"dtype": torch.int32, "device": packed.device}
         skipped = torch.zeros(state.shape[0], **int32) if skipped is None else skipped
-        arrived = torch.zeros(packed.shape[0], **int32) if arrived is None else arrived
-        reads, delta = decode_op(packed, gate_bias, state, skipped, arrived, *given)
+        workspace = torch.zeros(packed.shape[0], **int32) if workspace is None else workspace
+        reads, delta = decode_op(packed, gate_bias, state, skipped, workspace, *given)
     return reads, None if steering.o is None else delta
