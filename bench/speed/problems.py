@@ -205,6 +205,7 @@ class Exact:
     steer = staticmethod(reference.steer)
     steer_heads_ = staticmethod(reference.steer_heads_)
     decode_ = staticmethod(reference.decode_)
+    workspace = staticmethod(reference.workspace)
 
 
 def check(case: Case, device: str) -> tuple[str, float]:
