@@ -27,7 +27,7 @@ SCANS = {
     "scan/numba": ("compiled scan", OURS),
     "scan/triton": ("scan in Triton", OURS),
     "scan/reference": ("loop in PyTorch", BARE),
-    "scan/released": ("released loop", RELEASED),
+    "scan/released": ("released scan", RELEASED),
 }
 Drawing = Callable[[Sequence[Row], object], str]  # (rows, figure) → its title, "" if there is nothing to draw
 
@@ -198,8 +198,11 @@ def draw_model(rows: Sequence[Row], figure) -> str:
         return ""
     axes, behind = figure.add_subplot(), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.axvline(1, color=BARE, linewidth=1)
+    figure.set_figheight(max(3.8, 1.2 + 0.28 * len(places)))
     for variant, name, colour in (("patched", "with the memory", OURS), ("released", "released code", RELEASED)):
-        ratios = {places.index(_place(row)): row.ratios["unpatched"] for row in kept if row.name.endswith(variant)}
+        ratios = {
+            places.index(_place(row)): row.ratios["unpatched"] for row in kept if row.name.endswith(f"/{variant}")
+        }
         for y, (low, middle, high) in ratios.items():
             text = {"xy": (middle, y), "ha": "center", "color": colour, "textcoords": "offset points", "bbox": behind}
             axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5, solid_capstyle="butt")
@@ -222,7 +225,6 @@ def _extra(row: Row) -> str | None:
 
 def draw_memory(rows: Sequence[Row], figure) -> str:
     """Peak memory of a prefill beyond the bare model's, as a share of that, against T."""
-
     lines, most = [], 0.0
     for name, found in _by_tokens(rows, _extra).items():
         points = [(row.parameters["tokens"], *[row.values["extra_memory"]] * 3) for row in found]
