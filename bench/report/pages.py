@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .. import executed
@@ -18,6 +17,7 @@ from ..instrument.tables import markdown, markdown_table, number, parameters, ra
 from ..instrument.targets import TARGETS, Target
 from ..recall.targets import GOALS
 from . import plots
+from .found import Found
 
 NOT_YET = "not measured yet"
 SPEED = {
@@ -40,29 +40,6 @@ KERNELS = {
 FACTS = (1, 2, 4, 8, 16, 32)  # of which the page has columns; the JSON has all
 
 
-@dataclass(frozen=True)
-class Found:
-    """The newest results: of each machine (GPUs first), and of the other benchmarks."""
-
-    machines: Sequence[Result] = ()
-    emulated: Result | None = None
-    operators: Result | None = None
-    sessions: Result | None = None
-    bank: Result | None = None
-    recall: Result | None = None
-    pictures: Path = plots.DIRECTORY  # a page shows those that are there
-
-
-def find(directory: Path = results.DIRECTORY, pictures: Path = plots.DIRECTORY) -> Found:
-    """The results that lie in ``directory``.
-
-    Raises:
-        ValueError, OSError: a file there cannot be read.
-    """
-    names = ("emulated", "operators", "sessions", "bank", "recall")
-    return Found(results.newest(directory), pictures=pictures, **{n: results.latest(directory / n) for n in names})
-
-
 def _page(title: str, *parts: str) -> str:
     note = "Written by `python -m bench.report` from the JSON under `bench/results`; not to be edited by hand."
     return "\n\n".join(part for part in (f"# {title}", note, *parts) if part) + "\n"
@@ -75,7 +52,7 @@ def _section(title: str, text: str, result: Result | None, table: Callable[[Sequ
 
 
 def _pictures(paths: Iterable[Path]) -> str:
-    return "\n\n".join(f"![{path.stem}]({plots.DIRECTORY.name}/{path.name})" for path in paths if path.exists())
+    return "\n\n".join(f"![{path.stem}]({path.parent.name}/{path.name})" for path in paths if path.exists())
 
 
 def _cross(heading: str, cells: Iterable[tuple[str, str, str]]) -> str:

@@ -8,18 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..instrument import machine
 from ..instrument.results import Result
 from ..instrument.rows import Row
 from ..instrument.tables import duration
 from ..recall.targets import HALF
+from .found import PICTURES, Found
 
-if TYPE_CHECKING:
-    from .pages import Found
-
-DIRECTORY = machine.ROOT / "docs" / "results" / "plots"
 # Ours is blue everywhere, lighter and darker where there are several; whatever it is compared with is not.
 OURS, LIGHT, DARK = SHADES = "#1f6fd0", "#7db3f2", "#123f7a"
 BARE, RELEASED, RETRIEVER, SIGHT = "#8a8a8a", "#d9822b", "#8a6d1f", "#444444"
@@ -56,8 +52,8 @@ def percent(share: float) -> str:
 
 def span(shares: Iterable[float]) -> str:
     """The least and the most of them, in percent."""
-    shares = list(shares)
-    return f"{100 * min(shares):.0f} to {percent(max(shares))}" if shares else "nothing"
+    texts = [percent(share) for share in sorted(shares)] or ["nothing"]
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0].removesuffix(' %')} to {texts[-1]}"
 
 
 def save(result: Result, drawing: Drawing, path: Path) -> bool:
@@ -169,21 +165,20 @@ def draw_kernels(rows: Sequence[Row], figure) -> str:
     found = {name: line for name, line in found.items() if len(line) > 1}
     if not found:
         return ""
+    best = {name: max(row.values["roofline"] for row in line) for name, line in found.items()}
     across = min(4, len(found))
     panels = list(figure.subplots(-(-len(found) // across), across, sharex=True, sharey=True, squeeze=False).flat)
     for axes, (name, line) in zip(panels, found.items()):
-        axes.plot(
-            [row.parameters["tokens"] for row in line], [row.values["roofline"] for row in line], "o-", color=OURS
-        )
-        axes.set_title(name, fontsize=8, color=OURS)
+        x, y = zip(*((row.parameters["tokens"], row.values["roofline"]) for row in line))
+        axes.plot(x, y, "o-", color=OURS, markersize=3)
+        axes.set_title(f"{name}: {percent(best[name])}", fontsize=8, color=OURS)
         axes.set(xscale="log", ylim=(-0.02, 1.02))
         axes.yaxis.set_major_formatter(lambda value, _: percent(value))
         axes.grid(alpha=0.3, linewidth=0.5)
     for axes in panels[len(found) :]:
         axes.remove()
-    panels[0].set_xlabel("tokens")
-    reached = span(max(row.values["roofline"] for row in line) for line in found.values())
-    return f"At its best size each kernel moves its bytes at {reached} of a copy's speed"
+    panels[-across].set_xlabel("tokens")
+    return f"At its best size a kernel moves its bytes at {span(best.values())} of a copy's speed"
 
 
 def _place(row: Row) -> str:
@@ -385,7 +380,7 @@ RECALL: dict[str, Drawing] = {
 }  # fmt: skip
 
 
-def picture(name: str, result: Result | None = None, directory: Path = DIRECTORY) -> Path:
+def picture(name: str, result: Result | None = None, directory: Path = PICTURES) -> Path:
     """Where a picture goes. One set for each device (``result``'s): a newer result replaces them."""
     if result is not None:
         kind = "cpu" if result.head["driver"] is None else "gpu"
@@ -393,8 +388,9 @@ def picture(name: str, result: Result | None = None, directory: Path = DIRECTORY
     return directory / f"{name}.png"
 
 
-def draw(found: Found, directory: Path = DIRECTORY) -> list[Path]:
-    """Write the pictures that there are numbers for; returns their paths."""
+def draw(found: Found) -> list[Path]:
+    """Write the pictures that there are numbers for to ``found.pictures``; returns their paths."""
+    directory = found.pictures
     wanted = [(one, MACHINE[name], picture(name, one, directory)) for one in found.machines for name in MACHINE]
     if found.recall is not None:
         wanted += [(found.recall, RECALL[name], picture(name, None, directory)) for name in RECALL]

@@ -173,7 +173,7 @@ def apply(case: Case, inputs: dict[str, torch.Tensor], ops: Operators) -> tuple[
         return (i["packed"][..., : LAYOUT.width],)
     reads, addend = ops.decode_(
         i["packed"], i["bias"], i["state"], rule, LAYOUT, _steering(i, True), *turn,
-        skipped=i["skipped"], arrived=i["arrived"],
+        skipped=i["skipped"], workspace=ops.workspace({}, i["arrived"]),
     )  # fmt: skip
     return reads, addend, i["packed"][..., : LAYOUT.width], i["state"]
 

@@ -16,6 +16,7 @@ from ..adapter.record import identity_of
 from ..arguments import MOST, check_integer, shown
 from ..errors import ArgumentError, ArgumentIndexError, ArgumentKeyError, ArgumentTypeError, FileFormatError, StateError
 from .erasing import erase
+from .figures import MemoryReport, report
 from .file import read_memory, whole_counts, write_memory
 
 
@@ -386,6 +387,10 @@ class MemoryState:
         """A layer's live count of tokens that were not written, int32 [B]; see ``skipped``."""
         return self._skipped[layer_idx]
 
+    def arrivals(self, layer_idx: int) -> torch.Tensor | None:
+        """On a GPU a layer's int32 [B] zeros with which the programs of one decoded row tell who is the last."""
+        return self._arrived.get(layer_idx)
+
     def count(self, layer_idx: int, more: torch.Tensor) -> None:
         """Add ``more``, integers [B], to a layer's count of tokens that were not written."""
         counter = self._skipped[layer_idx]
@@ -450,11 +455,13 @@ class MemoryState:
 
     # --- looking inside
 
-    def report(self):
-        """Figures of every layer and head, as an ``inspection.report.MemoryReport``; ``print`` it to read it."""
-        from .figures import report
+    def report(self, row: int | None = None) -> MemoryReport:
+        """Figures of every layer and head, of all conversations or of one; ``print`` it to read it.
 
-        return report(self)
+        Raises:
+            ValueError: no such row.
+        """
+        return report(self, self._skipped, row)
 
     # --- files
 

@@ -120,20 +120,21 @@ def _in_place(
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """``_steer`` in one call, the state read and written where it lies; None, and nothing is done, if there is none."""
     weights, layer, mask = memory.weights, memory.layer_idx, call.token_mask
-    skipped, bias = call.state._skipped[layer], weights.gate_bias.tensor
+    skipped, bias = call.state.counter(layer), weights.gate_bias.tensor
+    workspace = heads.workspace(weights.kept, call.state.arrivals(layer))
     if length == 1:
         initial, _ = call.start(layer)
         return heads.decode_(
             packed, bias, initial, memory.rule, layout, steering, cos, sin,
-            mask=None if mask is None else mask.squeeze(1), skipped=skipped, arrived=call.state._arrived.get(layer),
-            frozen=call.frozen, check=False, prepared=weights.prepared,
+            mask=None if mask is None else mask.squeeze(1), skipped=skipped, frozen=call.frozen, check=False,
+            workspace=workspace,
         )  # fmt: skip
     prefill = getattr(heads, "prefill_", None)
     if prefill is None or layer in call.initial:
         return None
     found = prefill(
         packed, length, bias, call.state[layer], memory.rule, layout, steering, cos, sin, mask=mask,
-        skipped=skipped, frozen=call.frozen, prepared=weights.prepared,
+        skipped=skipped, frozen=call.frozen, workspace=workspace,
     )  # fmt: skip
     if found is not None:
         call.start(layer)

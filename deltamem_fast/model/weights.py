@@ -40,7 +40,7 @@ class LayerWeights:
         first_memory_row: where the memory's rows begin.
         heads: of q, k and v.
         shape: the attention's data.
-        prepared: where a backend keeps what it has made of the layer's Steering.
+        kept: where a backend keeps what it has made of the layer's weights.
     """
 
     def __init__(self):
@@ -52,7 +52,7 @@ class LayerWeights:
         self.first_memory_row = 0
         self.heads: tuple[int, ...] = (0, 0, 0)
         self.shape: LlamaShape | None = None
-        self.prepared: dict = {}
+        self.kept: dict = {}
         self._layouts: dict[int, HeadLayout] = {}
         self._steering: Steering | None = None
         # What was found where when the path was chosen: dictionaries, keys, objects; the types of attention and parts.
@@ -122,7 +122,7 @@ class LayerWeights:
             self.bias = _packed(self.bias, bias)
             self.gate_bias = _packed(self.gate_bias, gates)
             self.shape = shape_of(attention)
-            self._layouts, self._steering, self.prepared = {}, None, {}
+            self._layouts, self._steering, self.kept = {}, None, {}
             self._remember(attention, memory)
 
     def let_go(self) -> list[nn.Parameter]:

@@ -66,8 +66,10 @@ class Operators(Protocol):
         packed: Tensor, gate_bias: Tensor, state: Tensor, rule: DeltaRule, layout: HeadLayout, steering: Steering,
         cos: Tensor | None = None, sin: Tensor | None = None, *,
         mask: Tensor | None = None, slots: Tensor | None = None, skipped: Tensor | None = None,
-        frozen: bool = False, check: bool = True,
+        frozen: bool = False, check: bool = True, workspace: object = None,
     ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+
+    def workspace(kept: dict, counter: Tensor | None) -> object: ...
 
 
 @functools.cache
