@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..adapter.record import identity_of
 from ..display import in_bytes
 from ..errors import FileFormatError
-from ..inspection.model_info import model_facts
+from ..inspection.facts import model_facts
 from ..model.threads import fitting_threads
 from ..recall import hints
 from .commands import show_loaded, take_line

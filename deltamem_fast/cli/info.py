@@ -29,7 +29,7 @@ def add_info_command(commands) -> None:
 
 def _info(arguments: argparse.Namespace) -> int:
     if arguments.model is not None:
-        from ..inspection.model_info import format_facts, model_facts
+        from ..inspection.facts import format_facts, model_facts
 
         model, _ = load_patched(
             arguments.model, arguments.adapter, dtype=arguments.dtype, device=arguments.device, tokenizer=False

@@ -16,6 +16,7 @@ from ..adapter.record import identity_of
 from ..arguments import MOST, check_integer, shown
 from ..errors import ArgumentError, ArgumentIndexError, ArgumentKeyError, ArgumentTypeError, FileFormatError, StateError
 from .erasing import erase
+from .figures import MemoryReport, report
 from .file import read_memory, whole_counts, write_memory
 
 
@@ -450,11 +451,13 @@ class MemoryState:
 
     # --- looking inside
 
-    def report(self):
-        """Figures of every layer and head, as an ``inspection.report.MemoryReport``; ``print`` it to read it."""
-        from .figures import report
+    def report(self, row: int | None = None) -> MemoryReport:
+        """Figures of every layer and head, of all conversations or of one; ``print`` it to read it.
 
-        return report(self)
+        Raises:
+            ValueError: no such row.
+        """
+        return report(self, self._skipped, row)
 
     # --- files
 

@@ -21,7 +21,7 @@ from .rule import DeltaRule, ScanOutput
 
 BACKENDS = ("auto", "triton", "numba", "reference")
 logger = logging.getLogger("deltamem_fast")
-_loaded: dict[tuple[str, str], ModuleType] = {}
+loaded: dict[tuple[str, str], ModuleType] = {}
 _said: set[str] = set()
 
 
@@ -163,7 +163,7 @@ def _load(name: str) -> ModuleType:
 def operations(backend: str, device: torch.device) -> Operators:
     """The module whose operators run for ``backend`` on ``device``; errors as in ``resolve_backend``."""
     # A plain dict: the compiler traces the lookup, where it would warn of a cached function.
-    module = _loaded.get((backend, device.type))
+    module = loaded.get((backend, device.type))
     if module is None:
-        module = _loaded[backend, device.type] = _load(resolve_backend(backend, device.type))
+        module = loaded[backend, device.type] = _load(resolve_backend(backend, device.type))
     return module

@@ -95,8 +95,8 @@ def test_architecture_names_the_way_of_a_token():
 
 
 def test_architecture_shows_the_contracts_that_the_linter_checks():
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
-    layers = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [contract["layers"] for contract in linter["contracts"] if contract["type"] == "layers"]
     text = " ".join((ROOT / "docs/architecture.md").read_text(encoding="utf-8").split())
     assert layers
     for order in layers:

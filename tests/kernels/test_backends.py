@@ -26,7 +26,7 @@ def undecided(monkeypatch):
     for name in NUMBA_MODULES:
         monkeypatch.delitem(sys.modules, f"deltamem_kernels.numba.{name}", raising=False)
         monkeypatch.delattr(deltamem_kernels.numba, name, raising=False)
-    monkeypatch.setattr(backends, "_loaded", {})
+    monkeypatch.setattr(backends, "loaded", {})
     monkeypatch.setattr(backends, "_said", set())
     why_unusable.cache_clear()
     yield monkeypatch
