@@ -1,4 +1,6 @@
-"""The fused forward of Llama-shaped attention; what differs between the families is data (``paths.SHAPES``).
+"""The patched attention, both ways: its own forward with corrected projections, or the fused one.
+
+The fused forward is for Llama-shaped attention; what differs between the families is data (``families.SHAPES``).
 
 One matmul makes q, k, v and the memory's projections. One launch corrects, normalises and rotates the heads, and at
 decode moves the state on as well. Δo is what o_proj's product is added to. No autograd runs through it.
@@ -22,9 +24,50 @@ from .call import MemoryCall
 from .update import advance
 
 
+class SteeredAttention:
+    """An attention module seen through its corrected projections.
+
+    The class's own forward runs with this as ``self``: q_proj, k_proj, v_proj and o_proj add their correction,
+    everything else is the module's. Nothing is stored on the module, so threads and recomputation do not meet.
+    """
+
+    def __init__(self, module: nn.Module, layer: DeltaMemory, reads: torch.Tensor):
+        self._module = module
+        self._layer = layer
+        self._reads = reads
+
+    def __getattr__(self, name: str):
+        value = getattr(self._module, name)
+        head = name[0] if name in ("q_proj", "k_proj", "v_proj", "o_proj") else None
+        if head is None or head not in self._layer.config.delta_heads:
+            return value
+        layer, reads = self._layer, self._reads
+
+        def corrected(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+            return layer.correct(head, value(x, *args, **kwargs), reads)
+
+        return corrected
+
+
+def attention_forward(self, *args, memory: MemoryCall | None = None, **kwargs):
+    """Instance-level forward of a patched attention; without a memory call it is the class's own."""
+    call = memory  # under the name that a caller's memory has, which decoders hand down
+    if call is None:
+        return type(self).forward(self, *args, **kwargs)
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    layer = self._modules["delta_memory"]
+    weights = layer.weights
+    # A checkpoint's first run is to round as its recomputation does.
+    packed = call.in_place and weights.usable(self, layer, call)
+    if packed and weights.applies(hidden_states):
+        return fused_forward(self, layer, call, *args, **kwargs)
+    reads = advance(layer, *layer.project(hidden_states, packed), call)
+    return type(self).forward(SteeredAttention(self, layer, reads), *args, **kwargs)
+
+
 def fused_forward(
     attention: nn.Module,
-    memory: DeltaMemory,
+    layer: DeltaMemory,
     call: MemoryCall,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -36,11 +79,11 @@ def fused_forward(
     """The attention's own forward with its memory; same arguments and results, within rounding.
 
     Args:
-        attention: of a class in ``paths.SHAPES``, whose ``LayerWeights.applies`` is true.
-        memory, call: the layer's adapter and this forward's memory.
+        attention: of a class in ``families.SHAPES``, whose ``LayerWeights.applies`` is true.
+        layer, call: the adapter layer and this forward's memory.
         hidden_states: [B, T, d]; the rest as the class's own forward takes it.
     """
-    weights = memory.weights
+    weights = layer.weights
     shape = weights.shape
     batch, length = hidden_states.shape[:2]
     bias = None if weights.bias is None else weights.bias.tensor
@@ -48,7 +91,7 @@ def fused_forward(
     cos, sin = position_embeddings if not shape.rope or getattr(attention, shape.rope) else (None, None)
     if cos is not None and cos.shape[1] != length:  # one position for all tokens
         cos, sin = (table.expand(-1, length, -1).contiguous() for table in (cos, sin))
-    reads, addend = _steer(attention, memory, call, packed, length, cos, sin)
+    reads, addend = _steer(attention, layer, call, packed, length, cos, sin)
 
     query, key, value = _heads(packed, batch, length, weights.heads, attention.head_dim)
     cache = past_key_values if cache is None else cache  # its name since transformers 5.24
@@ -65,7 +108,7 @@ def fused_forward(
         attention, query, key, value, attention_mask,
         dropout=attention.attention_dropout if attention.training else 0.0, scaling=attention.scaling, **kwargs,
     )  # fmt: skip
-    out = _project_out(attention, memory, out.reshape(batch * length, -1), reads, addend)
+    out = _project_out(attention, layer, out.reshape(batch * length, -1), reads, addend)
     return out.view(batch, length, -1), attention_weights
 
 
@@ -83,29 +126,29 @@ def _heads(packed: torch.Tensor, batch: int, length: int, counts: tuple[int, ...
 
 
 def _steer(
-    attention: nn.Module, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, length: int, cos, sin
+    attention: nn.Module, layer: DeltaMemory, call: MemoryCall, packed: torch.Tensor, length: int, cos, sin
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Read, write and steer the packed rows [B · T, N] in place → the reads [B · T, H·r] and Δo.
 
     Δo is None where it is still to be computed.
     """
-    weights = memory.weights
+    weights = layer.weights
     layout = weights.layout(attention.head_dim, 0 if cos is None else cos.shape[-1])
-    steering = weights.steering(attention, memory)
-    heads = operations(memory.backend, packed.device)
+    steering = weights.steering(attention, layer)
+    heads = operations(layer.backend, packed.device)
     bias = weights.gate_bias.tensor
-    if call.may_read if call.frozen else call.steps(memory.layer_idx):
-        found = _in_place(heads, memory, call, packed, length, layout, steering, cos, sin)
+    if call.may_read if call.frozen else call.steps(layer.layer_idx):
+        found = _in_place(heads, layer, call, packed, length, layout, steering, cos, sin)
         if found is not None:
             if not call.frozen:
-                written(call.initial[memory.layer_idx])
+                written(call.initial[layer.layer_idx])
             if call.records:
-                projections = _projections(packed, length, layout, memory.rule)
-                call.keep(memory.layer_idx, projections)
-                call.count_gates(memory.layer_idx, projections, bias, memory.rule)
+                projections = _projections(packed, length, layout, layer.rule)
+                call.keep(layer.layer_idx, projections)
+                call.count_gates(layer.layer_idx, projections, bias, layer.rule)
             return found
     rows = packed.view(-1, length, packed.shape[1])
-    reads = advance(memory, _projections(packed, length, layout, memory.rule), bias, call)
+    reads = advance(layer, _projections(packed, length, layout, layer.rule), bias, call)
     heads.steer_heads_(rows, reads, layout, steering, cos, sin, check=False)
     return reads.flatten(0, 1), None
 
@@ -116,42 +159,42 @@ def _projections(packed: torch.Tensor, length: int, layout: HeadLayout, rule: De
 
 
 def _in_place(
-    heads, memory: DeltaMemory, call: MemoryCall, packed: torch.Tensor, length: int, layout, steering, cos, sin
+    heads, layer: DeltaMemory, call: MemoryCall, packed: torch.Tensor, length: int, layout, steering, cos, sin
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """``_steer`` in one call, the state read and written where it lies; None, and nothing is done, if there is none."""
-    weights, layer, mask = memory.weights, memory.layer_idx, call.token_mask
-    skipped, bias = call.state.counter(layer), weights.gate_bias.tensor
-    workspace = heads.workspace(weights.kept, call.state.arrivals(layer))
+    weights, index, mask = layer.weights, layer.layer_idx, call.token_mask
+    skipped, bias = call.state.counter(index), weights.gate_bias.tensor
+    workspace = heads.workspace(weights.kept, call.state.arrivals(index))
     if length == 1:
-        initial, _ = call.start(layer)
+        initial, _ = call.start(index)
         return heads.decode_(
-            packed, bias, initial, memory.rule, layout, steering, cos, sin,
+            packed, bias, initial, layer.rule, layout, steering, cos, sin,
             mask=None if mask is None else mask.squeeze(1), skipped=skipped, frozen=call.frozen, check=False,
             workspace=workspace,
         )  # fmt: skip
     prefill = getattr(heads, "prefill_", None)
-    if prefill is None or layer in call.initial:
+    if prefill is None or index in call.initial:
         return None
     found = prefill(
-        packed, length, bias, call.state[layer], memory.rule, layout, steering, cos, sin, mask=mask,
+        packed, length, bias, call.state[index], layer.rule, layout, steering, cos, sin, mask=mask,
         skipped=skipped, frozen=call.frozen, workspace=workspace,
     )  # fmt: skip
     if found is not None:
-        call.start(layer)
+        call.start(index)
     return found
 
 
 def _project_out(
-    attention: nn.Module, memory: DeltaMemory, out: torch.Tensor, reads: torch.Tensor, addend: torch.Tensor | None
+    attention: nn.Module, layer: DeltaMemory, out: torch.Tensor, reads: torch.Tensor, addend: torch.Tensor | None
 ) -> torch.Tensor:
     """o_proj of ``out`` [B · T, …] plus Δo."""
     parameters = attention._modules["o_proj"]._parameters
     weight, bias = parameters["weight"], parameters["bias"]
-    if "o" not in memory.config.delta_heads:
+    if "o" not in layer.config.delta_heads:
         return F.linear(out, weight, bias)
     # The matmul adds to what lies there already; in decode and prefill alike, so that both round alike.
     if addend is None:
-        addend = memory.output_delta(reads, out.dtype)
+        addend = layer.output_delta(reads, out.dtype)
     if bias is not None:
         addend += bias
     return addend.addmm_(out, weight.t())
