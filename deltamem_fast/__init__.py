@@ -27,32 +27,22 @@ if TYPE_CHECKING:
     from .session import MemorySession
     from .text.segments import segment_ids_from_messages
 
-# Public name → the module that holds it. Imported when first asked for: a process that only stores memories
+# Module → the public names that it holds. Imported when first asked for: a process that only stores memories
 # (deltamem_fast.storage), or prints a version, needs neither torch nor transformers.
 _HOMES = {
-    "BankConflict": "memory.bank",
-    "DeltaMemConfig": "config",
-    "DeltaMemError": "errors",
-    "MemoryBank": "memory.bank",
-    "MemorySession": "session",
-    "MemoryState": "memory.state",
-    "WriteResult": "memory.operators",
-    "export_adapter": "adapter.files",
-    "forget": "memory.operators",
-    "ingest": "memory.operators",
-    "is_patched": "adapter.record",
-    "layer_paths": "model.patch",
-    "load_adapter": "adapter.files",
-    "memory_disabled": "adapter.record",
-    "memory_state": "model.cache",
-    "patch_model": "model.patch",
-    "push_to_hub": "adapter.hub",
-    "record_gates": "memory.watch",
-    "retrieve": "memory.operators",
-    "revise": "memory.operators",
-    "save_adapter": "adapter.files",
-    "segment_ids_from_messages": "text.segments",
-    "unpatch_model": "model.patch",
+    "adapter.files": ("export_adapter", "load_adapter", "save_adapter"),
+    "adapter.hub": ("push_to_hub",),
+    "adapter.record": ("is_patched", "memory_disabled"),
+    "config": ("DeltaMemConfig",),
+    "errors": ("DeltaMemError",),
+    "memory.bank": ("BankConflict", "MemoryBank"),
+    "memory.operators": ("WriteResult", "forget", "ingest", "retrieve", "revise"),
+    "memory.state": ("MemoryState",),
+    "memory.watch": ("record_gates",),
+    "model.cache": ("memory_state",),
+    "model.patch": ("layer_paths", "patch_model", "unpatch_model"),
+    "session": ("MemorySession",),
+    "text.segments": ("segment_ids_from_messages",),
 }
 
 __all__ = [
@@ -84,7 +74,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    home = _HOMES.get(name)
+    home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{home}", __name__), name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import UnionType
 from typing import Any
 
 from .errors import ArgumentError, ArgumentTypeError
@@ -27,6 +28,18 @@ def check_integer(value: Any, name: str, least: int, most: int | None = MOST, *,
         end = f" (up to {most:,})" if most in (MOST, MOST_64) else ""
         raise ArgumentError(f"{name}: got {got}, allowed an integer, {allowed}{', or None' * or_none}{end}")
     return value
+
+
+def check_choice(value: Any, name: str, choices: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ArgumentError(f"{name}: got {shown(value, 200)}, allowed {', '.join(choices)}")
+
+
+def check_type(value: Any, name: str, kind: type | UnionType, allowed: str) -> None:
+    """Raise TypeError unless ``value`` is of ``kind``, which ``allowed`` puts in words."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(f"{name}: got {type(value).__name__}, allowed {allowed}")
 
 
 def shown(value: Any, most: int = 80) -> str:

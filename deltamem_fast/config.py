@@ -10,8 +10,8 @@ from typing import Any
 
 from deltamem_kernels.rule import MAX_RANK, STATE_UPDATE_MODES, DeltaRule
 
-from .arguments import shown
-from .errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
+from .arguments import check_choice, check_type, shown
+from .errors import ArgumentError, FileFormatError, FileMissingError
 from .storage.files import as_path, parse_json, read_bytes, write_json
 
 CONFIG_NAME = "delta_mem_config.json"
@@ -123,12 +123,12 @@ class DeltaMemConfig:
         heads = 1 <= self.num_state_heads <= MAX_STATE_HEADS
         _allow("num_state_heads", self.num_state_heads, heads, f"1 to {MAX_STATE_HEADS}")
         _allow("base_slice_ref_width", self.base_slice_ref_width, self.base_slice_ref_width >= 1, "1 or more")
-        _choose("state_update_mode", self.state_update_mode, STATE_UPDATE_MODES)
-        _choose("output_init", self.output_init, OUTPUT_INITS)
-        _choose("memory_write_granularity", self.memory_write_granularity, GRANULARITIES)
-        _choose("delta_scale_granularity", self.delta_scale_granularity, SCALE_GRANULARITIES)
+        check_choice(self.state_update_mode, "state_update_mode", STATE_UPDATE_MODES)
+        check_choice(self.output_init, "output_init", OUTPUT_INITS)
+        check_choice(self.memory_write_granularity, "memory_write_granularity", GRANULARITIES)
+        check_choice(self.delta_scale_granularity, "delta_scale_granularity", SCALE_GRANULARITIES)
         for head in self.delta_heads:
-            _choose("delta_heads", head, DELTA_HEADS)
+            check_choice(head, "delta_heads", DELTA_HEADS)
         object.__setattr__(self, "delta_heads", tuple(dict.fromkeys(self.delta_heads)))
         _allow("target_layers", self.target_layers, len(self.target_layers) <= _MOST_LAYERS, f"{_MOST_LAYERS} at most")
         for layer in self.target_layers:
@@ -155,7 +155,7 @@ class DeltaMemConfig:
     @classmethod
     def ssw(cls, granularity: str = "message_mean", **changes) -> DeltaMemConfig:
         """Segment-state write: the mean of each message (or ``sentence_mean``) is written once."""
-        _choose("granularity", granularity, GRANULARITIES[1:])
+        check_choice(granularity, "granularity", GRANULARITIES[1:])
         return cls(**{"memory_write_granularity": granularity, **changes})
 
     @classmethod
@@ -166,7 +166,7 @@ class DeltaMemConfig:
     @classmethod
     def preset(cls, name: str, **changes) -> DeltaMemConfig:
         """The preset ``tsw``, ``ssw`` or ``msw`` by name."""
-        _choose("preset", name, ("tsw", "ssw", "msw"))
+        check_choice(name, "preset", ("tsw", "ssw", "msw"))
         return getattr(cls, name)(**changes)
 
     @property
@@ -206,8 +206,7 @@ class DeltaMemConfig:
             ValueError: an unknown key, an archived key that is not at its default, a value out of range, or a
                 format version that is newer than this code's.
         """
-        if not isinstance(values, dict):
-            raise ArgumentTypeError(f"values: got {type(values).__name__}, allowed a dict of configuration keys")
+        check_type(values, "values", dict, "a dict of configuration keys")
         values = dict(values)
         version = values.pop("format_version", None)
         if version is None:
@@ -246,10 +245,6 @@ def _plain(value):
 def _allow(name: str, value, condition: bool, allowed: str) -> None:
     if not condition:
         raise ArgumentError(f"{name}: got {shown(value, 200)}, allowed {allowed}")
-
-
-def _choose(name: str, value, choices) -> None:
-    _allow(name, value, value in choices, ", ".join(choices))
 
 
 def _typed(name: str, kind: str, value):

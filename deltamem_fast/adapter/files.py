@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..arguments import shown
+from ..arguments import check_choice, check_type
 from ..config import CONFIG_NAME, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from ..storage.files import as_path, naming_files, parse_json, write_atomically
@@ -67,14 +67,9 @@ def read_adapter(adapter) -> AdapterSource:
         FileNotFoundError: a directory without an adapter, or an id that the hub does not have.
         ValueError: a broken adapter, as far as its files' headers tell.
     """
-    if adapter is None:
-        return AdapterSource(DeltaMemConfig(), None, "a fresh adapter")
-    if isinstance(adapter, DeltaMemConfig):
-        return AdapterSource(adapter, None, "a fresh adapter")
-    if not isinstance(adapter, str | os.PathLike):
-        raise ArgumentTypeError(
-            f"adapter: got {type(adapter).__name__}, allowed a directory, a hub id, a DeltaMemConfig or None"
-        )
+    if adapter is None or isinstance(adapter, DeltaMemConfig):
+        return AdapterSource(adapter or DeltaMemConfig(), None, "a fresh adapter")
+    check_type(adapter, "adapter", str | os.PathLike, "a directory, a hub id, a DeltaMemConfig or None")
     directory = _directory_of(adapter)
     config = DeltaMemConfig.load(directory)
     with contextlib.suppress(_HeaderRead):
@@ -310,8 +305,7 @@ def export_adapter(model: nn.Module, directory: str | os.PathLike, format: str =
     Raises:
         ValueError: the model is not patched, an unknown format, or a weight is not finite (then nothing is written).
     """
-    if not isinstance(format, str) or format not in FORMATS:
-        raise ArgumentError(f"format: got {shown(format)}, allowed {', '.join(FORMATS)}")
+    check_choice(format, "format", FORMATS)
     config = identity_of(model).config
     return write_adapter(directory, config, adapter_state_dict(model), format)
 

@@ -21,14 +21,9 @@ from .layer import DeltaMemory
 
 # Of every Llama-shaped decoder; further fields by model type. ``head_dim``, ``rope`` and the windows are worked out,
 # because configurations spell them in several ways.
-_LLAMA = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
+_LLAMA = tuple(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "rms_norm_eps".split()
 )
 _FIELDS = {
     "llama": (*_LLAMA, "attention_bias", "mlp_bias"),
@@ -71,20 +66,12 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots(?:[/\\]|$)")
 
 # What the first format left out of its hash over the whole configuration.
-_VOLATILE = {
-    "_name_or_path",
-    "_attn_implementation",
-    "attn_implementation",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "quantization_config",
-    "_experts_implementation",
-}
+_VOLATILE = frozenset(
+    """
+    _name_or_path _attn_implementation attn_implementation dtype torch_dtype transformers_version use_cache
+    output_attentions output_hidden_states return_dict quantization_config _experts_implementation
+    """.split()
+)
 
 
 def adapter_fingerprint(config: DeltaMemConfig, memories: dict[int, DeltaMemory]) -> str:

@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ArgumentError, ArgumentTypeError, FileAccessError
+from ..arguments import check_type
+from ..errors import ArgumentError, FileAccessError
 from ..storage.files import write_text
 from .card import adapter_card
 from .files import export_adapter
@@ -50,8 +51,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
-    if not isinstance(repo_id, str):
-        raise ArgumentTypeError(f"repo_id: got {type(repo_id).__name__}, allowed a string, owner/name")
+    check_type(repo_id, "repo_id", str, "a string, owner/name")
     base_model = hub_id(getattr(unwrap(model).config, "_name_or_path", None))
     config = identity_of(model).config
     api = HfApi(token=token)

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..adapter.record import identity_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
-from ..arguments import check_integer
-from ..errors import ArgumentError, ArgumentTypeError
+from ..arguments import check_integer, check_type
+from ..errors import ArgumentError
 from ..text.answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
 from ..text.encode import chat_ids, check_known
 from .erasing import WriteResult, check_ready, erase
@@ -182,5 +182,4 @@ def _check(model: nn.Module, memory: MemoryState) -> None:
 
 def _check_kind(model: nn.Module, memory: MemoryState) -> None:
     identity_of(model)  # raises for a model that has no memory
-    if not isinstance(memory, MemoryState):
-        raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
+    check_type(memory, "memory", MemoryState, "a MemoryState")

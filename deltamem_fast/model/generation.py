@@ -13,7 +13,8 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
 from ..adapter.record import identity_of, is_disabled, record_of
 from ..adapter.wrappers import RECORD
-from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..arguments import check_type
+from ..errors import ArgumentError, UnsupportedError
 from ..memory.state import MemoryState, taken_back
 from ..notices import warn_once
 from .begin import NOT_WRITTEN, LastSegments, PromptsMask, generating
@@ -217,8 +218,7 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
     if kwargs.get("token_mask") is not None:
         raise ArgumentError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
     if memory is not None:
-        if not isinstance(memory, MemoryState):
-            raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
+        check_type(memory, "memory", MemoryState, "a MemoryState")
         for name in ("num_beams", "num_return_sequences"):
             if settings[name] > 1:
                 raise ArgumentError(
@@ -236,10 +236,7 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
             "state from before the whole prompt"
         )
     if segment_ids is not None and not (isinstance(segment_ids, int) and segment_ids == NOT_WRITTEN):
-        if not isinstance(segment_ids, torch.Tensor):
-            raise ArgumentTypeError(
-                f"segment_ids: got {type(segment_ids).__name__}, allowed an integer tensor [B, T], or -1 for all tokens"
-            )
+        check_type(segment_ids, "segment_ids", torch.Tensor, "an integer tensor [B, T], or -1 for all tokens")
         prompt = given["inputs"] if given.get("inputs") is not None else kwargs.get("input_ids")
         if kwargs.get("inputs_embeds") is not None:
             prompt = kwargs["inputs_embeds"][..., 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,25 +97,24 @@ def next_logits(model: nn.Module, tokenizer, chats: Sequence[Chat], memory: Memo
     """
     batch = encode(tokenizer, chats, add_generation_prompt=True).to(_device(model))
     last = batch.attention_mask.sum(1) - 1
-    patched = find_record(unwrap(model)) is not None
-    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    with memory_disabled(model) if patched and memory is None else contextlib.nullcontext(), _read_only(memory):
-        if memory is not None:
-            arguments["memory"] = memory
-        hidden = unwrap(model).model(**arguments).last_hidden_state
+    with _reading(model, memory) as arguments:
+        hidden = (
+            unwrap(model)
+            .model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **arguments)
+            .last_hidden_state
+        )
     return unwrap(model).lm_head(hidden[torch.arange(len(chats), device=hidden.device), last]).float()
 
 
 @contextlib.contextmanager
-def _read_only(memory: MemoryState | None):
-    if memory is None:
-        yield
+def _reading(model: nn.Module, memory: MemoryState | None) -> Iterator[dict[str, MemoryState]]:
+    """Arguments with which a forward reads ``memory`` and writes nothing; None: inside, the backbone is bare."""
+    if memory is not None:
+        yield {"memory": memory.read_only()}
         return
-    before, memory.frozen = memory.frozen, True
-    try:
-        yield
-    finally:
-        memory.frozen = before
+    patched = find_record(unwrap(model)) is not None
+    with memory_disabled(model) if patched else contextlib.nullcontext():
+        yield {}
 
 
 def ask(model: nn.Module, tokenizer, chats: Sequence[Chat], memory: MemoryState | None = None) -> list[str]:
@@ -132,9 +131,7 @@ def answer(model: nn.Module, tokenizer, chat: Chat, memory: MemoryState | None =
         memory: of one conversation; it is read, and not written. None = the bare backbone's answer.
     """
     batch = encode(tokenizer, [chat], add_generation_prompt=True).to(_device(model))
-    patched = find_record(unwrap(model)) is not None
-    arguments = {} if memory is None else {"memory": memory}
-    with memory_disabled(model) if patched and memory is None else contextlib.nullcontext(), _read_only(memory):
+    with _reading(model, memory) as arguments:
         tokens = model.generate(
             batch.input_ids,
             attention_mask=batch.attention_mask,

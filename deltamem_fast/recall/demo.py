@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltamem_kernels.dispatch import BACKENDS, installed, resolve_backend
+from deltamem_kernels.dispatch import check_backend, installed, resolve_backend
 
 from ..adapter.files import same_bits
 from ..adapter.record import identity_of, memory_disabled
+from ..arguments import check_choice
 from ..display import counted
 from ..errors import ArgumentError
 from ..inspection.facts import versions
@@ -91,7 +92,10 @@ def run_demo(
         FileNotFoundError: weights are missing.
     """
     started = time.perf_counter()
-    _check_arguments(strategy, questions, backend)
+    check_choice(strategy, "strategy", STRATEGIES)
+    if questions < 1:
+        raise ArgumentError(f"questions: got {questions}, allowed 1 or more")
+    check_backend(backend)
     check_threads(threads, "threads")
     device = device_for(backend)
     found = find_weights(weights)
@@ -99,51 +103,37 @@ def run_demo(
     say("loading the backbone")
     model, tokenizer = load_backbone(found.backbone, device)
     with fitting_threads(model, threads):
-        return _run(model, tokenizer, found.adapters, plan, strategy, seed, questions, output, backend, say, started)
-
-
-def _run(
-    model: nn.Module, tokenizer, adapters: dict[str, Path], plan, strategy: str, seed: int, questions: int,
-    output, backend: str, say: Callable[[str], None], started: float,
-) -> tuple[dict[str, Any], list[Snapshot]]:  # fmt: skip
-    device = model.device
-    bare = Bare.of(model, tokenizer, plan.story)
-    figures = measure_bare(model, tokenizer, plan, say)
-    held: dict[str, list[bool]] = {}
-    for name, directory in adapters.items():
-        patch_model(model, directory, backend=backend)
-        for key, value in measure_patched(model, tokenizer, plan, name, say).items():
-            figures.setdefault(key, {})[name] = value
-        _hold(held, disabled_bit_identical=bare.same_disabled(model, tokenizer, plan.story))
-        if name == strategy:
-            figures["empty"] = measure_empty(model, tokenizer, plan, say)
-            told, snapshots, promises = _tell_story(model, tokenizer, plan.story, Path(output), bare.answers)
-            figures |= told | _sizes(model)
-            _hold(held, **promises)
-        unpatch_model(model)
-        _hold(held, unpatched_bit_identical=bare.same(model, tokenizer, plan.story))
-    figures |= {
-        "strategy": strategy,
-        "seed": seed,
-        "questions": questions,
-        "backend": resolve_backend(backend, device.type),
-        "device": _device_name(device),
-        "versions": versions(),
-    }
+        bare = Bare.of(model, tokenizer, plan.story)
+        figures = measure_bare(model, tokenizer, plan, say)
+        disabled, unpatched = [], []
+        for name, directory in found.adapters.items():
+            patch_model(model, directory, backend=backend)
+            for key, value in measure_patched(model, tokenizer, plan, name, say).items():
+                figures.setdefault(key, {})[name] = value
+            disabled.append(bare.same_disabled(model, tokenizer, plan.story))
+            if name == strategy:
+                figures["empty"] = measure_empty(model, tokenizer, plan, say)
+                told, snapshots, held = _tell_story(model, tokenizer, plan.story, Path(output), bare.answers)
+                figures |= told | _sizes(model)
+            unpatch_model(model)
+            unpatched.append(bare.same(model, tokenizer, plan.story))
+        figures |= {
+            "strategy": strategy,
+            "seed": seed,
+            "questions": questions,
+            "backend": resolve_backend(backend, device.type),
+            "device": _device_name(device),  # with the threads that it has here
+            "versions": versions(),
+        }
+    held |= {"disabled_bit_identical": all(disabled), "unpatched_bit_identical": all(unpatched)}
     return _finished(figures, held, started), snapshots
 
 
-def _hold(held: dict[str, list[bool]], **checks: bool) -> None:
-    """Note whether each of ``checks`` holds this time."""
-    for name, holds in checks.items():
-        held.setdefault(name, []).append(holds)
-
-
-def _finished(figures: dict[str, Any], held: dict[str, list[bool]], started: float) -> dict[str, Any]:
+def _finished(figures: dict[str, Any], held: dict[str, bool], started: float) -> dict[str, Any]:
     """The figures, the promised ones first, with the checks."""
     figures |= {"best": best_strategy(figures), "chance": chance()}
     figures["half_ratio"] = {name: half_ratio(figures, name) for name in figures["half"]}
-    checks = check_figures(figures) | {name: all(values) for name, values in held.items()}
+    checks = check_figures(figures) | held
     first = ("recall", "empty", "frozen", "context", "chance", "half", "half_frozen", "half_ratio", "revise")
     return (
         {key: figures[key] for key in first}
@@ -184,15 +174,6 @@ def _at_few_facts(shares: dict[str, float]) -> list[float]:
 def failed_checks(figures: dict[str, Any]) -> list[str]:
     """What did not hold, in words."""
     return [CHECKS[name] for name, holds in figures["checks"].items() if not holds]
-
-
-def _check_arguments(strategy: str, questions: int, backend: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ArgumentError(f"strategy: got {strategy!r}, allowed {', '.join(STRATEGIES)}")
-    if questions < 1:
-        raise ArgumentError(f"questions: got {questions}, allowed 1 or more")
-    if backend not in BACKENDS:
-        raise ArgumentError(f"backend: got {backend!r}, allowed {', '.join(BACKENDS)}")
 
 
 def _device_name(device: torch.device) -> str:
@@ -258,9 +239,11 @@ def _tell_story(
         "files": {"memory": str(path), "heat_map": picture and str(picture)},
     }
     logits = [_logits(model, tokenizer, story, which) for which in (memory, loaded)]
+    same_memory = list(memory) == list(loaded) and all(same_bits(memory[i], loaded[i]) for i in memory)
+    same_memory = same_memory and torch.equal(memory.skipped, loaded.skipped)
     promises = {
         "memory_finite": all(bool(s.isfinite().all()) for _, s in memory.items()) and not bool(memory.skipped.any()),
-        "saved_equals_loaded": _same_memory(memory, loaded) and same_bits(*logits),
+        "saved_equals_loaded": same_memory and same_bits(*logits),
     }
     return figures, snapshots, promises
 
@@ -276,10 +259,6 @@ def _asked(questions, facts, **answers: Sequence[str]) -> list[dict[str, str]]:
 def _norm(shot: Snapshot) -> float:
     """Of all layers together."""
     return math.sqrt(sum(float(state.double().square().sum()) for state in shot.states.values()))
-
-
-def _same_memory(a: MemoryState, b: MemoryState) -> bool:
-    return list(a) == list(b) and all(same_bits(a[i], b[i]) for i in a) and torch.equal(a.skipped, b.skipped)
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from random import Random
 
 from torch import nn
 
+from ..arguments import check_choice
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from . import world
@@ -57,8 +58,7 @@ def recall(
     Raises:
         ValueError: an unknown condition, or no episode.
     """
-    if condition not in CONDITIONS:
-        raise ArgumentError(f"condition: got {condition!r}, allowed {', '.join(CONDITIONS)}")
+    check_choice(condition, "condition", CONDITIONS)
     if not episodes:
         raise ArgumentError("episodes: got none, allowed one or more")
     right = total = 0

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..arguments import check_text
+from ..arguments import check_text, check_type
 from ..errors import ArgumentError, ArgumentTypeError
 from ..text.answering import check_reserved
 from ..text.encode import Message, plain_messages
-from ..text.settings import check_mapping, check_values
+from ..text.settings import check_values
 from .forgetting import strings_of
 
 _ROLES = ("user", "tool")
@@ -18,7 +18,7 @@ _ROLES = ("user", "tool")
 
 def checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A copy of options of ``generate``; raises for those that no turn can have."""
-    check_mapping(options, name)
+    check_type(options, name, Mapping, "a dict or None")
     check_reserved(options, name, "the session")
     check_values(options, name)
     return dict(options)

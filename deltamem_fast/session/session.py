@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter.record import identity_of, memory_disabled
-from ..arguments import MOST_64, check_integer, check_text
+from ..arguments import MOST_64, check_integer, check_text, check_type
 from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..memory.operators import WriteResult, forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
@@ -86,15 +86,12 @@ class MemorySession:
         template: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
     ):
-        if not isinstance(model, nn.Module):
-            raise ArgumentTypeError(f"model: got {type(model).__name__}, allowed a patched model")
+        check_type(model, "model", nn.Module, "a patched model")
         identity = identity_of(model)
-        if memory is not None and not isinstance(memory, MemoryState):
-            raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState or None")
+        check_type(memory, "memory", MemoryState | None, "a MemoryState or None")
         if memory is not None and memory.batch_size != 1:
             raise ArgumentError(f"memory: got {memory.batch_size} rows, allowed 1: a session is one conversation")
-        if system is not None and not isinstance(system, str):
-            raise ArgumentTypeError(f"system: got {type(system).__name__}, allowed a str or None")
+        check_type(system, "system", str | None, "a str or None")
         if not getattr(tokenizer, "chat_template", None):
             raise ArgumentError("tokenizer: has no chat template, which a session renders its messages with")
         # Not a processor either, which would open the files and addresses that messages name.
@@ -200,8 +197,8 @@ class MemorySession:
         """
         said = checked_messages(text)
         check_encodable({"text": said, "system": self.system})
-        options = self._generate_options(options)
-        return self._send(said, on_thinking, options)
+        options = {**self.generation, **checked_options(options, "options")}
+        return self._send(said, on_thinking, answer_options(self.model, self.tokenizer, options))
 
     def answer(self, text: str | Sequence[Message], **options: Any) -> str:
         """Say something; the whole answer. See ``send``.
@@ -225,10 +222,6 @@ class MemorySession:
             finally:
                 if self._now is before:
                     before.window()  # what the broken turn left in the cache goes
-
-    def _generate_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        found = {**self.generation, **checked_options(options, "options")}
-        return answer_options(self.model, self.tokenizer, found)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -268,8 +261,7 @@ class MemorySession:
             TypeError: no snapshot of a session.
             ValueError: of another session, whose cache it shares.
         """
-        if not isinstance(snapshot, SessionSnapshot):
-            raise ArgumentTypeError(f"snapshot: got {type(snapshot).__name__}, allowed a SessionSnapshot")
+        check_type(snapshot, "snapshot", SessionSnapshot, "a SessionSnapshot")
         if snapshot.owner != self._name:
             raise ArgumentError("snapshot: of another session, allowed one that this session's snapshot() made")
         with self._alone():
@@ -418,8 +410,7 @@ class MemorySession:
             ValueError: damaged, of a newer format, with settings that no file may hold, or made under another adapter
                 or backbone; the message names the file.
         """
-        if not isinstance(model, nn.Module):
-            raise ArgumentTypeError(f"model: got {type(model).__name__}, allowed a patched model")
+        check_type(model, "model", nn.Module, "a patched model")
         kept, known = saving.load(directory, model, template=template, generation=generation, adopt=adopt)
         session = cls(model, tokenizer, **kept.settings)
         session._now, session._remembers, session._known = kept.now, kept.remembers, known

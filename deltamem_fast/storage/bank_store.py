@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..arguments import check_integer, shown
+from ..arguments import check_choice, check_integer
 from ..errors import ArgumentError, ArgumentTypeError, FileAccessError
 from .bank_entries import ORDERS, BankEntry, check_count, check_unknown, find, listed
 from .bank_file import BankFile
@@ -171,8 +171,7 @@ class BankStore:
             raise ArgumentTypeError(f"prefix: got a {type(prefix).__name__}, allowed a string")
         if any("\ud800" <= letter <= "\udfff" for letter in prefix):
             raise ArgumentError(f"prefix: got {prefix!r}, which holds half of a surrogate pair")
-        if not isinstance(order_by, str) or order_by not in ORDERS:
-            raise ArgumentError(f"order_by: got {shown(order_by)}, allowed {', '.join(ORDERS)}")
+        check_choice(order_by, "order_by", ORDERS)
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
             check_integer(value, name, 0, None)
         with self._file.connection() as connection, one_moment(connection):

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ..adapter.wrappers import unwrap
-from ..errors import ArgumentError, ArgumentTypeError
+from ..arguments import check_type
+from ..errors import ArgumentError
 from ..notices import logger
 
 DEFAULT_NEW_TOKENS = 512
@@ -73,8 +74,7 @@ def answer_options(model: nn.Module, tokenizer, options: Mapping[str, Any], *, t
     found = dict(options)
     given = found.pop("generation_config", None)
     if given is not None:
-        if not isinstance(given, GenerationConfig):
-            raise ArgumentTypeError(f"generation_config: got {type(given).__name__}, allowed a GenerationConfig")
+        check_type(given, "generation_config", GenerationConfig, "a GenerationConfig")
         found = {name: value for name, value in given.to_dict().items() if _counts(name, value, config)} | found
     limits = [name for name in ("max_new_tokens", "max_length", "max_time") if found.get(name) is not None]
     if not limits and getattr(config, "max_new_tokens", None) is None:

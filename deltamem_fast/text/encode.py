@@ -12,7 +12,7 @@ from ..adapter.wrappers import unwrap
 from ..arguments import check_text
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError
-from .segments import refused_by_template, segment_ids_from_messages, sentence_spans, tokenize
+from .segments import is_text_part, refused_by_template, segment_ids_from_messages, sentence_spans, tokenize
 
 Message = Mapping[str, Any]
 
@@ -72,11 +72,6 @@ def plain_content(content: Any, name: str) -> str:
                 f'{name}: got a content part of type {kind!r:.80}, allowed {{"type": "text", "text": "…"}} only'
             )
     return "\n".join(part["text"] for part in content)
-
-
-def is_text_part(part: Any) -> bool:
-    """Whether a part of a message's content is ``{"type": "text", "text": "…"}``."""
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def vocabulary_size(model) -> int:

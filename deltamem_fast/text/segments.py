@@ -17,32 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..arguments import check_text
+from ..arguments import check_choice, check_text
 from ..errors import ArgumentError, DeltaMemError
+from .settings import RESULT_ARGUMENTS
 
-_GRANULARITIES = {
-    "message": False,
-    "message_mean": False,
-    "sentence": True,
-    "sentence_mean": True,
-}
+_GRANULARITIES = ("message", "message_mean", "sentence", "sentence_mean")
 _SYSTEM_ROLES = ("system", "developer")
 _THINK_END = "</think>"
 _PROBE_TEXT = "Probe"
-
-# Arguments of apply_chat_template that would change what is returned, or that have no meaning here.
-_REFUSED_KWARGS = (
-    "continue_final_message",
-    "max_length",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "sanitize_control_tokens",
-    "tokenize",
-    "tokenizer_kwargs",
-    "truncation",
-)
 
 # An end mark with the closing quotes and brackets after it. Marks of scripts that put no space between sentences need
 # none: ideographic 。｡！？；： (no 12：30), danda ।॥, Arabic ؟؛۔, Armenian ։, Ethiopic ።፧፨, Burmese ။, Khmer ។៕,
@@ -134,9 +116,8 @@ def segment_ids_under(
     Raises:
         ValueError: as there.
     """
-    if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
-        raise ArgumentError(f"granularity: got {granularity!r}, allowed {', '.join(_GRANULARITIES)}")
-    refused = sorted(set(template_kwargs).intersection(_REFUSED_KWARGS))
+    check_choice(granularity, "granularity", _GRANULARITIES)
+    refused = sorted(set(template_kwargs).intersection(RESULT_ARGUMENTS))
     if refused:
         raise ArgumentError(f"template_kwargs: got {', '.join(refused)}, allowed only what the chat template reads")
     messages = _checked_messages(messages)
@@ -170,7 +151,7 @@ def segment_ids_under(
         )
 
     # Each piece is (first character, whether it is written); a piece runs to the start of the next one.
-    pieces = _pieces(render, messages, text, add_generation_prompt, _GRANULARITIES[granularity])
+    pieces = _pieces(render, messages, text, add_generation_prompt, granularity.startswith("sentence"))
     first = [start for start, _ in pieces]
     numbers = itertools.count()
     number_of: dict[int, int] = {}
@@ -235,14 +216,15 @@ def _checked_messages(messages) -> list[dict]:
             if not message.get("tool_calls") and not message.get("reasoning_content"):
                 raise ArgumentError(f"{name}: has no content, and neither tool_calls nor reasoning_content")
         elif isinstance(content, (list, tuple)):
-            if not all(_is_text_part(part) for part in content):
+            if not all(map(is_text_part, content)):
                 raise ArgumentError(f'{name}: content is a list, allowed in it {{"type": "text", "text": ...}} only')
         elif not isinstance(content, str):
             raise ArgumentError(f"{name}: got content of type {type(content).__name__}, allowed str or a list of text")
     return [dict(message) for message in messages]
 
 
-def _is_text_part(part) -> bool:
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a message's content is ``{"type": "text", "text": "…"}``."""
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 

@@ -12,19 +12,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import shown
+from ..arguments import check_type, shown
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError
 
 MOST_DEPTH = 64  # of lists and objects in one another
 MOST_NEW_TOKENS = 2**20  # of an answer; a file could ask for one that never ends
 _MOST = 2**63 - 1
 
-# Arguments of apply_chat_template that are the session's own; no template can have one called self.
-RESERVED_TEMPLATE = (
-    "add_generation_prompt", "continue_final_message", "conversation", "conversations", "max_length", "messages",
-    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "self",
-    "tokenize", "tokenizer_kwargs", "truncation",
+# Arguments of apply_chat_template that would change what is returned, or that have no meaning here.
+RESULT_ARGUMENTS = (
+    "continue_final_message", "max_length", "padding", "return_assistant_tokens_mask", "return_dict",
+    "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
 )  # fmt: skip
+# Arguments of apply_chat_template that are the session's own; no template can have one called self.
+RESERVED_TEMPLATE = tuple(
+    sorted((*RESULT_ARGUMENTS, "add_generation_prompt", "conversation", "conversations", "messages", "self"))
+)
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def checked_template(template: Any, owner: str) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: no mapping, or with an argument that ``owner`` decides.
     """
-    check_mapping(template, "template")
+    check_type(template, "template", Mapping, "a dict or None")
     for name in template:
         if not isinstance(name, str):
             raise ArgumentTypeError(f"template: got {shown(name)}, allowed names of a chat template's arguments")
@@ -186,12 +189,6 @@ def checked_template(template: Any, owner: str) -> dict[str, Any]:
         if argument in template:
             raise ArgumentError(f"template: got {argument}, which {owner} itself decides; allowed the template's")
     return dict(template)
-
-
-def check_mapping(value: Any, name: str) -> None:
-    """Raise TypeError for what is no mapping."""
-    if not isinstance(value, Mapping):
-        raise ArgumentTypeError(f"{name}: got {type(value).__name__}, allowed a dict or None")
 
 
 def check_template(template: Mapping[str, Any], where: str, error: Error) -> None:
@@ -217,9 +214,7 @@ def check_template(template: Mapping[str, Any], where: str, error: Error) -> Non
 
 def check_json(value: Any, where: str, error: Error, depth: int = MOST_DEPTH) -> None:
     """Raise ``error`` unless a value is JSON: null, booleans, finite numbers, texts, lists, objects; not too deep."""
-    if value is None or isinstance(value, str | bool):
-        return
-    if isinstance(value, int):
+    if value is None or isinstance(value, str | bool | int):
         return
     if isinstance(value, float):
         if not math.isfinite(value):

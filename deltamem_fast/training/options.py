@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import MOST, check_integer
-from ..errors import ArgumentError, ArgumentTypeError
+from ..arguments import MOST, check_choice, check_integer, check_type
+from ..errors import ArgumentError
 from ..storage.files import as_path
 from .lengths import OVER_LONG
 
@@ -87,15 +87,13 @@ class TrainingOptions:
 
     def __post_init__(self):
         object.__setattr__(self, "output", str(as_path(self.output, "output")))
-        if not isinstance(self.report_to, list | tuple):
-            raise ArgumentTypeError(f"report_to: got {type(self.report_to).__name__}, allowed a tuple of names")
+        check_type(self.report_to, "report_to", list | tuple, "a tuple of names")
         object.__setattr__(self, "report_to", tuple(self.report_to))
         for name in ("batch_size", "accumulate", "write_length", "read_length", "visible_turns", "keep"):
             check_integer(getattr(self, name), name, 1)
         for name in ("seed", "save_every", "evaluate_every", "workers"):
             check_integer(getattr(self, name), name, 0)
-        if self.steps is not None:
-            check_integer(self.steps, "steps", 1)
+        check_integer(self.steps, "steps", 1, or_none=True)
         for name in ("epochs", "lr"):
             _number(name, getattr(self, name), "more than 0", lambda value: value > 0)
         for name in ("weight_decay", "max_grad_norm", "gate_weight"):
@@ -109,11 +107,9 @@ class TrainingOptions:
             raise ArgumentError(
                 f"no_memory_probability: with state_only_probability it makes {both}, allowed 1 at most"
             )
-        if self.over_long not in OVER_LONG:
-            raise ArgumentError(f"over_long: got {self.over_long!r}, allowed {', '.join(OVER_LONG)}")
+        check_choice(self.over_long, "over_long", OVER_LONG)
         for name in self.report_to:
-            if name not in REPORTERS:
-                raise ArgumentError(f"report_to: got {name!r}, allowed {', '.join(REPORTERS)}")
+            check_choice(name, "report_to", REPORTERS)
         if self.reentrant and not self.gradient_checkpointing:
             raise ArgumentError("reentrant: given without gradient_checkpointing, whose kind it is")
 
