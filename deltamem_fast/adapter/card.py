@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..config import DeltaMemConfig
 from ..version import __version__
@@ -16,27 +17,35 @@ def front_matter(base_model: str | None) -> list[str]:
     return ["---", "library_name: deltamem-fast", *base, "tags:", "- delta-mem", "---", ""]
 
 
-def adapter_card(config: DeltaMemConfig, base_model: str | None, repo_id: str) -> str:
-    """What an adapter is and how it is loaded, as Markdown."""
-    values = config.to_dict()
-    names = ("rank", "alpha", "num_state_heads", "memory_write_granularity", "delta_heads", "state_update_mode")
-    lines = [
+def card_of(base_model: str | None, about: str, adapter: str) -> list[str]:
+    """The lines that every card begins with: what the adapter is, ``about``, and how ``adapter`` is loaded."""
+    return [
         *front_matter(base_model),
         "# A δ-mem adapter",
         "",
-        f"An online memory{f' for {base_model}' if base_model else ''}, uploaded with deltamem-fast {__version__}.",
+        about,
         "",
         "```python",
         "from deltamem_fast import patch_model",
         "",
-        f'patch_model(model, "{repo_id}")',
+        f'patch_model(model, "{adapter}")',
         "```",
         "",
-        "| configuration | |",
-        "| --- | --- |",
-        *(f"| {name} | {values[name]} |" for name in names),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def table_of(title: str, values: Mapping[str, Any]) -> list[str]:
+    """Names and values as a table in Markdown."""
+    return [f"| {title} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in values.items())]
+
+
+def adapter_card(config: DeltaMemConfig, base_model: str | None, repo_id: str) -> str:
+    """What an adapter is and how it is loaded, as Markdown."""
+    values = config.to_dict()
+    names = ("rank", "alpha", "num_state_heads", "memory_write_granularity", "delta_heads", "state_update_mode")
+    about = f"An online memory{f' for {base_model}' if base_model else ''}, uploaded with deltamem-fast {__version__}."
+    table = table_of("configuration", {name: values[name] for name in names})
+    return "\n".join([*card_of(base_model, about, repo_id), *table]) + "\n"
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:

@@ -78,7 +78,9 @@ def read_released(path: Path, name: str, check: Callable[[Header], None]) -> dic
         with _readable(path, name):
             archive = stack.enter_context(zipfile.ZipFile(path))
             records = _records(archive, path.stat().st_size)
-            found = _named(_parse(archive.read(records["data.pkl"])))
+            found = _parse(archive.read(records["data.pkl"]))
+            if not isinstance(found, dict) or not all(isinstance(part, _Tensor) for part in found.values()):
+                raise _Broken("it holds something else than named tensors")
             if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
                 raise _Broken("its numbers are big-endian")
             for key, tensor in found.items():
@@ -137,12 +139,6 @@ def _check_bounds(key: str, tensor: _Tensor, records: dict[str, zipfile.ZipInfo]
         raise _Broken(f"{key!r} reaches beyond its storage")
     if numel > storage.numel:
         raise _Broken(f"{key!r} has {numel:,} numbers, its storage {storage.numel:,}: expanded tensors are not read")
-
-
-def _named(value: Any) -> dict[str, _Tensor]:
-    if not isinstance(value, dict) or not all(isinstance(part, _Tensor) for part in value.values()):
-        raise _Broken("it holds something else than named tensors")
-    return value
 
 
 # --- data.pkl

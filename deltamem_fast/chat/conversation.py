@@ -18,7 +18,7 @@ from ..recall import hints
 from ..session import MemorySession, SessionSnapshot
 from ..storage.files import as_path
 from .options import generation_with
-from .screens import Screen
+from .screens import PlainScreen
 
 KEPT = 8  # changes that can be undone
 
@@ -37,7 +37,7 @@ class Chat:
 
     Args:
         session: where it starts.
-        screen: where answers, tables and errors go.
+        screen: where answers, tables and errors go: a PlainScreen, or what has the same methods.
         small_world: the model is the shipped backbone; words that it does not know are pointed out.
         seed: of sampling, if one was set.
 
@@ -50,7 +50,9 @@ class Chat:
         changes: how many changes there were.
     """
 
-    def __init__(self, session: MemorySession, screen: Screen, *, small_world: bool = False, seed: int | None = None):
+    def __init__(
+        self, session: MemorySession, screen: PlainScreen, *, small_world: bool = False, seed: int | None = None
+    ):
         self.session = session
         self.screen = screen
         self.small_world = small_world

@@ -21,7 +21,8 @@ from .options import OPTIONS, Value, generation_with, read_option
 
 if TYPE_CHECKING:
     from .conversation import Chat
-    from .screens import Screen
+    from .screens import PlainScreen
+    from .terminal import TerminalScreen
 
 CONTEXT_TURNS = 4
 STRATEGY = "msw"
@@ -146,7 +147,7 @@ def can_chat(tokenizer) -> None:
         raise ArgumentError(f"{where}: has no chat template, allowed that of a chat (instruct) model")
 
 
-def open_chat(opening: Opening, screen: Screen) -> Chat:
+def open_chat(opening: Opening, screen: PlainScreen | TerminalScreen) -> Chat:
     """Load the model and make, or load, the session.
 
     Raises:

@@ -5,56 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from ..display import columns_of, harmless, style_of, table, terminal_columns
 
 
-class Answer(Protocol):
-    """An answer as it comes."""
-
-    def piece(self, text: str) -> None:
-        """More of the answer."""
-
-    def thinking(self, text: str) -> None:
-        """More of the thinking before it."""
-
-
-class Screen(Protocol):
-    """What a chat shows.
+class PlainScreen:
+    """Answers, and what commands find, on stdout; hints and errors on stderr; thinking nowhere.
 
     Attributes:
         columns: how wide it is.
         style: of heat maps, see ``inspection.pictures.STYLES``.
     """
-
-    columns: int
-    style: str
-
-    def answering(self) -> contextlib.AbstractContextManager[Answer]:
-        """An answer comes, and is over at the end of the context."""
-
-    def say(self, text: str) -> None:
-        """What a command has done or found."""
-
-    def said(self, role: str, text: str) -> None:
-        """A message of earlier."""
-
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
-        """Rows of cells; the columns numbered in ``left`` hold text, the others figures."""
-
-    def picture(self, lines: Sequence[str]) -> None:
-        """Lines that may hold escape sequences."""
-
-    def hint(self, text: str) -> None:
-        """A remark beside the conversation."""
-
-    def error(self, text: str) -> None:
-        """What went wrong, in one line."""
-
-
-class PlainScreen:
-    """Answers, and what commands find, on stdout; hints and errors on stderr; thinking nowhere."""
 
     def __init__(self) -> None:
         self.columns = terminal_columns()
@@ -76,28 +37,35 @@ class PlainScreen:
         self._print("")
 
     def piece(self, text: str) -> None:
+        """More of the answer."""
         self._begun = True
         self._print(text, end="")
 
     def thinking(self, text: str) -> None:
-        pass
+        """More of the thinking before it."""
 
     def say(self, text: str) -> None:
+        """What a command has done or found."""
         self._print(text)
 
     def said(self, role: str, text: str) -> None:
+        """A message of earlier."""
         self._print(f"{role}: {text}")
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> None:
+        """Rows of cells; the columns numbered in ``left`` hold text, the others figures."""
         self._print(table(headings, rows, left))
 
     def picture(self, lines: Sequence[str]) -> None:
+        """Lines that may hold escape sequences."""
         self._print("\n".join(lines))
 
     def hint(self, text: str) -> None:
+        """A remark beside the conversation."""
         self._tell(text)
 
     def error(self, text: str) -> None:
+        """What went wrong, in one line."""
         self._tell(f"error: {text}")
 
     def _print(self, text: str, end: str = "\n") -> None:

@@ -28,21 +28,17 @@ def add_info_command(commands) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    if arguments.model is not None:
-        from ..inspection.facts import format_facts, model_facts
-
-        model, _ = load_patched(
-            arguments.model, arguments.adapter, dtype=arguments.dtype, device=arguments.device, tokenizer=False
-        )
-        facts = model_facts(model)
-        print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))
-        return 0
-    if arguments.adapter is not None:
+    if arguments.model is None and arguments.adapter is not None:
         raise ArgumentError("--adapter: given without MODEL, which it belongs to")
-    from ..inspection.facts import environment
+    from ..inspection.facts import environment, format_facts, model_facts
 
-    facts = environment()
-    print(json.dumps(facts, indent=2) if arguments.json else format_environment(facts))
+    if arguments.model is None:
+        facts, as_text = environment(), format_environment
+    else:
+        options = {"dtype": arguments.dtype, "device": arguments.device, "tokenizer": False}
+        model, _ = load_patched(arguments.model, arguments.adapter, **options)
+        facts, as_text = model_facts(model), format_facts
+    print(json.dumps(facts, indent=2) if arguments.json else as_text(facts))
     return 0
 
 

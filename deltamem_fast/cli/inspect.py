@@ -130,18 +130,17 @@ def _trace(arguments: argparse.Namespace, file: MemoryContent, text: str):
     from ..memory.state import MemoryState
     from ..model.threads import fitting_threads
 
-    model, tokenizer = _shipped(arguments, file) if arguments.model is None else _load(arguments)
+    if arguments.model is None:
+        model, tokenizer = _shipped(arguments, file)
+    else:
+        options = {"dtype": arguments.dtype, "device": arguments.device}
+        model, tokenizer = load_patched(arguments.model, arguments.adapter, "--model", **options)
     try:
         memory = MemoryState.load(file.path, model)
     except ValueError as error:
         raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
     with fitting_threads(model):
         return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
-
-
-def _load(arguments: argparse.Namespace):
-    dtype, device = arguments.dtype, arguments.device
-    return load_patched(arguments.model, arguments.adapter, "--model", dtype=dtype, device=device)
 
 
 def _shipped(arguments: argparse.Namespace, file: MemoryContent):

@@ -179,14 +179,7 @@ def _renders_episodes(tokenizer) -> None:
 
 def _say(result, arguments: argparse.Namespace) -> None:
     if arguments.json:
-        facts = {
-            "output": str(result.output),
-            "steps": result.steps,
-            "total_steps": result.total_steps,
-            "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
-            "evaluation": result.evaluation,
-        }
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(vars(result), indent=2, default=str))  # paths as text
     elif not result.interrupted:
         for name, found in result.evaluation.items():
             print(f"{name}: loss of the answers {found['loss']:.4f}, without memory {found['no_memory_loss']:.4f}")

@@ -160,21 +160,11 @@ def _layer_reports(layer: int, state: torch.Tensor, skipped: torch.Tensor, rows:
     row_norms = state.norm(dim=-1)
     largest_norm, largest = row_norms.max(-1)
     figures = (state.norm(dim=(-2, -1)), effective, effective / rank, largest, largest_norm)
-    norm, effective, saturation, largest, largest_norm = (figure.tolist() for figure in figures)
+    figures = [figure.tolist() for figure in figures]
     counts = skipped.detach()[rows].tolist()
     return [
         [
-            LayerReport(
-                layer,
-                head,
-                row,
-                norm[n][head],
-                effective[n][head],
-                saturation[n][head],
-                largest[n][head],
-                largest_norm[n][head],
-                counts[n],
-            )
+            LayerReport(layer, head, row, *(figure[n][head] for figure in figures), counts[n])
             for head in range(state.shape[1])
         ]
         for n, row in enumerate(rows)

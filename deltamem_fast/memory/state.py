@@ -257,13 +257,11 @@ class MemoryState:
 
     def __deepcopy__(self, memo) -> MemoryState:
         # The identity refers to the model's adapter; a copied cache must not copy that.
-        copied = MemoryState.__new__(MemoryState)
+        copied = copy.copy(self)
         memo[id(self)] = copied
         copied._layers = copy.deepcopy(self._layers, memo)
         copied._skipped = copy.deepcopy(self._skipped, memo)
         copied._arrived = copy.deepcopy(self._arrived, memo)
-        copied._identity, copied.frozen, copied._broken = self._identity, self.frozen, self._broken
-        copied._interrupted, copied._rows = self._interrupted, self._rows
         return copied
 
     def __copy__(self) -> MemoryState:

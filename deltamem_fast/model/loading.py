@@ -156,11 +156,27 @@ def load_model(
         require(_QUANTIZERS, "--quantize")
     if attention == "flash_attention_2":
         require(("flash_attn",), "--attention flash_attention_2")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    found, common = None, {"trust_remote_code": False, "local_files_only": local}
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if attention is not None:
+        options["attn_implementation"] = attention
     with bars(hidden=quiet or not sys.stderr.isatty()):
-        found = _tokenizer(name, argument, local) if tokenizer else None
+        if tokenizer:
+            with told(f"{argument}: {name}: its tokenizer"):
+                found = AutoTokenizer.from_pretrained(name, **common)
         if check_tokenizer is not None:
             check_tokenizer(found)
-        model = _weights(name, argument, device, dtype, quantize, attention, local)
+        with told(f"{argument}: {name}"):
+            if quantize is not None:
+                computes = AutoConfig.from_pretrained(name, **common).dtype if dtype == "auto" else options["dtype"]
+                # Quantised weights are made on their device; such a model cannot be moved.
+                place = {} if device is None else {"device_map": {"": device}}
+                options |= {"quantization_config": _quantization(quantize, computes)} | place
+            model = AutoModelForCausalLM.from_pretrained(name, **common, **options)
+            if device is not None and quantize is None:
+                model = model.to(device)
     return model.eval().requires_grad_(False), found
 
 
@@ -173,38 +189,6 @@ def require(packages: tuple[str, ...], what: str) -> None:
             raise MissingPackageError(
                 f"{what}: needs the package {package}, which cannot be imported here ({error}); pip install {package}"
             ) from error
-
-
-def _tokenizer(name: str, argument: str, local: bool):
-    from transformers import AutoTokenizer
-
-    with told(f"{argument}: {name}: its tokenizer"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
-
-
-def _weights(
-    name: str,
-    argument: str,
-    device: torch.device | None,
-    dtype: str,
-    quantize: str | None,
-    attention: str | None,
-    local: bool,
-) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    common = {"trust_remote_code": False, "local_files_only": local}
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if attention is not None:
-        options["attn_implementation"] = attention
-    with told(f"{argument}: {name}"):
-        if quantize is not None:
-            computes = AutoConfig.from_pretrained(name, **common).dtype if dtype == "auto" else options["dtype"]
-            # Quantised weights are made on their device; such a model cannot be moved.
-            place = {} if device is None else {"device_map": {"": device}}
-            options |= {"quantization_config": _quantization(quantize, computes)} | place
-        model = AutoModelForCausalLM.from_pretrained(name, **common, **options)
-        return model if device is None or quantize is not None else model.to(device)
 
 
 def _quantization(quantize: str, computes: torch.dtype | None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..adapter.card import front_matter
+from ..adapter.card import card_of, table_of
 from ..config import DeltaMemConfig
 from ..version import __version__
 from .checkpoints import Run
@@ -24,24 +24,17 @@ def model_card(
     default = DeltaMemConfig().to_dict()
     config = {name: value for name, value in run.adapter.items() if name in _SHOWN or value != default[name]}
     options = {name: value for name, value in run.options.items() if name not in _LEFT_OUT}
-    lines = [
-        *front_matter(base_model),
-        "# A δ-mem adapter",
-        "",
+    about = (
         f"An online memory for {run.model}, trained for {steps:,} steps of {run.episodes_a_step} episodes with "
-        f"deltamem-fast {__version__}.",
-        "",
-        "```python",
-        "from deltamem_fast import patch_model",
-        "",
-        'patch_model(model, "this directory")',
-        "```",
-        "",
+        f"deltamem-fast {__version__}."
+    )
+    lines = [
+        *card_of(base_model, about, "this directory"),
         f"Data: {checked} (SHA-256 of the files {run.data[:16]}…).",
         "",
-        *_table("adapter", config),
+        *table_of("adapter", config),
         "",
-        *_table("training", options),
+        *table_of("training", options),
     ]
     if evaluation:
         lines += ["", "| held-out file | loss of the answers | without memory |", "| --- | --- | --- |"]
@@ -51,7 +44,3 @@ def model_card(
 
 
 _SHOWN = ("rank", "alpha", "num_state_heads", "memory_write_granularity", "delta_heads", "output_init")
-
-
-def _table(title: str, values: dict) -> list[str]:
-    return [f"| {title} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in values.items())]

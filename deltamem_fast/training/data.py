@@ -201,21 +201,18 @@ def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
         _only(message, MESSAGE_KEYS, f"{part}: ")
         if message.get("role") not in ROLES:
             raise ArgumentError(f"{part}.role: got {message.get('role')!r}, allowed {', '.join(ROLES)}")
-        if not _is_content(message.get("content")) and not (
-            message.get("content") is None and (message.get("tool_calls") or message.get("reasoning_content"))
-        ):
+        content = message.get("content")
+        allowed = isinstance(content, str) or (isinstance(content, list) and all(map(is_text_part, content)))
+        if content is None:
+            allowed = message.get("tool_calls") or message.get("reasoning_content")
+        if not allowed:
             raise ArgumentError(
-                f"{part}.content: got {message.get('content')!r:.80}, allowed a string or a list of "
-                '{"type": "text", "text": "…"}'
+                f'{part}.content: got {content!r:.80}, allowed a string or a list of {{"type": "text", "text": "…"}}'
             )
-        if isinstance(message.get("content"), list):
-            message = {**message, "content": plain_content(message["content"], part)}
+        if isinstance(content, list):
+            message = {**message, "content": plain_content(content, part)}
         found.append(message)
     return tuple(found)
-
-
-def _is_content(content) -> bool:
-    return isinstance(content, str) or (isinstance(content, list) and all(map(is_text_part, content)))
 
 
 def _answer(message: dict, name: str) -> dict:

@@ -208,10 +208,6 @@ def enable_checkpointing(model: nn.Module, reentrant: bool) -> None:
         model.enable_input_require_grads()
 
 
-def _total_steps(options: TrainingOptions, examples: int, episodes_a_step: int) -> int:
-    return options.steps or max(1, math.ceil(options.epochs * examples / episodes_a_step))
-
-
 def _run(model: nn.Module, source: AdapterSource, digest: str, options: TrainingOptions) -> Run:
     return Run(
         model=backbone_name(unwrap(model).config),
@@ -226,7 +222,8 @@ def _run(model: nn.Module, source: AdapterSource, digest: str, options: Training
 def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint) -> TrainingResult:
     from .trainer import DeltaMemTrainer, EpisodeList, EpisodeModel, training_arguments
 
-    output, steps = Path(options.output), _total_steps(options, len(checked.examples), run.episodes_a_step)
+    output, episodes = Path(options.output), options.epochs * len(checked.examples)
+    steps = options.steps or max(1, math.ceil(episodes / run.episodes_a_step))
     log = TrainingLog(output / LOG_NAME)
     arguments = training_arguments(options, steps, bool(held_out))
     schedule = EpisodeSchedule(
