@@ -71,8 +71,8 @@ def check_text(value: Any, name: str, depth: int = MOST_DEPTH) -> None:
             check_text(part, name, depth - 1)
 
 
-def check_tokenizer(value: Any, name: str = "tokenizer") -> None:
+def check_tokenizer(value: Any) -> None:
     """Raise TypeError for what is no tokenizer."""
     if isinstance(value, type) or not callable(value) or not hasattr(value, "convert_ids_to_tokens"):
         kind = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        raise ArgumentTypeError(f"{name}: got {kind}, allowed a tokenizer of transformers")
+        raise ArgumentTypeError(f"tokenizer: got {kind}, allowed a tokenizer of transformers")

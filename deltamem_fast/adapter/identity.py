@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from deltamem_kernels.rule import DeltaRule
-
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError
 from .fingerprints import (
@@ -35,10 +33,6 @@ class LayerSpec:
     heads: int
     rank: int
     device: torch.device
-
-    @classmethod
-    def of(cls, rule: DeltaRule, device: torch.device) -> LayerSpec:
-        return cls(rule.heads, rule.rank, device)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,7 +63,10 @@ class Identity:
 
     def layer_specs(self) -> dict[int, LayerSpec]:
         """Layer index → shape and device of its state."""
-        return {i: LayerSpec.of(m.rule, m._parameters["memory_q_proj"].device) for i, m in self.memories.items()}
+        return {
+            i: LayerSpec(memory.rule.heads, memory.rule.rank, memory._parameters["memory_q_proj"].device)
+            for i, memory in self.memories.items()
+        }
 
     def __post_init__(self):
         self.adapter_name = public_name(self.adapter_name)

@@ -65,8 +65,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its token ids; for embeddings that accelerate offloads, where it moves them to."""
-    embeddings = unwrap(model).get_input_embeddings()
-    device = embeddings.weight.device
-    target = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    """Where a model takes its token ids."""
+    return computing_device(unwrap(model).get_input_embeddings())
+
+
+def computing_device(module: nn.Module) -> torch.device:
+    """Where a module computes: its weight's device, or what accelerate's offloading moves it to."""
+    device = module.weight.device
+    target = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return torch.device(target) if device.type == "meta" and target is not None else device

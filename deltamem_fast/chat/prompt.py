@@ -59,19 +59,15 @@ def make_private(path: Path) -> Path:
         OSError: it cannot be made, or is no file; the message names it.
     """
     with naming_files("history", path):
-        return _make_private(path)
-
-
-def _make_private(path: Path) -> Path:
-    make_directory(path.parent)
-    # Never readable by others in between: made with this mode, and only then corrected where it was there already.
-    # A pipe that nobody reads is an error, not a wait.
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
-    try:
-        if os.name != "nt" and os.fstat(handle).st_mode & 0o077 and os.path.isfile(path):
-            os.fchmod(handle, 0o600)
-    finally:
-        os.close(handle)
+        make_directory(path.parent)
+        # Never readable by others in between: made with this mode, and only then corrected where it was there already.
+        # A pipe that nobody reads is an error, not a wait.
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
+        try:
+            if os.name != "nt" and os.fstat(handle).st_mode & 0o077 and os.path.isfile(path):
+                os.fchmod(handle, 0o600)
+        finally:
+            os.close(handle)
     return path
 
 

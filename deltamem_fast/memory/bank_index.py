@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import DeltaMemError, FileFormatError
 from ..storage.bank_ids import check_ids
-from ..storage.files import read_json, write_json
+from ..storage.files import check_version, read_json, write_json
 
 INDEX = "index.json"
 FORMAT = "deltamem-bank-export"
@@ -52,10 +52,7 @@ def read_index(directory: Path) -> list[ExportedFile]:
             f"directory: {path}: no export of a bank (format {index.get('format')!r}, allowed {FORMAT!r})"
         )
     version = index.get("format_version")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise FileFormatError(
-            f"directory: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}"
-        )
+    check_version(version, FORMAT_VERSION, f"directory: {path}")
     files = index.get("files")
     for file in files if isinstance(files, list) else [None]:
         # The index may come from elsewhere: only files beside it are read.

@@ -35,7 +35,7 @@ _QUANTIZERS = ("bitsandbytes", "accelerate")
 _LONG = 240  # characters of another library's error
 
 
-def usable_device(device: torch.device | str, name: str = "device") -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
     """``device``, if torch can use it here.
 
     Raises:
@@ -47,7 +47,7 @@ def usable_device(device: torch.device | str, name: str = "device") -> torch.dev
             raise RuntimeError("it holds no numbers")
         torch.empty(0, device=target)
     except Exception as error:  # torch has no kind of its own: RuntimeError, AssertionError, NotImplementedError
-        raise ArgumentError(f"{name}: got {str(device)!r}, which torch cannot use here ({one_line(error)})") from error
+        raise ArgumentError(f"device: got {str(device)!r}, which torch cannot use here ({one_line(error)})") from error
     return target
 
 
@@ -218,12 +218,12 @@ def told(what: str) -> Iterator[None]:
         raise FileFormatError(f"{what}: {one_line(error)}") from error
 
 
-def one_line(error: BaseException, most: int = _LONG) -> str:
+def one_line(error: BaseException) -> str:
     """What another library's error says, its type where that is not a built-in sentence of its own, in one line."""
     text = " ".join(str(error).split())
     if not text or isinstance(error, LookupError | AttributeError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return shortened(text, most)
+    return shortened(text, _LONG)
 
 
 @contextlib.contextmanager

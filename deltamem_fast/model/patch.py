@@ -14,7 +14,7 @@ from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_w
 from ..adapter.identity import Identity
 from ..adapter.layer import DeltaMemory, LayerShape
 from ..adapter.record import PatchRecord, find_record, record_of
-from ..adapter.wrappers import RECORD, decoder_of, spread_by, unwrap
+from ..adapter.wrappers import RECORD, computing_device, decoder_of, spread_by, unwrap
 from ..config import DELTA_HEADS, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .attention import attention_forward
@@ -58,7 +58,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     source = read_adapter(adapter)
     decoder = decoder_of(model)
     attentions = _find_attentions(model, source.config)
-    device = _device_of(next(iter(attentions.values())))
+    device = computing_device(next(iter(attentions.values())).q_proj)
     if device.type != "meta":
         resolve_backend(backend, device.type)
         # Imported now: what fails does so here, and not in the middle of a forward.
@@ -208,7 +208,7 @@ def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend
         staged = stage_weights({n: build(a, torch.device("meta")) for n, a in attentions.items()}, source)
     memories = {}
     for name, attention in attentions.items():
-        memory = build(attention, _device_of(attention))
+        memory = build(attention, computing_device(attention.q_proj))
         if staged is None:
             base = {head: getattr(getattr(attention, f"{head}_proj", None), "weight", None) for head in DELTA_HEADS}
             if source.config.output_init.startswith("base_slice"):
@@ -220,14 +220,6 @@ def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend
                     parameter.copy_(staged[canonical_name(f"{name}.{key}")])
         memories[name] = memory
     return memories
-
-
-def _device_of(attention: nn.Module) -> torch.device:
-    """Where a layer computes: its weight's device, or what accelerate's offloading moves it to."""
-    device = attention.q_proj.weight.device
-    hook = getattr(attention.q_proj, "_hf_hook", None)
-    target = getattr(hook, "execution_device", None)
-    return torch.device(target) if device.type == "meta" and target is not None else device
 
 
 def computing_dtype(model: nn.Module, weight: torch.Tensor) -> torch.dtype:

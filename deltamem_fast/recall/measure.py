@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -11,7 +11,6 @@ from torch import nn
 from ..arguments import check_choice
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
-from . import world
 from .chats import Chat, ask, tell
 from .task import Fact, draw_facts, grouped, user
 
@@ -29,31 +28,22 @@ class Episode:
     visible: list[dict[str, str]]
 
 
-def draw_episode(random: Random, count: int, kinds: tuple[str, ...] = world.KINDS) -> Episode:
+def draw_episode(random: Random, count: int) -> Episode:
     """``count`` facts about names that were never trained on; the newer half (rounded down) can stay visible."""
-    facts = draw_facts(random, count, held_out=True, kinds=kinds)
+    facts = draw_facts(random, count, held_out=True)
     older = facts[: count - count // 2]
     told = grouped(random, [fact.statement(random) for fact in older], 4)
     visible = grouped(random, [fact.statement(random) for fact in facts[len(older) :]], 4)
     return Episode(told, facts, visible)
 
 
-def recall(
-    model: nn.Module,
-    tokenizer,
-    episodes: Sequence[Episode],
-    condition: str,
-    *,
-    rows: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> float:
+def recall(model: nn.Module, tokenizer, episodes: Sequence[Episode], condition: str, *, rows: int = 32) -> float:
     """The share of all facts of ``episodes`` that are answered right, each asked for once, 0 to 1.
 
     Args:
         model: patched; under ``frozen`` and ``context`` its memory is disabled.
         condition: one of ``CONDITIONS``. In all of them a question comes in a context of its own.
         rows: episodes told as one batch.
-        progress: called with the number of episodes done.
 
     Raises:
         ValueError: an unknown condition, or no episode.
@@ -66,7 +56,6 @@ def recall(
         chunk = episodes[first : first + rows]
         right += sum(_answers(model, tokenizer, chunk, condition))
         total += sum(len(episode.facts) for episode in chunk)
-        progress(first + len(chunk))
     return right / total
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -32,20 +32,12 @@ def draw_revision(random: Random, count: int) -> Revision:
     return Revision(episode, place, fact, fact.update(random))
 
 
-def revise(
-    model: nn.Module,
-    tokenizer,
-    revisions: Sequence[Revision],
-    *,
-    rows: int = 32,
-    progress: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
+def revise(model: nn.Module, tokenizer, revisions: Sequence[Revision], *, rows: int = 32) -> dict[str, float]:
     """Tell the facts, then in a context of its own the update, and ask for every fact in a context of its own.
 
     Args:
         model: patched.
         rows: episodes told as one batch.
-        progress: called with the number of revisions done.
 
     Returns:
         Shares, 0 to 1: ``revised``, of the overwritten facts that are answered with the new value; ``stale``, of
@@ -65,7 +57,6 @@ def revise(
             revised += answers[revision.place] == revision.fact.value
             kept += sum(right)
             others += len(right)
-        progress(first + len(chunk))
     return {"revised": revised / len(revisions), "stale": stale / len(revisions), "kept": kept / others}
 
 

@@ -128,7 +128,7 @@ def contents(model: nn.Module, kept: Content, *, with_cache: bool) -> tuple[dict
         "settings": {**kept.settings, "remembers": kept.remembers},
         "messages": [dict(message) for message in now.messages],
         "context": {
-            "preamble": _block_to_json(now.preamble),
+            "preamble": vars(now.preamble),
             "written": now.written,
             "turns": [_turn_to_json(turn) for turn in now.turns],
             "cache": None if cache is None else [_layer_to_json(layer) for layer in cache.layers],
@@ -294,18 +294,14 @@ def _layer_to_json(layer) -> dict[str, Any]:
 def _turn_to_json(turn: Turn) -> dict[str, Any]:
     return {
         "messages": [dict(message) for message in turn.messages],
-        "prompt": [_block_to_json(block) for block in turn.prompt],
-        "answer": _block_to_json(turn.answer),
+        "prompt": [vars(block) for block in turn.prompt],
+        "answer": vars(turn.answer),
     }
 
 
 def _turn_from_json(values: dict[str, Any], before: MemoryState) -> Turn:
     prompt = tuple(_block_from_json(block) for block in values["prompt"])
     return Turn(tuple(values["messages"]), prompt, _block_from_json(values["answer"]), before)
-
-
-def _block_to_json(block: Block) -> dict[str, Any]:
-    return {"ids": list(block.ids), "segments": None if block.segments is None else list(block.segments)}
 
 
 def _block_from_json(values: dict[str, Any]) -> Block:

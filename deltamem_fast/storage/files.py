@@ -315,6 +315,12 @@ def parse_json(data: bytes | str, path: str | os.PathLike, name: str = "") -> di
     return value
 
 
+def check_version(version: Any, most: int, where: str) -> None:
+    """Raise FileFormatError, beginning with ``where``, unless a format version is an integer from 1 to ``most``."""
+    if type(version) is not int or not 1 <= version <= most:
+        raise FileFormatError(f"{where}: format version {version!r}, this version reads 1 to {most}")
+
+
 def _refuse_constant(text: str):
     raise ValueError(f"{text} is not JSON")
 

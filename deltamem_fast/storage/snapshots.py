@@ -31,6 +31,7 @@ from ..errors import (
 from .files import (
     MOST_JSON_BYTES,
     as_path,
+    check_version,
     give_to_owner_of,
     is_leftover,
     json_bytes,
@@ -200,10 +201,7 @@ def _parsed(path: Path, data: bytes, format_name: str, format_version: int) -> d
     name, version = manifest.get("format"), manifest.get("format_version")
     if name != format_name:
         raise FileFormatError(f"directory: {path}: not a snapshot (format {name!r}, allowed {format_name!r})")
-    if type(version) is not int or not 1 <= version <= format_version:
-        raise FileFormatError(
-            f"directory: {path}: format version {version!r}, this version reads 1 to {format_version}"
-        )
+    check_version(version, format_version, f"directory: {path}")
     if version < SEALED and "sha256" not in manifest:
         manifest["sha256"] = hashlib.sha256(data).hexdigest()
     elif not _seal_holds(data):

@@ -70,7 +70,10 @@ def _read_tensors(file: IO[bytes], size: int, path, name: str, check) -> tuple[d
     data = file.read(size)
     if not data.startswith(head):  # overwritten in between: what was checked is not what was read
         raise FileFormatError(f"{name}: {path}: was changed while it was read")
-    return metadata, _tensors(data, path, name)
+    try:
+        return metadata, safetensors.torch.load(data)
+    except Exception as error:  # SafetensorError, or KeyError for a dtype that this torch does not have
+        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
 
 
 def _read_header(file: IO[bytes], size: int, path, name: str) -> tuple[dict[str, str], Header, bytes]:
@@ -105,13 +108,6 @@ def _parse_header(data: bytes, path: str | os.PathLike, name: str) -> tuple[dict
         found[key] = (dtype, tuple(shape))
         end = max(end, offsets[1])
     return metadata, found, end
-
-
-def _tensors(data: bytes, path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except Exception as error:  # SafetensorError, or KeyError for a dtype that this torch does not have
-        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -17,34 +17,14 @@ DEFAULT_NEW_TOKENS = 512
 THINKING_TOKENS = 2048  # more, for an answer that is wanted whole where the model may think first
 
 # What a model's generation_config, or one that is given, does not decide: one row, one answer, into our own cache.
-_FIXED = {
-    "num_beams": 1,
-    "num_beam_groups": None,
-    "num_return_sequences": 1,
-    "diversity_penalty": None,
-    "early_stopping": None,
-    "length_penalty": None,
-    "constraints": None,
-    "force_words_ids": None,
-    "penalty_alpha": None,
-    "dola_layers": None,
-    "low_memory": None,
-    "use_cache": True,
-    "cache_implementation": None,
-    "cache_config": None,
-    "max_cache_len": None,
-    "prefill_chunk_size": None,
-    "is_assistant": None,
-    "use_mtp": None,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    "token_healing": None,
-    "return_dict_in_generate": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "output_scores": False,
-    "output_logits": False,
-}
+_UNSET = """
+    num_beam_groups diversity_penalty early_stopping length_penalty constraints force_words_ids penalty_alpha
+    dola_layers low_memory cache_implementation cache_config max_cache_len prefill_chunk_size is_assistant use_mtp
+    prompt_lookup_num_tokens assistant_early_exit token_healing
+""".split()
+_OFF = "return_dict_in_generate output_attentions output_hidden_states output_scores output_logits".split()
+_FIXED = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+_FIXED |= dict.fromkeys(_UNSET) | dict.fromkeys(_OFF, False)
 # What a session and retrieve hand to generate themselves.
 RESERVED = (
     "answer_is_fed", "assistant_early_exit", "assistant_model", "attention_mask", "cache", "cache_config",
