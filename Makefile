@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers lint format bench recall holding plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers lint format bench recall recall-train holding plots readme compare gpu soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint            ruff, and whether README says what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
 	@echo "make recall          what the shipped weights remember: curves, plots, README's table (OUTPUT=dir)"
+	@echo "make recall-train    trains such weights from nothing into build/recall: an hour and more on two cores"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make plots           pictures of the newest results; PNG under bench/results/plots"
 	@echo "make readme          README's tables from the newest results"
@@ -72,6 +73,9 @@ recall: setup
 	$(BIN)/python -m bench.recall curves --output $(OUTPUT)/recall
 	$(BIN)/python -m bench.recall plots
 	$(BIN)/python -m bench.recall readme
+
+recall-train: setup
+	$(BIN)/python -m examples.recall
 
 holding: setup
 	$(BIN)/python -m bench.holding operators --output $(OUTPUT)/operators

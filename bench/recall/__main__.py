@@ -8,13 +8,12 @@ from __future__ import annotations
 import sys
 
 from .. import commands
-from . import curves, plots, readme, train
+from . import curves, plots, readme
 
 COMMANDS = {
     "curves": curves,
     "plots": plots,
     "readme": readme,
-    "train": train,
 }
 
 
