@@ -8,19 +8,18 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers lint format bench recall recall-train holding plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers lint format bench recall recall-train holding docs plots readme compare gpu soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked"
 	@echo "make test            set up, then the tests (CPU)"
 	@echo "make test-transformers  transformers' own common model tests, bare and patched (fetches them)"
-	@echo "make lint            ruff, and whether README says what the results say"
+	@echo "make lint            ruff, import-linter, and whether docs/results and README say what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
-	@echo "make recall          what the shipped weights remember: curves, plots, README's table (OUTPUT=dir)"
+	@echo "make recall          what the shipped weights remember, and docs/results anew (OUTPUT=dir)"
 	@echo "make recall-train    trains such weights from nothing into build/recall: an hour and more on two cores"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
-	@echo "make plots           pictures of the newest results; PNG under bench/results/plots"
-	@echo "make readme          README's tables from the newest results"
+	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
 	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"
 	@echo "                     instructions, sectors and estimates of the time; JSON of those (OUTPUT=dir)"
@@ -57,10 +56,8 @@ test-transformers: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
-	$(BIN)/python -m bench.readme --check
-	$(BIN)/python -m bench.recall readme --check
-	$(BIN)/python -m bench.holding readme --check
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m bench.report --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -71,23 +68,19 @@ bench: setup
 
 recall: setup
 	$(BIN)/python -m bench.recall curves --output $(OUTPUT)/recall
-	$(BIN)/python -m bench.recall plots
-	$(BIN)/python -m bench.recall readme
+	$(BIN)/python -m bench.report
 
 recall-train: setup
 	$(BIN)/python -m examples.recall
 
 holding: setup
-	$(BIN)/python -m bench.holding operators --output $(OUTPUT)/operators
-	$(BIN)/python -m bench.holding sessions --output $(OUTPUT)/sessions
-	$(BIN)/python -m bench.bank --output $(OUTPUT)/bank
-	$(BIN)/python -m bench.holding readme
+	$(BIN)/python -m bench.memory operators --output $(OUTPUT)/operators
+	$(BIN)/python -m bench.memory sessions --output $(OUTPUT)/sessions
+	$(BIN)/python -m bench.memory bank --output $(OUTPUT)/bank
+	$(BIN)/python -m bench.report
 
-plots: setup
-	$(BIN)/python -m bench.plots
-
-readme: plots
-	$(BIN)/python -m bench.readme
+docs plots readme: setup
+	$(BIN)/python -m bench.report
 
 compare: setup
 	$(BIN)/python -m bench.compare $(OLD) $(NEW) --ratio $(RATIO)
@@ -95,6 +88,7 @@ compare: setup
 kernels-report: setup
 	$(BIN)/python -m deltamem_kernels.report
 	$(BIN)/python -m bench.executed --output $(OUTPUT)/emulated
+	$(BIN)/python -m bench.report
 
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m bench.gpu --output $(OUTPUT)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from . import costs, gpu, gradient, machine, model, results, scan
-from .tables import plain_table
+from . import gpu
+from .instrument import commands, machine, results
+from .speed import costs, gradient, model, scan
 
 PARTS = {"scan": scan.run, "gradient": gradient.run, "model": model.run, "costs": costs.run}
 
@@ -44,20 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if not options.quick:  # a process that measures nothing goes on as it was
         machine.keep_memory()
-    start = time.perf_counter()
-
-    def progress(text: str) -> None:
-        print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
-
+    progress = commands.progress()
     torch.manual_seed(0)
     rows = [row for name, run in PARTS.items() if options.only in (None, name) for row in run(options.quick, progress)]
     arguments = {key: getattr(options, key) for key in ("quick", "only", "threads")}
-    result = results.collect(rows, "cpu", arguments)
-    path = results.write(options.output, result)
-    print(f"{result.head['device']}, {result.head['cores']} cores, {result.head['threads']} threads")
-    print(f"written to {path}\n")
-    print(plain_table(rows))
-    return 1 if any(row.status == "refused" for row in rows) else 0
+    return commands.finish(rows, arguments, options.output)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ input that cannot be used.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import results
-from .rows import Row
-from .tables import duration, number, parameters
+from .instrument import results
+from .instrument.rows import Row
+from .instrument.tables import duration, number, parameters
 
 # Counts and sizes of which less is better; the other values follow from the times or describe the row.
 COSTS = (
@@ -51,11 +50,6 @@ class Change:
         return self.ratio > ratio or self.ratio < 1 / ratio
 
 
-def key(row: Row) -> str:
-    """What makes two rows the same measurement."""
-    return f"{row.name} {json.dumps(row.parameters, sort_keys=True)}"
-
-
 def changes(old: Row, new: Row) -> list[Change]:
     """Every number that both rows have."""
     found, what = [], f"{new.name} {parameters(new)}".strip()
@@ -77,9 +71,9 @@ def _rows(result: results.Result, path: Path) -> dict[str, Row]:
         raise ValueError(f"{path}: holds no rows")
     found: dict[str, Row] = {}
     for row in result.rows:
-        if key(row) in found:
+        if row.key in found:
             raise ValueError(f"{path}: two rows {row.name} {parameters(row)}")
-        found[key(row)] = row
+        found[row.key] = row
     return found
 
 

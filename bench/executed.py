@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import devices, machine, results
-from .compare import key
-from .results import Result
-from .rows import Row, counted
-from .tables import duration, markdown, number, parameters
+from .instrument import devices, machine, results
+from .instrument.results import Result
+from .instrument.rows import Row, counted
+from .instrument.tables import duration, markdown, number, parameters
 
 DIRECTORY = results.DIRECTORY / "emulated"
 TARGET = 90
@@ -102,16 +101,6 @@ def collect(rows: list[Row]) -> Result:
     return result
 
 
-def newest(directory: Path = DIRECTORY) -> Result | None:
-    """The newest result there, or None.
-
-    Raises:
-        ValueError, OSError: a file there cannot be read.
-    """
-    found = results.newest(directory) if directory.is_dir() else []
-    return max(found, key=lambda result: result.head["time"], default=None)
-
-
 def differences(committed: Result | None, rows: list[Row], tolerance: float = TOLERANCE) -> list[str]:
     """Figures of ``rows`` that are not those of a committed result, in words. Of another Triton's they may differ."""
     if committed is None:
@@ -119,13 +108,13 @@ def differences(committed: Result | None, rows: list[Row], tolerance: float = TO
     triton = machine.version("triton")
     if committed.head["triton"] != triton:
         return [f"the committed result is of Triton {committed.head['triton']}, this is {triton}"]
-    old, found = {key(row): row for row in committed.rows}, []
+    old, found = {row.key: row for row in committed.rows}, []
     for row in rows:
-        if key(row) not in old:
+        if row.key not in old:
             found.append(f"{row.name} {parameters(row)}: not committed")
             continue
         for name in COUNTED:
-            before, after = old[key(row)].values[name], row.values[name]
+            before, after = old[row.key].values[name], row.values[name]
             if abs(after - before) > tolerance * before:
                 found.append(f"{row.name} {parameters(row)}: {name.replace('_', ' ')} {before:,.0f} → {after:,.0f}")
     return found
@@ -156,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(rows))
     if options.output:
         print(results.write(options.output, collect(rows)))
-    wrong = differences(newest(), rows) if options.check else []
+    wrong = differences(results.latest(DIRECTORY), rows) if options.check else []
     if wrong:
         print("\n".join([*wrong, "intended? make kernels-report, and commit what it writes"]))
     return int(bool(wrong))

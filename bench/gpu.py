@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from . import budget, machine, results, suite
-from .parts import PARTS, Plan
-from .rows import Row, absent, from_dict, refused
-from .tables import aligned, plain_table
+from .instrument import machine, results
+from .instrument.rows import Row, absent, from_dict, refused
+from .instrument.tables import aligned, plain_table
+from .speed import budget, suite
+from .speed.parts import PARTS, Plan
 
 ROOT = machine.ROOT
 SECONDS = 520  # of nine minutes; what is left is for starting, writing and the table
@@ -76,7 +77,7 @@ def plan_table(seconds: float) -> str:
         counts = [f"{found.compiled}", f"{found.launches:,}" if found.launches else ""]
         lines.append([name, *counts, f"{found.seconds:.0f}", f"{max(0, limit):.0f}", begins])
         total = min(seconds, total + found.seconds) if limit >= LEAST else total
-    return aligned(lines) + f"\nin all {total:.0f} of {seconds:.0f} s; assumptions in bench/budget.py"
+    return aligned(lines) + f"\nin all {total:.0f} of {seconds:.0f} s; assumptions in bench/speed/budget.py"
 
 
 def run_part(options: argparse.Namespace) -> int:
@@ -90,11 +91,6 @@ def run_part(options: argparse.Namespace) -> int:
             file.write(json.dumps(row.to_dict(), allow_nan=False) + "\n")
             file.flush()
     return 0
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
 
 
 def part_rows(name: str, options: argparse.Namespace, seconds: float | None) -> Iterator[Row]:
@@ -119,7 +115,7 @@ def part_rows(name: str, options: argparse.Namespace, seconds: float | None) -> 
         elif status and "OutOfMemoryError" in text:
             yield absent(name, "does not fit the device: out of memory; what is missing was left out")
         elif status:
-            yield refused(name, {}, f"failed with status {status}: {_last_line(text)}")
+            yield refused(name, {}, f"failed with status {status}: {suite.last_line(text)}")
 
 
 def measure(options: argparse.Namespace, start: float) -> Iterator[list[Row]]:

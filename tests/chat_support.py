@@ -12,6 +12,7 @@ from tokenizers_for_tests import thinking_tokenizer
 from transformers import LogitsProcessorList
 
 from deltamem_fast import MemorySession, patch_model, save_adapter, unpatch_model
+from deltamem_fast.chat.commands import take_line
 from deltamem_fast.chat.conversation import Chat
 from deltamem_fast.recall.weights import find_weights, load_backbone
 
@@ -80,13 +81,13 @@ def recall_chat(**settings) -> Chat:
 
 def have(chat: Chat, line: str) -> str:
     """What is shown for one line, which goes well: the texts of all kinds, one below the other."""
-    assert chat.line(line), chat.screen.shown
+    assert take_line(chat, line), chat.screen.shown
     return "\n".join(text for kind, text in chat.screen.take() if kind != "hint")
 
 
 def fail(chat: Chat, line: str) -> str:
     """The error that one line ends in."""
-    assert not chat.line(line)
+    assert not take_line(chat, line)
     kind, text = chat.screen.take()[-1]
     assert kind == "error"
     return text

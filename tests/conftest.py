@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
     # The longest first, so that no worker is left with one at the end.
     long = ("interpret", "compile_ahead", "emulated")
     items.sort(key=lambda item: not any(map(item.get_closest_marker, long)))
-    # bench.suite deals tests out to processes: a few neighbours at a time, which share kernels.
+    # bench.speed.suite deals tests out to processes: a few neighbours at a time, which share kernels.
     if "DELTAMEM_SHARD" in os.environ:
         index, count = map(int, os.environ["DELTAMEM_SHARD"].split("/"))
         mine = [n // 3 % count == index for n in range(len(items))]

@@ -8,6 +8,8 @@ from tokenizers_for_tests import chatml_tokenizer
 
 from deltamem_fast import DeltaMemConfig, MemoryState, patch_model
 from deltamem_fast.inspection.trace import Trace
+from deltamem_fast.memory.figures import MemoryReport
+from deltamem_fast.memory.file import MemoryContent
 
 TOKENIZER = chatml_tokenizer()
 CHAT = [
@@ -37,6 +39,16 @@ def random_memory(layers=(0, 1), rows: int = 1, heads: int = 1, rank: int = 8, s
     """Of random numbers; it belongs to no model."""
     generator = torch.Generator().manual_seed(seed)
     return MemoryState({i: torch.randn(rows, heads, rank, rank, generator=generator) for i in layers})
+
+
+def memory_in(file: MemoryContent) -> MemoryState:
+    """The memory in a file; it belongs to no model."""
+    return MemoryState(file.layers, frozen=file.frozen, skipped=file.skipped)
+
+
+def report(memory: MemoryState, row: int | None = None) -> MemoryReport:
+    """Its figures."""
+    return memory.report(row)
 
 
 def filled(model, rows: int = 1, seed: int = 0) -> MemoryState:

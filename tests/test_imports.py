@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ with torch.no_grad():
     model(torch.tensor([[1, 2, 3]]), memory=memory)
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, memory=memory)
 assert memory[0].abs().max() > 0
-from deltamem_fast.backends import operations
+from deltamem_kernels.dispatch import operations
 print(operations("auto", torch.device("cpu")).__name__)
 """
 
@@ -44,7 +45,7 @@ def run(code, cwd=ROOT, **environment):
 
 
 def test_works_without_triton_numba_and_flash_attn(tmp_path):
-    assert run(BLOCKED + FORWARD, tmp_path).endswith("deltamem_kernels.reference.recurrence")
+    assert run(BLOCKED + FORWARD, tmp_path).endswith("deltamem_kernels.reference.ops")
 
 
 def test_numba_is_taken_where_it_is_installed(tmp_path):
@@ -98,3 +99,15 @@ except AttributeError as error:
     print(error)
 """
     assert run(code) == "module 'deltamem_fast' has no attribute 'no_such_name'"
+
+
+def test_of_the_storage_tensors_alone_needs_torch():
+    names = {f"deltamem_fast.storage.{path.stem}" for path in (ROOT / "deltamem_fast/storage").glob("[a-z]*.py")}
+    names.remove("deltamem_fast.storage.tensors")
+    code = f"import sys, {', '.join(names)}; print(*sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
+    assert run(code) == ""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (listed,) = (
+        contract["source_modules"] for contract in contracts if "torch" in contract.get("forbidden_modules", ())
+    )
+    assert set(listed) == names, "the contract names each of them"

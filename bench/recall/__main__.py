@@ -1,4 +1,4 @@
-"""Recall: measured, drawn, and written into README.
+"""Recall of the shipped weights, measured. ``python -m examples.recall`` trains such weights.
 
 python -m bench.recall COMMAND [--help]
 """
@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from .. import commands
-from . import curves, plots, readme
+from ..instrument import commands
+from . import curves
 
-COMMANDS = {
-    "curves": curves,
-    "plots": plots,
-    "readme": readme,
-}
+COMMANDS = {"curves": curves}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.recall import task
 from deltamem_fast.recall.chats import encode, tell
 
-from ..rows import Row, counted
+from ..instrument.rows import Row, counted
 from .conversations import SENTENCES, Messages
 from .figures import DIGITS
 

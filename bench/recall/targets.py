@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..rows import Row
+from ..instrument.rows import Row
 from .perplexity import EVERYTHING, NAME
 from .variants import STRATEGIES
 

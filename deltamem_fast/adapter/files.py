@@ -18,20 +18,13 @@ from torch import nn
 from ..arguments import shown
 from ..config import CONFIG_NAME, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
-from ..storage.files import (
-    Header,
-    as_path,
-    check_seal,
-    naming_files,
-    parse_json,
-    read_tensors,
-    save_tensors,
-    seal,
-    write_atomically,
-)
+from ..storage.files import as_path, naming_files, parse_json, write_atomically
+from ..storage.tensors import Header, check_seal, read_tensors, save_tensors, seal
+from .identity import new_token
 from .layer import DeltaMemory
-from .record import identity_of, new_token, record_of, unwrap
+from .record import identity_of, record_of
 from .released_file import read_released
+from .wrappers import unwrap
 
 RELEASED_NAME = "delta_mem_adapter.pt"
 SAFETENSORS_NAME = "delta_mem_adapter.safetensors"

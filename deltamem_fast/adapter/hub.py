@@ -11,7 +11,8 @@ from ..storage.files import write_text
 from .card import adapter_card
 from .files import export_adapter
 from .fingerprints import hub_id
-from .record import identity_of, unwrap
+from .record import identity_of
+from .wrappers import unwrap
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltamem_kernels.dispatch import head_operations, operations
+from deltamem_kernels.dispatch import operations
 
 from ..config import DELTA_HEADS, DeltaMemConfig
 from ..errors import ArgumentTypeError
@@ -204,7 +204,7 @@ class DeltaMemory(nn.Module):
         if factor is not None:
             reads = reads * factor
         norm = self.delta_o_rmsnorm_weight if self.config.delta_o_rmsnorm else None
-        return head_operations(self.backend, reads.device).delta(
+        return operations(self.backend, reads.device).delta(
             reads, self.delta_o_proj, self.config.scale, dtype, norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import FileFormatError, file_error
-from ..storage.files import Header
+from ..storage.tensors import Header
 
 _MOST_NAMES_BYTES = 2**23  # of data.pkl: 36 layers take 50 kB
 # Storage class → its dtype, and that dtype's name in a safetensors header.

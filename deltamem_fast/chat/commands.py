@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ..adapter.record import unwrap
-from ..errors import ArgumentError
-from ..session import MemorySession
+from ..adapter.wrappers import unwrap
+from ..display import counted, in_bytes, number, shortened, without_surrogates
+from ..errors import ArgumentError, ConflictError, FileMissingError
+from ..inspection.pictures import Snapshot, heat_map_lines, snapshot
+from ..memory.figures import LayerReport
+from ..memory.state import MemoryState
+from ..recall import hints
+from ..session.forgetting import places_of
+from ..storage.files import as_path
+from ..storage.snapshots import MANIFEST, SUFFIX
 from ..text.answering import DEFAULT_NEW_TOKENS
-from . import about_context, about_files, about_memory, small_world
+from .conversation import Chat, load_session
 from .options import OPTIONS, generation_with, read_option, shown_options
-from .wording import counted
 
-if TYPE_CHECKING:
-    from .conversation import Chat
+OVERWRITE = "--overwrite"
+MESSAGES = "--messages"
+MOST_BYTES = 16_000_000  # of a file to read
+MOST_DRAWN = 16  # states in a heat map, unless all are asked for
+_BARS = {"ascii": "#-", "unicode": "█░", "colour": "█░"}
+_SHOWN = 4  # messages after /load
+_LONG = 400  # characters of each
+_CONTEXT = "nothing, a number of turns, all, tokens N, tokens all, or drop"
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,26 @@ class Command:
     run: Callable[[Chat, str], None]
     arguments: str
     help: str
+
+
+def take_line(chat: Chat, text: str) -> bool:
+    """Have a turn, or run a command. Whether it went well; what did not is told on the screen, and undone."""
+    # What a terminal or a pipe could not decode is replaced: no tokenizer takes it.
+    text = without_surrogates(text).strip()
+    chat.draw_anew()
+    try:
+        if text.startswith("/") and not text.startswith("//"):
+            run_command(chat, text)
+        elif text:
+            chat.say(text.removeprefix("/") if text.startswith("//") else text)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        # Whatever it was, the conversation is as it was, and goes on.
+        known = isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError)
+        chat.screen.error(str(error) if known else f"{type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def run_command(chat: Chat, line: str) -> None:
@@ -48,12 +81,15 @@ def run_command(chat: Chat, line: str) -> None:
     command.run(chat, rest)
 
 
+# --- the conversation
+
+
 def _help(chat: Chat, rest: str) -> None:
     rows = [[f"/{name} {command.arguments}".rstrip(), command.help] for name, command in COMMANDS.items()]
     chat.screen.table(["command", ""], [*rows, ["//…", "say something that begins with a slash"]], left=(0, 1))
     chat.screen.say("A line that ends in \\ goes on in the next one.")
     if chat.small_world:
-        chat.screen.say("\n" + small_world.world_help(chat.random))
+        chat.screen.say("\n" + hints.world_help(chat.random))
 
 
 def _off(chat: Chat, rest: str) -> None:
@@ -72,19 +108,8 @@ def _undo(chat: Chat, rest: str) -> None:
 
 
 def _reset(chat: Chat, rest: str) -> None:
-    old = chat.session
     with chat.change("/reset"):
-        chat.session = MemorySession(
-            old.model,
-            old.tokenizer,
-            system=old.system,
-            context_turns=old.limits.turns,
-            context_tokens=old.limits.tokens,
-            template=old.template,
-            generation=old.generation,
-        )
-        chat.session.remembers = old.remembers
-        chat.session._known = old._known  # what this chat saved, it may replace
+        chat.session = chat.session.anew()
     chat.screen.say("A new conversation, with an empty memory.")
 
 
@@ -110,18 +135,269 @@ def _quit(chat: Chat, rest: str) -> None:
     chat.ended = True
 
 
+# --- what is in sight
+
+
+def _context(chat: Chat, rest: str) -> None:
+    """Show the context, set its limits, or empty it.
+
+    Raises:
+        ValueError: ``rest`` is none of that.
+    """
+    words = rest.split()
+    if words == ["drop"]:
+        _drop(chat)
+    elif not words:
+        _show(chat)
+    elif words[0] == "tokens" and len(words) == 2:
+        _limit(chat, chat.session.limits.turns, _number(rest, words[1]))
+    elif len(words) == 1:
+        _limit(chat, _number(rest, words[0]), chat.session.limits.tokens)
+    else:
+        raise ArgumentError(f"/context: got {rest!r}, allowed {_CONTEXT}")
+
+
+def _number(rest: str, text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentError(f"/context: got {rest!r}, allowed {_CONTEXT}, N 1 or more")
+    return int(text)
+
+
+def _limit(chat: Chat, turns: int | None, tokens: int | None) -> None:
+    chat.session.limit_context(turns, tokens)
+    chat.screen.say(f"From the next turn on: {limits(chat)}.")
+
+
+def _drop(chat: Chat) -> None:
+    count = chat.turns_in_context
+    with chat.change("/context drop"):
+        chat.session.drop_context()
+    chat.screen.say(f"{counted(count, 'turn')} out of sight; what the memory holds of them stays.")
+
+
+def _show(chat: Chat) -> None:
+    session = chat.session
+    now = session.snapshot().now
+    first = session.turns - len(now.turns) + 1
+    most = max(8, (chat.screen.columns - 20) // 2)  # two texts beside the figures
+    rows = [["-", str(len(now.preamble)), shortened(_preamble(chat), most), ""]] if now.preamble.ids else []
+    for place, turn in enumerate(now.turns, first):
+        texts = (shortened(turn.messages[end].get("content") or "", most) for end in (0, -1))
+        rows.append([str(place), str(len(turn)), *texts])
+    if rows:
+        chat.screen.table(["turn", "tokens", "said", "answered"], rows, left=(2, 3))
+    gone = first - 1
+    away = f"; {counted(gone, 'earlier turn')} left to the memory" if gone else ""
+    chat.screen.say(f"In sight: {summary(chat)}{away}. Allowed: {limits(chat)}.")
+
+
+def _preamble(chat: Chat) -> str:
+    return chat.session.system or "(what the template puts in front)"
+
+
+def summary(chat: Chat) -> str:
+    """How much is in sight."""
+    return f"{counted(chat.turns_in_context, 'turn')}, {counted(chat.session.context_tokens, 'token')}"
+
+
+def limits(chat: Chat) -> str:
+    """How much may be in sight, in words."""
+    turns, tokens = chat.session.limits.turns, chat.session.limits.tokens
+    parts = [] if turns is None else [f"{counted(turns, 'turn')} (the one being answered included)"]
+    parts += [] if tokens is None else [f"{tokens:,} tokens of a prompt"]
+    return " and ".join(parts) or "everything"
+
+
+# --- files
+
+
+def _save(chat: Chat, rest: str) -> None:
+    """Write the session into the directory ``rest``; without one, where it was last, or into a new one.
+
+    ``--overwrite`` in front: also over a session that this chat has neither loaded nor saved.
+
+    Raises:
+        ValueError, OSError: it cannot be written there, or other things lie there.
+        ConflictError: another session lies there.
+    """
+    overwrite = rest.split(maxsplit=1)[:1] == [OVERWRITE]
+    rest = rest.removeprefix(OVERWRITE).strip() if overwrite else rest
+    name = rest or chat.directory or time.strftime("deltamem-chat-%Y%m%d-%H%M%S")
+    directory = as_path(name, "/save")
+    earlier = (directory / MANIFEST).exists()
+    if directory.is_dir() and not earlier and any(directory.iterdir()):
+        raise ArgumentError(f"/save: {name} is not empty and holds no session; allowed a new or empty directory")
+    try:
+        chat.session.save(directory, overwrite=overwrite)
+    except ConflictError as error:
+        raise ConflictError(
+            f"/save: {name} holds another session, saved elsewhere; allowed another directory, or /save {OVERWRITE} "
+            f"{name} to replace it"
+        ) from error
+    chat.saved(name)
+    written = [directory / MANIFEST, *sorted(directory.glob(f"*{SUFFIX}"))]
+    size = in_bytes(sum(path.stat().st_size for path in written))
+    instead = ", in place of what was there" if earlier else ""
+    chat.screen.say(
+        f"Saved {counted(chat.session.turns, 'turn')}, context and memory to {name} "
+        f"({', '.join(path.name for path in written)}; {size}){instead}."
+    )
+
+
+def _load(chat: Chat, rest: str) -> None:
+    """Go on with the session in the directory ``rest``.
+
+    Raises:
+        ValueError, OSError: there is none, or not one of this model and adapter.
+    """
+    with chat.change("/load"):
+        chat.session = load_session(rest, chat.session.model, chat.session.tokenizer)
+    chat.saved(rest)
+    show_loaded(chat)
+
+
+def show_loaded(chat: Chat) -> None:
+    """What was loaded, and its last messages."""
+    session = chat.session
+    off = "" if session.remembers else "; memory off"
+    chat.screen.say(f"Loaded {chat.directory}: {counted(session.turns, 'turn')}, in sight {summary(chat)}{off}.")
+    for message in session.messages[-_SHOWN:]:
+        text = str(message.get("content") or "")
+        chat.screen.said(message["role"], text if len(text) <= _LONG else text[:_LONG].rstrip() + " …")
+
+
+# --- the memory by itself
+
+
+def _memory(chat: Chat, rest: str) -> None:
+    """Figures of every layer, and a heat map: of the layers that hold most, or of ``all``.
+
+    Raises:
+        ValueError: ``rest`` is something else.
+    """
+    if rest not in ("", "all"):
+        raise ArgumentError(f"/memory: got {rest!r}, allowed nothing or all")
+    state, screen = chat.session.memory, chat.screen
+    rows: dict[int, list[LayerReport]] = {}
+    for row in state.report():
+        rows.setdefault(row.layer, []).append(row)
+    heads = len(next(iter(rows.values())))
+    rank = "effective rank" if heads == 1 else f"effective rank (mean of {heads})"
+    cells = [_figures(layer, found, state[layer].shape[-1], screen.style) for layer, found in rows.items()]
+    screen.table(["layer", "norm", rank, "", "skipped"], cells)
+    drawn = snapshot(state, "now")
+    if rest != "all" and len(rows) * heads > MOST_DRAWN:
+        norms = {layer: math.hypot(*(row.norm for row in found)) for layer, found in rows.items()}
+        most = sorted(norms, key=norms.get, reverse=True)[: max(1, MOST_DRAWN // heads)]
+        drawn = Snapshot(drawn.name, {layer: drawn.states[layer] for layer in sorted(most)})
+    screen.picture(heat_map_lines([drawn], screen.style, screen.columns))
+    left_out = f"; drawn are the {len(drawn.states)} layers that hold most (/memory all)"
+    size = sum(layer.numel() * layer.element_size() for _, layer in state.items())
+    off = " It is off: turns neither read nor write it (/on)." if not chat.session.remembers else ""
+    screen.say(f"{in_bytes(size)}, norm {norm_of(state):.3g}{left_out if len(drawn.states) < len(rows) else ''}.{off}")
+
+
+def _figures(layer: int, heads: Sequence[LayerReport], rank: int, style: str) -> list[str]:
+    norm = math.hypot(*(row.norm for row in heads))
+    effective = sum(row.effective_rank for row in heads) / len(heads)
+    filled = 0 if math.isnan(effective) else round(effective)
+    full, empty = _BARS[style]
+    bar = full * filled + empty * (rank - filled)
+    return [str(layer), number(norm), f"{effective:.1f} of {rank}", bar, str(sum(row.skipped for row in heads))]
+
+
+def _ask(chat: Chat, rest: str) -> None:
+    """An answer from the memory alone."""
+    with chat.screen.answering() as answer:
+        answer.piece(chat.session.retrieve(rest))
+
+
+def _revise(chat: Chat, rest: str) -> None:
+    """Write what holds from now on."""
+    with chat.change("/revise", rest):
+        tokens = chat.session.revise(rest)
+    chat.screen.say(f"Written over what the memory held of it: {counted(tokens, 'token')}.{_stale(chat)}")
+
+
+def _stale(chat: Chat) -> str:
+    return " The context still shows what was said before; /context drop empties it." if chat.session.context else ""
+
+
+def _forget(chat: Chat, rest: str) -> None:
+    """Erase a text from the memory, with ``--messages`` in front from the messages too; say where it still stands."""
+    flag, _, text = rest.partition(" ")
+    messages = flag == MESSAGES and bool(text.strip())
+    rest = text.strip() if messages else rest
+    before = norm_of(chat.session.memory)
+    with chat.change("/forget", rest):
+        told = chat.session.forget(rest, messages=messages)
+    after = norm_of(chat.session.memory)
+    left = f"{after / before:.0%} of the state's norm is left" if before else "the memory was empty"
+    lines = [f"Erased where its keys point to: {left}."]
+    session = chat.session
+    if messages:
+        gone = f"; {counted(told.turns, 'turn')} left the context" if told.turns else ""
+        lines.append(f"Taken out of {counted(told.messages, 'message')}{gone}.")
+    if places_of({"system": session.system, "context": session.context}, rest):
+        lines.append("Its words are still in sight, in the context: they leave it by /context drop.")
+    if places_of({"messages": session.messages}, rest):
+        more = "" if messages else f"; /forget {MESSAGES} TEXT takes the text out"
+        lines.append(f"The record of the conversation keeps them, and /save writes it{more}.")
+    if messages and chat.history is not None:
+        lines.append(f"What was typed stays in {chat.history}, this line too.")
+    chat.screen.say("\n".join(lines))
+
+
+def _ingest(chat: Chat, rest: str) -> None:
+    """Read a text file into the memory.
+
+    Raises:
+        ValueError, OSError: it is none, too large, or not UTF-8.
+    """
+    text = read_text(rest)
+    with chat.change("/ingest", rest):
+        tokens = chat.session.ingest(text)
+    chat.screen.say(f"Read {rest} into the memory: {counted(tokens, 'token')}, {in_bytes(len(text.encode()))}.")
+
+
+def read_text(name: str) -> str:
+    """The text of a file, which must be UTF-8 and of at most ``MOST_BYTES``."""
+    path = as_path(name, "/ingest")
+    if not path.exists():
+        raise FileMissingError(f"/ingest: {name}: no such file")
+    if not path.is_file():
+        raise ArgumentError(f"/ingest: {name}: not a file")
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ArgumentError(f"/ingest: {name}: {in_bytes(size)}, allowed up to {in_bytes(MOST_BYTES)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"/ingest: {name}: not UTF-8 (byte {error.start}); convert it first") from error
+    if not text.strip():
+        raise ArgumentError(f"/ingest: {name}: nothing but white space")
+    return text
+
+
+def norm_of(state: MemoryState) -> float:
+    """The Frobenius norm of all layers together."""
+    return math.sqrt(sum(float(layer.detach().double().square().sum()) for _, layer in state.items()))
+
+
+# --- all of them
+
 COMMANDS = {
     "help": Command(_help, "", "what can be typed"),
-    "save": Command(about_files.save, "[DIR]", "write conversation, context and memory into a directory"),
-    "load": Command(about_files.load, "DIR", "go on with what was saved there"),
-    "memory": Command(about_memory.memory, "[all]", "what the memory holds, layer by layer"),
-    "ask": Command(about_memory.ask, "TEXT", "an answer from the memory alone; nothing is written"),
-    "revise": Command(about_memory.revise, "TEXT", "write what holds from now on; no answer"),
-    "forget": Command(
-        about_memory.forget, "TEXT", "erase what was said from the memory (--messages TEXT: from the messages, too)"
-    ),
-    "ingest": Command(about_memory.ingest, "FILE", "read a text file into the memory; no answer"),
-    "context": Command(about_context.context, "[N | all | tokens N | drop]", "what is in sight; its limits; empty it"),
+    "save": Command(_save, "[DIR]", "write conversation, context and memory into a directory"),
+    "load": Command(_load, "DIR", "go on with what was saved there"),
+    "memory": Command(_memory, "[all]", "what the memory holds, layer by layer"),
+    "ask": Command(_ask, "TEXT", "an answer from the memory alone; nothing is written"),
+    "revise": Command(_revise, "TEXT", "write what holds from now on; no answer"),
+    "forget": Command(_forget, "TEXT", "erase what was said from the memory (--messages TEXT: from the messages, too)"),
+    "ingest": Command(_ingest, "FILE", "read a text file into the memory; no answer"),
+    "context": Command(_context, "[N | all | tokens N | drop]", "what is in sight; its limits; empty it"),
     "off": Command(_off, "", "the bare backbone answers, without memory"),
     "on": Command(_on, "", "the memory is read and written again"),
     "undo": Command(_undo, "", "take back the last turn, or what a command changed"),

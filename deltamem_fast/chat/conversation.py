@@ -1,4 +1,4 @@
-"""A chat behind its screen: each line is a turn or a command, and whatever changed the session can be undone."""
+"""A chat behind its screen: turns, and whatever else changes the session can be undone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 from random import Random
 
 import torch
+from torch import nn
 
+from ..adapter.record import identity_of
+from ..display import shortened
 from ..errors import ArgumentError
+from ..recall import hints
 from ..session import MemorySession, SessionSnapshot
-from . import small_world
-from .commands import run_command
+from ..storage.files import as_path
+from .options import generation_with
 from .screens import Screen
-from .wording import shortened, without_surrogates
 
 KEPT = 8  # changes that can be undone
 
@@ -59,26 +62,16 @@ class Chat:
         self.changes = 0
         self._past: list[Change] = []
 
-    def line(self, text: str) -> bool:
-        """Have a turn, or run a command. Whether it went well; what did not is told on the screen, and undone."""
-        # What a terminal or a pipe could not decode is replaced: no tokenizer takes it.
-        text = without_surrogates(text).strip()
-        if self.session.generation.get("do_sample") and not self._seeded:
-            torch.seed()  # otherwise each process would draw the same
-            self._seeded = True
-        try:
-            if text.startswith("/") and not text.startswith("//"):
-                run_command(self, text)
-            elif text:
-                self.say(text.removeprefix("/") if text.startswith("//") else text)
-        except BrokenPipeError:
-            raise
-        except Exception as error:
-            # Whatever it was, the conversation is as it was, and goes on.
-            known = isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError)
-            self.screen.error(str(error) if known else f"{type(error).__name__}: {error}")
-            return False
-        return True
+    @property
+    def strategy(self) -> str:
+        """How the adapter writes: ``tsw``, ``ssw`` or ``msw``."""
+        config = identity_of(self.session.model).config
+        return "ssw" if config.segmented else "msw" if config.num_state_heads > 1 else "tsw"
+
+    @property
+    def turns_in_context(self) -> int:
+        """How many turns are in sight."""
+        return sum(message["role"] == "assistant" for message in self.session.context)
 
     def set_seed(self, seed: int | None) -> None:
         """What sampling begins from, from here on; None: each chat from somewhere else."""
@@ -86,9 +79,15 @@ class Chat:
         if seed is not None:
             torch.manual_seed(seed)
 
+    def draw_anew(self) -> None:
+        """Answers that are sampled, without a seed, are others than those of the last process."""
+        if self.session.generation.get("do_sample") and not self._seeded:
+            torch.seed()
+            self._seeded = True
+
     def say(self, text: str) -> None:
         """Have a turn."""
-        hint = small_world.hint(text) if self.small_world else None
+        hint = hints.hint(text) if self.small_world else None
         if hint:
             self.screen.hint(hint)
         with self.change("the turn", text), self.screen.answering() as answer:
@@ -131,6 +130,13 @@ class Chat:
     def saved(self, directory: str) -> None:
         """The session was written to, or read from, ``directory``."""
         self.directory, self.unsaved = directory, False
+
+
+def load_session(name: str, model: nn.Module, tokenizer, argument: str = "/load") -> MemorySession:
+    """The session in the directory ``name``; greedy if it does not say otherwise, as every chat."""
+    session = MemorySession.load(as_path(name, argument), model, tokenizer)
+    session.generation = generation_with(session.generation, {})
+    return session
 
 
 def _light(snapshot: SessionSnapshot) -> SessionSnapshot:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
+from ..model.loading import device_for, load_patched
 from ..model.threads import check_threads
 from ..recall.weights import find_weights
 from ..storage.files import as_path
 from ..storage.snapshots import MANIFEST
-from .loading import load_for_chat
 from .options import OPTIONS, Value, generation_with, read_option
-from .wording import without_surrogates
 
 if TYPE_CHECKING:
     from .conversation import Chat
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONTEXT_TURNS = 4
 STRATEGY = "msw"
 SMALL_WORLD = "small-world"
+HISTORY = "DELTAMEM_HISTORY"  # the environment's word for the file of what was typed
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Opening:
         model, adapter: directories or hub ids; no adapter: fresh parameters.
         name: of the model, short.
         small_world: it is the shipped backbone.
-        loading: other arguments of ``load_for_chat``.
+        loading: other arguments of ``load_patched``.
         directory: of a saved session to go on with, or None.
         system, template: of a new session.
         limits: ``turns`` and ``tokens``, as far as they were given.
@@ -65,8 +66,6 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
     Raises:
         ValueError, OSError: an argument that is wrong, or does not go with another; the message names it.
     """
-    from ..recall.demo import device_for
-
     shipped = arguments.model is None
     if shipped and arguments.adapter is not None:
         raise ArgumentError("--adapter: given without MODEL, which it belongs to")
@@ -138,17 +137,25 @@ def quiet_library() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def can_chat(tokenizer) -> None:
+    """Raise ValueError, naming the model, if its tokenizer cannot chat."""
+    where = f"MODEL: {tokenizer.name_or_path}: its tokenizer"
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(f"{where}: a slow one, allowed one with a tokenizer.json")
+    if not tokenizer.chat_template:
+        raise ArgumentError(f"{where}: has no chat template, allowed that of a chat (instruct) model")
+
+
 def open_chat(opening: Opening, screen: Screen) -> Chat:
     """Load the model and make, or load, the session.
 
     Raises:
-        ValueError, OSError, ImportError: see ``load_for_chat`` and ``MemorySession``.
+        ValueError, OSError, ImportError: see ``load_patched`` and ``MemorySession``.
     """
-    from ..session import MemorySession
-    from .about_files import load_session
-    from .conversation import Chat
+    from ..session import MemorySession  # transformers takes a while, and is not needed to parse arguments
+    from .conversation import Chat, load_session
 
-    model, tokenizer = load_for_chat(opening.model, opening.adapter, **opening.loading)
+    model, tokenizer = load_patched(opening.model, opening.adapter, check_tokenizer=can_chat, **opening.loading)
     if opening.adapter is None:
         print(
             "deltamem: warning: no --adapter: the memory's parameters are fresh and untrained; they disturb answers "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
+from ..display import counted
+from ..storage.files import make_directory, naming_files
 from .commands import COMMANDS
-from .history import make_private
+from .conversation import Chat
+from .opening import HISTORY
 from .options import OPTIONS
 
 _STYLE = Style.from_dict(
@@ -33,6 +37,42 @@ _PATHS["load"] = _PATHS["save"]
 _WORDS = {"set": tuple(OPTIONS), "context": ("all", "drop", "tokens")}
 
 Fragments = list[tuple[str, str]]
+
+
+def history_path() -> Path | None:
+    """Where the history lies: DELTAMEM_HISTORY (empty = nowhere, None), else ``deltamem/history`` in the state home.
+
+    The state home is XDG_STATE_HOME if that is an absolute path, else ``~/.local/state``.
+    """
+    chosen = os.environ.get(HISTORY)
+    if chosen is not None:
+        return Path(chosen).expanduser() if chosen else None
+    home = os.environ.get("XDG_STATE_HOME", "")
+    state = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+    return state / "deltamem" / "history"
+
+
+def make_private(path: Path) -> Path:
+    """Make the file, or take an existing one, so that its owner alone may read it; missing directories likewise.
+
+    Raises:
+        OSError: it cannot be made, or is no file; the message names it.
+    """
+    with naming_files("history", path):
+        return _make_private(path)
+
+
+def _make_private(path: Path) -> Path:
+    make_directory(path.parent)
+    # Never readable by others in between: made with this mode, and only then corrected where it was there already.
+    # A pipe that nobody reads is an error, not a wait.
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
+    try:
+        if os.name != "nt" and os.fstat(handle).st_mode & 0o077 and os.path.isfile(path):
+            os.fchmod(handle, 0o600)
+    finally:
+        os.close(handle)
+    return path
 
 
 class PrivateHistory(FileHistory):
@@ -125,3 +165,15 @@ def _keys() -> KeyBindings:
             event.app.exit(exception=KeyboardInterrupt(), style="class:aborting")
 
     return keys
+
+
+def toolbar(chat: Chat, name: str) -> Fragments:
+    """Model, strategy, turns, context, and whether the memory is on."""
+    session = chat.session
+    limits = session.limits
+    turns, tokens = str(chat.turns_in_context), f"{session.context_tokens:,}"
+    turns += "" if limits.turns is None else f" of {limits.turns}"
+    tokens += "" if limits.tokens is None else f" of {limits.tokens:,}"
+    parts = [name, chat.strategy, counted(session.turns, "turn"), f"in sight {turns}, {tokens} tokens"]
+    shown: Fragments = [("", " " + " · ".join(parts) + " · ")]
+    return [*shown, ("", "memory on") if session.remembers else ("class:bottom-toolbar.off", "memory off")]

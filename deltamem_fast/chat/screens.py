@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ..display import table
-from ..inspection.pictures import style_of
-from .wrapping import harmless
-
-PIPE_COLUMNS = 110
+from ..display import columns_of, harmless, style_of, table, terminal_columns
 
 
 class Answer(Protocol):
@@ -30,7 +25,7 @@ class Screen(Protocol):
 
     Attributes:
         columns: how wide it is.
-        style: of heat maps, see ``inspection.heatmap.STYLES``.
+        style: of heat maps, see ``inspection.pictures.STYLES``.
     """
 
     columns: int
@@ -62,7 +57,7 @@ class PlainScreen:
     """Answers, and what commands find, on stdout; hints and errors on stderr; thinking nowhere."""
 
     def __init__(self) -> None:
-        self.columns = shutil.get_terminal_size((PIPE_COLUMNS, 24)).columns
+        self.columns = terminal_columns()
         self.style = "unicode" if style_of(sys.stdout) != "ascii" else "ascii"
         # A pipe gets what the model said, to the letter; a terminal would act upon its control characters.
         self._shown = harmless if sys.stdout.isatty() else str
@@ -110,3 +105,43 @@ class PlainScreen:
 
     def _tell(self, text: str) -> None:
         print(f"deltamem: {harmless(' '.join(text.split()))}", file=sys.stderr, flush=True)
+
+
+class Wrap:
+    """Breaks lines between words, although a word is shown as it grows: one that no longer fits moves down whole.
+
+    Args:
+        columns: of the terminal; the last one stays free, where terminals differ in what comes next.
+    """
+
+    def __init__(self, columns: int):
+        self._room = max(1, columns - 1)
+        self._column = 0
+        self._word = ""  # what has been shown of the word at the cursor
+
+    def add(self, piece: str) -> str:
+        """What to write to the terminal for ``piece``."""
+        return "".join(map(self._add, piece.expandtabs(4)))
+
+    def _add(self, char: str) -> str:
+        if char == "\n":
+            self._column, self._word = 0, ""
+            return char
+        width = columns_of(char)
+        before = ""
+        if self._column + width > self._room:
+            if char == " ":
+                self._column, self._word = 0, ""
+                return "\n"
+            before = self._break()
+        self._column += width
+        self._word = "" if char == " " else self._word + char
+        return before + char
+
+    def _break(self) -> str:
+        length = columns_of(self._word)
+        if not 0 < length < self._column:  # nothing of it stands here, or it began at the edge: cut it
+            self._column, self._word = 0, ""
+            return "\n"
+        self._column = length
+        return f"\x1b[{length}D\x1b[K\n{self._word}"

@@ -12,8 +12,8 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from ..inspection.pictures import style_of
-from .wrapping import Wrap, harmless
+from ..display import harmless, style_of
+from .screens import Wrap
 
 _WAITING = "…"
 _QUIET, _REMARK, _WRONG = "dim", "yellow", "red"

@@ -8,11 +8,10 @@ import sys
 
 from deltamem_kernels.dispatch import BACKENDS
 
-from ..chat.history import VARIABLE
-from ..chat.loading import ATTENTIONS, DTYPES, QUANTIZED
-from ..chat.opening import CONTEXT_TURNS, STRATEGY, Opening, read_arguments
+from ..chat.opening import CONTEXT_TURNS, HISTORY, STRATEGY, Opening, read_arguments
 from ..chat.options import OPTIONS
 from ..errors import MissingPackageError
+from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED
 from ..model.threads import HELP
 from ..recall.weights import STRATEGIES
 
@@ -29,7 +28,7 @@ Over a pipe, or with --say, each line is a turn or a command: its answer goes to
 a line that fails is told in one line on stderr, and the chat goes on. Exit code: 0; 1 if such a line failed; 2 for
 wrong usage, or if the chat could not begin; 130 after Ctrl-C.
 What is typed in a terminal is kept in ~/.local/state/deltamem/history (under XDG_STATE_HOME if that is set), for you
-alone; {VARIABLE} names another file, or, if empty, none.
+alone; {HISTORY} names another file, or, if empty, none.
 """
 
 
@@ -96,13 +95,13 @@ def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
                 f"a chat in a terminal needs the package {package}, which cannot be imported ({error}); "
                 "pip install deltamem-fast[chat] (over a pipe, or with --say, none is needed)"
             ) from error
-    from ..chat.interactive import converse_in_terminal
+    from ..chat.loop import converse_in_terminal
 
     converse_in_terminal(opening, history=not arguments.no_history, markdown=arguments.markdown)
     return WELL
 
 
 def _over_pipe(arguments: argparse.Namespace, opening: Opening) -> int:
-    from ..chat.piped import converse_over_pipe
+    from ..chat.loop import converse_over_pipe
 
     return WELL if converse_over_pipe(opening, arguments.say) else FAILED

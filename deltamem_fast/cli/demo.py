@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from random import Random
 
 from deltamem_kernels.dispatch import BACKENDS
 
-from ..chat.standard_input import typed_lines
+from ..display import style_of, terminal_columns
+from ..model.loading import device_for
 from ..model.threads import HELP, check_threads, fitting_threads
-from ..recall.weights import STRATEGIES
+from ..recall.weights import STRATEGIES, find_weights, load_backbone
 from ..storage.files import as_path
 
 HOLDS, DOES_NOT_HOLD = 0, 1
 QUESTIONS = 256
-PIPE_WIDTH = 110  # six states of rank 8 side by side
 
 
 def add_demo_command(commands) -> None:
@@ -53,7 +52,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _prove(arguments: argparse.Namespace) -> int:
-    from ..inspection.pictures import style_of
     from ..recall.demo import failed_checks, run_demo
     from ..recall.demo_text import format_demo
 
@@ -73,7 +71,7 @@ def _prove(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(figures, indent=2))
     else:
-        print(format_demo(figures, snapshots, style=style_of(sys.stdout), width=_width()))
+        print(format_demo(figures, snapshots, style=style_of(sys.stdout), width=terminal_columns()))
     failed = failed_checks(figures)
     for text in failed:
         print(f"deltamem: demo: DOES NOT HOLD: {text}", file=sys.stderr)
@@ -81,11 +79,8 @@ def _prove(arguments: argparse.Namespace) -> int:
 
 
 def _converse(arguments: argparse.Namespace) -> int:
-    from ..inspection.pictures import style_of
     from ..model.patch import patch_model
-    from ..recall.demo import device_for
     from ..recall.hints import converse
-    from ..recall.weights import find_weights, load_backbone
 
     device = device_for(arguments.backend)
     found = find_weights(arguments.weights)
@@ -95,12 +90,14 @@ def _converse(arguments: argparse.Namespace) -> int:
     random = Random(arguments.seed)
     style = style_of(sys.stdout)
     with fitting_threads(model, check_threads(arguments.threads)):
-        converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=_width())
+        converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=terminal_columns())
     return HOLDS
 
 
 def _typed_lines() -> Iterator[str]:
     if not sys.stdin.isatty():
+        from ..chat.loop import typed_lines
+
         yield from typed_lines()
         return
     try:
@@ -124,7 +121,3 @@ def _progress() -> Callable[[str], None]:
     if not sys.stderr.isatty():
         return lambda text: None
     return lambda text: print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
-
-
-def _width() -> int:
-    return shutil.get_terminal_size((PIPE_WIDTH, 24)).columns

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
-from ..display import number, printable
+from ..display import counted, number, printable, without_surrogates
 from ..errors import ArgumentError, FileMissingError
-from ..memory.memory_file import MemoryFile, read_memory_file
+from ..memory.figures import distance, report, rows_of
+from ..memory.file import MemoryContent, read_memory
+from ..model.loading import DTYPES, load_patched
 from ..storage.files import as_path, naming_files
 
 TOP = 8
@@ -33,9 +34,7 @@ def add_inspect_command(commands) -> None:
     inspect.add_argument("--tokens", action="store_true", help="the text's figures token by token")
     inspect.add_argument("--model", help="a model's directory or hub id (default: the demo's, if MEMORY is of it)")
     inspect.add_argument("--adapter", help="the adapter's directory or hub id; goes with --model")
-    inspect.add_argument(
-        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="default: as saved"
-    )
+    inspect.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
     inspect.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
     inspect.add_argument(
         "--row", type=int, metavar="N", help="one conversation of the file, from 0 (default: all in the figures; 0 in "
@@ -52,23 +51,21 @@ def add_inspect_command(commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..memory.figures import distance, report, rows_of
-
     text = _text_of(arguments)
     _check_outputs(arguments, text is not None)
-    file = read_memory_file(as_path(arguments.memory, "MEMORY"), "MEMORY")
-    other = None if arguments.other is None else read_memory_file(as_path(arguments.other, "OTHER"), "OTHER")
-    rows_of(file.memory, arguments.row, "--row")
+    file = read_memory(arguments.memory, "MEMORY")
+    other = None if arguments.other is None else read_memory(arguments.other, "OTHER")
+    rows_of(file.layers, arguments.row, "--row")
     if other is not None:
-        rows_of(other.memory, arguments.row, "--row: OTHER")
-    found = {"report": report(file.memory, arguments.row)}
+        rows_of(other.layers, arguments.row, "--row: OTHER")
+    found = {"report": report(file.layers, file.skipped, arguments.row)}
     if other is not None:
         try:
-            found["distance"] = distance(file.memory, other.memory, arguments.row)
+            found["distance"] = distance(file.layers, other.layers, arguments.row)
         except ValueError as error:
             raise ArgumentError(f"OTHER: {str(error).removeprefix('b: ')}") from error
     if text is not None or arguments.html or arguments.png:
-        rows_of(file.memory, arguments.row or 0, "--row")
+        rows_of(file.layers, arguments.row or 0, "--row")
     if text is not None:
         found["text"] = _trace(arguments, file, text)
     written = _write_pictures(arguments, file, other, found.get("text"))
@@ -114,7 +111,7 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
     if arguments.model is not None and arguments.adapter is None:
         raise ArgumentError("--model: given without --adapter; a memory fits one adapter only")
     if arguments.text is not None:
-        return arguments.text.encode("utf-8", "replace").decode("utf-8")  # no tokenizer takes what is no text
+        return without_surrogates(arguments.text)
     path = as_path(arguments.text_file, "--text-file")
     if not path.exists():
         raise FileMissingError(f"--text-file: {path}: no such file")
@@ -128,7 +125,7 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
 # --- the model for a text
 
 
-def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
+def _trace(arguments: argparse.Namespace, file: MemoryContent, text: str):
     from ..inspection.trace import trace
     from ..memory.state import MemoryState
     from ..model.threads import fitting_threads
@@ -143,19 +140,14 @@ def _trace(arguments: argparse.Namespace, file: MemoryFile, text: str):
 
 
 def _load(arguments: argparse.Namespace):
-    from ..inspection.model_info import load_patched
-    from ..model.loading import bars, load_tokenizer
-
-    model = load_patched(arguments.model, arguments.adapter, arguments.dtype, arguments.device, "--model")
-    with bars(hidden=not sys.stderr.isatty()):
-        return model, load_tokenizer(arguments.model, "--model")
+    dtype, device = arguments.dtype, arguments.device
+    return load_patched(arguments.model, arguments.adapter, "--model", dtype=dtype, device=device)
 
 
-def _shipped(arguments: argparse.Namespace, file: MemoryFile):
+def _shipped(arguments: argparse.Namespace, file: MemoryContent):
     """The demo's backbone with the adapter that the file was made with; an error that names the right one if none."""
-    from ..adapter.record import describe_difference, identity_of
-    from ..inspection.model_info import load_patched
-    from ..model.loading import bars, load_tokenizer
+    from ..adapter.identity import describe_difference
+    from ..adapter.record import identity_of
     from ..model.patch import patch_model, unpatch_model
     from ..recall.weights import find_weights
 
@@ -167,43 +159,43 @@ def _shipped(arguments: argparse.Namespace, file: MemoryFile):
         weights = find_weights()
     except FileNotFoundError as error:
         raise unknown from error
-    model = None
-    with bars(hidden=True):
-        for directory in weights.adapters.values():
-            if model is None:
-                model = load_patched(str(weights.backbone), str(directory), arguments.dtype, arguments.device)
-            else:
-                patch_model(unpatch_model(model), directory)
-            difference = describe_difference(file.fingerprints, identity_of(model).fingerprints())
-            if difference.startswith("backbone"):
-                break
-            if not difference:
-                return model, load_tokenizer(str(weights.backbone), local_files_only=True)
+    model, options = None, {"dtype": arguments.dtype, "device": arguments.device, "local": True, "quiet": True}
+    for adapter in map(str, weights.adapters.values()):
+        if model is None:
+            model, tokenizer = load_patched(str(weights.backbone), adapter, **options)
+        else:
+            patch_model(unpatch_model(model), adapter)
+        difference = describe_difference(file.fingerprints, identity_of(model).fingerprints())
+        if not difference:
+            return model, tokenizer
+        if difference.startswith("backbone"):
+            break
     raise unknown
 
 
 # --- what is written and printed
 
 
-def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace) -> list[Path]:
+def _write_pictures(arguments, file: MemoryContent, other: MemoryContent | None, trace) -> list[Path]:
     row = arguments.row or 0
     written = []
     if arguments.html:
         from ..inspection.page import write_page
 
-        names = {"File": file.path.name, "Adapter": file.adapter_name, "Backbone": file.backbone_name}
-        rows = file.memory.batch_size
-        for layer in list(file.memory)[:1]:
-            heads, rank = file.memory[layer].shape[1:3]
-            names["Memory"] = f"{_count(len(file.memory), 'layer')}, {_count(heads, 'head')}, rank {rank}"
-        if rows > 1:
-            names["Conversation"] = f"{row} of 0 to {rows - 1}"
+        names = {"File": file.path.name} | {
+            kind.title(): file.names[f"{kind}_name"] for kind in ("adapter", "backbone")
+        }
+        for state in list(file.layers.values())[:1]:
+            heads, rank = state.shape[1:3]
+            names["Memory"] = f"{counted(len(file.layers), 'layer')}, {counted(heads, 'head')}, rank {rank}"
+        if file.rows > 1:
+            names["Conversation"] = f"{row} of 0 to {file.rows - 1}"
         written.append(
             write_page(
                 arguments.html,
-                file.memory,
+                _memory(file),
                 trace=trace,
-                other=None if other is None else other.memory,
+                other=None if other is None else _memory(other),
                 other_name="" if other is None else _other_name(file, other),
                 title=f"Inside {file.path.name}",
                 facts=names,
@@ -211,17 +203,22 @@ def _write_pictures(arguments, file: MemoryFile, other: MemoryFile | None, trace
             )
         )
     if arguments.png:
-        from ..inspection.pictures import draw_heat_map, snapshot
+        from ..inspection.pictures import draw_heat_map, draw_trace, snapshot
 
-        shots = [snapshot(file.memory, file.path.stem, row)]
+        shots = [snapshot(file.layers, file.path.stem, row)]
         shots += [snapshot(trace.memory, "after the text")] if trace is not None else []
-        shots += [snapshot(other.memory, _other_name(file, other), row)] if other is not None else []
+        shots += [snapshot(other.layers, _other_name(file, other), row)] if other is not None else []
         written.append(_draw(draw_heat_map, shots, Path(arguments.png)))
         if trace is not None:
-            from ..inspection.trace_picture import draw_trace
-
             written.append(_draw(draw_trace, trace, _beside(Path(arguments.png))))
     return written
+
+
+def _memory(file: MemoryContent):
+    """Of no model: it can be looked at, but no model takes it as its own."""
+    from ..memory.state import MemoryState
+
+    return MemoryState(file.layers, frozen=file.frozen, skipped=file.skipped)
 
 
 def _draw(draw, what, path: Path) -> Path:
@@ -231,33 +228,27 @@ def _draw(draw, what, path: Path) -> Path:
         raise ArgumentError(f"--png: {error}") from error
 
 
-def _count(number: int, of: str) -> str:
-    return f"{number} {of}{'s' * (number != 1)}"
-
-
-def _other_name(file: MemoryFile, other: MemoryFile) -> str:
+def _other_name(file: MemoryContent, other: MemoryContent) -> str:
     # The folder's name tells two of one name apart; the whole path is nobody's business.
     return other.path.stem if other.path.stem != file.path.stem else f"{other.path.parent.name}/{other.path.name}"
 
 
-def _facts(file: MemoryFile) -> dict:
+def _facts(file: MemoryContent) -> dict:
     return {
         "file": str(file.path),
-        "adapter": file.adapter_name,
-        "adapter_fingerprint": file.adapter_fingerprint,
-        "backbone": file.backbone_name,
-        "backbone_fingerprint": file.backbone_fingerprint,
-        "rows": file.memory.batch_size,
-        "frozen": file.memory.frozen,
+        **{key.removesuffix("_name"): said for key, said in file.names.items()},
+        "rows": file.rows,
+        "frozen": file.frozen,
     }
 
 
-def _format(arguments, file: MemoryFile, other: MemoryFile | None, found: dict) -> str:
-    lines = [printable(str(file.path)), f"adapter   {printable(file.adapter_name)} ({file.adapter_fingerprint[:12]})"]
-    lines += [f"backbone  {printable(file.backbone_name)} ({file.backbone_fingerprint[:12]})"]
-    count, rank = file.memory.batch_size, max((state.shape[-1] for _, state in file.memory.items()), default=0)
-    kind = "read-only" if file.memory.frozen else "writable"
-    lines += [f"holds     {_count(count, 'conversation')}, rank {rank}, {kind}", "", str(found["report"])]
+def _format(arguments, file: MemoryContent, other: MemoryContent | None, found: dict) -> str:
+    lines = [printable(str(file.path))]
+    for kind in ("adapter", "backbone"):
+        lines.append(f"{kind:<10}{printable(file.names[f'{kind}_name'])} ({file.names[f'{kind}_fingerprint'][:12]})")
+    rank = max((state.shape[-1] for state in file.layers.values()), default=0)
+    kind = "read-only" if file.frozen else "writable"
+    lines += [f"holds     {counted(file.rows, 'conversation')}, rank {rank}, {kind}", "", str(found["report"])]
     if other is not None:
         lines += ["", f"Distance to {printable(str(other.path))}", str(found["distance"])]
     if "text" in found:

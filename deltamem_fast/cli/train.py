@@ -12,7 +12,7 @@ from deltamem_kernels.dispatch import BACKENDS
 from ..adapter.files import read_adapter
 from ..config import DELTA_HEADS, GRANULARITIES, OUTPUT_INITS, STATE_UPDATE_MODES, DeltaMemConfig
 from ..errors import ArgumentError
-from ..model.loading import bars, found_model, load_tokenizer, load_weights
+from ..model.loading import load_model
 from ..storage.files import as_path, opened
 from ..training.lengths import OVER_LONG
 from ..training.options import DTYPES, REPORTERS, TrainingOptions
@@ -134,7 +134,7 @@ def _train(arguments: argparse.Namespace) -> int:
     read_adapter(adapter)  # a wrong one is told before gigabytes are read
     from ..training.run import train
 
-    model, tokenizer = load_backbone(arguments.model, arguments.dtype)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, check_tokenizer=_renders_episodes)
     result = train(
         model,
         tokenizer,
@@ -171,22 +171,10 @@ def adapter_of(arguments: argparse.Namespace):
     return DeltaMemConfig.preset(strategy, **given)
 
 
-def load_backbone(name: str, dtype: str):
-    """The model ``name`` (a directory or hub id) in ``dtype``, and its tokenizer.
-
-    Raises:
-        FileNotFoundError, OSError: no such model.
-        ValueError: its tokenizer has no chat template.
-    """
-    import torch
-
-    name = found_model(name)
-    with bars(hidden=not sys.stderr.isatty()):
-        tokenizer = load_tokenizer(name)
+def _renders_episodes(tokenizer) -> None:
     if not tokenizer.chat_template:
+        name = tokenizer.name_or_path
         raise ArgumentError(f"MODEL: the tokenizer of {name} has no chat template, which episodes are rendered with")
-    with bars(hidden=not sys.stderr.isatty()):
-        return load_weights(name, dtype=getattr(torch, dtype)), tokenizer
 
 
 def _say(result, arguments: argparse.Namespace) -> None:

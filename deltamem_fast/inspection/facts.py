@@ -1,15 +1,19 @@
-"""What is installed here, and what would run: the facts behind ``deltamem info``."""
+"""What is installed here and would run, and what a memory is on one model: the facts behind ``deltamem info``."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 from typing import Any
 
 import torch
+from torch import nn
 
 from deltamem_kernels.dispatch import installed, interpreting, resolve_backend
 
+from ..adapter.record import identity_of
+from ..display import columns
 from ..version import __version__
 
 # Name of the distribution → name of the module.
@@ -86,3 +90,41 @@ def kernels() -> dict[str, Any]:
     elif not torch.cuda.is_available():
         note = "no GPU here to run them on"
     return {"available": available, "note": note}
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """What the memory is on one patched model, as one JSON object.
+
+    Returns:
+        ``model``, ``adapter`` (their names), ``dtype``, ``device``, ``backend``, ``adapter_parameters``,
+        ``memory_bytes`` (of one conversation), ``layers``: a list of ``layer``, ``path`` and ``reason``.
+    """
+    from ..model.patch import layer_paths  # transformers takes a while, and is not needed for what is installed
+
+    identity = identity_of(model)
+    names = identity.fingerprints()
+    memories = identity.memories
+    first = next(iter(memories.values()))
+    weight = first.memory_q_proj
+    return {
+        "model": names["backbone_name"],
+        "adapter": names["adapter_name"],
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": str(weight.device),
+        "backend": resolve_backend(first.backend, weight.device.type),
+        "adapter_parameters": sum(p.numel() for m in memories.values() for p in m.parameters() if p.requires_grad),
+        "memory_bytes": sum(4 * m.rule.heads * m.rule.rank**2 for m in memories.values()),
+        "layers": [{"layer": i, "path": p.path, "reason": p.reason} for i, p in layer_paths(model).items()],
+    }
+
+
+def format_facts(facts: dict[str, Any]) -> str:
+    """``model_facts`` as text; layers that run alike are one line."""
+    rows = [(name, str(facts[name])) for name in ("model", "adapter", "dtype", "device", "backend")]
+    rows.append(("parameters", f"{facts['adapter_parameters']:,} in the adapter"))
+    rows.append(("memory", f"{facts['memory_bytes']:,} bytes a conversation"))
+    for key, group in itertools.groupby(facts["layers"], key=lambda layer: (layer["path"], layer["reason"])):
+        indices = [layer["layer"] for layer in group]
+        span = f"layer {indices[0]}" if len(indices) == 1 else f"layers {indices[0]}-{indices[-1]}"
+        rows.append((span, key[0] + (f": {key[1]}" if key[1] else "")))
+    return "\n".join(columns(rows, (0, 1)))

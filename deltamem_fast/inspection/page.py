@@ -15,7 +15,7 @@ import torch
 
 from ..display import plain
 from ..errors import ArgumentError
-from ..memory.figures import check_alike, distance, report, rows_of
+from ..memory.figures import check_alike, distance, rows_of
 from ..memory.state import MemoryState
 from ..storage.files import write_text
 from .trace import Trace
@@ -66,7 +66,7 @@ def write_page(
         "facts": [[str(name), str(value)] for name, value in (facts or {}).items()],
         "layers": list(memory),
         "shape": list(*shapes),
-        "figures": report(memory, row).to_dict()["rows"],
+        "figures": memory.report(row).to_dict()["rows"],
         "state": _packed(_stacked(memory, row)),
         "other": None,
         "trace": None,

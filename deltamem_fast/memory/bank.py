@@ -9,7 +9,6 @@ with MemoryBank("users.bank", model) as bank:
 from __future__ import annotations
 
 import builtins  # inside the class, ``list`` is its method
-import hashlib
 import itertools
 import json
 import math
@@ -22,18 +21,20 @@ from typing import NoReturn
 import numpy
 import torch
 
-from ..adapter.record import describe_difference, identity_of
+from ..adapter.identity import describe_difference
+from ..adapter.record import identity_of
 from ..arguments import MOST, MOST_64, check_integer
-from ..errors import ArgumentError, ArgumentKeyError, ArgumentTypeError, DeltaMemError, FileFormatError, PathExistsError
-from ..storage.bank_store import BankConflict, BankEntry, BankStore, check_id, check_ids
-from ..storage.files import as_path, make_directory, naming_files, read_json, read_metadata, write_json
+from ..errors import ArgumentError, ArgumentKeyError, ArgumentTypeError, FileFormatError, PathExistsError
+from ..storage.bank_entries import BankEntry
+from ..storage.bank_ids import BankConflict, check_id, check_ids
+from ..storage.bank_store import BankStore
+from ..storage.files import as_path, make_directory, naming_files
+from ..storage.tensors import read_metadata
+from .bank_index import ExportedFile, read_index, write_index
 from .state import MemoryState, load_memory, place_of
 
 __all__ = ["BankConflict", "BankEntry", "MemoryBank"]
 
-EXPORT_FORMAT = "deltamem-bank-export"
-EXPORT_VERSION = 3  # 1 had no checksums, 2 those of whole files
-INDEX = "index.json"
 _STAGE_BYTES = 2**20  # of rows between the file and the layers' tensors
 
 
@@ -122,7 +123,7 @@ class MemoryBank:
             place = spec.device if given is None else given
             layers[i], skipped[i] = states[i].to(place), counters[i].to(place)
         memory = MemoryState(layers, identity=self._identity, skipped=skipped)
-        memory._rows = tuple(zip(ids, versions, itertools.repeat(self._store.name)))
+        memory.name_rows(zip(ids, versions, itertools.repeat(self._store.name)))
         return memory
 
     def commit(self, ids: Iterable[str], state: MemoryState, *, overwrite: bool = False) -> None:
@@ -156,10 +157,9 @@ class MemoryBank:
         counters[counters < 0] = MOST  # gone past the last int32, where it stays
         data, size = memoryview(words.reshape(-1)).cast("B"), 4 * self._words
         rows = [data[start : start + size] for start in range(0, len(data), size)]
-        known = state._rows or (None,) * len(ids)
-        expected = None if overwrite else [0 if row is None else row[1] for row in known]
+        expected = None if overwrite else [0 if row is None else row[1] for row in state.bank_rows]
         version = self._store.write(ids, expected, rows)
-        state._rows = tuple((id, version, self._store.name) for id in ids)
+        state.name_rows((id, version, self._store.name) for id in ids)
 
     def delete(self, ids: Iterable[str]) -> int:
         """Delete memories, all or none; returns how many there were.
@@ -216,7 +216,7 @@ class MemoryBank:
             KeyError: no such id.
         """
         memory = self.gather([check_id(id)], "cpu")
-        if not memory._rows[0][1]:
+        if not memory.bank_rows[0][1]:
             raise ArgumentKeyError(f"id: {id!r}: not in the bank")
         return memory.save(path)
 
@@ -261,15 +261,13 @@ class MemoryBank:
         files = []
         for start in range(0, len(ids), batch_size):
             memory = self.gather(ids[start : start + batch_size], "cpu")
-            there = [n for n, (_, version, _) in enumerate(memory._rows) if version]  # not deleted meanwhile
+            there = [n for n, (_, version, _) in enumerate(memory.bank_rows) if version]  # not deleted meanwhile
             memory = memory.select(there)
-            name = f"memories-{len(files):06}.safetensors"
-            path = memory.save(directory / name)
+            path = memory.save(directory / f"memories-{len(files):06}.safetensors")
             # The file's own checksum: it names whose rows these are, too.
-            files.append({"file": name, "sha256": read_metadata(path, "directory")["sha256"], "ids": memory.ids})
-        index = {"format": EXPORT_FORMAT, "format_version": EXPORT_VERSION, "files": files}
-        write_json(directory / INDEX, index | {"sha256": _digest_of(files)})
-        return sum(len(file["ids"]) for file in files)
+            files.append(ExportedFile(path.name, memory.ids, read_metadata(path, "directory")["sha256"]))
+        write_index(directory, files)
+        return sum(len(file.ids) for file in files)
 
     def import_all(self, directory: str | os.PathLike, *, overwrite: bool = False, adopt: bool = False) -> int:
         """Store every memory that ``export_all`` wrote to ``directory``; returns how many.
@@ -286,21 +284,22 @@ class MemoryBank:
             ValueError: the index or a file is not as ``export_all`` wrote it, or of another adapter or backbone.
         """
         directory = as_path(directory, "directory")
-        files = _read_index(directory / INDEX)
-        ids = [id for _, names, _ in files for id in names]
+        files = read_index(directory)
+        ids = [id for file in files for id in file.ids]
         if not overwrite:
             there = {id: (0, version) for id, version in zip(ids, self._store.versions(ids)) if version}
             if there:
                 raise BankConflict(there)
-        for name, names, digest in files:
-            memory, metadata = load_memory(directory / name, self._model, adopt, "directory")
-            if digest is not None and metadata.get("sha256") != digest:
-                raise FileFormatError(f"directory: {directory / name}: damaged: not what the index names (sha256)")
-            if memory.batch_size != len(names):
+        for file in files:
+            path = directory / file.name
+            memory, metadata = load_memory(path, self._model, adopt, "directory")
+            if file.sha256 is not None and metadata.get("sha256") != file.sha256:
+                raise FileFormatError(f"directory: {path}: damaged: not what the index names (sha256)")
+            if memory.batch_size != len(file.ids):
                 raise FileFormatError(
-                    f"directory: {name} holds {memory.batch_size} memories, the index says {len(names)}"
+                    f"directory: {file.name} holds {memory.batch_size} memories, the index says {len(file.ids)}"
                 )
-            self.commit(names, memory, overwrite=overwrite)
+            self.commit(file.ids, memory, overwrite=overwrite)
         return len(ids)
 
     # --- inside
@@ -319,11 +318,11 @@ class MemoryBank:
         if any(layer.is_meta for _, layer in state.items()):
             raise ArgumentError("state: is on the meta device, where it has no values")
         state.check_whole()
-        self._identity.check(state._identity)
+        self._identity.check(state.identity)
         here = self._store.name
         swapped = [
             (n, f"{row[0]!r}{'' if row[2] == here else ' in another bank'}", id)
-            for n, (row, id) in enumerate(zip(state._rows or (), ids))
+            for n, (row, id) in enumerate(zip(state.bank_rows, ids))
             if row and (row[0], row[2]) != (id, here)
         ]
         if swapped:
@@ -398,7 +397,7 @@ class MemoryBank:
         """int32 [B, words], the rows of a state."""
         rows, split = state.batch_size, self._state_words
         states = [state[i].detach().reshape(rows, -1) for i in self._shapes]
-        counters = [state._skipped[i].detach().reshape(rows, 1) for i in self._shapes]
+        counters = [state.counter(i).detach().reshape(rows, 1) for i in self._shapes]
         devices = {part.device for part in states + counters}
         if len(devices) == 1 and devices != {torch.device("cpu")}:
             states, counters = [torch.cat(states, 1)], [torch.cat(counters, 1)]  # one copy from a GPU, not one a layer
@@ -429,41 +428,6 @@ def _check_layout(path, theirs: tuple[dict[str, str], int], ours: tuple[dict[str
     if size != row_bytes:
         raise FileFormatError(f"path: {path}: a bank of {size} bytes a memory, but here it is {row_bytes}")
     return difference
-
-
-def _read_index(path: Path) -> list[tuple[str, list[str], str | None]]:
-    """(file name, ids, sha256 in its metadata) of each file of an export; those of earlier versions name none."""
-    index = read_json(path, "directory")
-    if index.get("format") != EXPORT_FORMAT:
-        raise FileFormatError(
-            f"directory: {path}: no export of a bank (format {index.get('format')!r}, allowed {EXPORT_FORMAT!r})"
-        )
-    version = index.get("format_version")
-    if type(version) is not int or not 1 <= version <= EXPORT_VERSION:
-        raise FileFormatError(
-            f"directory: {path}: format version {version!r}, this version reads 1 to {EXPORT_VERSION}"
-        )
-    files = index.get("files")
-    for file in files if isinstance(files, list) else [None]:
-        # The index may come from elsewhere: only files beside it are read.
-        name = file.get("file") if isinstance(file, dict) else None
-        if not isinstance(name, str) or Path(name).name != name or name == "..":
-            raise FileFormatError(f"directory: {path}: got {file!r}, allowed the name of a file beside it and its ids")
-        if version > 1 and not isinstance(file.get("sha256"), str):
-            raise FileFormatError(f"directory: {path}: {name} has no sha256")
-        if not isinstance(file.get("ids"), list):
-            raise FileFormatError(f"directory: {path}: ids: got a {type(file.get('ids')).__name__}, allowed a list")
-    try:
-        check_ids([id for file in files for id in file["ids"]], f"directory: {path}: ids")
-    except DeltaMemError as error:
-        raise FileFormatError(str(error)) from error
-    if version > 1 and index.get("sha256") != _digest_of(files):
-        raise FileFormatError(f"directory: {path}: damaged: its content is not what was written (sha256)")
-    return [(file["file"], file["ids"], file.get("sha256") if version > 2 else None) for file in files]
-
-
-def _digest_of(files: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _some(ids: list[str]) -> str:

@@ -1,9 +1,9 @@
-"""Figures of a memory, layer by layer and head by head, and how far two memories are apart."""
+"""Figures of states, layer by layer and head by head, and how far two memories are apart; all from plain tensors."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ import torch
 from ..arguments import check_integer
 from ..display import number, plain, table
 from ..errors import ArgumentError
-from .state import MemoryState
+
+# Layer index → [B, H, r, r], of any floating dtype; a MemoryState is one, too.
+States = Mapping[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,28 +122,34 @@ def _figures(row: LayerReport) -> list[str]:
     return [number(row.norm), rank, share, largest, number(row.largest_row_norm), str(row.skipped)]
 
 
-def report(memory: MemoryState, row: int | None = None) -> MemoryReport:
-    """Figures of every layer and head of a memory, computed in float64 on the CPU.
+def report(states: States, skipped: States, row: int | None = None) -> MemoryReport:
+    """Figures of every layer and head of a memory, computed in float64 on the CPU; ``MemoryState.report`` calls it.
 
     Args:
-        memory: is not changed.
+        states: are not changed.
+        skipped: layer index → int32 [B], the tokens that were left out.
         row: of one conversation only; None = of all.
 
     Raises:
         ValueError: no such row.
     """
-    rows = rows_of(memory, row)
-    found = {layer: _layer_reports(layer, state, memory._skipped[layer], rows) for layer, state in memory.items()}
+    rows = rows_of(states, row)
+    found = {layer: _layer_reports(layer, states[layer], skipped[layer], rows) for layer in states}
     return MemoryReport(tuple(entry for n in range(len(rows)) for layer in found for entry in found[layer][n]))
 
 
-def rows_of(memory: MemoryState, row: int | None, name: str = "row") -> list[int]:
+def rows_of(states: States, row: int | None, name: str = "row") -> list[int]:
     """The conversations to look at: ``row``, or all of them for None. Raises ValueError if there is no such row."""
+    count = _rows(states)
     if row is None:
-        return list(range(memory.batch_size))
-    if not memory.batch_size:
+        return list(range(count))
+    if not count:
         raise ArgumentError(f"{name}: got {row!r}, allowed none (the memory holds no conversation)")
-    return [check_integer(row, name, 0, memory.batch_size - 1)]
+    return [check_integer(row, name, 0, count - 1)]
+
+
+def _rows(states: States) -> int:
+    return next((states[layer].shape[0] for layer in states), 0)
 
 
 def _layer_reports(layer: int, state: torch.Tensor, skipped: torch.Tensor, rows: list[int]) -> list[list[LayerReport]]:
@@ -191,7 +199,7 @@ def effective_rank(states: torch.Tensor) -> torch.Tensor:
     return torch.where(finite, ranks, torch.nan)
 
 
-def distance(a: MemoryState, b: MemoryState, row: int | None = None) -> DistanceReport:
+def distance(a: States, b: States, row: int | None = None) -> DistanceReport:
     """How far two memories are apart, layer by layer and head by head, computed in float64 on the CPU.
 
     Args:
@@ -202,17 +210,17 @@ def distance(a: MemoryState, b: MemoryState, row: int | None = None) -> Distance
         ValueError: their layers or shapes differ, or there is no such row.
     """
     check_alike(a, b)
-    if row is None and a.batch_size != b.batch_size:
-        raise ArgumentError(f"b: got {b.batch_size} rows, allowed {a.batch_size} as in the other one; or name one row")
+    if row is None and _rows(a) != _rows(b):
+        raise ArgumentError(f"b: got {_rows(b)} rows, allowed {_rows(a)} as in the other one; or name one row")
     rows = rows_of(a, row)
     rows_of(b, row)
-    found = {layer: _layer_distances(layer, state, b[layer], rows) for layer, state in a.items()}
+    found = {layer: _layer_distances(layer, a[layer], b[layer], rows) for layer in a}
     return DistanceReport(tuple(entry for n in range(len(rows)) for layer in found for entry in found[layer][n]))
 
 
-def check_alike(a: MemoryState, b: MemoryState, name: str = "b") -> None:
+def check_alike(a: States, b: States, name: str = "b") -> None:
     """Raise ValueError unless both have the same layers, heads and rank."""
-    ours, theirs = ({layer: list(state.shape[1:]) for layer, state in memory.items()} for memory in (a, b))
+    ours, theirs = ({layer: list(states[layer].shape[1:]) for layer in states} for states in (a, b))
     if ours != theirs:
         raise ArgumentError(f"{name}: got layers {theirs}, allowed {ours}, [heads, rank, rank] by layer")
 

@@ -11,29 +11,53 @@ from pathlib import Path
 
 import torch
 
+from ..adapter.fingerprints import public_label
 from ..arguments import MOST
 from ..errors import ArgumentError, FileFormatError
-from ..storage.files import Header, as_path, check_seal, parse_json, read_tensors, save_tensors, seal, write_atomically
+from ..storage.files import as_path, parse_json, write_atomically
+from ..storage.tensors import Header, check_seal, read_tensors, save_tensors, seal
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 2  # 1 had no checksum, and no fields of the backbone
+NAMES = ("adapter_name", "adapter_fingerprint", "backbone_name", "backbone_fingerprint")
 _SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
 class MemoryContent:
-    """What a file holds, checked.
+    """What a file holds, checked; no model is needed for it, and no fingerprint compared.
 
     Attributes:
+        path: of the file.
         layers: layer index → float32 [B, H, r, r], finite; each with storage of its own.
         skipped: layer index → int32 [B], 0 or more.
         fingerprints: what the file says of adapter and backbone, and its other metadata.
     """
 
+    path: Path
     layers: dict[int, torch.Tensor]
     skipped: dict[int, torch.Tensor]
     frozen: bool
     fingerprints: dict[str, str]
+
+    @property
+    def rows(self) -> int:
+        """B, the number of conversations."""
+        return next((state.shape[0] for state in self.layers.values()), 0)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Name and fingerprint of the adapter and of the backbone that it was made with; "" where it does not say."""
+        said = {key: self.fingerprints.get(key, "") for key in NAMES}
+        # Versions before wrote paths.
+        return said | {key: public_label(value) for key, value in said.items() if key.endswith("_name")}
+
+    @property
+    def made_with(self) -> str:
+        """Adapter and backbone in words, with the beginning of their fingerprints."""
+        names = self.names
+        adapter = f"adapter {names['adapter_name']} ({names['adapter_fingerprint'][:12]})"
+        return f"{adapter} on {names['backbone_name']} ({names['backbone_fingerprint'][:12]})"
 
 
 def write_memory(
@@ -120,7 +144,7 @@ def read_memory(
         raise FileFormatError(f"{name}: {path}: damaged: skipped holds counts below 0")
     # Each layer's are updated in place, so that none may share storage with another's.
     skipped = {i: counters[n].clone() for n, i in enumerate(layers)}
-    return MemoryContent(layers, skipped, found["frozen"], metadata)
+    return MemoryContent(path, layers, skipped, found["frozen"], metadata)
 
 
 def _name(layer: int) -> str:

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltamem_kernels.reference.recurrence import split_projections, valid_tokens
-from deltamem_kernels.segment_means import segment_means
-
-from ..adapter.record import decoder_of, identity_of, input_device, is_disabled, unwrap
-from ..arguments import check_integer, check_text, check_tokenizer, shown
+from ..adapter.record import identity_of
+from ..adapter.wrappers import decoder_of, input_device, unwrap
+from ..arguments import check_integer
 from ..errors import ArgumentError, ArgumentTypeError
 from ..text.answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
-from ..text.cutting import pieces_of
-from ..text.encode import Message, chat_ids, check_known, encode_text, plain_content, plain_messages, says_something
-from .capture import capture_projections
+from ..text.encode import chat_ids, check_known
+from .erasing import WriteResult, check_ready, erase
+from .pieces import WRITE_TOKENS, Text, as_messages, checked_text, encoded_pieces, with_bar
 from .state import MemoryState, taken_back
-
-Text = str | Sequence[Message]
-
-WRITE_TOKENS = 8192  # the write budget of the released recipe
-TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # of forget; see bench/holding/operators.py
-
-
-class WriteResult(int):
-    """What ``ingest``, ``revise`` or ``forget`` has done: an int, the tokens that went through the model.
-
-    Attributes:
-        tokens: the same, as an attribute.
-        pieces: in how many contexts they went.
-        skipped: (token, layer) pairs left out because they were not finite.
-    """
-
-    pieces: int
-    skipped: int
-
-    def __new__(cls, tokens: int, *, pieces: int = 1, skipped: int = 0) -> WriteResult:
-        made = super().__new__(cls, tokens)
-        made.pieces, made.skipped = pieces, skipped
-        return made
-
-    def __getnewargs_ex__(self) -> tuple[tuple, dict]:
-        return (int(self),), {"pieces": self.pieces, "skipped": self.skipped}
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens went through the model."""
-        return int(self)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(tokens={int(self)}, pieces={self.pieces}, skipped={self.skipped})"
 
 
 @torch.no_grad()
@@ -92,10 +54,10 @@ def ingest(
     _check(model, memory)
     memory.check_writable()
     check_integer(tokens, "tokens", 1)
-    pieces = _encoded_pieces(model, tokenizer, _checked_text(text), tokens)
+    pieces = encoded_pieces(model, tokenizer, checked_text(text), tokens)
     total, device, before = sum(map(len, pieces)), input_device(model), memory.skipped
     with taken_back(memory):
-        for piece in _with_bar(pieces, total, progress):
+        for piece in with_bar(pieces, total, progress):
             decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
     return WriteResult(total, pieces=len(pieces), skipped=int((memory.skipped - before).sum()))
 
@@ -134,7 +96,7 @@ def retrieve(
     check_reserved(options, "options", "retrieve")
     check_values(options, "options")
     template = checked_template({} if template is None else template, "retrieve")
-    messages = _as_messages(_checked_text(question))
+    messages = as_messages(checked_text(question))
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("tokenizer: has no chat template, which shows the model where its answer begins")
     ids = chat_ids(tokenizer, messages, "question", {**template, "add_generation_prompt": True})
@@ -177,12 +139,11 @@ def revise(
     """
     with taken_back(memory):
         if replaces is not None:
-            _checked_text(text)
+            checked_text(text)
             forget(model, tokenizer, memory, replaces)
         return ingest(model, tokenizer, memory, text, **options)
 
 
-@torch.no_grad()
 def forget(
     model: nn.Module, tokenizer, memory: MemoryState, text: Text, *, strength: float | None = None
 ) -> WriteResult:
@@ -195,7 +156,7 @@ def forget(
 
     which is what n tellings' erasing comes to, n = ``strength``. Nothing decays, no value is written; a token whose
     gate is shut erases nothing. (SSW: one erasure for each segment, by its mean.) Keys are shared: what other texts
-    wrote under the same keys goes, too. `python -m bench.holding operators` measures how much.
+    wrote under the same keys goes, too. `python -m bench.memory operators` measures how much.
 
     Args:
         model: patched.
@@ -210,125 +171,16 @@ def forget(
     Raises:
         ValueError, TypeError: naming the argument; the memory is as it was, also after any other error or an interrupt.
     """
-    _check(model, memory)
-    memory.check_writable()
-    config = identity_of(model).config
-    if strength is None:
-        strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < 1e9:
-        raise ArgumentError(f"strength: got {shown(strength)}, allowed a number, 0 or more (less than 1e9)")
-    pieces = _encoded_pieces(model, tokenizer, _checked_text(text), WRITE_TOKENS)
-    scratch, device = MemoryState.zeros(model), input_device(model)
-    with capture_projections() as found:
-        for piece in pieces:
-            decoder_of(unwrap(model))(**piece.arguments(device), memory=scratch, use_cache=False)
-    memories = identity_of(model).memories
-    with taken_back(memory):
-        for layer in memory:
-            state = memory[layer]
-            for piece, projections in zip(pieces, found):
-                segments = None if piece.segments is None else piece.segments.to(device)
-                state = _erased(memories[layer], projections[layer], segments, state, strength)
-            memory.put(layer, state, in_place=True)
-    return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
-
-
-def _erased(adapter, projections: torch.Tensor, segment_ids, state: torch.Tensor, strength: float) -> torch.Tensor:
-    """One layer's state [1, H, r, r] after the tokens of one piece have erased."""
-    present = None
-    if segment_ids is not None:
-        projections, present, _ = segment_means(projections, segment_ids, None)
-    _, bias = adapter.stacked()
-    projections = projections.float()
-    valid, _ = valid_tokens(projections, present)
-    _, keys, _, _, _, beta = split_projections(
-        torch.where(valid.unsqueeze(-1), projections, 0.0), bias.float(), adapter.rule
-    )
-    erase = (1 - (1 - beta) ** strength) * valid[:, :, None, None]
-    for key, share in zip(keys.unbind(1), erase.unbind(1)):
-        key = key.unsqueeze(-2)
-        state = state - (share * (state * key).sum(-1)).unsqueeze(-1) * key
-    return state
-
-
-# --- texts
-
-
-def _checked_text(text: Text) -> Text:
-    if not isinstance(text, str):
-        text = plain_messages(text)
-        if not says_something(text) and not any(plain_content(m.get("content") or "", "text").strip() for m in text):
-            raise ArgumentError("text: got messages with nothing but white space, allowed a text")
-        return text
-    if not text.strip():
-        raise ArgumentError("text: got nothing but white space, allowed a text")
-    check_text(text, "text")
-    return text
-
-
-def _as_messages(text: Text) -> list[Message]:
-    return [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Token ids [1, T] of a text on the CPU, and their segments where the adapter writes segments."""
-
-    ids: torch.Tensor
-    segments: torch.Tensor | None
-
-    def __len__(self) -> int:
-        return self.ids.shape[1]
-
-    def arguments(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """For the decoder's forward."""
-        segments = {} if self.segments is None else {"segment_ids": self.segments.to(device)}
-        return {"input_ids": self.ids.to(device)} | segments
-
-
-def _encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int) -> list[_Encoded]:
-    """A text in pieces of at most ``tokens`` tokens."""
-    config = identity_of(model).config
-    check_tokenizer(tokenizer)
-
-    def count(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-
-    def encode(part: Text, name: str) -> _Encoded:
-        ids, segments = encode_text(tokenizer, part, config, name)
-        check_known(model, ids[0].tolist())
-        return _Encoded(ids, segments)
-
-    found = [encoded for _, encoded in pieces_of(text, tokens, count, encode) if len(encoded)]
-    if not found:
-        raise ArgumentError("text: the tokenizer makes no token of it")
-    return found
-
-
-def _with_bar(pieces: list[_Encoded], total: int, progress: bool | None) -> Iterator[_Encoded]:
-    if progress is None:
-        progress = len(pieces) > 1 and sys.stderr.isatty()
-    if not progress:
-        yield from pieces
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, unit="tok", unit_scale=True, desc="ingest") as bar:
-        for piece in pieces:
-            yield piece
-            bar.update(len(piece))
-
-
-# --- models
+    _check_kind(model, memory)
+    return erase(model, tokenizer, memory, text, strength)
 
 
 def _check(model: nn.Module, memory: MemoryState) -> None:
-    identity = identity_of(model)
+    _check_kind(model, memory)
+    check_ready(model, memory)
+
+
+def _check_kind(model: nn.Module, memory: MemoryState) -> None:
+    identity_of(model)  # raises for a model that has no memory
     if not isinstance(memory, MemoryState):
         raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
-    if memory.batch_size != 1:
-        raise ArgumentError(f"memory: got {memory.batch_size} rows, allowed 1; see MemoryState.select")
-    if is_disabled(unwrap(model)):
-        raise ArgumentError("model: its memory is disabled here (memory_disabled)")
-    identity.check(memory._identity)
-    memory.check_whole()

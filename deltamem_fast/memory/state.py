@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..adapter.record import LayerSpec, describe_difference, fingerprinted, identity_of
+from ..adapter.identity import LayerSpec, describe_difference, fingerprinted
+from ..adapter.record import identity_of
 from ..arguments import MOST, check_integer, shown
 from ..errors import ArgumentError, ArgumentIndexError, ArgumentKeyError, ArgumentTypeError, FileFormatError, StateError
+from .erasing import erase
+from .figures import MemoryReport, report
 from .file import read_memory, whole_counts, write_memory
 
 
@@ -106,6 +109,16 @@ class MemoryState:
             return torch.zeros(0, dtype=torch.int32, device="cpu")
         counters = whole_counts(torch.stack([counter.to(counters[0].device) for counter in counters]))
         return counters.sum(0, dtype=torch.int64).clamp(max=MOST).to(torch.int32)
+
+    @property
+    def identity(self):
+        """Of the adapter and backbone that this memory was made under; None: it was made without a model."""
+        return self._identity
+
+    @property
+    def broken(self) -> str:
+        """Why this memory no longer fits its cache or graph, or ""."""
+        return self._broken
 
     @property
     def ids(self) -> list[str | None]:
@@ -284,10 +297,15 @@ class MemoryState:
         )
         for i, state in self._layers.items():
             self.put(i, torch.zeros_like(state), in_place=True)
-            self._count(i, -self._skipped[i])
+            self.count(i, -self._skipped[i])
             self._count_arrivals(i)
         self._broken = self._interrupted = ""
         return self
+
+    def start_over(self) -> None:
+        """The cache that this memory lies in is emptied: what was wrong with it, and whose rows it had, is over."""
+        self._broken = self._interrupted = ""
+        self._rows = None
 
     def check_writable(self) -> None:
         """Raise ArgumentError if this memory is frozen."""
@@ -298,6 +316,10 @@ class MemoryState:
         """Raise StateError if an error has cut short a forward that was writing this memory."""
         if self._interrupted:
             raise StateError(self._interrupted)
+
+    def break_off(self, reason: str) -> None:
+        """Mark this memory as one that fits its graph no more: the next differentiable use says ``reason``."""
+        self._broken = reason
 
     def interrupt(self, error: BaseException) -> None:
         """Mark this memory as half-written: from now on its use raises, until ``zero_``."""
@@ -318,10 +340,31 @@ class MemoryState:
         self.check_writable()
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
             raise ArgumentError(f"rate: got {shown(rate)}, allowed a number from 0 to 1")
-        with taken_back(self):
+        with self.all_or_nothing():
             for i, state in self._layers.items():
                 self.put(i, state * (1 - rate), in_place=True)
         return self
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Inside, this memory changes wholly or not at all: any exception takes it back to what it was, at its
+        addresses."""
+        parts = (self._layers, self._skipped)
+        before = [{i: (tensor, tensor.detach().clone()) for i, tensor in part.items()} for part in parts]
+        marks = self._broken, self._interrupted
+        try:
+            yield
+        except BaseException:
+            for part, kept in zip(parts, before):
+                for i, (tensor, values) in kept.items():
+                    if writable(tensor):  # others were not written to, but replaced
+                        with torch.no_grad():
+                            tensor.copy_(values)
+                    part[i] = tensor
+            for i in self:
+                self._count_arrivals(i)
+            self._broken, self._interrupted = marks
+            raise
 
     def forget(self, model, tokenizer, text, *, strength: float | None = None):
         """Erase what a text's keys point to, in place, and write nothing. See ``operators.forget``.
@@ -329,9 +372,7 @@ class MemoryState:
         Returns:
             A ``WriteResult``.
         """
-        from .operators import forget
-
-        return forget(model, tokenizer, self, text, strength=strength)
+        return erase(model, tokenizer, self, text, strength)
 
     def put(self, layer_idx: int, state: torch.Tensor, *, in_place: bool) -> None:
         """Set a layer's state; ``in_place`` keeps the address where autograd allows it."""
@@ -342,24 +383,33 @@ class MemoryState:
         else:
             self._layers[layer_idx] = state.detach() if in_place else state
 
-    def _count(self, layer_idx: int, more: torch.Tensor) -> None:
-        """Add to a layer's count of skipped tokens."""
+    def counter(self, layer_idx: int) -> torch.Tensor:
+        """A layer's live count of tokens that were not written, int32 [B]; see ``skipped``."""
+        return self._skipped[layer_idx]
+
+    def arrivals(self, layer_idx: int) -> torch.Tensor | None:
+        """On a GPU a layer's int32 [B] zeros with which the programs of one decoded row tell who is the last."""
+        return self._arrived.get(layer_idx)
+
+    def count(self, layer_idx: int, more: torch.Tensor) -> None:
+        """Add ``more``, integers [B], to a layer's count of tokens that were not written."""
         counter = self._skipped[layer_idx]
         if writable(counter):
             counter.add_(more)
         else:
             self._skipped[layer_idx] = counter + more
 
-    def _count_all(self, layers: list[int], more: torch.Tensor) -> None:
-        """Add the same to the counts of several layers; in one launch where they lie on one device."""
+    def count_in_all(self, layers: list[int], more: torch.Tensor) -> None:
+        """``count`` the same in several layers; in one launch where they lie on one device."""
         counters = [self._skipped[i] for i in layers]
         if {counter.device for counter in counters} == {more.device} and all(map(writable, counters)):
             torch._foreach_add_(counters, [more] * len(counters))
             return
         for i in layers:
-            self._count(i, more.to(self._skipped[i].device))
+            self.count(i, more.to(self._skipped[i].device))
 
-    def _start(self, layer_idx: int, spec: LayerSpec, batch_size: int) -> None:
+    def start(self, layer_idx: int, spec: LayerSpec, batch_size: int) -> None:
+        """Give a layer an empty state of ``batch_size`` rows, on new tensors."""
         self._rows = None
         self._layers[layer_idx] = spec.zeros(batch_size)
         self._skipped[layer_idx] = _counter(self._layers[layer_idx])
@@ -385,8 +435,12 @@ class MemoryState:
                 # Without a guard: the next conversation's memory lies elsewhere, and needs no other code.
                 torch._dynamo.mark_static_address(tensor, guard=False)
 
-    def _gather(self, layer_idx: int, change) -> None:
-        """Reorder, repeat or select rows of one layer; keeps the address where the shape stays."""
+    def move_rows(self, layer_idx: int, change) -> None:
+        """Reorder, repeat or select rows of one layer, as its cache does; keeps the address where the shape stays.
+
+        Args:
+            change: of a tensor [B, …] → its rows as they are to be.
+        """
         if layer_idx in self._layers:
             if self._rows is not None and layer_idx == next(iter(self._layers)):  # once for all layers
                 places = change(torch.arange(self.batch_size, device=self._layers[layer_idx].device)).tolist()
@@ -401,11 +455,13 @@ class MemoryState:
 
     # --- looking inside
 
-    def report(self):
-        """Figures of every layer and head, as an ``inspection.report.MemoryReport``; ``print`` it to read it."""
-        from .figures import report
+    def report(self, row: int | None = None) -> MemoryReport:
+        """Figures of every layer and head, of all conversations or of one; ``print`` it to read it.
 
-        return report(self)
+        Raises:
+            ValueError: no such row.
+        """
+        return report(self, self._skipped, row)
 
     # --- files
 
@@ -439,6 +495,17 @@ class MemoryState:
                 message names both, and what differs.
         """
         return load_memory(path, model, adopt, kind=cls)[0]
+
+    # --- the rows of a MemoryBank
+
+    @property
+    def bank_rows(self) -> tuple[tuple[str, int, str] | None, ...]:
+        """Of each row the (id, version, bank's name) that a MemoryBank gathered it at, or None."""
+        return self._rows or (None,) * self.batch_size
+
+    def name_rows(self, rows: Iterable[tuple[str, int, str]]) -> None:
+        """Say of all rows which of a MemoryBank they are; see ``bank_rows``."""
+        self._rows = tuple(rows)
 
 
 def load_memory(
@@ -477,28 +544,9 @@ def place_of(device: torch.device | str | int) -> torch.device:
         raise ArgumentError(f"device: got {shown(device)}, allowed a device of this machine: {reason}") from error
 
 
-@contextlib.contextmanager
-def taken_back(memory: MemoryState | None) -> Iterator[None]:
-    """Inside, a memory changes wholly or not at all: any exception takes it back to what it was, at its addresses."""
-    if not isinstance(memory, MemoryState):
-        yield
-        return
-    parts = (memory._layers, memory._skipped)
-    before = [{i: (tensor, tensor.detach().clone()) for i, tensor in part.items()} for part in parts]
-    marks = memory._broken, memory._interrupted
-    try:
-        yield
-    except BaseException:
-        for part, kept in zip(parts, before):
-            for i, (tensor, values) in kept.items():
-                if writable(tensor):  # others were not written to, but replaced
-                    with torch.no_grad():
-                        tensor.copy_(values)
-                part[i] = tensor
-        for i in memory:
-            memory._count_arrivals(i)
-        memory._broken, memory._interrupted = marks
-        raise
+def taken_back(memory: MemoryState | None) -> contextlib.AbstractContextManager:
+    """``memory.all_or_nothing()``; of anything else, nothing."""
+    return memory.all_or_nothing() if isinstance(memory, MemoryState) else contextlib.nullcontext()
 
 
 def writable(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What the write gates do: mean β for a training's regulariser, and statistics for its log."""
+"""Watching what forwards write: gate statistics for a training, raw projections for operators and inspection."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _numbers(sums: list[float]) -> dict[str, float]:
     }
 
 
-_current: contextvars.ContextVar[GateRecord | None] = contextvars.ContextVar("deltamem_gates", default=None)
+_recording: contextvars.ContextVar[GateRecord | None] = contextvars.ContextVar("deltamem_gates", default=None)
 _entered: list[GateRecord] = []
 
 
@@ -125,13 +125,13 @@ def record_gates() -> Iterator[GateRecord]:
     whole process. Of nested ones the innermost counts.
     """
     record = GateRecord()
-    token = _current.set(record)
+    token = _recording.set(record)
     _entered.append(record)
     try:
         yield record
     finally:
         _entered.remove(record)
-        _current.reset(token)
+        _recording.reset(token)
 
 
 def current_record() -> GateRecord | None:
@@ -139,7 +139,7 @@ def current_record() -> GateRecord | None:
     # Context variables cannot be traced; inside a compiled region the list, which is guarded, decides.
     if torch.compiler.is_compiling():
         return _entered[-1] if _entered else None
-    return _current.get()
+    return _recording.get()
 
 
 def gate_sums(
@@ -167,3 +167,31 @@ def gate_sums(
     counts = [written.sum() * gates, (off * off * written).sum(), ((off > OPEN) & written).sum()]
     counts += [((off < SHUT) & written).sum(), torch.where(written, off, 1).amin(), torch.where(written, off, 0).amax()]
     return GateSums((beta * written).sum(), torch.stack([number.float() for number in counts]))
+
+
+# One forward's raw projections: layer index → [B, T, W] in the model's dtype, off the graph.
+Projections = dict[int, torch.Tensor]
+
+
+_capturing: contextvars.ContextVar[list[Projections] | None] = contextvars.ContextVar("deltamem_capture", default=None)
+
+
+@contextlib.contextmanager
+def capture_projections() -> Iterator[list[Projections]]:
+    """Inside, each forward of a patched model appends its tokens' raw projections to the list that is yielded.
+
+    W is the rule's width: q, k, v, β (and λ), before tanh, normalisation, bias and sigmoid, as
+    ``reference.split_projections`` takes them. Holds for this context (thread or task) only; a torch.compile'd
+    region is not seen. Of nested ones the innermost gets them.
+    """
+    found: list[Projections] = []
+    token = _capturing.set(found)
+    try:
+        yield found
+    finally:
+        _capturing.reset(token)
+
+
+def current_capture() -> list[Projections] | None:
+    """The list of the innermost ``capture_projections``, or None outside and in compiled regions."""
+    return None if torch.compiler.is_compiling() else _capturing.get()

@@ -10,15 +10,14 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from ..memory.capture import current_capture
 from ..memory.state import MemoryState
-from ..memory.watch import current_record
+from ..memory.watch import current_capture, current_record
 from ..notices import warn_once
 from .cache import Fed, adopt, check_kind, check_rows, expect
-from .checkpointing import Bridge, is_sharded
-from .forwards import given_cache
+from .call import Bridge, MemoryCall
+from .checkpointing import is_sharded
 from .sequences import sequence_starts
-from .update import MemoryCall
+from .signatures import given_cache
 
 NOT_WRITTEN = -1  # the segment id of tokens that are read and not written
 
@@ -138,8 +137,8 @@ def begin(
             state = memory
         else:
             state = _zeros(identity, batch)
-    if state._broken and (state is not memory or torch.is_grad_enabled()):
-        raise ArgumentError(state._broken)
+    if state.broken and (state is not memory or torch.is_grad_enabled()):
+        raise ArgumentError(state.broken)
     state.check_whole()
     if fed is not None:
         fed.tokens = None if held is None else held + length
@@ -181,7 +180,7 @@ def _uses_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
 def _check_memory(memory: MemoryState, identity) -> None:
     """Raise unless a caller's memory fits the model's adapter."""
     specs = identity.layer_specs()
-    layers = memory._layers
+    layers = dict(memory.items())
     if layers.keys() != specs.keys() or any(layers[i].shape[1:] != spec.shape for i, spec in specs.items()):
         have = {i: list(state.shape[1:]) for i, state in memory.items()}
         want = {i: list(spec.shape) for i, spec in specs.items()}
@@ -193,7 +192,7 @@ def _check_memory(memory: MemoryState, identity) -> None:
             raise ArgumentError(
                 f"memory: layer {i} is on {layers[i].device}, the model's is on {spec.device}; see to()"
             )
-    identity.check(memory._identity)
+    identity.check(memory.identity)
 
 
 def _check_segments(segment_ids, identity, batch: int, length: int, device) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from ..adapter.record import fingerprinted
+from ..adapter.identity import fingerprinted
 from ..errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
 from ..memory.state import MemoryState, writable
 
@@ -124,7 +124,7 @@ class MemoryLayerMixin:
 
     def _move_memory(self, change) -> None:
         if self.memory is not None:
-            self.memory._gather(self.memory_layer_idx, change)
+            self.memory.move_rows(self.memory_layer_idx, change)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keys, values and memory follow the beams; the memory keeps its address."""
@@ -145,8 +145,7 @@ class MemoryLayerMixin:
         """Empty the layer and forget its memory, in place."""
         super().reset()
         if self.memory is not None:
-            self.memory._broken = self.memory._interrupted = ""
-            self.memory._rows = None
+            self.memory.start_over()
         self._move_memory(torch.zeros_like)
 
     def crop(self, *args, **kwargs) -> None:
@@ -340,7 +339,7 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
     own = getattr(cache, _ATTRIBUTE, None)
     external = memory is not None and memory is not own
     if not external and own is not None and own.batch_size == batch_size:
-        identity.check(own._identity)
+        identity.check(own.identity)
         return own  # every forward but a conversation's first
     if external:
         check_rows(memory, batch_size)
@@ -352,10 +351,10 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
             raise ArgumentError(
                 "memory: this cache already carries a memory of its own; pass memory_state(cache) or a fresh cache"
             )
-        _replace_layers(cache, identity)
+        replace_layers(cache, identity)
         return memory
     specs = identity.layer_specs()
-    _replace_layers(cache, identity)
+    replace_layers(cache, identity)
     if own is None:
         if not all(_is_empty(cache.layers[layer_idx]) for layer_idx in specs):
             raise ArgumentError(
@@ -370,7 +369,7 @@ def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -
             rows = own[layer_idx].shape[0]
             raise ArgumentError(f"input_ids: got a batch of {batch_size}, but the cache's memory has {rows} row(s)")
         layer.memory, layer.memory_layer_idx = own, layer_idx
-        own._start(layer_idx, spec, batch_size)
+        own.start(layer_idx, spec, batch_size)
     return own
 
 
@@ -492,7 +491,7 @@ def check_rows(memory: MemoryState, batch_size: int) -> None:
         )
 
 
-def _replace_layers(cache: Cache, identity) -> None:
+def replace_layers(cache: Cache, identity) -> None:
     """Turn the plain layers that a memory belongs to into ours; only empty ones can be."""
     if "crop" not in vars(cache) and not torch.compiler.is_compiling():
         # The cache's own goes layer by layer, and would have cut those without a memory before one with it raises.

@@ -17,62 +17,18 @@ its state before: ``leave`` and ``join`` see to that order, too.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .update import MemoryCall
+from .call import Bridge, MemoryCall
 
-UNKNOWN_CHECKPOINTS = (
-    "memory: got one with gradients, but the layers run under reentrant checkpointing that is not the model's own (or "
-    "take more than embeddings from input_ids), so no gradient would come back to it; allowed: use_reentrant=False in "
-    "gradient_checkpointing_enable(), or memory.detach()"
-)
 NO_GRAPH = (
     "memory: it was written under reentrant checkpointing, and nothing that went into the layers required a gradient, "
     "so no gradient would run through it; allowed: enable_input_require_grads() of the model, use_reentrant=False, or "
     "memory.detach()"
 )
-
-
-class Bridge:
-    """Gradients on their way, by layer, in the backward of one forward.
-
-    Attributes:
-        entered: ``enter`` has been there, so that gradients of initial states come back.
-        ordered: no gradient may reach a layer but after its output's.
-        unseen: layers that ran without a graph.
-    """
-
-    def __init__(self, ordered: bool = False):
-        self.entered = False
-        self.ordered = ordered
-        self.unseen: set[int] = set()
-        self._written: dict[int, tuple[torch.Tensor | None, ...]] = {}
-        self._started: dict[int, torch.Tensor] = {}
-
-    def keep(self, layer: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
-        """Keep the gradients of what an unseen layer wrote until it is recomputed."""
-        if layer in self.unseen:
-            self._written[layer] = gradients
-
-    def take(self, layer: int) -> tuple[torch.Tensor | None, ...]:
-        """What was kept for a layer, once."""
-        return self._written.pop(layer, (None, None))
-
-    def start(self, layer: int, initial: torch.Tensor) -> torch.Tensor:
-        """What a recomputed layer starts from: a leaf, where its backward ends and leaves the gradient."""
-        if not initial.requires_grad:
-            return initial
-        self._started[layer] = initial.detach().requires_grad_()
-        return self._started[layer]
-
-    def start_gradient(self, layer: int) -> torch.Tensor | None:
-        """The gradient of what a layer started from, once; None where its graph was seen."""
-        started = self._started.pop(layer, None)
-        return None if started is None else started.grad
 
 
 # What these functions return shares its storage with what they got: detached, because an input that is returned as it
@@ -167,7 +123,7 @@ def leave(call: MemoryCall, output):
         return output
     hidden_states = output[0]
     if not hidden_states.requires_grad:
-        call.state._broken = NO_GRAPH
+        call.state.break_off(NO_GRAPH)
         return output
     layers = sorted(call.initial)
     gates = {} if call.gates is None else call.gates

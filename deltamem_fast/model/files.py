@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..adapter.files import ADAPTER_FILES, adapter_state_dict, load_adapter, write_adapter
-from ..adapter.record import PatchRecord, identity_of, record_of, unwrap
+from ..adapter.record import PatchRecord, identity_of, record_of
+from ..adapter.wrappers import unwrap
 from ..config import CONFIG_NAME
 from ..errors import ArgumentError
 

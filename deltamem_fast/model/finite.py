@@ -16,13 +16,12 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .update import MemoryCall
+from .call import MemoryCall
 
 logger = logging.getLogger("deltamem_fast")
 # By embedding: address and version of its weight, and which of its rows are not finite; None: all are.

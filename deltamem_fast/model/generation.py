@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import torch
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
-from ..adapter.record import RECORD, identity_of, is_disabled, record_of
+from ..adapter.record import identity_of, is_disabled, record_of
+from ..adapter.wrappers import RECORD
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..memory.state import MemoryState, taken_back
 from ..notices import warn_once
 from .begin import NOT_WRITTEN, LastSegments, PromptsMask, generating
 from .cache import cut_short
-from .forwards import cache_name, given_cache
+from .signatures import cache_name, given_cache
 
 logger = logging.getLogger("deltamem_fast")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from ..adapter.record import PatchRecord
-    from ..memory.state import MemoryState
-    from .update import MemoryCall
+from ..adapter.record import PatchRecord
+from ..memory.state import MemoryState
+from .call import MemoryCall
 
 
 class _Running:

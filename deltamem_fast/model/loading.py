@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from deltamem_kernels.dispatch import resolve_backend
+
+from ..adapter.files import read_adapter
+from ..display import shortened
 from ..errors import (
     ArgumentError,
     DeltaMemError,
@@ -20,6 +27,11 @@ from ..errors import (
     StateError,
 )
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZED = ("4bit", "8bit")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+# What transformers quantises with.
+_QUANTIZERS = ("bitsandbytes", "accelerate")
 _LONG = 240  # characters of another library's error
 
 
@@ -63,33 +75,146 @@ def found_model(name: str, argument: str = "MODEL") -> str:
     return name
 
 
-def load_tokenizer(name: str, argument: str = "MODEL", **options: Any):
-    """The tokenizer of a model, a directory or hub id. Code that lies beside it is not run.
+def device_for(backend: str) -> torch.device:
+    """A GPU if there is one and ``backend`` runs there, else the CPU.
 
     Raises:
-        ValueError, OSError, ImportError: there is none, or a broken one; the message names it.
+        ValueError: an unknown backend, or one that cannot run here.
     """
+    gpu = torch.cuda.is_available() and backend in ("auto", "triton")
+    device = torch.device("cuda" if gpu else "cpu")
+    resolve_backend(backend, device.type)
+    return device
+
+
+def load_patched(
+    name: str,
+    adapter: str | None,
+    argument: str = "MODEL",
+    *,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[nn.Module, Any]:
+    """A model with a memory, and its tokenizer: ``load_model``, then ``patch_model``.
+
+    What can be wrong is told in the order of its cost: device, backend, name and adapter before anything is loaded.
+
+    Args:
+        adapter: a directory or hub id, or None = fresh parameters.
+        device: where the model is put.
+        backend: of the memory, see ``patch_model``.
+        options: others of ``load_model``.
+
+    Raises:
+        ValueError, OSError, ImportError: of ``load_model``, or no such adapter or backend; the message names it.
+    """
+    from .patch import patch_model  # transformers takes a while, and is not needed to parse arguments
+
+    device = usable_device(device)
+    resolve_backend(backend, device.type)
+    found_model(name, argument)
+    read_adapter(adapter)
+    model, tokenizer = load_model(name, argument, device=device, **options)
+    return patch_model(model, adapter, backend=backend), tokenizer
+
+
+def load_model(
+    name: str,
+    argument: str = "MODEL",
+    *,
+    device: torch.device | str | None = None,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    attention: str | None = None,
+    tokenizer: bool = True,
+    check_tokenizer: Callable[[Any], None] | None = None,
+    local: bool = False,
+    quiet: bool = False,
+) -> tuple[nn.Module, Any]:
+    """A causal language model, frozen and in eval mode, and its tokenizer. Code that lies beside them is not run.
+
+    Args:
+        name: a directory or hub id.
+        argument: what errors call ``name``.
+        device: where the model is put, as torch names it; None = where it is loaded to.
+        dtype: one of ``DTYPES``; ``auto`` = as saved.
+        quantize: one of ``QUANTIZED``, by bitsandbytes (4bit: NF4); None = the weights as they are.
+        attention: one of ``ATTENTIONS``; None = transformers' choice.
+        tokenizer: it is wanted; otherwise None stands in its place.
+        check_tokenizer: is given the tokenizer before the weights are read, and raises if it will not do.
+        local: nothing is downloaded.
+        quiet: no progress bars, nor at a terminal. Anywhere else they would stand in front of an error's one line.
+
+    Raises:
+        ValueError, OSError, ImportError: no such model or device, a broken model or tokenizer, or a package is
+            missing; the message names it.
+    """
+    device = None if device is None else usable_device(device)
+    name = found_model(name, argument)
+    if quantize is not None:
+        require(_QUANTIZERS, "--quantize")
+    if attention == "flash_attention_2":
+        require(("flash_attn",), "--attention flash_attention_2")
+    with bars(hidden=quiet or not sys.stderr.isatty()):
+        found = _tokenizer(name, argument, local) if tokenizer else None
+        if check_tokenizer is not None:
+            check_tokenizer(found)
+        model = _weights(name, argument, device, dtype, quantize, attention, local)
+    return model.eval().requires_grad_(False), found
+
+
+def require(packages: tuple[str, ...], what: str) -> None:
+    """Raise ImportError, naming the first of ``packages`` that cannot be imported."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingPackageError(
+                f"{what}: needs the package {package}, which cannot be imported here ({error}); pip install {package}"
+            ) from error
+
+
+def _tokenizer(name: str, argument: str, local: bool):
     from transformers import AutoTokenizer
 
     with told(f"{argument}: {name}: its tokenizer"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
 
 
-def load_weights(name: str, argument: str = "MODEL", device: torch.device | None = None, **options: Any) -> nn.Module:
-    """A causal language model, a directory or hub id. Code that lies beside it is not run.
+def _weights(
+    name: str,
+    argument: str,
+    device: torch.device | None,
+    dtype: str,
+    quantize: str | None,
+    attention: str | None,
+    local: bool,
+) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    Args:
-        device: where it is moved to; None = where it was loaded to.
-        options: of ``from_pretrained``.
-
-    Raises:
-        ValueError, OSError, ImportError: there is none, or a broken one; the message names it.
-    """
-    from transformers import AutoModelForCausalLM
-
+    common = {"trust_remote_code": False, "local_files_only": local}
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if attention is not None:
+        options["attn_implementation"] = attention
     with told(f"{argument}: {name}"):
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
-        return model if device is None else model.to(device)
+        if quantize is not None:
+            computes = AutoConfig.from_pretrained(name, **common).dtype if dtype == "auto" else options["dtype"]
+            # Quantised weights are made on their device; such a model cannot be moved.
+            place = {} if device is None else {"device_map": {"": device}}
+            options |= {"quantization_config": _quantization(quantize, computes)} | place
+        model = AutoModelForCausalLM.from_pretrained(name, **common, **options)
+        return model if device is None or quantize is not None else model.to(device)
+
+
+def _quantization(quantize: str, computes: torch.dtype | None):
+    from transformers import BitsAndBytesConfig
+
+    # It warns at every product that 8-bit ones are computed in float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
 
 
 @contextlib.contextmanager
@@ -114,7 +239,7 @@ def one_line(error: BaseException, most: int = _LONG) -> str:
     text = " ".join(str(error).split())
     if not text or isinstance(error, LookupError | AttributeError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+    return shortened(text, most)
 
 
 @contextlib.contextmanager

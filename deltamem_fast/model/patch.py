@@ -8,38 +8,24 @@ import types
 import torch
 from torch import nn
 
-from deltamem_kernels.dispatch import check_backend, head_operations, operations, resolve_backend
+from deltamem_kernels.dispatch import check_backend, operations, resolve_backend
 
 from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
+from ..adapter.identity import Identity
 from ..adapter.layer import DeltaMemory, LayerShape
-from ..adapter.record import (
-    RECORD,
-    Identity,
-    PatchRecord,
-    decoder_of,
-    find_record,
-    record_disabled,
-    record_of,
-    spread_by,
-    unwrap,
-)
+from ..adapter.record import PatchRecord, find_record, record_of
+from ..adapter.wrappers import RECORD, decoder_of, spread_by, unwrap
 from ..config import DELTA_HEADS, DeltaMemConfig
-from ..errors import ArgumentError, ArgumentTypeError, StateError, UnsupportedError
-from ..memory.capture import current_capture
-from ..memory.watch import current_record
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .attention import attention_forward
-from .begin import CallersMemory, begin, composite_mask
-from .cache import mark_missed, why_no_cache
-from .checkpointing import enter, leave
+from .cache import why_no_cache
+from .families import why_generic
 from .files import install_files
-from .finite import broken_rows, contain, give_back
-from .forwards import cache_name, given_cache, why_not_handed_on
+from .finite import broken_rows
 from .generation import generation_overrides
-from .interrupted import begun, marking
-from .update import MemoryCall
-from .weights import LayerPath, LayerWeights, why_generic
-
-MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
+from .patched_forward import decoder_forward, outer_forward, patched_call, positional_names, with_signature
+from .signatures import cache_name, why_not_handed_on
+from .weights import LayerPath, LayerWeights
 
 
 def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.Module:
@@ -76,7 +62,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     if device.type != "meta":
         resolve_backend(backend, device.type)
         # Imported now: what fails does so here, and not in the middle of a forward.
-        operations(backend, device), head_operations(backend, device)
+        operations(backend, device)
     _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
@@ -286,18 +272,18 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
     record.pack()
     decoder = record.decoder
     for part in (decoder, model):
-        record.positional[type(part)] = type(part).forward, _positional(type(part).forward) or ()
+        record.positional[type(part)] = type(part).forward, positional_names(type(part).forward) or ()
     record.originals["decoder"] = vars(decoder).get("forward")
     record.replace(decoder, RECORD, record)
-    record.replace(decoder, "forward", types.MethodType(_with_signature(decoder, _decoder_forward), decoder))
-    record.replace(decoder, "_call_impl", types.MethodType(_call, decoder))
+    record.replace(decoder, "forward", types.MethodType(with_signature(decoder, decoder_forward), decoder))
+    record.replace(decoder, "_call_impl", types.MethodType(patched_call, decoder))
     if model is not decoder:
         # Such a model, of images and text, may prepare the masks itself; its decoder cannot tell which tokens are real.
         record.composite = getattr(model, getattr(model, "base_model_prefix", ""), decoder) is not decoder
         record.originals["outer"] = vars(model).get("forward")
         record.replace(model, RECORD, record)
-        record.replace(model, "forward", types.MethodType(_with_signature(model, _outer_forward), model))
-        record.replace(model, "_call_impl", types.MethodType(_call, model))
+        record.replace(model, "forward", types.MethodType(with_signature(model, outer_forward), model))
+        record.replace(model, "_call_impl", types.MethodType(patched_call, model))
     for name, function in generation_overrides(model).items():
         record.originals[name] = vars(model).get(name)
         record.replace(model, name, types.MethodType(function, model))
@@ -361,135 +347,3 @@ def layer_paths(model: nn.Module) -> dict[int, LayerPath]:
         reason = memory.weights.reason or why_generic(attention, memory)
         found[memory.layer_idx] = LayerPath("generic" if reason else "fast", reason)
     return dict(sorted(found.items()))
-
-
-def _with_signature(module: nn.Module, function):
-    """A copy of ``function`` whose signature is the module's own and the memory's arguments (generate reads it)."""
-    copied = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    copied.__doc__ = type(module).forward.__doc__
-    original = inspect.signature(module.forward)
-    own = [p for p in original.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in original.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in MEMORY_ARGUMENTS
-        if name not in original.parameters
-    ]
-    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    copied.__signature__ = inspect.Signature([self_parameter, *own, *extra, *rest])
-    return copied
-
-
-def _call(self, *args, **kwargs):
-    """What ``model(...)`` runs, forward and hooks."""
-    record = self._delta_memory_patch
-    outermost = self is not record.decoder or "outer" not in record.originals
-    return marking(record, type(self)._call_impl, (self, *args), kwargs, anew=outermost)
-
-
-def _outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
-    record = self._delta_memory_patch
-    if memory is not None:
-        # Hooks that move arguments between devices would copy it, and the copy would be written.
-        kwargs["memory"] = CallersMemory(memory)
-    if segment_ids is not None:
-        kwargs["segment_ids"] = segment_ids
-    named = dict(zip(_positional_of(record, self), args)) | kwargs if args else kwargs
-    if token_mask is None and record.composite and not record_disabled(record):
-        token_mask = composite_mask(named)
-    if token_mask is not None:
-        kwargs["token_mask"] = token_mask
-    own = record.originals["outer"]
-    if own is None:
-        return marking(record, type(self).forward, (self, *args), kwargs)
-    return marking(record, own, args, kwargs)
-
-
-def _decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
-    record = self._delta_memory_patch
-    own = record.originals["decoder"]
-    if isinstance(memory, CallersMemory):
-        memory = memory.state
-    if args:
-        kwargs.update(_by_name(record, self, args, kwargs))
-    name = record.cache_name
-    if record_disabled(record):
-        mark_missed(given_cache(kwargs))
-        return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
-    if name not in kwargs and "past_key_values" in kwargs:
-        name = "past_key_values"  # newer versions take this one too, and warn of it themselves
-    call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask, name)
-    begun(call)
-    try:
-        return _with_memory(self, record, call, kwargs)
-    except BaseException as error:
-        call.cut_short(error, call.state)
-        raise
-
-
-def _with_memory(self, record: PatchRecord, call: MemoryCall, kwargs: dict):
-    """The decoder's own forward, its layers with ``call``."""
-    own = record.originals["decoder"]
-    finite = contain(self, call, kwargs)
-    if not call.in_place:
-        enter(self, call, kwargs)
-    output = type(self).forward(self, **kwargs, memory=call) if own is None else own(**kwargs, memory=call)
-    if len(call.initial) != len(record.identity.memories):
-        missing = sorted(set(record.identity.memories) - set(call.initial))
-        raise StateError(
-            f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
-            "keyword arguments down to it, so it cannot be patched"
-        )
-    if not call.in_place:
-        output = leave(call, output)
-    if finite is not None:
-        output = give_back(call, output, finite)
-    if call.gates is not None:
-        current_record().add(call.gates)
-        call.gates.clear()
-    if call.projections is not None:
-        current_capture().append(call.projections)
-    if not call.in_place:
-        # Recomputations hold the call, and the state's graph holds them: nobody would ever free that circle.
-        call.state = None
-    return output
-
-
-def _by_name(record: PatchRecord, module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """Positional arguments of a forward by name."""
-    names = _positional_of(record, module)
-    if len(args) > len(names):
-        raise ArgumentTypeError(
-            f"{type(module).__name__}.forward: got {len(args)} positional arguments, allowed {len(names)}"
-        )
-    named = dict(zip(names, args))
-    for name in named:
-        if name in kwargs:
-            raise ArgumentTypeError(f"{type(module).__name__}.forward: got {name} twice")
-    return named
-
-
-def _positional_of(record: PatchRecord, module: nn.Module) -> tuple[str, ...]:
-    """The names of what a patched module's forward takes by position."""
-    forward, names = record.positional[type(module)]
-    if type(module).forward is forward:
-        return names
-    # It was replaced since; of a wrapper (*args, **kwargs) only the one from before knows.
-    now = _positional(type(module).forward)
-    return names if now is None else now
-
-
-def _positional(forward) -> tuple[str, ...] | None:
-    """The arguments of a function that may be given by position, without self; None: any."""
-    parameters = inspect.signature(forward).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
-        return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in parameters if p.kind in positional)[1:]

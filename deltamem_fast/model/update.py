@@ -5,152 +5,20 @@ from __future__ import annotations
 import torch
 
 from deltamem_kernels.dispatch import operations
-from deltamem_kernels.rule import DeltaRule
 from deltamem_kernels.segment_means import segment_means
 
 from ..adapter.layer import DeltaMemory
-from ..errors import ArgumentError
-from ..memory.state import MemoryState, writable, written
+from ..memory.state import written
 from ..memory.watch import GateSums, gate_sums
-from .cache import Fed
-from .checkpointing import UNKNOWN_CHECKPOINTS, Bridge, join
+from .call import MemoryCall
+from .checkpointing import join
 
 
-class MemoryCall:
-    """What one forward of the model hands to its attention layers.
-
-    No dataclass: FSDP looks into those that are arguments of a layer, and hands on a copy.
-
-    Attributes:
-        state: the memory that is read and written; None when a differentiable forward is over: recomputations do
-            without, and its tensors' graphs lead back to this call.
-        token_mask: bool [B, T], True = a real token, or None = all are.
-        segment_ids: int [B, T] (SSW) or None.
-        cu_seqlens: int [N + 1] over B · T tokens, for packed sequences, or None.
-        frozen: read-only.
-        in_place: no autograd outside: states keep their address.
-        initial: the state that each layer started this forward from. A recomputation (gradient checkpointing)
-            finds it here, and does not write a second time.
-        bridge: of gradients past checkpointed and sharded layers; None in place.
-        gates: sums over the gates of each layer's written tokens, empty when the forward is over; None: nobody asked.
-        fed: what is known of the cache that keys and values go to; None: there is none.
-        held: how many tokens that had got before this forward; None: not counted.
-        bypassed: the functions that a layer of this forward has found as they were; see ``paths``.
-        projections: by layer the raw projections [B, T, W] of this forward's tokens; None: nobody asked.
-    """
-
-    def __init__(
-        self,
-        state: MemoryState,
-        token_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        *,
-        frozen: bool = False,
-        bridge: Bridge | None = None,
-        gates: dict[int, GateSums] | None = None,
-        projections: dict[int, torch.Tensor] | None = None,
-        fed: Fed | None = None,
-        held: int | None = None,
-    ):
-        self.state: MemoryState | None = state
-        self.token_mask = token_mask
-        self.segment_ids = segment_ids
-        self.cu_seqlens = cu_seqlens
-        self.frozen = frozen
-        self.in_place = bridge is None
-        self.initial: dict[int, torch.Tensor] = {}
-        self.bridge = bridge
-        self.gates = gates
-        self.projections = projections
-        self.fed = fed
-        self.held = held
-        self.bypassed: tuple | None = None
-        self._unmasked: torch.Tensor | None = None
-        self.records = gates is not None or projections is not None
-        # Whether tokens may be read, or read and written, where the state lies; but for that state itself.
-        # Never by what is recorded: recording changes no bit.
-        self.may_read = cu_seqlens is None
-        self.may_step = self.may_read and self.in_place and segment_ids is None
-
-    def start(self, layer: int) -> tuple[torch.Tensor, bool]:
-        """The state that a layer starts from, and whether this is its first run in this forward."""
-        first_run = layer not in self.initial
-        if first_run:
-            state = self.state[layer]
-            if not self.in_place and not torch.compiler.is_compiling() and state.is_inference():
-                state = state.clone()  # autograd cannot save one that was made in inference mode
-            self.initial[layer] = state
-            if not self.in_place and not torch.is_grad_enabled():
-                self._run_unseen(layer)
-        elif self.bridge is not None and layer in self.bridge.unseen:
-            return self.bridge.start(layer, self.initial[layer]), False
-        return self.initial[layer], first_run
-
-    def _run_unseen(self, layer: int) -> None:
-        """A layer runs without a graph in a differentiable forward: reentrant checkpointing recomputes it later."""
-        if self.initial[layer].requires_grad and not self.bridge.entered:
-            raise ArgumentError(UNKNOWN_CHECKPOINTS)
-        self.bridge.unseen.add(layer)
-
-    def cut_short(self, error: BaseException, state: MemoryState | None) -> None:
-        """Mark what a forward that failed may have left half-written; nothing, if no layer had begun.
-
-        Args:
-            error: what it failed with.
-            state: the memory that it was to write.
-        """
-        if self.fed is not None and self.initial:
-            self.fed.cut_short(error)
-        elif self.fed is not None:
-            self.fed.tokens = self.held
-        if self.initial and not self.frozen and state is not None:
-            state.interrupt(error)
-
-    def leave_out(self, finite: torch.Tensor) -> None:
-        """Mask tokens that are not ``finite``, bool [B, T]; the mask of before tells what is to be counted."""
-        self._unmasked = self.token_mask
-        self.token_mask = finite if self.token_mask is None else self.token_mask & finite
-
-    def count_left_out(self, finite: torch.Tensor) -> None:
-        """Add the tokens that ``leave_out`` has masked to every layer's count of those that were not written."""
-        if self.frozen:
-            return
-        lost = ~finite if self._unmasked is None else self._unmasked & ~finite
-        if self.segment_ids is not None:
-            lost = lost & (self.segment_ids >= 0)
-        if self.cu_seqlens is None:
-            counts = lost.sum(1, dtype=torch.int32)
-        else:
-            before = torch.nn.functional.pad(lost.flatten().cumsum(0, dtype=torch.int32), (1, 0))
-            counts = before[self.cu_seqlens[1:].long()] - before[self.cu_seqlens[:-1].long()]
-        self.state._count_all(list(self.initial), counts)
-
-    def keep(self, layer: int, projections: torch.Tensor) -> None:
-        """Keep a layer's raw projections [B, T, W], if they were asked for."""
-        if self.projections is not None:
-            # A copy: on the fast path they lie in a packed row, whose other columns are changed in place.
-            self.projections[layer] = projections.detach().clone()
-
-    def count_gates(self, layer: int, projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule) -> None:
-        """Sum over the gates of a layer's tokens [B, T, W], written where the state lies, if it was asked for."""
-        if self.gates is not None:
-            self.gates[layer] = gate_sums(projections, gate_bias, rule, self.token_mask)
-
-    def steps(self, layer: int) -> bool:
-        """Whether a layer's state can be written where it lies."""
-        return (
-            self.may_step
-            and writable(self.initial.get(layer, self.state[layer]))
-            and writable(self.state._skipped[layer])
-        )
-
-
-def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tensor, call: MemoryCall) -> torch.Tensor:
+def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tensor, call: MemoryCall) -> torch.Tensor:
     """One layer's reads for the tokens of a forward; its state moves on.
 
     Args:
-        memory: the layer's adapter.
+        layer: the adapter layer.
         projections: [B, T, W], raw.
         gate_bias: of the gates.
         call: this forward's memory.
@@ -159,19 +27,19 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
         reads, float32 [B, T, H·r].
     """
     batch, length = projections.shape[:2]
-    initial, first_run = call.start(memory.layer_idx)
+    initial, first_run = call.start(layer.layer_idx)
     if first_run:
-        call.keep(memory.layer_idx, projections)
+        call.keep(layer.layer_idx, projections)
     mask = call.token_mask
     if call.cu_seqlens is not None and batch > 1:
         # Packed sequences are counted over the rows, one behind another.
         projections = projections.reshape(1, batch * length, -1)
         mask = None if mask is None else mask.reshape(1, batch * length)
-    return _advance(memory, projections, gate_bias, call, mask, initial, first_run).view(batch, length, -1)
+    return _advance(layer, projections, gate_bias, call, mask, initial, first_run).view(batch, length, -1)
 
 
 def _advance(
-    memory: DeltaMemory,
+    layer: DeltaMemory,
     projections: torch.Tensor,
     gate_bias: torch.Tensor,
     call: MemoryCall,
@@ -180,8 +48,8 @@ def _advance(
     first_run: bool,
 ) -> torch.Tensor:
     """``advance`` of the tokens as the operators take them: packed sequences in one row."""
-    layer, rule = memory.layer_idx, memory.rule
-    ops = operations(memory.backend, projections.device)
+    index, rule = layer.layer_idx, layer.rule
+    ops = operations(layer.backend, projections.device)
     if call.frozen:
         if call.cu_seqlens is not None:
             return _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)
@@ -192,20 +60,20 @@ def _advance(
         means, present, skipped = segment_means(projections, call.segment_ids, mask)
         gates = None if call.gates is None else gate_sums(means, gate_bias, rule, present)
         out = ops.scan(means, gate_bias, initial, rule, mask=present)
-        return _commit(call, layer, first_run, reads, out.state, skipped + out.skipped, gates)
+        return _commit(call, index, first_run, reads, out.state, skipped + out.skipped, gates)
 
-    if projections.shape[1] == 1 and call.steps(layer):
-        call.count_gates(layer, projections, gate_bias, rule)
+    if projections.shape[1] == 1 and call.steps(index):
+        call.count_gates(index, projections, gate_bias, rule)
         reads = ops.step(
             projections.squeeze(1), gate_bias, initial, rule,
-            mask=None if mask is None else mask.squeeze(1), skipped=call.state._skipped[layer],
+            mask=None if mask is None else mask.squeeze(1), skipped=call.state.counter(index),
         )  # fmt: skip
         written(initial)
         return reads.unsqueeze(1)
 
     gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)
     out = ops.scan(projections, gate_bias, initial, rule, mask=mask, cu_seqlens=call.cu_seqlens)
-    return _commit(call, layer, first_run, out.reads, out.state, out.skipped, gates)
+    return _commit(call, index, first_run, out.reads, out.state, out.skipped, gates)
 
 
 def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
@@ -218,7 +86,7 @@ def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
 
 def _commit(
     call: MemoryCall,
-    layer: int,
+    index: int,
     first_run: bool,
     reads: torch.Tensor,
     state: torch.Tensor,
@@ -226,10 +94,10 @@ def _commit(
     gates: GateSums | None,
 ) -> torch.Tensor:
     """Hand on what a layer has written, in its first run; the reads come back as they go on."""
-    reads, state, beta = join(call, layer, reads, state, None if gates is None else gates.beta)
+    reads, state, beta = join(call, index, reads, state, None if gates is None else gates.beta)
     if first_run:
-        call.state.put(layer, state, in_place=call.in_place)
-        call.state._count(layer, skipped)
+        call.state.put(index, state, in_place=call.in_place)
+        call.state.count(index, skipped)
         if gates is not None:
-            call.gates[layer] = gates._replace(beta=beta)
+            call.gates[index] = gates._replace(beta=beta)
     return reads

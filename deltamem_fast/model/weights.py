@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-import sys
 import threading
-import types
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import torch.nn.modules.module as _modules
 from torch import nn
 
 from deltamem_kernels.layout import HeadLayout, Steering
 
 from ..adapter.layer import DeltaMemory, refuse_pickling
-from .packing import PackedRows, can_pack, fills_its_storage
-from .update import MemoryCall
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@dataclass(frozen=True)
-class LlamaShape:
-    """What tells one Llama-shaped attention from another.
-
-    Attributes:
-        norms: it has q_norm and k_norm, RMS norms over a head, before RoPE.
-        rope: the attribute that says whether this layer has RoPE; "" = every layer has.
-        window: where the sliding window stands: ``module``, ``config``, or "" = there is none.
-    """
-
-    norms: bool = False
-    rope: str = ""
-    window: str = ""
-
-
-SHAPES = {
-    "transformers.models.llama.modeling_llama.LlamaAttention": LlamaShape(),
-    "transformers.models.mistral.modeling_mistral.MistralAttention": LlamaShape(window="config"),
-    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention": LlamaShape(window="module"),
-    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention": LlamaShape(norms=True, window="module"),
-    "transformers.models.smollm3.modeling_smollm3.SmolLM3Attention": LlamaShape(rope="use_rope", window="module"),
-}
-# The names that the forward of such an attention uses. One that uses another computes something else.
-_FORWARD_NAMES = frozenset(
-    "ALL_ATTENTION_FUNCTIONS _attn_implementation apply_rotary_pos_emb attention_dropout config contiguous "
-    "eager_attention_forward get_interface getattr head_dim k_norm k_proj layer_idx o_proj q_norm q_proj reshape "
-    "scaling shape sliding_window training transpose update use_rope v_proj view".split()
-)
+from .call import MemoryCall
+from .families import PROJECTIONS, LlamaShape, bypassed_functions, parts_of, shape_of, why_generic, why_unpackable
+from .packing import PackedRows
 
 
 @dataclass(frozen=True)
@@ -75,7 +40,7 @@ class LayerWeights:
         first_memory_row: where the memory's rows begin.
         heads: of q, k and v.
         shape: the attention's data.
-        prepared: where a backend keeps what it has made of the layer's Steering.
+        kept: where a backend keeps what it has made of the layer's weights.
     """
 
     def __init__(self):
@@ -87,7 +52,7 @@ class LayerWeights:
         self.first_memory_row = 0
         self.heads: tuple[int, ...] = (0, 0, 0)
         self.shape: LlamaShape | None = None
-        self.prepared: dict = {}
+        self.kept: dict = {}
         self._layouts: dict[int, HeadLayout] = {}
         self._steering: Steering | None = None
         # What was found where when the path was chosen: dictionaries, keys, objects; the types of attention and parts.
@@ -113,7 +78,7 @@ class LayerWeights:
     def __reduce_ex__(self, protocol):
         refuse_pickling()
 
-    def refresh(self, attention: nn.Module, memory: DeltaMemory, trusted: bool = True) -> None:
+    def refresh(self, attention: nn.Module, layer: DeltaMemory, trusted: bool = True) -> None:
         """Choose the path again and pack the weights for it.
 
         Args:
@@ -125,9 +90,9 @@ class LayerWeights:
             self.unpack()
             return
         with self._lock:
-            reason = why_generic(attention, memory, hooks=False)  # they come and go; ``applies`` looks
-            rows = [memory._parameters.get(name) for name in memory.row_names]
-            gates = [memory._parameters.get(name) for name in memory.gate_bias_names]
+            reason = why_generic(attention, layer, hooks=False)  # they come and go; ``applies`` looks
+            rows = [layer._parameters.get(name) for name in layer.row_names]
+            gates = [layer._parameters.get(name) for name in layer.gate_bias_names]
             bias, first = None, 0
             if not reason:
                 projections = [attention._modules[name] for name in PROJECTIONS[:3]]
@@ -137,7 +102,7 @@ class LayerWeights:
                 self.heads = tuple(projection.out_features // attention.head_dim for projection in projections)
                 if any(b is not None for b in biases):
                     bias = [p.out_features if b is None else b for p, b in zip(projections, biases)]
-                    bias.append(memory.rule.width)
+                    bias.append(layer.rule.width)
             used = [part for part in (*rows, *gates, *(bias or ())) if not isinstance(part, int)]
             if trusted:  # also what is not packed now: the reason may go
                 own = [
@@ -146,10 +111,10 @@ class LayerWeights:
                 self.know(part for part in (*used, *own) if part is not None)
             elif not all(any(part is known() for known in self._known) for part in used):
                 reason = reason or "a weight was replaced after patching"
-                rows, first, bias = rows[-len(memory.row_names) :], 0, None
+                rows, first, bias = rows[-len(layer.row_names) :], 0, None
                 if not all(any(part is known() for known in self._known) for part in (*rows, *gates)):
                     rows = gates = None
-            ours = self._ours()
+            ours = self.ours()
             if rows is not None and any(why_unpackable("", part, ours) for part in (*rows, *gates)):
                 reason, rows, gates, bias = reason or "the memory's weights cannot be packed", None, None, None
             self.reason, self.first_memory_row = reason, first
@@ -157,8 +122,8 @@ class LayerWeights:
             self.bias = _packed(self.bias, bias)
             self.gate_bias = _packed(self.gate_bias, gates)
             self.shape = shape_of(attention)
-            self._layouts, self._steering, self.prepared = {}, None, {}
-            self._remember(attention, memory)
+            self._layouts, self._steering, self.kept = {}, None, {}
+            self._remember(attention, layer)
 
     def let_go(self) -> list[nn.Parameter]:
         """Drop the weak references to parameters, which are returned: PyTorch swaps no tensor that has one.
@@ -174,13 +139,13 @@ class LayerWeights:
         """These are the model's own; see ``refresh``."""
         self._known = [weakref.ref(part) for part in parameters]
 
-    def _ours(self) -> set[int]:
+    def ours(self) -> set[int]:
         """Parameters that are rows of what is packed here."""
         packs = [packed for packed in (self.rows, self.bias, self.gate_bias) if packed is not None]
         return {id(parameter) for packed in packs for parameter in packed.in_place()}
 
-    def _remember(self, attention: nn.Module, memory: DeltaMemory) -> None:
-        places = [(attention._modules, name, attention._modules.get(name)) for name in _parts_of(attention)]
+    def _remember(self, attention: nn.Module, layer: DeltaMemory) -> None:
+        places = [(attention._modules, name, attention._modules.get(name)) for name in parts_of(attention)]
         self._parts = tuple(part for _, _, part in places if part is not None)
         self._typed = (*self._parts, attention)
         self._types = tuple(map(type, self._typed))
@@ -188,7 +153,7 @@ class LayerWeights:
             attributes = vars(part)
             places += [(part._parameters, name, part._parameters.get(name)) for name in ("weight", "bias")]
             places += [(attributes, n, attributes.get(n)) for n in ("_forward_hooks", "_forward_pre_hooks", "forward")]
-        places += [(memory._parameters, name, parameter) for name, parameter in memory._parameters.items()]
+        places += [(layer._parameters, name, parameter) for name, parameter in layer._parameters.items()]
         norms = [part for part in self._parts if "variance_epsilon" in vars(part)]
         places += [(vars(norm), "variance_epsilon", norm.variance_epsilon) for norm in norms]
         places += [(vars(attention), "head_dim", vars(attention).get("head_dim"))]
@@ -245,7 +210,7 @@ class LayerWeights:
             found = self._layouts[rotary] = HeadLayout(*self.heads, head_dim, rotary)
         return found
 
-    def usable(self, attention: nn.Module, memory: DeltaMemory, call: MemoryCall | None = None) -> bool:
+    def usable(self, attention: nn.Module, layer: DeltaMemory, call: MemoryCall | None = None) -> bool:
         """Whether the packed rows may stand for the parameters in this call; looks at what has moved."""
         if torch.is_grad_enabled() or self.plain:
             return False
@@ -258,7 +223,7 @@ class LayerWeights:
                 if getattr(owner, name) is not known:
                     return False
         elif not self.is_current(call):
-            self.refresh(attention, memory, trusted=False)
+            self.refresh(attention, layer, trusted=False)
         return self.rows is not None
 
     def applies(self, hidden_states: torch.Tensor) -> bool:
@@ -267,11 +232,11 @@ class LayerWeights:
             return False
         return not (any(self._hooks) or _modules._global_forward_hooks or _modules._global_forward_pre_hooks)
 
-    def steering(self, attention: nn.Module, memory: DeltaMemory) -> Steering:
+    def steering(self, attention: nn.Module, layer: DeltaMemory) -> Steering:
         """What the memory's layer adds to its heads, as the kernels take it."""
         found = self._steering
         if found is None:
-            found = self._steering = _steering_of(memory, attention, self.shape.norms)
+            found = self._steering = _steering_of(layer, attention, self.shape.norms)
         return found
 
 
@@ -290,127 +255,9 @@ def _ids(parts: list) -> list[int]:
     return [id(part) for part in parts if not isinstance(part, int)]
 
 
-def _parts_of(attention: nn.Module) -> tuple[str, ...]:
-    shape = shape_of(attention)
-    return (*PROJECTIONS, "q_norm", "k_norm") if shape is not None and shape.norms else PROJECTIONS
-
-
-def shape_of(attention: nn.Module) -> LlamaShape | None:
-    """The data of a Llama-shaped attention, or None for an unknown class."""
-    kind = type(attention)
-    return SHAPES.get(f"{kind.__module__}.{kind.__qualname__}")
-
-
-def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -> str:
-    """Why the fused forward does not apply to a layer, or "" if it does; ``hooks``: with hooks on its parts, too."""
-    shape, kind = shape_of(attention), type(attention)
-    if shape is None:
-        return f"{kind.__name__} is not one of the attentions that the fused forward knows"
-    for owner, name in bypassed_functions(attention):
-        if _is_replaced(owner, name):
-            return f"{getattr(owner, '__name__', owner)}.{name} was replaced"
-    unknown = set(inspect.unwrap(kind.forward).__code__.co_names) - _FORWARD_NAMES
-    if unknown:
-        return f"the forward of this version's {kind.__name__} uses {', '.join(sorted(unknown))}"
-    parameters = []
-    for name in _parts_of(attention):
-        part = attention._modules.get(name)
-        found = f"{type(part).__module__}.{type(part).__qualname__}"
-        if type(part) is not nn.Linear if name in PROJECTIONS else found != f"{kind.__module__}.{_norm_name(kind)}":
-            return f"{name} is a {found}"
-        if "forward" in vars(part) or (hooks and (part._forward_hooks or part._forward_pre_hooks)):
-            return f"{name} has hooks"
-        weight = part._parameters.get("weight")
-        if weight is None:
-            return f"{name} has no weight of its own"
-        if name in PROJECTIONS and tuple(weight.shape) != (part.out_features, part.in_features):
-            return f"{name} has a weight of shape {list(weight.shape)}"
-        parameters += [(f"{name}.{key}", value) for key, value in part._parameters.items() if value is not None]
-    parameters += list(memory._parameters.items())
-    first = parameters[0][1]
-    if first.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the weights are {first.dtype}"
-    for name, value in parameters:
-        if type(value) is not nn.Parameter or type(value.data) is not torch.Tensor:
-            return f"{name} is a {type(value).__name__} (sharded or quantised)"
-        if value.device.type == "meta":
-            return f"{name} is offloaded"
-        if value.dtype != first.dtype or value.device != first.device:
-            return f"{name} is {value.dtype} on {value.device}, q_proj {first.dtype} on {first.device}"
-    if shape.norms and attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
-        return "q_norm and k_norm have different variance_epsilon"
-    if attention.head_dim % 2:
-        return f"a head of {attention.head_dim} numbers has no halves for RoPE"
-    if first.shape[1] * first.element_size() % 64:
-        # The backbone's own matmuls must give the same bits on a view: libraries look at the alignment.
-        return f"a row of {first.shape[1]} {first.dtype} numbers is not a multiple of 64 bytes"
-    if len({id(value) for _, value in parameters}) < len(parameters):
-        return "two of its weights are one parameter"
-    packed = memory.weights._ours() if memory.weights is not None else set()
-    for name, value in parameters:
-        if name.removesuffix(".weight").removesuffix(".bias") in PROJECTIONS[:3]:
-            reason = why_unpackable(name, value, packed)
-            if reason:
-                return reason
-    return ""
-
-
-def bypassed_functions(attention: nn.Module) -> list[tuple[object, str]]:
-    """(owner, name) of each function that the attention's own forward runs through and the fused one does not."""
-    shape, kind = shape_of(attention), type(attention)
-    if shape is None:
-        return []
-    family = sys.modules[kind.__module__]
-    found = [(kind, "forward"), (family, "apply_rotary_pos_emb"), (family, "rotate_half")]
-    found += [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Module, "_call_impl"), (F, "linear")]
-    if shape.norms and (norm := attention._modules.get("q_norm")) is not None:
-        found += [(type(norm), "forward"), (type(norm), "__call__")]
-    return found
-
-
-def _is_replaced(owner, name: str) -> bool:
-    """Whether a function is another than the one that its library defines there."""
-    function = getattr(owner, name, None)
-    if owner is F:
-        return function is not torch._C._nn.linear
-    if isinstance(function, nn.Module):  # a kernel from the hub may take its place; until then it calls the function
-        cells = getattr(type(function).forward, "__closure__", None) or ()
-        inner = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, types.FunctionType)]
-        if "forward" in vars(function) or len(inner) != 1:
-            return True
-        function = inner[0]
-    if name in ("__call__", "_call_impl"):
-        module = _modules  # every module's own
-    else:
-        module = owner if isinstance(owner, types.ModuleType) else sys.modules[owner.__module__]
-    # The library's own decorators may be around it, nobody else's.
-    while hasattr(function, "__wrapped__") and _library(function) in ("transformers", "torch"):
-        function = function.__wrapped__
-    return getattr(function, "__globals__", None) is not vars(module) or hasattr(function, "__wrapped__")
-
-
-def _library(function) -> str:
-    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
-
-
-def why_unpackable(name: str, value, ours: set[int]) -> str:
-    """Why a parameter cannot be given another storage, or ""; ``ours``: ids of those that have one of ours."""
-    if type(value) is not nn.Parameter or type(value.data) is not torch.Tensor or value.device.type == "meta":
-        return f"{name} is no plain parameter"
-    if value.numel() == 0 or not (id(value) in ours or fills_its_storage(value.data)):
-        return f"{name} is a view of a storage that others may use"
-    if not can_pack(value.device):
-        return f"{name} is on {value.device}, where rows of one tensor cannot have a storage each"
-    return ""
-
-
-def _norm_name(kind: type) -> str:
-    return kind.__name__.removesuffix("Attention") + "RMSNorm"
-
-
-def _steering_of(memory: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
+def _steering_of(layer: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
     """What the memory's layer adds to its heads, as the kernels take it."""
-    parameters, config = memory._parameters, memory.config
+    parameters, config = layer._parameters, layer.config
     heads = config.delta_heads
     q_norm = attention._modules["q_norm"] if norms else None
     return Steering(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapter.record import find_record, memory_disabled, unwrap
+from ..adapter.record import find_record, memory_disabled
+from ..adapter.wrappers import unwrap
 from ..memory.state import MemoryState
 from ..text.segments import sentence_spans
 

@@ -22,10 +22,12 @@ from deltamem_kernels.dispatch import BACKENDS, installed, resolve_backend
 
 from ..adapter.files import same_bits
 from ..adapter.record import identity_of, memory_disabled
+from ..display import counted
 from ..errors import ArgumentError
 from ..inspection.facts import versions
 from ..inspection.pictures import Snapshot, draw_heat_map
 from ..memory.state import MemoryState
+from ..model.loading import device_for
 from ..model.patch import patch_model, unpatch_model
 from ..model.threads import check_threads, fitting_threads
 from . import story as stories
@@ -184,18 +186,6 @@ def failed_checks(figures: dict[str, Any]) -> list[str]:
     return [CHECKS[name] for name, holds in figures["checks"].items() if not holds]
 
 
-def device_for(backend: str) -> torch.device:
-    """A GPU if there is one and ``backend`` runs there, else the CPU.
-
-    Raises:
-        ValueError: an unknown backend, or one that cannot run here.
-    """
-    gpu = torch.cuda.is_available() and backend in ("auto", "triton")
-    device = torch.device("cuda" if gpu else "cpu")
-    resolve_backend(backend, device.type)
-    return device
-
-
 def _check_arguments(strategy: str, questions: int, backend: str) -> None:
     if strategy not in STRATEGIES:
         raise ArgumentError(f"strategy: got {strategy!r}, allowed {', '.join(STRATEGIES)}")
@@ -208,8 +198,7 @@ def _check_arguments(strategy: str, questions: int, backend: str) -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"cpu, {threads} thread{'s' * (threads != 1)}"
+    return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
 
 
 # --- the story

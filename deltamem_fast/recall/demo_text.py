@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..display import columns
 from ..inspection.pictures import Snapshot, heat_map_lines
 from . import demo
 from .proof import REVISED_FACTS
@@ -56,7 +57,7 @@ def _asked_lines(asked: list[dict[str, str]]) -> list[str]:
     titles = {"truth": "truth", "memory": "memory", "empty": "empty memory", "unpatched": "not patched"}
     names = [name for name in titles if name in asked[0]]
     rows = [("", *(titles[name] for name in names))]
-    return table([*rows, *((row["question"], *(row[name] for name in names)) for row in asked)])
+    return columns([*rows, *((row["question"], *(row[name] for name in names)) for row in asked)])
 
 
 def _recall_lines(figures) -> list[str]:
@@ -77,11 +78,11 @@ def _half_lines(figures) -> list[str]:
 
 
 def _revise_lines(figures) -> list[str]:
-    columns = {"revised": "the new value", "stale": "the old value", "kept": "the other facts"}
-    rows = [("", *columns.values())]
+    titles = {"revised": "the new value", "stale": "the old value", "kept": "the other facts"}
+    rows = [("", *titles.values())]
     for name, shares in figures["revise"].items():
-        rows.append((f"memory, {name}", *(f"{100 * shares[column]:.1f}" for column in columns)))
-    return table(rows)
+        rows.append((f"memory, {name}", *(f"{100 * shares[column]:.1f}" for column in titles)))
+    return columns(rows)
 
 
 def _picture_lines(figures) -> list[str]:
@@ -92,16 +93,7 @@ def _picture_lines(figures) -> list[str]:
 
 def _share_lines(shares: dict[str, dict[str, float]], title: str) -> list[str]:
     counts = list(next(iter(shares.values())))
-    return table([
+    return columns([
         (title, *counts),
         *((name, *(f"{100 * values[count]:.1f}" for count in counts)) for name, values in shares.items()),
     ])  # fmt: skip
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows
-    ]

@@ -1,4 +1,4 @@
-"""``deltamem demo --interactive``: tell facts, ask for them; between two lines only the memory passes."""
+"""Telling and asking by hand: what the shipped backbone's small world knows, and ``deltamem demo --interactive``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from .tokenizer import pieces
 HELP = """\
 A statement is told and its context thrown away; a line that ends in ? is answered from the memory alone.
 /memory  the state, layer by layer     /reset  forget everything     /help  this     /quit  the end
+"""
+WORLD = """\
 Codes are {codes}, places {places}, ...
 Say:  {statements}
 Ask:  {questions}
@@ -26,6 +28,7 @@ Other people:  {people}
 Other objects: {objects}"""
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+_SHOWN = 6  # unknown words at most, in a hint
 
 
 @functools.cache
@@ -39,6 +42,24 @@ def known_words() -> frozenset[str]:
 def unknown_words(text: str) -> list[str]:
     """Words of ``text`` that the backbone was never taught, each once, in order."""
     return list(dict.fromkeys(word for word in _WORD.findall(text) if word not in known_words()))
+
+
+def note(random) -> str:
+    """What can be talked about, in two lines: a statement, and a question about it."""
+    fact = _new_fact(random, world.KINDS[0])
+    return (
+        "A small world: people and their codes, objects and their places. Say for example\n"
+        f"  {fact.statement()}\n  {fact.question()}"
+    )
+
+
+def hint(text: str) -> str | None:
+    """Which words of ``text`` the backbone was never taught, in one line; None if it knows them all."""
+    unknown = unknown_words(text)
+    if not unknown:
+        return None
+    more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+    return f"not in its small world: {', '.join(unknown[:_SHOWN])}{more}; the answer may be anything (/help)"
 
 
 def converse(
@@ -65,7 +86,7 @@ def converse(
         if line == "/quit":
             return
         if line == "/help":
-            write(help_text(random))
+            write(HELP + world_help(random))
         elif line == "/reset":
             memory.zero_()
             write("Forgotten.")
@@ -77,10 +98,10 @@ def converse(
             write(_respond(model, tokenizer, line, memory))
 
 
-def help_text(random) -> str:
-    """What can be typed, with names that were never trained on."""
-    person, thing = (draw_facts(random, 1, held_out=True, kinds=(kind,))[0] for kind in world.KINDS)
-    return HELP.format(
+def world_help(random) -> str:
+    """All that can be said, with examples: names that were never trained on."""
+    person, thing = (_new_fact(random, kind) for kind in world.KINDS)
+    return WORLD.format(
         codes=f"{world.CODES[0]} to {world.CODES[-1]}",
         places=", ".join(world.PLACES[:8]),
         statements="   ".join(fact.statement() for fact in (person, thing)),
@@ -89,6 +110,10 @@ def help_text(random) -> str:
         people=", ".join(random.sample(world.people(True), 8)),
         objects=", ".join(random.sample(world.objects(True), 6)),
     )
+
+
+def _new_fact(random, kind):
+    return draw_facts(random, 1, held_out=True, kinds=(kind,))[0]
 
 
 def _respond(model, tokenizer, line: str, memory: MemoryState) -> str:

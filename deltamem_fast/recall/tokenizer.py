@@ -16,11 +16,11 @@ def pieces() -> list[str]:
     """Every word as it stands in a text, and the parts of the names apart: merges never cross from part to part."""
     texts = [text.format(key="", value="") for group in (world.STATEMENTS, world.UPDATES, world.QUESTIONS)
              for texts in group.values() for text in texts]  # fmt: skip
-    texts += [*world.SMALL_TALK, *(remark.format(person="", object="") for remark in world._REMARKS)]
-    texts += [*world._SUBJECTS, *world._VERBS, *world._MANNERS]
+    texts += [*world.SMALL_TALK, *(remark.format(person="", object="") for remark in world.REMARKS)]
+    texts += [*world.SUBJECTS, *world.VERBS, *world.MANNERS]
     words = {word for text in texts for word in text.replace("?", " ?").replace(".", " .").split()}
-    words |= {*world._ADJECTIVES, *world._NOUNS, *world.PLACES, *world.CODES}
-    return [" " + word for word in sorted(words | set(world._ONSETS))] + [".", "?", *world._ENDINGS]
+    words |= {*world.ADJECTIVES, *world.NOUNS, *world.PLACES, *world.CODES}
+    return [" " + word for word in sorted(words | set(world.ONSETS))] + [".", "?", *world.ENDINGS]
 
 
 def build_tokenizer():

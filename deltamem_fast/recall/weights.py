@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import CONFIG_NAME
 from ..errors import FileMissingError
-from ..model.loading import bars, load_tokenizer, load_weights
+from ..model.loading import load_model
 from ..storage.files import as_path
 
 SHIPPED = Path(__file__).parent.parent / "data" / "recall"
@@ -42,13 +43,10 @@ def find_weights(directory: str | os.PathLike | None = None) -> Weights:
     return weights
 
 
-def load_backbone(directory: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[nn.Module, object]:
+def load_backbone(directory: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """The frozen backbone, float32 on ``device``, and its tokenizer. Nothing is downloaded.
 
     Raises:
         ValueError, OSError: the directory holds no model, or a broken one.
     """
-    with bars(hidden=True):  # a bar for a file of some megabytes is noise
-        model = load_weights(str(directory), "weights", dtype=torch.float32, local_files_only=True)
-        tokenizer = load_tokenizer(str(directory), "weights", local_files_only=True)
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    return load_model(str(directory), "weights", device=device, dtype="float32", local=True, quiet=True)

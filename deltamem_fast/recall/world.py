@@ -9,16 +9,16 @@ from __future__ import annotations
 import functools
 import itertools
 
-_ONSETS = (
+ONSETS = (
     "Bal Cor Dav El Fep Gar Hol Il Jor Kas Lum Mar Nev Or Pel Quir Ras Sol Tam Ul Ver Wil Yas Zor "
     "Brem Clav Drov Flem Gruf Pruk Stef Trom"
 ).split()
-_ENDINGS = (
+ENDINGS = (
     "ton rik mel vik sha bot ben gus pim fey zel mon ruth kar bo wen dag gol jin pus ruk zim "
     "via rok san hud mir vex not kil fum wat"
 ).split()
-_ADJECTIVES = "red green blue black white old new small big round heavy broken silver wooden paper glass".split()
-_NOUNS = (
+ADJECTIVES = "red green blue black white old new small big round heavy broken silver wooden paper glass".split()
+NOUNS = (
     "lamp key book coat cup ring map box knife drum clock chair mirror rope bell candle basket hammer ladder letter "
     "pillow bottle carpet shovel"
 ).split()
@@ -29,7 +29,7 @@ PLACES = (
     "bakery forest meadow bridge castle chapel prison theater hotel tent cave mill yard hall"
 ).split()
 
-NAME_PARTS = frozenset((*_ONSETS, *_ENDINGS))
+NAME_PARTS = frozenset((*ONSETS, *ENDINGS))
 
 HELD_OUT_EVERY = 5
 
@@ -46,13 +46,13 @@ def _pairs(first, second, joint: str, held_out: bool) -> tuple[str, ...]:
 @functools.cache
 def people(held_out: bool) -> tuple[str, ...]:
     """Names of people, of which the ones that are ``held_out`` occur in no training text."""
-    return _pairs(_ONSETS, _ENDINGS, "", held_out)
+    return _pairs(ONSETS, ENDINGS, "", held_out)
 
 
 @functools.cache
 def objects(held_out: bool) -> tuple[str, ...]:
     """Objects, such as "old lamp", likewise."""
-    return _pairs(_ADJECTIVES, _NOUNS, " ", held_out)
+    return _pairs(ADJECTIVES, NOUNS, " ", held_out)
 
 
 # What is said ("{key}" and "{value}" are filled in). The first of each kind is what the demo says.
@@ -82,10 +82,10 @@ VALUES = {"code": CODES, "place": tuple(PLACES)}
 KINDS = tuple(STATEMENTS)
 
 # Sentences that state no fact.
-_SUBJECTS = "The rain,The wind,The dog,A child,My sister,The teacher,An old man,The train,Nobody,The river".split(",")
-_VERBS = "came,went,stood still,sang,waited,fell asleep,looked back,turned around,was late,laughed".split(",")
-_MANNERS = "all day,at night,in the morning,for an hour,without a word,as always,too soon,once more".split(",")
-_REMARKS = (
+SUBJECTS = "The rain,The wind,The dog,A child,My sister,The teacher,An old man,The train,Nobody,The river".split(",")
+VERBS = "came,went,stood still,sang,waited,fell asleep,looked back,turned around,was late,laughed".split(",")
+MANNERS = "all day,at night,in the morning,for an hour,without a word,as always,too soon,once more".split(",")
+REMARKS = (
     "{person} was late again.",
     "Nobody likes the {object}.",
     "{person} sang all day.",
@@ -97,6 +97,6 @@ SMALL_TALK = ("Tell me something.", "What happened then?")
 def sentence(random, held_out: bool) -> str:
     """A sentence without a fact, sometimes with a name in it."""
     if random.random() < 0.2:
-        remark = random.choice(_REMARKS)
+        remark = random.choice(REMARKS)
         return remark.format(person=random.choice(people(held_out)), object=random.choice(objects(held_out)))
-    return f"{random.choice(_SUBJECTS)} {random.choice(_VERBS)} {random.choice(_MANNERS)}."
+    return f"{random.choice(SUBJECTS)} {random.choice(VERBS)} {random.choice(MANNERS)}."

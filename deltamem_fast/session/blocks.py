@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
+from ..text.encode import Message
 from ..text.segments import refused_by_template, segment_ids_under
 
 # Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.
 NEXT = {"role": "user", "content": "Probe"}
-
-Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

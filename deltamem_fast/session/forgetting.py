@@ -9,8 +9,10 @@ from typing import Any
 from unicodedata import normalize
 
 from ..memory.operators import WriteResult
-from .blocks import Message
+from ..memory.state import MemoryState
+from ..text.encode import Message
 from .turns import Now
+from .window import Turn
 
 _WORD = re.compile(r"\w+")
 _ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|([bfnrt"\\/]))')  # of JSON
@@ -52,6 +54,39 @@ class Forgotten(WriteResult):
     def __repr__(self) -> str:
         more = f", messages={self.messages}, turns={self.turns}, remains={self.remains})"
         return super().__repr__().removesuffix(")") + more
+
+
+def forgotten(
+    now: Now,
+    text: str | Sequence[Message],
+    erase: Callable[[MemoryState], WriteResult],
+    settings: Mapping[str, Any],
+    *,
+    messages: bool,
+) -> tuple[Now, Forgotten]:
+    """The conversation without ``text`` in its memory, nor in those that its turns were told under; its cache goes.
+
+    Args:
+        erase: takes the text out of a memory, in place.
+        settings: what else of the session may hold the text.
+        messages: take it out of the kept messages, too.
+    """
+    memory = now.memory.clone()
+    result = erase(memory)
+    turns = tuple(_told_without(turn, erase) for turn in now.turns)
+    made, changed = replace(now, memory=memory, turns=turns, cache=None, mark=None), 0
+    if messages:
+        made, changed = without_text(made, text)
+    remains = places_of({"messages": made.messages, **settings}, text)
+    return made, Forgotten(result, messages=changed, turns=len(turns) - len(made.turns), remains=remains)
+
+
+def _told_without(turn: Turn, erase: Callable[[MemoryState], WriteResult]) -> Turn:
+    before = turn.before.clone()
+    before.frozen = False  # whether it may be written, the memory of now says
+    erase(before)
+    before.frozen = turn.before.frozen
+    return replace(turn, before=before)
 
 
 def without_text(now: Now, text: str | Sequence[Message]) -> tuple[Now, int]:

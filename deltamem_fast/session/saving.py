@@ -5,29 +5,30 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..adapter.record import decoder_of, describe_difference, identity_of, unwrap
+from ..adapter.identity import describe_difference
+from ..adapter.record import identity_of
+from ..adapter.wrappers import decoder_of, unwrap
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
 from ..memory.file import whole_counts
 from ..memory.state import MemoryState
-from ..model.cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, _replace_layers
+from ..model.cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, replace_layers
 from ..storage import snapshots
-from ..storage.files import Header, as_path, parse_json, parse_tensors, save_tensors
+from ..storage.files import as_path, parse_json
+from ..storage.tensors import Header, parse_tensors, save_tensors
 from ..text.encode import vocabulary_size
 from ..text.settings import check_generation, check_template
 from .blocks import Block
 from .schema import check_content, check_identity
 from .turns import Now
 from .window import Mark, Turn, new_cache
-
-if TYPE_CHECKING:
-    from .session import MemorySession
 
 FORMAT, FORMAT_VERSION = "deltamem-session", 2
 _MUST_BE_JSON = "its messages, template and generation settings must be JSON to be saved"
@@ -36,24 +37,51 @@ _SAVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, MemoryDynamicLayer, Me
 _FLOATS = ("F64", "F32", "F16", "BF16")  # of keys and values
 
 
-def save(session: MemorySession, directory: str | os.PathLike, *, with_cache: bool, overwrite: bool) -> Path:
-    """Write a session; see ``MemorySession.save``."""
-    directory = snapshots.as_target(as_path(directory, "directory"))
-    content, tensors = contents(session, with_cache=with_cache)
-    _check_can_be_loaded(session, content, tensors)
-    return commit(directory, content, tensors, known=session._known, overwrite=overwrite)
+@dataclass(frozen=True)
+class Content:
+    """What is kept of a session: plain values.
+
+    Attributes:
+        now: the conversation between two turns.
+        settings: arguments of ``MemorySession``: system, context_turns, context_tokens, template and generation.
+        remembers: see ``MemorySession.remembers``.
+    """
+
+    now: Now
+    settings: dict[str, Any]
+    remembers: bool
 
 
-def _check_can_be_loaded(session: MemorySession, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def save(
+    model: nn.Module,
+    kept: Content,
+    directory: str | os.PathLike,
+    *,
+    with_cache: bool,
+    known: dict[str, int],
+    overwrite: bool,
+) -> Path:
+    """Write a session on ``model``; see ``MemorySession.save``.
+
+    Args:
+        known: the snapshots that this session was loaded from or saved to; see ``snapshots.commit``.
+    """
+    directory = snapshots.as_target(directory)
+    content, tensors = contents(model, kept, with_cache=with_cache)
+    _check_can_be_loaded(model, content, tensors)
+    return commit(directory, content, tensors, known=known, overwrite=overwrite)
+
+
+def _check_can_be_loaded(model: nn.Module, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     try:
         data = json.dumps(content, allow_nan=False)
     except TypeError as error:
         raise ArgumentTypeError(f"session: {_MUST_BE_JSON}: {error}") from error
     except (ValueError, RecursionError) as error:  # NaN, integers without end, lists in one another
         raise ArgumentError(f"session: {_MUST_BE_JSON}: {error}") from error
-    vocabulary, segmented = vocabulary_size(session.model), identity_of(session.model).config.segmented
-    check_template(session.template, "session: template", ArgumentError)
-    check_generation(session.generation, "session: generation", vocabulary, ArgumentError)
+    vocabulary, segmented = vocabulary_size(model), identity_of(model).config.segmented
+    check_template(content["settings"]["template"], "session: template", ArgumentError)
+    check_generation(content["settings"]["generation"], "session: generation", vocabulary, ArgumentError)
     try:
         check_content(parse_json(data, "session"), "session", vocabulary, segmented, ArgumentError)
     except FileFormatError as error:  # keys that are one and the same in JSON
@@ -79,32 +107,25 @@ def commit(
     return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write, known=known, overwrite=overwrite)
 
 
-def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def contents(model: nn.Module, kept: Content, *, with_cache: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a snapshot holds: JSON, and tensors on the CPU."""
-    now = session._now
+    now = kept.now
     now.memory.check_whole()
-    if now.memory._broken:
-        raise StateError(f"session: its memory cannot be saved: {now.memory._broken}")
+    if now.memory.broken:
+        raise StateError(f"session: its memory cannot be saved: {now.memory.broken}")
     memories = [*(turn.before for turn in now.turns), now.memory]
     tensors = {
         f"memory.{layer}": torch.cat([memory[layer].detach().cpu() for memory in memories]) for layer in now.memory
     }
     tensors["skipped"] = whole_counts(
-        torch.stack([torch.cat([memory._skipped[layer].cpu() for memory in memories]) for layer in now.memory])
+        torch.stack([torch.cat([memory.counter(layer).cpu() for memory in memories]) for layer in now.memory])
     )
     cache = now.window() if with_cache else None
     if cache is not None and any(type(layer) not in _SAVED_LAYERS for layer in cache.layers):
         cache = None  # it is computed again
     content = {
-        "identity": identity_of(session.model).fingerprints(),
-        "settings": {
-            "system": session.system,
-            "context_turns": session.limits.turns,
-            "context_tokens": session.limits.tokens,
-            "template": session.template,
-            "generation": session.generation,
-            "remembers": session.remembers,
-        },
+        "identity": identity_of(model).fingerprints(),
+        "settings": {**kept.settings, "remembers": kept.remembers},
         "messages": [dict(message) for message in now.messages],
         "context": {
             "preamble": _block_to_json(now.preamble),
@@ -123,23 +144,21 @@ def contents(session: MemorySession, *, with_cache: bool) -> tuple[dict[str, Any
 
 
 def load(
-    kind: type[MemorySession],
     directory: str | os.PathLike,
     model: nn.Module,
-    tokenizer,
     *,
-    template: Mapping[str, Any] | None = None,
-    generation: Mapping[str, Any] | None = None,
-    adopt: bool = False,
-) -> MemorySession:
-    """Read a session; see ``MemorySession.load``."""
+    template: Mapping[str, Any] | None,
+    generation: Mapping[str, Any] | None,
+    adopt: bool,
+) -> tuple[Content, dict[str, int]]:
+    """Read a session, to go on with on ``model``, and what ``save`` calls ``known``; see ``MemorySession.load``."""
     directory = as_path(directory, "directory")
     identity = identity_of(model)
     given = {"template": template, "generation": generation}
     own = {name: value for name, value in given.items() if value is not None}
 
-    def make(manifest: dict[str, Any], files: dict[str, bytes]) -> MemorySession:
-        path = snapshots.as_directory(directory) / snapshots.MANIFEST
+    def make(manifest: dict[str, Any], files: dict[str, bytes]) -> tuple[Content, dict[str, int]]:
+        path = directory / snapshots.MANIFEST
         content = {name: manifest[name] for name in manifest.keys() - snapshots.HEAD}
         if isinstance(content.get("settings"), dict):
             content["settings"] |= {name: {} for name in own}
@@ -164,11 +183,7 @@ def load(
         now = _now(model, identity, content, tensors, data_path)
         settings = content["settings"] | own
         remembers = settings.pop("remembers")
-        session = kind(model, tokenizer, **settings)
-        session._now = now
-        session._remembers = remembers
-        session._known = {manifest["sha256"]: manifest["generation"]}
-        return session
+        return Content(now, settings, remembers), {manifest["sha256"]: manifest["generation"]}
 
     return snapshots.read(directory, FORMAT, FORMAT_VERSION, make)
 
@@ -237,7 +252,7 @@ def _memories(identity, frozen: list[bool], tensors: dict[str, torch.Tensor], pa
 def _cache(model: nn.Module, identity, kinds: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) -> Cache | None:
     """The saved cache; None where this model would hold another kind (dtype, sliding windows): it is built anew."""
     cache = new_cache(model)
-    _replace_layers(cache, identity)
+    replace_layers(cache, identity)
     layers = decoder_of(unwrap(model)).layers
     if len(kinds) != len(cache.layers):
         return None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..arguments import shown
+from ..text.encode import is_text_part
 from ..text.settings import Error, check_generation, check_json, check_template
 
 _FIELDS = ("identity", "settings", "messages", "context", "frozen")
@@ -86,16 +87,12 @@ def _check_message(check: _Check, field: str, message: Any) -> None:
     check.that(isinstance(message, dict), field, message, "an object")
     role, content, thought = (message.get(name) for name in ("role", "content", "reasoning_content"))
     check.that(role in _ROLES if isinstance(role, str) else False, f"{field}.role", role, ", ".join(_ROLES))
-    parts = isinstance(content, list) and all(_is_text_part(part) for part in content)
+    parts = isinstance(content, list) and all(map(is_text_part, content))
     check.that(
         content is None or isinstance(content, str) or parts, f"{field}.content", content, "a text or a list of texts"
     )
     check.that(thought is None or isinstance(thought, str), f"{field}.reasoning_content", thought, "a text")
     check_json(message, f"{check.where}: {field}", check.error)
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _check_context(check: _Check, context: Any, vocabulary: int, segmented: bool) -> None:

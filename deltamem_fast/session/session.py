@@ -20,15 +20,15 @@ from ..arguments import MOST_64, check_integer, check_text
 from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..memory.operators import WriteResult, forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
-from ..text.answering import answer_options, check_reserved
-from ..text.encode import plain_messages
-from ..text.settings import check_mapping, check_values, checked_template
-from .blocks import Message, Renderer
-from .forgetting import Forgotten, places_of, strings_of, without_text
+from ..text.answering import answer_options
+from ..text.encode import Message
+from ..text.settings import checked_template
+from . import saving
+from .asked import check_encodable, checked_messages, checked_options
+from .blocks import Renderer
+from .forgetting import Forgotten, forgotten
 from .turns import Limits, Now, have_turn
-from .window import Mark, Turn
-
-_ROLES = ("user", "tool")
+from .window import Mark
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class MemorySession:
         if not getattr(tokenizer, "is_fast", False):
             raise ArgumentError(f"tokenizer: got {type(tokenizer).__name__}, allowed a fast tokenizer")
         if memory is not None:
-            identity.check(memory._identity)
+            identity.check(memory.identity)
         check_text(system, "system")
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
         self.limit_context(context_turns, context_tokens)
         self.template = checked_template({} if template is None else template, "the session")
-        self.generation = _checked_options({} if generation is None else generation, "generation")
+        self.generation = checked_options({} if generation is None else generation, "generation")
         self._renderer = Renderer(tokenizer, system, identity.config.memory_write_granularity, self.template)
         self._now = Now(MemoryState.zeros(model) if memory is None else memory.clone())
         self._remembers = True
@@ -198,8 +198,8 @@ class MemorySession:
             ValueError, TypeError: naming the argument, before anything happens.
             RuntimeError: another turn is under way.
         """
-        said = _checked_messages(text)
-        _check_encodable({"text": said, "system": self.system})
+        said = checked_messages(text)
+        check_encodable({"text": said, "system": self.system})
         options = self._generate_options(options)
         return self._send(said, on_thinking, options)
 
@@ -227,7 +227,7 @@ class MemorySession:
                     before.window()  # what the broken turn left in the cache goes
 
     def _generate_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        found = {**self.generation, **_checked_options(options, "options")}
+        found = {**self.generation, **checked_options(options, "options")}
         return answer_options(self.model, self.tokenizer, found)
 
     @contextlib.contextmanager
@@ -292,6 +292,12 @@ class MemorySession:
             check_integer(value, name, 1, MOST_64, or_none=True)
         self._limits = Limits(turns, tokens)
 
+    def anew(self) -> MemorySession:
+        """A new session of the same settings, with an empty memory; it may replace the files that this one may."""
+        new: MemorySession = MemorySession(self.model, self.tokenizer, **self._settings())
+        new._remembers, new._known = self._remembers, self._known
+        return new
+
     # --- the memory's operators
 
     def ingest(self, text: str | Sequence[Message], **options: Any) -> WriteResult:
@@ -319,37 +325,23 @@ class MemorySession:
         Returns:
             What changed, and where all words of the text still stand.
         """
+        settings = {"system": self.system, "template": self.template, "generation": self.generation}
         with self._alone():
-            now = self._now
-
-            def without(memory: MemoryState) -> tuple[MemoryState, WriteResult]:
-                memory = memory.clone()
-                return memory, forget(self.model, self.tokenizer, memory, text, strength=strength)
-
-            def turn_without(turn: Turn) -> Turn:
-                before = turn.before.clone()
-                before.frozen = False  # whether it may be written, the memory of now says
-                before, _ = without(before)
-                before.frozen = turn.before.frozen
-                return replace(turn, before=before)
-
-            memory, result = without(now.memory)
-            turns = tuple(map(turn_without, now.turns))
-            now = replace(now, memory=memory, turns=turns, cache=None, mark=None)
-            changed = 0
-            if messages:
-                now, changed = without_text(now, text)
-            self._now = now
-            settings = {"system": self.system, "template": self.template, "generation": self.generation}
-            remains = places_of({"messages": now.messages} | settings, text)
-            return Forgotten(result, messages=changed, turns=len(turns) - len(now.turns), remains=remains)
+            self._now, result = forgotten(
+                self._now,
+                text,
+                lambda memory: forget(self.model, self.tokenizer, memory, text, strength=strength),
+                settings,
+                messages=messages,
+            )
+            return result
 
     def retrieve(self, question: str | Sequence[Message], **options: Any) -> str:
         """An answer from the memory alone; nothing is written, and the conversation does not go on.
 
         See ``operators.retrieve``.
         """
-        options = {**self.generation, **_checked_options(options, "options")}
+        options = {**self.generation, **checked_options(options, "options")}
         return retrieve(self.model, self.tokenizer, self._now.memory, question, template=self.template, **options)
 
     def _change(self, write: Callable[[MemoryState], WriteResult]) -> WriteResult:
@@ -381,10 +373,24 @@ class MemorySession:
                 or template that chooses code), or files there that are not a session's, or a newer version's.
             OSError: it cannot be written; the earlier snapshot stands.
         """
-        from .saving import save
-
         with self._alone():
-            return save(self, directory, with_cache=cache, overwrite=overwrite)
+            kept = self._content()
+            return saving.save(
+                self.model, kept, directory, with_cache=cache, known=self._known, overwrite=overwrite
+            )  # fmt: skip
+
+    def _content(self) -> saving.Content:
+        return saving.Content(self._now, self._settings(), self._remembers)
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that make such a session."""
+        return {
+            "system": self.system,
+            "context_turns": self.limits.turns,
+            "context_tokens": self.limits.tokens,
+            "template": self.template,
+            "generation": self.generation,
+        }
 
     @classmethod
     def load(
@@ -400,7 +406,7 @@ class MemorySession:
         """Read a session that ``save`` wrote.
 
         A file decides nothing but values: which settings of generation it may hold is listed in
-        ``session.settings.GENERATION``, and a chat template, or anything that loads code, is refused.
+        ``text.settings.GENERATION``, and a chat template, or anything that loads code, is refused.
 
         Args:
             template, generation: in place of those that were saved.
@@ -412,11 +418,12 @@ class MemorySession:
             ValueError: damaged, of a newer format, with settings that no file may hold, or made under another adapter
                 or backbone; the message names the file.
         """
-        from .saving import load
-
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model: got {type(model).__name__}, allowed a patched model")
-        return load(cls, directory, model, tokenizer, template=template, generation=generation, adopt=adopt)
+        kept, known = saving.load(directory, model, template=template, generation=generation, adopt=adopt)
+        session = cls(model, tokenizer, **kept.settings)
+        session._now, session._remembers, session._known = kept.now, kept.remembers, known
+        return session
 
 
 def _in_context(context: contextvars.Context, generator: Iterator) -> Iterator:
@@ -426,35 +433,3 @@ def _in_context(context: contextvars.Context, generator: Iterator) -> Iterator:
             yield item
     finally:
         context.run(generator.close)
-
-
-def _checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    check_mapping(options, name)
-    check_reserved(options, name, "the session")
-    check_values(options, name)
-    return dict(options)
-
-
-def _check_encodable(texts: Mapping[str, Any]) -> None:
-    for place, value in strings_of(texts):
-        check_text(value, place)
-
-
-def _checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...]:
-    check_text(text, "text")
-    if isinstance(text, str):
-        if not text.strip():
-            raise ArgumentError("text: got nothing but white space, allowed something to say")
-        return ({"role": "user", "content": text},)
-    if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
-        raise ArgumentTypeError(f"text: got {type(text).__name__}, allowed a str or a list of messages")
-    if not text:
-        raise ArgumentError("text: got no message, allowed one or more")
-    for place, message in enumerate(text):
-        if message.get("role") not in _ROLES:
-            raise ArgumentError(f"text[{place}]: got role {message.get('role')!r}, allowed {', '.join(_ROLES)}")
-    messages = plain_messages(text)
-    try:  # the caller may go on with its lists, of tool calls or documents
-        return tuple(copy.deepcopy(messages))
-    except Exception as error:  # of whatever class it is that cannot be copied
-        raise ArgumentTypeError(f"text: holds something that cannot be copied: {error}") from error

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..adapter.record import input_device, is_disabled, unwrap
+from ..adapter.record import is_disabled
+from ..adapter.wrappers import input_device, unwrap
 from ..memory.state import MemoryState
 from ..model.cache import is_outdated
 from ..text.answering import warn_if_cut_off
-from ..text.encode import check_known
+from ..text.encode import Message, check_known
 from ..text.thinking import TextStream, stream_tokens
-from .blocks import NEXT, NOTHING, Block, Chat, Message, Renderer, joined_ids, joined_segments
+from .blocks import NEXT, NOTHING, Block, Chat, Renderer, joined_ids, joined_segments
 from .window import Mark, Turn, build, feed, feed_preamble, new_cache
 
 

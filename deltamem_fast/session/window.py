@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..adapter.record import decoder_of, input_device, is_disabled, record_of, unwrap
+from ..adapter.record import is_disabled, record_of
+from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..memory.state import MemoryState
 from ..model.cache import rewound
-from .blocks import Block, Message
+from ..text.encode import Message
+from .blocks import Block
 
 
 @dataclass(frozen=True)

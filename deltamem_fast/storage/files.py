@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import io
 import json
 import math
 import os
@@ -13,11 +11,10 @@ import re
 import secrets
 import shutil
 import stat
-import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import (
     ArgumentError,
@@ -29,26 +26,15 @@ from ..errors import (
     WrongPathKindError,
     file_error,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-if TYPE_CHECKING:
-    import torch
+from .locks import HAS_LOCKS, lock_at_once
 
 MOST_JSON_BYTES = 2**28
-_MOST_HEADER_BYTES = 100_000_000  # of a safetensors file, as its library has it
 _OLD = 24 * 3600.0  # seconds after which a leftover is one, where no lock tells
 _TEMPORARY = ".tmp"
 _LONGEST = 200  # characters of a file's name that its temporary directory has
 # A directory has 16 hexadecimal digits in its name; files, of versions before, 8 characters of tempfile.mkstemp.
 _LEFTOVER = re.compile(r"\.(.+)\.(?:([0-9a-f]{16})|[a-z0-9_]{8})\.tmp", re.DOTALL)
 _SHOWN = 120  # characters of a path that is too long
-
-# A tensor in a file's header: its dtype as safetensors names it, and its shape.
-Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def as_path(path: str | os.PathLike, name: str, *, expand: bool = True) -> Path:
@@ -116,7 +102,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None], *, 
             mode = stat.S_IMODE(os.stat(temporary).st_mode)
             write(temporary)
             if target.exists():
-                mode = _take_over(temporary, os.stat(target))
+                mode = give_to_owner_of(os.stat(target), temporary)
             os.chmod(temporary, mode)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -125,17 +111,19 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None], *, 
     return path
 
 
-def _take_over(path: Path, old: os.stat_result) -> int:
-    """Give ``path`` the owner and group of the file that it replaces; returns the mode that it may have then."""
-    made, mode = os.stat(path), stat.S_IMODE(old.st_mode)
-    if hasattr(os, "chown") and made.st_gid != old.st_gid:
-        try:
-            os.chown(path, -1, old.st_gid)
-        except OSError:  # not a group of this user's: what was the old group's is no right of the new one
+def give_to_owner_of(other: os.stat_result, file: Path | int) -> int:
+    """Give a file the owner and group of another, as far as this user may; returns the mode that it may have then.
+
+    That is the other's mode, without its group's rights where the file belongs to a group that they were not meant for.
+    """
+    own, mode = os.stat(file), stat.S_IMODE(other.st_mode)
+    if hasattr(os, "chown") and (other.st_uid, other.st_gid) != (own.st_uid, own.st_gid):
+        for owner in (other.st_uid, -1):  # root may give a file to its user, others to a group of theirs
+            with contextlib.suppress(OSError):
+                os.chown(file, owner, other.st_gid)
+                break
+        else:
             mode &= ~stat.S_IRWXG
-    if hasattr(os, "chown") and made.st_uid != old.st_uid:
-        with contextlib.suppress(OSError):  # root writes a user's file: it stays the user's
-            os.chown(path, old.st_uid, -1)
     return mode
 
 
@@ -193,26 +181,26 @@ def is_leftover(path: Path, names: str) -> bool:
 
 def remove_leftover(path: Path) -> None:
     """Remove what a killed ``write_atomically`` has left, unless its writer lives (BlockingIOError)."""
-    if not path.is_dir() or path.is_symlink() or fcntl is None:
+    if not path.is_dir() or path.is_symlink() or not HAS_LOCKS:
         # A file: of versions that wrote without a folder.
         if time.time() - path.lstat().st_mtime > _OLD:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return
     lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_at_once(lock)
         shutil.rmtree(path)
     finally:
         os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    if fcntl is None:
+    if not HAS_LOCKS:
         return None
     with contextlib.suppress(FileNotFoundError):
         lock = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_at_once(lock)
             return lock
         except BlockingIOError:  # a sweeper was quicker, and is about to remove it
             os.close(lock)
@@ -317,7 +305,7 @@ def parse_json(data: bytes | str, path: str | os.PathLike, name: str = "") -> di
     where = f"{name}: {path}" if name else f"{path}"
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
-        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_object)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=unique_keys)
     except RecursionError:
         raise FileFormatError(f"{where}: not JSON: nested too deeply") from None
     except ValueError as error:
@@ -338,139 +326,14 @@ def _finite(text: str) -> float:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """For ``json.loads``: an object from its pairs; raises ValueError for a key that stands there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"a key comes twice in an object of {', '.join(sorted(found)[:8])!r:.200}")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"key {twice!r:.80} stands there twice, allowed once")
     return found
-
-
-def read_tensors(
-    path: str | os.PathLike, name: str, check: Callable[[dict[str, str], Header], None] | None = None
-) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Metadata and tensors, on the CPU, of a safetensors file; the tensors are this process's own, not mapped.
-
-    Args:
-        name: the argument that an error names.
-        check: is given the metadata and every tensor's dtype and shape before the tensors are read; raises.
-
-    Raises:
-        FileMissingError, FileAccessError: see ``read_bytes``.
-        FileFormatError: not a safetensors file, or cut short.
-    """
-    with opened(path, name) as file:
-        return _read_tensors(file, os.fstat(file.fileno()).st_size, path, name, check)
-
-
-def parse_tensors(
-    data: bytes,
-    path: str | os.PathLike,
-    name: str,
-    check: Callable[[dict[str, str], Header], None] | None = None,
-) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """As ``read_tensors``, of the bytes of the file ``path``."""
-    return _read_tensors(io.BytesIO(data), len(data), path, name, check)
-
-
-def read_metadata(path: str | os.PathLike, name: str) -> dict[str, str]:
-    """The metadata of a safetensors file, without reading its tensors; errors as ``read_tensors``."""
-    with opened(path, name) as file:
-        metadata, _, _ = _read_header(file, os.fstat(file.fileno()).st_size, path, name)
-    return metadata
-
-
-def _read_tensors(file: IO[bytes], size: int, path, name: str, check) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    metadata, header, head = _read_header(file, size, path, name)
-    if check is not None:
-        check(metadata, header)
-    file.seek(0)
-    data = file.read(size)
-    if not data.startswith(head):  # overwritten in between: what was checked is not what was read
-        raise FileFormatError(f"{name}: {path}: was changed while it was read")
-    return metadata, _tensors(data, path, name)
-
-
-def _read_header(file: IO[bytes], size: int, path, name: str) -> tuple[dict[str, str], Header, bytes]:
-    """Metadata, each tensor's dtype and shape, and the bytes that say so, of a file of ``size`` bytes."""
-    start = file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-    if not length <= min(size - 8, _MOST_HEADER_BYTES):
-        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
-    head = file.read(length)
-    metadata, header, end = _parse_header(head, path, name)
-    if size != 8 + length + end:  # a hole of any size costs its maker nothing
-        raise FileFormatError(
-            f"{name}: {path}: not a safetensors file, or cut short: has {size:,} bytes, its header says "
-            f"{8 + length + end:,}"
-        )
-    return metadata, header, start + head
-
-
-def _parse_header(data: bytes, path: str | os.PathLike, name: str) -> tuple[dict[str, str], Header, int]:
-    """Metadata, each tensor's dtype and shape, and how many bytes follow the header."""
-    entries = parse_json(data, path, name)
-    metadata = entries.pop("__metadata__", None) or {}
-    text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    found, end = {}, 0
-    for key, entry in entries.items():
-        dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
-        sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        offsets = entry.get("data_offsets") if sizes else None
-        placed = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
-        if not isinstance(dtype, str) or not placed or not text:
-            raise FileFormatError(f"{name}: {path}: not a safetensors file: entry {key!r}")
-        found[key] = (dtype, tuple(shape))
-        end = max(end, offsets[1])
-    return metadata, found, end
-
-
-def _tensors(data: bytes, path: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load
-
-    try:
-        return load(data)
-    except Exception as error:  # SafetensorError, or KeyError for a dtype that this torch does not have
-        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
-
-
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """safetensors' ``save_file`` (for ``write_atomically``), whose I/O errors become the OSErrors that they are."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(dict(tensors), path, dict(metadata))
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-
-
-# --- checksums
-
-
-def seal(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over metadata (but its own entry, ``sha256``) and tensors, by name: dtype, shape, bytes."""
-    import torch
-
-    digest = hashlib.sha256()
-    for key, value in sorted(metadata.items()):
-        if key != "sha256":
-            digest.update(json.dumps([key, value]).encode())
-    for key, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))
-    return digest.hexdigest()
-
-
-def check_seal(
-    path: str | os.PathLike, name: str, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Raise FileFormatError unless the metadata's ``sha256`` is what ``seal`` gives."""
-    if metadata.get("sha256") != seal(metadata, tensors):
-        raise FileFormatError(f"{name}: {path}: damaged: its content is not what was written (sha256)")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -8,7 +8,6 @@ of each data file and, from format version 2 on, one of itself. Standard library
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -22,7 +21,6 @@ from typing import Any, TypeVar
 
 from ..errors import (
     ArgumentError,
-    ArgumentTypeError,
     ConflictError,
     FileFormatError,
     FileMissingError,
@@ -32,6 +30,8 @@ from ..errors import (
 )
 from .files import (
     MOST_JSON_BYTES,
+    as_path,
+    give_to_owner_of,
     is_leftover,
     json_bytes,
     make_directory,
@@ -41,11 +41,7 @@ from .files import (
     remove_leftover,
     write_atomically,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from .locks import HAS_LOCKS, lock_until, unlock
 
 MANIFEST = "session.json"
 SUFFIX = ".safetensors"
@@ -135,7 +131,7 @@ def read(
         FileMissingError: no snapshot there.
         FileFormatError (a ValueError): of another or a newer format, or damaged; the message names the file.
     """
-    directory = as_directory(directory)
+    directory = as_path(directory, "directory")
     for _ in range(_TRIES):
         data = _manifest(directory)
         try:
@@ -154,31 +150,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def as_directory(directory: str | os.PathLike) -> Path:
-    """``directory`` as a Path.
-
-    Raises:
-        TypeError, ValueError: it is no path.
-    """
-    try:
-        path = Path(directory)
-    except TypeError:
-        raise ArgumentTypeError(f"directory: got {type(directory).__name__}, allowed a path") from None
-    try:
-        if b"\0" in os.fsencode(path):
-            raise ArgumentError(f"directory: got {str(path)!r}, allowed a path, without NUL")
-    except UnicodeEncodeError:
-        raise ArgumentError(f"directory: got {str(path)!r}, which is no path on this system") from None
-    return path
-
-
 def as_target(directory: str | os.PathLike) -> Path:
     """``directory`` as the Path of a directory, or of nothing yet.
 
     Raises:
         TypeError, ValueError: it is no path, or a file.
     """
-    path = as_directory(directory)
+    path = as_path(directory, "directory")
     with naming_files("directory", path):
         if path.exists() and not path.is_dir():
             raise ArgumentError(f"directory: got {path}, which is a file; allowed a directory")
@@ -317,20 +295,13 @@ def _check_not_foreign(path: Path, data: bytes, format_name: str, format_version
         )
 
 
-def _as_open_as(manifest: Path, file: Path | int, mode_from: Callable[[int], int] = stat.S_IMODE) -> None:
+def _as_open_as(manifest: Path, file: Path | int, mode_from: Callable[[int], int] = int) -> None:
     """Give a file the owner and group of its manifest, and the mode that ``mode_from`` makes of the manifest's."""
     with contextlib.suppress(FileNotFoundError):
         found, own = os.stat(manifest), os.stat(file)
-        mode = mode_from(found.st_mode)
         if own.st_nlink > 1:  # it stands elsewhere, too
             return
-        if hasattr(os, "chown") and (found.st_uid, found.st_gid) != (own.st_uid, own.st_gid):
-            for owner in (found.st_uid, -1):  # root may give a file to its user, others to a group of theirs
-                with contextlib.suppress(OSError):
-                    os.chown(file, owner, found.st_gid)
-                    break
-            else:
-                mode &= ~0o070  # its group is one that nothing was granted to
+        mode = mode_from(give_to_owner_of(found, file))
         if mode != stat.S_IMODE(own.st_mode):
             os.chmod(file, mode)
 
@@ -377,7 +348,7 @@ def _only_writer(directory: Path) -> Iterator[bool]:
     Raises:
         WaitedTooLongError: another one is writing all the time.
     """
-    if fcntl is None:  # Windows
+    if not HAS_LOCKS:
         yield False
         return
     path = directory / ".lock"
@@ -389,29 +360,14 @@ def _only_writer(directory: Path) -> Iterator[bool]:
             raise WrongPathKindError(f"directory: {path}: not a file")
         with contextlib.suppress(PermissionError):  # it is another user's
             _as_open_as(directory / MANIFEST, lock, _lock_mode)
-        alone = _locked(lock, path)
+        try:
+            alone = lock_until(time.monotonic() + _PATIENCE, lock, 0.005)
+        except BlockingIOError:
+            raise WaitedTooLongError(f"directory: {path}: others wrote for {_PATIENCE:g} s") from None
         try:
             yield alone
         finally:
             if alone:
-                # Closing alone would leave it locked for as long as a child lives that was forked meanwhile.
-                fcntl.flock(lock, fcntl.LOCK_UN)
+                unlock(lock)
     finally:
         os.close(lock)
-
-
-def _locked(lock: int, path: Path) -> bool:
-    """Lock a file that is open, waiting for others; False on a file system without locks."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise WaitedTooLongError(f"directory: {path}: others wrote for {_PATIENCE:g} s") from None
-            time.sleep(0.005)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            return False

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig
 
-from ..adapter.record import unwrap
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError, ArgumentTypeError
 from ..notices import logger
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..adapter.record import unwrap
+from ..adapter.wrappers import unwrap
 from ..arguments import check_text
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError
-from .segments import _tokenize, refused_by_template, segment_ids_from_messages, sentence_spans
+from .segments import refused_by_template, segment_ids_from_messages, sentence_spans, tokenize
 
 Message = Mapping[str, Any]
 
@@ -66,12 +66,17 @@ def plain_content(content: Any, name: str) -> str:
             f"{name}: got content of type {type(content).__name__}, allowed a str or a list of parts"
         )
     for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if not is_text_part(part):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise ArgumentError(
                 f'{name}: got a content part of type {kind!r:.80}, allowed {{"type": "text", "text": "…"}} only'
             )
     return "\n".join(part["text"] for part in content)
+
+
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a message's content is ``{"type": "text", "text": "…"}``."""
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def vocabulary_size(model) -> int:
@@ -146,7 +151,7 @@ def chat_ids(
 def _encode_plain(tokenizer, text: str, config: DeltaMemConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not config.segmented:
         return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.int64, device="cpu"), None
-    ids, starts = _tokenize(tokenizer, text)
+    ids, starts = tokenize(tokenizer, text)
     by_sentence = config.memory_write_granularity == "sentence_mean"
     firsts = [start for start, _ in sentence_spans(text)] if by_sentence else [0]
     owners = [bisect_right(firsts, start) - 1 for start in starts]

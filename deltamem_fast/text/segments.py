@@ -154,7 +154,7 @@ def segment_ids_under(
 
     with refused_by_template("messages"):
         text = render(messages, add_generation_prompt)
-    input_ids, starts = _tokenize(tokenizer, text)
+    input_ids, starts = tokenize(tokenizer, text)
     expected = tokenizer.apply_chat_template(
         messages,
         add_generation_prompt=add_generation_prompt,
@@ -246,7 +246,8 @@ def _is_text_part(part) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _tokenize(tokenizer, text: str) -> tuple[list[int], list[int]]:
+def tokenize(tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of a text, and where in it each token begins, in characters; for a fast tokenizer."""
     encoding = tokenizer(text, add_special_tokens=False, padding=False, truncation=False, return_offsets_mapping=True)
     # A token without characters of its own has the offsets (0, 0): it goes with the token before it.
     # A word's leading space is part of its token in many vocabularies, but of the sentence before in the text:

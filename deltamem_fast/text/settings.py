@@ -1,4 +1,4 @@
-"""Which settings of a session may be saved, and taken from a file: those that choose tokens, not code or files.
+"""Settings of ``generate`` and of a chat template that a file may hold: those that choose tokens, not code or files.
 
 ``model.generate`` takes arguments that load code (``custom_generate``, ``trust_remote_code``, and those that it sends
 to a repository: ``penalty_alpha``, ``dola_layers``, …), and a chat template is a program. None of them is ever saved,
@@ -151,7 +151,7 @@ def check_generation(generation: Mapping[str, Any], where: str, vocabulary: int,
         if kind is None:
             raise error(
                 f"{where}: {shown(name)}: cannot be saved or loaded with a session; allowed settings that choose "
-                "tokens, such as max_new_tokens, temperature and stop_strings (session.settings.GENERATION)"
+                "tokens, such as max_new_tokens, temperature and stop_strings (text.settings.GENERATION)"
             )
         if value is not None and not kind.holds(value, vocabulary):
             raise error(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")

@@ -37,7 +37,7 @@ _LATER = {
     "DeltaMemTrainer": "trainer",
     "EpisodeModel": "trainer",
     "TrainingResult": "run",
-    "draw_curves": "curves",
+    "draw_curves": "log",
     "read_log": "log",
     "train": "run",
 }

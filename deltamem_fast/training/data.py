@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArgumentError, FileFormatError
-from ..storage.files import as_path, opened
-from ..text.encode import plain_content, says_something
+from ..storage.files import as_path, opened, unique_keys
+from ..text.encode import is_text_part, plain_content, says_something
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
@@ -125,7 +125,7 @@ def parse_line(raw: bytes, where: str, visible_turns: int = 1) -> list[Example]:
         ValueError: beginning with ``where``: what is wrong, and what is allowed.
     """
     try:
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_keys)
         if not isinstance(value, dict):
             raise ArgumentError(f"got a JSON {type(value).__name__}, allowed an object")
         if "messages" in value:
@@ -141,14 +141,6 @@ def parse_line(raw: bytes, where: str, visible_turns: int = 1) -> list[Example]:
         raise FileFormatError(f"{where}: not JSON that can be read: nested too deeply") from error
     except ValueError as error:
         raise FileFormatError(f"{where}: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ArgumentError(f"key {next(n for n in names if names.count(n) > 1)!r} stands there twice, allowed once")
-    return value
 
 
 def _from_chat(value: dict, where: str, visible_turns: int) -> list[Example]:
@@ -223,9 +215,7 @@ def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
 
 
 def _is_content(content) -> bool:
-    if isinstance(content, list):
-        return all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
-    return isinstance(content, str)
+    return isinstance(content, str) or (isinstance(content, list) and all(map(is_text_part, content)))
 
 
 def _answer(message: dict, name: str) -> dict:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from torch.utils.data import Subset
+
 from ..errors import ArgumentError
 from .data import Example
 from .episode import Episode
@@ -50,19 +52,6 @@ class Checked:
             f"{len(self.examples):,} examples{empty}; {self.write_tokens:,} tokens to write, {self.read_tokens:,} to "
             f"read{left_out}"
         )
-
-
-class Chosen(Sequence):
-    """Some of a sequence's items, by their places."""
-
-    def __init__(self, items: Sequence, places: list[int]):
-        self.items, self.places = items, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int):
-        return self.items[self.places[index]]
 
 
 def check_lengths(
@@ -112,7 +101,7 @@ def check_lengths(
         read_tokens += len(episodes[0].read_ids)
     if found and (over_long == "error" or not kept):
         raise ArgumentError(_refusal(found, len(examples)))
-    return Checked(Chosen(examples, kept), found, empty, write_tokens, read_tokens)
+    return Checked(Subset(examples, kept), found, empty, write_tokens, read_tokens)
 
 
 def writes_something(episode: Episode) -> bool:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapter.record import decoder_of, identity_of, unwrap
+from ..adapter.record import identity_of
+from ..adapter.wrappers import decoder_of, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..memory.watch import GateRecord, record_gates

@@ -16,7 +16,8 @@ from torch import nn
 from ..adapter.card import short_names
 from ..adapter.files import AdapterSource, load_adapter, read_adapter
 from ..adapter.fingerprints import backbone_name, hub_id
-from ..adapter.record import is_patched, unwrap
+from ..adapter.record import is_patched
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..model.patch import patch_model
 from ..notices import logger
@@ -24,11 +25,10 @@ from ..storage.files import write_text
 from .callbacks import ProgressCallback, StopCallback, StopRequest, checking
 from .card import CARD_NAME, model_card
 from .checkpoints import RUN_NAME, Run, checkpoint_to_resume, checkpoints_in, step_of
-from .curves import CURVES_NAME, draw_curves
 from .data import ExampleFiles
 from .episode import EpisodeSchedule, build_episode
 from .lengths import Checked, check_lengths
-from .log import LOG_NAME, TrainingLog
+from .log import CURVES_NAME, LOG_NAME, TrainingLog, draw_curves
 from .options import TrainingOptions
 from .setup import prepare_for_training
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..adapter.layer import DeltaMemory
-from ..adapter.record import PatchRecord, record_of, unwrap
+from ..adapter.record import PatchRecord, record_of
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..model.patch import computing_dtype
 
@@ -35,7 +36,7 @@ def prepare_for_training(model: nn.Module) -> nn.Module:
             memory.weights.unpack()
             _cast(memory, torch.float32)
             for name in memory.used_names:
-                memory._parameters[name].requires_grad_(True)
+                memory.get_parameter(name).requires_grad_(True)
     return model.train()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,17 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..adapter.files import adapter_state_dict, write_adapter
-from ..adapter.record import identity_of, unwrap
+from ..adapter.record import identity_of
+from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..memory.watch import GateRecord
 from .callbacks import FiniteCallback
 from .checkpoints import mark_whole, unmark
 from .data import Example
-from .episode import Episode, collate_arguments
+from .episode import KINDS, Episode, collate_arguments
 from .log import TrainingLog
 from .loss import EpisodeBatch, answer_losses, episode_loss, write_memory
-from .meter import Meter
 from .options import TrainingOptions
 
 
@@ -71,6 +72,58 @@ def gate_values(gates: GateRecord) -> dict[str, torch.Tensor]:
     """In the layers' order, float32 [layers]: mean β of the written tokens, and the share of saturated gates."""
     found = {"mean_beta": gates.mean_beta(), "saturated": gates.saturated()}
     return {name: torch.stack([v.detach() for v in values.values()]) for name, values in found.items()}
+
+
+class Meter:
+    """Sums on the device what a step's forwards found; ``take`` adds up the devices and starts anew.
+
+    Args:
+        layers: how many layers have a memory.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, layers: int, device: torch.device):
+        self.layers = layers
+        # forwards, penalty, tokens written, tokens read; losses and answer tokens by kind; β and saturation by layer.
+        self.sums = torch.zeros(4 + 2 * len(KINDS) + 2 * layers, device=device, dtype=torch.float64)
+        self.since: float | None = None
+
+    def begin(self) -> None:
+        """A forward begins: time runs from a step's first one, so that saving and evaluating do not count."""
+        if self.since is None:
+            self.since = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, found: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], kinds: torch.Tensor) -> None:
+        """Count one forward: what ``EpisodeModel`` returned, its batch, and each row's place in ``KINDS``."""
+        written = batch["write_mask"].sum()
+        by_kind = torch.zeros(2, len(KINDS), device=self.sums.device, dtype=torch.float64)
+        by_kind[0].index_add_(0, kinds, found["row_losses"].double())
+        by_kind[1].index_add_(0, kinds, found["row_tokens"].double())
+        head = torch.stack(
+            [torch.ones_like(found["penalty"]), found["penalty"], written, batch["read_mask"].sum()]
+        ).double()
+        gates = torch.cat([found["mean_beta"], found["saturated"]]).double() * written
+        self.sums += torch.cat([head, by_kind.flatten(), gates])
+
+    def take(self, accelerator, gate_weight: float) -> dict:
+        """The step's entry for the log; every process has to call it."""
+        sums = accelerator.reduce(self.sums, "sum").tolist()
+        self.sums.zero_()
+        seconds, self.since = time.perf_counter() - self.since, None
+        forwards, penalty, written, read = sums[:4]
+        kinds, gates = sums[4 : 4 + 2 * len(KINDS)], sums[4 + 2 * len(KINDS) :]
+        losses, counts = kinds[: len(KINDS)], kinds[len(KINDS) :]
+        answer_loss, penalty = sum(losses) / sum(counts), penalty / forwards
+        entry = {"loss": answer_loss + gate_weight * penalty, "answer_loss": answer_loss, "penalty": penalty}
+        for kind, loss, count in list(zip(KINDS, losses, counts))[1:]:
+            if count:
+                entry[f"{kind}_loss"] = loss / count
+        entry["mean_beta"] = [value / max(written, 1) for value in gates[: self.layers]]
+        entry["saturated"] = [value / max(written, 1) for value in gates[self.layers :]]
+        entry["tokens"] = int(written + read)
+        entry["tokens_per_second"] = round((written + read) / seconds, 1)
+        return entry
 
 
 class EpisodeList(Dataset):

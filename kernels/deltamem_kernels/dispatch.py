@@ -1,4 +1,7 @@
-"""Which implementation runs: Triton on a GPU, numba on a CPU if installed, else the reference."""
+"""Which implementation runs: Triton on a GPU, numba on a CPU if installed, else the reference.
+
+Each backend has a module ``ops`` with all ``Operators``; ``operations`` finds it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,66 @@ import importlib.util
 import logging
 import os
 from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .errors import ArgumentError, MissingPackageError
+from .layout import HeadLayout, Steering
+from .rule import DeltaRule, ScanOutput
 
 BACKENDS = ("auto", "triton", "numba", "reference")
 logger = logging.getLogger("deltamem_fast")
-_loaded: dict[tuple[str, str], ModuleType] = {}
-_loaded_heads: dict[tuple[str, str], ModuleType] = {}
+loaded: dict[tuple[str, str], ModuleType] = {}
 _said: set[str] = set()
+
+
+class Operators(Protocol):
+    """What every backend's ``ops`` has; ``reference.recurrence`` and ``reference.heads`` say what each computes.
+
+    A backend's own parameters beside these are keywords with a default.
+    """
+
+    def scan(
+        projections: Tensor, gate_bias: Tensor, state: Tensor | None, rule: DeltaRule, *,
+        mask: Tensor | None = None, cu_seqlens: Tensor | None = None, slots: Tensor | None = None,
+        checkpoint_every: int = 0,
+    ) -> ScanOutput: ...  # fmt: skip
+
+    def step(
+        projections: Tensor, gate_bias: Tensor, state: Tensor, rule: DeltaRule, *,
+        mask: Tensor | None = None, slots: Tensor | None = None, skipped: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    def read(
+        projections: Tensor, state: Tensor, rule: DeltaRule, *,
+        mask: Tensor | None = None, slots: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    def steer(
+        base: Tensor, reads: Tensor, weight: Tensor, scale: float, *,
+        norm_weight: Tensor | None = None, eps: float = 1e-6,
+    ) -> Tensor: ...  # fmt: skip
+
+    def delta(
+        reads: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, *,
+        norm_weight: Tensor | None = None, eps: float = 1e-6,
+    ) -> Tensor: ...  # fmt: skip
+
+    def steer_heads_(
+        packed: Tensor, reads: Tensor, layout: HeadLayout, steering: Steering,
+        cos: Tensor | None = None, sin: Tensor | None = None, *, check: bool = True,
+    ) -> None: ...  # fmt: skip
+
+    def decode_(
+        packed: Tensor, gate_bias: Tensor, state: Tensor, rule: DeltaRule, layout: HeadLayout, steering: Steering,
+        cos: Tensor | None = None, sin: Tensor | None = None, *,
+        mask: Tensor | None = None, slots: Tensor | None = None, skipped: Tensor | None = None,
+        frozen: bool = False, check: bool = True, workspace: object = None,
+    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+
+    def workspace(kept: dict, counter: Tensor | None) -> object: ...
 
 
 @functools.cache
@@ -44,7 +97,6 @@ def why_unusable(backend: str) -> str:
             if config.DISABLE_JIT:
                 return "the package numba compiles nothing here (NUMBA_DISABLE_JIT)"
         _load(backend)
-        _load_heads(backend)
     except Exception as error:  # whatever it is, a model goes on without it
         reason = f"the package {backend} cannot be used here: {type(error).__name__}: {' '.join(str(error).split())}"
         if "no locator available" in str(error):
@@ -106,33 +158,14 @@ def _load(name: str) -> ModuleType:
     elif name == "numba":
         from .numba import ops
     else:
-        from .reference import recurrence as ops
+        from .reference import ops
     return ops
 
 
-def head_operations(backend: str, device: torch.device) -> ModuleType:
-    """The module whose ``steer_heads_`` and ``decode_`` run for ``backend`` on ``device``."""
-    module = _loaded_heads.get((backend, device.type))
-    if module is None:
-        name = resolve_backend(backend, device.type)
-        module = _loaded_heads[backend, device.type] = _load_heads(name)
-    return module
-
-
-def _load_heads(name: str) -> ModuleType:
-    if name == "triton":
-        from .triton import ops
-    elif name == "numba":
-        from .numba import heads as ops
-    else:
-        from .reference import heads as ops
-    return ops
-
-
-def operations(backend: str, device: torch.device) -> ModuleType:
-    """The module whose ``scan``, ``step``, ``read`` and ``steer`` run for ``backend`` on ``device``."""
+def operations(backend: str, device: torch.device) -> Operators:
+    """The module whose operators run for ``backend`` on ``device``; errors as in ``resolve_backend``."""
     # A plain dict: the compiler traces the lookup, where it would warn of a cached function.
-    module = _loaded.get((backend, device.type))
+    module = loaded.get((backend, device.type))
     if module is None:
-        module = _loaded[backend, device.type] = _load(resolve_backend(backend, device.type))
+        module = loaded[backend, device.type] = _load(resolve_backend(backend, device.type))
     return module

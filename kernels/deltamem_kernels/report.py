@@ -6,8 +6,8 @@
 Runs the launchers on tensors without memory, takes down what they would launch, and compiles that for each
 target: what is reported is what a launch would run, specialised as Triton would (an alignment of 16 bytes, a
 stride of 1). Not to be run with TRITON_INTERPRET=1. The last table (with --depth the only one) says how many steps
-of a scan wait for one another, and what the maps of its chunks weigh against the tokens. What the kernels execute and
-ask of memory is counted on an emulator, which the repository has: make kernels-report.
+of a scan wait for one another, and what the transitions of its chunks weigh against the tokens. What the kernels
+execute and ask of memory is counted on an emulator, which the repository has: make kernels-report.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import constexpr
 
 from .layout import HeadLayout, Steering
 from .rule import DeltaRule
 from .triton import launch as _launch
-from .triton.heads import decode_, steer_heads_
+from .triton.decode import decode_
+from .triton.heads import steer_heads_
 from .triton.read import read
 from .triton.read_backward import read_backward
 from .triton.scan import choose_chunk, depth, scan
@@ -203,7 +205,7 @@ def head_launches(case: Case, rule: DeltaRule) -> None:
     for parts in case.parts:
         decode_(
             half(few, width), bias, state, rule, layout, steering, turn, turn,
-            arrived=count(few), skipped=count(few) if case.mask else None, parts=parts, **given,
+            workspace=count(few), skipped=count(few) if case.mask else None, parts=parts, **given,
         )  # fmt: skip
     if case.mask and None in case.parts:
         decode_(half(few, width), bias, state, rule, layout, steering, turn, turn, frozen=True, **given)
@@ -211,22 +213,31 @@ def head_launches(case: Case, rule: DeltaRule) -> None:
 
 def source(kernel, arguments: dict) -> ASTSource:
     """A launch's arguments as Triton's run time would specialise them."""
-    signature, constants, attributes = {}, {}, {}
-    for parameter in kernel.params:
-        name, value, key = parameter.name, arguments[parameter.name], (parameter.num,)
-        fixed = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and fixed):
-            signature[name], constants[key] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
+    constants, attributes = {}, {}
+
+    def kind(value, key: tuple[int, ...], is_constexpr: bool, fixed: bool):
+        """The type of the argument at a place, or the types of a tuple's fields."""
+        if isinstance(value, tuple):
+            return type(value)(*(kind(v, (*key, n), isinstance(v, constexpr), fixed) for n, v in enumerate(value)))
+        if is_constexpr or value is None or (isinstance(value, int) and value == 1 and fixed):
+            constants[key] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attributes[key] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and fixed:
-                attributes[key] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and fixed:
+            attributes[key] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {
+        parameter.name: kind(
+            arguments[parameter.name], (parameter.num,), parameter.is_constexpr, not parameter.do_not_specialize
+        )
+        for parameter in kernel.params
+    }
     return ASTSource(kernel, signature, constants, attributes)
 
 
@@ -276,14 +287,14 @@ def measure(target: str, case: Case, seen: set) -> list[Resources]:
 
 
 def weights(rule: DeltaRule, length: int) -> tuple[int, int]:
-    """Bytes of the maps of a scan's chunks and of its tokens, one sequence in bfloat16, as it would allocate them."""
+    """Bytes of the transitions of a scan's chunks and of its tokens, one sequence in bfloat16, as a scan allocates."""
     saved = _launch.recorded
     _launch.recorded = []
     try:
         meta = {"dtype": torch.bfloat16, "device": "meta"}
         x = torch.empty(1, length, rule.width, **meta)
         scan(x, torch.empty(rule.bias_width, **meta), None, rule)
-        maps = [a["maps_ptr"] for _, a, _ in _launch.recorded if "maps_ptr" in a]
+        maps = [a["transitions_ptr"] for _, a, _ in _launch.recorded if "transitions_ptr" in a]
         return sum({id(m): m.numel() * 4 for m in maps}.values()), x.numel() * 2
     finally:
         _launch.recorded = saved
@@ -320,7 +331,7 @@ def main() -> None:
     targets = options.target or list(TARGETS)
     cases = BRIEF if options.brief else LEAST if options.least else PRODUCT if options.full else CASES
     print(f"Triton {triton.__version__}, torch {torch.__version__}; spills in registers, the rest in bytes")
-    print(f"{'case':<50} {'kernel':<23}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
+    print(f"{'case':<50} {'kernel':<34}{'target':<7}{'regs':>5}{'shared':>7}{'stack':>6}{'spills':>7}{'instr':>6}")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["TRITON_CACHE_DIR"] = directory
         for target in targets:
@@ -328,7 +339,7 @@ def main() -> None:
             for case in cases:
                 for row in measure(target, case, seen):
                     print(
-                        f"{row.case:<50} {row.kernel:<23}{row.target:<7}{row.registers:>5}{row.shared:>7}"
+                        f"{row.case:<50} {row.kernel:<34}{row.target:<7}{row.registers:>5}{row.shared:>7}"
                         f"{row.stack:>6}{row.spills:>7}{row.instructions:>6}",
                         flush=True,
                     )

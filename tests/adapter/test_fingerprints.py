@@ -14,7 +14,7 @@ from deltamem_fast.adapter.fingerprints import (
     public_label,
     public_name,
 )
-from deltamem_fast.adapter.record import describe_difference
+from deltamem_fast.adapter.identity import describe_difference
 
 TINY = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,

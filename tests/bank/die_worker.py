@@ -6,11 +6,11 @@ import sys
 
 from bank_support import open_store, sealed
 
-from deltamem_fast.storage.bank_store import BankStore
+from deltamem_fast.storage import bank_file
 
 path, last = sys.argv[1], int(sys.argv[2])
 seen = 0
-connect = BankStore._connect
+connect = bank_file.connect
 
 
 def count(statement):
@@ -20,13 +20,13 @@ def count(statement):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def traced(self, mode):
-    connection = connect(self, mode)
+def traced(*arguments):
+    connection = connect(*arguments)
     connection.set_trace_callback(count)
     return connection
 
 
-BankStore._connect = traced
+bank_file.connect = traced
 store = open_store(path)
 print("opened", flush=True)
 ids = ["a", "b", "c"]

@@ -53,7 +53,7 @@ add_one(other, ["n"])
 other.close()
 for process in running:
     end(process)
-assert other._closed and store._closed
+assert other._file._closed and store._file._closed
 
 # A fork that Python does not see: refused in the child, as SQLite's locks stayed behind.
 store = open_store(path, row_bytes=64)

@@ -1,4 +1,4 @@
-"""python -m bench.bank runs small, and says no where something is wrong or misses its target."""
+"""python -m bench.memory bank runs small, and says no where something is wrong or misses its target."""
 
 import importlib
 import json
@@ -15,15 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("bench.bank")
+    return importlib.import_module("bench.memory.bank")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Output, JSON and folder of a run with few users."""
     directory = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "bench.bank", "--users", "600", "--ids", "40", "--output", str(directory / "out"),
-               "--directory", str(directory / "bank")]  # fmt: skip
+    command = [sys.executable, "-m", "bench.memory", "bank", "--users", "600", "--ids", "40",
+               "--output", str(directory / "out"), "--directory", str(directory / "bank")]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     (path,) = (directory / "out").iterdir()

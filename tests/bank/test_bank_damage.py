@@ -1,6 +1,7 @@
 """Damaged banks: what was written, or an error of ours that names the file; never other values or SQLite's errors."""
 
 import errno
+import fcntl
 import os
 import random
 import sqlite3
@@ -11,7 +12,6 @@ import pytest
 from bank_support import open_store
 
 from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError, WrongPathKindError
-from deltamem_fast.storage import bank_store
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
 from deltamem_fast.storage.checksums import entry_sum, row_sum
 
@@ -241,7 +241,7 @@ def test_a_lock_made_by_root_is_the_owners(good, path, monkeypatch):
         def refuse(*_):
             raise PermissionError
 
-        monkeypatch.setattr(os, "fchown", refuse)
+        monkeypatch.setattr(os, "chown", refuse)
         store.write(["newer"], [0], [bytes(SIZE)])
         assert stat.S_IMODE(lock.stat().st_mode) == 0o600
 
@@ -256,9 +256,9 @@ def test_a_file_system_without_locks(good, path, monkeypatch):
         return flock
 
     with closing(open_store(path, SIZE)) as store:
-        monkeypatch.setattr(bank_store.fcntl, "flock", failing(errno.ENOLCK))
+        monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
         store.write(["new"], [0], [bytes(SIZE)])
-        monkeypatch.setattr(bank_store.fcntl, "flock", failing(errno.EIO))
+        monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
         with pytest.raises(FileAccessError, match="users.bank-lock"):
             store.write(["newer"], [0], [bytes(SIZE)])
         assert store.read(["new", "newer"])[1] == [bytes(SIZE), None]

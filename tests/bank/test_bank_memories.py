@@ -18,7 +18,7 @@ from deltamem_fast import BankConflict, DeltaMemConfig, MemoryBank, MemoryState,
 from deltamem_fast.errors import ArgumentError, FileFormatError
 from deltamem_fast.memory.bank import BankEntry
 from deltamem_fast.storage.bank_store import BankStore
-from deltamem_fast.storage.files import read_tensors
+from deltamem_fast.storage.tensors import read_tensors
 
 CONFIGS = {
     "tsw": DeltaMemConfig(),
@@ -452,7 +452,7 @@ def test_closed(path, model):
 
 @pytest.mark.parametrize("durable", (True, False))
 def test_durable_syncs(path, model, durable):
-    with MemoryBank(path, model, durable=durable) as bank, bank._store._connection() as connection:
+    with MemoryBank(path, model, durable=durable) as bank, bank._store._file.connection() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2 if durable else 1,)
 
 
@@ -575,7 +575,7 @@ def test_a_row_of_another_bank_is_not_stored_under_the_same_id(bank, model, tmp_
 def test_a_count_that_passes_its_end_stays_readable(bank, model, tmp_path):
     memory = MemoryState.zeros(model, 2)
     memory._skipped[0][1] = 2**31 - 1
-    memory._count(0, torch.tensor([3, 1], dtype=torch.int32))
+    memory.count(0, torch.tensor([3, 1], dtype=torch.int32))
     memory._skipped[1][1] = 5
     assert memory.skipped.tolist() == [3, 2**31 - 1]
     bank.commit(["a", "b"], memory)

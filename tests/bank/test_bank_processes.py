@@ -9,7 +9,8 @@ from contextlib import closing, contextmanager
 import pytest
 from bank_support import add_one, check_file, counts, finish, open_store, sealed, start, unsealed
 
-from deltamem_fast.storage.bank_store import BankConflict, BankStore
+from deltamem_fast.storage.bank_file import BankFile
+from deltamem_fast.storage.bank_store import BankConflict
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_a_thread_that_ends_closes_its_connection(path):
             thread = threading.Thread(target=store.count)
             thread.start()
             thread.join()
-        assert len(store._handles) == 1
+        assert len(store._file._handles) == 1
 
 
 def test_closing_waits_for_other_threads(path):
@@ -88,17 +89,17 @@ def test_many_make_the_same_file(path, attempt):
 
 
 def test_who_comes_second_to_make_it_opens_it(path, monkeypatch):
-    turn = BankStore._turn
+    turn = BankFile.turn
 
     @contextmanager
     def after_another(self):
-        monkeypatch.setattr(BankStore, "_turn", turn)
+        monkeypatch.setattr(BankFile, "turn", turn)
         with closing(open_store(path, 64)) as other:
             add_one(other, ["a"])
         with turn(self):
             yield
 
-    monkeypatch.setattr(BankStore, "_turn", after_another)
+    monkeypatch.setattr(BankFile, "turn", after_another)
     with closing(open_store(path, 64)) as store:
         assert counts(store, ["a"]) == [1]
 
@@ -128,7 +129,7 @@ def test_opening_and_reading_while_another_writes(path):
 def test_a_reader_is_not_held_up_by_a_writer(path):
     with closing(open_store(path)) as store:
         version = store.write(["a"], [0], [sealed({"n": 1})])
-        with store._transaction() as connection:
+        with store._file.transaction() as connection:
             connection.execute("DELETE FROM states")
             connection.execute("DELETE FROM memories")
             found = []
@@ -144,7 +145,7 @@ def test_a_reader_is_not_held_up_by_a_writer(path):
 def test_a_writer_that_hangs_is_waited_for_so_long(path):
     with closing(open_store(path, 64)) as one, closing(open_store(path, 64, timeout=0.2)) as other:
         version = one.write(["a"], [0], [bytes(64)])
-        with one._transaction():
+        with one._file.transaction():
             begin = time.monotonic()
             for call in (lambda: other.write(["a"], [version], [bytes(64)]), lambda: other.delete(["a"])):
                 with pytest.raises(TimeoutError, match=r"others wrote for 0\.2 s"):

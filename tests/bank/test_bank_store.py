@@ -14,7 +14,7 @@ import pytest
 from bank_support import LAYOUT, check_file, open_store
 
 from deltamem_fast.errors import FileAccessError, FileFormatError
-from deltamem_fast.storage import bank_store, checksums
+from deltamem_fast.storage import bank_entries, bank_schema, bank_store, checksums
 from deltamem_fast.storage.bank_store import BankConflict, BankStore
 
 SIZE = 100
@@ -243,7 +243,7 @@ def plan(path, sql, *values):
 def test_nothing_scans_or_sorts(store, path):
     """A million rows: whatever has an index must use it, and rows are looked up by it."""
     store.write(["a"], [0], [A])
-    for sql in (bank_store._READ, bank_store._FIND, bank_store._LOST):
+    for sql in (bank_store.READ, bank_entries.FIND, bank_entries.LOST):
         assert "SCAN memories" not in plan(path, sql, "[]") and "SCAN states" not in plan(path, sql, "[]")
     for order in ("id", "updated DESC, id DESC"):
         assert "TEMP B-TREE" not in plan(path, f"SELECT id, created FROM memories ORDER BY {order}")
@@ -259,7 +259,7 @@ def test_little_room_is_wasted(path, row_bytes):
             store.write(ids, [0] * batch, [os.urandom(row_bytes)] * batch)
     size = path.stat().st_size / rows
     assert size < 1.17 * row_bytes + 150, size
-    predicted = bank_store._bytes_per_row(row_bytes, bank_store.page_size_for(row_bytes))
+    predicted = bank_schema.bytes_per_row(row_bytes, bank_schema.page_size_for(row_bytes))
     assert 0 <= size - predicted < 150 + 0.05 * row_bytes
 
 

@@ -10,7 +10,7 @@ import sys
 
 from bank_support import open_store, sealed
 
-from deltamem_fast.storage import bank_store
+from deltamem_fast.storage import bank_sqlite, bank_store
 
 IDS = [f"user-{n}" for n in range(24)]
 
@@ -24,7 +24,7 @@ def main(path, seed, durable, checkpoint_bytes, deletes):
     draw = random.Random(seed)
     print("ready", flush=True)  # what comes before takes as long as the machine is busy
     # Few bytes of log: then it is copied into the file at nearly every write, and the kill often falls into that.
-    bank_store._WAL_BYTES = int(checkpoint_bytes)
+    bank_sqlite.WAL_BYTES = int(checkpoint_bytes)
     store = open_store(path, durable=durable == "durable")
     for turn in range(1_000_000):
         ids = draw.sample(IDS, draw.choice((1, 3, 8)))

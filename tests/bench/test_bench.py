@@ -59,7 +59,7 @@ def test_schema(quick):
     assert all(set(row) == ROW for row in result["rows"])
     assert re.fullmatch(r"cpu-[a-z0-9-]+-torch[\d.a-z]+-(triton[\d.a-z]+-)?\w+(-changed)?-threads1-quick\.json",
                         quick[1].name)  # fmt: skip
-    assert not bench("results").load(quick[1]).whole
+    assert not bench("instrument.results").load(quick[1]).whole
 
 
 def test_rows(quick):
@@ -101,7 +101,7 @@ def test_table_is_printed(quick):
 
 
 def test_a_wrong_gradient_is_refused(monkeypatch):
-    gradient = bench("gradient")
+    gradient = bench("speed.gradient")
 
     def wrong(*arguments):
         reads, state = gradient.per_token(*arguments)
@@ -131,7 +131,7 @@ def not_a_number(*args, **kwargs):
 
 @pytest.mark.parametrize("broken", [wrong_reads, wrong_state, not_a_number])
 def test_a_wrong_scan_is_refused(monkeypatch, broken):
-    scan = bench("scan")
+    scan = bench("speed.scan")
     monkeypatch.setattr(scan, "implementations", lambda: {"reference": reference.scan, "numba": broken})
     rows = {row.name: row for row in scan.measure(scan.Case(16), turns=2, calls=2)}
     row = rows["scan/numba"]
@@ -139,11 +139,11 @@ def test_a_wrong_scan_is_refused(monkeypatch, broken):
     assert row.p50 is None and not row.ratios
     json.dumps(row.to_dict(), allow_nan=False)
     assert rows["scan/reference"].status == "measured"
-    assert "refused" in bench("tables").plain_table([row])
+    assert "refused" in bench("instrument.tables").plain_table([row])
 
 
 def test_a_wrong_baseline_gives_no_ratio(monkeypatch):
-    scan = bench("scan")
+    scan = bench("speed.scan")
 
     def broken(*args, dtype=torch.float32, **kwargs):
         return (reference.scan if dtype == torch.float64 else wrong_reads)(*args, dtype=dtype, **kwargs)
@@ -155,7 +155,7 @@ def test_a_wrong_baseline_gives_no_ratio(monkeypatch):
 
 
 def test_a_wrong_patch_is_refused(monkeypatch):
-    model = bench("model")
+    model = bench("speed.model")
     original = model.patch_model
 
     def patch_badly(backbone, config, backend="auto"):
@@ -173,7 +173,7 @@ def test_a_wrong_patch_is_refused(monkeypatch):
 
 
 def test_a_backbone_that_the_released_package_does_not_know(monkeypatch):
-    model = bench("model")
+    model = bench("speed.model")
 
     def attach(*_):
         raise RuntimeError("No target modules were replaced")
@@ -191,7 +191,7 @@ def test_a_backbone_that_the_released_package_does_not_know(monkeypatch):
 
 def test_a_wrong_adapter_is_refused(monkeypatch):
     """An error in the memory alone shows in the logits: the benchmark's adapter is loud."""
-    model = bench("model")
+    model = bench("speed.model")
     original = model.patch_model
 
     def patch_badly(backbone, config, backend="auto"):
@@ -208,7 +208,7 @@ def test_a_wrong_adapter_is_refused(monkeypatch):
 
 
 def test_the_full_model_has_about_50_million_parameters():
-    backbones = bench("backbones")
+    backbones = bench("instrument.backbones")
     model = backbones.build(backbones.configuration("Qwen3-48M"), torch.float32, "meta")
     assert 45e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 55e6
 
@@ -217,7 +217,7 @@ def test_the_full_model_has_about_50_million_parameters():
     "name, billions", [("Qwen3-4B", 4.02), ("Qwen3-8B", 8.19), ("SmolLM3-3B", 3.08), ("SmolLM2-135M", 0.1345)]
 )
 def test_backbones_have_the_sizes_of_the_real_ones(name, billions):
-    backbones = bench("backbones")
+    backbones = bench("instrument.backbones")
     model = backbones.build(backbones.configuration(name), torch.bfloat16, "meta")
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(billions * 1e9, rel=0.005)
 
@@ -231,10 +231,10 @@ def test_backbones_have_the_sizes_of_the_real_ones(name, billions):
     ],
 )
 def test_slug(text, name):
-    assert bench("machine").slug(text) == name
+    assert bench("instrument.machine").slug(text) == name
 
 
 def test_commit_is_none_outside_git(monkeypatch, tmp_path):
-    machine = bench("machine")
+    machine = bench("instrument.machine")
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     assert machine.commit() == {"commit": None, "dirty": None}

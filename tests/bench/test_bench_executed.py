@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from bench import compare, executed, machine, results, tables
+from bench import compare, executed
+from bench.instrument import machine, results, tables
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def test_results_are_kept_and_compared(tmp_path):
     new.head["time"] = "9999-01-01T00:00:00Z"
     paths = [results.write(tmp_path, result) for result in (old, new)]
     assert "ptx-emulator-sm-90" in paths[0].name
-    assert executed.newest(tmp_path).head["commit"] == "new" and executed.newest(tmp_path / "none") is None
+    assert results.latest(tmp_path).head["commit"] == "new" and results.latest(tmp_path / "none") is None
     text, bad = compare.report(*paths, 1.1)
     assert bad and "instructions: 1,000 → 1,200, 1.20× (worse" in text
     assert json.loads(paths[0].read_text())["triton"] == machine.version("triton")

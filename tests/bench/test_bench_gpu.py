@@ -30,7 +30,7 @@ NOTHING_MEASURED = ("scan-peers", "counters", "compiled-kernels")  # what they c
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_part_runs_dry(name):
-    parts = bench("parts")
+    parts = bench("speed.parts")
     torch._dynamo.reset()
     with torch.enable_grad():
         rows = list(parts.PARTS[name].run(parts.Plan("cpu", dry=True)))
@@ -44,7 +44,7 @@ def test_every_part_runs_dry(name):
 
 
 def test_all_parts_are_dried_above():
-    assert list(bench("parts").PARTS) == NAMES
+    assert list(bench("speed.parts").PARTS) == NAMES
 
 
 @pytest.mark.interpret
@@ -77,16 +77,16 @@ def test_most_telling_parts_fit_the_time(capsys):
 
 
 def test_launches_are_counted_without_memory():
-    budget, problems = bench("budget"), bench("problems")
+    budget, problems = bench("speed.budget"), bench("speed.problems")
     assert [name for name, *_ in budget.launched(problems.Case("decode_", 1, 16))] == ["decode_kernel"]
     assert [name for name, *_ in budget.launched(problems.Case("steer", 131_072, 512))] == ["steer_kernel"]
     long = [name for name, *_ in budget.launched(problems.Case("scan", 131_072))]
-    assert len(long) > 1 and long[-2:] == ["scan_kernel", "repair_kernel"]
+    assert len(long) > 1 and long[-2:] == ["chunk_scan_kernel", "repair_kernel"]
     few, many = (budget.of_kernels([problems.Case("step")], turns) for turns in (5, 500))
     assert few.compiled == many.compiled == 1 and few.launches < many.launches and few.seconds < many.seconds
 
 
-GPU = "gpu"  # bench.suite takes files in which the marker is written out for files with tests for a GPU
+GPU = "gpu"  # bench.speed.suite takes files in which the marker is written out for files with tests for a GPU
 TESTS = f"""
 import time
 import pytest
@@ -101,7 +101,7 @@ def test_passes(n):
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """A folder with tests beside a copy of the project's conftest, and what runs it: (tests, seconds) → row."""
-    module = bench("suite")
+    module = bench("speed.suite")
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n    soak: x\n")
     monkeypatch.setattr(module, "ROOT", tmp_path)
@@ -172,7 +172,7 @@ def ncu_output():
 
 
 def test_ncu_s_lines_are_read():
-    counters = bench("counters")
+    counters = bench("speed.counters")
     fill, decode = counters.parse(ncu_output())
     assert fill == {"kernel": "void at::native::fill", "instructions": 12}
     assert decode == {
@@ -190,7 +190,7 @@ def emulated(kernel="decode", status="measured", **more):
 
 
 def test_counters_stand_beside_the_emulator_s(tmp_path):
-    counters = bench("counters")
+    counters = bench("speed.counters")
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"rows": 3, "time": null}')
     assert counters.emulated(tmp_path) == []
@@ -202,7 +202,7 @@ def test_counters_stand_beside_the_emulator_s(tmp_path):
     assert row.name == "counters/decode_kernel" and not row.note
     assert row.values["instructions_to_emulated"] == 41 / 40 and row.values["load_sectors_to_emulated"] == 1
     assert row.values["emulated_store_sectors"] == 100 and "store_sectors_to_emulated" not in row.values
-    assert "load sectors ÷ emulated 1.000" in bench("tables").plain_table([row])
+    assert "load sectors ÷ emulated 1.000" in bench("instrument.tables").plain_table([row])
     assert "no emulator's figures" in counters.row_of({"kernel": "decode_kernel"}, counters.CASES[3], figures).note
 
 
@@ -217,7 +217,7 @@ SAYS = {
 
 @pytest.mark.parametrize("what", SAYS)
 def test_what_keeps_ncu_from_counting_is_said(what, tmp_path, monkeypatch):
-    counters, parts = bench("counters"), bench("parts")
+    counters, parts = bench("speed.counters"), bench("speed.parts")
     text, status, note = SAYS[what]
     script = tmp_path / "ncu"
     (tmp_path / "says").write_text(text or "")
@@ -234,17 +234,17 @@ def test_what_keeps_ncu_from_counting_is_said(what, tmp_path, monkeypatch):
 
 
 def test_without_ncu(monkeypatch):
-    counters = bench("counters")
+    counters = bench("speed.counters")
     monkeypatch.setattr(counters.shutil, "which", lambda name: None)
-    (row,) = counters.rows(bench("parts").Plan("cuda"))
+    (row,) = counters.rows(bench("speed.parts").Plan("cuda"))
     assert row.status == "absent" and "not installed" in row.note
 
 
 def test_floors_of_both_gpus_are_in_the_table():
-    rows, devices = bench("rows"), bench("devices")
+    rows, devices = bench("instrument.rows"), bench("instrument.devices")
     row = rows.measured("kernel/steer", {"tokens": 1}, [1e-3, 1e-3])
     row.values["bytes"] = 3 * 10**9
-    assert "floor H100 1 ms, H200 698 µs" in bench("tables").plain_table([row])
+    assert "floor H100 1 ms, H200 698 µs" in bench("instrument.tables").plain_table([row])
     assert devices.of("NVIDIA H100 80GB HBM3").name == "H100" and devices.of("NVIDIA H200").copy == 4.3e12
     assert devices.of("NVIDIA L4") is None
 
@@ -252,7 +252,7 @@ def test_floors_of_both_gpus_are_in_the_table():
 def test_one_command(tmp_path, capsys):
     assert bench("gpu").main(["--dry-run", "--only", "kernels", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
-    result = bench("results").load(path)
+    result = bench("instrument.results").load(path)
     assert path.name.endswith("-kernels-dry-run.json") and not result.whole
     names = {row.name for row in result.rows}
     assert {"kernel/scan", "kernel/step", "kernel/steer_heads_", "kernel/decode_", "copy"} <= names
@@ -305,12 +305,12 @@ def test_without_a_gpu(capsys, monkeypatch):
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch):
-    kernels, problems = bench("kernels"), bench("problems")
+    kernels, problems = bench("speed.kernels"), bench("speed.problems")
     right = problems.apply
 
-    def wrong(case, inputs, ops, heads):
-        out = right(case, inputs, ops, heads)
-        return out if ops is problems._Exact else tuple(tensor * 1.02 for tensor in out)
+    def wrong(case, inputs, ops):
+        out = right(case, inputs, ops)
+        return out if ops is problems.Exact else tuple(tensor * 1.02 for tensor in out)
 
     monkeypatch.setattr(problems, "apply", wrong)
     rows = list(kernels.rows(kernels.tiny_sweep(), "cpu", 2))
@@ -318,14 +318,14 @@ def test_a_wrong_kernel_is_refused(monkeypatch):
 
 
 def test_what_does_not_fit_is_named(monkeypatch):
-    kernels = bench("kernels")
+    kernels = bench("speed.kernels")
     monkeypatch.setattr(kernels, "room", lambda device: 1 << 20)
     (row,) = kernels.rows([kernels.Case("steer", 131_072, 512)], "cpu", 2)
     assert row.status == "absent" and "does not fit the device: " in row.note
 
 
 def test_the_sweep_covers_what_it_says():
-    cases = bench("kernels").full_sweep()
+    cases = bench("speed.kernels").full_sweep()
     plain = {"scan", "step", "read", "steer", "steer_heads_", "decode_"}
     assert {c.kernel for c in cases} == plain | {"scan_gradient", "read_gradient", "steer_gradient"}
     scans = [c for c in cases if c.kernel == "scan"]
@@ -336,5 +336,5 @@ def test_the_sweep_covers_what_it_says():
 
 def test_least_bytes_of_a_scan():
     """32 numbers of 2 bytes in, 8 of 4 bytes out, for each token."""
-    problems = bench("problems")
+    problems = bench("speed.problems")
     assert problems.least_bytes(problems.Case("scan", 32768)) == 32768 * (64 + 32) + 2 * 256

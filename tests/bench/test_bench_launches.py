@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def launches(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    return importlib.import_module("bench.launches")
+    return importlib.import_module("bench.instrument.launches")
 
 
 @pytest.fixture
 def costs(launches):
-    return importlib.import_module("bench.costs")
+    return importlib.import_module("bench.speed.costs")
 
 
 def test_views_do_not_count(launches):

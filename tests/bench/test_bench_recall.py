@@ -354,8 +354,8 @@ def test_the_model_is_bare_afterwards(rows, model, weights):
     assert not any("delta_memory" in name for name, _ in model.named_modules())
 
 
-def test_fewer_episodes_stay_out_of_readme(weights, tmp_path, monkeypatch, capsys):
-    curves, results = recall("curves"), importlib.import_module("bench.results")
+def test_fewer_episodes_stay_out_of_the_pages(weights, tmp_path, monkeypatch, capsys):
+    curves, results = recall("curves"), importlib.import_module("bench.instrument.results")
     main = recall("__main__").main
     options = ["curves", "--weights", str(weights), "--only", "half", "--output", str(tmp_path)]
     assert main([*options, "--episodes", "1"]) == 0
@@ -364,7 +364,7 @@ def test_fewer_episodes_stay_out_of_readme(weights, tmp_path, monkeypatch, capsy
     loaded = results.load(path)
     assert set(loaded.head["weights"]) == {"backbone", *ADAPTERS}
     assert {row.name.split("/")[0] for row in loaded.rows} == {"chance", "half"}
-    assert recall("plots").newest(tmp_path) is None
+    assert results.latest(tmp_path) is None
     again = curves.fingerprints(weights)
     file = next((weights / "tsw-r8").glob("*.safetensors"))
     kept = file.read_bytes()
@@ -391,61 +391,65 @@ def test_errors_of_the_command(capsys, arguments, said):
 @pytest.fixture
 def whole(rows):
     """The rows as a whole result of some machine."""
-    results = importlib.import_module("bench.results")
+    results = importlib.import_module("bench.instrument.results")
     result = results.collect(rows, "cpu", {"quick": False, "only": None, "episodes": 1})
     result.head |= {"parameters": 1_000_000, "weights": {}, "commit": "abc1234", "dirty": False}
     return result
 
 
 def test_a_result_reads_back(whole, tmp_path):
-    results = importlib.import_module("bench.results")
+    results = importlib.import_module("bench.instrument.results")
     assert results.load(results.write(tmp_path, whole)) == whole
-    assert recall("plots").newest(tmp_path) == whole
+    assert results.latest(tmp_path) == whole
 
 
-def test_readme_is_checked(whole, tmp_path, monkeypatch, capsys):
-    results, readme = importlib.import_module("bench.results"), importlib.import_module("bench.readme")
-    ours, main = recall("readme"), recall("__main__").main
+def report(name):
+    return importlib.import_module(f"bench.report.{name}")
+
+
+def test_the_page_is_checked(whole, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    results, ours = importlib.import_module("bench.instrument.results"), report("__main__")
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{ours.BEGIN}\n{ours.END}\nbetween\n{readme.BEGIN}\n{readme.END}\n", encoding="utf-8")
-    monkeypatch.setattr(readme, "README", page)
-    options = ["readme", "--results", str(tmp_path / "results")]
-    assert main(options) == 0 and "not measured yet" in page.read_text(encoding="utf-8")
-    results.write(tmp_path / "results", whole)
-    assert main([*options, "--check"]) == 1
-    assert main(options) == 0 and main([*options, "--check"]) == 0
+    page.write_text(f"before\n{ours.BEGIN}\n{ours.END}\n", encoding="utf-8")
+    monkeypatch.setattr(ours, "README", page)
+    options = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
+    (tmp_path / "docs").mkdir()
+    assert ours.main(options) == 0
+    assert "not measured yet" in (tmp_path / "docs" / "recall.md").read_text(encoding="utf-8")
+    results.write(tmp_path / "results" / "recall", whole)
+    assert ours.main([*options, "--check"]) == 1
+    assert ours.main(options) == 0 and ours.main([*options, "--check"]) == 0
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith(f"between\n{readme.BEGIN}\n{readme.END}\n")
+    assert text.startswith(f"before\n{ours.BEGIN}\n") and text.endswith(f"{ours.END}\n")
     capsys.readouterr()
     row = one(whole.rows, "facts/full context", facts=8)
     row.values["share"] = 0.12345
-    results.write(tmp_path / "results", whole)
-    assert main([*options, "--check"]) == 1
+    results.write(tmp_path / "results" / "recall", whole)
+    assert ours.main([*options, "--check"]) == 1
     assert "+| full context |" in capsys.readouterr().out
     page.write_text("no markers", encoding="utf-8")
-    assert main(options) == 2
+    assert ours.main(options) == 2
     assert "allowed once each" in capsys.readouterr().err
 
 
-def test_readme_is_what_the_results_say(capsys):
-    assert recall("__main__").main(["readme", "--check"]) == 0, capsys.readouterr().out
-
-
 def test_the_tables_show_figures_and_what_is_missing(whole):
-    readme = recall("readme")
+    pages = report("pages")
     one(whole.rows, "facts/tsw-r8", facts=8).values |= {"share": 0.875, "error": 0.0125}
-    line = next(line for line in readme.facts_table(whole.rows).splitlines() if line.startswith("| tsw-r8 |"))
+    text = pages.recall(report("found").Found(recall=whole))
+    line = next(line for line in text.splitlines() if line.startswith("| tsw-r8 |"))
     assert line.split(" | ")[4] == "87.5 ± 1.2"
-    text = readme.block(whole)
     assert "a guess: code 2.0%, place 3.3%" in text and "1.0 M parameters" in text
-    assert text.count(f"| {recall('variants').RANKS[32]} | not measured yet |") == 1
-    for table in (readme.facts_table, *readme.TABLES.values(), readme.goal_table):
-        lines = table(whole.rows).splitlines()
+    assert text.count(recall("variants").RANKS[32]) == 1 and text.lower().count(pages.NOT_YET) == 1
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) == 6  # goals and five curves
+    for table in tables:
+        lines = table.splitlines()
         assert len({line.count("|") for line in lines}) == 1 and len(lines) > 4
 
 
 def test_the_worst_row_decides():
-    rows, targets = importlib.import_module("bench.rows"), recall("targets")
+    rows, targets = importlib.import_module("bench.instrument.rows"), recall("targets")
     half, *_ = targets.GOALS
     found = [
         rows.counted(half.name, {"facts": n}, ratio=x, ratio_error=0.1) for n, x in ((4, 1.4), (8, 1.3), (12, 2.0))
@@ -470,7 +474,7 @@ def test_every_goal_has_rows(rows):
 
 
 def test_ratios_are_to_the_frozen_backbone_at_the_same_point():
-    counted, curves = importlib.import_module("bench.rows").counted, recall("curves")
+    counted, curves = importlib.import_module("bench.instrument.rows").counted, recall("curves")
     found = [
         counted("half/tsw-r8", {"facts": 4}, share=0.8, asked=100),
         counted("half/frozen", {"facts": 4}, share=0.4, asked=100),
@@ -485,14 +489,15 @@ def test_ratios_are_to_the_frozen_backbone_at_the_same_point():
 
 def test_pictures(whole, tmp_path):
     pytest.importorskip("matplotlib")
-    plots = recall("plots")
+    plots = report("plots")
     # Two ranks, and ratios: the untrained backbone gets nothing right that there could be a ratio to.
     for row in whole.rows:
         if row.name in [f"facts/{name}" for name in recall("variants").RANKS.values()][:2]:
             row.status, row.values = "measured", {"share": 0.5, "error": 0.1}
         elif row.name == "half/tsw-r8":
             row.values |= {"ratio": 1.5, "ratio_error": 0.1}
-    written = plots.draw(whole, tmp_path / "a")
-    assert [path.name for path in written] == [path.name for path in plots.names(tmp_path)]
+    found = report("found").Found
+    written = plots.draw(found(recall=whole, pictures=tmp_path / "a"))
+    assert [path.name for path in written] == [f"{name}.png" for name in plots.RECALL]
     assert all(path.read_bytes().startswith(b"\x89PNG") and 2_000 < path.stat().st_size < 100_000 for path in written)
-    assert plots.draw(type(whole)(whole.head, []), tmp_path / "none") == []
+    assert plots.draw(found(recall=type(whole)(whole.head, []), pictures=tmp_path / "none")) == []

@@ -2,7 +2,9 @@
 
 import copy
 import importlib
+import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,17 +29,17 @@ def bench(name):
 
 
 def timed(name, parameters, *seconds, **ratios):
-    row = bench("rows").measured(name, parameters, seconds)
+    row = bench("instrument.rows").measured(name, parameters, seconds)
     row.ratios = ratios
     return row
 
 
 def result(*rows, **head):
-    return bench("results").Result(copy.deepcopy(HEAD) | head, list(rows))
+    return bench("instrument.results").Result(copy.deepcopy(HEAD) | head, list(rows))
 
 
 def written(directory, found):
-    return bench("results").write(directory, found)
+    return bench("instrument.results").write(directory, found)
 
 
 QWEN = {"model": "Qwen3-4B", "mode": "eager", "batch": 1, "context": 512, "tokens": 24}
@@ -45,7 +47,7 @@ QWEN = {"model": "Qwen3-4B", "mode": "eager", "batch": 1, "context": 512, "token
 
 def sample(factor=1.0, **head):
     """A result with every kind of row; times are multiplied by ``factor``."""
-    rows = bench("rows")
+    rows = bench("instrument.rows")
     made = []
     for length in (8192, 32768):
         times = [factor * length * 1e-7 * x for x in (1, 1.02, 1.04)]
@@ -70,7 +72,7 @@ def sample(factor=1.0, **head):
 
 
 def test_a_file_reads_back(tmp_path):
-    results = bench("results")
+    results = bench("instrument.results")
     path = written(tmp_path, sample())
     assert path.name == "some-gpu-driver580.1-torch2.11.0-triton3.6.0-abc1234.json"
     assert results.load(path) == sample()
@@ -79,12 +81,12 @@ def test_a_file_reads_back(tmp_path):
 
 @pytest.mark.parametrize("key", ["device", "driver", "torch", "triton", "commit"])
 def test_a_name_for_each_key(key):
-    results = bench("results")
+    results = bench("instrument.results")
     assert results.file_name(sample()) != results.file_name(sample(**{key: "other"}))
 
 
 def test_the_newest_whole_result_of_a_device_counts(tmp_path):
-    results = bench("results")
+    results = bench("instrument.results")
     written(tmp_path, sample(commit="b", time="2026-01-03T00:00:00Z"))
     written(tmp_path, sample(commit="c", time="2026-01-02T00:00:00Z"))
     written(tmp_path, sample(commit="d", time="2026-01-09T00:00:00Z", arguments={"dry_run": True}))
@@ -163,7 +165,7 @@ def test_within_the_spread_is_none(tmp_path, capsys):
 
 @pytest.mark.parametrize("old, new, status", [(33, 33, 0), (33, 40, 1), (40, 33, 0), (0, 2, 1), (0, 0, 0)])
 def test_counts_have_no_spread(tmp_path, capsys, old, new, status):
-    rows = [result(bench("rows").counted("compiled", {}, spills=count)) for count in (old, new)]
+    rows = [result(bench("instrument.rows").counted("compiled", {}, spills=count)) for count in (old, new)]
     assert moved(tmp_path, capsys, *rows)[0] == status
 
 
@@ -176,7 +178,7 @@ def test_rows_of_one_side_are_listed(tmp_path, capsys):
 
 
 def test_what_is_refused_now_is_a_regression(tmp_path, capsys):
-    rows = bench("rows")
+    rows = bench("instrument.rows")
     old, bad, gone = timed("a", {}, 1.0, 1.0), rows.refused("a", {}, "wrong"), rows.absent("a", "no time")
     assert moved(tmp_path, capsys, result(old), result(bad))[0] == 1
     assert moved(tmp_path, capsys, result(old), result(gone))[0] == 0
@@ -192,7 +194,7 @@ def test_the_script(tmp_path):
 
 
 def test_targets():
-    rows, targets, tables = bench("rows"), bench("targets"), bench("tables")
+    rows, targets, tables = bench("instrument.rows"), bench("instrument.targets"), bench("instrument.tables")
     target = next(t for t in targets.TARGETS if t.name == "decode/patched" and t.parameters["mode"] == "eager")
     row = timed("decode/patched", QWEN, 1.0, 2.0, 3.0, unpatched=[0.9, 1.0, 1.2])
     assert (row.p20, row.p50, row.p80) == pytest.approx((1.4, 2.0, 2.6))
@@ -207,7 +209,7 @@ def test_targets():
 
 
 def test_the_worst_row_counts():
-    rows, targets = bench("rows"), bench("targets")
+    rows, targets = bench("instrument.rows"), bench("instrument.targets")
     target = next(t for t in targets.TARGETS if t.value == "streaming")
     made = [rows.counted(f"kernel/{name}", {"tokens": 1}, streaming=x) for name, x in (("read", 0.9), ("steer", 0.7))]
     assert target.worst([*made, rows.counted("kernel/scan", {}, roofline=0.1)]) is made[1]
@@ -215,10 +217,10 @@ def test_the_worst_row_counts():
 
 def test_every_target_can_be_measured():
     """Names and parameters of the targets are those of rows that the benchmarks make."""
-    from bench.backbones import KINDS
-    from bench.decode import MODES
+    from bench.instrument.backbones import KINDS
+    from bench.speed.decode import MODES
 
-    for target in bench("targets").TARGETS:
+    for target in bench("instrument.targets").TARGETS:
         assert bool(target.baseline) != bool(target.value), target
         kind = target.name.split("/")[0]
         assert kind in ("decode", "prefill", "scan", "scan-gradient", "kernel", "operations", "compiled")
@@ -227,43 +229,80 @@ def test_every_target_can_be_measured():
         assert target.stretch is None or target.met(target.stretch)
 
 
-# --- README
+# --- pages
 
 
-def test_the_block_says_what_was_not_measured():
-    readme = bench("readme")
-    lines = readme.target_table([]).splitlines()
-    assert len(lines) == 2 + len(bench("targets").TARGETS)
-    assert all(readme.NOT_YET in line for line in lines[2:])
-    line = next(line for line in readme.target_table([sample()]).splitlines() if "32 k, patched" in line)
-    assert "| 1.000 (0.980 to 1.010) | yes (the spread includes it) | Some GPU, abc1234 |" in line
+def found(*machines, **more):
+    return bench("report.found").Found(machines, **more)
 
 
-def test_the_block_shows_rows_memory_and_what_was_left_out(tmp_path):
-    text = bench("readme").block([sample()], tmp_path)
+def test_a_page_says_once_what_was_not_measured():
+    pages = bench("report.pages")
+    targets = bench("instrument.targets").TARGETS
+    text = "".join(pages.written(found()).values())
+    assert all(text.count(f"| {target.what} |") == 1 for target in targets)
+    assert all(
+        page.lower().count(pages.NOT_YET) == 1
+        for name, page in pages.written(found()).items()
+        if "kernels" not in name and "memory" not in name
+    )
+    text = pages.speed(found(sample()))
+    line = next(line for line in text.splitlines() if "prefill 32 k, patched" in line)
+    assert "| 1.000 (0.980 to 1.010) | yes (the spread includes it) |" in line
+    assert "## Some GPU\n\n**Some GPU**, driver 580.1" in text and "commit abc1234" in text
+
+
+def test_pages_show_rows_memory_and_what_was_left_out():
+    pages = bench("report.pages")
+    text = pages.speed(found(sample()))
     assert "| decode/patched |" in text and "Left out: scan/fla (not importable)." in text
-    assert "| Qwen3-4B, 32,768 tokens | patched | 9.05 GiB | +0.56% |" in text
+    line = next(
+        line for line in text.splitlines() if line.startswith("| prefill/patched | model=Qwen3-4B batch=1 tokens=32768")
+    )
+    assert "peak memory 9.05 GiB, extra memory +0.56%" in line
+
+
+def test_every_kind_of_row_has_a_page():
+    pages = bench("report.pages")
+    kinds = {row.name.split("/")[0] for one in bench("report.found").find().machines for row in one.rows}
+    assert kinds and kinds <= pages.SPEED.keys() | pages.KERNELS.keys()
 
 
 def test_writing_and_checking(tmp_path, monkeypatch, capsys):
-    readme = bench("readme")
+    pytest.importorskip("matplotlib")
+    report = bench("report.__main__")
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n", encoding="utf-8")
-    monkeypatch.setattr(readme, "README", page)
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(report, "README", page)
     written(tmp_path / "results", sample())
-    options = ["--results", str(tmp_path / "results")]
-    assert readme.main(["--check", *options]) == 1
-    assert "-old" in capsys.readouterr().out
-    assert readme.main(options) == 0 and readme.main(["--check", *options]) == 0
+    options = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "docs")]
+    assert report.main(["--check", *options]) == 1
+    out = capsys.readouterr().out
+    assert "-old" in out and "+# Speed" in out and not (tmp_path / "docs").exists()
+    assert report.main(options) == 0 and report.main(["--check", *options]) == 0
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    speed = tmp_path / "docs" / "speed.md"
+    pictures = re.findall(r"!\[.*\]\((.*)\)", speed.read_text(encoding="utf-8"))
+    assert pictures and all((speed.parent / name).is_file() for name in pictures)
+    speed.write_text("else", encoding="utf-8")
+    assert report.main(["--check", *options]) == 1 and "-else" in capsys.readouterr().out
     page.write_text("no markers", encoding="utf-8")
-    assert readme.main(options) == 2
+    assert report.main(options) == 2
     assert "README.md: allowed once each" in capsys.readouterr().err
 
 
-def test_readme_is_what_the_results_say(capsys):
-    assert bench("readme").main(["--check"]) == 0, capsys.readouterr().out
+def test_readme_has_six_rows_at_most():
+    pages = bench("report.pages")
+    lines = pages.readme_rows(bench("report.found").find()).splitlines()
+    assert 2 < len(lines) <= 2 + 6 and len({line.count("|") for line in lines}) == 1
+    (line,) = pages.readme_rows(found()).splitlines()[2:]
+    assert pages.NOT_YET in line
+    assert pages.readme_rows(found(sample())).count("1.240 (1.200 to 1.280)") == 1
+
+
+def test_pages_and_readme_are_what_the_results_say(capsys):
+    assert bench("report.__main__").main(["--check"]) == 0, capsys.readouterr().out
 
 
 # --- pictures
@@ -271,9 +310,9 @@ def test_readme_is_what_the_results_say(capsys):
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    plots = bench("plots")
-    first, second = (plots.draw(sample(), tmp_path / name) for name in "ab")
-    assert [path.name for path in first] == [f"gpu-some-gpu-{name}.png" for name in ("time", "decode", "memory")]
+    plots = bench("report.plots")
+    first, second = (plots.draw(found(sample(), pictures=tmp_path / name)) for name in "ab")
+    assert [path.name for path in first] == [f"gpu-some-gpu-{name}.png" for name in ("kernels", "model", "memory")]
     for one, other in zip(first, second):
         data = one.read_bytes()
         assert data.startswith(b"\x89PNG") and 2_000 < len(data) < 100_000
@@ -282,17 +321,42 @@ def test_pictures(tmp_path):
 
 def test_no_picture_without_numbers(tmp_path):
     pytest.importorskip("matplotlib")
-    assert bench("plots").draw(result(bench("rows").absent("a", "no")), tmp_path) == []
+    assert (
+        bench("report.plots").draw(found(result(bench("instrument.rows").absent("a", "no")), pictures=tmp_path)) == []
+    )
+
+
+def test_a_title_has_the_numbers_of_the_rows():
+    plots, pyplot = bench("report.plots"), pytest.importorskip("matplotlib.pyplot")
+    titles = []
+    for name in ("kernels", "model", "memory"):
+        figure = pyplot.figure()
+        titles.append(plots.MACHINE[name](sample().rows, figure))
+        pyplot.close(figure)
+    assert titles == ["At its best size a kernel moves its bytes at 25 % of a copy's speed",
+                      "With the memory a model runs at 100 to 124 % of its bare speed",
+                      "The patch adds at most 0.6 % to a prompt's peak memory"]  # fmt: skip
+
+
+def test_names_of_lines_keep_apart():
+    plots, pyplot = bench("report.plots"), pytest.importorskip("matplotlib.pyplot")
+    figure = pyplot.figure()
+    lines = [plots.Line(name, "blue", [(0, 0, 0, 0), (1, y, y, y)]) for name, y in zip("abcd", (0.5, 0.51, 0.99, 1.0))]
+    axes = plots._chart(figure, lines, "x", "y")
+    heights = [text.xyann[1] for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == list("abcd")
+    assert all(high - low > 0.059 for low, high in itertools.pairwise(heights)) and 0 < heights[0] < heights[-1] < 1.05
+    pyplot.close(figure)
 
 
 def test_committed_pictures_are_small():
-    assert all(path.stat().st_size < 200_000 for path in bench("plots").DIRECTORY.glob("*.png"))
+    assert all(path.stat().st_size < 200_000 for path in bench("report.found").PICTURES.glob("*.png"))
 
 
 def test_memory_that_is_kept_costs_no_page_faults_again():
     """And the heading says that it was kept."""
     code = (
-        "import resource\nfrom bench import machine\nkept = machine.keep_memory()\n"
+        "import resource\nfrom bench.instrument import machine\nkept = machine.keep_memory()\n"
         "fill = lambda: bytes(64 << 20).count(1) + resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "first, second, third = fill(), fill(), fill()\nprint(kept, third - second, machine.describe()['freed_memory'])"
     )
@@ -301,6 +365,6 @@ def test_memory_that_is_kept_costs_no_page_faults_again():
     if kept == "False":
         pytest.skip("not glibc's allocator")
     assert int(faults) < 1000 and said.strip() == "kept"  # 16,384 pages of 4 KiB
-    heading = bench("results").heading
+    heading = bench("instrument.results").heading
     assert "freed memory kept" in heading(result(driver=None, freed_memory="kept"))
     assert "freed memory" not in heading(result(driver=None))

@@ -82,7 +82,7 @@ def test_memory_shows_figures_and_a_picture():
 def test_memory_of_many_layers_draws_those_that_hold_most(monkeypatch):
     chat = recall_chat()
     have(chat, TOLD)
-    monkeypatch.setattr("deltamem_fast.chat.about_memory.MOST_DRAWN", 8)
+    monkeypatch.setattr("deltamem_fast.chat.commands.MOST_DRAWN", 8)
     shown = have(chat, "/memory")
     assert "2 layers that hold most" in shown
     assert sum(f"layer {layer} head 0" in shown for layer in range(4)) == 2

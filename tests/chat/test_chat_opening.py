@@ -7,9 +7,10 @@ import torch
 from chat_support import ASKED, TOLD, recall_model, write_tiny_model
 from safetensors.torch import load_file, save_file
 
-from deltamem_fast.chat import loading, opening
+from deltamem_fast.chat import opening
 from deltamem_fast.cli import chat as command
 from deltamem_fast.cli.main import main
+from deltamem_fast.model import loading
 
 
 class Stdin(list):
@@ -32,7 +33,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def shipped(monkeypatch):
     """The shipped model is loaded once."""
-    monkeypatch.setattr(opening, "load_for_chat", lambda *arguments, **options: recall_model())
+    monkeypatch.setattr(opening, "load_patched", lambda *arguments, **options: recall_model())
 
 
 def error_of(capsys) -> str:
@@ -150,10 +151,10 @@ def test_settings_reach_the_session(shipped, tmp_path, capsys):
 
 
 def test_thinking_goes_to_the_template():
-    from deltamem_fast.cli.main import _parser
+    from deltamem_fast.cli.main import parser
 
     for flag, template in (([], {}), (["--thinking"], True), (["--no-thinking"], False)):
-        found = opening.read_arguments(_parser().parse_args(["chat", *flag])).template
+        found = opening.read_arguments(parser().parse_args(["chat", *flag])).template
         assert found == (template if flag == [] else {"enable_thinking": template})
 
 
@@ -194,7 +195,7 @@ def test_quantised_weights_are_asked_of_transformers(tiny, monkeypatch, quantize
     monkeypatch.setattr(loading, "require", lambda packages, what: None)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ValueError, match="far enough"):
-        loading.load_for_chat(tiny[0], tiny[1], quantize=quantize, dtype="bfloat16")
+        loading.load_patched(tiny[0], tiny[1], quantize=quantize, dtype="bfloat16")
     config = asked["quantization_config"]
     assert (config.load_in_4bit, config.load_in_8bit) == (quantize == "4bit", quantize == "8bit")
     assert asked["dtype"] == torch.bfloat16 and asked["device_map"] == {"": torch.device("cpu")}

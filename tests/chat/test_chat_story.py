@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from chat_support import ASKED, TOLD, fail, have, recall_chat, state_bits
 
+from deltamem_fast.chat.commands import take_line
 from deltamem_fast.session import MemorySession
 
 
@@ -74,7 +75,7 @@ def test_ingest(tmp_path, monkeypatch):
         ("empty.txt", b" \n", "nothing but white space"),
         ("large.txt", b"word " * 9, "45 bytes, allowed up to 44 bytes"),
     ):
-        monkeypatch.setattr("deltamem_fast.chat.about_memory.MOST_BYTES", 44)
+        monkeypatch.setattr("deltamem_fast.chat.commands.MOST_BYTES", 44)
         if content is not None:
             (tmp_path / name).write_bytes(content)
         error = fail(chat, f"/ingest {tmp_path / name}")
@@ -186,7 +187,7 @@ def test_a_turn_that_fails_leaves_no_trace(monkeypatch, error):
     monkeypatch.setattr(MemorySession, "send", break_off)
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            chat.line(ASKED)
+            take_line(chat, ASKED)
     else:
         assert fail(chat, ASKED) == ("out of memory" if isinstance(error, RuntimeError) else "KeyError: 'x'")
     monkeypatch.undo()
@@ -197,8 +198,8 @@ def test_a_turn_that_fails_leaves_no_trace(monkeypatch, error):
 
 def test_words_that_it_does_not_know_are_pointed_out_and_the_turn_is_had():
     chat = recall_chat()
-    assert chat.line("What is love and war, or a b c d e f?")
+    assert take_line(chat, "What is love and war, or a b c d e f?")
     (kind, hint), (_, answer) = chat.screen.take()
     assert kind == "hint" and hint.startswith("not in its small world: love, and, war") and "more" in hint
     assert answer and chat.session.turns == 1
-    assert chat.line(ASKED) and [kind for kind, _ in chat.screen.take()] == ["answer"]
+    assert take_line(chat, ASKED) and [kind for kind, _ in chat.screen.take()] == ["answer"]

@@ -14,7 +14,8 @@ from support import GOLDEN
 from transformers import AutoModelForCausalLM
 
 from deltamem_fast import MemoryState, patch_model
-from deltamem_fast.chat.standard_input import typed_lines
+from deltamem_fast.chat.loop import typed_lines
+from deltamem_fast.cli import info
 from deltamem_fast.cli import main as cli
 from deltamem_fast.cli.main import main
 from deltamem_fast.errors import ArgumentError
@@ -175,7 +176,7 @@ def test_a_mistake_is_one_line(arguments, says, places, capsys, monkeypatch):
         (MemoryError(), 2, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, r"out of memory \(CUDA out of memory. Tried\)"),
         (RecursionError("maximum depth"), 2, r"RecursionError: maximum depth \(.*report it.*DELTAMEM_DEBUG=1"),
-        (AssertionError(), 2, r"AssertionError:  \(cli.py, line"),
+        (AssertionError(), 2, r"AssertionError:  \(main.py, line"),
         (ValueError(), 2, "ValueError: "),
         (RuntimeError("one\ntwo"), 2, r"RuntimeError: one two \("),
         (KeyboardInterrupt(), 130, ""),
@@ -188,7 +189,7 @@ def test_whatever_is_raised_is_one_line(error, code, says, capsys, monkeypatch):
 
     import re
 
-    monkeypatch.setattr(cli, "_info", fails)
+    monkeypatch.setattr(info, "_info", fails)
     monkeypatch.setattr(cli, "_close_stdout", lambda: None)
     assert main(["info"]) == code
     err = capsys.readouterr().err
@@ -225,7 +226,7 @@ def test_warnings_are_one_line_each_and_only_while_a_command_runs(capsys, monkey
         logging.getLogger("deltamem_fast").info("not this")
         return 0
 
-    monkeypatch.setattr(cli, "_info", warns)
+    monkeypatch.setattr(info, "_info", warns)
     handlers = list(logging.getLogger("deltamem_fast").handlers)
     assert main(["info"]) == 0
     assert capsys.readouterr().err == "deltamem: warning: one two\\x1b[31m\n"

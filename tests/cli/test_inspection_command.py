@@ -8,16 +8,16 @@ import threading
 
 import pytest
 import torch
-from inspection_support import CHAT, CONFIGS, TOKENIZER, bits, filled, model_with
+from inspection_support import CHAT, CONFIGS, TOKENIZER, bits, filled, memory_in, model_with, report
 from matplotlib.image import imread
 
 from deltamem_fast import MemoryState, patch_model, save_adapter, unpatch_model
 from deltamem_fast.cli.main import main
 from deltamem_fast.inspection import pictures as heatmap
-from deltamem_fast.inspection.model_info import load_patched
 from deltamem_fast.inspection.trace import trace
-from deltamem_fast.memory.figures import distance, report
-from deltamem_fast.memory.memory_file import read_memory_file
+from deltamem_fast.memory.figures import distance
+from deltamem_fast.memory.file import read_memory
+from deltamem_fast.model.loading import load_patched
 from deltamem_fast.recall import weights as recall_weights
 from deltamem_fast.recall.chats import tell
 from deltamem_fast.recall.weights import find_weights, load_backbone
@@ -33,7 +33,7 @@ def files(tmp_path_factory):
     TOKENIZER.save_pretrained(directory / "model")
     save_adapter(model, directory / "adapter")
     unpatch_model(model).save_pretrained(directory / "model")
-    model = load_patched(str(directory / "model"), str(directory / "adapter"), "auto", "cpu")
+    model, _ = load_patched(str(directory / "model"), str(directory / "adapter"), tokenizer=False)
     alice, bob = filled(model, 2), filled(model, 2, seed=5)
     alice._skipped[1] += torch.tensor([4, 0], dtype=torch.int32)
     alice.save(directory / "alice.safetensors")
@@ -79,20 +79,27 @@ def refused(capsys, *arguments):
 def test_a_file_is_told_without_a_model(files, capsys):
     path = files / "alice.safetensors"
     out = inspect(capsys, path)
-    file = read_memory_file(path)
-    assert str(report(file.memory)) in out and out.startswith(f"{path}\n")
-    for text in (file.adapter_name, file.adapter_fingerprint[:12], file.backbone_name, "2 conversations", "rank 4"):
+    file = read_memory(path)
+    memory, names = memory_in(file), file.names
+    assert str(report(memory)) in out and out.startswith(f"{path}\n")
+    for text in (
+        names["adapter_name"],
+        names["adapter_fingerprint"][:12],
+        names["backbone_name"],
+        "2 conversations",
+        "rank 4",
+    ):
         assert text in out
-    assert str(report(file.memory, 1)) in inspect(capsys, path, "--row", "1")
+    assert str(report(memory, 1)) in inspect(capsys, path, "--row", "1")
     told = json.loads(inspect(capsys, path, "--json"))
-    assert told["report"] == report(file.memory).to_dict() and told["rows"] == 2 and not told["frozen"]
-    assert told["adapter_fingerprint"] == file.adapter_fingerprint and told["written"] == []
+    assert told["report"] == report(memory).to_dict() and told["rows"] == 2 and not told["frozen"]
+    assert told["adapter_fingerprint"] == names["adapter_fingerprint"] and told["written"] == []
     assert all(line == line.rstrip() for line in out.splitlines())
 
 
 def test_two_files_are_compared(files, capsys):
     a, b = files / "alice.safetensors", files / "bob.safetensors"
-    apart = distance(read_memory_file(a).memory, read_memory_file(b).memory)
+    apart = distance(read_memory(a).layers, read_memory(b).layers)
     out = inspect(capsys, a, b)
     assert f"Distance to {b}\n{apart}" in out
     assert json.loads(inspect(capsys, a, b, "--json"))["distance"] == apart.to_dict()
@@ -156,19 +163,19 @@ def test_a_text_on_a_given_model(files, tmp_path, capsys):
     page, png = tmp_path / "page.html", tmp_path / "a.b.png"
     told = json.loads(inspect(capsys, path, *given, "--html", page, "--png", png, "--json"))
     model = model_with(CONFIGS["msw"])
-    memory = read_memory_file(path).memory
+    memory = memory_in(read_memory(path))
     found = trace(model, TOKENIZER, text, memory.select([1]))
     assert [t["write"] for t in told["text"]["tokens"]] == pytest.approx(found.total("writes").tolist(), rel=1e-3)
     assert told["written"] == [str(page), str(png), str(tmp_path / "a.b-tokens.png")]
     assert all(imread(path).std() > 0.01 for path in told["written"][1:]) and "My" in page.read_text("utf-8")
-    assert bits(read_memory_file(path).memory) == bits(memory)
+    assert bits(memory_in(read_memory(path))) == bits(memory)
     half = json.loads(inspect(capsys, path, *given, "--dtype", "bfloat16", "--json"))
     ratio = half["text"]["tokens"][3]["write"] / told["text"]["tokens"][3]["write"]
     assert 0.8 < ratio < 1.25 and ratio != 1
 
 
 def test_a_read_only_memory_says_so(files, tmp_path, capsys):
-    model = load_patched(str(files / "model"), str(files / "adapter"), "auto", "cpu")
+    model, _ = load_patched(str(files / "model"), str(files / "adapter"), tokenizer=False)
     memory = filled(model)
     memory.frozen = True
     memory.save(tmp_path / "frozen.safetensors")
@@ -238,10 +245,14 @@ def test_what_is_read_is_not_written_over(files, tmp_path, capsys):
 
 def test_a_foreign_memory_asks_for_its_model(files, tmp_path, capsys, monkeypatch):
     a = files / "alice.safetensors"
-    file = read_memory_file(a)
+    names = read_memory(a).names
     told = refused(capsys, a, "--text", "x")
     assert told.startswith("--model: not given, and MEMORY was not made with the demo's weights but with adapter ")
-    assert file.adapter_fingerprint[:12] in told and file.backbone_fingerprint[:12] in told and "pass --model" in told
+    assert (
+        names["adapter_fingerprint"][:12] in told
+        and names["backbone_fingerprint"][:12] in told
+        and "pass --model" in told
+    )
     monkeypatch.setattr(recall_weights, "SHIPPED", tmp_path / "nothing")
     assert refused(capsys, a, "--text", "x") == told
 

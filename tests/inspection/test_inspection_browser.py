@@ -13,11 +13,11 @@ import time
 
 import pytest
 import torch
-from inspection_support import CHAT, CONFIGS, TOKENIZER, filled, model_with, random_memory, random_trace
+from inspection_support import CHAT, CONFIGS, TOKENIZER, filled, model_with, random_memory, random_trace, report
 
 from deltamem_fast.inspection.page import write_page
 from deltamem_fast.inspection.trace import trace
-from deltamem_fast.memory.figures import distance, report
+from deltamem_fast.memory.figures import distance
 
 pytestmark = pytest.mark.xdist_group("browser")  # one worker starts one browser
 

@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from inspection_support import CHAT, CONFIGS, TOKENIZER, filled, model_with, random_memory, random_trace
+from inspection_support import CHAT, CONFIGS, TOKENIZER, filled, model_with, random_memory, random_trace, report
 
 from deltamem_fast.inspection.page import TEMPLATE, fill, safe_json, write_page
 from deltamem_fast.inspection.trace import trace
-from deltamem_fast.memory.figures import distance, report
+from deltamem_fast.memory.figures import distance
 
 ATTACK = "</script><script>alert(1)</script><!-- {{policy}} &amp; \u2028 \ud800"
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inspection_support import CONFIGS, bits, filled, model_with, random_memory
+from inspection_support import CONFIGS, bits, filled, memory_in, model_with, random_memory, report
 from safetensors.torch import save_file
 
 from deltamem_fast import MemoryState
 from deltamem_fast.display import columns_of, number, printable, table
-from deltamem_fast.memory.figures import distance, effective_rank, report
-from deltamem_fast.memory.memory_file import read_memory_file
-from deltamem_fast.storage.files import read_tensors
+from deltamem_fast.memory.figures import distance, effective_rank
+from deltamem_fast.memory.file import read_memory
+from deltamem_fast.storage.tensors import read_tensors
 
 examples = settings(deadline=None, max_examples=25, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**20)
@@ -162,14 +162,15 @@ def saved(tmp_path_factory):
 
 def test_a_file_is_read_without_a_model(saved):
     model, memory, path = saved
-    file = read_memory_file(path)
-    assert bits(file.memory) == bits(memory) and file.memory.frozen and list(file.memory) == [0, 1, 2]
-    assert report(file.memory) == report(memory)
+    file = read_memory(path)
+    found = memory_in(file)
+    assert bits(found) == bits(memory) and found.frozen and list(found) == [0, 1, 2]
+    assert report(found) == report(memory)
     names = memory._identity.fingerprints()
     assert names.items() <= file.fingerprints.items()
     assert file.path == path and names["adapter_fingerprint"][:12] in file.made_with
     loaded = MemoryState.load(path, model)
-    assert all(entry.distance == 0 for entry in distance(loaded, file.memory))
+    assert all(entry.distance == 0 for entry in distance(loaded, found))
 
 
 def rewritten(saved, path, drop=(), **changes):
@@ -204,13 +205,13 @@ def rewritten(saved, path, drop=(), **changes):
 def test_a_broken_file_is_told(saved, tmp_path, changes, message):
     path = rewritten(saved, tmp_path / "broken.safetensors", **changes)
     with pytest.raises(ValueError) as error:
-        read_memory_file(path, "MEMORY")
+        read_memory(path, "MEMORY")
     assert message in str(error.value) and str(error.value).startswith(f"MEMORY: {path}: ")
 
 
 def test_no_file_and_no_safetensors(tmp_path):
     with pytest.raises(FileNotFoundError, match="path: .*missing: no such file"):
-        read_memory_file(tmp_path / "missing")
+        read_memory(tmp_path / "missing")
     (tmp_path / "text").write_text("a text")
     with pytest.raises(ValueError, match="path: .*text: not a safetensors file"):
-        read_memory_file(tmp_path / "text")
+        read_memory(tmp_path / "text")

@@ -21,11 +21,10 @@ from deltamem_fast import (
     segment_ids_from_messages,
     unpatch_model,
 )
+from deltamem_fast.inspection import pictures
 from deltamem_fast.inspection import trace as module
-from deltamem_fast.inspection import trace_picture
-from deltamem_fast.inspection.pieces import token_pieces
-from deltamem_fast.inspection.trace import MEASURES, trace
-from deltamem_fast.inspection.trace_picture import draw_trace, trace_png_size
+from deltamem_fast.inspection.pictures import draw_trace, trace_png_size
+from deltamem_fast.inspection.trace import MEASURES, token_pieces, trace
 from deltamem_fast.model import update as advance
 from deltamem_fast.recall.weights import find_weights, load_backbone
 from deltamem_fast.text.encode import encode_text
@@ -246,7 +245,7 @@ def test_the_picture_of_a_trace(tmp_path, name, text, recwarn):
 
 
 def test_no_matplotlib_no_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(trace_picture, "installed", lambda package: False)
+    monkeypatch.setattr(pictures, "installed", lambda package: False)
     with pytest.raises(ImportError, match="matplotlib is not installed"):
         draw_trace(None, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Which backend runs where a package is missing, broken, or cannot keep what it compiled."""
 
 import importlib
+import inspect
 import logging
 import sys
 
@@ -13,9 +14,9 @@ import deltamem_kernels.numba
 from deltamem_fast import MemoryState, patch_model
 from deltamem_fast.errors import ArgumentError, DeltaMemError, MissingPackageError
 from deltamem_kernels import dispatch as backends
-from deltamem_kernels.dispatch import installed, resolve_backend, why_unusable
+from deltamem_kernels.dispatch import BACKENDS, Operators, installed, resolve_backend, why_unusable
 
-NUMBA_MODULES = ("ops", "backward", "heads", "loops", "rows", "threads")
+NUMBA_MODULES = ("ops", "backward", "heads", "loops", "recurrence", "rows", "threads")
 needs_numba = pytest.mark.skipif(not installed("numba"), reason="numba is not installed")
 
 
@@ -25,8 +26,7 @@ def undecided(monkeypatch):
     for name in NUMBA_MODULES:
         monkeypatch.delitem(sys.modules, f"deltamem_kernels.numba.{name}", raising=False)
         monkeypatch.delattr(deltamem_kernels.numba, name, raising=False)
-    for name in ("_loaded", "_loaded_heads"):
-        monkeypatch.setattr(backends, name, {})
+    monkeypatch.setattr(backends, "loaded", {})
     monkeypatch.setattr(backends, "_said", set())
     why_unusable.cache_clear()
     yield monkeypatch
@@ -44,6 +44,24 @@ def fails_to_import(monkeypatch, module, error):
 
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_every_backend_has_the_operators(backend):
+    if backend != "reference":
+        pytest.importorskip(backend)
+    ops = importlib.import_module(f"deltamem_kernels.{backend}.ops")
+    contract = {
+        name: method for name, method in vars(Operators).items() if inspect.isfunction(method) and name[0] != "_"
+    }
+    assert set(contract) == {"scan", "step", "read", "steer", "delta", "steer_heads_", "decode_", "workspace"}
+    for name, method in contract.items():
+        wanted = inspect.signature(method).parameters
+        found = inspect.signature(getattr(ops, name)).parameters
+        kept = {n: (p.kind, p.default) for n, p in found.items() if n in wanted}
+        assert list(kept.items()) == [(n, (p.kind, p.default)) for n, p in wanted.items()], name
+        own = [p for n, p in found.items() if n not in wanted]
+        assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in own), name
 
 
 @needs_numba

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.schemas import flat_rule
 
 pytest.importorskip("numba", reason="the CPU backend needs numba")
-from deltamem_kernels.numba import loops as numba_loops
-from deltamem_kernels.numba import ops as numba_backend
+from deltamem_kernels.numba import loops, ops, recurrence
 from deltamem_kernels.numba.backward import backward_loops
 from deltamem_kernels.numba.machine import changed
 from deltamem_kernels.numba.rows import row_loop, turn_loop
@@ -87,7 +87,7 @@ def check_gradients(tensors, rule, seed=0, **arguments):
 
         return call
 
-    ours = gradients(run(numba_backend.scan), tensors, None, seed)
+    ours = gradients(run(ops.scan), tensors, None, seed)
     plain = gradients(run(reference.scan), tensors, None, seed)
     oracle = gradients(run(reference.scan, dtype=torch.float64), tensors, torch.float64, seed)
     for name, *three in zip(("projections", "gate_bias", "state"), ours, plain, oracle):
@@ -162,7 +162,7 @@ def test_reads_of_a_frozen_state(rule, dtype, seed, batch, length, masked, with_
     def run(backend, **more):
         return lambda x, state: [backend.read(x, state, rule, mask=mask, slots=slots, **more)]
 
-    ours = gradients(run(numba_backend), (x, state), None, seed)
+    ours = gradients(run(ops), (x, state), None, seed)
     plain = gradients(run(reference), (x, state), None, seed)
     oracle = gradients(run(reference, dtype=torch.float64), (x, state), torch.float64, seed)
     for name, *three in zip(("projections", "state"), ours, plain, oracle):
@@ -181,9 +181,9 @@ def test_steer(lead, dtype, normed):
     def run(backend):
         return lambda b, r, w, n: [backend.steer(b, r, w, 2.0, norm_weight=n if normed else None)]
 
-    outputs = [run(backend)(*given)[0] for backend in (numba_backend, reference)]
+    outputs = [run(backend)(*given)[0] for backend in (ops, reference)]
     assert_budget(*outputs, run(reference)(*[t.double() for t in given])[0], "output")
-    ours, plain = (gradients(run(backend), given, None, 0) for backend in (numba_backend, reference))
+    ours, plain = (gradients(run(backend), given, None, 0) for backend in (ops, reference))
     oracle = gradients(run(reference), given, torch.float64, 0)
     for name, *three in zip(("base", "reads", "weight", "norm"), ours, plain, oracle):
         assert_budget(*three, name)
@@ -198,7 +198,7 @@ def test_saturated_and_zero_projections():
 
 
 def backward(rule, x, bias, state, seed=1):
-    return gradients(lambda *t: numba_backend.scan(*t, rule, checkpoint_every=50)[:2], (x, bias, state), None, seed)
+    return gradients(lambda *t: ops.scan(*t, rule, checkpoint_every=50)[:2], (x, bias, state), None, seed)
 
 
 def same_bits(ours, theirs):
@@ -228,9 +228,9 @@ def test_a_row_does_not_see_the_others():
     rule = DeltaRule(8)
     x, bias, state = problem(rule, 4, 100, seed=8)
     leaves = [x.clone().requires_grad_(), bias, state.clone().requires_grad_()]
-    whole = torch.autograd.grad(numba_backend.scan(*leaves, rule).reads.sum(), (leaves[0], leaves[2]))
+    whole = torch.autograd.grad(ops.scan(*leaves, rule).reads.sum(), (leaves[0], leaves[2]))
     leaves = [x[2:3].clone().requires_grad_(), bias, state[2:3].clone().requires_grad_()]
-    alone = torch.autograd.grad(numba_backend.scan(*leaves, rule).reads.sum(), (leaves[0], leaves[2]))
+    alone = torch.autograd.grad(ops.scan(*leaves, rule).reads.sum(), (leaves[0], leaves[2]))
     assert all(torch.equal(w[2:3], a) for w, a in zip(whole, alone))
 
 
@@ -241,7 +241,7 @@ def test_what_comes_back_for_a_token_that_does_not_count_is_not_looked_at():
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[0, 2] = False
     leaves = [t.requires_grad_() for t in (x, bias, state)]
-    out = numba_backend.scan(*leaves, rule, mask=mask)
+    out = ops.scan(*leaves, rule, mask=mask)
     d_reads = torch.randn(2, 5, 3)
     clean = torch.autograd.grad(out.reads, leaves, d_reads, retain_graph=True)
     d_reads[0, 2], d_reads[1, 1], d_reads[1, 4] = float("nan"), float("inf"), float("nan")
@@ -253,9 +253,9 @@ def test_what_comes_back_for_a_token_that_does_not_count_is_not_looked_at():
 def test_gradient_checkpointing(reentrant):
     rule = DeltaRule(8)
     given = problem(rule, 2, 70, seed=10)
-    plain = gradients(lambda *t: numba_backend.scan(*t, rule)[:2], given, None, 0)
+    plain = gradients(lambda *t: ops.scan(*t, rule)[:2], given, None, 0)
     again = gradients(
-        lambda *t: checkpoint(lambda *u: tuple(numba_backend.scan(*u, rule)[:2]), *t, use_reentrant=reentrant),
+        lambda *t: checkpoint(lambda *u: tuple(ops.scan(*u, rule)[:2]), *t, use_reentrant=reentrant),
         given, None, 0,
     )  # fmt: skip
     assert same_bits(again, plain)
@@ -264,8 +264,8 @@ def test_gradient_checkpointing(reentrant):
 def test_tensors_used_twice_and_a_graph_walked_twice():
     rule = DeltaRule(3)
     leaves = [t.requires_grad_() for t in problem(rule, 2, 9, seed=11)]
-    once = torch.autograd.grad(numba_backend.scan(*leaves, rule).reads.sum(), leaves)
-    loss = numba_backend.scan(*leaves, rule).reads.sum() + numba_backend.scan(*leaves, rule).reads.sum()
+    once = torch.autograd.grad(ops.scan(*leaves, rule).reads.sum(), leaves)
+    loss = ops.scan(*leaves, rule).reads.sum() + ops.scan(*leaves, rule).reads.sum()
     twice = torch.autograd.grad(loss, leaves, retain_graph=True)
     assert same_bits([g * 2 for g in once], twice)
     assert same_bits(torch.autograd.grad(loss, leaves), twice)
@@ -274,18 +274,18 @@ def test_tensors_used_twice_and_a_graph_walked_twice():
 def test_only_some_of_the_inputs_want_a_gradient():
     rule = DeltaRule(3)
     given = [t.requires_grad_() for t in problem(rule, 2, 9, seed=12)]
-    whole = torch.autograd.grad(numba_backend.scan(*given, rule).state.sum(), given)
+    whole = torch.autograd.grad(ops.scan(*given, rule).state.sum(), given)
     for i in range(3):
         leaves = [t.detach().clone() for t in given]
         leaves[i].requires_grad_()
-        (grad,) = torch.autograd.grad(numba_backend.scan(*leaves, rule).state.sum(), leaves[i])
+        (grad,) = torch.autograd.grad(ops.scan(*leaves, rule).state.sum(), leaves[i])
         assert torch.equal(grad, whole[i])
 
 
 def test_second_derivatives_are_refused():
     rule = DeltaRule(3)
     leaves = [t.requires_grad_() for t in problem(rule, 1, 3, seed=13)]
-    (grad,) = torch.autograd.grad(numba_backend.scan(*leaves, rule).reads.sum(), leaves[0], create_graph=True)
+    (grad,) = torch.autograd.grad(ops.scan(*leaves, rule).reads.sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
 
@@ -293,13 +293,13 @@ def test_second_derivatives_are_refused():
 def test_the_op_passes_torchs_own_checks():
     rule = DeltaRule(3, 2)
     x, bias, pool = problem(rule, 1, 9, seed=14, states=4)
-    flags = numba_backend._arguments(rule)
+    flags = flat_rule(rule)
     bounds, slots = torch.tensor([0, 4, 4, 9]), torch.tensor([2, 0, -1])
     grads = torch.randn(1, 9, 6), torch.randn(3, 2, 3, 3), torch.randn(4, 2, 3, 3)
-    op = numba_backend._scan_backward_op
+    op = recurrence.scan_backward_op
     torch.library.opcheck(op, (*grads, x, bias, pool, None, bounds, slots, *flags, 2))
-    torch.library.opcheck(numba_backend._read_backward_op, (grads[0], x, pool, x[..., 0] > 0, slots[:1], *flags))
-    torch.library.opcheck(numba_backend._read_op, (x.requires_grad_(), pool, None, slots[:1], *flags))
+    torch.library.opcheck(recurrence.read_backward_op, (grads[0], x, pool, x[..., 0] > 0, slots[:1], *flags))
+    torch.library.opcheck(recurrence.read_op, (x.requires_grad_(), pool, None, slots[:1], *flags))
     x = x.detach()
     torch.library.opcheck(op, (*grads, x.bfloat16(), bias.bfloat16(), None, x[..., 0] > 0, bounds, None, *flags, 2))
 
@@ -309,13 +309,13 @@ def test_compiled():
     given = problem(rule, 2, 9, seed=15)
 
     def run(*tensors):
-        return numba_backend.scan(*tensors, rule, checkpoint_every=2)[:2]
+        return ops.scan(*tensors, rule, checkpoint_every=2)[:2]
 
     plain = gradients(run, given, None, 0)
     assert same_bits(gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), given, None, 0), plain)
 
     def read(x, state):
-        return [numba_backend.read(x, state, rule)]
+        return [ops.read(x, state, rule)]
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
     assert same_bits(gradients(compiled, given[::2], None, 0), gradients(read, given[::2], None, 0))
@@ -324,7 +324,7 @@ def test_compiled():
 def test_peak_memory_as_pytorch_counts_it():
     rule, length = DeltaRule(8), 8192
     leaves = [t.requires_grad_() for t in problem(rule, 1, length, seed=16)]
-    loss = numba_backend.scan(*leaves, rule).reads.sum()
+    loss = ops.scan(*leaves, rule).reads.sum()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         torch.autograd.grad(loss, leaves)
     live = top = 0
@@ -340,7 +340,7 @@ def test_peak_memory_as_pytorch_counts_it():
 # numba's own buffers are in nobody's books but the process's.
 PEAK = """
 import re, torch
-from deltamem_kernels.numba import ops as numba_backend
+from deltamem_kernels.numba import ops
 from deltamem_kernels.rule import DeltaRule
 torch.set_num_threads(1)
 rule = DeltaRule(8)
@@ -350,7 +350,7 @@ def status(name):
 
 def run(length):
     leaves = torch.zeros(1, length, rule.width).requires_grad_(), torch.zeros(8), torch.zeros(1, 1, 8, 8)
-    reads = numba_backend.scan(*leaves, rule).reads
+    reads = ops.scan(*leaves, rule).reads
     weights = torch.ones_like(reads)
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
     before = status("VmRSS")
@@ -376,7 +376,7 @@ def test_a_caller_hands_no_fast_math_down():
     import numpy as np
     from numba import njit
 
-    callee = njit(**numba_loops._OPTIONS | {"cache": False})(numba_loops._squares.py_func)
+    callee = njit(**loops.OPTIONS | {"cache": False})(loops.squares.py_func)
 
     @njit(fastmath=True)
     def caller(x, out):
@@ -397,8 +397,8 @@ def test_numbas_cache_notices_every_file(tmp_path):
     numbers = [changed(module)]
     os.utime(file, ns=(0, 1))
     assert changed(module) not in numbers
-    with_loops, alone = changed(numba_loops), changed()
-    functions = {alone: [*vars(numba_loops.loops(8)).values()]}
+    with_loops, alone = changed(loops), changed()
+    functions = {alone: [*vars(loops.scan_loops(8)).values()]}
     functions[with_loops] = [*vars(backward_loops(8)).values(), row_loop(8), turn_loop()]
     for stamp, compiled in functions.items():
         for function in compiled:

@@ -7,7 +7,7 @@ import torch
 from support import loud_adapter, relative_error, tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, record_gates
-from deltamem_fast.memory.capture import capture_projections
+from deltamem_fast.memory.watch import capture_projections
 from deltamem_kernels.reference.recurrence import split_projections
 
 IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -10,13 +10,14 @@ from pathlib import Path
 import memories_before
 import pytest
 import torch
+from inspection_support import memory_in
 from safetensors.torch import load_file, save_file
 from support import tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryBank, MemoryState, patch_model
 from deltamem_fast.errors import DeltaMemError, FileAccessError, FileFormatError
-from deltamem_fast.memory.memory_file import read_memory_file
-from deltamem_fast.storage.files import read_tensors, seal
+from deltamem_fast.memory.file import read_memory
+from deltamem_fast.storage.tensors import read_tensors, seal
 
 BEFORE = Path(__file__).parents[1] / "written_before" / "memories_v1"
 
@@ -59,8 +60,8 @@ def small(**changes):
 def test_a_memory_of_the_version_before(model, written):
     loaded = MemoryState.load(BEFORE / "memory.safetensors", model)
     assert same(loaded, written) and loaded.frozen
-    file = read_memory_file(BEFORE / "memory.safetensors")
-    assert same(file.memory, written) and file.backbone_name == "qwen3 (qwen3, 3 layers, hidden 64)"
+    file = read_memory(BEFORE / "memory.safetensors")
+    assert same(memory_in(file), written) and file.names["backbone_name"] == "qwen3 (qwen3, 3 layers, hidden 64)"
 
 
 @pytest.mark.parametrize(
@@ -161,8 +162,11 @@ def test_no_path_is_in_a_file(tmp_path, model):
     metadata, tensors = read_tensors(file, "path")
     metadata |= {"adapter_name": str(tmp_path / "a"), "backbone_name": f"{tmp_path} (qwen3, 3 layers, hidden 64)"}
     save_file(tensors, file, metadata | {"format_version": "1"})
-    shown = read_memory_file(file)
-    assert shown.adapter_name == "a" and shown.backbone_name == f"{tmp_path.name} (qwen3, 3 layers, hidden 64)"
+    shown = read_memory(file)
+    assert (
+        shown.names["adapter_name"] == "a"
+        and shown.names["backbone_name"] == f"{tmp_path.name} (qwen3, 3 layers, hidden 64)"
+    )
 
 
 # --- damage
@@ -222,7 +226,7 @@ def test_files_that_are_not_what_they_say_are_refused(changes, message, path, mo
         if message:
             for read in (
                 lambda: MemoryState.load(path, model),
-                lambda: read_memory_file(path),
+                lambda: read_memory(path),
                 lambda: bank.import_("a", path),
             ):
                 with pytest.raises(FileFormatError, match=message) as refused:
@@ -268,7 +272,7 @@ def overwrite(path):
 
 
 def test_loaded_memories_are_the_process_own(path, written, model, tmp_path):
-    loaded, looked_at = MemoryState.load(path, model), read_memory_file(path)
+    loaded, looked_at = MemoryState.load(path, model), read_memory(path)
     with MemoryBank(tmp_path / "users.bank", model) as bank:
         bank.commit(["a"], written.select([0]).unnamed())
         exported = bank.export("a", tmp_path / "a.safetensors")
@@ -276,7 +280,7 @@ def test_loaded_memories_are_the_process_own(path, written, model, tmp_path):
         gathered = bank.gather(["b"])
         for one in (path, exported):
             overwrite(one)
-        assert same(loaded, written) and same(looked_at.memory, written)
+        assert same(loaded, written) and same(memory_in(looked_at), written)
         assert same(bank.gather(["b"]), written.select([0]))
         shutil.copy(exported, tmp_path / "users.bank")
         assert same(gathered, written.select([0]))
@@ -348,7 +352,7 @@ def test_what_can_be_no_path(given, written, model, tmp_path):
         for call in (
             lambda: written.save(given),
             lambda: MemoryState.load(given, model),
-            lambda: read_memory_file(given),
+            lambda: read_memory(given),
             lambda: bank.export("a", given),
             lambda: bank.import_("b", given),
             lambda: bank.export_all(given),

@@ -19,7 +19,8 @@ from deltamem_fast import (
     retrieve,
     revise,
 )
-from deltamem_fast.adapter.record import decoder_of, identity_of
+from deltamem_fast.adapter.record import identity_of
+from deltamem_fast.adapter.wrappers import decoder_of
 from deltamem_fast.recall.chats import ask, tell
 from deltamem_fast.recall.task import changed, draw_facts, user
 from deltamem_fast.text.cutting import pieces_of
@@ -201,7 +202,7 @@ def test_forget_takes_the_fact_and_leaves_the_others(strategy, left_most, kept_l
 @pytest.mark.parametrize("strategy", tuple(CONFIGS))
 def test_forget_is_the_erasure_that_it_says(strategy):
     """S ← S − diag(1 − (1 − β)ⁿ) (S k) kᵀ, token by token, keys and gates as with an empty memory."""
-    from deltamem_fast.memory.capture import capture_projections
+    from deltamem_fast.memory.watch import capture_projections
     from deltamem_fast.text.segments import segment_ids_from_messages
     from deltamem_kernels.reference.recurrence import split_projections
     from deltamem_kernels.segment_means import segment_means

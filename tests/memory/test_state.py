@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_state, patch_model
 from deltamem_fast.errors import ArgumentError, FileAccessError, FileFormatError
 from deltamem_fast.memory import file as memory_format
-from deltamem_fast.storage.files import seal
+from deltamem_fast.storage.tensors import seal
 
 IDS = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(3))
 

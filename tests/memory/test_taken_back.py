@@ -9,7 +9,7 @@ from tokenizers_for_tests import chatml_tokenizer
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from deltamem_fast import DeltaMemConfig, MemoryState, forget, ingest, patch_model, revise
-from deltamem_fast.adapter.record import decoder_of
+from deltamem_fast.adapter.wrappers import decoder_of
 from deltamem_fast.memory import operators
 
 TEXT = "Ada went to the market. She took the train; then she went home. Where is my dog? He is in Paris. "

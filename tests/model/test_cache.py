@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, memory_state, patch_model
 from deltamem_fast.model.cache import ROOM, MemoryDynamicLayer
-from deltamem_fast.model.forwards import cache_name
+from deltamem_fast.model.signatures import cache_name
 
 FAMILIES = ("qwen3", "smollm3", "mistral")
 IDS = torch.randint(3, 128, (3, 26), generator=torch.Generator().manual_seed(3))

@@ -122,18 +122,18 @@ def tiny_logits(model, length=5):
 
 
 def test_ops_pass_torchs_own_checks():
-    from deltamem_kernels.numba import ops as numba_backend
+    from deltamem_kernels.numba import recurrence
 
     rule = DeltaMemConfig.msw(heads=2, rank=3).rule
     tokens = torch.randn(2, 4, rule.width, requires_grad=True)
     bias, state = torch.randn(rule.bias_width, requires_grad=True), torch.randn(2, 2, 3, 3, requires_grad=True)
     flags = (rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize)
     with torch.enable_grad():
-        torch.library.opcheck(numba_backend._scan_op, (tokens, bias, state, None, None, None, *flags, 2))
+        torch.library.opcheck(recurrence.scan_op, (tokens, bias, state, None, None, None, *flags, 2))
     plain = [t.detach() for t in (tokens, bias, state)]
     skipped = torch.zeros(2, dtype=torch.int32)
-    torch.library.opcheck(numba_backend._step_op, (plain[0][:, 0], plain[1], plain[2], skipped, None, None, *flags))
-    torch.library.opcheck(numba_backend._read_op, (plain[0], plain[2], None, None, *flags))
+    torch.library.opcheck(recurrence.step_op, (plain[0][:, 0], plain[1], plain[2], skipped, None, None, *flags))
+    torch.library.opcheck(recurrence.read_op, (plain[0], plain[2], None, None, *flags))
 
 
 def test_generate_compiles_its_decode():

@@ -5,7 +5,7 @@ import torch
 from support import tiny_model
 from test_fast_path import force_generic
 
-from bench.launches import per_layer, triton_without_device
+from bench.instrument.launches import per_layer, triton_without_device
 from deltamem_fast import DeltaMemConfig, patch_model
 
 LIMIT, STRETCH = 56, 34  # of a layer of Qwen3; an un-patched one costs 56

@@ -28,7 +28,7 @@ def bench(name):
 @pytest.fixture(params=["H100"])
 def gpu(request, monkeypatch):
     """The device. Kernels run in what is checked and are only counted in what is timed."""
-    problems, timing, model = bench("problems"), bench("timing"), bench("model")
+    problems, timing, model = bench("speed.problems"), bench("instrument.timing"), bench("speed.model")
     monkeypatch.setattr(problems, "LAYOUT", HeadLayout(4, 2, 2, 16, 16))
     monkeypatch.setattr(problems, "OUT", 40)
     monkeypatch.setattr(timing, "FLUSH_BYTES", 1 << 12)
@@ -56,7 +56,7 @@ def runs_kernels(device, function, runs=True):
 
 
 def rows_of(part, **options):
-    parts = bench("parts")
+    parts = bench("speed.parts")
     with torch.enable_grad():
         return list(parts.PARTS[part].run(parts.Plan("cuda", dry=True, **options)))
 
@@ -84,7 +84,7 @@ def test_every_kernel(gpu):
 
 def test_a_graph_is_what_it_was_captured_from(gpu):
     """A captured forward, replayed, decodes the tokens of the eager one: its position and memory move on."""
-    model, decode, timing = bench("model"), bench("decode"), bench("timing")
+    model, decode, timing = bench("speed.model"), bench("speed.decode"), bench("instrument.timing")
     models = model.make("Qwen3-4B", "cuda", tiny=True, peer=False)
     gpu.idle = False
     ids = model.random_ids(256, 3, 12, "cuda")
@@ -111,7 +111,7 @@ def delta_rule(state, q, k, v, keep, erase, write):
 
 
 def test_peers(gpu, monkeypatch):
-    peers, kernels = bench("peers"), bench("kernels")
+    peers, kernels = bench("speed.peers"), bench("speed.kernels")
     found = {
         "deltamem.core.delta": SimpleNamespace(),
         "deltamem.kernels.affine_scan": SimpleNamespace(triton_affine_scan=delta_rule),
@@ -121,7 +121,7 @@ def test_peers(gpu, monkeypatch):
     gpu.idle = False
     for name in ("capture", "in_turns", "peak_memory"):  # what comes after the comparison with the peer
         monkeypatch.setattr(kernels, name, runs_kernels(gpu, getattr(kernels, name), runs=False))
-    parts = bench("parts")
+    parts = bench("speed.parts")
     rows = list(parts.scan_peers(TinyPlan("cuda", dry=True)))
     assert [(row.name, row.status) for row in rows] == [
         ("scan/triton", "measured"), ("scan-gradient/triton", "measured"), ("scan/fla", "measured")
@@ -130,14 +130,14 @@ def test_peers(gpu, monkeypatch):
     assert rows[1].values["memory_to_released"] > 0
 
 
-class TinyPlan(bench("parts").Plan):
+class TinyPlan(bench("speed.parts").Plan):
     scans = (6,)
     gradients = (6,)
     turns = 2
 
 
 def test_what_ncu_watches(gpu):
-    counters = bench("counters")
+    counters = bench("speed.counters")
     gpu.idle = False
     assert counters.main(["decode_:1:1", "step:1:2", "scan:5:1"]) == 0
     assert gpu.calls["launches"] == 8  # a scan is two launches
@@ -145,7 +145,7 @@ def test_what_ncu_watches(gpu):
 
 
 def test_a_capture_that_waits_fails(gpu):
-    timing = bench("timing")
+    timing = bench("instrument.timing")
     number = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="stream is capturing"):
         timing.capture(lambda: number.sum().item(), "cuda")
@@ -157,17 +157,17 @@ def test_a_capture_that_waits_fails(gpu):
 
 
 def test_memory_is_counted(gpu):
-    timing = bench("timing")
+    timing = bench("instrument.timing")
     assert timing.peak_memory(lambda: torch.empty(1 << 20, device="cuda").add_(1), "cuda") == 4 << 20
     gpu.memory.total = gpu.memory.now + (1 << 20)
-    case = bench("problems").Case("steer", 4096, 512)
-    (row,) = bench("kernels").rows([case], "cuda", 2)
+    case = bench("speed.problems").Case("steer", 4096, 512)
+    (row,) = bench("speed.kernels").rows([case], "cuda", 2)
     assert row.status == "absent" and "does not fit the device" in row.note
 
 
 @pytest.mark.parametrize("gpu", ["H100", "H200"], indirect=True)
 def test_a_part_s_process_and_the_file_it_ends_in(gpu, tmp_path, monkeypatch, capsys):
-    run, results = bench("gpu"), bench("results")
+    run, results = bench("gpu"), bench("instrument.results")
 
     def part_rows(name, options, seconds):
         path = tmp_path / f"{name}.jsonl"

@@ -1,6 +1,6 @@
 """Calls of every launcher at the released adapter's sizes (bfloat16, r 8, H 1), whose costs are counted.
 
-Inputs, what they must give and the least bytes that a call moves are those of ``bench.problems``.
+Inputs, what they must give and the least bytes that a call moves are those of ``bench.speed.problems``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from bench import problems
-from deltamem_kernels.reference import heads as reference_heads
-from deltamem_kernels.triton import heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
+from bench.speed import problems
+from deltamem_kernels.triton import decode, heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ class Case:
         """The call on some inputs, some of which it changes; it returns what ``exact`` does."""
         inputs = self.inputs() if inputs is None else inputs
         if self.of.kernel == self.of.forward:
-            return lambda: problems.apply(self.of, inputs, *_with(self.options))
+            return lambda: problems.apply(self.of, inputs, _with(self.options))
         return lambda: _backward(self.name, inputs, self.of.rule, self.options)
 
     def exact(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the reference makes of the inputs in float64."""
         wide = {name: problems._wide(name, tensor.clone()) for name, tensor in inputs.items()}
-        found = problems.apply(self.of, wide, problems._Exact, reference_heads)
+        found = problems.apply(self.of, wide, problems.Exact)
         return found[:2] if self.name == "steer_backward" else found  # the base's gradient is that of the result
 
     def wrong(self, found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> str:
@@ -76,16 +75,13 @@ class Case:
         return ""
 
 
-def _with(options: dict[str, Any]) -> tuple[SimpleNamespace, SimpleNamespace]:
+def _with(options: dict[str, Any]) -> SimpleNamespace:
     """The launchers as ``problems.apply`` calls them, with further arguments."""
-    return (
-        SimpleNamespace(
-            scan=lambda *given: scan.scan(*given, **options), step=step.step, read=read.read, steer=steer.steer
-        ),
-        SimpleNamespace(
-            steer_heads_=heads.steer_heads_, decode_=lambda *given, **more: heads.decode_(*given, **more, **options)
-        ),
-    )
+    return SimpleNamespace(
+        scan=lambda *given: scan.scan(*given, **options), step=step.step, read=read.read, steer=steer.steer,
+        steer_heads_=heads.steer_heads_, workspace=decode.workspace,
+        decode_=lambda *given, **more: decode.decode_(*given, **more, **options),
+    )  # fmt: skip
 
 
 def _backward(name: str, i: dict[str, torch.Tensor], rule, options: dict[str, Any]) -> tuple[torch.Tensor, ...]:

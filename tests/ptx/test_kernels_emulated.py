@@ -19,9 +19,10 @@ ROOT = HERE.parents[1]
 INTERPRETED = ROOT / "tests" / "kernels" / "interpreted"
 SUITES = ("scan", "step", "heads", "backward", "ops", "model", "arguments")
 KERNELS = {
-    "flag_kernel", "map_kernel", "carry_kernel", "scan_kernel", "repair_kernel", "read_kernel", "step_kernel",
-    "steer_kernel", "steer_heads_kernel", "decode_kernel", "map_both_kernel", "carry_both_kernel", "walk_kernel",
-    "token_kernel", "read_backward_kernel", "steer_backward_kernel",
+    "token_flags_kernel", "chunk_transition_kernel", "state_passing_kernel", "chunk_scan_kernel", "repair_kernel",
+    "read_kernel", "step_kernel", "steer_kernel", "steer_heads_kernel", "decode_kernel",
+    "chunk_transition_backward_kernel", "state_passing_backward_kernel", "block_states_kernel",
+    "projection_gradient_kernel", "read_backward_kernel", "steer_backward_kernel",
 }  # fmt: skip
 ARCHITECTURES = (80, 90)
 

@@ -12,8 +12,9 @@ from recall_weights import CONFIGS, untrained_backbone
 
 from deltamem_fast import MemoryState, patch_model, segment_ids_from_messages, unpatch_model
 from deltamem_fast.adapter.record import identity_of
+from deltamem_fast.display import style_of
 from deltamem_fast.inspection import pictures as heatmap
-from deltamem_fast.inspection.pictures import Snapshot, draw_heat_map, heat_map_lines, png_size, style_of
+from deltamem_fast.inspection.pictures import Snapshot, draw_heat_map, heat_map_lines, png_size
 from deltamem_fast.recall import hints as interactive
 from deltamem_fast.recall import measure, revision, task, world
 from deltamem_fast.recall.chats import answer, ask, encode, next_logits, tell
@@ -42,7 +43,7 @@ def parts(names, joint):
     """First and second parts of names."""
     if joint:
         return [{name.split(joint)[i] for name in names} for i in (0, 1)]
-    pairs = [(a, b) for a in world._ONSETS for b in world._ENDINGS if a + b in set(names)]
+    pairs = [(a, b) for a in world.ONSETS for b in world.ENDINGS if a + b in set(names)]
     return [{pair[i] for pair in pairs} for i in (0, 1)]
 
 

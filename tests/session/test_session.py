@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from deltamem_fast import MemorySession, MemoryState, memory_disabled
-from deltamem_fast.adapter.record import decoder_of
+from deltamem_fast.adapter.wrappers import decoder_of
 
 STRATEGIES = tuple(CONFIGS)
 TALK = ("My dog is called Rex. He is old.", "Where did Ada go?", "She took the train; then she went home.", "And then?")

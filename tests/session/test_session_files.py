@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -443,7 +444,7 @@ def test_a_child_that_was_forked_does_not_keep_the_lock(tmp_path, monkeypatch):
     commit_numbers(tmp_path, fork)
     commit_numbers(tmp_path)
     # One that lives on while its parent was killed.
-    snapshots.fcntl.flock(kept[0], snapshots.fcntl.LOCK_EX)
+    fcntl.flock(kept[0], fcntl.LOCK_EX)
     with pytest.raises(WaitedTooLongError, match=r"directory: .*\.lock: others wrote for 0\.05 s"):
         commit_numbers(tmp_path)
     os.close(kept[0])
@@ -454,7 +455,7 @@ def test_without_locks_the_files_of_another_writer_stay(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(snapshots.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     old, new = (tmp_path / f"state-{digit * 16}.safetensors" for digit in "01")
     for path in (old, new):
         path.write_bytes(b"another's")

@@ -19,7 +19,7 @@ from deltamem_fast import DeltaMemConfig, export_adapter, load_adapter, patch_mo
 from deltamem_fast.adapter.files import RELEASED_NAME, SAFETENSORS_NAME, adapter_state_dict, read_weights
 from deltamem_fast.config import CONFIG_NAME
 from deltamem_fast.errors import ArgumentError, FileAccessError, FileFormatError, FileMissingError, WrongPathKindError
-from deltamem_fast.storage import files
+from deltamem_fast.storage import files, tensors
 from deltamem_fast.storage.files import write_text
 from deltamem_fast.training import ExampleFiles, TrainingOptions
 from deltamem_fast.training.log import TrainingLog
@@ -314,7 +314,7 @@ def test_a_file_that_is_overwritten_while_it_is_read(tmp_path):
         path.write_bytes(other)
 
     with pytest.raises(FileFormatError, match="path: .*m.safetensors: was changed while it was read"):
-        files.read_tensors(path, "path", check)
+        tensors.read_tensors(path, "path", check)
 
 
 @pytest.mark.parametrize("format", ("safetensors", "released"))

@@ -8,7 +8,7 @@ import torch
 from support import loud_adapter, tiny_model
 
 from deltamem_fast import DeltaMemConfig, MemoryState, ingest, patch_model
-from deltamem_fast.adapter.record import decoder_of
+from deltamem_fast.adapter.wrappers import decoder_of
 from deltamem_fast.text.cutting import pieces_of
 from deltamem_fast.text.encode import encode_text
 

@@ -25,8 +25,7 @@ from deltamem_fast.config import CONFIG_NAME
 from deltamem_fast.errors import FileFormatError
 from deltamem_fast.training import TrainingOptions, draw_curves, read_log, train
 from deltamem_fast.training.checkpoints import WHOLE_NAME, Run, newest_checkpoint, step_of
-from deltamem_fast.training.curves import smoothed
-from deltamem_fast.training.log import TrainingLog
+from deltamem_fast.training.log import TrainingLog, smoothed
 
 
 @pytest.fixture(scope="module")

@@ -20,47 +20,47 @@ import types
 
 import numpy as np
 
-from . import loops as numba_loops
+from . import loops
 from .loops import (
-    _EPS,
-    _ONE,
-    _OPTIONS,
-    _ZERO,
     BLOCK,
+    EPS,
     LAMBDA_OUTSIDE,
     NO_LAMBDA,
-    _columns,
-    _directions,
-    _finite,
-    _gate,
-    _tanh,
-    _unit,
+    ONE,
+    OPTIONS,
+    ZERO,
+    copy_columns,
+    is_finite,
+    sigmoid_gate,
+    tanh_in_place,
+    to_unit_length,
+    unit_directions,
 )
 from .machine import changed, njit
 
 # The walk back runs the same instructions for every token too, so its sums over i may also be reordered.
-_REORDERED = _OPTIONS | {"fastmath": {"contract", "reassoc"}}
+_REORDERED = OPTIONS | {"fastmath": {"contract", "reassoc"}}
 _FOUR = np.float32(4.0)
-_FLOOR = np.float32(_ONE / _EPS)
+_FLOOR = np.float32(ONE / EPS)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _slopes(x):
     """x = 1 − tanh² for a flat array of exp(−2 |·|): no digits cancel where tanh is close to 1."""
     for i in range(x.size):
-        more = _ONE + x[i]
+        more = ONE + x[i]
         x[i] = _FOUR * x[i] / (more * more)
 
 
 @njit(inline="always")
 def _directions_and_slopes(rows, start, heads, rank, normalize, out, slopes, inverses, powers):
-    """``_directions``, and for the way back tanh's slopes [n · H · r] and the inverse norms [n · H]."""
-    _columns(rows, start, heads * rank, out)
+    """``unit_directions``, and for the way back tanh's slopes [n · H · r] and the inverse norms [n · H]."""
+    copy_columns(rows, start, heads * rank, out)
     if normalize:
         flat = out.reshape(-1)
-        _tanh(flat, slopes[: flat.size], powers[: flat.size])
+        tanh_in_place(flat, slopes[: flat.size], powers[: flat.size])
         _slopes(slopes[: flat.size])
-        _unit(flat, rank, inverses)
+        to_unit_length(flat, rank, inverses)
 
 
 @njit(inline="always")
@@ -68,21 +68,21 @@ def _keeps(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, pow
     """β and keep of a block's tokens, [n, H·r]."""
     width = heads * rank
     gates = width if row_gates else heads
-    _gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
+    sigmoid_gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
     if own_lambda:
-        _gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
+        sigmoid_gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
     else:
         for t in range(rows.shape[0]):
             for i in range(width):
-                keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
+                keep[t, i] = ONE if mode == NO_LAMBDA else ONE - beta[t, i]
 
 
 @njit(inline="always")
 def _valid_tokens(rows, mask, n, first, valid):
     """valid [n] = unmasked and finite."""
-    all_finite = _finite(rows)
+    all_finite = is_finite(rows)
     for t in range(rows.shape[0]):
-        valid[t] = mask[n, first + t] and (all_finite or _finite(rows[t]))
+        valid[t] = mask[n, first + t] and (all_finite or is_finite(rows[t]))
 
 
 @njit(inline="always")
@@ -99,7 +99,7 @@ def _walk_forwards(rows, h, heads, rank, mode, valid, k, beta, keep, states, pre
                     states[t + 1, j, i] = states[t, j, i]
         else:
             for i in range(rank):
-                total = _ZERO
+                total = ZERO
                 for j in range(rank):
                     total += states[t, j, i] * k[t, base + j]
                 b = beta[t, base + i]
@@ -121,11 +121,11 @@ def _direction_backward(d_unit, unit, t, h, heads, rank, normalize, slopes, inve
             out[n, at, start + base + j] = d_unit[j]
     else:
         inverse = inverses[t * heads + h]
-        along = _ZERO
+        along = ZERO
         for j in range(rank):
             along += d_unit[j] * unit[t, base + j]
         if inverse >= _FLOOR:  # at the floor of the norm, unit() is a plain division
-            along = _ZERO
+            along = ZERO
         for j in range(rank):
             slope = slopes[(t * heads + h) * rank + j]
             out[n, at, start + base + j] = (d_unit[j] - unit[t, base + j] * along) * inverse * slope
@@ -135,9 +135,9 @@ def _direction_backward(d_unit, unit, t, h, heads, rank, normalize, slopes, inve
 def backward_loops(rank: int) -> types.SimpleNamespace:
     """``scan_backward_rows`` and ``read_backward_rows`` for one rank, which is a constant in them.
 
-    They close over numbers alone, as ``numba_loops.loops`` do, and ``numba_machine.changed`` is one of them.
+    They close over numbers alone, as ``loops.scan_loops`` do, and ``machine.changed`` is one of them.
     """
-    stamp = changed(numba_loops)
+    stamp = changed(loops)
 
     @njit(**_REORDERED)
     def scan_backward_rows(
@@ -186,7 +186,7 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
         for n in range(batch):
             slot = slots[n]
             if slot < 0:
-                d_projections[n] = _ZERO
+                d_projections[n] = ZERO
                 continue
             if length == 0:
                 continue
@@ -198,7 +198,7 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
             for b in range(blocks - 1):
                 rows = projections[n, b * BLOCK : (b + 1) * BLOCK]
                 _valid_tokens(rows, mask, n, b * BLOCK, valid)
-                _directions(rows, width, heads, rank, normalize, k_block, k_slopes, powers)
+                unit_directions(rows, width, heads, rank, normalize, k_block, k_slopes, powers)
                 _keeps(rows, bias, heads, rank, mode, row_gates, own_lambda, beta_block, keep_block, powers)
                 for h in range(heads):
                     for j in range(rank):
@@ -235,15 +235,15 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                         if not valid[t]:
                             for i in range(rank):
                                 for part in range(3):
-                                    d_projections[n, at, part * width + base + i] = _ZERO
+                                    d_projections[n, at, part * width + base + i] = ZERO
                             for i in range(rank if row_gates else 1):
                                 g = base + i if row_gates else h
-                                d_projections[n, at, 3 * width + g] = _ZERO
+                                d_projections[n, at, 3 * width + g] = ZERO
                                 if own_lambda:
-                                    d_projections[n, at, 3 * width + gates + g] = _ZERO
+                                    d_projections[n, at, 3 * width + gates + g] = ZERO
                             continue
                         for i in range(rank):
-                            d_u, d_keep_i = _ZERO, _ZERO
+                            d_u, d_keep_i = ZERO, ZERO
                             for j in range(rank):
                                 d_u += grad[h, j, i] * k[t, base + j]
                                 d_keep_i += grad[h, j, i] * states[t, j, i]
@@ -259,12 +259,12 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                                 d_beta_i += d_erase
                             if not own_lambda and mode != NO_LAMBDA:
                                 d_beta_i -= d_keep_i
-                            d_beta[i] = d_beta_i * b_i * (_ONE - b_i)
-                            d_keep[i] = d_keep_i * keep_i * (_ONE - keep_i)
+                            d_beta[i] = d_beta_i * b_i * (ONE - b_i)
+                            d_keep[i] = d_keep_i * keep_i * (ONE - keep_i)
                             d_projections[n, at, 2 * width + base + i] = d_u * b_i
                             d_read[i] = d_reads[n, at, base + i]
                         for j in range(rank):
-                            d_q_j, d_k_j = _ZERO, _ZERO
+                            d_q_j, d_k_j = ZERO, ZERO
                             for i in range(rank):
                                 d_q_j += states[t, j, i] * d_read[i]
                                 d_k_j += grad[h, j, i] * columns[t, i] + states[t, j, i] * d_predicted[i]
@@ -316,7 +316,7 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
         for n in range(batch):
             slot = slots[n]
             grad[:] = 0.0
-            d_projections[n] = _ZERO
+            d_projections[n] = ZERO
             for first in range(0, length if slot >= 0 else 0, BLOCK):
                 count = min(BLOCK, length - first)
                 rows, q = projections[n, first : first + count], q_block[:count]
@@ -329,7 +329,7 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                     for h in range(heads):
                         base = h * rank
                         for j in range(rank):
-                            d_q[j] = _ZERO
+                            d_q[j] = ZERO
                         for i in range(rank):
                             d_read = d_reads[n, at, base + i]
                             for j in range(rank):

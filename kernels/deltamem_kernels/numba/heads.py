@@ -11,7 +11,7 @@ import torch
 from ..layout import HeadLayout, Steering, check_heads
 from ..reference import heads as reference_heads
 from ..rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
-from .ops import checked_slots
+from .recurrence import checked_slots
 from .rows import BLOCK, row_loop, turn_loop
 from .threads import on_threads, threads_for
 
@@ -70,12 +70,12 @@ class _Layer:
         return [tensor.data_ptr() for tensor in self.tensors] == self.addresses
 
 
-def _layer(rule, layout, steering: Steering, gate_bias: torch.Tensor, prepared: dict | None) -> _Layer:
-    found = None if prepared is None else prepared.get("numba")
+def _layer(rule, layout, steering: Steering, gate_bias: torch.Tensor, workspace: dict | None) -> _Layer:
+    found = None if workspace is None else workspace.get("numba")
     if found is None or not found.holds_for(rule, layout, gate_bias):
         found = _Layer(rule, layout, steering, gate_bias)
-        if prepared is not None and found.are_the_tensors():
-            prepared["numba"] = found
+        if workspace is not None and found.are_the_tensors():
+            workspace["numba"] = found
     return found
 
 
@@ -153,13 +153,13 @@ def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None, length: int, rot
 
 
 def _steer_rows(
-    packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+    packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace
 ):  # fmt: skip
     """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B · T, N_o].
 
     Δo is None without o's weight and for more than ``MOST_DELTAS`` rows.
     """
-    layer = _layer(rule, layout, steering, gate_bias, prepared)
+    layer = _layer(rule, layout, steering, gate_bias, workspace)
     count = packed.shape[0]
     reads, delta = packed.new_empty(count, layer.read_width), None
     slots_at = mask_at = delta_at = scratch_at = 0
@@ -251,11 +251,11 @@ def _(packed, gate_bias, state, skipped, rank, heads, update, row_gates, coupled
 
 
 def _run_decode(
-    packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared=None
+    packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace=None
 ):  # fmt: skip
     if _loops_take(packed, state, skipped):
         return _steer_rows(
-            packed, 1, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+            packed, 1, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace
         )  # fmt: skip
     return reference_heads.decode_(
         packed, gate_bias, state, rule, layout, steering, cos, sin,
@@ -287,6 +287,11 @@ def steer_heads_(
         reference_heads.steer_heads_(packed, reads, layout, steering, cos, sin)
 
 
+def workspace(kept: dict, counter: torch.Tensor | None) -> dict:
+    """``reference_heads.workspace``: where what is made of a layer's weights is kept, for the next token."""
+    return kept
+
+
 def decode_(
     packed: torch.Tensor,
     gate_bias: torch.Tensor,
@@ -300,10 +305,9 @@ def decode_(
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     skipped: torch.Tensor | None = None,
-    arrived: torch.Tensor | None = None,
     frozen: bool = False,
     check: bool = True,
-    prepared: dict | None = None,
+    workspace: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``reference_heads.decode_`` on a CPU: same arguments, results and errors."""
     if check:
@@ -312,7 +316,7 @@ def decode_(
         check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
     if not torch.compiler.is_compiling():
         return _run_decode(
-            packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+            packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace
         )  # fmt: skip
     if skipped is None:
         skipped = state.new_zeros(state.shape[0], dtype=torch.int32)
@@ -336,7 +340,7 @@ def prefill_(
     mask: torch.Tensor | None,
     skipped: torch.Tensor,
     frozen: bool,
-    prepared: dict | None,
+    workspace: dict | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """A prompt in one call: ``decode_`` for T tokens a row → its reads [B · T, H·r] and Δo, see ``_steer_rows``.
 
@@ -351,7 +355,7 @@ def prefill_(
     if torch.compiler.is_compiling() or not _loops_take(packed, state, skipped):
         return None
     return _steer_rows(
-        packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, None, skipped, frozen, prepared
+        packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, None, skipped, frozen, workspace
     )  # fmt: skip
 
 

@@ -21,25 +21,25 @@ BLOCK = 64
 # loop in several functions, may fuse differently, and a token's bits would depend on its place in the block, and on
 # who computes it. What the recurrence fuses is written out. Said aloud: numba hands a caller's fast-math down to what
 # says nothing, so that the first caller, in this process or the one that filled the cache on disk, would choose.
-_OPTIONS = {"cache": True, "fastmath": False, "nogil": True, "error_model": "numpy"}
+OPTIONS = {"cache": True, "fastmath": False, "nogil": True, "error_model": "numpy"}
 # Of functions that rows and gradients are made of too: only those are cached on disk, for they notice every file that
 # changes.
-_PART = _OPTIONS | {"cache": False}
+PART_OPTIONS = OPTIONS | {"cache": False}
 _EXPONENT = np.int32(0x7F800000)
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)  # few mantissa bits, so that n · high is exact
 _LN2_LOW = np.float32(0.6931471805599453 - 0.693359375)
-_ZERO, _HALF, _ONE, _TWO = (np.float32(c) for c in (0.0, 0.5, 1.0, 2.0))
+ZERO, _HALF, ONE, _TWO = (np.float32(c) for c in (0.0, 0.5, 1.0, 2.0))
 _LIMIT = np.float32(87.0)
 _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(1.0 / f) for f in (2, 6, 24, 120, 720, 5040))
 # tanh x = x (1 + x² (T1 + x² (T2 + …))), the Taylor series: next term under 1e-8 relative for |x| < 0.25
 _T1, _T2, _T3, _T4 = (np.float32(c) for c in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
 _SMALL = np.float32(0.25)
-_EPS = np.float32(1e-6)
+EPS = np.float32(1e-6)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _exp(x, powers):
     """x = exp(x) for a flat float32 array, within 2 ulp for |x| ≤ 87; ``powers`` is int32 scratch of its length."""
     for i in range(x.size):
@@ -52,26 +52,26 @@ def _exp(x, powers):
         p = p * r + _E4
         p = p * r + _E3
         p = p * r + _E2
-        p = p * r + _ONE
-        x[i] = p * r + _ONE
+        p = p * r + ONE
+        x[i] = p * r + ONE
         powers[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
     scale = powers.view(np.float32)
     for i in range(x.size):
         x[i] *= scale[i]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _sigmoid(x, powers):
     """x = 1 / (1 + exp(−x)) for a flat float32 array."""
     for i in range(x.size):
         x[i] = -x[i]
     _exp(x, powers)
     for i in range(x.size):
-        x[i] = _ONE / (_ONE + x[i])
+        x[i] = ONE / (ONE + x[i])
 
 
-@njit(**_OPTIONS)
-def _tanh(x, scratch, powers):
+@njit(**OPTIONS)
+def tanh_in_place(x, scratch, powers):
     """x = tanh(x) for a flat float32 array, accurate relative to its size: a direction is made of it.
 
     ``scratch`` of its length is left as exp(−2 |x|).
@@ -83,20 +83,20 @@ def _tanh(x, scratch, powers):
         value = x[i]
         square = value * value
         near = value + value * square * (_T1 + square * (_T2 + square * (_T3 + square * _T4)))
-        far = (_ONE - scratch[i]) / (_ONE + scratch[i])
-        far = far if value >= _ZERO else -far
+        far = (ONE - scratch[i]) / (ONE + scratch[i])
+        far = far if value >= ZERO else -far
         x[i] = near if abs(value) < _SMALL else far
 
 
-@njit(**_OPTIONS)
-def _squares(x, out):
+@njit(**OPTIONS)
+def squares(x, out):
     """out = x² for flat arrays; apart from the sum that it goes into, which could otherwise fuse with it."""
     for i in range(x.size):
         out[i] = x[i] * x[i]
 
 
-@njit(**_OPTIONS)
-def _finite(x):
+@njit(**OPTIONS)
+def is_finite(x):
     """Whether no value of a float32 array is NaN or Inf, from the exponents (integers: the loop vectorises)."""
     bits = x.reshape(-1).view(np.int32)
     broken = np.int32(0)
@@ -105,8 +105,8 @@ def _finite(x):
     return broken == 0
 
 
-@njit(**_PART)
-def _columns(rows, start, width, out):
+@njit(**PART_OPTIONS)
+def copy_columns(rows, start, width, out):
     """out [n, width] = rows[:, start : start + width]."""
     for t in range(rows.shape[0]):
         for i in range(width):
@@ -114,34 +114,34 @@ def _columns(rows, start, width, out):
 
 
 @njit(inline="always")
-def _unit(flat, rank, scratch):
+def to_unit_length(flat, rank, scratch):
     """Each ``rank`` values of a flat array to unit length; scratch [n] = what the n-th were multiplied with."""
-    _squares(flat, scratch[: flat.size])
+    squares(flat, scratch[: flat.size])
     for n in range(flat.size // rank):
-        square = _ZERO
+        square = ZERO
         for j in range(rank):
             square += scratch[n * rank + j]
         scratch[n] = square  # behind what is still to be read
     for n in range(flat.size // rank):
-        scratch[n] = _ONE / max(np.float32(np.sqrt(scratch[n])), _EPS)
+        scratch[n] = ONE / max(np.float32(np.sqrt(scratch[n])), EPS)
     for n in range(flat.size // rank):
         inverse = scratch[n]
         for j in range(rank):
             flat[n * rank + j] *= inverse
 
 
-@njit(**_PART)
-def _directions(rows, start, heads, rank, normalize, out, scratch, powers):
+@njit(**PART_OPTIONS)
+def unit_directions(rows, start, heads, rank, normalize, out, scratch, powers):
     """out [n, H·r] = unit(tanh(rows[:, start : start + H·r])) per head, or the raw values."""
-    _columns(rows, start, heads * rank, out)
+    copy_columns(rows, start, heads * rank, out)
     if normalize:
         flat = out.reshape(-1)
-        _tanh(flat, scratch[: flat.size], powers[: flat.size])
-        _unit(flat, rank, scratch)
+        tanh_in_place(flat, scratch[: flat.size], powers[: flat.size])
+        to_unit_length(flat, rank, scratch)
 
 
-@njit(**_PART)
-def _gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
+@njit(**PART_OPTIONS)
+def sigmoid_gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
     """out [n, H·r] = sigmoid(rows[:, start :] + bias[offset :]), a head's single gate spread over its rows."""
     for t in range(rows.shape[0]):
         for h in range(heads):
@@ -152,7 +152,7 @@ def _gate(rows, start, bias, offset, heads, rank, row_gates, out, powers):
     _sigmoid(flat, powers[: flat.size])
 
 
-@njit(**_PART)
+@njit(**PART_OPTIONS)
 def _copy(source, target):
     """target = source, [H, r, r]."""
     for h in range(source.shape[0]):
@@ -168,7 +168,7 @@ def _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, 
         base = h * rank
         # j is unrolled (rank is a constant), then i vectorises: one store for each sum.
         for i in range(rank):
-            read, predicted = _ZERO, _ZERO
+            read, predicted = ZERO, ZERO
             for j in range(rank):
                 read = fma(work[h, j, i], q[t, base + j], read)
                 predicted = fma(work[h, j, i], k[t, base + j], predicted)
@@ -191,7 +191,7 @@ def _save(work, saved, n, place):
                 saved[n, place, h, i, j] = work[h, j, i]
 
 
-@njit(**_PART)
+@njit(**PART_OPTIONS)
 def _look_at_each(
     rank, heads, mode, rows, mask, q, k, beta, keep, column, work, before, reads, every, saved, says, written, n, first
 ):  # fmt: skip
@@ -203,16 +203,16 @@ def _look_at_each(
     for t in range(rows.shape[0]):
         at = first + t
         present = mask[n, at] != 0
-        valid = present and _finite(rows[t])
+        valid = present and is_finite(rows[t])
         if valid:
             _copy(work, before)
             _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
-            if not _finite(work):
+            if not is_finite(work):
                 _copy(before, work)
                 valid = False
         if not valid:
             for i in range(heads * rank):
-                reads[n, at, i] = _ZERO
+                reads[n, at, i] = ZERO
         left_out += present and not valid
         if says:
             written[n, at] = valid
@@ -251,8 +251,8 @@ def scan_sequences(
     for n in range(batch):
         slot = slots[n]
         if slot < 0:
-            reads[n] = _ZERO
-            saved[n] = _ZERO
+            reads[n] = ZERO
+            saved[n] = ZERO
             if says:
                 written[n] = 0
             if done:
@@ -267,36 +267,36 @@ def scan_sequences(
             rows = projections[n, first : first + count]
             q, k = q_block[:count], k_block[:count]
             beta, keep = beta_block[:count], keep_block[:count]
-            _directions(rows, 0, heads, rank, normalize, q, scratch, powers)
-            _directions(rows, width, heads, rank, normalize, k, scratch, powers)
-            _gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
+            unit_directions(rows, 0, heads, rank, normalize, q, scratch, powers)
+            unit_directions(rows, width, heads, rank, normalize, k, scratch, powers)
+            sigmoid_gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
             if own_lambda:
-                _gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
+                sigmoid_gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
             else:
                 for t in range(count):
                     for i in range(width):
-                        keep[t, i] = _ONE if mode == NO_LAMBDA else _ONE - beta[t, i]
+                        keep[t, i] = ONE if mode == NO_LAMBDA else ONE - beta[t, i]
             # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
-            all_finite = _finite(rows)
+            all_finite = is_finite(rows)
             _copy(work, block_start)
             left_out = 0
             for t in range(count):
                 at = first + t
                 valid = mask[n, at] != 0
-                if valid and not all_finite and not _finite(rows[t]):
+                if valid and not all_finite and not is_finite(rows[t]):
                     left_out += 1
                     valid = False
                 if not valid:
                     for i in range(width):
-                        reads[n, at, i] = _ZERO
+                        reads[n, at, i] = ZERO
                 else:
                     _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
                 if every > 0 and (first + t + 1) % every == 0:
                     _save(work, saved, n, (first + t + 1) // every - 1)
             if says:
                 for t in range(count):
-                    written[n, first + t] = mask[n, first + t] != 0 and (all_finite or _finite(rows[t]))
-            if not _finite(work):
+                    written[n, first + t] = mask[n, first + t] != 0 and (all_finite or is_finite(rows[t]))
+            if not is_finite(work):
                 _copy(block_start, work)
                 left_out = _look_at_each(
                     rank, heads, mode, rows, mask, q, k, beta, keep, column, work, token_start, reads, every, saved,
@@ -320,14 +320,14 @@ def read_sequences(rank, projections, mask, state, slots, heads, normalize, read
     for n in range(projections.shape[0]):
         slot = slots[n]
         for t in range(projections.shape[1]):
-            if slot < 0 or mask[n, t] == 0 or not _finite(projections[n, t]):
+            if slot < 0 or mask[n, t] == 0 or not is_finite(projections[n, t]):
                 for i in range(width):
-                    reads[n, t, i] = _ZERO
+                    reads[n, t, i] = ZERO
             else:
-                _directions(projections[n, t : t + 1], 0, heads, rank, normalize, q, scratch, powers)
+                unit_directions(projections[n, t : t + 1], 0, heads, rank, normalize, q, scratch, powers)
                 for h in range(heads):
                     for i in range(rank):
-                        total = _ZERO
+                        total = ZERO
                         for j in range(rank):
                             total += state[slot, h, i, j] * q[0, h * rank + j]
                         reads[n, t, h * rank + i] = total
@@ -338,7 +338,7 @@ def read_sequences(rank, projections, mask, state, slots, heads, normalize, read
 
 
 @functools.cache
-def loops(rank: int) -> types.SimpleNamespace:
+def scan_loops(rank: int) -> types.SimpleNamespace:
     """``scan_rows`` and ``read_rows`` for one rank, which is a constant in them.
 
     They close over numbers alone: numba's cache on disk knows a function by its closure, and finds no other compiled
@@ -346,7 +346,7 @@ def loops(rank: int) -> types.SimpleNamespace:
     """
     stamp = changed()
 
-    @njit(**_OPTIONS)
+    @njit(**OPTIONS)
     def scan_rows(
         projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
         skipped, written,
@@ -358,7 +358,7 @@ def loops(rank: int) -> types.SimpleNamespace:
             saved, skipped, written, 0,
         )  # fmt: skip
 
-    @njit(**_OPTIONS)
+    @njit(**OPTIONS)
     def read_rows(projections, mask, state, slots, heads, normalize, reads):
         """``read_sequences``."""
         _ = stamp

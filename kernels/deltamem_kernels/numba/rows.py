@@ -11,8 +11,8 @@ import functools
 import numpy as np
 from numba import carray, types
 
-from . import loops as numba_loops
-from .loops import _ONE, _OPTIONS, _PART, _ZERO, BLOCK, read_sequences, scan_sequences
+from . import loops
+from .loops import BLOCK, ONE, OPTIONS, PART_OPTIONS, ZERO, read_sequences, scan_sequences
 from .machine import bytes_, changed, floats, fma, integers, long_integers, njit, pause, seen, take
 
 # The table, in this order: the rule, the heads, and addresses of float32 arrays, 0 = there is none.
@@ -26,10 +26,10 @@ _ANY = 1 << 40  # as many as there are
 
 # Every head takes the same instructions in the same order, wherever it lies, so this sum may be reordered for the
 # vector unit. NaN and Inf keep their meaning.
-@njit(**_OPTIONS | {"fastmath": {"contract", "reassoc"}})
+@njit(**OPTIONS | {"fastmath": {"contract", "reassoc"}})
 def _square(head):
     """Σ of squares."""
-    total = _ZERO
+    total = ZERO
     for j in range(head.size):
         total += head[j] * head[j]
     return total
@@ -43,7 +43,7 @@ def _turn_heads(row, dim, norm, eps, cos, sin):
         head = row[h * dim : (h + 1) * dim]
         low, high = head[:half], head[half : 2 * half]
         if norm.size:
-            inverse = _ONE / np.float32(np.sqrt(_square(head) / np.float32(dim) + eps))
+            inverse = ONE / np.float32(np.sqrt(_square(head) / np.float32(dim) + eps))
             for j in range(half):
                 x, y = low[j] * inverse * norm[j], high[j] * inverse * norm[half + j]
                 low[j] = fma(x, cos[j], -(y * sin[j]))
@@ -57,7 +57,7 @@ def _turn_heads(row, dim, norm, eps, cos, sin):
                 high[j] = fma(y, cos[half + j], x * sin[half + j])
 
 
-@njit(**_PART)
+@njit(**PART_OPTIONS)
 def _turn_rows(rows, stride, count, q, k, dim, q_norm, k_norm, eps, cos, sin, rotary):
     """Norms and RoPE of q and k heads of ``dim`` numbers in ``count`` packed rows.
 
@@ -76,9 +76,9 @@ def _turn_rows(rows, stride, count, q, k, dim, q_norm, k_norm, eps, cos, sin, ro
 @functools.cache
 def turn_loop():
     """``turn_rows``, for rows whose heads are corrected already."""
-    stamp = changed(numba_loops)
+    stamp = changed(loops)
 
-    @njit(types.void(*[types.int64] * 15), **_OPTIONS)
+    @njit(types.void(*[types.int64] * 15), **OPTIONS)
     def turn_rows(packed, stride, batch, length, q, k, dim, q_norm, k_norm, factors, cos, sin, rotary, step, work):
         """``_turn_rows`` of B sequences; factors, step and work as ``steer_rows`` takes them."""
         _ = stamp
@@ -102,7 +102,7 @@ def turn_loop():
 def _add_delta(rank, row, weight, reads, factor):
     """row += factor · weight reads: row [n], weight [n, H, r], reads [H·r]."""
     for n in range(row.size):
-        total = _ZERO
+        total = ZERO
         for h in range(weight.shape[1]):
             for c in range(rank):
                 total = fma(weight[n, h, c], reads[h * rank + c], total)
@@ -112,7 +112,7 @@ def _add_delta(rank, row, weight, reads, factor):
 # A function of its own, and every array from its first number: an index of which the compiler does not know that it is
 # not negative costs a comparison for each number, and the loop over n does not vectorise. Four columns at a time, so
 # that a row is loaded and stored for every fourth.
-@njit(**_PART)
+@njit(**PART_OPTIONS)
 def _add_deltas(rows, stride, count, width, columns, first, reads, factor):
     """``width`` numbers of ``count`` rows += factor · columns reads.
 
@@ -141,9 +141,9 @@ def _add_deltas(rows, stride, count, width, columns, first, reads, factor):
 @functools.cache
 def row_loop(rank: int):
     """``steer_rows`` for one rank, which is a constant in it; it closes over numbers alone, see ``loops``."""
-    stamp = changed(numba_loops)
+    stamp = changed(loops)
 
-    @njit(types.void(*[types.int64] * 18), **_OPTIONS)
+    @njit(types.void(*[types.int64] * 18), **OPTIONS)
     def steer_rows(
         table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads,
         delta, scratch, work,
@@ -236,7 +236,7 @@ def row_loop(rank: int):
                     numbers, apart = bounds[n + 1] - bounds[n], o_rows if n == 3 else stride
                     to = delta + 4 * (b * length + t) * o_rows if n == 3 else row + 4 * bounds[n]
                     if n == 3:
-                        carray(floats(to), (count * o_rows,))[:] = _ZERO
+                        carray(floats(to), (count * o_rows,))[:] = ZERO
                     if length > 1:
                         _add_deltas(to, apart, count, numbers, columns, bounds[n], out[b, t : t + count], factor[n])
                     else:

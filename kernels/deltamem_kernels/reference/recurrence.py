@@ -2,7 +2,13 @@
 
 Same signatures and layout as the kernels, so that a test compares like with like. Differentiable with
 respect to every floating-point input. Everything is computed in ``dtype`` (float32, or float64 as an oracle).
-Source of the equations: arXiv 2605.12357.
+Source of the equations: arXiv 2605.12357. Where each stands:
+
+    project          q, k, v and the gates from x     ``split_projections``
+    read             read_t = S_{t-1} q_t             ``delta_rule``; of a frozen state ``read``
+    write            S_t from S_{t-1}                 ``delta_rule``; one token in place ``step``
+    what counts      masked, not finite               ``valid_tokens``, ``all_finite``
+    steer            base + Δ, Δ = scale · W reads    ``steer``; inside packed heads ``heads``
 """
 
 from __future__ import annotations
@@ -14,8 +20,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from deltamem_fast.errors import ArgumentError
-
+from ..errors import ArgumentError
 from ..rule import DeltaRule, ScanOutput, check_arguments
 
 EPS = 1e-6
@@ -23,6 +28,7 @@ UNDIVIDED = 64  # tokens of a row whose graph is kept whole
 
 
 def _unit(z: torch.Tensor) -> torch.Tensor:
+    """unit(z) = z / max(‖z‖₂, 1e-6) over the last axis, [..., r]."""
     # sqrt has no gradient at 0; an all-zero vector stays zero and gets the gradient of z / EPS.
     square = (z * z).sum(-1, keepdim=True)
     small = square <= EPS * EPS
@@ -31,7 +37,11 @@ def _unit(z: torch.Tensor) -> torch.Tensor:
 
 
 def split_projections(projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule):
-    """Raw projections → q, k, v, keep, erase, write.
+    """Project: raw projections → q, k, v, keep, erase, write.
+
+        q = unit(tanh(W_q x)), k = unit(tanh(W_k x)) per head, both raw without ``normalize``;  v = W_v x
+        β = σ(W_β x + b_β);  λ = 1 − β if coupled, else σ(W_λ x + b_λ);  λ = 1 in mode no_lambda
+        keep = λ,  erase = β (lambda_outside: λ β),  write = β
 
     Args:
         projections: [..., W], x times the stacked weights of q, k, v, β (and λ), no bias.
@@ -67,7 +77,7 @@ def split_projections(projections: torch.Tensor, gate_bias: torch.Tensor, rule: 
 
 
 def valid_tokens(projections: torch.Tensor, mask: torch.Tensor | None):
-    """Which tokens are unmasked and have finite projections. Returns (valid, skipped), both bool of the tokens' shape.
+    """Which tokens are unmasked and have finite projections: [..., W] → (valid, skipped), both bool [...].
 
     A valid one is not written either if it would leave a state that is not finite: ``all_finite``.
     """
@@ -106,7 +116,7 @@ def delta_rule(q, k, v, keep, erase, write, state, valid=None):
 
 
 def _updated(k, v, keep, erase, write, state):
-    """The state [B, H, r, r] after one token, its factors [B, H, r]."""
+    """S_t of ``delta_rule``: the state [B, H, r, r] after one token, its factors [B, H, r]."""
     predicted = torch.einsum("bhij,bhj->bhi", state, k)
     column = write * v - erase * predicted
     return keep.unsqueeze(-1) * state + column.unsqueeze(-1) * k.unsqueeze(-2)
@@ -140,6 +150,7 @@ def all_finite(run, factors, state: torch.Tensor, valid: torch.Tensor) -> tuple[
 
 @torch.no_grad()
 def _written_tokens(factors, state: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Which tokens ``all_finite`` writes, bool [B, T]: a look at the state after each."""
     written = []
     for _, *token, valid_t in zip(*(x.unbind(1) for x in (*factors, valid)), strict=True):
         updated = _updated(*token, state)
@@ -154,6 +165,7 @@ def _may_ask() -> bool:
 
 
 def _initial(state, slots, sequences: int, rule: DeltaRule, dtype, device) -> torch.Tensor:
+    """S_0 of each sequence, [N, H, r, r]: the given states, the slots' rows of them, or zeros."""
     if state is None:
         return torch.zeros(sequences, rule.heads, rule.rank, rule.rank, dtype=dtype, device=device)
     state = state.to(dtype)
@@ -264,7 +276,7 @@ def scan(
     checkpoint_every: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> ScanOutput:
-    """Read and write a sequence of tokens.
+    """Read and write a sequence of tokens: ``split_projections``, then ``delta_rule``.
 
     Args:
         projections: [B, T, W] of any floating dtype, raw; or [1, T, W] packed, with ``cu_seqlens``.
@@ -385,7 +397,7 @@ def read(
     slots: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Read a frozen state: every token reads the same S, nothing is written.
+    """Read a frozen state: read_t = S q_t, every token the same S, nothing is written.
 
     Args:
         projections: [B, T, W], raw; only the q part is used to read, a token that is not finite reads 0.

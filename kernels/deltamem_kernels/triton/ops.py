@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators, in the namespace ``deltamem``.
+"""The kernels as PyTorch operators, in the namespace ``deltamem``; see ``dispatch.Operators``.
 
 ``scan``, ``read`` and ``steer`` are functional and differentiable. ``step`` changes the state (and the count of
 skipped tokens) in place, ``steer_heads_`` packed heads and ``decode_`` both; they are not. All have fake
@@ -14,6 +14,22 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
 from ..rule import DeltaRule, ScanOutput, check_arguments
+from ..schemas import (
+    DELTA,
+    LAYOUT,
+    NORM,
+    ROPE,
+    ROWS,
+    RULE,
+    SEQUENCES,
+    STEERING,
+    TOKENS,
+    fake_reads,
+    flat_layout,
+    flat_rule,
+    operator,
+)
+from . import decode as _decode_rows
 from . import heads as _heads
 from . import read as _read
 from . import read_backward as _read_backward
@@ -24,75 +40,60 @@ from . import steer_backward as _steer_backward
 from . import step as _step
 
 
-# A DeltaRule, flat. Its mode is called ``update`` here: an operator that mutates cannot have an argument "mode",
-# with which PyTorch's functionalization would mix it up.
-def _rule(rank, heads, update, row_gates, coupled, normalize) -> DeltaRule:
-    return DeltaRule(rank, heads, update, row_gates, coupled, normalize)
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """An operator returns a tensor in any case."""
+    return like.new_empty(0) if tensor is None else tensor
 
 
-def _flat(rule: DeltaRule) -> tuple:
-    return rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize
+def _like(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A contiguous tensor of the same shape, for a gradient; empty for None, on the device of ``other``."""
+    return other.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
 
-@torch.library.custom_op("deltamem::scan", mutates_args=())
-def scan_op(
-    projections: Tensor, gate_bias: Tensor, state: Tensor | None,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    mask: Tensor | None, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out, flags = _scan.scan_with_flags(
-        projections, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
-        mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
-    checkpoints = out.reads.new_empty(0) if out.checkpoints is None else out.checkpoints
-    return out.reads, out.state, out.skipped, checkpoints, flags
-
-
-@scan_op.register_fake
-def _(
-    projections, gate_bias, state, rank, heads, update, row_gates, coupled, normalize,
-    mask, cu_seqlens, slots, checkpoint_every,
-):  # fmt: skip
+def _fake_scan(projections, gate_bias, state, rank, heads, *given):
+    _, cu_seqlens, _, every = given[-4:]
     batch, length = projections.shape[:2]
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    float32 = {"dtype": torch.float32, "device": projections.device}
-    shape = (heads, rank, rank)
-    if checkpoint_every:
-        lead = (batch, length // checkpoint_every) if cu_seqlens is None else (length // checkpoint_every,)
-        checkpoints = torch.empty((*lead, *shape), **float32)
-    else:
-        checkpoints = torch.empty(0, **float32)
+    float32, states = {"dtype": torch.float32, "device": projections.device}, (heads, rank, rank)
+    lead = (batch,) if cu_seqlens is None else ()
     return (
-        torch.empty((batch, length, heads * rank), **float32),
-        torch.empty((count, *shape), **float32),
+        fake_reads(projections, rank, heads),
+        torch.empty((count, *states), **float32),
         torch.empty((count,), dtype=torch.int32, device=projections.device),
-        checkpoints,
+        torch.empty((*lead, length // every, *states) if every else 0, **float32),
         torch.empty((batch, length), dtype=torch.uint8, device=projections.device),
     )
 
 
-@torch.library.custom_op("deltamem::scan_backward", mutates_args=())
-def scan_backward_op(
-    d_reads: Tensor, d_state: Tensor, d_checkpoints: Tensor | None,
-    projections: Tensor, gate_bias: Tensor, state: Tensor | None,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    flags: Tensor, cu_seqlens: Tensor | None, slots: Tensor | None, checkpoint_every: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    d_x, d_bias, d_initial = _scan_backward.scan_backward(
-        d_reads, d_state, projections, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
-        cu_seqlens=cu_seqlens, slots=slots,
-        d_checkpoints=d_checkpoints, checkpoint_every=checkpoint_every, flags=flags,
+@operator(
+    "deltamem::scan", f"{TOKENS}, Tensor? state, {RULE}, {SEQUENCES}, SymInt checkpoint_every",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)", fake=_fake_scan,
+)  # fmt: skip
+def scan_op(projections, gate_bias, state, *given):
+    *rule, mask, cu_seqlens, slots, every = given
+    out, flags = _scan.scan_with_flags(
+        projections, gate_bias, state, DeltaRule(*rule),
+        mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=every,
     )  # fmt: skip
-    return d_x, d_bias, d_x.new_empty(0) if d_initial is None else d_initial
+    return out.reads, out.state, out.skipped, _or_empty(out.checkpoints, out.reads), flags
 
 
-@scan_backward_op.register_fake
-def _(
-    d_reads, d_state, d_checkpoints, projections, gate_bias, state, rank, heads, update, row_gates, coupled,
-    normalize, flags, cu_seqlens, slots, checkpoint_every,
-):  # fmt: skip
-    d_state = projections.new_empty(0) if state is None else state.new_empty(state.shape)
-    return projections.new_empty(projections.shape), gate_bias.new_empty(gate_bias.shape), d_state
+@operator(
+    "deltamem::scan_backward",
+    f"Tensor d_reads, Tensor d_state, Tensor? d_checkpoints, {TOKENS}, Tensor? state, {RULE}, "
+    "Tensor flags, Tensor? cu_seqlens, Tensor? slots, SymInt checkpoint_every",
+    "(Tensor, Tensor, Tensor)",
+    fake=lambda d_reads, d_state, d_checkpoints, projections, gate_bias, state, *_: (
+        _like(projections, projections), _like(gate_bias, projections), _like(state, projections),
+    ),
+)  # fmt: skip
+def scan_backward_op(d_reads, d_state, d_checkpoints, projections, gate_bias, state, *given):
+    *rule, flags, cu_seqlens, slots, every = given
+    d_x, d_bias, d_initial = _scan_backward.scan_backward(
+        d_reads, d_state, projections, gate_bias, state, DeltaRule(*rule), cu_seqlens=cu_seqlens, slots=slots,
+        d_checkpoints=d_checkpoints, checkpoint_every=every, flags=flags,
+    )  # fmt: skip
+    return d_x, d_bias, _or_empty(d_initial, d_x)
 
 
 def _scan_setup(ctx, inputs, output):
@@ -114,34 +115,22 @@ def _scan_gradient(ctx, d_reads, d_state, _skipped, d_checkpoints, _flags):
 scan_op.register_autograd(_scan_gradient, setup_context=_scan_setup)
 
 
-@torch.library.custom_op("deltamem::read", mutates_args=())
-def read_op(
-    projections: Tensor, state: Tensor,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    mask: Tensor | None, slots: Tensor | None,
-) -> Tensor:  # fmt: skip
-    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
-    return _read.read(projections, state, rule, mask=mask, slots=slots)
+@operator(
+    "deltamem::read", f"Tensor projections, Tensor state, {RULE}, {ROWS}",
+    fake=lambda projections, state, rank, heads, *_: fake_reads(projections, rank, heads),
+)  # fmt: skip
+def read_op(projections, state, *given):
+    *rule, mask, slots = given
+    return _read.read(projections, state, DeltaRule(*rule), mask=mask, slots=slots)
 
 
-@read_op.register_fake
-def _(projections, state, rank, heads, update, row_gates, coupled, normalize, mask, slots):
-    return projections.new_empty((*projections.shape[:2], heads * rank), dtype=torch.float32)
-
-
-@torch.library.custom_op("deltamem::read_backward", mutates_args=())
-def read_backward_op(
-    d_reads: Tensor, projections: Tensor, state: Tensor,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    mask: Tensor | None, slots: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
-    return _read_backward.read_backward(d_reads, projections, state, rule, mask=mask, slots=slots)
-
-
-@read_backward_op.register_fake
-def _(d_reads, projections, state, rank, heads, update, row_gates, coupled, normalize, mask, slots):
-    return projections.new_empty(projections.shape), state.new_empty(state.shape)
+@operator(
+    "deltamem::read_backward", f"Tensor d_reads, Tensor projections, Tensor state, {RULE}, {ROWS}", "(Tensor, Tensor)",
+    fake=lambda d_reads, projections, state, *_: (_like(projections, state), _like(state, state)),
+)  # fmt: skip
+def read_backward_op(d_reads, projections, state, *given):
+    *rule, mask, slots = given
+    return _read_backward.read_backward(d_reads, projections, state, DeltaRule(*rule), mask=mask, slots=slots)
 
 
 def _read_setup(ctx, inputs, output):
@@ -158,54 +147,36 @@ def _read_gradient(ctx, d_reads):
 read_op.register_autograd(_read_gradient, setup_context=_read_setup)
 
 
-@torch.library.custom_op("deltamem::steer", mutates_args=())
-def steer_op(
-    base: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
+@operator(
+    "deltamem::steer", f"Tensor base, {DELTA}, {NORM}",
+    fake=lambda base, *_: torch.empty(base.shape, dtype=base.dtype, device=base.device),
+)  # fmt: skip
+def steer_op(base, reads, weight, scale, norm_weight, eps):
     return _steer.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps)
 
 
-@steer_op.register_fake
-def _(base, reads, weight, scale, norm_weight, eps):
-    return torch.empty(base.shape, dtype=base.dtype, device=base.device)
-
-
-@torch.library.custom_op("deltamem::steer_", mutates_args=("base",))
-def steer_in_place_op(
-    base: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
-) -> None:  # fmt: skip
+@operator("deltamem::steer_", f"Tensor(a0!) base, {DELTA}, {NORM}", "()", fake=lambda *_: None)
+def steer_in_place_op(base, reads, weight, scale, norm_weight, eps):
     _steer.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps, out=base)
 
 
-@steer_in_place_op.register_fake
-def _(base, reads, weight, scale, norm_weight, eps):
-    return None
-
-
-@torch.library.custom_op("deltamem::delta", mutates_args=())
-def delta_op(
-    reads: Tensor, weight: Tensor, scale: float, dtype: torch.dtype, norm_weight: Tensor | None, eps: float
-) -> Tensor:  # fmt: skip
+@operator(
+    "deltamem::delta", f"{DELTA}, ScalarType dtype, {NORM}",
+    fake=lambda reads, weight, scale, dtype, *_: reads.new_empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype),
+)  # fmt: skip
+def delta_op(reads, weight, scale, dtype, norm_weight, eps):
     return _steer.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
 
 
-@delta_op.register_fake
-def _(reads, weight, scale, dtype, norm_weight, eps):
-    return reads.new_empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype)
-
-
-@torch.library.custom_op("deltamem::steer_backward", mutates_args=())
-def steer_backward_op(
-    grad: Tensor, reads: Tensor, weight: Tensor, scale: float, norm_weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+@operator(
+    "deltamem::steer_backward", f"Tensor grad, {DELTA}, {NORM}", "(Tensor, Tensor, Tensor)",
+    fake=lambda grad, reads, weight, scale, norm_weight, eps: (
+        _like(reads, grad), _like(weight, grad), _like(norm_weight, grad),
+    ),
+)  # fmt: skip
+def steer_backward_op(grad, reads, weight, scale, norm_weight, eps):
     *found, d_norm = _steer_backward.steer_backward(grad, reads, weight, scale, norm_weight=norm_weight, eps=eps)
-    return *found, grad.new_empty(0) if d_norm is None else d_norm
-
-
-@steer_backward_op.register_fake
-def _(grad, reads, weight, scale, norm_weight, eps):
-    d_norm = grad.new_empty(0) if norm_weight is None else norm_weight.new_empty(norm_weight.shape)
-    return reads.new_empty(reads.shape), weight.new_empty(weight.shape), d_norm
+    return *found, _or_empty(d_norm, grad)
 
 
 def _steer_setup(ctx, inputs, output):
@@ -224,117 +195,66 @@ steer_op.register_autograd(_steer_gradient, setup_context=_steer_setup)
 
 
 # Two operators: an optional tensor that is mutated cannot be None under Inductor.
-@torch.library.custom_op("deltamem::step", mutates_args=("state",))
-def step_op(
-    projections: Tensor, gate_bias: Tensor, state: Tensor,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    mask: Tensor | None, slots: Tensor | None,
-) -> Tensor:  # fmt: skip
-    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
-    return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots)
+@operator(
+    "deltamem::step", f"{TOKENS}, Tensor(a2!) state, {RULE}, {ROWS}",
+    fake=lambda projections, gate_bias, state, rank, heads, *_: fake_reads(projections, rank, heads),
+)  # fmt: skip
+def step_op(projections, gate_bias, state, *given):
+    *rule, mask, slots = given
+    return _step.step(projections, gate_bias, state, DeltaRule(*rule), mask=mask, slots=slots)
 
 
-@torch.library.custom_op("deltamem::step_counted", mutates_args=("state", "skipped"))
-def step_counted_op(
-    projections: Tensor, gate_bias: Tensor, state: Tensor, skipped: Tensor,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    mask: Tensor | None, slots: Tensor | None,
-) -> Tensor:  # fmt: skip
-    rule = _rule(rank, heads, update, row_gates, coupled, normalize)
-    return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots, skipped=skipped)
+@operator(
+    "deltamem::step_counted", f"{TOKENS}, Tensor(a2!) state, Tensor(a3!) skipped, {RULE}, {ROWS}",
+    fake=lambda projections, gate_bias, state, skipped, rank, heads, *_: fake_reads(projections, rank, heads),
+)  # fmt: skip
+def step_counted_op(projections, gate_bias, state, skipped, *given):
+    *rule, mask, slots = given
+    return _step.step(projections, gate_bias, state, DeltaRule(*rule), mask=mask, slots=slots, skipped=skipped)
 
 
-@step_op.register_fake
-def _(projections, gate_bias, state, rank, heads, update, row_gates, coupled, normalize, mask, slots):
-    return projections.new_empty((projections.shape[0], heads * rank), dtype=torch.float32)
+@operator(
+    "deltamem::steer_heads_", f"Tensor(a0!) packed, Tensor reads, {LAYOUT}, {STEERING}, {ROPE}", "()",
+    fake=lambda *_: None,
+)  # fmt: skip
+def steer_heads_op(packed, reads, *given):
+    _heads.steer_heads_(packed, reads, HeadLayout(*given[:5]), Steering(*given[5:-2]), *given[-2:])
 
 
-@step_counted_op.register_fake
-def _(projections, gate_bias, state, skipped, rank, heads, update, row_gates, coupled, normalize, mask, slots):
-    return projections.new_empty((projections.shape[0], heads * rank), dtype=torch.float32)
+_DECODE = f"{RULE}, {LAYOUT}, {STEERING}, {ROPE}, {ROWS}"
 
 
-# A HeadLayout and a Steering, flat.
-def _layout(heads_q, heads_k, heads_v, dim, rotary) -> HeadLayout:
-    return HeadLayout(heads_q, heads_k, heads_v, dim, rotary)
-
-
-def _flat_layout(layout: HeadLayout) -> tuple:
-    return layout.q, layout.k, layout.v, layout.dim, layout.rotary
-
-
-@torch.library.custom_op("deltamem::steer_heads_", mutates_args=("packed",))
-def steer_heads_op(
-    packed: Tensor, reads: Tensor, heads_q: int, heads_k: int, heads_v: int, dim: int, rotary: int,
-    w_q: Tensor | None, w_k: Tensor | None, w_v: Tensor | None, w_o: Tensor | None, scale: float,
-    scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-    cos: Tensor | None, sin: Tensor | None,
-) -> None:  # fmt: skip
-    steering = Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps)
-    _heads.steer_heads_(packed, reads, _layout(heads_q, heads_k, heads_v, dim, rotary), steering, cos, sin)
-
-
-@steer_heads_op.register_fake
-def _(packed, reads, *_):
-    return None
-
-
-@torch.library.custom_op("deltamem::decode_", mutates_args=("packed", "state", "skipped", "arrived"))
-def decode_op(
-    packed: Tensor, gate_bias: Tensor, state: Tensor, skipped: Tensor, arrived: Tensor,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    heads_q: int, heads_k: int, heads_v: int, dim: int, rotary: int,
-    w_q: Tensor | None, w_k: Tensor | None, w_v: Tensor | None, w_o: Tensor | None, scale: float,
-    scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-    cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, slots: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reads, delta = _heads.decode_(
-        packed, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
-        _layout(heads_q, heads_k, heads_v, dim, rotary),
-        Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps), cos, sin,
-        mask=mask, slots=slots, skipped=skipped, arrived=arrived,
-    )  # fmt: skip
-    return reads, packed.new_empty(0) if delta is None else delta
-
-
-# The frozen state is an operand that is not mutated, which the same operator could not say.
-@torch.library.custom_op("deltamem::decode_frozen_", mutates_args=("packed",))
-def decode_frozen_op(
-    packed: Tensor, gate_bias: Tensor, state: Tensor,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    heads_q: int, heads_k: int, heads_v: int, dim: int, rotary: int,
-    w_q: Tensor | None, w_k: Tensor | None, w_v: Tensor | None, w_o: Tensor | None, scale: float,
-    scale_raw: Tensor | None, scale_max: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-    cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, slots: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    reads, delta = _heads.decode_(
-        packed, gate_bias, state, _rule(rank, heads, update, row_gates, coupled, normalize),
-        _layout(heads_q, heads_k, heads_v, dim, rotary),
-        Steering(w_q, w_k, w_v, w_o, scale, scale_raw, scale_max, q_norm, k_norm, eps), cos, sin,
-        mask=mask, slots=slots, frozen=True,
-    )  # fmt: skip
-    return reads, packed.new_empty(0) if delta is None else delta
-
-
-def _fake_decode(packed, heads, rank, w_o):
+def _fake_decode(packed, rank, heads, w_o):
     reads = packed.new_empty((packed.shape[0], heads * rank), dtype=torch.float32)
     return reads, packed.new_empty(0 if w_o is None else (packed.shape[0], w_o.shape[0]))
 
 
-@decode_op.register_fake
-def _(
-    packed, gate_bias, state, skipped, arrived, rank, heads, update, row_gates, coupled, normalize,
-    heads_q, heads_k, heads_v, dim, rotary, w_q, w_k, w_v, w_o, *_,
-):  # fmt: skip
-    return _fake_decode(packed, heads, rank, w_o)
+def _decode(packed, gate_bias, state, given, **options):
+    *given, cos, sin, mask, slots = given
+    reads, delta = _decode_rows.decode_(
+        packed, gate_bias, state, DeltaRule(*given[:6]), HeadLayout(*given[6:11]), Steering(*given[11:]), cos, sin,
+        mask=mask, slots=slots, **options,
+    )  # fmt: skip
+    return reads, _or_empty(delta, packed)
 
 
-@decode_frozen_op.register_fake
-def _(
-    packed, gate_bias, state, rank, heads, update, row_gates, coupled, normalize,
-    heads_q, heads_k, heads_v, dim, rotary, w_q, w_k, w_v, w_o, *_,
-):  # fmt: skip
-    return _fake_decode(packed, heads, rank, w_o)
+@operator(
+    "deltamem::decode_",
+    "Tensor(a0!) packed, Tensor gate_bias, Tensor(a2!) state, Tensor(a3!) skipped, Tensor(a4!) arrived, " + _DECODE,
+    "(Tensor, Tensor)",
+    fake=lambda packed, gate_bias, state, skipped, arrived, *given: _fake_decode(packed, *given[:2], given[14]),
+)
+def decode_op(packed, gate_bias, state, skipped, arrived, *given):
+    return _decode(packed, gate_bias, state, given, skipped=skipped, workspace=arrived)
+
+
+# The frozen state is an operand that is not mutated, which the same operator could not say.
+@operator(
+    "deltamem::decode_frozen_", "Tensor(a0!) packed, Tensor gate_bias, Tensor state, " + _DECODE, "(Tensor, Tensor)",
+    fake=lambda packed, gate_bias, state, *given: _fake_decode(packed, *given[:2], given[14]),
+)  # fmt: skip
+def decode_frozen_op(packed, gate_bias, state, *given):
+    return _decode(packed, gate_bias, state, given, frozen=True)
 
 
 def _direct(*tensors: Tensor | None) -> bool:
@@ -366,7 +286,7 @@ def scan(
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     reads, final, skipped, checkpoints, _ = scan_op(
-        projections, gate_bias, state, *_flat(rule), mask, cu_seqlens, slots, checkpoint_every
+        projections, gate_bias, state, *flat_rule(rule), mask, cu_seqlens, slots, checkpoint_every
     )
     return ScanOutput(reads, final, skipped, checkpoints if checkpoint_every else None)
 
@@ -382,7 +302,7 @@ def read(
     """``deltamem_kernels.triton.read.read``, differentiable in projections and state, and compilable."""
     if _direct(projections, state):
         return _read.read(projections, state, rule, mask=mask, slots=slots)
-    return read_op(projections, state, *_flat(rule), mask, slots)
+    return read_op(projections, state, *flat_rule(rule), mask, slots)
 
 
 def step(
@@ -400,8 +320,8 @@ def step(
         with torch.no_grad():
             return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots, skipped=skipped)
     if skipped is None:
-        return step_op(projections, gate_bias, state, *_flat(rule), mask, slots)
-    return step_counted_op(projections, gate_bias, state, skipped, *_flat(rule), mask, slots)
+        return step_op(projections, gate_bias, state, *flat_rule(rule), mask, slots)
+    return step_counted_op(projections, gate_bias, state, skipped, *flat_rule(rule), mask, slots)
 
 
 def steer(
@@ -441,6 +361,9 @@ def delta(
     return delta_op(reads, weight, scale, dtype, norm_weight, eps)
 
 
+workspace = _decode_rows.workspace
+
+
 def steer_heads_(
     packed: Tensor,
     reads: Tensor,
@@ -456,7 +379,7 @@ def steer_heads_(
         with torch.no_grad():
             return _heads.steer_heads_(packed, reads, layout, steering, cos, sin, check=check)
     check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
-    steer_heads_op(packed, reads, *_flat_layout(layout), *steering, cos, sin)
+    steer_heads_op(packed, reads, *flat_layout(layout), *steering, cos, sin)
 
 
 def decode_(
@@ -472,26 +395,25 @@ def decode_(
     mask: Tensor | None = None,
     slots: Tensor | None = None,
     skipped: Tensor | None = None,
-    arrived: Tensor | None = None,
     frozen: bool = False,
     check: bool = True,
-    prepared: dict | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``deltamem_kernels.triton.heads.decode_``, compilable. Not differentiable."""
+    """``deltamem_kernels.triton.decode.decode_``, compilable. Not differentiable."""
     if not torch.compiler.is_compiling():
         with torch.no_grad():
-            return _heads.decode_(
+            return _decode_rows.decode_(
                 packed, gate_bias, state, rule, layout, steering, cos, sin, mask=mask, slots=slots, skipped=skipped,
-                arrived=arrived, frozen=frozen, check=check, prepared=prepared,
+                frozen=frozen, check=check, workspace=workspace,
             )  # fmt: skip
     check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
-    given = *_flat(rule), *_flat_layout(layout), *steering, cos, sin, mask, slots
+    given = *flat_rule(rule), *flat_layout(layout), *steering, cos, sin, mask, slots
     if frozen:
         reads, delta = decode_frozen_op(packed, gate_bias, state, *given)
     else:
         # An optional tensor that is mutated cannot be None under Inductor.
         int32 = {"dtype": torch.int32, "device": packed.device}
         skipped = torch.zeros(state.shape[0], **int32) if skipped is None else skipped
-        arrived = torch.zeros(packed.shape[0], **int32) if arrived is None else arrived
-        reads, delta = decode_op(packed, gate_bias, state, skipped, arrived, *given)
+        workspace = torch.zeros(packed.shape[0], **int32) if workspace is None else workspace
+        reads, delta = decode_op(packed, gate_bias, state, skipped, workspace, *given)
     return reads, None if steering.o is None else delta

@@ -9,6 +9,10 @@ so a row is one *column* of a tile [R, COLUMNS] whose axis 0 runs over the keys 
 over the threads of a warp and keeps axis 0 inside a thread: a column is then a thread, and s_i · k is a sum in
 its registers, with no exchange. Columns of several heads, sequences or chunks lie side by side, so a warp is
 full at r = 8 too.
+
+Names in all kernels: ``x_ptr`` an argument's first number, ``p_`` a pointer made of it, ``o_`` an offset, ``m_`` a
+mask, ``stride_x_t`` a stride, ``d_`` a gradient; x the raw projections, s a state's rows, g their gradients, h a head,
+i its row, j a key, b a row of the batch, t a token. A tile's shape stands where it is made.
 """
 
 from __future__ import annotations
@@ -74,7 +78,8 @@ def quarters(x):
 def dot(a, b):
     """Σ_j a b over axis 0 of two tiles [R, COLUMNS]: four keys at a time with fma, these sums ``pairwise``.
 
-    Above 8 rows plain products, ``pairwise``: taken apart, tiles of 16 leave ``token_kernel`` too few registers.
+    Above 8 rows plain products, ``pairwise``: taken apart, tiles of 16 leave ``projection_gradient_kernel`` too few
+    registers.
     """
     if a.shape[0] == 4 or a.shape[0] == 8:
         a_0, a_1, a_2, a_3 = quarters(a)
@@ -92,7 +97,7 @@ def dot_rows(a, b):
 
 
 @triton.jit
-def zero_or_nan(x):
+def zero_or_nan_rows(x):
     """[N, W], W of 4 or more → [N]: 0 where all numbers of a row are finite, else NaN. 0 · x is 0, or NaN."""
     x_0, x_1, x_2, x_3 = quarters(tl.trans(x))
     return tl.sum(tl.fma(x_3, 0.0, tl.fma(x_2, 0.0, tl.fma(x_1, 0.0, x_0 * 0.0))), axis=0)
@@ -100,8 +105,10 @@ def zero_or_nan(x):
 
 @triton.jit
 def direction(raw, NORMALIZE: tl.constexpr):
-    """Raw q or k [R, COLUMNS] → (z, c) with unit(tanh(raw)) = c z. c [COLUMNS] joins a product that is one
-    number per column, which spares R multiplications."""
+    """Raw q or k [R, COLUMNS] → (z, c) with unit(tanh(raw)) = c z; see ``reference.recurrence.split_projections``.
+
+    c [COLUMNS] joins a product that is one number per column, which spares R multiplications.
+    """
     z = raw.to(tl.float32)
     if NORMALIZE:
         z = tanh(z)
@@ -113,7 +120,7 @@ def direction(raw, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def gates(beta_raw, lambda_raw, MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr):
-    """Raw gates, bias included → keep, erase, write."""
+    """Raw gates, bias included → keep, erase, write, each [COLUMNS]; see ``reference.recurrence.split_projections``."""
     beta = sigmoid(beta_raw)
     if MODE == "no_lambda":
         keep = tl.full(beta.shape, 1.0, tl.float32)
@@ -141,7 +148,7 @@ def columns(total_groups, GROUP: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def locate(
+def locate_chunk(
     chunk, m_chunk, length, chunk_length, chunks_per_sequence,
     cu_ptr, chunk_sequence_ptr, chunk_first_ptr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +189,7 @@ def state_pointers(
     go through shared memory, so that neighbouring threads write neighbouring pieces. Any other strides may be as
     large as they like; see ``load_vector`` for the hint.
     """
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     if DENSE_STATE:
         p = (p_state + (h * RANK + i) * RANK)[None, :] + o_j
     else:
@@ -205,7 +212,7 @@ def load_vector(
     3.6 takes the keys, and each sum becomes shuffles. The second keeps it from fetching two at once. (It notes this
     with the operation that made the pointer, which therefore has to stand in the same function.)
     """
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     p = p_token[None, :] + (o_first[None, :] + o_j) * stride_x_w
     if not WHOLE:
         p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])
@@ -219,7 +226,7 @@ def load_flag(
 ):  # fmt: skip
     """1: the token counts. 2: it is unmasked, but not finite. 0: it is masked."""
     if HAS_FLAGS:
-        flag = tl.load(p_flag, mask=m_token, other=0).to(tl.int32)
+        flag = tl.load(p_flag, mask=m_token, other=0).to(tl.int32)  # [COLUMNS]
     else:
         # Each thread looks at the whole token, so that no thread waits for another. 0 · x is 0, or NaN.
         nothing = tl.zeros([8, m_token.shape[0]], tl.float32)
@@ -280,15 +287,18 @@ def load_bias(
 
 
 @triton.jit
-def written(s, z, c, keep, erase, added):
-    """keep s − erase (s · k) k + added k, with k = c z."""
-    along = dot(s, z) * c
+def delta_update(s, z, c, keep, erase, added):
+    """s [R, COLUMNS] after a token: keep s − erase (s · k) k + added k, with k = c z and added = write v.
+
+    Equals a row of S_t in ``reference.recurrence.delta_rule``.
+    """
+    along = dot(s, z) * c  # [COLUMNS]
     u = tl.fma(-erase, along, added) * c
     return tl.fma(across(u, s.shape[0]), z, keep[None, :] * s)
 
 
 @triton.jit
-def lost(s):
+def zero_or_nan(s):
     """[R, COLUMNS] → [COLUMNS]: 0 where all numbers of a column are finite, else NaN. 0 · x is 0, or NaN."""
     return pairwise(s * 0.0)
 
@@ -308,7 +318,7 @@ def group_sum(x, GROUP: tl.constexpr):
 def direction_backward(grad, z, c, NORMALIZE: tl.constexpr):
     """The gradient of unit(tanh(raw)) = c z, a tile as z → that of raw."""
     if NORMALIZE:
-        along = dot(grad, z) * c * c
+        along = dot(grad, z) * c * c  # [COLUMNS]
         # At the floor of the norm unit() is a plain division.
         along = tl.where(dot(z, z) > 1e-12, along, 0.0)
         grad = tl.fma(across(-along, z.shape[0]), z, grad) * c[None, :] * tl.fma(-z, z, 1.0)

@@ -2,7 +2,7 @@
 
     read_t = S q_t
 
-Every (token, head, row) is a column of its own, so all tokens are read at once; see ``columns``.
+Every (token, head, row) is a column of its own, so all tokens are read at once; see ``primitives``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from ..rule import DeltaRule, check_arguments
 from . import launch as _launch
 from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, tile, whole_keys
 from .primitives import columns, direction, dot, load_flag, load_vector, owned, state_pointers
-from .scan import LOOK_WIDTH, find_flags
+from .scan import LOOK_WIDTH
+from .token_flags import find_flags
 
 
 @triton.jit
@@ -27,7 +28,8 @@ def read_kernel(
     WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    group, i, m_column = columns(total_groups, RANK, COLUMNS)
+    """Equals ``reference.recurrence.read``; a column is one row of one head for one token."""
+    group, i, m_column = columns(total_groups, RANK, COLUMNS)  # [COLUMNS] each
     token = group // HEADS
     h = group % HEADS
     row = token // length
@@ -48,12 +50,12 @@ def read_kernel(
     p_s = state_pointers(
         s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
     )  # fmt: skip
-    m_tile = live[None, :] & (tl.arange(0, R) < RANK)[:, None]
-    s = tl.load(p_s, mask=m_tile, other=0.0)
-    q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)
-    flag = load_flag(p_x, p_flag, p_mask, stride_x_w, live, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)
-    z, c = direction(q, NORMALIZE)
-    read = tl.where(flag == 1, dot(s, z) * c, 0.0)
+    m_tile = live[None, :] & (tl.arange(0, R) < RANK)[:, None]  # [R, COLUMNS]
+    s = tl.load(p_s, mask=m_tile, other=0.0)  # [R, COLUMNS]
+    q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)  # [R, COLUMNS]
+    flag = load_flag(p_x, p_flag, p_mask, stride_x_w, live, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)  # [COLUMNS]
+    z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
+    read = tl.where(flag == 1, dot(s, z) * c, 0.0)  # [COLUMNS]
     tl.store(reads_ptr + group.to(tl.int64) * RANK + i, read, mask=m_column)
 
 

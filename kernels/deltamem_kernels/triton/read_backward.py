@@ -16,8 +16,9 @@ from ..rule import DeltaRule, check_arguments
 from . import launch as _launch
 from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, whole_keys
 from .primitives import across, columns, direction, direction_backward, group_sum, load_vector, owned, state_pointers
-from .scan import find_flags
-from .scan_backward import check_gradient, choose_spacing, scatter_rows, token_tile
+from .projection_gradient import token_tile
+from .scan_backward import check_gradient, choose_spacing, scatter_rows
+from .token_flags import find_flags
 
 
 @triton.jit
@@ -30,14 +31,17 @@ def read_backward_kernel(
     WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The q part of the projections' gradient, and d_state[row, block, h, i, :], the sum over the block's tokens."""
-    group, i, m_column = columns(total_groups, R, COLUMNS)
+    """The q part of the projections' gradient, and d_state[row, block, h, i, :], the sum over the block's tokens.
+
+    Equals autograd's gradients of ``reference.recurrence.read``.
+    """
+    group, i, m_column = columns(total_groups, R, COLUMNS)  # [COLUMNS] each
     m_column = m_column & (i < RANK)
     h = group % HEADS
     row = group // HEADS // blocks_per_row
     first = group // HEADS % blocks_per_row * BLOCK
     b = row.to(tl.int64)
-    o_j = tl.arange(0, R)[:, None]
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
     live = m_column
     state_row = b
     if HAS_SLOTS:
@@ -47,17 +51,17 @@ def read_backward_kernel(
     p_s = state_pointers(
         s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
     )  # fmt: skip
-    s = tl.load(p_s, mask=m_row, other=0.0)
+    s = tl.load(p_s, mask=m_row, other=0.0)  # [R, COLUMNS]
     p_x = x_ptr + b * stride_x_b + first.to(tl.int64) * stride_x_t
     p_d = d_reads_ptr + b * stride_d_b + first.to(tl.int64) * stride_d_t + (h * RANK + i).to(tl.int64) * stride_d_c
     token = b * length + first
     p_row = d_x_ptr + token * WIDTH + h * RANK + i
-    mine = o_j == i[None, :]
+    mine = o_j == i[None, :]  # [R, COLUMNS]
     total = tl.zeros([R, COLUMNS], tl.float32)
     m = m_column & (first < length)
-    q = load_vector(p_x, h * RANK, stride_x_w, m, RANK, R, WHOLE)
-    d = tl.load(p_d, mask=m & live, other=0.0)
-    flag = tl.load(flags_ptr + token, mask=m, other=0)
+    q = load_vector(p_x, h * RANK, stride_x_w, m, RANK, R, WHOLE)  # [R, COLUMNS]
+    d = tl.load(p_d, mask=m & live, other=0.0)  # [COLUMNS]
+    flag = tl.load(flags_ptr + token, mask=m, other=0)  # [COLUMNS]
     for t in range(BLOCK):
         # The next token is on its way while this one is computed.
         m_next = m_column & (first + t + 1 < length) & (t + 1 < BLOCK)
@@ -69,9 +73,9 @@ def read_backward_kernel(
 
         valid = (flag == 1) & live
         d = d.to(tl.float32)
-        z, c = direction(q, NORMALIZE)
+        z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
         total = tl.where(valid[None, :], tl.fma(across(d * c, R), z, total), total)
-        d_q = direction_backward(group_sum(s * d[None, :], R), z, c, NORMALIZE)
+        d_q = direction_backward(group_sum(s * d[None, :], R), z, c, NORMALIZE)  # [R, COLUMNS]
         d_q = tl.where(valid, tl.sum(tl.where(mine, d_q, 0.0), axis=0), 0.0)
         tl.store(p_row, d_q.to(d_x_ptr.dtype.element_ty), mask=m)
         p_row += WIDTH

@@ -62,8 +62,9 @@ def steer_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, READ_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, DENSE: tl.constexpr, HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
+    """Equals ``reference.recurrence.steer``; without a base ``reference.heads.delta``. All tiles are [ROWS, BLOCK]."""
     blocks = 1 if HAS_NORM else tl.cdiv(n, BLOCK)
-    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)  # [ROWS]
     first = tl.program_id(0) % blocks * BLOCK
     m_row = row < total_rows
     b = (row // length).to(tl.int64)

@@ -28,8 +28,11 @@ ROWS = 64  # tokens of a tile
 
 @triton.jit
 def dot(big, small, total, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """total + big · small in float32. A bfloat16 ``big`` stays what it is, and ``small`` becomes three of its kind:
-    8 + 8 + 8 bits, so that each product is exact."""
+    """total [M, N] + big [M, K] · small [K, N] in float32.
+
+    A bfloat16 ``big`` stays what it is, and ``small`` becomes three of its kind: 8 + 8 + 8 bits, so that each product
+    is exact.
+    """
     if big.dtype == tl.bfloat16:
         high = small.to(tl.bfloat16)
         if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 numbers
@@ -74,17 +77,18 @@ def steer_backward_kernel(
 ):  # fmt: skip
     """d_reads of the split's tokens; d_weight[split, :, :] and d_norm[split, :], the sums over them.
 
-    One program per split and READ_BLOCK columns of the reads.
+    One program per split and READ_BLOCK columns of the reads. Equals autograd's gradients of
+    ``reference.recurrence.steer``.
     """
     READ_BLOCKS: tl.constexpr = (READ_WIDTH + READ_BLOCK - 1) // READ_BLOCK
     split = tl.program_id(0) // READ_BLOCKS
-    o_c = tl.program_id(0) % READ_BLOCKS * READ_BLOCK + tl.arange(0, READ_BLOCK)
+    o_c = tl.program_id(0) % READ_BLOCKS * READ_BLOCK + tl.arange(0, READ_BLOCK)  # [READ_BLOCK]
     m_c = o_c < READ_WIDTH
     d_weight_ptr += split.to(tl.int64) * n * READ_WIDTH
     if HAS_NORM:
         d_norm_ptr += split.to(tl.int64) * n
     for tile in range(tiles_per_split):
-        row = (split * tiles_per_split + tile) * ROWS + tl.arange(0, ROWS)
+        row = (split * tiles_per_split + tile) * ROWS + tl.arange(0, ROWS)  # [ROWS]
         m_row = row < total_rows
         b = (row // length).to(tl.int64)
         t = (row % length).to(tl.int64)
@@ -103,8 +107,8 @@ def steer_backward_kernel(
                     ROWS, BLOCK, READ_WIDTH, READ_BLOCK, PRECISION,
                 )  # fmt: skip
                 p_g = p_grad[:, None] + o_n.to(tl.int64)[None, :] * stride_g_n
-                grad = tl.load(p_g, mask=m_row[:, None] & m_n[None, :], other=0.0).to(tl.float32)
-                norm = tl.load(norm_ptr + o_n * stride_norm, mask=m_n, other=0.0).to(tl.float32)
+                grad = tl.load(p_g, mask=m_row[:, None] & m_n[None, :], other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+                norm = tl.load(norm_ptr + o_n * stride_norm, mask=m_n, other=0.0).to(tl.float32)  # [BLOCK]
                 square += tl.sum(delta * delta, axis=1)
                 along += tl.sum(grad * norm[None, :] * delta, axis=1)
             inverse = tl.rsqrt(square / n + eps)

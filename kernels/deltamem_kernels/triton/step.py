@@ -2,7 +2,7 @@
 
     read = S q,   S <- diag(keep) S − diag(erase) (S k) kᵀ + diag(write) v kᵀ
 
-One launch. Every row of every state is a column of its own (see ``columns``): it is read once, changed in
+One launch. Every row of every state is a column of its own (see ``primitives``): it is read once, changed in
 registers and written once, by the same thread.
 """
 
@@ -27,6 +27,7 @@ from .launch import (
     tile,
 )
 from .primitives import (
+    delta_update,
     direction,
     dot,
     gates,
@@ -35,10 +36,9 @@ from .primitives import (
     load_flag,
     load_vector,
     load_write,
-    lost,
     owned,
     state_pointers,
-    written,
+    zero_or_nan,
 )
 
 
@@ -50,8 +50,12 @@ def stepped(
     DENSE_STATE: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr,
     NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``place`` of the tokens ``row`` → (where their states lie, which of these numbers there are, the states
-    after the token, the reads, the tokens' flags, the rows of the state)."""
+    """Columns ``place`` of the tokens ``row``, both [COLUMNS], and the states after their tokens.
+
+    Returns:
+        where the states lie, which of these numbers there are, the states, each [R, COLUMNS]; the reads, the tokens'
+        flags, the rows of the state, each [COLUMNS].
+    """
     h = place // RANK
     i = place % RANK
     b = row.to(tl.int64)
@@ -67,21 +71,21 @@ def stepped(
     p_s = state_pointers(
         s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
     )  # fmt: skip
-    m_tile = live[None, :] & (tl.arange(0, R) < RANK)[:, None]
-    s = tl.load(p_s, mask=m_tile, other=0.0)
+    m_tile = live[None, :] & (tl.arange(0, R) < RANK)[:, None]  # [R, COLUMNS]
+    s = tl.load(p_s, mask=m_tile, other=0.0)  # [R, COLUMNS]
 
-    q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)
-    k = load_vector(p_x, (HEADS + h) * RANK, stride_x_w, live, RANK, R, WHOLE)
-    v, beta, lam = load_write(p_x, h, i, stride_x_w, live, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    q = load_vector(p_x, h * RANK, stride_x_w, live, RANK, R, WHOLE)  # [R, COLUMNS]
+    k = load_vector(p_x, (HEADS + h) * RANK, stride_x_w, live, RANK, R, WHOLE)  # [R, COLUMNS]
+    v, beta, lam = load_write(p_x, h, i, stride_x_w, live, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    flag = load_flag(p_x, None, p_mask, stride_x_w, live, WIDTH, WHOLE, False, HAS_MASK)
+    flag = load_flag(p_x, None, p_mask, stride_x_w, live, WIDTH, WHOLE, False, HAS_MASK)  # [COLUMNS]
     flag = tl.where(live, flag, 0)
 
-    z, c = direction(q, NORMALIZE)
-    read = dot(s, z) * c
+    z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
+    read = dot(s, z) * c  # [COLUMNS]
     z, c = direction(k, NORMALIZE)
     keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-    s = written(s, z, c, keep, erase, write * v.to(tl.float32))
+    s = delta_update(s, z, c, keep, erase, write * v.to(tl.float32))
     return p_s, m_tile, s, read, flag, state_row
 
 
@@ -96,7 +100,10 @@ def step_kernel(
     HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
 ):  # fmt: skip
     """A token is GROUP columns, H·r rounded up to a power of two, all in one program: whether the state after it is
-    finite is a question to all of them. Where a program has too few, it goes through them twice."""
+    finite is a question to all of them. Where a program has too few, it goes through them twice.
+
+    Equals ``reference.recurrence.step``.
+    """
     o_column = tl.arange(0, COLUMNS)
     if GROUP <= COLUMNS:
         row = tl.program_id(0) * (COLUMNS // GROUP) + o_column // GROUP
@@ -107,7 +114,7 @@ def step_kernel(
             stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
             HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
         )  # fmt: skip
-        nothing = lost(s)
+        nothing = zero_or_nan(s)
         if GROUP > 1:
             nothing = tl.reshape(group_sum(nothing[None, :], GROUP), [COLUMNS])
         flag = tl.where((flag == 1) & (nothing != 0.0), 2, flag)
@@ -128,7 +135,7 @@ def step_kernel(
                 stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
                 HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
             )  # fmt: skip
-            nothing += lost(s)
+            nothing += zero_or_nan(s)
         finite = tl.sum(nothing, axis=0) == 0.0
         for first in tl.range(0, HEADS * RANK, COLUMNS):
             place = first + o_column

@@ -184,10 +184,19 @@ def test_memory_grows_as_the_tokens(rank, heads, monkeypatch):
         # A rank between powers of two has blocks for the greater one; packed sequences have a block more each.
         assert size["bounds_ptr"] <= 1.01 * reads and size["d_bias_ptr"] <= 0.51 * reads
         if rank <= 16:
-            assert size["maps_ptr"] <= 1.3 * size["x_ptr"] and size["edges_ptr"] <= 0.51 * reads
+            assert size["transitions_ptr"] <= 1.3 * size["x_ptr"] and size["edges_ptr"] <= 0.51 * reads
         else:
-            assert "maps_ptr" not in size
-        others = {"x_ptr", "d_x_ptr", "d_reads_ptr", "bounds_ptr", "d_bias_ptr", "maps_ptr", "edges_ptr", "flags_ptr"}
+            assert "transitions_ptr" not in size
+        others = {
+            "x_ptr",
+            "d_x_ptr",
+            "d_reads_ptr",
+            "bounds_ptr",
+            "d_bias_ptr",
+            "transitions_ptr",
+            "edges_ptr",
+            "flags_ptr",
+        }
         # Nothing else, but the number of its sequence for each block (or chunk) of 16 tokens or more.
         most = max(reads / 100, length / 4 + 12)
         assert all(bytes_ <= most for name, bytes_ in size.items() if name not in others)

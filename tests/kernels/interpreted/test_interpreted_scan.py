@@ -187,7 +187,7 @@ def test_depth_and_maps(rank, heads, monkeypatch):
         kernel.scan(x, torch.empty(rule.bias_width, device="meta"), None, rule)
         tensors = {n: t for _, arguments, _ in recorded for n, t in arguments.items() if isinstance(t, torch.Tensor)}
         size = {n: t.numel() * t.element_size() for n, t in tensors.items()}
-        assert size["maps_ptr"] <= size["x_ptr"]
+        assert size["transitions_ptr"] <= size["x_ptr"]
         assert all(t.numel() < length * heads * rank**2 / 2 for n, t in tensors.items() if n != "x_ptr")
     assert [kernel.depth(rule, n) for n in (0, 1, 64)] == [0, 1, 64]
 

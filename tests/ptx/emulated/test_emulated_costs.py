@@ -4,9 +4,10 @@ import pytest
 import traffic
 from cases import CASES
 
-from bench import executed, machine
+from bench import executed
+from bench.instrument import machine, results
 
-COMMITTED = executed.newest()
+COMMITTED = results.latest(executed.DIRECTORY)
 QUICK = [case for case in CASES if case.of.batch != 4]  # whole: python -m bench.executed --check
 
 

@@ -1,1 +1,0 @@
-"""A memory one can hold: the operators, sessions and the bank, measured, and written into README."""

@@ -1,0 +1,1 @@
+"""What the benchmarks measure with and write down with: clocks, machines, rows, result files, tables, targets."""

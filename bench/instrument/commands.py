@@ -1,0 +1,51 @@
+"""What the command lines share: several commands, each a module, and how a measurement ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from . import results
+from .rows import Row
+from .tables import plain_table
+
+
+def run(prog: str, description: str, modules: Mapping[str, ModuleType], arguments: list[str] | None) -> int:
+    """Run one of ``modules``; returns its exit status: 2 if a file cannot be used.
+
+    Args:
+        prog: how it is called, as in ``python -m bench.recall``.
+        modules: by command; each has a docstring whose first line is the help, ``add_arguments(parser)``, and
+            ``run(options)``, which returns the exit status.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in modules.items():
+        line = module.__doc__.splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=line, description=line))
+    options = parser.parse_args(arguments)
+    try:
+        return modules[options.command].run(options)
+    except (ValueError, OSError) as error:
+        print(f"{prog.removeprefix('python -m ')} {options.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def progress() -> Callable[[str], None]:
+    """What prints a line with the seconds since now."""
+    start = time.perf_counter()
+    return lambda text: print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def finish(rows: Sequence[Row], arguments: dict[str, Any], output: Path) -> int:
+    """Write what was just measured on a CPU and print it, a table last; the exit status: 1 if a row was refused."""
+    result = results.collect(rows, "cpu", arguments)
+    path = results.write(output, result)
+    print(f"{result.head['device']}, {result.head['cores']} cores, {result.head['threads']} threads")
+    print(f"written to {path}\n\n{plain_table(rows)}")
+    return int(any(row.status == "refused" for row in rows))

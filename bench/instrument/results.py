@@ -1,0 +1,129 @@
+"""Result files: rows, and everything that they depend on."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamem_fast.storage.files import read_json, write_json
+
+from . import machine
+from .rows import Row, from_dict
+
+FORMAT_VERSION = 2
+DIRECTORY = machine.ROOT / "bench" / "results"
+KEYS = ("device", "driver", "torch", "triton", "commit", "dirty", "time", "arguments")
+
+
+@dataclass
+class Result:
+    """One result file.
+
+    Attributes:
+        head: device, versions, commit, UTC time and arguments; see ``machine.describe``.
+        rows: what was measured.
+    """
+
+    head: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a full run: nothing small, nothing left out by an argument, torch's own threads."""
+        arguments = self.head["arguments"]
+        return not any(arguments.get(key) for key in ("quick", "dry_run", "only", "threads"))
+
+
+def collect(rows: Sequence[Row], device: str, arguments: dict[str, Any]) -> Result:
+    """A result measured just now on ``device`` (``cpu`` or ``cuda``)."""
+    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    head = {
+        "format_version": FORMAT_VERSION,
+        **machine.describe(device),
+        "time": now.isoformat().replace("+00:00", "Z"),
+        "arguments": arguments,
+    }
+    return Result(head, list(rows))
+
+
+def file_name(result: Result) -> str:
+    """A name that tells devices, versions and commits apart, and partial results from whole ones."""
+    head, arguments = result.head, result.head["arguments"]
+    parts = ["cpu"] if head["driver"] is None else []
+    parts.append(machine.slug(head["device"]))
+    parts += [f"driver{head['driver']}"] if head["driver"] else []
+    parts.append(f"torch{str(head['torch']).split('+')[0]}")
+    parts += [f"triton{head['triton']}"] if head["triton"] else []
+    parts.append(str(head["commit"] or "unknown") + ("-changed" if head["dirty"] else ""))
+    parts += [f"threads{arguments['threads']}"] if arguments.get("threads") else []
+    only = arguments.get("only")
+    parts += [only if isinstance(only, str) else "-".join(only)] if only else []
+    parts += [word for key, word in (("quick", "quick"), ("dry_run", "dry-run")) if arguments.get(key)]
+    return "-".join(parts) + ".json"
+
+
+def write(directory: Path, result: Result) -> Path:
+    """Write a result under its name in ``directory``; returns the path."""
+    data = result.head | {"rows": [row.to_dict() for row in result.rows]}
+    return write_json(directory / file_name(result), data, private=False)
+
+
+def load(path: str | Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        ValueError, OSError: it cannot be read or is no result; the message names the file.
+    """
+    data = read_json(path)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version {data.get('format_version')!r}, allowed {FORMAT_VERSION}")
+    rows = data.pop("rows", None)
+    missing = sorted(set(KEYS) - set(data))
+    if missing or not isinstance(rows, list):
+        raise ValueError(f"{path}: no result of a benchmark, {', '.join(missing) or 'rows'} missing")
+    try:
+        return Result(data, [from_dict(row) for row in rows])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def newest(directory: Path = DIRECTORY) -> list[Result]:
+    """The newest whole result of each device, GPUs first, by file.
+
+    Raises:
+        ValueError, OSError: a file there cannot be read.
+    """
+    found: dict[str, Result] = {}
+    for path in sorted(directory.glob("*.json")):
+        result = load(path)
+        device = result.head["device"]
+        if result.whole and (device not in found or result.head["time"] >= found[device].head["time"]):
+            found[device] = result
+    return sorted(found.values(), key=lambda result: (result.head["driver"] is None, result.head["device"]))
+
+
+def latest(directory: Path) -> Result | None:
+    """The newest whole result of all devices there, or None.
+
+    Raises:
+        ValueError, OSError: a file there cannot be read.
+    """
+    return max(newest(directory), key=lambda result: result.head["time"], default=None)
+
+
+def heading(result: Result) -> str:
+    """What was measured on, in a line of Markdown."""
+    head = result.head
+    commit = (head["commit"] or "unknown") + (" with changes" if head["dirty"] else "")
+    names = ("torch", "triton", "transformers", "numba")
+    versions = ", ".join(f"{name} {head[name]}" for name in names if head.get(name))
+    if head["driver"]:
+        place = f"**{head['device']}**, driver {head['driver']}, {head['processor']} with {head['cores']} cores"
+    else:
+        place = f"**{head['device']}**, {head['cores']} cores, {head['threads']} threads"
+    if head.get("freed_memory") == "kept":
+        place += ", freed memory kept by the process"
+    return f"{place}; {versions}; commit {commit}; {head['time'][:10]}"

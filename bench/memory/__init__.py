@@ -1,0 +1,1 @@
+"""A memory one can hold: the operators, sessions and the bank, measured."""

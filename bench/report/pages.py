@@ -1,0 +1,330 @@
+"""The pages of docs/results and README's few rows, each made whole from the newest results.
+
+What was never measured is said once on a page, never in a row of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from .. import executed
+from ..instrument import results
+from ..instrument.results import Result
+from ..instrument.rows import Row
+from ..instrument.tables import markdown, markdown_table, number, parameters, ratio, timing
+from ..instrument.targets import TARGETS, Target
+from ..recall.targets import GOALS
+from . import plots
+from .found import Found
+
+NOT_YET = "not measured yet"
+SPEED = {
+    "prefill": "A prompt",
+    "decode": "Decoding",
+    "training-step": "A training step",
+    "scan": "One scan of T tokens",
+    "scan-gradient": "Forward and backward of a scan",
+}
+KERNELS = {
+    "operations": "Tensor operations and launches per decoded token and layer",
+    "compiled": "All kernels, compiled ahead of time",
+    "scan-depth": "Dependent token steps of a scan",
+    "copy": "A copy within the device's memory",
+    "kernel": "Kernels",
+    "counters": "Nsight Compute's counts of one launch",
+    "compiled-reference": "The plain PyTorch definition under torch.compile",
+    "tests": "Tests on the GPU",
+}
+FACTS = (1, 2, 4, 8, 16, 32)  # of which the page has columns; the JSON has all
+
+
+def _page(title: str, *parts: str) -> str:
+    note = "Written by `python -m bench.report` from the JSON under `bench/results`; not to be edited by hand."
+    return "\n\n".join(part for part in (f"# {title}", note, *parts) if part) + "\n"
+
+
+def _section(title: str, text: str, result: Result | None, table: Callable[[Sequence[Row]], str]) -> list[str]:
+    """A heading, a text, what it was measured on, and the table; or that it was not measured."""
+    measured = [f"{NOT_YET.capitalize()}."] if result is None else [results.heading(result), table(result.rows)]
+    return [f"## {title}", text, *measured]
+
+
+def _pictures(paths: Iterable[Path]) -> str:
+    return "\n\n".join(f"![{path.stem}]({path.parent.name}/{path.name})" for path in paths if path.exists())
+
+
+def _cross(heading: str, cells: Iterable[tuple[str, str, str]]) -> str:
+    """A table of (line, column, text); lines and columns in the order in which they come."""
+    lines: dict[str, dict[str, str]] = {}
+    for title, column, text in cells:
+        lines.setdefault(title, {})[column] = text
+    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+    rest = ([title, *(line.get(column, "") for column in columns)] for title, line in lines.items())
+    return markdown([[heading, *columns], *rest])
+
+
+# --- speed and kernels
+
+
+def _number(target: Target, row: Row) -> str:
+    if target.baseline:
+        return ratio(row.ratios[target.baseline])
+    return number(row.values[target.value]) if row.values[target.value] % 1 else f"{row.values[target.value]:,.0f}"
+
+
+def target_tables(targets: Iterable[Target], rows: Sequence[Row]) -> tuple[str, str]:
+    """The targets of which ``rows`` have a number, and the others; "" for none."""
+    measured = [["what", "target", "stretch", "measured (p20 to p80)", "met"]]
+    others = [measured[0][:3]]
+    for target in targets:
+        row, goals = target.worst(rows), [target.what, target.bound(target.goal), target.bound(target.stretch)]
+        if row is None:
+            others.append(goals)
+            continue
+        met = ("yes" if target.met(target.number(row)) else "no") + " (the spread includes it)" * target.open(row)
+        measured.append([*goals, _number(target, row), met])
+    return tuple(markdown(lines) if len(lines) > 1 else "" for lines in (measured, others))
+
+
+def _shown(row: Row) -> bool:
+    """Whether a row is on a page: of a sweep over ranks, heads and rows only r = 8, H = 1, one row."""
+    if row.status == "absent" or not row.name.startswith("kernel/"):
+        return row.status != "absent"
+    sizes = row.parameters
+    return (sizes.get("rank"), sizes.get("heads")) == (8, 1) and (sizes.get("batch") == 1 or sizes.get("tokens") == 1)
+
+
+def row_tables(rows: Sequence[Row], titles: Mapping[str, str]) -> Iterator[str]:
+    """A heading and a table for each kind of row in ``titles``; what was left out last, in a line."""
+    kinds = {kind: [row for row in rows if row.name.split("/")[0] == kind] for kind in titles}
+    for kind, found in kinds.items():
+        kept = [row for row in found if _shown(row)]
+        yield from [f"### {titles[kind]}", markdown_table(kept)] * bool(kept)
+    absent = [row for found in kinds.values() for row in found if row.status == "absent"]
+    said = [f"{row.name} {parameters(row)}".strip() + f" ({row.note})" for row in absent]
+    yield f"Left out: {'; '.join(said)}." if said else ""
+
+
+def _machines(found: Found, titles: Mapping[str, str]) -> Iterator[str]:
+    """A section for each machine, and the targets without a number on any of them."""
+    targets = [target for target in TARGETS if target.name.split("/")[0] in titles]
+    for result in found.machines:
+        yield from (f"## {result.head['device']}", results.heading(result), target_tables(targets, result.rows)[0])
+        yield _pictures(
+            plots.picture(name, result, found.pictures)
+            for name in plots.MACHINE
+            if (name == "kernels") is (titles is KERNELS)
+        )
+        yield from row_tables(result.rows, titles)
+    _, others = target_tables(targets, [row for result in found.machines for row in result.rows])
+    yield f"## {NOT_YET.capitalize()}\n\n{others}" if others else ""
+
+
+def speed(found: Found) -> str:
+    """What the memory costs in time, machine by machine."""
+    return _page(
+        "Speed",
+        "`make bench` measures on this machine, `make gpu` on a GPU in nine minutes; `bench/compare OLD NEW` says what "
+        "moved. A ratio says how many times as fast as the variant it names: median, p20 to p80 over the turns. "
+        "*unpatched* is the bare model, *released* the code that came with the paper.",
+        *_machines(found, SPEED),
+    )
+
+
+def kernels(found: Found) -> str:
+    """What needs no clock, and what a GPU says of each kernel."""
+    text = (
+        "Instructions of warps and 32-byte sectors of a call and of its launches, as compiled for sm_90 "
+        "(`make kernels-report`); *bytes ÷ floor*: what goes past L1 ÷ what a call must move."
+    )
+    emulated = _section("On the PTX emulator", text, found.emulated, executed.table)
+    intro = "Counts need no clock; times of single kernels come from `make gpu`."
+    return _page("Kernels", intro, *emulated, *_machines(found, KERNELS))
+
+
+# --- memory
+
+
+def operator_table(rows: Sequence[Row]) -> str:
+    """A line for each operator, a column for each strategy."""
+
+    def cell(row: Row) -> tuple[str, str, str]:
+        strength, values = row.parameters["number"], (row.values[name] for name in ("first", "revised", "others"))
+        title = row.parameters["operator"] + ("" if strength is None else f" {strength:g}")
+        text = " / ".join(f"{100 * value:.0f}" for value in values)
+        return title, f"{row.name.split('/')[1]}: it, the new value, the others", text
+
+    return _cross("the first of four facts", map(cell, rows))
+
+
+def memory(found: Found) -> str:
+    """What keeping memories costs: the bank, the operators, sessions."""
+    bank = "Memories in the shape of a Qwen3-4B's (9,216 bytes) under ids in random order."
+    operators = (
+        "A memory is told four facts, an operator is applied with the first one's statement, and all are asked for, "
+        "each in a context of its own: right answers in percent (the first fact / its new value / the other three). A "
+        "number behind `forget` is its strength, behind `decay` its rate."
+    )
+    sessions = (
+        "A turn of a session beside one by hand (`generate` on a cache and a memory that are kept): 64 tokens said, 64 "
+        "answered, a 48 M-parameter model on a CPU."
+    )
+    return _page(
+        "A memory one can hold",
+        "`make holding` measures.",
+        *_section("Bank", bank, found.bank, markdown_table),
+        *_section("Operators", operators, found.operators, operator_table),
+        *_section("Sessions", sessions, found.sessions, markdown_table),
+    )
+
+
+# --- recall
+
+
+def _with_error(row: Row, value: str, error: str = "", digits: int | None = None) -> str:
+    """A value and its standard error, as shares in percent unless ``digits`` are given; "" where there is none."""
+    if value not in row.values:
+        return ""
+    both = row.values[value], row.values[error or f"{value}_error"]
+    return " ± ".join(f"{100 * x:.1f}" if digits is None else f"{x:.{digits}f}" for x in both)
+
+
+def _curve(rows: Sequence[Row], name: str) -> list[tuple[str, Row]]:
+    """(variant, row) of what was measured of a curve."""
+    return [(row.name.partition("/")[2], row) for row in rows
+            if row.name.partition("/")[0] == name and row.status == "measured"]  # fmt: skip
+
+
+def goal_table(rows: Sequence[Row]) -> str:
+    """The goals that have a number."""
+    lines = [["what", "target", "measured", "met"]]
+    for goal in GOALS:
+        worst = goal.worst(rows)
+        if worst is not None:
+            text = _with_error(worst, "ratio", goal.error, 2 if goal.least > 1 else 4)
+            lines.append([goal.what, goal.bounds(), text, "yes" if goal.met(worst) else "no"])
+    return markdown(lines)
+
+
+def share_table(rows: Sequence[Row], name: str, along: str, title: str, columns: Sequence[int] = ()) -> str:
+    """Recall along a size (``columns``: some of them), a line for each variant and for its ratio to the frozen one."""
+    cells = []
+    for variant, row in _curve(rows, name):
+        size = row.parameters[along]
+        if size in columns or not columns:
+            cells.append((variant, str(size), _with_error(row, "share", "error")))
+            if "ratio" in row.values:
+                cells.append((f"{variant} ÷ frozen", str(size), _with_error(row, "ratio", digits=2)))
+    return _cross(title, cells)
+
+
+def overwriting_table(rows: Sequence[Row]) -> str:
+    """Newest and earlier values and untouched facts, a line for each variant and number of revisions of eight facts."""
+    names = {"newest": "newest value", "stale": "an earlier value", "kept": "the other facts"}
+    return _cross("eight facts, one overwritten", (
+        (f"{variant}, {row.parameters['revisions']} times", text, _with_error(row, value))
+        for variant, row in _curve(rows, "overwriting") if row.parameters["facts"] == 8
+        for value, text in names.items()
+    ))  # fmt: skip
+
+
+def perplexity_table(rows: Sequence[Row]) -> str:
+    """Perplexity of the frozen backbone, and its ratio under each memory, by kind of text."""
+
+    def cell(variant: str, row: Row) -> tuple[str, str, str]:
+        if "memory" not in row.parameters:
+            return variant, row.parameters["text"], f"{row.values['perplexity']:.3f}"
+        title = f"{variant}, {row.parameters['memory']} ÷ frozen"
+        return title, row.parameters["text"], _with_error(row, "ratio", "error", 4)
+
+    return _cross("perplexity of held-out text", (cell(*found) for found in _curve(rows, "perplexity")))
+
+
+def recall(found: Found) -> str:
+    """What the shipped weights remember of what they were told."""
+    result = found.recall
+    if result is None:
+        return _page("Recall", f"What the shipped weights remember (`make recall`): {NOT_YET}.")
+    rows = result.rows
+    chances = ", ".join(f"{row.parameters['kind']} {row.values['share']:.1%}" for row in rows if row.name == "chance")
+    absent = dict.fromkeys(row.name.partition("/")[2] for row in rows if row.status == "absent")
+    curves = {
+        "facts": ("Facts", share_table(rows, "facts", "facts", "facts told", FACTS)),
+        "ranks": ("", f"{NOT_YET.capitalize()}: {', '.join(absent)}." if absent else ""),
+        "distance": ("Distance", share_table(rows, "distance", "distance", "two facts, tokens told after them")),
+        "overwriting": ("Overwriting", overwriting_table(rows)),
+        "half": (
+            "Half of the facts in the context",
+            share_table(rows, "half", "facts", "newer half in the context, facts"),
+        ),
+        "perplexity": ("Perplexity", perplexity_table(rows)),
+    }
+    parts = [goal_table(rows)]
+    for name, (title, table) in curves.items():
+        parts += [
+            f"## {title}" * bool(title),
+            _pictures([plots.picture(f"recall-{name}", None, found.pictures)]),
+            table,
+        ]
+    return _page(
+        "Recall",
+        f"`make recall` measures. A Qwen3 of {result.head['parameters'] / 1e6:.1f} M parameters, patched with adapters "
+        "trained on it, is told facts about names that occur in no training text; their context is thrown away, and "
+        "each fact is asked for alone. Share of right answers in percent ± standard error; a guess: "
+        f"{chances}. *frozen* sees nothing, *full context* everything, *bm25 top k* the k sentences that BM25 finds.",
+        results.heading(result),
+        *parts,
+    )
+
+
+# --- what leads there
+
+
+PAGES = {"speed.md": speed, "kernels.md": kernels, "memory.md": memory, "recall.md": recall}
+
+
+def written(found: Found) -> dict[str, str]:
+    """Every page by file name."""
+    pages = {name: page(found) for name, page in PAGES.items()}
+    links = [f"- [{text.split(chr(10))[0][2:]}]({name}): {PAGES[name].__doc__[:-1]}" for name, text in pages.items()]
+    return {"README.md": _page("Results", "\n".join(links), readme_rows(found)), **pages}
+
+
+def _device(result: Result) -> str:
+    head = result.head
+    name = re.sub(r"\((R|TM)\)| Processor$", "", head["device"])
+    return name if head["driver"] else f"{name}, {head['threads']} threads"
+
+
+def readme_rows(found: Found) -> str:
+    """Six rows: what the memory costs and what it gives."""
+    lines = [["", "measured (p20 to p80)", "on"]]
+    every = [(row, _device(result)) for result in found.machines for row in result.rows]
+    for what, name, baseline in (
+        ("Decoding with the memory, times as fast as the bare model", "decode/patched", "unpatched"),
+        ("A prompt with the memory, times as fast as the bare model", "prefill/patched", "unpatched"),
+        ("Decoding, times as fast as the released code", "decode/patched", "released"),
+    ):
+        kept = ((row, on) for row, on in every if row.name == name and baseline in row.ratios)
+        for row, on in [pair for pair in kept if pair[0].parameters["batch"] == 1][:1]:  # GPUs are first
+            lines.append([what, ratio(row.ratios[baseline]), f"a random {row.parameters['model']}, {on}"])
+    shares = {
+        variant: row.values["share"]
+        for variant, row in (_curve(found.recall.rows, "facts") if found.recall else ()) if row.parameters["facts"] == 4
+    }  # fmt: skip
+    told = [f"{title} {plots.percent(shares[name])}" for name, (title, _) in plots.STRATEGIES.items() if name in shares]
+    if told and "frozen" in shares:
+        size = f"the shipped {found.recall.head['parameters'] / 1e6:.1f} M-parameter model"
+        said = f"{', '.join(told)}; without a memory {plots.percent(shares['frozen'])}"
+        lines.append(["Four facts told, their context gone: answered right", said, size])
+    for row in [row for row in (found.bank.rows if found.bank else ()) if row.name == "bank/gather"][:1]:
+        what = f"{row.parameters['ids']} memories out of {row.parameters['users']:,}, gathered from a bank"
+        lines.append([what, timing(row), f"those of a Qwen3-4B, {_device(found.bank)}"])
+    streaming = next(target for target in TARGETS if target.value == "streaming")
+    worst = streaming.worst([row for row, _ in every])
+    on = next((on for row, on in every if row is worst), "")
+    said = NOT_YET if worst is None else plots.percent(worst.values["streaming"])
+    lines.append(["Kernels on a GPU, share of the device's copy bandwidth", said, on])
+    return markdown(lines)

@@ -1,0 +1,231 @@
+"""Nsight Compute's counters of decode, step and scan, beside what the PTX emulator counts: do they agree?
+
+A part of ``python -m bench.gpu``. The device's own counters need ``ncu`` and the driver's permission; without either
+a row says so. ``python -m bench.speed.counters CASE ...`` is what ncu watches: each case launched once after a warm-up.
+
+Executed instructions are of warps. ncu's are of the machine code (SASS), the emulator's of PTX, so their ratio is what
+the last compiler makes of it; sectors (32 bytes) that loads and stores ask L1 for should be the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ..instrument import machine, results
+from ..instrument.rows import Row, absent, counted
+from . import budget, problems, suite
+from .problems import Case
+
+CASES = (
+    Case("decode_"),
+    Case("decode_", 1, 4),
+    Case("step"),
+    Case("step", 1, 32),
+    Case("scan", 64),
+    Case("scan", 8192),
+)
+METRICS = {
+    "smsp__inst_executed.sum": "instructions",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": "load_sectors",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_st.sum": "store_sectors",
+    "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum": "load_requests",
+    "l1tex__t_requests_pipe_lsu_mem_global_op_st.sum": "store_requests",
+    "dram__bytes_read.sum": "dram_read",
+    "dram__bytes_write.sum": "dram_written",
+}
+SECONDS = 75  # of ncu; the part's own limit is later
+EMULATED = "executed"  # rows named executed/KERNEL hold the emulator's figures; their parameters are the sizes
+CHOSEN = ("parts", "chunk", "spacing")  # parameters of rows of which a launcher did not choose by itself
+# Their names in those rows' values, first found first: instructions, sectors loaded, sectors stored.
+SAME = {
+    "instructions": ("instructions",),
+    "load_sectors": ("load_sectors", "loads"),
+    "store_sectors": ("store_sectors", "stores"),
+}
+UNITS = {"": 1, "inst": 1, "sector": 1, "request": 1, "byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+
+
+def name_of(case: Case) -> str:
+    """A case on a command line, as in ``scan:8192:1``."""
+    return f"{case.kernel}:{case.tokens}:{case.batch}"
+
+
+def case_of(text: str) -> Case:
+    """The case of ``name_of``.
+
+    Raises:
+        ValueError: something else.
+    """
+    parts = text.split(":")
+    if len(parts) != 3 or not (parts[1].isdecimal() and parts[2].isdecimal()):
+        raise ValueError(f"case: got {text!r}, allowed KERNEL:TOKENS:BATCH")
+    return Case(parts[0], int(parts[1]), int(parts[2]))
+
+
+def command(ncu: str, cases: Sequence[Case]) -> list[str]:
+    """What counts the cases' launches: those between the profiler's start and stop."""
+    return [
+        ncu, "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only",
+        "--csv", "--print-units", "base", "--metrics", ",".join(METRICS),
+        sys.executable, "-m", "bench.speed.counters", *map(name_of, cases),
+    ]  # fmt: skip
+
+
+def assign(launches: list[dict], cases: Sequence[Case]) -> list[tuple[Case, dict]]:
+    """Which case each launch is of: they come in the cases' order, as the launchers say; others' kernels go."""
+    expected = [(case, name) for case in cases for name, *_ in budget.launched(case)]
+    ours = [launch for launch in launches if launch["kernel"] in {name for _, name in expected}]
+    return [(case, launch) for (case, name), launch in zip(expected, ours) if launch["kernel"] == name]
+
+
+def parse(text: str) -> list[dict]:
+    """The launches in the output of ``ncu --csv``, in their order: ``kernel`` and the values of METRICS.
+
+    ncu writes a line a metric under a heading, between lines of its own and of the program that begin otherwise.
+    """
+    lines = text.splitlines()
+    first = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if first is None:
+        return []
+    launches: dict[str, dict] = {}
+    for line in csv.DictReader(line for line in lines[first:] if line.startswith('"')):
+        metric = METRICS.get(line.get("Metric Name") or "")
+        number, unit = line.get("Metric Value") or "", line.get("Metric Unit") or ""
+        launch = launches.setdefault(line["ID"], {"kernel": line["Kernel Name"].split("(")[0]})
+        try:
+            value = float(number.replace(",", "")) * UNITS[unit]
+        except (ValueError, KeyError):
+            continue  # "n/a", or a unit that these metrics do not have
+        if metric:
+            launch[metric] = value
+    return list(launches.values())
+
+
+def why_not(text: str, status: int | None) -> str:
+    """What kept ncu from counting, from its output and exit status (None: it took too long)."""
+    if "ERR_NVGPUCTRPERM" in text:
+        return "the driver allows performance counters to its administrator alone (ERR_NVGPUCTRPERM)"
+    if status is None:
+        return f"ncu took more than {SECONDS} s"
+    errors = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+    if errors:
+        return "ncu: " + errors[0].removeprefix("==ERROR==").strip()[:200]
+    return f"ncu ended with {status} and no counters: {suite.last_line(text)}"
+
+
+def emulated(directory: Path = results.DIRECTORY) -> list[dict]:
+    """Rows that the emulator's report left: ``kernel``, parameters and values in one, of the newest file that has any.
+
+    Whatever cannot be read holds none.
+    """
+    found: tuple[str, list[dict]] = "", []
+    for path in sorted(directory.rglob("*.json")):
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            rows = [row for row in data["rows"] if str(row["name"]).split("/")[0] == EMULATED]
+            flat = [
+                {"kernel": row["name"].partition("/")[2], **row["parameters"], **row["values"]}
+                for row in rows if row.get("status") == "measured"
+            ]  # fmt: skip
+            if flat and str(data["time"]) >= found[0]:
+                found = str(data["time"]), flat
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+    return found[1]
+
+
+def beside(kernel: str, case: Case, figures: list[dict]) -> dict[str, float]:
+    """The emulator's figures of one launch by this module's names, from the row of the same kernel and sizes; or {}."""
+    sizes = {"tokens": case.tokens, "batch": case.batch, "rank": case.rank, "heads": case.heads, "dtype": case.dtype}
+    for row in figures:
+        same = row["kernel"].removesuffix("_kernel").strip("_") == kernel.removesuffix("_kernel")
+        same = same and not any(row.get(key) for key in CHOSEN)
+        same = same and str(row.get("target", "sm_90")) in ("sm_90", "90")
+        if same and all(row.get(key, value) == value for key, value in sizes.items()):
+            pairs = {ours: next((row[name] for name in names if name in row), None) for ours, names in SAME.items()}
+            return {key: float(value) for key, value in pairs.items() if isinstance(value, int | float)}
+    return {}
+
+
+def row_of(launch: dict, case: Case, figures: list[dict]) -> Row:
+    """One launch: ncu's counts, the emulator's as ``emulated_…``, and ``…_to_emulated``, the first ÷ the second."""
+    values = {key: value for key, value in launch.items() if key != "kernel"}
+    there = beside(launch["kernel"], case, figures)
+    for key, value in there.items():
+        values[f"emulated_{key}"] = value
+        if key in launch and value:
+            values[f"{key}_to_emulated"] = launch[key] / value
+    note = "" if there else "no emulator's figures of this launch under bench/results"
+    return counted(f"counters/{launch['kernel']}", case.parameters, note, **values)
+
+
+def rows(plan) -> Iterator[Row]:
+    """A row for each launch of each case, or one that says why there are no counters."""
+    ncu = shutil.which("ncu")
+    if plan.dry or ncu is None:
+        yield absent("counters", "a dry run has no counters" if plan.dry else "ncu (Nsight Compute) is not installed")
+        return
+    text, status = _watch(command(ncu, CASES))
+    found = assign(parse(text), CASES)
+    figures = emulated()
+    for case, launch in found:
+        yield row_of(launch, case, figures)
+    for case in CASES:
+        if case not in [one for one, _ in found]:
+            yield absent("counters", why_not(text, status), case.parameters)
+
+
+def _watch(arguments: list[str]) -> tuple[str, int | None]:
+    """Output and exit status (None: out of time) of ncu."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        try:
+            process = subprocess.Popen(
+                arguments, cwd=machine.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            return f"==ERROR== {error}", 127
+        try:
+            status = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            status = None
+        suite.end(process)
+        file.seek(0)
+        return file.read(), status
+
+
+def watched(case: Case, device: str = "cuda") -> None:
+    """Launch one case twice, the second time between the profiler's start and stop."""
+    with torch.no_grad():
+        torch.manual_seed(0)
+        (call,) = problems.calls(case, device, 1)
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases named; the exit status is 2 for anything else."""
+    try:
+        cases = [case_of(text) for text in (sys.argv[1:] if arguments is None else arguments)]
+    except ValueError as error:
+        print(f"bench.speed.counters: error: {error}", file=sys.stderr)
+        return 2
+    for case in cases:
+        watched(case)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""``deltamem info``: what is installed, and how a model's layers run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..display import columns
+from ..errors import ArgumentError
+from ..model.loading import DTYPES, load_patched
+
+
+def add_info_command(commands) -> None:
+    """Add ``info`` to argparse's ``commands``."""
+    info = commands.add_parser(
+        "info",
+        help="versions, devices and backends; of a model: which layers run on which path, and why",
+        description="Without MODEL: versions, devices, and the backend that each would use. With MODEL: loads it, "
+        "patches it, and says how each layer's attention runs (fast: the fused forward; generic: the class's own, "
+        "with the reason).",
+    )
+    info.add_argument("model", metavar="MODEL", nargs="?", help="a model's directory or hub id")
+    info.add_argument("--adapter", help="an adapter's directory or hub id (default: fresh parameters)")
+    info.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
+    info.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    info.set_defaults(command=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    if arguments.model is not None:
+        from ..inspection.facts import format_facts, model_facts
+
+        model, _ = load_patched(
+            arguments.model, arguments.adapter, dtype=arguments.dtype, device=arguments.device, tokenizer=False
+        )
+        facts = model_facts(model)
+        print(json.dumps(facts, indent=2) if arguments.json else format_facts(facts))
+        return 0
+    if arguments.adapter is not None:
+        raise ArgumentError("--adapter: given without MODEL, which it belongs to")
+    from ..inspection.facts import environment
+
+    facts = environment()
+    print(json.dumps(facts, indent=2) if arguments.json else format_environment(facts))
+    return 0
+
+
+def format_environment(facts: dict) -> str:
+    """The facts of ``environment()`` as text."""
+    rows = [*facts["versions"].items(), ("platform", facts["platform"])]
+    for device in facts["devices"]:
+        capability = f", capability {device['capability']}" if device["capability"] else ""
+        rows.append((f"device {device['device']}", f"{device['name']}{capability}; backend {device['backend']}"))
+    kernels = facts["kernels"]
+    note = f" ({kernels['note']})" if kernels["note"] else ""
+    rows.append(("Triton kernels", (", ".join(kernels["available"]) or "none") + note))
+    return "\n".join(columns(rows, (0, 1)))

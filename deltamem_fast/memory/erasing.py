@@ -1,0 +1,102 @@
+"""Erasing what a text's keys point to."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from deltamem_kernels.reference.recurrence import split_projections, valid_tokens
+from deltamem_kernels.segment_means import segment_means
+
+from ..adapter.record import identity_of, is_disabled
+from ..adapter.wrappers import decoder_of, input_device, unwrap
+from ..arguments import shown
+from ..errors import ArgumentError
+from .pieces import WRITE_TOKENS, Text, checked_text, encoded_pieces
+from .watch import capture_projections
+
+TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # see bench/memory/operators.py
+
+
+class WriteResult(int):
+    """What ``ingest``, ``revise`` or ``forget`` has done: an int, the tokens that went through the model.
+
+    Attributes:
+        tokens: the same, as an attribute.
+        pieces: in how many contexts they went.
+        skipped: (token, layer) pairs left out because they were not finite.
+    """
+
+    pieces: int
+    skipped: int
+
+    def __new__(cls, tokens: int, *, pieces: int = 1, skipped: int = 0) -> WriteResult:
+        made = super().__new__(cls, tokens)
+        made.pieces, made.skipped = pieces, skipped
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple, dict]:
+        return (int(self),), {"pieces": self.pieces, "skipped": self.skipped}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens went through the model."""
+        return int(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(tokens={int(self)}, pieces={self.pieces}, skipped={self.skipped})"
+
+
+@torch.no_grad()
+def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | None = None) -> WriteResult:
+    """``operators.forget`` of a MemoryState; same arguments, result and errors."""
+    check_ready(model, memory)
+    memory.check_writable()
+    config = identity_of(model).config
+    if strength is None:
+        strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < 1e9:
+        raise ArgumentError(f"strength: got {shown(strength)}, allowed a number, 0 or more (less than 1e9)")
+    pieces = encoded_pieces(model, tokenizer, checked_text(text), WRITE_TOKENS)
+    scratch, device = type(memory).zeros(model), input_device(model)
+    with capture_projections() as found:
+        for piece in pieces:
+            decoder_of(unwrap(model))(**piece.arguments(device), memory=scratch, use_cache=False)
+    memories = identity_of(model).memories
+    with memory.all_or_nothing():
+        for layer in memory:
+            state = memory[layer]
+            for piece, projections in zip(pieces, found):
+                segments = None if piece.segments is None else piece.segments.to(device)
+                state = _erased(memories[layer], projections[layer], segments, state, strength)
+            memory.put(layer, state, in_place=True)
+    return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
+
+
+def check_ready(model: nn.Module, memory) -> None:
+    """Raise unless a MemoryState is one conversation's of this model, and may be used now."""
+    identity = identity_of(model)
+    if memory.batch_size != 1:
+        raise ArgumentError(f"memory: got {memory.batch_size} rows, allowed 1; see MemoryState.select")
+    if is_disabled(unwrap(model)):
+        raise ArgumentError("model: its memory is disabled here (memory_disabled)")
+    identity.check(memory.identity)
+    memory.check_whole()
+
+
+def _erased(adapter, projections: torch.Tensor, segment_ids, state: torch.Tensor, strength: float) -> torch.Tensor:
+    """One layer's state [1, H, r, r] after the tokens of one piece have erased."""
+    present = None
+    if segment_ids is not None:
+        projections, present, _ = segment_means(projections, segment_ids, None)
+    _, bias = adapter.stacked()
+    projections = projections.float()
+    valid, _ = valid_tokens(projections, present)
+    _, keys, _, _, _, beta = split_projections(
+        torch.where(valid.unsqueeze(-1), projections, 0.0), bias.float(), adapter.rule
+    )
+    erase = (1 - (1 - beta) ** strength) * valid[:, :, None, None]
+    for key, share in zip(keys.unbind(1), erase.unbind(1)):
+        key = key.unsqueeze(-2)
+        state = state - (share * (state * key).sum(-1)).unsqueeze(-1) * key
+    return state

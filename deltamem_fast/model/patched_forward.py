@@ -1,0 +1,153 @@
+"""The forwards that patch_model puts on a model: they make a memory call and hand it down to the attention layers."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+from torch import nn
+
+from ..adapter.record import PatchRecord, record_disabled
+from ..errors import ArgumentTypeError, StateError
+from ..memory.watch import current_capture, current_record
+from .begin import CallersMemory, begin, composite_mask
+from .cache import mark_missed
+from .call import MemoryCall
+from .checkpointing import enter, leave
+from .finite import contain, give_back
+from .interrupted import begun, marking
+from .signatures import given_cache
+
+MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
+
+
+def with_signature(module: nn.Module, function):
+    """A copy of ``function`` whose signature is the module's own and the memory's arguments (generate reads it)."""
+    copied = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__doc__ = type(module).forward.__doc__
+    original = inspect.signature(module.forward)
+    own = [p for p in original.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in original.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in MEMORY_ARGUMENTS
+        if name not in original.parameters
+    ]
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    copied.__signature__ = inspect.Signature([self_parameter, *own, *extra, *rest])
+    return copied
+
+
+def patched_call(self, *args, **kwargs):
+    """What ``model(...)`` runs, forward and hooks."""
+    record = self._delta_memory_patch
+    outermost = self is not record.decoder or "outer" not in record.originals
+    return marking(record, type(self)._call_impl, (self, *args), kwargs, anew=outermost)
+
+
+def outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
+    record = self._delta_memory_patch
+    if memory is not None:
+        # Hooks that move arguments between devices would copy it, and the copy would be written.
+        kwargs["memory"] = CallersMemory(memory)
+    if segment_ids is not None:
+        kwargs["segment_ids"] = segment_ids
+    named = dict(zip(_positional_of(record, self), args)) | kwargs if args else kwargs
+    if token_mask is None and record.composite and not record_disabled(record):
+        token_mask = composite_mask(named)
+    if token_mask is not None:
+        kwargs["token_mask"] = token_mask
+    own = record.originals["outer"]
+    if own is None:
+        return marking(record, type(self).forward, (self, *args), kwargs)
+    return marking(record, own, args, kwargs)
+
+
+def decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
+    record = self._delta_memory_patch
+    own = record.originals["decoder"]
+    if isinstance(memory, CallersMemory):
+        memory = memory.state
+    if args:
+        kwargs.update(_by_name(record, self, args, kwargs))
+    name = record.cache_name
+    if record_disabled(record):
+        mark_missed(given_cache(kwargs))
+        return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
+    if name not in kwargs and "past_key_values" in kwargs:
+        name = "past_key_values"  # newer versions take this one too, and warn of it themselves
+    call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask, name)
+    begun(call)
+    try:
+        return _with_memory(self, record, call, kwargs)
+    except BaseException as error:
+        call.cut_short(error, call.state)
+        raise
+
+
+def _with_memory(self, record: PatchRecord, call: MemoryCall, kwargs: dict):
+    """The decoder's own forward, its layers with ``call``."""
+    own = record.originals["decoder"]
+    finite = contain(self, call, kwargs)
+    if not call.in_place:
+        enter(self, call, kwargs)
+    output = type(self).forward(self, **kwargs, memory=call) if own is None else own(**kwargs, memory=call)
+    if len(call.initial) != len(record.identity.memories):
+        missing = sorted(set(record.identity.memories) - set(call.initial))
+        raise StateError(
+            f"model: the attention of layers {missing} ran without its memory: {type(self).__name__} does not hand "
+            "keyword arguments down to it, so it cannot be patched"
+        )
+    if not call.in_place:
+        output = leave(call, output)
+    if finite is not None:
+        output = give_back(call, output, finite)
+    if call.gates is not None:
+        current_record().add(call.gates)
+        call.gates.clear()
+    if call.projections is not None:
+        current_capture().append(call.projections)
+    if not call.in_place:
+        # Recomputations hold the call, and the state's graph holds them: nobody would ever free that circle.
+        call.state = None
+    return output
+
+
+def _by_name(record: PatchRecord, module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """Positional arguments of a forward by name."""
+    names = _positional_of(record, module)
+    if len(args) > len(names):
+        raise ArgumentTypeError(
+            f"{type(module).__name__}.forward: got {len(args)} positional arguments, allowed {len(names)}"
+        )
+    named = dict(zip(names, args))
+    for name in named:
+        if name in kwargs:
+            raise ArgumentTypeError(f"{type(module).__name__}.forward: got {name} twice")
+    return named
+
+
+def _positional_of(record: PatchRecord, module: nn.Module) -> tuple[str, ...]:
+    """The names of what a patched module's forward takes by position."""
+    forward, names = record.positional[type(module)]
+    if type(module).forward is forward:
+        return names
+    # It was replaced since; of a wrapper (*args, **kwargs) only the one from before knows.
+    now = positional_names(type(module).forward)
+    return names if now is None else now
+
+
+def positional_names(forward) -> tuple[str, ...] | None:
+    """The arguments of a function that may be given by position, without self; None: any."""
+    parameters = inspect.signature(forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(p.name for p in parameters if p.kind in positional)[1:]

@@ -1,0 +1,93 @@
+"""The ids of a bank's memories, and the error that names those that have moved on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ..arguments import shown
+from ..errors import ArgumentError, ArgumentTypeError, ConflictError
+
+MAX_ID_BYTES = 512
+
+
+class BankConflict(ConflictError):
+    """A write was refused because entries are not at the versions that it was made on; nothing was written.
+
+    Attributes:
+        moved: id → (version it was made on, version found); 0 is "not there".
+    """
+
+    def __init__(self, moved: Mapping[str, tuple[int, int]]):
+        self.moved = dict(moved)
+        named = [
+            f"{id!r} (made on {'no entry' if made == 0 else f'version {made}'}, "
+            f"found {'no entry' if found == 0 else f'version {found}'})"
+            for id, (made, found) in list(self.moved.items())[:5]
+        ]
+        more = f" and {len(self.moved) - 5} more" if len(self.moved) > 5 else ""
+        super().__init__(
+            f"ids: {', '.join(named)}{more} moved on, so nothing was written; gather again and repeat the turn "
+            "(or overwrite)"
+        )
+
+    def __reduce__(self):
+        return BankConflict, (self.moved,)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids that moved on, in the order of the write."""
+        return list(self.moved)
+
+
+def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
+    """``ids`` as a list.
+
+    Raises:
+        TypeError: not an iterable of strings.
+        ValueError: one is empty, longer than 512 bytes of UTF-8, holds NUL or half of a surrogate pair, or comes twice.
+    """
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings")
+    try:
+        ids = list(ids)
+    except TypeError as error:  # such as a tensor of no dimension
+        raise ArgumentTypeError(f"{name}: got a {type(ids).__name__}, allowed a list of strings") from error
+    if not _plain(ids):
+        for id in ids:
+            check_id(id, name)
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = next(id for id in ids if id in seen or seen.add(id))
+        raise ArgumentError(f"{name}: got {twice!r} twice, allowed each once")
+    return ids
+
+
+def _plain(ids: list[str]) -> bool:
+    """Whether ids are sure to be allowed, each by itself; all of them at one look, for they come by hundreds."""
+    if set(map(type, ids)) != {str}:
+        return False
+    text, sizes = "".join(ids), set(map(len, ids))
+    return text.isascii() and "\0" not in text and 1 <= min(sizes) and max(sizes) <= MAX_ID_BYTES
+
+
+def check_id(id: str, name: str = "id") -> str:
+    """``id`` itself; errors as ``check_ids``."""
+    if not isinstance(id, str):
+        raise ArgumentTypeError(f"{name}: got {shown(id)}, a {type(id).__name__}, allowed strings")
+    try:
+        size = len(id.encode())
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
+    if not 1 <= size <= MAX_ID_BYTES or "\0" in id:
+        raise ArgumentError(f"{name}: got {shown(id)} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
+    return id
+
+
+def after(prefix: str) -> str | None:
+    """The first string in order of code points behind all that begin with ``prefix``; None if there is none."""
+    for last in range(len(prefix) - 1, -1, -1):
+        point = ord(prefix[last]) + 1
+        point = 0xE000 if 0xD800 <= point <= 0xDFFF else point
+        if point <= 0x10FFFF:
+            return prefix[:last] + chr(point)
+    return None

@@ -1,0 +1,63 @@
+"""The arguments of the operators as PyTorch's dispatcher takes them, flat, said once for every backend.
+
+A backend puts its schemas together from these fragments and registers them by ``operator``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from .layout import HeadLayout
+from .rule import DeltaRule
+
+TOKENS = "Tensor projections, Tensor gate_bias"
+# A DeltaRule. Its mode is called ``update`` here: an operator that mutates cannot have an argument "mode", with which
+# PyTorch's functionalization would mix it up.
+RULE = "SymInt rank, SymInt heads, str update, bool row_gates, bool coupled, bool normalize"
+ROWS = "Tensor? mask, Tensor? slots"
+SEQUENCES = "Tensor? mask, Tensor? cu_seqlens, Tensor? slots"
+DELTA = "Tensor reads, Tensor weight, float scale"
+NORM = "Tensor? norm_weight, float eps"
+LAYOUT = "SymInt heads_q, SymInt heads_k, SymInt heads_v, SymInt dim, SymInt rotary"
+STEERING = (
+    "Tensor? w_q, Tensor? w_k, Tensor? w_v, Tensor? w_o, float scale, Tensor? scale_raw, float scale_max, "
+    "Tensor? q_norm, Tensor? k_norm, float eps"
+)
+ROPE = "Tensor? cos, Tensor? sin"
+
+
+def flat_rule(rule: DeltaRule) -> tuple:
+    """A rule as ``RULE`` has it; ``DeltaRule(*flat)`` is the rule again."""
+    return rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize
+
+
+def flat_layout(layout: HeadLayout) -> tuple:
+    """A layout as ``LAYOUT`` has it. A Steering is a tuple of what ``STEERING`` has already."""
+    return layout.q, layout.k, layout.v, layout.dim, layout.rotary
+
+
+def operator(name: str, arguments: str, results: str = "Tensor", *, fake: Callable) -> Callable:
+    """Register the decorated function as the operator ``name``.
+
+    Args:
+        arguments: its schema's; what is changed in place is a ``Tensor(a0!)``, 0 being its place.
+        results: its schema's: "Tensor", "(Tensor, Tensor)", "()".
+        fake: makes empty results for a compiler, of the same arguments.
+    """
+    changed = re.findall(r"Tensor\(a\d+!\) (\w+)", arguments)
+
+    def register(function: Callable) -> torch.library.CustomOpDef:
+        schema = f"({arguments}) -> {results}"
+        made = torch.library.custom_op(name, function, mutates_args=changed, schema=schema)
+        made.register_fake(fake)
+        return made
+
+    return register
+
+
+def fake_reads(projections: torch.Tensor, rank: int, heads: int) -> torch.Tensor:
+    """Reads, float32: projections [..., W] → [..., H·r]."""
+    return projections.new_empty((*projections.shape[:-1], heads * rank), dtype=torch.float32)

@@ -1,0 +1,289 @@
+"""The kernels of a chunked scan: one transition a chunk, the states before the chunks, the reads inside.
+
+Row i of S goes through an affine map per token, s_i <- s_i (keep_i I − erase_i k kᵀ) + write_i v_i kᵀ, and affine maps
+compose: the map of a chunk, its *transition*, is a matrix [r, r] and a vector [r] a row. See ``scan``, which launches
+these kernels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    columns,
+    delta_update,
+    direction,
+    dot,
+    gates,
+    load_bias,
+    load_flag,
+    load_vector,
+    load_write,
+    locate_chunk,
+    owned,
+    state_pointers,
+    zero_or_nan,
+)
+
+BROKEN = tl.constexpr(2**30)  # a bit in the count of skipped tokens: a state inside a chunk is not finite
+
+
+@triton.jit
+def chunk_transition_kernel(
+    x_ptr, bias_ptr, flags_ptr, transitions_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
+    total_groups, length, chunk_length, chunks_per_sequence,
+    stride_x_b, stride_x_t, stride_x_w, stride_bias,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WHOLE: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """transitions[chunk, h, i, a, :] = row a of the chunk's matrix; a = r: its vector.
+
+    Row a of a product of matrices starts as e_a and obeys the state's own recurrence without the addend; the
+    vector starts as 0 and obeys all of it. So the r + 1 of them are columns like any other. Row i of the state after
+    the chunk, s_i · matrix + vector, equals that of ``reference.recurrence.delta_rule`` over its tokens.
+    """
+    group, place, m_column = columns(total_groups, RANK * (RANK + 1), COLUMNS)  # [COLUMNS] each
+    i = place // (RANK + 1)
+    a = place % (RANK + 1)
+    chunk = group // HEADS
+    h = group % HEADS
+    _, _, row, begin, count = locate_chunk(
+        chunk, m_column, length, chunk_length, chunks_per_sequence,
+        cu_ptr, chunk_sequence_ptr, chunk_first_ptr, IS_PACKED,
+    )  # fmt: skip
+    p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
+    p_flag = flags_ptr + row.to(tl.int64) * length + begin
+    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    o_k = (HEADS + h) * RANK
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
+    s = tl.where(o_j == a[None, :], 1.0, 0.0) * tl.where(o_j < RANK, 1.0, 0.0)  # [R, COLUMNS]
+
+    steps = tl.max(count, axis=0)
+    k = load_vector(p_x, o_k, stride_x_w, count > 0, RANK, R, WHOLE)  # [R, COLUMNS]
+    v, b, lam = load_write(p_x, h, i, stride_x_w, count > 0, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
+    flag = tl.load(p_flag, mask=count > 0, other=0)  # [COLUMNS]
+    for t in range(steps):
+        # The next token is on its way while this one is computed.
+        m_next = t + 1 < count
+        p_x += stride_x_t
+        p_flag += 1
+        k_next = load_vector(p_x, o_k, stride_x_w, m_next, RANK, R, WHOLE)
+        v_next, b_next, lam_next = load_write(p_x, h, i, stride_x_w, m_next, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+        flag_next = tl.load(p_flag, mask=m_next, other=0)
+
+        z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
+        keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+        added = tl.where(a == RANK, write * v.to(tl.float32), 0.0)
+        s = tl.where((flag == 1)[None, :], delta_update(s, z, c, keep, erase, added), s)
+        k, v, b, lam, flag = k_next, v_next, b_next, lam_next, flag_next
+
+    o_transition = (group.to(tl.int64) * (RANK * (RANK + 1)) + place) * RANK
+    tl.store(transitions_ptr + o_transition[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
+
+
+@triton.jit
+def pass_state(
+    s, p_transition, p_vector, p_start, count, step_transition, step_start, stride_m_a, stride_m_j, stride_v_j,
+    RANK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Take the column s [R, 1] through ``count`` transitions, store it before each of them, and return it.
+
+    s <- s M + n turns a column into a row, so transitions go in pairs: the first with M as it lies, the second with M
+    transposed, and no step has to turn its result round.
+    """
+    o_0 = tl.arange(0, R)[:, None]  # [R, 1]
+    o_1 = tl.arange(0, R)[None, :]  # [1, R]
+    m_tile = (o_0 < RANK) & (o_1 < RANK)
+    o_none = o_0 * 0  # makes a tile of a number: the interpreter does not mix the two in a mask
+    identity = tl.where(o_0 == o_1, 1.0, 0.0)
+    o_down = o_0 * stride_m_a + o_1 * stride_m_j  # axis 0 over a, axis 1 over j
+    o_up = o_1 * stride_m_a + o_0 * stride_m_j  # axis 0 over j, axis 1 over a
+    # The vector rides in the row (column) a = 0 of a tile of its own: it joins the sum with no exchange.
+    n_down = o_1 * stride_v_j + o_0 * 0
+    n_up = o_0 * stride_v_j + o_1 * 0
+    m_down = m_tile & (o_0 == 0)
+    m_up = m_tile & (o_1 == 0)
+
+    # m: [R, R]. n: [R, R], 0 but for its row (column) of a = 0. s: [R, 1], turned: [1, R].
+    m_1 = tl.load(p_transition + o_down, mask=m_tile & (o_none < count), other=0.0)
+    n_1 = tl.load(p_vector + n_down, mask=m_down & (o_none < count), other=0.0)
+    m_2 = tl.load(p_transition + step_transition + o_up, mask=m_tile & (o_none + 1 < count), other=0.0)
+    n_2 = tl.load(p_vector + step_transition + n_up, mask=m_up & (o_none + 1 < count), other=0.0)
+    for c in range(0, count, 2):
+        p_transition += 2 * step_transition
+        p_vector += 2 * step_transition
+        m_1_next = tl.load(p_transition + o_down, mask=m_tile & (o_none + c + 2 < count), other=0.0)
+        n_1_next = tl.load(p_vector + n_down, mask=m_down & (o_none + c + 2 < count), other=0.0)
+        m_2_next = tl.load(p_transition + step_transition + o_up, mask=m_tile & (o_none + c + 3 < count), other=0.0)
+        n_2_next = tl.load(p_vector + step_transition + n_up, mask=m_up & (o_none + c + 3 < count), other=0.0)
+
+        tl.store(p_start + o_0, s, mask=o_0 < RANK)
+        turned = tl.sum(tl.fma(tl.broadcast_to(s, m_1.shape), m_1, n_1), axis=0, keep_dims=True)
+        tl.store(p_start + step_start + o_1, turned, mask=(o_1 < RANK) & (o_1 * 0 + c + 1 < count))
+        # A pair cut short ends with the identity, which changes no bit.
+        m_2 = tl.where(o_none + c + 1 < count, m_2, identity)
+        s = tl.sum(tl.fma(tl.broadcast_to(turned, m_2.shape), m_2, n_2), axis=1, keep_dims=True)
+        p_start += 2 * step_start
+        m_1, n_1, m_2, n_2 = m_1_next, n_1_next, m_2_next, n_2_next
+    return s
+
+
+# Strides of 1 and r that the compiler cannot see: told that a tile is contiguous, it loads it in a layout of its
+# own and moves every transition through shared memory to where the sum wants it.
+@triton.jit(do_not_specialize=["stride_m_a", "stride_m_j"])
+def state_passing_kernel(
+    transitions_ptr, s_ptr, slots_ptr, starts_ptr, final_ptr, chunk_first_ptr,
+    chunks_per_sequence, states, stride_m_a, stride_m_j, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, DENSE_STATE: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
+):  # fmt: skip
+    """starts[chunk, h, i, :] = s_i before the chunk; final[n, h, i, :] = s_i after the last one.
+
+    One program per sequence, head and row. Equals the states that ``reference.recurrence.delta_rule`` returns, at the
+    ends of the chunks.
+    """
+    i = tl.program_id(0) % RANK
+    h = tl.program_id(0) // RANK % HEADS
+    sequence = tl.program_id(0) // (RANK * HEADS)
+    if IS_PACKED:
+        chunk = tl.load(chunk_first_ptr + sequence)
+        end = tl.load(chunk_first_ptr + sequence + 1)
+    else:
+        chunk = sequence * chunks_per_sequence
+        end = chunk + chunks_per_sequence
+    o_0 = tl.arange(0, R)[:, None]  # [R, 1]
+    o_none = o_0 * 0  # makes a tile of a number: the interpreter does not mix the two in a mask
+    s = tl.zeros([R, 1], tl.float32)
+    state_row = sequence.to(tl.int64)
+    if HAS_SLOTS:
+        state_row = owned(tl.load(slots_ptr + sequence), states)
+    m_s = (o_0 < RANK) & (o_none + state_row >= 0)
+    if HAS_STATE:
+        p_s = s_ptr + state_row * stride_s_n + h.to(tl.int64) * stride_s_h + i.to(tl.int64) * stride_s_i
+        s = tl.load(p_s + o_0.to(tl.int64) * stride_s_j, mask=m_s, other=0.0)
+
+    TRANSITION: tl.constexpr = HEADS * RANK * RANK * (RANK + 1)
+    ROW: tl.constexpr = HEADS * RANK * RANK
+    p_transition = transitions_ptr + chunk.to(tl.int64) * TRANSITION + (h * RANK + i) * (RANK * (RANK + 1))
+    p_vector = p_transition + RANK * stride_m_a
+    p_start = starts_ptr + chunk.to(tl.int64) * ROW + (h * RANK + i) * RANK
+    s = pass_state(
+        s, p_transition, p_vector, p_start, end - chunk, TRANSITION, ROW, stride_m_a, stride_m_j, stride_m_j, RANK, R
+    )
+    o_final = ((sequence.to(tl.int64) * HEADS + h) * RANK + i) * RANK
+    tl.store(final_ptr + o_final + o_0, tl.where(m_s, s, 0.0), mask=o_0 < RANK)
+
+
+@triton.jit
+def chunk_scan_kernel(
+    x_ptr, bias_ptr, s_ptr, slots_ptr, flags_ptr, mask_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
+    reads_ptr, final_ptr, skipped_ptr, checkpoints_ptr, checkpoint_first_ptr,
+    total_groups, states, length, chunk_length, chunks_per_sequence, every,
+    stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_mask_b, stride_mask_t,
+    stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr,
+):  # fmt: skip
+    """Reads, and with one chunk per sequence the final state, token after token from the state before.
+
+    Equals ``reference.recurrence.scan``. s_ptr: the states before each chunk if IS_CHUNKED, else the initial states.
+    """
+    group, i, m_column = columns(total_groups, RANK, COLUMNS)  # [COLUMNS] each
+    chunk = group // HEADS
+    h = group % HEADS
+    sequence, place, row, begin, count = locate_chunk(
+        chunk, m_column, length, chunk_length, chunks_per_sequence,
+        cu_ptr, chunk_sequence_ptr, chunk_first_ptr, IS_PACKED,
+    )  # fmt: skip
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
+    m_state = m_column
+    state_row = sequence.to(tl.int64)
+    if HAS_SLOTS:
+        state_row = owned(tl.load(slots_ptr + sequence, mask=m_column, other=-1), states)
+        m_state = m_column & (state_row >= 0)
+    live = m_state
+    if IS_CHUNKED:
+        state_row = chunk.to(tl.int64)
+        m_state = live & (count > 0)
+    if HAS_STATE:
+        p_s = state_pointers(
+            s_ptr + state_row * stride_s_n, h, i, stride_s_h, stride_s_i, stride_s_j, RANK, R, DENSE_STATE
+        )  # fmt: skip
+        s = tl.load(p_s, mask=m_state[None, :] & (o_j < RANK), other=0.0)  # [R, COLUMNS]
+    else:
+        s = tl.zeros([R, COLUMNS], tl.float32)
+
+    token = row.to(tl.int64) * length + begin
+    p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
+    p_flag = flags_ptr
+    p_mask = mask_ptr
+    if HAS_FLAGS:
+        p_flag += token
+    if HAS_MASK:
+        p_mask += row.to(tl.int64) * stride_mask_b + begin.to(tl.int64) * stride_mask_t
+    p_read = reads_ptr + token * (HEADS * RANK) + h * RANK + i
+    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+    o_q = h * RANK
+    o_k = (HEADS + h) * RANK
+    if HAS_CHECKPOINTS:
+        if IS_PACKED:
+            checkpoint = tl.load(checkpoint_first_ptr + sequence, mask=m_column, other=0).to(tl.int64)
+        else:
+            checkpoint = sequence.to(tl.int64) * (length // every)
+        checkpoint += (place * chunk_length) // every
+        # What is left until the next one.
+        until = every - (place * chunk_length) % every
+
+    skipped = count * 0
+    steps = tl.max(count, axis=0)
+    m_first = count > 0
+    q = load_vector(p_x, o_q, stride_x_w, m_first, RANK, R, WHOLE)  # [R, COLUMNS]
+    k = load_vector(p_x, o_k, stride_x_w, m_first, RANK, R, WHOLE)  # [R, COLUMNS]
+    v, b, lam = load_write(p_x, h, i, stride_x_w, m_first, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
+    flag = load_flag(p_x, p_flag, p_mask, stride_x_w, m_first, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)  # [COLUMNS]
+    for t in range(steps):
+        # The next token is on its way while this one is computed.
+        m_next = t + 1 < count
+        p_x += stride_x_t
+        if HAS_FLAGS:
+            p_flag += 1
+        if HAS_MASK:
+            p_mask += stride_mask_t
+        q_next = load_vector(p_x, o_q, stride_x_w, m_next, RANK, R, WHOLE)
+        k_next = load_vector(p_x, o_k, stride_x_w, m_next, RANK, R, WHOLE)
+        v_next, b_next, lam_next = load_write(p_x, h, i, stride_x_w, m_next, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
+        flag_next = load_flag(p_x, p_flag, p_mask, stride_x_w, m_next, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)
+
+        valid = (flag == 1) & live
+        z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
+        read = dot(s, z) * c  # [COLUMNS]
+        tl.store(p_read, tl.where(valid, read, 0.0), mask=t < count)
+        z, c = direction(k, NORMALIZE)
+        keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+        s = tl.where(valid[None, :], delta_update(s, z, c, keep, erase, write * v.to(tl.float32)), s)
+        skipped += tl.where((flag == 2) & live, 1, 0)
+        if HAS_CHECKPOINTS:
+            until -= 1
+            o_checkpoint = ((checkpoint * HEADS + h) * RANK + i) * RANK
+            m_checkpoint = (until == 0) & (t < count)
+            tl.store(checkpoints_ptr + o_checkpoint[None, :] + o_j, s, mask=m_checkpoint[None, :] & (o_j < RANK))
+            checkpoint += tl.where(until == 0, 1, 0)
+            until = tl.where(until == 0, every, until)
+        p_read += HEADS * RANK
+        q, k, v, b, lam, flag = q_next, k_next, v_next, b_next, lam_next, flag_next
+
+    m_count = m_column & (h == 0) & (i == 0)
+    if IS_CHUNKED:
+        # Integers: the order of the additions does not show.
+        tl.atomic_add(skipped_ptr + sequence, skipped, mask=m_count & (skipped > 0), sem="relaxed")
+        broken = m_column & (zero_or_nan(s) != 0.0)
+        tl.atomic_or(skipped_ptr + sequence, BROKEN, mask=broken, sem="relaxed")
+    else:
+        tl.store(skipped_ptr + sequence, skipped, mask=m_count)
+        o_final = ((sequence.to(tl.int64) * HEADS + h) * RANK + i) * RANK
+        tl.store(final_ptr + o_final[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
