@@ -1,6 +1,6 @@
 """The packed row of the fast path on a CPU: ``steer_heads_`` and ``decode_`` with loops compiled by numba.
 
-float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatures as in ``reference_heads``.
+float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatures as in ``reference.heads``.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ def steer_heads_(
     *,
     check: bool = True,
 ) -> None:
-    """``reference_heads.steer_heads_`` on a CPU: same arguments, results and errors."""
+    """``reference.heads.steer_heads_`` on a CPU: same arguments, results and errors."""
     if check:
         check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
     if torch.compiler.is_compiling():
@@ -288,7 +288,7 @@ def steer_heads_(
 
 
 def workspace(kept: dict, counter: torch.Tensor | None) -> dict:
-    """``reference_heads.workspace``: where what is made of a layer's weights is kept, for the next token."""
+    """``reference.heads.workspace``: where what is made of a layer's weights is kept, for the next token."""
     return kept
 
 
@@ -309,7 +309,7 @@ def decode_(
     check: bool = True,
     workspace: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``reference_heads.decode_`` on a CPU: same arguments, results and errors."""
+    """``reference.heads.decode_`` on a CPU: same arguments, results and errors."""
     if check:
         check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
         projections = packed[:, layout.width : layout.width + rule.width]
@@ -368,7 +368,7 @@ def delta(
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """``reference_heads.delta``; float32 without a norm in one operation."""
+    """``reference.heads.delta``; float32 without a norm in one operation."""
     if norm_weight is not None or not reads.dtype == weight.dtype == dtype == torch.float32 or reads.ndim != 2:
         return reference_heads.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
     return reads.new_empty(reads.shape[0], weight.shape[0]).addmm_(reads, weight.t(), beta=0, alpha=scale)
