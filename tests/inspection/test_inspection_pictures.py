@@ -36,9 +36,8 @@ def test_many_states_are_a_grid_of_bounded_size(tmp_path, figures, layers, heads
     assert picture.shape[1::-1] == png_size(taken) and max(picture.shape) <= 2400
     (figure,) = figures
     grids = [axes for axes in figure.axes if axes.images]
-    assert {axes.images[0].norm.vmax for axes in grids} == {
-        max(s.abs().max() for x in taken for s in x.states.values())
-    }
+    largest = max(float(state.abs().max()) for shot in taken for state in shot.states.values())
+    assert {(axes.images[0].norm.vmin, axes.images[0].norm.vmax) for axes in grids} == {(-largest, largest)}
     assert sum(axes.images[0].get_array().count() for axes in grids) == count * layers * heads * rank * rank
     named = [int(label.get_text()) for axes in grids for label in axes.get_xticklabels()]
     assert set(named) <= set(range(layers)) and (named == list(range(layers)) * count or layers > 36)
