@@ -227,8 +227,8 @@ def _draw_grid(figure, snapshots: Sequence[Snapshot]) -> None:
                 down / height,
             )
             axes = figure.add_axes(place)
-            mosaic = _mosaic(shot, line, grid.heads, rank)
-            image = axes.imshow(mosaic.numpy(), cmap="RdBu_r", vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest")
+            mosaic = _mosaic(shot, line, grid.heads, rank).numpy()
+            image = axes.imshow(mosaic, cmap="RdBu_r", vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest")
             axes.set_facecolor("#d0d0d0")
             middles = [(rank - 1) / 2 + (rank + 1) * n for n in range(max(len(line), grid.heads))]
             every = max(1, math.ceil(20 / grid.tile))  # labels need 20 pixels
