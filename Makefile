@@ -84,6 +84,7 @@ compare: setup
 kernels-report: setup
 	$(BIN)/python -m deltamem_kernels.report
 	$(BIN)/python -m bench.executed --output $(OUTPUT)/emulated
+	$(BIN)/python -m bench.report
 
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m bench.gpu --output $(OUTPUT)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -45,11 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     if not options.quick:  # a process that measures nothing goes on as it was
         machine.keep_memory()
-    start = time.perf_counter()
-
-    def progress(text: str) -> None:
-        print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
-
+    progress = commands.progress()
     torch.manual_seed(0)
     rows = [row for name, run in PARTS.items() if options.only in (None, name) for row in run(options.quick, progress)]
     arguments = {key: getattr(options, key) for key in ("quick", "only", "threads")}

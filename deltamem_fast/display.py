@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Sequence
+
+PIPE_COLUMNS = 110  # six states of rank 8 side by side
 
 # All control characters but line breaks and tabs: a terminal acts upon them, and a model may write them.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -90,3 +93,8 @@ def style_of(stream) -> str:
         return "ascii"
     uncoloured = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return "unicode" if uncoloured else "colour"
+
+
+def terminal_columns() -> int:
+    """How wide the terminal is; PIPE_COLUMNS where there is none."""
+    return shutil.get_terminal_size((PIPE_COLUMNS, 24)).columns

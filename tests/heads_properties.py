@@ -7,7 +7,8 @@ import torch
 from deltamem_kernels.layout import HeadLayout, Steering
 from deltamem_kernels.reference import heads as reference
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.triton.heads import decode_, steer_heads_
+from deltamem_kernels.triton.decode import decode_
+from deltamem_kernels.triton.heads import steer_heads_
 from deltamem_kernels.triton.read import read
 from deltamem_kernels.triton.step import step
 
@@ -111,7 +112,7 @@ def check_decode(rule: DeltaRule, layout, packed, bias, state, steering, cos, si
         skipped = torch.zeros_like(counted)
         arrived = torch.zeros(packed.shape[0], dtype=torch.int32, device=packed.device)
         found, delta = decode_(
-            actual, bias, own, rule, layout, steering, cos, sin, skipped=skipped, arrived=arrived, parts=part, **given
+            actual, bias, own, rule, layout, steering, cos, sin, skipped=skipped, workspace=arrived, parts=part, **given
         )
         assert torch.equal(found, reads) and found.is_contiguous(), f"reads, {part} parts"
         assert torch.equal(own.view(torch.int32), stepped.view(torch.int32)), f"state, {part} parts"
@@ -140,6 +141,6 @@ def check_many_steps(rule, layout, batch, steering, steps, parts, dtype, device,
     for token in tokens:
         theirs.append(step(token[:, layout.width :], bias, one, rule))
     for token in tokens:
-        ours.append(decode_(token, bias, two, rule, bare, steering, arrived=arrived, parts=parts)[0])
+        ours.append(decode_(token, bias, two, rule, bare, steering, workspace=arrived, parts=parts)[0])
     assert torch.equal(torch.stack(ours), torch.stack(theirs)) and torch.equal(one, two)
     assert not arrived.any()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,12 @@ def run(prog: str, description: str, modules: Mapping[str, ModuleType], argument
     except (ValueError, OSError) as error:
         print(f"{prog.removeprefix('python -m ')} {options.command}: error: {error}", file=sys.stderr)
         return 2
+
+
+def progress() -> Callable[[str], None]:
+    """What prints a line with the seconds since now."""
+    start = time.perf_counter()
+    return lambda text: print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def finish(rows: Sequence[Row], arguments: dict[str, Any], output: Path) -> int:

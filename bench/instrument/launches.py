@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import nn
@@ -128,15 +129,9 @@ def triton_without_device() -> Iterator[None]:
     from deltamem_kernels import dispatch as backends
     from deltamem_kernels.triton import launch
 
-    saved = launch.recorded, backends.interpreting
-    chosen = dict(backends._loaded)
-    launch.recorded, backends.interpreting = [], lambda: True
-    try:
+    pretended = {"interpreting": lambda: True, "loaded": {}}  # what is chosen inside is forgotten after it
+    with mock.patch.object(launch, "recorded", []), mock.patch.multiple(backends, **pretended):
         yield
-    finally:
-        launch.recorded, backends.interpreting = saved
-        backends._loaded.clear()
-        backends._loaded.update(chosen)
 
 
 @torch.no_grad()

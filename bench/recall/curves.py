@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from deltamem_fast import patch_model, unpatch_model
 from deltamem_fast.config import CONFIG_NAME
 from deltamem_fast.recall.weights import SHIPPED, load_backbone
 
-from ..instrument import results
+from ..instrument import commands, results
 from ..instrument.rows import Row, absent, counted
 from . import conversations, figures, perplexity, variants
 from .conversations import ASKED, Conversation
@@ -223,11 +221,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure and write; a run with other weights or fewer episodes is kept out of docs/results."""
     if options.episodes < 1:
         raise ValueError(f"--episodes: got {options.episodes}, allowed 1 or more")
-    start = time.perf_counter()
-
-    def progress(text: str) -> None:
-        print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
-
+    progress = commands.progress()
     directory = options.weights or SHIPPED
     model, tokenizer = load_backbone(directory / "backbone")
     rows = measure(model, tokenizer, directory, options.episodes, options.only, progress)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..instrument import machine, results
 from . import pages, plots
+from .found import PICTURES, find
 
 README = machine.ROOT / "README.md"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
@@ -43,13 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the JSON")
-    parser.add_argument("--output", type=Path, default=plots.DIRECTORY.parent, help="folder of the pages and pictures")
+    parser.add_argument("--output", type=Path, default=PICTURES.parent, help="folder of the pages and pictures")
     options = parser.parse_args(arguments)
     try:
-        found = pages.find(options.results, options.output / plots.DIRECTORY.name)
+        found = find(options.results, options.output / PICTURES.name)
         if not options.check:
             options.output.mkdir(parents=True, exist_ok=True)
-            for path in plots.draw(found, found.pictures):
+            for path in plots.draw(found):
                 print(path)
         new = {options.output / name: text for name, text in pages.written(found).items()}
         new[README] = updated(README.read_text(encoding="utf-8"), pages.readme_rows(found))

@@ -5,8 +5,8 @@ What was never measured is said once on a page, never in a row of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .. import executed
@@ -17,6 +17,7 @@ from ..instrument.tables import markdown, markdown_table, number, parameters, ra
 from ..instrument.targets import TARGETS, Target
 from ..recall.targets import GOALS
 from . import plots
+from .found import Found
 
 NOT_YET = "not measured yet"
 SPEED = {
@@ -39,31 +40,6 @@ KERNELS = {
 FACTS = (1, 2, 4, 8, 16, 32)  # of which the page has columns; the JSON has all
 
 
-@dataclass(frozen=True)
-class Found:
-    """The newest results: of each machine (GPUs first), and of the other benchmarks."""
-
-    machines: Sequence[Result] = ()
-    emulated: Result | None = None
-    operators: Result | None = None
-    sessions: Result | None = None
-    bank: Result | None = None
-    recall: Result | None = None
-    pictures: Path = plots.DIRECTORY  # a page shows those that are there
-
-
-def find(directory: Path = results.DIRECTORY, pictures: Path = plots.DIRECTORY) -> Found:
-    """The results that lie in ``directory``.
-
-    Raises:
-        ValueError, OSError: a file there cannot be read.
-    """
-    names = ("emulated", "operators", "sessions", "bank", "recall")
-    return Found(
-        results.newest(directory), **{name: results.latest(directory / name) for name in names}, pictures=pictures
-    )
-
-
 def _page(title: str, *parts: str) -> str:
     note = "Written by `python -m bench.report` from the JSON under `bench/results`; not to be edited by hand."
     return "\n\n".join(part for part in (f"# {title}", note, *parts) if part) + "\n"
@@ -76,7 +52,7 @@ def _section(title: str, text: str, result: Result | None, table: Callable[[Sequ
 
 
 def _pictures(paths: Iterable[Path]) -> str:
-    return "\n\n".join(f"![{path.stem}]({plots.DIRECTORY.name}/{path.name})" for path in paths if path.exists())
+    return "\n\n".join(f"![{path.stem}]({path.parent.name}/{path.name})" for path in paths if path.exists())
 
 
 def _cross(heading: str, cells: Iterable[tuple[str, str, str]]) -> str:
@@ -136,8 +112,10 @@ def _machines(found: Found, titles: Mapping[str, str]) -> Iterator[str]:
     targets = [target for target in TARGETS if target.name.split("/")[0] in titles]
     for result in found.machines:
         yield from (f"## {result.head['device']}", results.heading(result), target_tables(targets, result.rows)[0])
-        yield (
-            _pictures(plots.picture(name, result, found.pictures) for name in plots.MACHINE) if titles is SPEED else ""
+        yield _pictures(
+            plots.picture(name, result, found.pictures)
+            for name in plots.MACHINE
+            if (name == "kernels") is (titles is KERNELS)
         )
         yield from row_tables(result.rows, titles)
     _, others = target_tables(targets, [row for result in found.machines for row in result.rows])
@@ -316,7 +294,8 @@ def written(found: Found) -> dict[str, str]:
 
 def _device(result: Result) -> str:
     head = result.head
-    return head["device"] if head["driver"] else f"{head['device']}, {head['threads']} threads"
+    name = re.sub(r"\((R|TM)\)| Processor$", "", head["device"])
+    return name if head["driver"] else f"{name}, {head['threads']} threads"
 
 
 def readme_rows(found: Found) -> str:
@@ -330,7 +309,7 @@ def readme_rows(found: Found) -> str:
     ):
         kept = ((row, on) for row, on in every if row.name == name and baseline in row.ratios)
         for row, on in [pair for pair in kept if pair[0].parameters["batch"] == 1][:1]:  # GPUs are first
-            lines.append([what, ratio(row.ratios[baseline]), f"{row.parameters['model']}'s shape, {on}"])
+            lines.append([what, ratio(row.ratios[baseline]), f"a random {row.parameters['model']}, {on}"])
     shares = {
         variant: row.values["share"]
         for variant, row in (_curve(found.recall.rows, "facts") if found.recall else ()) if row.parameters["facts"] == 4
@@ -342,7 +321,7 @@ def readme_rows(found: Found) -> str:
         lines.append(["Four facts told, their context gone: answered right", said, size])
     for row in [row for row in (found.bank.rows if found.bank else ()) if row.name == "bank/gather"][:1]:
         what = f"{row.parameters['ids']} memories out of {row.parameters['users']:,}, gathered from a bank"
-        lines.append([what, timing(row), f"Qwen3-4B's shape, {_device(found.bank)}"])
+        lines.append([what, timing(row), f"those of a Qwen3-4B, {_device(found.bank)}"])
     streaming = next(target for target in TARGETS if target.value == "streaming")
     worst = streaming.worst([row for row, _ in every])
     on = next((on for row, on in every if row is worst), "")

@@ -8,18 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..instrument import machine
 from ..instrument.results import Result
 from ..instrument.rows import Row
 from ..instrument.tables import duration
 from ..recall.targets import HALF
+from .found import PICTURES, Found
 
-if TYPE_CHECKING:
-    from .pages import Found
-
-DIRECTORY = machine.ROOT / "docs" / "results" / "plots"
 # Ours is blue everywhere, lighter and darker where there are several; whatever it is compared with is not.
 OURS, LIGHT, DARK = SHADES = "#1f6fd0", "#7db3f2", "#123f7a"
 BARE, RELEASED, RETRIEVER, SIGHT = "#8a8a8a", "#d9822b", "#8a6d1f", "#444444"
@@ -29,8 +25,9 @@ FROZEN = {"frozen": ("no memory", BARE)}
 SEEN = {"full context": ("full context", SIGHT), "bm25 top 1": ("BM25, 1 sentence", RETRIEVER)}
 SCANS = {
     "scan/numba": ("compiled scan", OURS),
+    "scan/triton": ("scan in Triton", OURS),
     "scan/reference": ("loop in PyTorch", BARE),
-    "scan/released": ("released loop", RELEASED),
+    "scan/released": ("released scan", RELEASED),
 }
 Drawing = Callable[[Sequence[Row], object], str]  # (rows, figure) → its title, "" if there is nothing to draw
 
@@ -55,8 +52,8 @@ def percent(share: float) -> str:
 
 def span(shares: Iterable[float]) -> str:
     """The least and the most of them, in percent."""
-    shares = list(shares)
-    return f"{100 * min(shares):.0f} to {percent(max(shares))}" if shares else "nothing"
+    texts = [percent(share) for share in sorted(shares)] or ["nothing"]
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0].removesuffix(' %')} to {texts[-1]}"
 
 
 def save(result: Result, drawing: Drawing, path: Path) -> bool:
@@ -97,8 +94,8 @@ def _chart(figure, lines: Sequence[Line], x: str, y: str, scale: str = "linear",
     axes.set_xscale(scale, **options)
     if unit is duration:
         axes.set_yscale("log")
-    elif unit is percent:
-        axes.set_ylim(-0.02, 1.02)
+    else:
+        axes.set_ylim((-0.02, 1.02) if unit is percent else (min(0, axes.get_ylim()[0]), None))
     axes.yaxis.set_major_formatter(lambda value, _: unit(value))
     axes.grid(axis="y", alpha=0.3, linewidth=0.5)
     axes.set(xlabel=x, ylabel=y)
@@ -108,7 +105,7 @@ def _chart(figure, lines: Sequence[Line], x: str, y: str, scale: str = "linear",
     inside = [line for line in lines if beside is not None and line.style == "-"]
     for line in inside:
         axes.annotate(line.name, line.points[beside][::2], (6, 4), textcoords="offset points", color=line.colour)
-    _name_ends(axes, [line for line in lines if line.name and line not in inside])
+    _name_ends(axes, [line for line in lines if line not in inside])
     return axes
 
 
@@ -139,32 +136,49 @@ def _by_tokens(rows: Sequence[Row], name: Callable[[Row], object]) -> dict:
     return found
 
 
-def _timed(row: Row) -> str | None:
-    """The name of a scan's row or, on a GPU, a kernel's, at r = 8, H = 1, one row; else None."""
-    kernel = row.name.startswith("kernel/") and row.name not in ("kernel/step", "kernel/decode_")
-    plain = [row.parameters.get(size) for size in ("rank", "heads", "batch")] == [8, 1, 1] and row.p50 is not None
-    return row.name if plain and (kernel or row.name in SCANS) else None
+def _single(row: Row) -> bool:
+    """Whether a row is at r = 8, H = 1 and one row."""
+    return [row.parameters.get(size) for size in ("rank", "heads", "batch")] == [8, 1, 1]
 
 
 def draw_scan(rows: Sequence[Row], figure) -> str:
-    """Time against T, p20 to p80 shaded; dashed: the least time that the bytes take at copy bandwidth."""
-    found, lines, floored = _by_tokens(rows, _timed), [], []
-    for n, (name, line) in enumerate(found.items()):
-        title, colour = SCANS.get(name, (name.removeprefix("kernel/"), SHADES[n % 3]))
-        lines.append(Line(title, colour, [(row.parameters["tokens"], row.p20, row.p50, row.p80) for row in line]))
-        kept = [row for row in line if "roofline" in row.values]
-        floors = [(row.parameters["tokens"], *[row.values["roofline"] * row.p50] * 3) for row in kept]
-        floored += [Line("", colour, floors, "--")] * bool(floors)
-    if all(len(line.points) < 2 for line in lines):
+    """Time of a scan against T, p20 to p80 shaded."""
+    kept = [row for row in rows if row.name in SCANS and row.p50 is not None and _single(row)]
+    lines = [
+        Line(*SCANS[name], [(row.parameters["tokens"], row.p20, row.p50, row.p80) for row in found])
+        for name, found in _by_tokens(kept, lambda row: row.name).items()
+    ]
+    ours = [row for row in kept if SCANS[row.name][1] == OURS and row.ratios]
+    if not ours or all(len(line.points) < 2 for line in lines):
         return ""
-    y = "time" + "; dashed: what a copy of its bytes takes" * bool(floored)
-    _chart(figure, lines + floored, "tokens (one row, r = 8, one head)", y, "log", duration, base=2)
-    compiled = [row for row in rows if row.name == "scan/numba" and _timed(row) and "reference" in row.ratios]
-    if not compiled:
-        return "Time of each kernel against the number of tokens"
-    longest = max(compiled, key=lambda row: row.parameters["tokens"])
-    times, tokens = longest.ratios["reference"][1], longest.parameters["tokens"]
-    return f"The compiled scan of {tokens:,} tokens is {times:.0f} times as fast as the loop over them"
+    _chart(figure, lines, "tokens (one row, r = 8, one head)", "time", "log", duration, base=2)
+    longest = max(ours, key=lambda row: row.parameters["tokens"])
+    baseline, (_, times, _) = next(iter(longest.ratios.items()))
+    other, tokens = SCANS[f"scan/{baseline}"][0], longest.parameters["tokens"]
+    return f"The {SCANS[longest.name][0]} of {tokens:,} tokens is {times:.0f} times as fast as the {other}"
+
+
+def draw_kernels(rows: Sequence[Row], figure) -> str:
+    """What share of the copy bandwidth each kernel reaches against T, a panel for each."""
+    kept = [row for row in rows if row.name.startswith("kernel/") and "roofline" in row.values and _single(row)]
+    found = _by_tokens(kept, lambda row: row.name.removeprefix("kernel/"))
+    found = {name: line for name, line in found.items() if len(line) > 1}
+    if not found:
+        return ""
+    best = {name: max(row.values["roofline"] for row in line) for name, line in found.items()}
+    across = min(4, len(found))
+    panels = list(figure.subplots(-(-len(found) // across), across, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (name, line) in zip(panels, found.items()):
+        x, y = zip(*((row.parameters["tokens"], row.values["roofline"]) for row in line))
+        axes.plot(x, y, "o-", color=OURS, markersize=3)
+        axes.set_title(f"{name}: {percent(best[name])}", fontsize=8, color=OURS)
+        axes.set(xscale="log", ylim=(-0.02, 1.02))
+        axes.yaxis.set_major_formatter(lambda value, _: percent(value))
+        axes.grid(alpha=0.3, linewidth=0.5)
+    for axes in panels[len(found) :]:
+        axes.remove()
+    panels[-across].set_xlabel("tokens")
+    return f"At its best size a kernel moves its bytes at {span(best.values())} of a copy's speed"
 
 
 def _place(row: Row) -> str:
@@ -184,8 +198,11 @@ def draw_model(rows: Sequence[Row], figure) -> str:
         return ""
     axes, behind = figure.add_subplot(), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.axvline(1, color=BARE, linewidth=1)
+    figure.set_figheight(max(3.8, 1.2 + 0.28 * len(places)))
     for variant, name, colour in (("patched", "with the memory", OURS), ("released", "released code", RELEASED)):
-        ratios = {places.index(_place(row)): row.ratios["unpatched"] for row in kept if row.name.endswith(variant)}
+        ratios = {
+            places.index(_place(row)): row.ratios["unpatched"] for row in kept if row.name.endswith(f"/{variant}")
+        }
         for y, (low, middle, high) in ratios.items():
             text = {"xy": (middle, y), "ha": "center", "color": colour, "textcoords": "offset points", "bbox": behind}
             axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5, solid_capstyle="butt")
@@ -208,7 +225,6 @@ def _extra(row: Row) -> str | None:
 
 def draw_memory(rows: Sequence[Row], figure) -> str:
     """Peak memory of a prefill beyond the bare model's, as a share of that, against T."""
-
     lines, most = [], 0.0
     for name, found in _by_tokens(rows, _extra).items():
         points = [(row.parameters["tokens"], *[row.values["extra_memory"]] * 3) for row in found]
@@ -218,8 +234,7 @@ def draw_memory(rows: Sequence[Row], figure) -> str:
     if not lines:
         return ""
     y = "peak memory beyond the bare model's"
-    axes = _chart(figure, lines, "tokens of the prompt", y, unit=lambda extra: f"{100 * extra:g} %")
-    axes.set_ylim(min(0, axes.get_ylim()[0]))
+    _chart(figure, lines, "tokens of the prompt", y, unit=lambda extra: f"{100 * extra:g} %")
     return f"The patch adds at most {100 * most:.1f} % to a prompt's peak memory"
 
 
@@ -360,14 +375,14 @@ def _name_part(axes, text: str, colour: str, bars: Iterable[tuple[float, float, 
 # --- which there are
 
 
-MACHINE: dict[str, Drawing] = {"scan": draw_scan, "model": draw_model, "memory": draw_memory}
+MACHINE: dict[str, Drawing] = {"scan": draw_scan, "kernels": draw_kernels, "model": draw_model, "memory": draw_memory}
 RECALL: dict[str, Drawing] = {
     "recall-facts": draw_facts, "recall-ranks": draw_ranks, "recall-distance": draw_distance,
     "recall-overwriting": draw_overwriting, "recall-half": draw_half,
 }  # fmt: skip
 
 
-def picture(name: str, result: Result | None = None, directory: Path = DIRECTORY) -> Path:
+def picture(name: str, result: Result | None = None, directory: Path = PICTURES) -> Path:
     """Where a picture goes. One set for each device (``result``'s): a newer result replaces them."""
     if result is not None:
         kind = "cpu" if result.head["driver"] is None else "gpu"
@@ -375,8 +390,9 @@ def picture(name: str, result: Result | None = None, directory: Path = DIRECTORY
     return directory / f"{name}.png"
 
 
-def draw(found: Found, directory: Path = DIRECTORY) -> list[Path]:
-    """Write the pictures that there are numbers for; returns their paths."""
+def draw(found: Found) -> list[Path]:
+    """Write the pictures that there are numbers for to ``found.pictures``; returns their paths."""
+    directory = found.pictures
     wanted = [(one, MACHINE[name], picture(name, one, directory)) for one in found.machines for name in MACHINE]
     if found.recall is not None:
         wanted += [(found.recall, RECALL[name], picture(name, None, directory)) for name in RECALL]

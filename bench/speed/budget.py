@@ -74,10 +74,16 @@ def launched(case: problems.Case) -> list[tuple]:
 
 def _distinct(kernel, arguments: dict, options: dict) -> tuple:
     fixed = {p.name for p in getattr(kernel, "params", ()) if p.is_constexpr}  # none in the interpreter
-    kept = [
-        (name, value.dtype if isinstance(value, torch.Tensor) else value if name in fixed or value is None else None)
-        for name, value in arguments.items()
-    ]
+
+    def kept_of(name: str, value):
+        if isinstance(value, tuple):
+            return tuple(kept_of(field, part) for field, part in value._asdict().items())
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        wrapped = getattr(value, "value", None)  # of a tuple, what is compiled in
+        return value if name in fixed or value is None else wrapped
+
+    kept = [(name, kept_of(name, value)) for name, value in arguments.items()]
     name = getattr(kernel, "fn", kernel).__name__
     return name, options.get("num_warps"), tuple(sorted(kept, key=lambda pair: pair[0]))
 

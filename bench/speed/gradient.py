@@ -24,6 +24,7 @@ from ..instrument.timing import in_turns
 from .model import loud, random_ids
 from .problems import relative_error
 from .scan import NO_NUMBA, Case, compared, random_inputs
+from .scan import implementations as scan_implementations
 
 MODEL_TOLERANCE = 1e-4  # of all gradients of a model in float32, against the reference's
 CASES = (Case(512), Case(2048), Case(8192), Case(200, batch=32))
@@ -40,12 +41,7 @@ def per_token(projections, gate_bias, state, rule) -> tuple[torch.Tensor, torch.
 
 def implementations() -> dict[str, Callable]:
     """What is measured, by name; ``per-token`` is the baseline. Each returns reads and the last state first."""
-    found = {"per-token": per_token, "reference": reference.scan}
-    if installed("numba"):
-        from deltamem_kernels.numba import ops as numba_backend
-
-        found["numba"] = numba_backend.scan
-    return found
+    return {"per-token": per_token, **scan_implementations()}
 
 
 def gradients(scan: Callable, rule, inputs, weights) -> tuple[torch.Tensor, ...]:

@@ -173,7 +173,7 @@ def apply(case: Case, inputs: dict[str, torch.Tensor], ops: Operators) -> tuple[
         return (i["packed"][..., : LAYOUT.width],)
     reads, addend = ops.decode_(
         i["packed"], i["bias"], i["state"], rule, LAYOUT, _steering(i, True), *turn,
-        skipped=i["skipped"], arrived=i["arrived"],
+        skipped=i["skipped"], workspace=ops.workspace({}, i["arrived"]),
     )  # fmt: skip
     return reads, addend, i["packed"][..., : LAYOUT.width], i["state"]
 
@@ -205,6 +205,7 @@ class Exact:
     steer = staticmethod(reference.steer)
     steer_heads_ = staticmethod(reference.steer_heads_)
     decode_ = staticmethod(reference.decode_)
+    workspace = staticmethod(reference.workspace)
 
 
 def check(case: Case, device: str) -> tuple[str, float]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ..display import columns_of, harmless, style_of, table
-
-PIPE_COLUMNS = 110
+from ..display import columns_of, harmless, style_of, table, terminal_columns
 
 
 class Answer(Protocol):
@@ -60,7 +57,7 @@ class PlainScreen:
     """Answers, and what commands find, on stdout; hints and errors on stderr; thinking nowhere."""
 
     def __init__(self) -> None:
-        self.columns = shutil.get_terminal_size((PIPE_COLUMNS, 24)).columns
+        self.columns = terminal_columns()
         self.style = "unicode" if style_of(sys.stdout) != "ascii" else "ascii"
         # A pipe gets what the model said, to the letter; a terminal would act upon its control characters.
         self._shown = harmless if sys.stdout.isatty() else str

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from random import Random
 
 from deltamem_kernels.dispatch import BACKENDS
 
-from ..display import style_of
+from ..display import style_of, terminal_columns
 from ..model.loading import device_for
 from ..model.threads import HELP, check_threads, fitting_threads
 from ..recall.weights import STRATEGIES, find_weights, load_backbone
@@ -19,7 +18,6 @@ from ..storage.files import as_path
 
 HOLDS, DOES_NOT_HOLD = 0, 1
 QUESTIONS = 256
-PIPE_WIDTH = 110  # six states of rank 8 side by side
 
 
 def add_demo_command(commands) -> None:
@@ -73,7 +71,7 @@ def _prove(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(figures, indent=2))
     else:
-        print(format_demo(figures, snapshots, style=style_of(sys.stdout), width=_width()))
+        print(format_demo(figures, snapshots, style=style_of(sys.stdout), width=terminal_columns()))
     failed = failed_checks(figures)
     for text in failed:
         print(f"deltamem: demo: DOES NOT HOLD: {text}", file=sys.stderr)
@@ -92,7 +90,7 @@ def _converse(arguments: argparse.Namespace) -> int:
     random = Random(arguments.seed)
     style = style_of(sys.stdout)
     with fitting_threads(model, check_threads(arguments.threads)):
-        converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=_width())
+        converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=terminal_columns())
     return HOLDS
 
 
@@ -123,7 +121,3 @@ def _progress() -> Callable[[str], None]:
     if not sys.stderr.isatty():
         return lambda text: None
     return lambda text: print(f"\r\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
-
-
-def _width() -> int:
-    return shutil.get_terminal_size((PIPE_WIDTH, 24)).columns

@@ -387,6 +387,10 @@ class MemoryState:
         """A layer's live count of tokens that were not written, int32 [B]; see ``skipped``."""
         return self._skipped[layer_idx]
 
+    def arrivals(self, layer_idx: int) -> torch.Tensor | None:
+        """On a GPU a layer's int32 [B] zeros with which the programs of one decoded row tell who is the last."""
+        return self._arrived.get(layer_idx)
+
     def count(self, layer_idx: int, more: torch.Tensor) -> None:
         """Add ``more``, integers [B], to a layer's count of tokens that were not written."""
         counter = self._skipped[layer_idx]

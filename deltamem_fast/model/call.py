@@ -31,7 +31,7 @@ class MemoryCall:
         gates: sums over the gates of each layer's written tokens, empty when the forward is over; None: nobody asked.
         fed: what is known of the cache that keys and values go to; None: there is none.
         held: how many tokens that had got before this forward; None: not counted.
-        bypassed: the functions that a layer of this forward has found as they were; see ``paths``.
+        bypassed: the functions that a layer of this forward has found as they were; see ``weights``.
         projections: by layer the raw projections [B, T, W] of this forward's tokens; None: nobody asked.
     """
 

@@ -61,7 +61,7 @@ def shape_of(attention: nn.Module) -> LlamaShape | None:
     return SHAPES.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -> str:
+def why_generic(attention: nn.Module, layer: DeltaMemory, hooks: bool = True) -> str:
     """Why the fused forward does not apply to a layer, or "" if it does; ``hooks``: with hooks on its parts, too."""
     shape, kind = shape_of(attention), type(attention)
     if shape is None:
@@ -86,7 +86,7 @@ def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -
         if name in PROJECTIONS and tuple(weight.shape) != (part.out_features, part.in_features):
             return f"{name} has a weight of shape {list(weight.shape)}"
         parameters += [(f"{name}.{key}", value) for key, value in part._parameters.items() if value is not None]
-    parameters += list(memory._parameters.items())
+    parameters += list(layer._parameters.items())
     first = parameters[0][1]
     if first.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the weights are {first.dtype}"
@@ -106,7 +106,7 @@ def why_generic(attention: nn.Module, memory: DeltaMemory, hooks: bool = True) -
         return f"a row of {first.shape[1]} {first.dtype} numbers is not a multiple of 64 bytes"
     if len({id(value) for _, value in parameters}) < len(parameters):
         return "two of its weights are one parameter"
-    packed = memory.weights.ours() if memory.weights is not None else set()
+    packed = layer.weights.ours() if layer.weights is not None else set()
     for name, value in parameters:
         if name.removesuffix(".weight").removesuffix(".bias") in PROJECTIONS[:3]:
             reason = why_unpackable(name, value, packed)

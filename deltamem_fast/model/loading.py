@@ -182,7 +182,15 @@ def _tokenizer(name: str, argument: str, local: bool):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
 
 
-def _weights(name, argument, device, dtype, quantize, attention, local) -> nn.Module:
+def _weights(
+    name: str,
+    argument: str,
+    device: torch.device | None,
+    dtype: str,
+    quantize: str | None,
+    attention: str | None,
+    local: bool,
+) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     common = {"trust_remote_code": False, "local_files_only": local}

@@ -14,11 +14,11 @@ from .call import MemoryCall
 from .checkpointing import join
 
 
-def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tensor, call: MemoryCall) -> torch.Tensor:
+def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tensor, call: MemoryCall) -> torch.Tensor:
     """One layer's reads for the tokens of a forward; its state moves on.
 
     Args:
-        memory: the layer's adapter.
+        layer: the adapter layer.
         projections: [B, T, W], raw.
         gate_bias: of the gates.
         call: this forward's memory.
@@ -27,19 +27,19 @@ def advance(memory: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Ten
         reads, float32 [B, T, H·r].
     """
     batch, length = projections.shape[:2]
-    initial, first_run = call.start(memory.layer_idx)
+    initial, first_run = call.start(layer.layer_idx)
     if first_run:
-        call.keep(memory.layer_idx, projections)
+        call.keep(layer.layer_idx, projections)
     mask = call.token_mask
     if call.cu_seqlens is not None and batch > 1:
         # Packed sequences are counted over the rows, one behind another.
         projections = projections.reshape(1, batch * length, -1)
         mask = None if mask is None else mask.reshape(1, batch * length)
-    return _advance(memory, projections, gate_bias, call, mask, initial, first_run).view(batch, length, -1)
+    return _advance(layer, projections, gate_bias, call, mask, initial, first_run).view(batch, length, -1)
 
 
 def _advance(
-    memory: DeltaMemory,
+    layer: DeltaMemory,
     projections: torch.Tensor,
     gate_bias: torch.Tensor,
     call: MemoryCall,
@@ -48,8 +48,8 @@ def _advance(
     first_run: bool,
 ) -> torch.Tensor:
     """``advance`` of the tokens as the operators take them: packed sequences in one row."""
-    layer, rule = memory.layer_idx, memory.rule
-    ops = operations(memory.backend, projections.device)
+    index, rule = layer.layer_idx, layer.rule
+    ops = operations(layer.backend, projections.device)
     if call.frozen:
         if call.cu_seqlens is not None:
             return _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)
@@ -60,20 +60,20 @@ def _advance(
         means, present, skipped = segment_means(projections, call.segment_ids, mask)
         gates = None if call.gates is None else gate_sums(means, gate_bias, rule, present)
         out = ops.scan(means, gate_bias, initial, rule, mask=present)
-        return _commit(call, layer, first_run, reads, out.state, skipped + out.skipped, gates)
+        return _commit(call, index, first_run, reads, out.state, skipped + out.skipped, gates)
 
-    if projections.shape[1] == 1 and call.steps(layer):
-        call.count_gates(layer, projections, gate_bias, rule)
+    if projections.shape[1] == 1 and call.steps(index):
+        call.count_gates(index, projections, gate_bias, rule)
         reads = ops.step(
             projections.squeeze(1), gate_bias, initial, rule,
-            mask=None if mask is None else mask.squeeze(1), skipped=call.state.counter(layer),
+            mask=None if mask is None else mask.squeeze(1), skipped=call.state.counter(index),
         )  # fmt: skip
         written(initial)
         return reads.unsqueeze(1)
 
     gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)
     out = ops.scan(projections, gate_bias, initial, rule, mask=mask, cu_seqlens=call.cu_seqlens)
-    return _commit(call, layer, first_run, out.reads, out.state, out.skipped, gates)
+    return _commit(call, index, first_run, out.reads, out.state, out.skipped, gates)
 
 
 def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
@@ -86,7 +86,7 @@ def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
 
 def _commit(
     call: MemoryCall,
-    layer: int,
+    index: int,
     first_run: bool,
     reads: torch.Tensor,
     state: torch.Tensor,
@@ -94,10 +94,10 @@ def _commit(
     gates: GateSums | None,
 ) -> torch.Tensor:
     """Hand on what a layer has written, in its first run; the reads come back as they go on."""
-    reads, state, beta = join(call, layer, reads, state, None if gates is None else gates.beta)
+    reads, state, beta = join(call, index, reads, state, None if gates is None else gates.beta)
     if first_run:
-        call.state.put(layer, state, in_place=call.in_place)
-        call.state.count(layer, skipped)
+        call.state.put(index, state, in_place=call.in_place)
+        call.state.count(index, skipped)
         if gates is not None:
-            call.gates[layer] = gates._replace(beta=beta)
+            call.gates[index] = gates._replace(beta=beta)
     return reads

@@ -40,7 +40,7 @@ class LayerWeights:
         first_memory_row: where the memory's rows begin.
         heads: of q, k and v.
         shape: the attention's data.
-        prepared: where a backend keeps what it has made of the layer's Steering.
+        kept: where a backend keeps what it has made of the layer's weights.
     """
 
     def __init__(self):
@@ -52,7 +52,7 @@ class LayerWeights:
         self.first_memory_row = 0
         self.heads: tuple[int, ...] = (0, 0, 0)
         self.shape: LlamaShape | None = None
-        self.prepared: dict = {}
+        self.kept: dict = {}
         self._layouts: dict[int, HeadLayout] = {}
         self._steering: Steering | None = None
         # What was found where when the path was chosen: dictionaries, keys, objects; the types of attention and parts.
@@ -78,7 +78,7 @@ class LayerWeights:
     def __reduce_ex__(self, protocol):
         refuse_pickling()
 
-    def refresh(self, attention: nn.Module, memory: DeltaMemory, trusted: bool = True) -> None:
+    def refresh(self, attention: nn.Module, layer: DeltaMemory, trusted: bool = True) -> None:
         """Choose the path again and pack the weights for it.
 
         Args:
@@ -90,9 +90,9 @@ class LayerWeights:
             self.unpack()
             return
         with self._lock:
-            reason = why_generic(attention, memory, hooks=False)  # they come and go; ``applies`` looks
-            rows = [memory._parameters.get(name) for name in memory.row_names]
-            gates = [memory._parameters.get(name) for name in memory.gate_bias_names]
+            reason = why_generic(attention, layer, hooks=False)  # they come and go; ``applies`` looks
+            rows = [layer._parameters.get(name) for name in layer.row_names]
+            gates = [layer._parameters.get(name) for name in layer.gate_bias_names]
             bias, first = None, 0
             if not reason:
                 projections = [attention._modules[name] for name in PROJECTIONS[:3]]
@@ -102,7 +102,7 @@ class LayerWeights:
                 self.heads = tuple(projection.out_features // attention.head_dim for projection in projections)
                 if any(b is not None for b in biases):
                     bias = [p.out_features if b is None else b for p, b in zip(projections, biases)]
-                    bias.append(memory.rule.width)
+                    bias.append(layer.rule.width)
             used = [part for part in (*rows, *gates, *(bias or ())) if not isinstance(part, int)]
             if trusted:  # also what is not packed now: the reason may go
                 own = [
@@ -111,7 +111,7 @@ class LayerWeights:
                 self.know(part for part in (*used, *own) if part is not None)
             elif not all(any(part is known() for known in self._known) for part in used):
                 reason = reason or "a weight was replaced after patching"
-                rows, first, bias = rows[-len(memory.row_names) :], 0, None
+                rows, first, bias = rows[-len(layer.row_names) :], 0, None
                 if not all(any(part is known() for known in self._known) for part in (*rows, *gates)):
                     rows = gates = None
             ours = self.ours()
@@ -122,8 +122,8 @@ class LayerWeights:
             self.bias = _packed(self.bias, bias)
             self.gate_bias = _packed(self.gate_bias, gates)
             self.shape = shape_of(attention)
-            self._layouts, self._steering, self.prepared = {}, None, {}
-            self._remember(attention, memory)
+            self._layouts, self._steering, self.kept = {}, None, {}
+            self._remember(attention, layer)
 
     def let_go(self) -> list[nn.Parameter]:
         """Drop the weak references to parameters, which are returned: PyTorch swaps no tensor that has one.
@@ -144,7 +144,7 @@ class LayerWeights:
         packs = [packed for packed in (self.rows, self.bias, self.gate_bias) if packed is not None]
         return {id(parameter) for packed in packs for parameter in packed.in_place()}
 
-    def _remember(self, attention: nn.Module, memory: DeltaMemory) -> None:
+    def _remember(self, attention: nn.Module, layer: DeltaMemory) -> None:
         places = [(attention._modules, name, attention._modules.get(name)) for name in parts_of(attention)]
         self._parts = tuple(part for _, _, part in places if part is not None)
         self._typed = (*self._parts, attention)
@@ -153,7 +153,7 @@ class LayerWeights:
             attributes = vars(part)
             places += [(part._parameters, name, part._parameters.get(name)) for name in ("weight", "bias")]
             places += [(attributes, n, attributes.get(n)) for n in ("_forward_hooks", "_forward_pre_hooks", "forward")]
-        places += [(memory._parameters, name, parameter) for name, parameter in memory._parameters.items()]
+        places += [(layer._parameters, name, parameter) for name, parameter in layer._parameters.items()]
         norms = [part for part in self._parts if "variance_epsilon" in vars(part)]
         places += [(vars(norm), "variance_epsilon", norm.variance_epsilon) for norm in norms]
         places += [(vars(attention), "head_dim", vars(attention).get("head_dim"))]
@@ -210,7 +210,7 @@ class LayerWeights:
             found = self._layouts[rotary] = HeadLayout(*self.heads, head_dim, rotary)
         return found
 
-    def usable(self, attention: nn.Module, memory: DeltaMemory, call: MemoryCall | None = None) -> bool:
+    def usable(self, attention: nn.Module, layer: DeltaMemory, call: MemoryCall | None = None) -> bool:
         """Whether the packed rows may stand for the parameters in this call; looks at what has moved."""
         if torch.is_grad_enabled() or self.plain:
             return False
@@ -223,7 +223,7 @@ class LayerWeights:
                 if getattr(owner, name) is not known:
                     return False
         elif not self.is_current(call):
-            self.refresh(attention, memory, trusted=False)
+            self.refresh(attention, layer, trusted=False)
         return self.rows is not None
 
     def applies(self, hidden_states: torch.Tensor) -> bool:
@@ -232,11 +232,11 @@ class LayerWeights:
             return False
         return not (any(self._hooks) or _modules._global_forward_hooks or _modules._global_forward_pre_hooks)
 
-    def steering(self, attention: nn.Module, memory: DeltaMemory) -> Steering:
+    def steering(self, attention: nn.Module, layer: DeltaMemory) -> Steering:
         """What the memory's layer adds to its heads, as the kernels take it."""
         found = self._steering
         if found is None:
-            found = self._steering = _steering_of(memory, attention, self.shape.norms)
+            found = self._steering = _steering_of(layer, attention, self.shape.norms)
         return found
 
 
@@ -255,9 +255,9 @@ def _ids(parts: list) -> list[int]:
     return [id(part) for part in parts if not isinstance(part, int)]
 
 
-def _steering_of(memory: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
+def _steering_of(layer: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
     """What the memory's layer adds to its heads, as the kernels take it."""
-    parameters, config = memory._parameters, memory.config
+    parameters, config = layer._parameters, layer.config
     heads = config.delta_heads
     q_norm = attention._modules["q_norm"] if norms else None
     return Steering(

@@ -78,10 +78,10 @@ def _half_lines(figures) -> list[str]:
 
 
 def _revise_lines(figures) -> list[str]:
-    columns = {"revised": "the new value", "stale": "the old value", "kept": "the other facts"}
-    rows = [("", *columns.values())]
+    titles = {"revised": "the new value", "stale": "the old value", "kept": "the other facts"}
+    rows = [("", *titles.values())]
     for name, shares in figures["revise"].items():
-        rows.append((f"memory, {name}", *(f"{100 * shares[column]:.1f}" for column in columns)))
+        rows.append((f"memory, {name}", *(f"{100 * shares[column]:.1f}" for column in titles)))
     return columns(rows)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..display import counted
 from . import world
 from .measure import Episode, draw_episode, recall
 from .revision import Revision, draw_revision, revise
@@ -73,7 +74,7 @@ def measure_empty(model: nn.Module, tokenizer, plan: Plan, say: Say) -> Shares:
 def _measure(model, tokenizer, plan: Plan, counts, condition: str, name: str, say: Say) -> Shares:
     shares = {}
     for count in counts:
-        say(f"{name}, {count} fact{'s' * (count > 1)}")
+        say(f"{name}, {counted(count, 'fact')}")
         shares[str(count)] = recall(model, tokenizer, plan.episodes[count], condition)
     return shares
 

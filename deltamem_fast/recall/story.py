@@ -7,6 +7,7 @@ from random import Random
 
 from torch import nn
 
+from ..display import counted
 from ..inspection.pictures import Snapshot, snapshot
 from ..memory.state import MemoryState
 from . import world
@@ -48,7 +49,7 @@ def tell_facts(model: nn.Module, tokenizer, story: Story) -> tuple[MemoryState, 
     snapshots = [snapshot(memory, "empty")]
     for count, fact in enumerate(story.facts, start=1):
         tell(model, tokenizer, [[user(fact.statement())]], memory)
-        snapshots.append(snapshot(memory, f"{count} fact{'s' * (count > 1)}"))
+        snapshots.append(snapshot(memory, f"{counted(count, 'fact')}"))
     return memory, snapshots
 
 

@@ -294,15 +294,7 @@ class MemorySession:
 
     def anew(self) -> MemorySession:
         """A new session of the same settings, with an empty memory; it may replace the files that this one may."""
-        new: MemorySession = MemorySession(
-            self.model,
-            self.tokenizer,
-            system=self.system,
-            context_turns=self.limits.turns,
-            context_tokens=self.limits.tokens,
-            template=self.template,
-            generation=self.generation,
-        )
+        new: MemorySession = MemorySession(self.model, self.tokenizer, **self._settings())
         new._remembers, new._known = self._remembers, self._known
         return new
 
@@ -388,14 +380,17 @@ class MemorySession:
             )  # fmt: skip
 
     def _content(self) -> saving.Content:
-        settings = {
+        return saving.Content(self._now, self._settings(), self._remembers)
+
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that make such a session."""
+        return {
             "system": self.system,
             "context_turns": self.limits.turns,
             "context_tokens": self.limits.tokens,
             "template": self.template,
             "generation": self.generation,
         }
-        return saving.Content(self._now, settings, self._remembers)
 
     @classmethod
     def load(

@@ -1,1 +1,1 @@
-"""Files that outlive the process. Nothing in here needs torch, so whatever only stores starts in milliseconds."""
+"""Files that outlive the process. Nothing but ``tensors`` needs torch: what only stores starts in milliseconds."""

@@ -21,7 +21,7 @@ from .rule import DeltaRule, ScanOutput
 
 BACKENDS = ("auto", "triton", "numba", "reference")
 logger = logging.getLogger("deltamem_fast")
-_loaded: dict[tuple[str, str], ModuleType] = {}
+loaded: dict[tuple[str, str], ModuleType] = {}
 _said: set[str] = set()
 
 
@@ -66,8 +66,10 @@ class Operators(Protocol):
         packed: Tensor, gate_bias: Tensor, state: Tensor, rule: DeltaRule, layout: HeadLayout, steering: Steering,
         cos: Tensor | None = None, sin: Tensor | None = None, *,
         mask: Tensor | None = None, slots: Tensor | None = None, skipped: Tensor | None = None,
-        frozen: bool = False, check: bool = True,
+        frozen: bool = False, check: bool = True, workspace: object = None,
     ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+
+    def workspace(kept: dict, counter: Tensor | None) -> object: ...
 
 
 @functools.cache
@@ -163,7 +165,7 @@ def _load(name: str) -> ModuleType:
 def operations(backend: str, device: torch.device) -> Operators:
     """The module whose operators run for ``backend`` on ``device``; errors as in ``resolve_backend``."""
     # A plain dict: the compiler traces the lookup, where it would warn of a cached function.
-    module = _loaded.get((backend, device.type))
+    module = loaded.get((backend, device.type))
     if module is None:
-        module = _loaded[backend, device.type] = _load(resolve_backend(backend, device.type))
+        module = loaded[backend, device.type] = _load(resolve_backend(backend, device.type))
     return module

@@ -24,11 +24,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import constexpr
 
 from .layout import HeadLayout, Steering
 from .rule import DeltaRule
 from .triton import launch as _launch
-from .triton.heads import decode_, steer_heads_
+from .triton.decode import decode_
+from .triton.heads import steer_heads_
 from .triton.read import read
 from .triton.read_backward import read_backward
 from .triton.scan import choose_chunk, depth, scan
@@ -203,7 +205,7 @@ def head_launches(case: Case, rule: DeltaRule) -> None:
     for parts in case.parts:
         decode_(
             half(few, width), bias, state, rule, layout, steering, turn, turn,
-            arrived=count(few), skipped=count(few) if case.mask else None, parts=parts, **given,
+            workspace=count(few), skipped=count(few) if case.mask else None, parts=parts, **given,
         )  # fmt: skip
     if case.mask and None in case.parts:
         decode_(half(few, width), bias, state, rule, layout, steering, turn, turn, frozen=True, **given)
@@ -211,22 +213,31 @@ def head_launches(case: Case, rule: DeltaRule) -> None:
 
 def source(kernel, arguments: dict) -> ASTSource:
     """A launch's arguments as Triton's run time would specialise them."""
-    signature, constants, attributes = {}, {}, {}
-    for parameter in kernel.params:
-        name, value, key = parameter.name, arguments[parameter.name], (parameter.num,)
-        fixed = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and fixed):
-            signature[name], constants[key] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
+    constants, attributes = {}, {}
+
+    def kind(value, key: tuple[int, ...], is_constexpr: bool, fixed: bool):
+        """The type of the argument at a place, or the types of a tuple's fields."""
+        if isinstance(value, tuple):
+            return type(value)(*(kind(v, (*key, n), isinstance(v, constexpr), fixed) for n, v in enumerate(value)))
+        if is_constexpr or value is None or (isinstance(value, int) and value == 1 and fixed):
+            constants[key] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attributes[key] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and fixed:
-                attributes[key] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and fixed:
+            attributes[key] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {
+        parameter.name: kind(
+            arguments[parameter.name], (parameter.num,), parameter.is_constexpr, not parameter.do_not_specialize
+        )
+        for parameter in kernel.params
+    }
     return ASTSource(kernel, signature, constants, attributes)
 
 

@@ -436,7 +436,7 @@ def test_the_page_is_checked(whole, tmp_path, monkeypatch, capsys):
 def test_the_tables_show_figures_and_what_is_missing(whole):
     pages = report("pages")
     one(whole.rows, "facts/tsw-r8", facts=8).values |= {"share": 0.875, "error": 0.0125}
-    text = pages.recall(pages.Found(recall=whole))
+    text = pages.recall(report("found").Found(recall=whole))
     line = next(line for line in text.splitlines() if line.startswith("| tsw-r8 |"))
     assert line.split(" | ")[4] == "87.5 ± 1.2"
     assert "a guess: code 2.0%, place 3.3%" in text and "1.0 M parameters" in text
@@ -496,8 +496,8 @@ def test_pictures(whole, tmp_path):
             row.status, row.values = "measured", {"share": 0.5, "error": 0.1}
         elif row.name == "half/tsw-r8":
             row.values |= {"ratio": 1.5, "ratio_error": 0.1}
-    found = report("pages").Found(recall=whole)
-    written = plots.draw(found, tmp_path / "a")
+    found = report("found").Found
+    written = plots.draw(found(recall=whole, pictures=tmp_path / "a"))
     assert [path.name for path in written] == [f"{name}.png" for name in plots.RECALL]
     assert all(path.read_bytes().startswith(b"\x89PNG") and 2_000 < path.stat().st_size < 100_000 for path in written)
-    assert plots.draw(report("pages").Found(recall=type(whole)(whole.head, [])), tmp_path / "none") == []
+    assert plots.draw(found(recall=type(whole)(whole.head, []), pictures=tmp_path / "none")) == []

@@ -12,7 +12,7 @@ from deltamem_fast.chat.loop import interrupt_once, interrupts, whole_lines
 from deltamem_fast.chat.options import OPTIONS, generation_with, read_option
 from deltamem_fast.chat.prompt import CommandCompleter, PrivateHistory, history_path, make_private
 from deltamem_fast.chat.screens import Wrap
-from deltamem_fast.display import counted, harmless, in_bytes, shortened
+from deltamem_fast.display import columns, counted, harmless, in_bytes, shortened
 
 
 def test_where_the_history_lies(monkeypatch, tmp_path):
@@ -165,3 +165,5 @@ def test_wording():
     ]  # fmt: skip
     assert counted(1, "turn") == "1 turn" and counted(1200, "turn") == "1,200 turns"
     assert shortened("a  b\nc") == "a b c" and shortened("abcdef", 4) == "abc…"
+    assert columns([("", "one"), ("a name", "10")]) == ["        one", "a name   10"]
+    assert columns([("torch", "2.9"), ("é", "no text ")], (0, 1)) == ["torch  2.9", "é      no text"]

@@ -1,10 +1,12 @@
 """The two screens: what stands where, thinking dimmed and no part of the message, Markdown, control characters."""
 
+import functools
 import io
 
 import pytest
 from chat_support import have, recall_chat, tiny_chat
 from rich.console import Console
+from rich.live import Live
 
 from deltamem_fast.chat.commands import take_line
 from deltamem_fast.chat.screens import PlainScreen
@@ -42,6 +44,8 @@ def test_an_answer_that_is_nothing_but_thinking(monkeypatch):
 
 
 def test_markdown_is_rendered_once_at_the_end(monkeypatch):
+    # No clock draws what has come so far: on a slow machine that may be half a mark.
+    monkeypatch.setattr("deltamem_fast.chat.terminal.Live", functools.partial(Live, auto_refresh=False))
     screen, file = terminal(monkeypatch, markdown=True)
     assert take_line(tiny_chat(screen, THOUGHT), "Where did Ada go?")
     written = file.getvalue()

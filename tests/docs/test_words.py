@@ -71,9 +71,11 @@ def where_now(name: str) -> list[str]:
 
 
 def paths_in(page) -> list[tuple[str, str]]:
-    """Paths that begin with a folder of the repository, in backticks: (path, function or "")."""
-    names = re.findall(rf"`((?:{'|'.join(CODE)})/[\w./-]*?)(?::([A-Za-z_][\w.]*))?`", prose(page))
-    return [(path.rstrip("/"), name) for path, name in names]
+    """Paths that begin with a folder of the repository, in backticks or Python files: (path, function or "")."""
+    folders = "|".join(CODE)
+    quoted = re.findall(rf"`((?:{folders})/[\w./-]*?)(?::([A-Za-z_][\w.]*))?`", prose(page))
+    plain = re.findall(rf"(?<![\w`/.])((?:{folders})/[\w./-]*\.py)\b", prose(page))
+    return [(path.rstrip("/"), name) for path, name in [*quoted, *((path, "") for path in plain)]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -88,6 +90,13 @@ def test_files_and_functions_that_a_page_names_are_there(page):
     assert not missing, "\n".join(missing)
 
 
+def test_kernels_that_a_page_names_are_there():
+    folder = ROOT / "kernels/deltamem_kernels/triton"
+    kernels = {name for path in folder.glob("*.py") for name in defined_in(path) if name.endswith("_kernel")}
+    named = {name for page in PAGES for name in re.findall(r"`(?:\w+/)*(\w+_kernel)`", prose(page))}
+    assert len(named) >= 15 and named <= kernels, named - kernels
+
+
 def test_architecture_names_the_way_of_a_token():
     named = {name for _, name in paths_in(ROOT / "docs/architecture.md") if name}
     wanted = {"patch_model", "begin", "attention_forward", "advance", "operations", "split_projections", "launch"}
@@ -95,8 +104,8 @@ def test_architecture_names_the_way_of_a_token():
 
 
 def test_architecture_shows_the_contracts_that_the_linter_checks():
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
-    layers = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = [contract["layers"] for contract in linter["contracts"] if contract["type"] == "layers"]
     text = " ".join((ROOT / "docs/architecture.md").read_text(encoding="utf-8").split())
     assert layers
     for order in layers:

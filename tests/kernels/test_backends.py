@@ -26,7 +26,7 @@ def undecided(monkeypatch):
     for name in NUMBA_MODULES:
         monkeypatch.delitem(sys.modules, f"deltamem_kernels.numba.{name}", raising=False)
         monkeypatch.delattr(deltamem_kernels.numba, name, raising=False)
-    monkeypatch.setattr(backends, "_loaded", {})
+    monkeypatch.setattr(backends, "loaded", {})
     monkeypatch.setattr(backends, "_said", set())
     why_unusable.cache_clear()
     yield monkeypatch
@@ -54,7 +54,7 @@ def test_every_backend_has_the_operators(backend):
     contract = {
         name: method for name, method in vars(Operators).items() if inspect.isfunction(method) and name[0] != "_"
     }
-    assert set(contract) == {"scan", "step", "read", "steer", "delta", "steer_heads_", "decode_"}
+    assert set(contract) == {"scan", "step", "read", "steer", "delta", "steer_heads_", "decode_", "workspace"}
     for name, method in contract.items():
         wanted = inspect.signature(method).parameters
         found = inspect.signature(getattr(ops, name)).parameters

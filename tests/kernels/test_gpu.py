@@ -367,23 +367,23 @@ def test_many_decodes(heads, rule, batch, parts):
 
 def test_decode_in_a_cuda_graph(properties, heads):
     from deltamem_kernels.layout import HeadLayout
-    from deltamem_kernels.triton.heads import decode_
+    from deltamem_kernels.triton.decode import decode_
 
     rule, layout = RULES["released"], HeadLayout(*QWEN)
     (packed, bias, state), turn, _ = decode_problem(properties, heads, rule, layout, 2, torch.bfloat16)
     steering = heads.random_steering(layout, 8, "qo", outputs=2560, dtype=torch.bfloat16, device=DEVICE)
     arrived = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     row, eager, captured = packed.clone(), state.clone(), state.clone()
-    decode_(row.clone(), bias, state.clone(), rule, layout, steering, *turn, arrived=arrived)
+    decode_(row.clone(), bias, state.clone(), rule, layout, steering, *turn, workspace=arrived)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        reads, delta = decode_(row, bias, captured, rule, layout, steering, *turn, arrived=arrived)
+        reads, delta = decode_(row, bias, captured, rule, layout, steering, *turn, workspace=arrived)
     for seed in range(20):
         token = torch.randn(packed.shape, generator=torch.Generator().manual_seed(seed)).to(packed)
         row.copy_(token)
         graph.replay()
         there = token.clone()
-        expected = decode_(there, bias, eager, rule, layout, steering, *turn, arrived=arrived)
+        expected = decode_(there, bias, eager, rule, layout, steering, *turn, workspace=arrived)
         assert torch.equal(reads, expected[0]) and torch.equal(delta, expected[1]) and torch.equal(eager, captured)
         assert torch.equal(row, there)
     assert not arrived.any()
@@ -400,7 +400,7 @@ def test_heads_compile(properties, heads, frozen):
     arrived = torch.zeros(3, dtype=torch.int32, device=DEVICE)
 
     def both(packed, state):
-        given = {"mask": mask, "arrived": arrived, "frozen": frozen}
+        given = {"mask": mask, "workspace": arrived, "frozen": frozen}
         reads, delta = ops.decode_(packed, bias, state, rule, layout, steering, *turn, **given)
         ops.steer_heads_(packed[:, None], reads[:, None], layout, steering, *turn)
         return reads, delta

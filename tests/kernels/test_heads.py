@@ -108,7 +108,7 @@ def test_decode(rule, layout, which, normed, raws, batch, masked, slotted, froze
         for _ in range(2 if frozen else 1):  # the second time with what was prepared in the first
             row, own = packed.clone(), state.clone()
             ours, addend = numba_heads.decode_(
-                row, bias, own, rule, layout, steering, *tables, skipped=count, prepared=prepared, **options
+                row, bias, own, rule, layout, steering, *tables, skipped=count, workspace=prepared, **options
             )  # fmt: skip
             assert_close(ours, reads)
             assert_close(own, exact_state)
@@ -144,7 +144,7 @@ def test_prefill(rule, layout, which, normed, raws, batch, length, masked, broke
     skipped, counted = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
     reads, delta = numba_heads.prefill_(
         rows, length, bias, state, rule, layout, steering, *tables, mask=mask, skipped=skipped, frozen=frozen,
-        prepared=None,
+        workspace=None,
     )  # fmt: skip
     for t in range(length):
         turn = [None if table is None else table[:, t : t + 1].contiguous() for table in tables]
@@ -194,7 +194,7 @@ def test_threads_change_no_bit(regions, batch, length, threads, heads):
         skipped = torch.zeros(batch, dtype=torch.int32)
         reads, delta = numba_heads.prefill_(
             rows, length, bias, state, rule, layout, steering, *tables, mask=mask, skipped=skipped, frozen=frozen,
-            prepared=None,
+            workspace=None,
         )  # fmt: skip
         steered = packed.clone()
         numba_heads.steer_heads_(steered, reads.view(batch, length, -1).nan_to_num(), layout, steering, *tables)
@@ -220,7 +220,7 @@ def test_a_part_that_failed_is_an_error(monkeypatch, regions):
     with pytest.raises(MemoryError, match="3 of 3 parts"):
         numba_heads.prefill_(
             packed[0], 100, torch.zeros(8), torch.zeros(1, 1, 8, 8), rule, layout, steering, *tables, mask=None,
-            skipped=torch.zeros(1, dtype=torch.int32), frozen=False, prepared=None,
+            skipped=torch.zeros(1, dtype=torch.int32), frozen=False, workspace=None,
         )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def test_without_openmp_there_is_one_thread(monkeypatch, regions):
 def test_prefill_leaves_what_it_cannot_take():
     rule, layout = DeltaRule(8), HeadLayout(2, 1, 1, 16, 16)
     packed, steering, *tables = problem(layout, 8, "qo", True, 0, (6,), 1, rule.width, 0)
-    tables, options = [torch.randn(1, 3, 16) for _ in tables], {"mask": None, "frozen": False, "prepared": None}
+    tables, options = [torch.randn(1, 3, 16) for _ in tables], {"mask": None, "frozen": False, "workspace": None}
     state, skipped = torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.int32)
     for rows, own, count in (
         (packed.bfloat16(), state, skipped),
@@ -280,7 +280,7 @@ def test_what_is_prepared_follows_the_weights():
     def run(prepared):
         rows = packed.clone()
         _, delta = numba_heads.decode_(
-            rows, bias, state.clone(), rule, layout, steering, *tables, prepared=prepared
+            rows, bias, state.clone(), rule, layout, steering, *tables, workspace=prepared
         )  # fmt: skip
         return rows, delta
 

@@ -1,22 +1,22 @@
 """The second launch of a decoded token goes past Triton's binder: same arguments, in the kernel's order."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-heads = pytest.importorskip("deltamem_kernels.triton.heads", reason="needs Triton")
+triton = pytest.importorskip("triton", reason="needs Triton")
 from deltamem_kernels.layout import HeadLayout, Steering  # noqa: E402
 from deltamem_kernels.rule import DeltaRule  # noqa: E402
+from deltamem_kernels.triton import decode as heads  # noqa: E402
+from deltamem_kernels.triton import launch as launching  # noqa: E402
 
 
-class Compiled:
-    """Stands in for a compiled kernel: takes down what it is launched with."""
+class Launches:
+    """Stands in for a kernel that has been launched: takes down what it is launched with again."""
 
     def __init__(self):
         self.grids, self.calls = [], []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return lambda *values: self.calls.append(values)
 
 
 @pytest.fixture
@@ -25,10 +25,15 @@ def launches(monkeypatch):
     found = []
 
     def launch(kernel, programs, tensor, *, num_warps, registers, **arguments):
-        found.append((programs, arguments, Compiled()))
+        found.append((programs, arguments, Launches()))
         return found[-1][2]
 
+    def launch_again(launched, programs, tensor, values):
+        launched.grids.append(programs)
+        launched.calls.append(values)
+
     monkeypatch.setattr(heads, "launch", launch)
+    monkeypatch.setattr(heads, "launch_again", launch_again)
     return found
 
 
@@ -43,29 +48,48 @@ def decode(batch=2, dtype=torch.bfloat16, shift=0, scale=2.0, q_rows=32, **optio
         "skipped": torch.zeros(batch, dtype=torch.int32), "arrived": torch.zeros(batch, dtype=torch.int32),
     }  # fmt: skip
     found = heads.decode_(given["packed"], given["gate_bias"], given["state"], rule, layout, steering, cos, cos,
-                          skipped=given["skipped"], arrived=given["arrived"], check=False, **options)  # fmt: skip
+                          skipped=given["skipped"], workspace=given["arrived"], check=False, **options)  # fmt: skip
     return given | {"cos": cos, "steering": steering, "reads": found[0], "addend": found[1]}
+
+
+def by_field(kinds, values):
+    """Arguments in tuples → one by one, by the names of the argument and of its field."""
+    return {
+        f"{name}.{field}": part
+        for (name, kind), value in zip(kinds.items(), values, strict=True)
+        for field, part in zip(kind._fields, value, strict=True)
+    }
 
 
 def test_the_second_launch_is_the_first_with_other_tensors(launches):
     decode()
     given = decode()
-    ((programs, first, compiled),) = launches
-    assert compiled.grids == [(programs, 1, 1)] and len(compiled.calls) == 1
-    names = [parameter.name for parameter in heads.decode_kernel.params]
-    second = dict(zip(names, compiled.calls[0], strict=True))
+    ((programs, arguments, again),) = launches
+    assert again.grids == [programs] and len(again.calls) == 1
+    kinds = {name: type(value) for name, value in arguments.items()}
+    parameters = getattr(heads.decode_kernel, "params", None)
+    assert list(kinds) == [p.name for p in parameters] if parameters else True
+    first, second = by_field(kinds, arguments.values()), by_field(kinds, again.calls[0])
     assert second.keys() == first.keys()
     tensors = {name for name, value in first.items() if isinstance(value, torch.Tensor)}
-    assert all(second[name] == first[name] for name in names if name not in tensors)
+    assert all(second[name] is first[name] for name in first if name not in tensors)
     expected = {
-        "x_ptr": given["packed"], "s_ptr": given["state"], "bias_ptr": given["gate_bias"], "cos_ptr": given["cos"],
-        "sin_ptr": given["cos"], "skipped_ptr": given["skipped"], "arrived_ptr": given["arrived"],
-        "q_ptr": given["steering"].q, "o_ptr": given["steering"].o, "delta_ptr": given["addend"],
+        "rows.x_ptr": given["packed"], "memory.s_ptr": given["state"], "memory.bias_ptr": given["gate_bias"],
+        "turn.cos_ptr": given["cos"], "turn.sin_ptr": given["cos"], "memory.skipped_ptr": given["skipped"],
+        "rows.arrived_ptr": given["arrived"], "q.w_ptr": given["steering"].q, "o.w_ptr": given["steering"].o,
+        "o.delta_ptr": given["addend"],
     }  # fmt: skip
     assert all(second[name] is tensor for name, tensor in expected.items())
-    assert tensors == expected.keys() | {"m_ptr", "reads_ptr"}
-    assert second["reads_ptr"].data_ptr() == given["reads"].data_ptr()
-    assert second["m_ptr"].data_ptr() == given["packed"][:, 64:].data_ptr()
+    assert tensors == expected.keys() | {"memory.m_ptr", "rows.reads_ptr"}
+    assert second["rows.reads_ptr"].data_ptr() == given["reads"].data_ptr()
+    assert second["memory.m_ptr"].data_ptr() == given["packed"][:, 64:].data_ptr()
+
+
+def test_each_argument_has_its_tensors_first():
+    """``_Plan`` adds them in front of what does not change."""
+    for kind in heads._Plan.KINDS.values():
+        tensors = [field.endswith("_ptr") for field in kind._fields]
+        assert tensors == sorted(tensors, reverse=True), kind
 
 
 @pytest.mark.parametrize(
@@ -77,7 +101,7 @@ def test_the_second_launch_is_the_first_with_other_tensors(launches):
 def test_what_differs_is_launched_anew(launches, other):
     decode()
     decode(**other)
-    assert len(launches) == 2 and not any(compiled.calls for _, _, compiled in launches)
+    assert len(launches) == 2 and not any(again.calls for _, _, again in launches)
     decode(**other)
     assert len(launches) == 2 and len(launches[1][2].calls) == 1
 
@@ -107,3 +131,158 @@ def test_fusion_is_not_left_to_the_compiler(monkeypatch):
     decode()
     ((_, _, options),) = found
     assert options["enable_fp_fusion"] is False
+
+
+class Compiled:
+    """What Triton makes of a kernel, as its launches from 3.6 to 3.9 use it; takes down what its launcher is given."""
+
+    function, packed_metadata = 7, (1, 2)
+
+    def __init__(self):
+        self.given = []
+        self._run = lambda *given: self.given.append(given)
+
+    @property
+    def run(self):
+        return self._run
+
+
+class Kernel:
+    """A kernel that has been compiled, as Triton launches it."""
+
+    def __init__(self, compiled, hand=lambda given: given):
+        self.compiled, self.hand, self.plain = compiled, hand, []
+
+    def __getitem__(self, grid):
+        def launch(*values, **options):
+            self.plain.append((values, options))
+            runtime = triton.knobs.runtime
+            hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+            compiled = self.compiled
+            given = (*grid, 1, 1, 3, compiled.function, compiled.packed_metadata, {"name": "kernel"}, *hooks, *values)
+            compiled.run(*self.hand(given))
+
+        return launch
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A driver whose stream is 3, and a process that has not launched yet."""
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 3)
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    monkeypatch.setattr(launching, "_launchers_known", {})
+
+
+OPTIONS = {"num_warps": 1}
+KINDS = (heads.Rows, int)
+
+
+def again(kernel, number=5):
+    """One more launch → its arguments."""
+    values = [(torch.zeros(1), torch.zeros(1), None, number, 64), 8]
+    launched = launching.Launched(kernel, kernel.compiled, KINDS, OPTIONS)
+    launching.launch_again(launched, 2, torch.zeros(1), values)
+    return values
+
+
+def handed(compiled):
+    """What the last launch gave the launcher: the grid, stream, function and metadata, and the arguments."""
+    return compiled.given[-1][:6], compiled.given[-1][9:]
+
+
+def assert_launched(kernel, values, plain):
+    """That there was one launch more, the right one, made by Triton (``plain``) or past it."""
+    fixed, given = handed(kernel.compiled)
+    assert fixed == (2, 1, 1, 3, 7, (1, 2))
+    assert len(given) == 2 and given[1] == 8
+    assert all(a is b for a, b in zip(given[0], values[0], strict=True))
+    assert isinstance(given[0], heads.Rows) == plain  # Triton's binder wants the named ones
+
+
+def test_a_known_launcher_is_handed_the_arguments(device):
+    kernel = Kernel(Compiled())
+    run = kernel.compiled._run
+    for turn in range(3):
+        values = again(kernel, number=turn)
+        assert_launched(kernel, values, plain=turn == 0)
+        assert len(kernel.compiled.given) == turn + 1 and kernel.compiled._run is run
+    assert len(kernel.plain) == 1 and kernel.plain[0][1] == OPTIONS
+    assert launching._launchers_known == {triton.__version__: True}
+    other = Kernel(Compiled())  # it is asked once, not once a kernel
+    assert_launched(other, again(other), plain=False)
+    assert not other.plain
+
+
+@pytest.mark.parametrize(
+    "hand",
+    (lambda given: (*given[:9], "new", *given[9:]), lambda given: (*given[:3], given[4], given[3], *given[5:]),
+     lambda given: (*given[:9], *given[9], *given[10:]), lambda given: (*given[:-1], 9)),
+    ids=("one more", "another order", "tuples taken apart", "another number"),
+)  # fmt: skip
+def test_a_changed_launcher_is_left_to_triton(device, hand):
+    kernel = Kernel(Compiled(), hand)
+    for turn in range(3):
+        values = again(kernel, number=turn)
+        assert len(kernel.plain) == len(kernel.compiled.given) == turn + 1
+        named, number = kernel.plain[-1][0]
+        assert isinstance(named, heads.Rows) and number == 8
+        assert all(a is b for a, b in zip(named, values[0], strict=True))
+    assert launching._launchers_known == {triton.__version__: False}
+
+
+def test_what_compiles_to_another_thing_is_left_to_triton(device):
+    """A launcher that is found elsewhere, or a launch that is of another kernel: each token is written once."""
+
+    class Elsewhere:
+        function, packed_metadata = 7, (1, 2)
+
+        def __init__(self):
+            self.given = []
+
+        def run(self, *given):
+            self.given.append(given)
+
+    kernel = Kernel(Elsewhere())
+    for turn in range(3):
+        again(kernel)
+        assert len(kernel.plain) == len(kernel.compiled.given) == turn + 1
+    launching._launchers_known.clear()
+    kernel, other = Kernel(Compiled()), Compiled()
+    launched = launching.Launched(kernel, other, KINDS, OPTIONS)
+    for turn in range(3):
+        launching.launch_again(launched, 2, torch.zeros(1), [(None, None, None, 1, 2), 8])
+        assert len(kernel.plain) == len(kernel.compiled.given) == turn + 1 and not other.given
+
+
+def test_another_version_is_asked_anew(device, monkeypatch):
+    kernel = Kernel(Compiled())
+    again(kernel), again(kernel)
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    again(kernel)
+    assert len(kernel.plain) == 2 and launching._launchers_known["4.0.0"] is True
+
+
+def test_who_hooks_onto_launches_sees_them(device):
+    kernel, seen = Kernel(Compiled()), []
+    again(kernel), again(kernel)
+    assert len(kernel.plain) == 1
+    hook = triton.knobs.runtime.launch_enter_hook
+    hook.add(seen.append)
+    try:
+        assert_launched(kernel, again(kernel), plain=True)
+    finally:
+        hook.remove(seen.append)
+    assert len(kernel.plain) == 2
+    assert_launched(kernel, again(kernel), plain=False)
+
+
+def test_a_launch_that_fails_leaves_the_launcher(device):
+    compiled = Compiled()
+
+    def run(*given):
+        raise RuntimeError("no device")
+
+    compiled._run = run
+    with pytest.raises(RuntimeError, match="no device"):
+        again(Kernel(compiled))
+    assert compiled._run is run and not launching._launchers_known

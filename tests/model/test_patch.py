@@ -403,7 +403,7 @@ def test_the_backend_is_said_once(caplog, monkeypatch):
     from deltamem_kernels import dispatch as backends
 
     monkeypatch.setattr(backends, "_said", set())
-    monkeypatch.setattr(backends, "_loaded", {})
+    monkeypatch.setattr(backends, "loaded", {})
     with caplog.at_level("INFO", logger="deltamem_fast"):
         patch_model(tiny_model())
         patch_model(tiny_model())

@@ -324,7 +324,8 @@ def _launches(stack: ExitStack) -> None:
     original = interpreter.GridExecutor.__call__
 
     def call(self, *args, **kwargs):
-        if any(isinstance(t, torch.Tensor) and not isinstance(t, CudaTensor) for t in (*args, *kwargs.values())):
+        given = tree_leaves((args, kwargs))
+        if any(isinstance(t, torch.Tensor) and not isinstance(t, CudaTensor) for t in given):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         args, kwargs = _plain(args), _plain(dict(kwargs))
         here.calls["launches"] += 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.speed import problems
-from deltamem_kernels.triton import heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
+from deltamem_kernels.triton import decode, heads, read, read_backward, scan, scan_backward, steer, steer_backward, step
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _with(options: dict[str, Any]) -> SimpleNamespace:
     """The launchers as ``problems.apply`` calls them, with further arguments."""
     return SimpleNamespace(
         scan=lambda *given: scan.scan(*given, **options), step=step.step, read=read.read, steer=steer.steer,
-        steer_heads_=heads.steer_heads_, decode_=lambda *given, **more: heads.decode_(*given, **more, **options),
+        steer_heads_=heads.steer_heads_, workspace=decode.workspace,
+        decode_=lambda *given, **more: decode.decode_(*given, **more, **options),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The packed row of the fast path on a CPU: ``steer_heads_`` and ``decode_`` with loops compiled by numba.
 
-float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatures as in ``reference_heads``.
+float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatures as in ``reference.heads``.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ class _Layer:
         return [tensor.data_ptr() for tensor in self.tensors] == self.addresses
 
 
-def _layer(rule, layout, steering: Steering, gate_bias: torch.Tensor, prepared: dict | None) -> _Layer:
-    found = None if prepared is None else prepared.get("numba")
+def _layer(rule, layout, steering: Steering, gate_bias: torch.Tensor, workspace: dict | None) -> _Layer:
+    found = None if workspace is None else workspace.get("numba")
     if found is None or not found.holds_for(rule, layout, gate_bias):
         found = _Layer(rule, layout, steering, gate_bias)
-        if prepared is not None and found.are_the_tensors():
-            prepared["numba"] = found
+        if workspace is not None and found.are_the_tensors():
+            workspace["numba"] = found
     return found
 
 
@@ -153,13 +153,13 @@ def _tables(cos: torch.Tensor | None, sin: torch.Tensor | None, length: int, rot
 
 
 def _steer_rows(
-    packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+    packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace
 ):  # fmt: skip
     """``steer_rows`` of packed rows [B · T, N] → the reads [B · T, H·r], and Δo [B · T, N_o].
 
     Δo is None without o's weight and for more than ``MOST_DELTAS`` rows.
     """
-    layer = _layer(rule, layout, steering, gate_bias, prepared)
+    layer = _layer(rule, layout, steering, gate_bias, workspace)
     count = packed.shape[0]
     reads, delta = packed.new_empty(count, layer.read_width), None
     slots_at = mask_at = delta_at = scratch_at = 0
@@ -251,11 +251,11 @@ def _(packed, gate_bias, state, skipped, rank, heads, update, row_gates, coupled
 
 
 def _run_decode(
-    packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared=None
+    packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace=None
 ):  # fmt: skip
     if _loops_take(packed, state, skipped):
         return _steer_rows(
-            packed, 1, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+            packed, 1, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace
         )  # fmt: skip
     return reference_heads.decode_(
         packed, gate_bias, state, rule, layout, steering, cos, sin,
@@ -273,7 +273,7 @@ def steer_heads_(
     *,
     check: bool = True,
 ) -> None:
-    """``reference_heads.steer_heads_`` on a CPU: same arguments, results and errors."""
+    """``reference.heads.steer_heads_`` on a CPU: same arguments, results and errors."""
     if check:
         check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
     if torch.compiler.is_compiling():
@@ -285,6 +285,11 @@ def steer_heads_(
         _steer_heads(packed, reads, layout, steering, cos, sin)
     else:
         reference_heads.steer_heads_(packed, reads, layout, steering, cos, sin)
+
+
+def workspace(kept: dict, counter: torch.Tensor | None) -> dict:
+    """``reference.heads.workspace``: where what is made of a layer's weights is kept, for the next token."""
+    return kept
 
 
 def decode_(
@@ -300,19 +305,18 @@ def decode_(
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     skipped: torch.Tensor | None = None,
-    arrived: torch.Tensor | None = None,
     frozen: bool = False,
     check: bool = True,
-    prepared: dict | None = None,
+    workspace: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``reference_heads.decode_`` on a CPU: same arguments, results and errors."""
+    """``reference.heads.decode_`` on a CPU: same arguments, results and errors."""
     if check:
         check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
         projections = packed[:, layout.width : layout.width + rule.width]
         check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
     if not torch.compiler.is_compiling():
         return _run_decode(
-            packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, prepared
+            packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen, workspace
         )  # fmt: skip
     if skipped is None:
         skipped = state.new_zeros(state.shape[0], dtype=torch.int32)
@@ -336,7 +340,7 @@ def prefill_(
     mask: torch.Tensor | None,
     skipped: torch.Tensor,
     frozen: bool,
-    prepared: dict | None,
+    workspace: dict | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """A prompt in one call: ``decode_`` for T tokens a row → its reads [B · T, H·r] and Δo, see ``_steer_rows``.
 
@@ -351,7 +355,7 @@ def prefill_(
     if torch.compiler.is_compiling() or not _loops_take(packed, state, skipped):
         return None
     return _steer_rows(
-        packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, None, skipped, frozen, prepared
+        packed, length, gate_bias, state, rule, layout, steering, cos, sin, mask, None, skipped, frozen, workspace
     )  # fmt: skip
 
 
@@ -364,7 +368,7 @@ def delta(
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """``reference_heads.delta``; float32 without a norm in one operation."""
+    """``reference.heads.delta``; float32 without a norm in one operation."""
     if norm_weight is not None or not reads.dtype == weight.dtype == dtype == torch.float32 or reads.ndim != 2:
         return reference_heads.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
     return reads.new_empty(reads.shape[0], weight.shape[0]).addmm_(reads, weight.t(), beta=0, alpha=scale)

@@ -1,6 +1,6 @@
 """The compiled operators in one namespace; see ``dispatch.Operators``. ``prefill_`` is this backend's alone."""
 
-from .heads import decode_, delta, prefill_, steer_heads_
+from .heads import decode_, delta, prefill_, steer_heads_, workspace
 from .recurrence import read, scan, steer, step
 
-__all__ = ["decode_", "delta", "prefill_", "read", "scan", "steer", "steer_heads_", "step"]
+__all__ = ["decode_", "delta", "prefill_", "read", "scan", "steer", "steer_heads_", "step", "workspace"]

@@ -148,7 +148,7 @@ def row_loop(rank: int):
         table, factors, packed, stride, batch, length, state, slots, mask, skipped, cos, sin, step, frozen, reads,
         delta, scratch, work,
     ):  # fmt: skip
-        """Read, write and steer B sequences of T packed rows: ``reference_heads.decode_`` for any T.
+        """Read, write and steer B sequences of T packed rows: ``reference.heads.decode_`` for any T.
 
         Args:
             table: int64, as ``TABLE``.

@@ -108,6 +108,16 @@ def delta(
     return found.to(dtype)
 
 
+def workspace(kept: dict, counter: torch.Tensor | None) -> object:
+    """What ``decode_`` and ``prefill_`` of this backend want from call to call; of no use to another. Here, nothing.
+
+    Args:
+        kept: empty at first; goes with the tensors of one ``steering`` and ``gate_bias``, and may be shared by threads.
+        counter: int32 [B] of zeros, on the state's device, or None; goes with one state.
+    """
+    return None
+
+
 def decode_(
     packed: torch.Tensor,
     gate_bias: torch.Tensor,
@@ -121,10 +131,9 @@ def decode_(
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     skipped: torch.Tensor | None = None,
-    arrived: torch.Tensor | None = None,
     frozen: bool = False,
     check: bool = True,
-    prepared: dict | None = None,
+    workspace: object = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One decoded token per row: read, write, and the heads corrected, normalised and rotated. Not differentiable.
 
@@ -134,11 +143,9 @@ def decode_(
         packed: [B, N], last stride 1: q, k, v (changed in place), then the memory's W projections, raw.
         gate_bias, state, rule, mask, slots, skipped: as in ``step``; state and skipped are changed in place.
         layout, steering, cos, sin: as in ``steer_heads_``; cos and sin [B or 1, 1, rotary].
-        arrived: int32 [B] of zeros or None; scratch of the Triton kernel, zero again afterwards.
         frozen: read only; state and skipped stay as they are.
         check: as in ``steer_heads_``.
-        prepared: where a backend may keep, from call to call, what it has made of ``steering`` and ``gate_bias``;
-            the caller's, one for each pair of them, or None.
+        workspace: what the backend's ``workspace`` has made, or None; only what it costs depends on it.
 
     Returns:
         reads, float32 [B, H·r], and Δo = scale · c · W_o reads in packed's dtype, [B, N_o], or None without ``o``.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..rule import DeltaRule
+
+Fields = TypeVar("Fields", bound=tuple)
 
 # A warp on AMD's data-centre cards is 64 threads wide. A program of the recurrence gives one thread one column.
 WARP = 64 if torch.version.hip else 32
@@ -56,7 +62,27 @@ def compiler_sees(tensors: tuple[torch.Tensor | None, ...]) -> tuple[bool, ...]:
     return seen + tuple([tensor is None or tensor.untyped_storage().nbytes() < 2**31 for tensor in tensors])
 
 
-def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, registers: int | None = None, **arguments):
+class Launched(NamedTuple):
+    """A kernel that has been launched, for ``launch_again``: what Triton compiled, and how it was asked to.
+
+    Attributes:
+        kinds: the types of the arguments, in the kernel's order; named tuples reach the short way as plain ones.
+    """
+
+    kernel: Any
+    compiled: Any
+    kinds: tuple[type, ...]
+    options: dict
+
+
+def fixed(kind: type[Fields], **values) -> Fields:
+    """A named tuple of a kernel's arguments, its fields in capitals wrapped, as Triton wants what it compiles in."""
+    return kind(**{name: tl.constexpr(value) if name.isupper() else value for name, value in values.items()})
+
+
+def launch(
+    kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, registers: int | None = None, **arguments
+) -> Launched | None:
     """Launch ``kernel`` with a one-dimensional grid on the device of ``tensor`` → what ``launch_again`` takes, or None.
 
     registers: how many a thread may have; None leaves it to ptxas, which sometimes spills a few so that more warps fit
@@ -74,17 +100,91 @@ def launch(kernel, programs: int, tensor: torch.Tensor, *, num_warps: int, regis
         return None
     with _on_device_of(tensor):
         compiled = kernel[(programs,)](**arguments, **options)
-    return None if interpreted() else compiled
+    if interpreted():
+        return None
+    kinds = tuple(type(arguments[parameter.name]) for parameter in kernel.params)
+    return Launched(kernel, compiled, kinds, options)
 
 
-def launch_again(compiled, programs: int, tensor: torch.Tensor, values: list) -> None:
-    """Launch what ``launch`` has compiled, its arguments in the kernel's order.
+def launch_again(launched: Launched, programs: int, tensor: torch.Tensor, values: Sequence) -> None:
+    """Launch what ``launch`` has launched, with other arguments, in the kernel's order; named tuples may be plain ones.
 
     For arguments of the same types, alignments and integers alone: nothing looks at them, which is what costs most of
-    the time of a launch with many.
+    the time of a launch with many. Once a process and version of Triton, Triton itself launches, and what
+    it hands to its launcher is compared with what would be handed over here. If that is another thing, or if somebody
+    has hooked onto launches, Triton launches, every time.
     """
     with _on_device_of(tensor):
-        compiled[(programs, 1, 1)](*values)
+        runtime = triton.knobs.runtime
+        if _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
+            _launch_plainly(launched, programs, values)
+            return
+        known = _launchers_known.get(triton.__version__)
+        if known is None:
+            _launch_and_compare(launched, programs, values)
+        elif known:
+            compiled = launched.compiled
+            active = triton.runtime.driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            compiled.run(
+                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
+            )  # fmt: skip
+        else:
+            _launch_plainly(launched, programs, values)
+
+
+# By Triton's version: whether its launcher is handed what ``launch_again`` hands to it.
+_launchers_known: dict[str, bool] = {}
+_comparing = threading.Lock()
+
+
+def _hooked(hook) -> bool:
+    """Whether a hook of Triton's has anything to call: None and chains that nobody has joined have not."""
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def _launch_plainly(launched: Launched, programs: int, values: Sequence) -> None:
+    named = [kind(*value) if hasattr(kind, "_fields") else value for kind, value in zip(launched.kinds, values)]
+    launched.kernel[(programs,)](*named, **launched.options)
+
+
+def _launch_and_compare(launched: Launched, programs: int, values: Sequence) -> None:
+    """Launch as Triton does, and note whether it hands to its launcher what ``launch_again`` would."""
+    compiled, here, handed = launched.compiled, threading.get_ident(), []
+    with _comparing:
+        places = vars(compiled)
+        run = places.get("_run")
+        if run is None:  # it is not where Triton's launches up to 3.9 find it
+            _launchers_known[triton.__version__] = False
+            _launch_plainly(launched, programs, values)
+            return
+
+        def noting(*given):
+            if threading.get_ident() == here:
+                handed.append(given)
+            return run(*given)
+
+        places["_run"] = noting
+        try:
+            _launch_plainly(launched, programs, values)
+        finally:
+            places["_run"] = run
+        active, runtime = triton.runtime.driver.active, triton.knobs.runtime
+        stream = active.get_current_stream(active.get_current_device())
+        ours = (programs, 1, 1, stream, compiled.function, compiled.packed_metadata)
+        hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+        _launchers_known[triton.__version__] = (
+            len(handed) == 1
+            and _same(handed[0][:6], ours)
+            and _same(handed[0][7:], (*hooks, *values))  # between them: what hooks are told
+        )
+
+
+def _same(one, other) -> bool:
+    """Whether arguments are the same tensors, numbers and constants, in tuples alike."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (type(one) is type(other) and isinstance(one, int | float | str) and one == other)
 
 
 def _on_device_of(tensor: torch.Tensor):

@@ -29,6 +29,7 @@ from ..schemas import (
     flat_rule,
     operator,
 )
+from . import decode as _decode_rows
 from . import heads as _heads
 from . import read as _read
 from . import read_backward as _read_backward
@@ -230,7 +231,7 @@ def _fake_decode(packed, rank, heads, w_o):
 
 def _decode(packed, gate_bias, state, given, **options):
     *given, cos, sin, mask, slots = given
-    reads, delta = _heads.decode_(
+    reads, delta = _decode_rows.decode_(
         packed, gate_bias, state, DeltaRule(*given[:6]), HeadLayout(*given[6:11]), Steering(*given[11:]), cos, sin,
         mask=mask, slots=slots, **options,
     )  # fmt: skip
@@ -244,7 +245,7 @@ def _decode(packed, gate_bias, state, given, **options):
     fake=lambda packed, gate_bias, state, skipped, arrived, *given: _fake_decode(packed, *given[:2], given[14]),
 )
 def decode_op(packed, gate_bias, state, skipped, arrived, *given):
-    return _decode(packed, gate_bias, state, given, skipped=skipped, arrived=arrived)
+    return _decode(packed, gate_bias, state, given, skipped=skipped, workspace=arrived)
 
 
 # The frozen state is an operand that is not mutated, which the same operator could not say.
@@ -360,6 +361,9 @@ def delta(
     return delta_op(reads, weight, scale, dtype, norm_weight, eps)
 
 
+workspace = _decode_rows.workspace
+
+
 def steer_heads_(
     packed: Tensor,
     reads: Tensor,
@@ -391,17 +395,16 @@ def decode_(
     mask: Tensor | None = None,
     slots: Tensor | None = None,
     skipped: Tensor | None = None,
-    arrived: Tensor | None = None,
     frozen: bool = False,
     check: bool = True,
-    prepared: dict | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``deltamem_kernels.triton.heads.decode_``, compilable. Not differentiable."""
+    """``deltamem_kernels.triton.decode.decode_``, compilable. Not differentiable."""
     if not torch.compiler.is_compiling():
         with torch.no_grad():
-            return _heads.decode_(
+            return _decode_rows.decode_(
                 packed, gate_bias, state, rule, layout, steering, cos, sin, mask=mask, slots=slots, skipped=skipped,
-                arrived=arrived, frozen=frozen, check=check, prepared=prepared,
+                frozen=frozen, check=check, workspace=workspace,
             )  # fmt: skip
     check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
     given = *flat_rule(rule), *flat_layout(layout), *steering, cos, sin, mask, slots
@@ -411,6 +414,6 @@ def decode_(
         # An optional tensor that is mutated cannot be None under Inductor.
         int32 = {"dtype": torch.int32, "device": packed.device}
         skipped = torch.zeros(state.shape[0], **int32) if skipped is None else skipped
-        arrived = torch.zeros(packed.shape[0], **int32) if arrived is None else arrived
-        reads, delta = decode_op(packed, gate_bias, state, skipped, arrived, *given)
+        workspace = torch.zeros(packed.shape[0], **int32) if workspace is None else workspace
+        reads, delta = decode_op(packed, gate_bias, state, skipped, workspace, *given)
     return reads, None if steering.o is None else delta

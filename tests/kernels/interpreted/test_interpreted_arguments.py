@@ -8,7 +8,8 @@ import torch
 from deltamem_kernels import rule as checks
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.triton.heads import decode_, steer_heads_
+from deltamem_kernels.triton.decode import decode_
+from deltamem_kernels.triton.heads import steer_heads_
 from deltamem_kernels.triton.read import read
 from deltamem_kernels.triton.read_backward import read_backward
 from deltamem_kernels.triton.scan import scan
@@ -40,7 +41,7 @@ def rows():
 def decoded(state, slots):
     packed, cos, sin, steering = rows()
     arrived = torch.zeros(BATCH, dtype=torch.int32)
-    return decode(packed, BIAS, state, slots, cos, sin, steering, arrived=arrived)[0]
+    return decode(packed, BIAS, state, slots, cos, sin, steering, workspace=arrived)[0]
 
 
 WITH_SLOTS = {
@@ -120,7 +121,9 @@ AWAY = {
         {"packed": torch.randn(2, 1, 64), "reads": torch.randn(2, 1, 8)},
     ),
     "decode": (
-        lambda **t: decode(rows()[0], BIAS, t["state"], None, *rows()[1:], skipped=t["skipped"], arrived=t["arrived"]),
+        lambda **t: decode(
+            rows()[0], BIAS, t["state"], None, *rows()[1:], skipped=t["skipped"], workspace=t["arrived"]
+        ),
         {"state": POOL[:2].clone(), "skipped": torch.zeros(2, dtype=torch.int32),
          "arrived": torch.zeros(2, dtype=torch.int32)},
     ),

@@ -7,7 +7,8 @@ import torch
 
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.triton.heads import decode_, steer_heads_
+from deltamem_kernels.triton.decode import decode_
+from deltamem_kernels.triton.heads import steer_heads_
 from deltamem_kernels.triton.read import read
 from deltamem_kernels.triton.read_backward import read_backward
 from deltamem_kernels.triton.scan import scan
@@ -85,7 +86,7 @@ def test_states_of_any_stride(dim):
         one, two = state.clone(), far(state, dim)
         arrived = torch.zeros(2, dtype=torch.int32)
         near, there = (
-            decode_(packed.clone(), bias, s, rule, layout, steering, arrived=arrived, parts=parts) for s in (one, two)
+            decode_(packed.clone(), bias, s, rule, layout, steering, workspace=arrived, parts=parts) for s in (one, two)
         )
         assert properties.equal(there, near) and torch.equal(one, two)
 
@@ -118,6 +119,6 @@ def test_decode():
     near, there, one, two = packed.clone(), far(packed), state.clone(), far(state)
     for parts in (1, 3):
         arrived = torch.zeros(2, dtype=torch.int32)
-        a = decode_(near, bias, one, RULE, layout, steering, arrived=arrived, parts=parts)
-        b = decode_(there, bias, two, RULE, layout, steering, arrived=arrived, parts=parts)
+        a = decode_(near, bias, one, RULE, layout, steering, workspace=arrived, parts=parts)
+        b = decode_(there, bias, two, RULE, layout, steering, workspace=arrived, parts=parts)
         assert all(torch.equal(s, t) for s, t in zip((*a, near, one), (*b, there, two)))

@@ -9,7 +9,8 @@ from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
 from deltamem_kernels.schemas import flat_layout, flat_rule
 from deltamem_kernels.triton import ops
-from deltamem_kernels.triton.heads import decode_, steer_heads_
+from deltamem_kernels.triton.decode import decode_
+from deltamem_kernels.triton.heads import steer_heads_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(16, 16), (16, 8), (16, 0), (24, 24), (24, 8), (128, 128)]
@@ -113,8 +114,8 @@ def test_refuses():
     rule, layout = DeltaRule(4), HeadLayout(1, 1, 1, 16)
     (packed, bias, state), _, _ = memory(rule, layout, 2)
     steering = properties.random_steering(layout, 4, "qo")
-    with pytest.raises(ValueError, match="arrived"):
-        decode_(packed, bias, state, rule, layout, steering, arrived=torch.zeros(2))
+    with pytest.raises(ValueError, match="workspace"):
+        decode_(packed, bias, state, rule, layout, steering, workspace=torch.zeros(2))
     with pytest.raises(ValueError, match="skipped"):
         decode_(packed, bias, state, rule, layout, steering, skipped=torch.zeros(3, dtype=torch.int32))
     with pytest.raises(TypeError, match="float64"):

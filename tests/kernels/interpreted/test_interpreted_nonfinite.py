@@ -6,7 +6,7 @@ import torch
 from deltamem_kernels.layout import HeadLayout, Steering
 from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.triton import heads, ops, scan, step
+from deltamem_kernels.triton import decode, ops, scan, step
 
 # One program for all columns, several rows in one, several tiles of one row; chunks.
 CASES = [
@@ -65,8 +65,8 @@ def test_decode(rule, parts):
     packed = torch.cat([torch.randn(2, layout.width), x[:, 2]], 1)
     skipped, arrived = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     before, given = state.clone(), packed.clone()
-    reads, delta = heads.decode_(
-        packed, bias, state, rule, layout, steering, skipped=skipped, arrived=arrived, parts=parts
+    reads, delta = decode.decode_(
+        packed, bias, state, rule, layout, steering, skipped=skipped, workspace=arrived, parts=parts
     )  # fmt: skip
     expected = before.clone()
     assert torch.equal(reads, step.step(x[:, 2], bias, expected, rule)) and torch.equal(state, expected)

@@ -9,7 +9,7 @@ from kernel_properties import random_problem
 
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
-from deltamem_kernels.triton.heads import decode_
+from deltamem_kernels.triton.decode import decode_
 from deltamem_kernels.triton.step import step
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -45,7 +45,7 @@ def check_order(emulator, case, batch, schedules):
         emulator.seed = 100 * schedule
         own, arrived = state.clone(), torch.zeros(batch, dtype=torch.int32)
         found, _ = decode_(
-            heads.same_strides(packed), bias, own, rule, layout, *rest, arrived=arrived, parts=parts
+            heads.same_strides(packed), bias, own, rule, layout, *rest, workspace=arrived, parts=parts
         )  # fmt: skip
         states.add(own.numpy().tobytes())
         wrong.append(int((own.view(torch.int32) != stepped.view(torch.int32)).sum()))
@@ -97,7 +97,7 @@ def check_edit(emulator, rank, count, parts, name, schedules):
     for schedule in range(schedules):
         emulator.seed = 1000 * schedule
         own, arrived = state.clone(), torch.zeros(2, dtype=torch.int32)
-        found, _ = decode_(heads.same_strides(packed), bias, own, rule, layout, *rest, arrived=arrived, parts=parts)
+        found, _ = decode_(heads.same_strides(packed), bias, own, rule, layout, *rest, workspace=arrived, parts=parts)
         wrong = [(a - b).abs().max() > 1e-4 for a, b in ((own, stepped), (found, reads))]
         races = [what for what, _ in emulator.records[-1].problems if what.startswith("race")]
         caught.append(any(wrong) or bool(races) or bool(arrived.any()))

@@ -104,9 +104,9 @@ class Emulator:
     def _prepare(self, source, function, grid, arguments) -> Launch:
         _, binary, shared = function
         compiled = self.program(binary)
-        params, buffers = [], {}
+        kinds, params, buffers = {name: kind for name, kind, _, _ in leaves(source)}, [], {}
         for name, value in arguments.items():
-            params.append(_parameter(source.signature[name], value))
+            params.append(_parameter(kinds[name], value))
             if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes():
                 storage = value.untyped_storage()
                 base = storage.data_ptr()
@@ -134,10 +134,29 @@ class Emulator:
         return same
 
 
+def leaves(source, values: tuple | None = None) -> list[tuple]:
+    """The arguments, those in tuples one by one: name (``rows.x_ptr`` in a named tuple), kind, value, place."""
+    found = []
+
+    def take(name, kind, value, place):
+        if not isinstance(kind, tuple):
+            return found.append((name, kind, value, place))
+        names = getattr(kind, "_fields", range(len(kind)))
+        for n, (field, of, part) in enumerate(
+            zip(names, kind, [None] * len(kind) if values is None else value, strict=True)
+        ):
+            take(f"{name}.{field}", of, part, (*place, n))
+
+    given = [None] * len(source.signature) if values is None else values
+    for n, ((name, kind), value) in enumerate(zip(source.signature.items(), given, strict=True)):
+        take(name, kind, value, (n,))
+    return found
+
+
 def _arguments(source, values) -> tuple[dict, dict]:
     """Arguments that the kernel gets as parameters, and those compiled into it, by name."""
     arguments, constants = {}, {}
-    for (name, kind), value in zip(source.signature.items(), values, strict=True):
+    for name, kind, value, _ in leaves(source, values):
         (constants if kind == "constexpr" else arguments)[name] = value
     return arguments, constants
 
@@ -153,21 +172,27 @@ def _parameter(kind: str, value) -> int:
 
 def _check_specialization(source, values) -> None:
     """What the compiler was told of the arguments must hold of these: divisibility, constants, types."""
-    names = list(source.signature)
+    given = {place: (name, _plain(value)) for name, _, value, place in leaves(source, values)}
     for key, attributes in (getattr(source, "attrs", None) or {}).items():
-        value = values[key[0]]
+        name, value = given[key]
         for attribute, by in attributes:
             n = value.data_ptr() if isinstance(value, torch.Tensor) else value
             if attribute == "tt.divisibility" and n % by:
-                raise EmuError(f"{source.name}: {names[key[0]]} = {n} was said to be divisible by {by}")
+                raise EmuError(f"{source.name}: {name} = {n} was said to be divisible by {by}")
             if attribute == "tt.pointer_range" and value.untyped_storage().nbytes() > 2 ** (by - 1):
-                raise EmuError(f"{source.name}: {names[key[0]]} was said to lie within {by} bits")
+                raise EmuError(f"{source.name}: {name} was said to lie within {by} bits")
     for key, constant in source.constants.items():
-        if len(key) == 1 and not (values[key[0]] is constant or values[key[0]] == constant):
-            raise EmuError(f"{source.name}: {names[key[0]]} was said to be {constant}, is {values[key[0]]}")
-    for (name, kind), value in zip(source.signature.items(), values):
+        name, value = given[key]
+        if not (value is _plain(constant) or value == _plain(constant)):
+            raise EmuError(f"{source.name}: {name} was said to be {_plain(constant)}, is {value}")
+    for name, kind, value, _ in leaves(source, values):
         if kind == "i32" and not -(2**31) <= value < 2**31:
             raise EmuError(f"{source.name}: {name} = {value} does not fit {kind}")
+
+
+def _plain(value):
+    """What is compiled in, out of the wrapper in which it may travel."""
+    return value.value if type(value).__name__ == "constexpr" else value
 
 
 def _fix_fusion(fusion: bool) -> None:

@@ -1,0 +1,35 @@
+"""The newest results, and where the pictures of them lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..instrument import machine, results
+from ..instrument.results import Result
+
+PICTURES = machine.ROOT / "docs" / "results" / "plots"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest results: of each machine (GPUs first), and of the other benchmarks; None: not measured yet."""
+
+    machines: Sequence[Result] = ()
+    emulated: Result | None = None
+    operators: Result | None = None
+    sessions: Result | None = None
+    bank: Result | None = None
+    recall: Result | None = None
+    pictures: Path = PICTURES  # a page shows those that are there
+
+
+def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Found:
+    """The results that lie in ``directory``.
+
+    Raises:
+        ValueError, OSError: a file there cannot be read.
+    """
+    names = ("emulated", "operators", "sessions", "bank", "recall")
+    return Found(results.newest(directory), pictures=pictures, **{n: results.latest(directory / n) for n in names})
