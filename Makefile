@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers lint format bench recall holding docs plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers lint format bench recall recall-train holding docs plots readme compare gpu soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint            ruff, import-linter, and whether docs/results and README say what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
 	@echo "make recall          what the shipped weights remember, and docs/results anew (OUTPUT=dir)"
+	@echo "make recall-train    trains such weights from nothing into build/recall: an hour and more on two cores"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
@@ -68,6 +69,9 @@ bench: setup
 recall: setup
 	$(BIN)/python -m bench.recall curves --output $(OUTPUT)/recall
 	$(BIN)/python -m bench.report
+
+recall-train: setup
+	$(BIN)/python -m examples.recall
 
 holding: setup
 	$(BIN)/python -m bench.memory operators --output $(OUTPUT)/operators

@@ -77,7 +77,7 @@ def test_contents(built):
     weights = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast" / "data").rglob("*") if p.is_file()}
     assert weights and weights <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in names)
+    assert not any(name.startswith(("tests/", "bench/", "examples/", "kernels/")) for name in names)
     assert "deltamem = deltamem_fast.__main__:main" in entry_points
 
 

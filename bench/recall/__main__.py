@@ -1,4 +1,4 @@
-"""Recall of the shipped weights: measured, and the weights made anew.
+"""Recall of the shipped weights, measured. ``python -m examples.recall`` trains such weights.
 
 python -m bench.recall COMMAND [--help]
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import curves, train
+from . import curves
 
-COMMANDS = {"curves": curves, "train": train}
+COMMANDS = {"curves": curves}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,6 +20,8 @@ from ..memory.state import MemoryState
 from ..storage.files import write_text
 from .trace import Trace
 
+FIGURES = ("writes", "reads", "beta", "norms")
+KEPT_FIGURES = 5_000_000  # of all tokens, layers and heads: 27 MB in the file
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -111,16 +113,20 @@ def safe_json(data: dict) -> str:
 
 
 def _trace_data(trace: Trace, begin: bool) -> dict:
-    """``held``: after how many tokens a state is held, of 0 to T; ``states``: those of ``held`` but the first."""
-    length = len(trace)
+    """Figures of each state are None for a text of which they would be more than ``KEPT_FIGURES``.
+
+    ``held``: after how many tokens a state is held, of 0 to T; ``states``: those of ``held`` but the first.
+    """
+    length, by_state = len(trace), len(FIGURES) * trace.writes.numel() <= KEPT_FIGURES
     states = trace.final[None] if trace.states is None else trace.states
     return {
         "tokens": list(trace.tokens),
         "segments": None if trace.segment_ids is None else list(trace.segment_ids),
         "frozen": trace.frozen,
         "begin": begin,
-        **{name: _packed(getattr(trace, name)) for name in ("writes", "reads", "beta", "norms", "initial")},
-        "totals": {name: _numbers(trace.total(name)) for name in ("writes", "reads", "beta", "norms")},
+        **{name: _packed(getattr(trace, name)) if by_state else None for name in FIGURES},
+        "initial": _packed(trace.initial),
+        "totals": {name: _numbers(trace.total(name)) for name in FIGURES},
         "held": [0, length] if trace.states is None else list(range(length + 1)),
         "states": _packed(states),
     }

@@ -1,18 +1,20 @@
-"""The state as a picture: a PNG, and characters for a terminal."""
+"""States and traces as pictures: PNG files, and characters for a terminal."""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from deltamem_kernels.dispatch import installed
 
-from ..display import printable
+from ..display import printable, shortened
 from ..errors import ArgumentError, MissingPackageError
 from ..memory.state import MemoryState
 from ..storage.files import write_atomically
@@ -20,6 +22,20 @@ from .trace import Trace
 
 STYLES = ("colour", "unicode", "ascii")
 INCHES, MARGIN, DPI = 1.2, 0.5, 100
+# Of more states than these the picture is a grid of layers × heads.
+BANDS = 8
+# Of a grid, in pixels: a state's side, the most of a picture's side, the room for labels (left, right, top, bottom,
+# above each snapshot, below each line of layers).
+TILE, MOST = 64.0, 2300
+LEFT, RIGHT, TOP, BOTTOM, ABOVE, BELOW = 60, 110, 50, 30, 26, 22
+ASPECT = 1.6  # width ÷ height that a grid's layers are laid into lines for
+COLOUR = "#1f6fd0"  # of the memory, as in all of the project's pictures
+
+NAMED_TOKENS = 120  # more do not fit under the picture
+NAMED_ROWS = 40  # of more layers × heads a layer's heads are one row
+WIDEST, HIGHEST = 24.0, 9.0  # inches, of the picture and of one of its two panels
+_PANELS = (("writes", "write", "gate × error"), ("reads", "read", "norm of the read"))
+_PAST = {"write": "written", "read": "read"}
 
 # Shares of the largest |entry| at which a cell gets darker.
 _STEPS = (0.05, 0.25, 0.5, 0.75)
@@ -91,15 +107,19 @@ def _cells(picture: list[str], style: str) -> int:
 
 
 def png_size(snapshots: Sequence[Snapshot]) -> tuple[int, int]:
-    """Width and height in pixels of the PNG that ``draw_heat_map`` makes."""
+    """Width and height in pixels of the PNG that ``draw_heat_map`` makes; neither is over 2,400 in a grid."""
     columns, rows = len(snapshots), len(_bands(snapshots))
+    if rows > BANDS:
+        return _grid(snapshots).size
     return tuple(round(DPI * inches) for inches in (MARGIN + 0.5 + INCHES * columns, MARGIN + INCHES * rows))
 
 
 def draw_heat_map(snapshots: Sequence[Snapshot], path: str | os.PathLike) -> Path:
-    """Draw the states into a PNG, atomically: a row of pictures a layer and head, a column a snapshot.
+    """Draw the states into a PNG, atomically.
 
-    Colours run from blue (negative) over white to red, scaled to each row's largest |entry|.
+    Up to ``BANDS`` of them: a row of pictures a layer and head, a column a snapshot, each row scaled to its largest
+    |entry|. More: for each snapshot a grid of layers × heads, in as many lines as fit, all on one scale; the state
+    with the largest norm is outlined. Colours run from blue (negative) over white to red.
 
     Raises:
         ImportError: matplotlib is not installed (extra: demo).
@@ -107,15 +127,34 @@ def draw_heat_map(snapshots: Sequence[Snapshot], path: str | os.PathLike) -> Pat
     """
     if not snapshots:
         raise ArgumentError("snapshots: got none, allowed one or more")
+    figure = _figure(*png_size(snapshots))
+    bands = _bands(snapshots)
+    if len(bands) > BANDS:
+        _draw_grid(figure, snapshots)
+    else:
+        _draw_bands(figure, snapshots, bands)
+    return _saved(figure, path)
+
+
+def _figure(width: int, height: int, layout: str | None = "constrained"):
+    """An empty figure of that many pixels."""
     if not installed("matplotlib"):
         raise MissingPackageError("matplotlib is not installed (extra: demo)")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    bands = _bands(snapshots)
-    width, height = png_size(snapshots)
-    figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
+    figure = Figure(figsize=(width / DPI, height / DPI), layout=layout)
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _saved(figure, path: str | os.PathLike) -> Path:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        return write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+
+
+def _draw_bands(figure, snapshots: Sequence[Snapshot], bands: list[tuple[int, int, float]]) -> None:
     grid = figure.subplots(len(bands), len(snapshots), squeeze=False)
     for axes_row, (layer, head, scale) in zip(grid, bands):
         for axes, shot in zip(axes_row, snapshots):
@@ -124,8 +163,123 @@ def draw_heat_map(snapshots: Sequence[Snapshot], path: str | os.PathLike) -> Pat
         axes_row[0].set_ylabel(_title(snapshots, layer, head))
         figure.colorbar(image, ax=axes_row[-1], shrink=0.8)
     for axes, shot in zip(grid[0], snapshots):
-        axes.set_title(shot.name, fontsize="medium")
-    return write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+        axes.set_title(shot.name, fontsize="medium", parse_math=False)
+
+
+# --- many states: layers × heads
+
+
+class _Grid(NamedTuple):
+    """How the states of a snapshot are laid out: the layers of each line, heads down; sizes in pixels."""
+
+    lines: list[list[int]]
+    heads: int
+    tile: float
+    size: tuple[int, int]
+
+
+def _grid(snapshots: Sequence[Snapshot]) -> _Grid:
+    """The layout whose picture comes nearest to ``ASPECT`` with the states as large as ``TILE`` and ``MOST`` allow."""
+    layers, count = list(snapshots[0].states), len(snapshots)
+    heads = max(state.shape[0] for state in snapshots[0].states.values())
+    found = []
+    for columns in sorted({math.ceil(len(layers) / lines) for lines in range(1, len(layers) + 1)}, reverse=True):
+        lines = [layers[first : first + columns] for first in range(0, len(layers), columns)]
+        beside = (LEFT + RIGHT, TOP + BOTTOM + count * (ABOVE + len(lines) * BELOW))
+        shape = (columns, count * len(lines) * heads)
+        tile = min(TILE, *((MOST - room) / states for room, states in zip(beside, shape)))
+        if tile > 0:
+            width, height = (room + tile * states for room, states in zip(beside, shape))
+            far = abs(math.log(width / height / ASPECT))
+            found.append(
+                (-min(tile, TILE / 2), far, _Grid(lines, heads, tile, (round(max(width, 780)), round(height))))
+            )
+    if not found:
+        raise ArgumentError(f"snapshots: got {count} of {len(layers)} layers, more than fit into one picture")
+    return min(found, key=lambda layout: layout[:2])[2]
+
+
+def _draw_grid(figure, snapshots: Sequence[Snapshot]) -> None:
+    from matplotlib.patches import Rectangle
+
+    grid = _grid(snapshots)
+    width, height = grid.size
+    figure.set_layout_engine("none")
+    rank = max(state.shape[-1] for state in snapshots[0].states.values())
+    entries = torch.cat([state.abs().flatten() for shot in snapshots for state in shot.states.values()])
+    entries = entries[entries.isfinite()]
+    largest = float(entries.max()) if entries.numel() else 0.0
+    scale = largest or 1.0
+    across, down, top = len(grid.lines[0]) * grid.tile, grid.heads * grid.tile, height - TOP
+    figure.suptitle(
+        _message(snapshots), x=LEFT / width, y=1 - 12 / height, ha="left", va="top", fontsize=13, parse_math=False
+    )
+    for shot in snapshots:
+        layer, head, norm, share = _strongest(shot)
+        held = f"most in layer {layer}, head {head}: norm {norm:.3g}, {share:.0%} of all squared" if norm else "empty"
+        figure.text(LEFT / width, (top - ABOVE + 8) / height, f"{shot.name}: {held}", fontsize=10, parse_math=False)
+        top -= ABOVE
+        for line in grid.lines:
+            place = (
+                LEFT / width,
+                (top - down) / height,
+                across * len(line) / len(grid.lines[0]) / width,
+                down / height,
+            )
+            axes = figure.add_axes(place)
+            mosaic = _mosaic(shot, line, grid.heads, rank).numpy()
+            image = axes.imshow(mosaic, cmap="RdBu_r", vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest")
+            axes.set_facecolor("#d0d0d0")
+            middles = [(rank - 1) / 2 + (rank + 1) * n for n in range(max(len(line), grid.heads))]
+            every = max(1, math.ceil(20 / grid.tile))  # labels need 20 pixels
+            axes.set_xticks(middles[: len(line) : every], line[::every], fontsize=8)
+            axes.set_yticks(middles[: grid.heads : every], range(0, grid.heads, every), fontsize=8)
+            axes.tick_params(length=0, pad=2)
+            axes.spines[:].set_visible(False)
+            if grid.heads > 1:
+                axes.set_ylabel("head", fontsize=9)
+            if layer in line and norm:
+                corner = (line.index(layer) * (rank + 1) - 0.9, head * (rank + 1) - 0.9)
+                axes.add_patch(Rectangle(corner, rank + 0.8, rank + 0.8, fill=False, lw=1.6, ec="black", clip_on=False))
+            top -= down + BELOW
+    figure.text(LEFT / width, 10 / height, "layer", fontsize=9)
+    bar = figure.add_axes(
+        ((LEFT + across + 20) / width, (BOTTOM + BELOW) / height, 14 / width, min(down, 240) / height)
+    )
+    figure.colorbar(image, cax=bar).set_label("entry, one scale for all", fontsize=8)
+    bar.tick_params(labelsize=8)
+
+
+def _mosaic(shot: Snapshot, layers: list[int], heads: int, rank: int) -> torch.Tensor:
+    """[heads · (rank + 1) − 1, layers · (rank + 1) − 1]: the states side by side, NaN between them."""
+    whole = torch.full((heads * (rank + 1), len(layers) * (rank + 1)), torch.nan)
+    for column, layer in enumerate(layers):
+        for head, state in enumerate(shot.states[layer]):
+            side = state.shape[-1]
+            rows, columns = head * (rank + 1), column * (rank + 1)
+            whole[rows : rows + side, columns : columns + side] = state
+    return whole[:-1, :-1]
+
+
+def _strongest(shot: Snapshot) -> tuple[int, int, float, float]:
+    """Layer and head of the state with the largest norm, that norm, and its square's share of all states' squares."""
+    norms = {(i, h): float(one.norm()) for i, state in shot.states.items() for h, one in enumerate(state)}
+    norms = {place: norm if math.isfinite(norm) else 0.0 for place, norm in norms.items()}
+    place = max(norms, key=norms.get)
+    total = sum(norm * norm for norm in norms.values())
+    return *place, norms[place], norms[place] ** 2 / total if total else 0.0
+
+
+def _message(snapshots: Sequence[Snapshot]) -> str:
+    """What the grid shows, in a line: how evenly the first snapshot that is not empty fills its states."""
+    for shot in snapshots:
+        squares = [float(one.double().square().sum()) for state in shot.states.values() for one in state]
+        squares = sorted((value if math.isfinite(value) else 0.0 for value in squares), reverse=True)
+        if sum(squares):
+            enough = next(n for n in range(1, len(squares) + 1) if sum(squares[:n]) >= sum(squares) / 2)
+            told = f"{enough} of {len(squares)} states {'holds' if enough == 1 else 'hold'} half of the squared norm"
+            return f"{told} of {shortened(shot.name, 30)}" if len(snapshots) > 1 else f"{told}; outlined: most"
+    return f"All {len(_bands(snapshots))} states are empty"
 
 
 def _bands(snapshots: Sequence[Snapshot]) -> list[tuple[int, int, float]]:
@@ -173,56 +327,65 @@ def _colour(value: float) -> int:
     return ramp[min(len(ramp) - 1, round(abs(value) * (len(ramp) - 1)))]
 
 
-NAMED_TOKENS = 120  # more do not fit under the picture
-WIDEST = 24.0  # inches
-_PANELS = (("writes", "gate × error", "Oranges"), ("reads", "norm of the read", "Blues"))
+# --- a text's writes and reads: layers × tokens
 
 
 def trace_png_size(trace: Trace) -> tuple[int, int]:
-    """Width and height in pixels of the PNG that ``draw_trace`` makes."""
+    """Width and height in pixels of the PNG that ``draw_trace`` makes; neither is over 2,400."""
     tokens, layers, heads = trace.writes.shape
-    width = min(WIDEST, 3.0 + 0.24 * max(tokens, 12))
-    height = 2 * (0.6 + 0.2 * max(layers * heads, 5)) + (1.2 if tokens <= NAMED_TOKENS else 0.4)
+    rows = layers * heads if layers * heads <= NAMED_ROWS else layers
+    width = min(WIDEST, 3.0 + 0.24 * max(tokens, 20))
+    height = 2 * min(HIGHEST, 0.6 + 0.2 * max(rows, 5)) + (1.4 if tokens <= NAMED_TOKENS else 0.6)
     return round(DPI * width), round(DPI * height)
 
 
 def draw_trace(trace: Trace, path: str | os.PathLike) -> Path:
     """Draw what each token wrote and read in each layer and head into a PNG, atomically.
 
-    The darker the more; both pictures have a scale of their own, from 0.
+    The darker the more; both panels have a scale of their own, from 0. Of more than ``NAMED_ROWS`` layers × heads a
+    layer is one row: the root of the sum of squares over its heads.
 
     Raises:
         ImportError: matplotlib is not installed (extra: demo).
     """
     if not installed("matplotlib"):
         raise MissingPackageError("matplotlib is not installed (extra: demo)")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.colors import LinearSegmentedColormap
 
     tokens, layers, heads = trace.writes.shape
-    width, height = trace_png_size(trace)
-    figure = Figure(figsize=(width / DPI, height / DPI), layout="constrained")
-    FigureCanvasAgg(figure)
+    together = layers * heads > NAMED_ROWS
+    names = [str(i) if together or heads == 1 else f"{i}.{h}" for i in trace.layers for h in range(heads)]
+    names = names[::heads] if together else names
+    figure = _figure(*trace_png_size(trace))
+    colours = LinearSegmentedColormap.from_list("memory", ["#ffffff", COLOUR, "#0b2a55"])
     panels = figure.subplots(2, 1, sharex=True)
-    for axes, (measure, unit, colours) in zip(panels, _PANELS):
-        sizes = getattr(trace, measure).reshape(tokens, layers * heads).T.numpy()
+    for axes, (measure, verb, unit) in zip(panels, _PANELS):
+        sizes = getattr(trace, measure)
+        sizes = (sizes.norm(dim=2) if together else sizes.flatten(1)).T.numpy()
         image = axes.imshow(sizes, cmap=colours, vmin=0, aspect="auto", interpolation="nearest")
-        axes.set_title(measure, fontsize="medium", loc="left")
-        named = range(layers * heads) if layers * heads <= 40 else range(0, layers * heads, heads)
-        axes.set_yticks(list(named), [_name(trace, i, heads) for i in named], fontsize=7)
+        axes.set_title(_told(trace, measure, verb), fontsize="medium", loc="left", parse_math=False)
+        every = max(1, math.ceil(len(names) / NAMED_ROWS))
+        axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+        axes.set_ylabel("layer" if together or heads == 1 else "layer.head", fontsize="small")
         axes.tick_params(length=0)
         figure.colorbar(image, ax=axes, pad=0.01).set_label(unit, fontsize="small")
     if tokens <= NAMED_TOKENS:
         # Dollar signs are text here, no mathematics.
-        names = [printable(token) for token in trace.tokens]
-        panels[1].set_xticks(range(tokens), names, rotation=90, fontsize=8, parse_math=False)
+        words = [shortened(printable(token), 16) or "␣" for token in trace.tokens]
+        panels[1].set_xticks(range(tokens), words, rotation=90, fontsize=8, parse_math=False)
     else:
         panels[1].set_xlabel("token")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        return write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=DPI))
+    return _saved(figure, path)
 
 
-def _name(trace: Trace, index: int, heads: int) -> str:
-    layer, head = trace.layers[index // heads], index % heads
-    return f"{layer}.{head}" if heads > 1 else str(layer)
+def _told(trace: Trace, measure: str, verb: str) -> str:
+    """The panel's message: who writes or reads most, and how much of the whole."""
+    entries = trace.top(measure, len(trace))
+    if not entries:
+        return f"Nothing is {_PAST[verb]}"
+    first = entries[0]
+    share = first.size / sum(entry.size for entry in entries)
+    place = f"token {first.positions[0]}"
+    if len(first.positions) > 1:
+        place = f"tokens {first.positions[0]}-{first.positions[-1]}"
+    return f"“{shortened(printable(first.text))}” ({place}) {verb}s most: {share:.0%} of all that is {_PAST[verb]}"

@@ -18,7 +18,7 @@ from ..storage.files import as_path
 SHIPPED = Path(__file__).parent.parent / "data" / "recall"
 # Write strategy → the directory of its adapter.
 STRATEGIES = {"tsw": "tsw-r8", "ssw": "ssw-r8", "msw": "msw-r8"}
-MADE_BY = "python -m bench.recall train"
+MADE_BY = "python -m examples.recall"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ __all__ = [
     "collate",
     "draw_curves",
     "episode_loss",
+    "prepare_for_training",
     "read_log",
     "train",
 ]
@@ -38,6 +39,7 @@ _LATER = {
     "EpisodeModel": "trainer",
     "TrainingResult": "run",
     "draw_curves": "log",
+    "prepare_for_training": "setup",
     "read_log": "log",
     "train": "run",
 }

@@ -15,6 +15,7 @@ import pytest
 import torch
 from inspection_support import CHAT, CONFIGS, TOKENIZER, filled, model_with, random_memory, random_trace, report
 
+from deltamem_fast.inspection import page as module
 from deltamem_fast.inspection.page import write_page
 from deltamem_fast.inspection.trace import trace
 from deltamem_fast.memory.figures import distance
@@ -308,6 +309,74 @@ def test_the_scrubber_shows_the_state_after_each_token(browser, story):
         assert value_at(page, 2, 2, 4)[0] == near(found.final[1, 0, 2, 2])
         page.keyboard.press("Home")
         assert shown(page) != before and page.locator("#tokens [aria-selected=true]").count() == 0
+
+
+def figures_now(page):
+    """The table beside the slider: name → its cells' text."""
+    rows = page.eval_on_selector_all("#now tbody tr", "rows => rows.map(r => [...r.children].map(c => c.textContent))")
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_figures_follow_the_slider(browser, story):
+    path, memory, _, found = story
+    with opened(browser, path) as page:
+        assert figures_now(page)["write"] == ["–", "–"]
+        before = torch.cat([state.flatten() for _, state in memory.items()]).norm()
+        assert [number(cell) for cell in figures_now(page)["state norm"]] == [
+            near(memory[0][0, 0].norm()),
+            near(before),
+        ]
+        page.locator("#layer").select_option("2")
+        for token in (0, 6, len(found) - 1):
+            page.locator("#step").fill(str(token + 1))
+            told = figures_now(page)
+            for name, measure in (("write", "writes"), ("read", "reads"), ("β", "beta"), ("state norm", "norms")):
+                figures = (getattr(found, measure)[token, 2, 0], found.total(measure)[token])
+                assert [number(cell) for cell in told[name]] == [near(figure) for figure in figures], (token, name)
+
+
+def test_the_grid_shows_every_head_and_chooses_one(browser, story):
+    path, _, _, found = story
+    pixels = "all => all.map(c => [...c.getContext('2d').getImageData(0, 0, 4, 4).data].join())"
+    with opened(browser, path) as page:
+        thumbs = page.locator("#heads .thumb")
+        assert thumbs.count() == 9 and "before the text" in page.locator("#heads-name").inner_text()
+        drawn = page.eval_on_selector_all("#heads .thumb", pixels)
+        assert len(set(drawn)) == 9
+        thumbs.nth(5).click()
+        assert title(page) == "Layer 1, head 2"
+        assert page.locator("#heads [aria-checked=true]").get_attribute("aria-label") == "layer 1, head 2"
+        thumbs.nth(5).focus()
+        moves = {"ArrowRight": (2, 2), "ArrowUp": (2, 1), "ArrowLeft": (1, 1), "Home": (0, 0), "End": (2, 2)}
+        for key, (layer, head) in moves.items():
+            page.keyboard.press(key)
+            assert title(page) == f"Layer {layer}, head {head}"
+            assert page.locator("#overview tr.chosen input").is_checked()
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "layer 2, head 2"
+        assert page.locator("#heads .thumb[tabindex='0']").count() == 1
+        page.locator("#step").fill("4")
+        assert "after token 3" in page.locator("#heads-name").inner_text()
+        assert page.eval_on_selector_all("#heads .thumb", pixels) != drawn
+        # One scale for all: the largest of all states at all times has the darkest pixel.
+        scale = max(found.states.abs().max(), found.initial.abs().max())
+        assert number(page.locator("#heads-name").inner_text().split("up to ")[1]) == pytest.approx(
+            scale.item(), rel=6e-3
+        )
+
+
+def test_a_text_too_long_for_figures_of_each_state(browser, tmp_path, monkeypatch):
+    found, memory = random_trace()
+    whole = write_page(tmp_path / "a.html", memory, trace=found).stat().st_size
+    monkeypatch.setattr(module, "KEPT_FIGURES", 4 * found.writes.numel() - 1)
+    path = write_page(tmp_path / "b.html", memory, trace=found)
+    assert path.stat().st_size < whole - 4 * 4 * found.writes.numel()
+    with opened(browser, path) as page:
+        assert page.locator("#scope").is_hidden()
+        page.locator("#tokens .token").nth(7).click()
+        assert number(figures_now(page)["write"][0]) == near(found.total("writes")[7])
+        assert "all layers" in page.locator("#tip").inner_text() and page.locator("#tip .bars").count() == 0
+        page.locator("#heads .thumb").nth(3).click()
+        assert title(page) == "Layer 1, head 1"
 
 
 def test_a_memory_alone_and_a_trace_alone(browser, tmp_path):

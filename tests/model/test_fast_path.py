@@ -23,7 +23,7 @@ from deltamem_fast import (
     save_adapter,
     unpatch_model,
 )
-from deltamem_fast.model import weights as paths_module
+from deltamem_fast.model import families
 from deltamem_kernels.numba import heads as numba_heads
 
 FAMILIES = ("qwen3", "smollm3", "llama", "mistral", "qwen2")
@@ -286,7 +286,7 @@ def test_reasons():
     assert reasons(model) == {""}
     model.model.layers[1].self_attn.delta_memory.to(torch.float64)
     assert "memory_q_proj is torch.float64" in layer_paths(model)[1].reason
-    assert "FloatAttention" in paths_module.why_generic(FloatAttention(), attention.delta_memory)
+    assert "FloatAttention" in families.why_generic(FloatAttention(), attention.delta_memory)
     odd = patch_model(tiny_model(hidden_size=66, head_dim=16))
     assert all("multiple of 64 bytes" in reason for reason in reasons(odd))
     assert relative_error(run(odd)[0], run(force_generic(copy.deepcopy(odd)))[0]) < 1e-6
@@ -479,8 +479,8 @@ def test_names_that_the_forward_uses_are_known():
     """One that a newer transformers adds must be looked at before the fused forward takes its place."""
     for family in FAMILIES:
         attention = tiny_model(family).model.layers[0].self_attn
-        assert paths_module.shape_of(attention) is not None
-    assert len(paths_module.SHAPES) == len(FAMILIES)
+        assert families.shape_of(attention) is not None
+    assert len(families.SHAPES) == len(FAMILIES)
 
 
 # --- what was seen to go wrong once

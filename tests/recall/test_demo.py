@@ -201,7 +201,7 @@ def test_interactive_through_a_pipe(untrained):
     ("options", "message"),
     [
         (["--questions", "0"], "questions: got 0, allowed 1 or more"),
-        (["--weights", "nowhere"], "weights: nowhere/backbone/config.json: no such file; `python -m bench.recall"),
+        (["--weights", "nowhere"], "weights: nowhere/backbone/config.json: no such file; `python -m examples.recall"),
         (["--weights", "nowhere", "--interactive"], "weights: nowhere/backbone/config.json: no such file"),
         (["--backend", "triton"], "backend: got 'triton'"),
     ],

@@ -137,7 +137,10 @@ def chunk_transition_backward_kernel(
     WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """transitions[chunk, h, i, a, :] = row a of the chunk's matrix backwards; a = r: its vector; a = r + 1: the vector
-    forwards. As ``chunk_scan.chunk_transition_kernel``, for both ways."""
+    forwards. As ``chunk_scan.chunk_transition_kernel``, for both ways.
+
+    Backwards: autograd's gradient of the states of ``reference.recurrence.delta_rule``, which a chunk maps affinely.
+    """
     group, place, m_column = columns(total_groups, RANK * (RANK + 2), COLUMNS)  # [COLUMNS] each
     i = place // (RANK + 2)
     a = place % (RANK + 2)
@@ -176,7 +179,10 @@ def state_passing_backward_kernel(
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """edges[chunk, h, 0, i, :] = s_i before the chunk, edges[chunk, h, 1, i, :] = g_i after it, and the gradient of
-    the initial state. One program per sequence, head, row and direction; see ``chunk_scan.state_passing_kernel``."""
+    the initial state. One program per sequence, head, row and direction; see ``chunk_scan.state_passing_kernel``.
+
+    s equals the states of ``reference.recurrence.delta_rule``, g autograd's gradients of them.
+    """
     back = tl.program_id(0) % 2
     i = tl.program_id(0) // 2 % RANK
     h = tl.program_id(0) // (2 * RANK) % HEADS

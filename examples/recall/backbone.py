@@ -1,8 +1,8 @@
 """The backbone of the recall proof: a small Qwen3 trained from scratch until it recalls what its context states.
 
 Loss is taken on the answers, and with a small weight on all other tokens, so that it is a language model of its world
-too. Two phases: terse lists of keys and values until nine answers in ten are right (a sudden change after some hundred
-steps), then conversations.
+too. First come terse lists of keys and values, whose answers are found all at once after some hundred steps, then
+conversations.
 
 From a random start this model needs thousands of steps to find out that a value stands behind its key. The start here
 is structured, after A. Trockman and J. Z. Kolter, Mimetic Initialization of Self-Attention Layers (2023): queries and
@@ -12,25 +12,25 @@ trained from there.
 
 from __future__ import annotations
 
-import math
-import time
+import shutil
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch.utils.data import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from deltamem_fast.recall import task
 from deltamem_fast.recall.tokenizer import build_tokenizer
-from deltamem_fast.storage.files import write_json
-
-from . import checkpoint
+from deltamem_fast.storage.files import read_json, write_json
 
 LAYERS, HIDDEN, HEADS, HEAD_DIM = 4, 128, 4, 32
 EMBEDDING_STD = 0.05
+FIGURES = ("answer_loss", "other_loss", "right")
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,24 @@ class BackboneOptions:
     """How the backbone is trained.
 
     Attributes:
-        steps: of the second phase; the first ends by itself.
-        most_first_steps: an error is raised if the first phase takes more.
-        rows, length: of a batch, in tokens; the last quarter takes half as many rows twice as long.
-        lr: of AdamW, constant in the first phase, cosine to a twentieth in the second.
+        terse_steps: of lists of keys and values, which come first.
+        steps: of conversations.
+        rows, length: of a batch, in tokens; lists take three quarters as many rows of three eighths the length, the
+            last quarter of the conversations half as many rows twice as long.
+        lr: of AdamW, cosine to a twentieth.
         other_weight: of the loss on tokens that are no answers.
+        least_right: share of the answers that must be right at the end.
         seed: of weights and data.
         save_every: steps between checkpoints.
     """
 
+    terse_steps: int = 600
     steps: int = 1500
-    most_first_steps: int = 3000
     rows: int = 32
     length: int = 256
     lr: float = 7e-4
     other_weight: float = 0.2
+    least_right: float = 0.9
     seed: int = 0
     save_every: int = 100
 
@@ -167,129 +170,106 @@ class Texts:
         return torch.tensor(all_ids), torch.tensor(all_answers)
 
 
-def losses(model, ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers and of all else, and the share of answers that are the likeliest token."""
-    with torch.autocast(ids.device.type, torch.bfloat16):
-        logits = model(ids, use_cache=False).logits[:, :-1]
-    target, asked = ids[:, 1:], answers[:, 1:]
-    each = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view(target.shape)
-    right = (logits.argmax(-1) == target)[asked].float().mean()
-    return each[asked].mean(), each[~asked].mean(), right
+class Batches(Dataset):
+    """The batch of each step; it follows from the seed and the step alone, so that a run can be taken up again."""
 
+    def __init__(self, tokenizer, options: BackboneOptions):
+        self.tokenizer, self.options = tokenizer, options
 
-class Run:
-    """A training run: model, optimizer, data and place, which a checkpoint holds all of."""
+    def __len__(self) -> int:
+        return self.options.terse_steps + self.options.steps
 
-    def __init__(self, options: BackboneOptions, output: Path, device: torch.device, compile_model: bool):
-        self.options, self.output, self.device = options, output, device
-        self.tokenizer = build_tokenizer()
-        self.model = build_backbone(self.tokenizer, options.seed).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        self.forward = torch.compile(self.model) if compile_model else self.model
-        self.texts = Texts(self.tokenizer, Random(options.seed + 1))
-        self.first_steps = self.step = 0  # steps of the first phase; steps of the second
-        self.first_phase = True
-        self.log: list[dict] = []
-        self.seconds = 0.0
-
-    def save(self) -> None:
-        """Everything that the run needs to go on, atomically."""
-        place = {"first_phase": self.first_phase, "first_steps": self.first_steps, "step": self.step}
-        checkpoint.save(
-            self.output, asdict(self.options), self.model.state_dict(), self.optimizer, self.texts.random,
-            **place, log=self.log, seconds=self.seconds,
-        )  # fmt: skip
-
-    def restore(self) -> None:
-        """Go on from the checkpoint in ``output``, if there is one.
-
-        Raises:
-            ValueError: it was made with other options.
-        """
-        found = checkpoint.load(self.output, asdict(self.options), self.device)
-        if found is not None:
-            checkpoint.restore(found, self.optimizer, self.texts.random)
-            self.model.load_state_dict(found["model"])
-            vars(self).update(found["place"])
-
-    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, length = self.options.rows, self.options.length
-        if self.first_phase:
-            return self.texts.batch(rows * 3 // 4, length * 3 // 8, self.texts.terse, 4)
-        done = self.step / self.options.steps
-        most_facts = 4 if done < 0.2 else 8 if done < 0.7 else 24
-        if done >= 0.75:
-            rows, length = rows // 2, 2 * length
-        return self.texts.batch(rows, length, self.texts.conversation, most_facts)
-
-    def _lr(self) -> float:
-        warm_up = min(1.0, (self.first_steps + self.step + 1) / 100)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.options.steps))
-        return self.options.lr * warm_up * (0.05 + 0.95 * cosine)
-
-    def advance(self) -> dict:
-        """One step; returns its figures."""
-        started = time.perf_counter()
-        ids, answers = (tensor.to(self.device) for tensor in self._batch())
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr()
-        answer_loss, other_loss, right = losses(self.forward, ids, answers)
-        self.optimizer.zero_grad()
-        (answer_loss + (0.5 if self.first_phase else self.options.other_weight) * other_loss).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        figures = {
-            "phase": 1 if self.first_phase else 2, "step": self.first_steps + self.step,
-            "answer_loss": answer_loss.item(), "other_loss": other_loss.item(), "right": right.item(),
-        }  # fmt: skip
-        self.log.append(figures)
-        if self.first_phase:
-            self.first_steps += 1
-            recent = [entry["right"] for entry in self.log[-20:]]
-            self.first_phase = len(recent) < 20 or sum(recent) / 20 <= 0.9
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        options = self.options
+        texts = Texts(self.tokenizer, Random(f"{options.seed} {step}"))
+        rows, length, terse = options.rows, options.length, step < options.terse_steps
+        if terse:
+            ids, answers = texts.batch(rows * 3 // 4, length * 3 // 8, texts.terse, 4)
         else:
-            self.step += 1
-        self.seconds += time.perf_counter() - started
-        return figures
+            done = (step - options.terse_steps) / options.steps
+            most_facts = 4 if done < 0.2 else 8 if done < 0.7 else 24
+            if done >= 0.75:
+                rows, length = rows // 2, 2 * length
+            ids, answers = texts.batch(rows, length, texts.conversation, most_facts)
+        other_weight = torch.tensor(0.5 if terse else options.other_weight)
+        return {"input_ids": ids, "answers": answers, "other_weight": other_weight}
 
 
-def train_backbone(options: BackboneOptions, output: Path, device: str = "cpu", compile_model: bool = False) -> dict:
+class BackboneTrainer(Trainer):
+    """The Trainer with a loss that tells answers from all other tokens.
+
+    Its log has the last 50 steps' mean ``answer_loss``, ``other_loss`` and ``right``, the share of answers that are the
+    likeliest token.
+    """
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.recent: deque[torch.Tensor] = deque(maxlen=50)  # [3], in the order of FIGURES
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        logits = model(inputs["input_ids"], use_cache=False).logits[:, :-1]
+        target, asked = inputs["input_ids"][:, 1:], inputs["answers"][:, 1:]
+        each = F.cross_entropy(logits.transpose(1, 2).float(), target, reduction="none")
+        answer, other = each[asked].mean(), each[~asked].mean()
+        right = (logits.argmax(-1) == target)[asked].float().mean()
+        self.recent.append(torch.stack([answer, other, right]).detach())
+        loss = answer + inputs["other_weight"] * other
+        return (loss, logits) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's, with these figures."""
+        if self.recent:
+            means = torch.stack(list(self.recent)).mean(0).tolist()
+            logs = logs | {name: round(mean, 4) for name, mean in zip(FIGURES, means)}
+        super().log(logs, start_time)
+
+
+def train_backbone(options: BackboneOptions, output: Path) -> dict:
     """Train, or go on with, the backbone and write it with its tokenizer into ``output``; returns its figures.
 
-    Args:
-        options: of the run; a checkpoint found in ``output`` must have the same.
-        output: a directory, made if needed.
-        device: where to train.
-        compile_model: use torch.compile: a third faster on two cores.
-
     Raises:
-        RuntimeError: the first phase did not come to its end, so a memory could bind nothing.
+        RuntimeError: it does not find what its context states, so a memory could bind nothing.
+        ValueError: a run in ``output`` that has other options.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    run = Run(options, output, torch.device(device), compile_model)
-    run.restore()
-    with tqdm(total=options.steps, initial=run.step, desc="backbone", unit="step") as bar:
-        while run.step < options.steps:
-            if run.first_phase and run.first_steps >= options.most_first_steps:
-                raise RuntimeError(
-                    f"backbone: after {run.first_steps} steps it does not recall lists yet; try another --seed"
-                )
-            figures = run.advance()
-            bar.set_postfix(
-                phase=figures["phase"], right=f"{figures['right']:.2f}", loss=f"{figures['answer_loss']:.2f}"
-            )
-            bar.update(figures["phase"] == 2)
-            if figures["step"] % options.save_every == options.save_every - 1:
-                run.save()
-    model = run.model.float().eval()
-    model.save_pretrained(output)
-    run.tokenizer.save_pretrained(output)
-    last = run.log[-50:]
+    started = output / "options.json"
+    if started.is_file() and read_json(started) != asdict(options):
+        raise ValueError(f"output: {output} holds a run with {read_json(started)}; remove it, or give the same options")
+    write_json(started, asdict(options), private=False)
+    tokenizer = build_tokenizer()
+    model = build_backbone(tokenizer, options.seed)
+    batches = Batches(tokenizer, options)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        max_steps=len(batches),
+        per_device_train_batch_size=1,  # an item is a batch
+        train_sampling_strategy="sequential",
+        learning_rate=options.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=100,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        seed=options.seed,
+        logging_steps=20,
+        save_steps=options.save_every,
+        save_total_limit=1,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = BackboneTrainer(model, arguments, train_dataset=batches, data_collator=lambda items: items[0])
+    found = trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
+    last = next(entry for entry in reversed(trainer.state.log_history) if "right" in entry)
     figures = {
-        "parameters": sum(p.numel() for p in model.parameters()), "first_phase_steps": run.first_steps,
-        "steps": run.step, "seconds": round(run.seconds, 1), "options": asdict(options),
-        **{name: sum(entry[name] for entry in last) / len(last) for name in ("answer_loss", "other_loss", "right")},
+        "options": asdict(options), "parameters": model.num_parameters(),
+        "seconds": round(found.metrics["train_runtime"], 1), **{name: last[name] for name in FIGURES},
     }  # fmt: skip
+    if figures["right"] < options.least_right:
+        raise RuntimeError(f"backbone: {figures['right']:.0%} of the answers are right at the end; try another --seed")
+    model.cpu().save_pretrained(output)
+    tokenizer.save_pretrained(output)
     write_json(output / "training.json", figures, private=False)
-    checkpoint.remove(output)
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    started.unlink()
     return figures
