@@ -182,7 +182,8 @@ def _show(chat: Chat) -> None:
     now = session.snapshot().now
     first = session.turns - len(now.turns) + 1
     most = max(8, (chat.screen.columns - 20) // 2)  # two texts beside the figures
-    rows = [["-", str(len(now.preamble)), shortened(_preamble(chat), most), ""]] if now.preamble.ids else []
+    system = session.system or "(what the template puts in front)"
+    rows = [["-", str(len(now.preamble)), shortened(system, most), ""]] if now.preamble.ids else []
     for place, turn in enumerate(now.turns, first):
         texts = (shortened(turn.messages[end].get("content") or "", most) for end in (0, -1))
         rows.append([str(place), str(len(turn)), *texts])
@@ -191,10 +192,6 @@ def _show(chat: Chat) -> None:
     gone = first - 1
     away = f"; {counted(gone, 'earlier turn')} left to the memory" if gone else ""
     chat.screen.say(f"In sight: {summary(chat)}{away}. Allowed: {limits(chat)}.")
-
-
-def _preamble(chat: Chat) -> str:
-    return chat.session.system or "(what the template puts in front)"
 
 
 def summary(chat: Chat) -> str:
@@ -318,11 +315,8 @@ def _revise(chat: Chat, rest: str) -> None:
     """Write what holds from now on."""
     with chat.change("/revise", rest):
         tokens = chat.session.revise(rest)
-    chat.screen.say(f"Written over what the memory held of it: {counted(tokens, 'token')}.{_stale(chat)}")
-
-
-def _stale(chat: Chat) -> str:
-    return " The context still shows what was said before; /context drop empties it." if chat.session.context else ""
+    stale = " The context still shows what was said before; /context drop empties it." if chat.session.context else ""
+    chat.screen.say(f"Written over what the memory held of it: {counted(tokens, 'token')}.{stale}")
 
 
 def _forget(chat: Chat, rest: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
+from ..text.settings import GENERATION
 
 Value = int | float
 
@@ -21,17 +22,10 @@ class Option:
     help: str
 
 
-def _can_be_saved(name: str, value: Value) -> bool:
-    """Whether a session with this option can be saved."""
-    from ..text.settings import GENERATION  # late: sessions import transformers
-
-    return GENERATION[name].holds(value, 0)
-
-
 OPTIONS = {
     "temperature": Option(
         float,
-        lambda value: _can_be_saved("temperature", value),
+        lambda value: GENERATION["temperature"].holds(value, 0),  # so that the session can be saved
         "a number, 0 (greedy) or more, up to 1e9",
         "0: always the likeliest token (greedy); more: samples",
     ),
@@ -43,7 +37,7 @@ OPTIONS = {
     ),
     "max_new_tokens": Option(
         int,
-        lambda value: _can_be_saved("max_new_tokens", value),
+        lambda value: GENERATION["max_new_tokens"].holds(value, 0),
         "an integer, 1 or more, up to 1,048,576",
         "tokens of an answer at most",
     ),

@@ -83,7 +83,11 @@ def _add_answers(group) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     in_terminal = not arguments.say and sys.stdin.isatty() and sys.stdout.isatty()
     opening = read_arguments(arguments)
-    return _in_terminal(arguments, opening) if in_terminal else _over_pipe(arguments, opening)
+    if in_terminal:
+        return _in_terminal(arguments, opening)
+    from ..chat.loop import converse_over_pipe
+
+    return WELL if converse_over_pipe(opening, arguments.say) else FAILED
 
 
 def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
@@ -99,9 +103,3 @@ def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
 
     converse_in_terminal(opening, history=not arguments.no_history, markdown=arguments.markdown)
     return WELL
-
-
-def _over_pipe(arguments: argparse.Namespace, opening: Opening) -> int:
-    from ..chat.loop import converse_over_pipe
-
-    return WELL if converse_over_pipe(opening, arguments.say) else FAILED

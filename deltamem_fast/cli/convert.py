@@ -38,40 +38,25 @@ def add_convert_command(commands) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    figures = convert_adapter(arguments.source, arguments.target, arguments.to, force=arguments.force)
-    print(f"{figures['directory']}: wrote {' and '.join(figures['files'])}")
-    print(
-        f"{figures['tensors']:,} tensors, {figures['parameters']:,} parameters, {figures['bytes']:,} bytes; "
-        "read back, bit-equal to the source"
-    )
-    return 0
-
-
-def convert_adapter(source: str, target: str | os.PathLike, to: str, *, force: bool = False) -> dict:
-    """Write the adapter ``source`` (a directory or hub id) into the directory ``target`` in the format ``to``.
-
-    Returns:
-        What was written: ``directory``, ``files``, ``tensors``, ``parameters``, ``bytes`` (of all files).
+    """Write the adapter SOURCE into the directory TARGET in another format.
 
     Raises:
         ValueError: the target is the source, or is not empty and ``force`` is not given; a broken adapter; or what
             was written does not read back bit for bit.
         FileNotFoundError: no adapter there.
     """
-    directory = as_path(target, "TARGET")
-    _check_target(as_path(source, "SOURCE"), directory, force)
-    adapter = read_adapter(source)
+    directory = as_path(arguments.target, "TARGET")
+    _check_target(as_path(arguments.source, "SOURCE"), directory, arguments.force)
+    adapter = read_adapter(arguments.source)
     weights = adapter.weights
-    write_adapter(directory, adapter.config, weights, to, finite=False)
+    write_adapter(directory, adapter.config, weights, arguments.to, finite=False)
     _check_written(directory, weights)
-    files = [CONFIG_NAME, SAFETENSORS_NAME if to == "safetensors" else RELEASED_NAME]
-    return {
-        "directory": str(directory),
-        "files": files,
-        "tensors": len(weights),
-        "parameters": sum(tensor.numel() for tensor in weights.values()),
-        "bytes": sum((directory / name).stat().st_size for name in files),
-    }
+    files = [CONFIG_NAME, SAFETENSORS_NAME if arguments.to == "safetensors" else RELEASED_NAME]
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    size = sum((directory / name).stat().st_size for name in files)
+    print(f"{directory}: wrote {' and '.join(files)}")
+    print(f"{len(weights):,} tensors, {parameters:,} parameters, {size:,} bytes; read back, bit-equal to the source")
+    return 0
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:

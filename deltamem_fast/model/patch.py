@@ -237,15 +237,15 @@ def _is_plain(weight: torch.Tensor) -> bool:
 def _refuse_unreadable(name: str, base: dict[str, torch.Tensor | None], config: DeltaMemConfig) -> None:
     for head in config.delta_heads:
         if base[head].device.type == "meta":
-            raise ArgumentError(
-                f"output_init: got {config.output_init!r}, but the weight of {name}.{head}_proj is offloaded; allowed "
-                "there: zero, random, or an adapter with weights"
-            )
-        if not _is_plain(base[head]):
-            raise ArgumentError(
-                f"output_init: got {config.output_init!r}, but {name}.{head}_proj is quantised ({base[head].dtype}); "
-                "allowed there: zero, random, or an adapter with weights"
-            )
+            reason = f"the weight of {name}.{head}_proj is offloaded"
+        elif not _is_plain(base[head]):
+            reason = f"{name}.{head}_proj is quantised ({base[head].dtype})"
+        else:
+            continue
+        raise ArgumentError(
+            f"output_init: got {config.output_init!r}, but {reason}; allowed there: zero, random, or an adapter with "
+            "weights"
+        )
 
 
 # --- installing

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..adapter.record import find_record, memory_disabled
+from ..adapter.record import identity_of, is_patched, memory_disabled
 from ..adapter.wrappers import unwrap
 from ..memory.state import MemoryState
 from ..text.segments import sentence_spans
@@ -80,8 +80,7 @@ def tell(model: nn.Module, tokenizer, chats: Sequence[Chat], memory: MemoryState
     """
     memory = MemoryState.zeros(model, len(chats)) if memory is None else memory
     batch = encode(tokenizer, chats).to(_device(model))
-    segmented = find_record(unwrap(model)).identity.config.segmented
-    segments = {"segment_ids": batch.segment_ids} if segmented else {}
+    segments = {"segment_ids": batch.segment_ids} if identity_of(model).config.segmented else {}
     unwrap(model).model(
         batch.input_ids, attention_mask=batch.attention_mask, memory=memory, use_cache=False, **segments
     )
@@ -112,8 +111,7 @@ def _reading(model: nn.Module, memory: MemoryState | None) -> Iterator[dict[str,
     if memory is not None:
         yield {"memory": memory.read_only()}
         return
-    patched = find_record(unwrap(model)) is not None
-    with memory_disabled(model) if patched else contextlib.nullcontext():
+    with memory_disabled(model) if is_patched(model) else contextlib.nullcontext():
         yield {}
 
 

@@ -58,13 +58,8 @@ def as_path(path: str | os.PathLike, name: str, *, expand: bool = True) -> Path:
         raise ArgumentError(f"{name}: got {text!r}, allowed a path ({error})") from error
     except OSError as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise file_error(error, name, shortened_path(text)) from error
+            raise file_error(error, name, text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") from error
     return found
-
-
-def shortened_path(text: str) -> str:
-    """A path of any length, to be shown."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 # --- writing

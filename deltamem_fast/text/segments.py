@@ -41,13 +41,7 @@ class _Marked(NamedTuple):
     message: dict
     in_content: bool
     rest: str  # the content between the mark and its end, trailing white space left out
-
-
-class _Place(NamedTuple):
-    """Where a message's mark is in the rendered chat."""
-
-    position: int
-    marked: _Marked
+    position: int = 0  # of the mark in the rendered chat, once that is known
 
 
 class _Block(NamedTuple):
@@ -310,7 +304,7 @@ def _block_end(render: Render, messages, text, index, place, content, start, sig
     inside = max(start, place.position if place else 0, content[1] if content else 0)
     # What follows the mark where the chat ends with this message is its trailer.
     mark = _mark(sign, index)
-    tail = _tail(render, [*before, place.marked.message], mark) if place else None
+    tail = _tail(render, [*before, place.message], mark) if place else None
     if tail is not None and text.startswith(tail, place.position):
         return max(inside, place.position + len(tail))
     prefix = _try_render(render, [*before, messages[index]])
@@ -321,7 +315,7 @@ def _block_end(render: Render, messages, text, index, place, content, start, sig
     if tail is None:
         # Where a template refuses the chat up to here, a short one with a question in front may do as well.
         question = {"role": "user", "content": _PROBE_TEXT}
-        tail = _tail(render, [question, place.marked.message], mark) or ""
+        tail = _tail(render, [question, place.message], mark) or ""
     return max(inside, place.position + _trailer_length(text[place.position :], tail))
 
 
@@ -412,7 +406,7 @@ def _mark(sign: str, index: int) -> str:
     return f"{sign}{index}{sign}"
 
 
-def _mark_all(render: Render, messages, text, add_generation_prompt, sign) -> dict[int, _Place]:
+def _mark_all(render: Render, messages, text, add_generation_prompt, sign) -> dict[int, _Marked]:
     """Marks every message but the system's at once. Empty if that changes anything but the marks' places."""
     marked = {
         index: _markings(message, _mark(sign, index))[0]
@@ -429,16 +423,16 @@ def _mark_all(render: Render, messages, text, add_generation_prompt, sign) -> di
         return {}
     indices = [int(index) for index in parts[1::2]]
     positions = itertools.accumulate(len(part) for part in parts[::2])
-    return {i: _Place(p, marked[i]) for i, p in zip(indices, positions) if indices.count(i) == 1}
+    return {i: marked[i]._replace(position=p) for i, p in zip(indices, positions) if indices.count(i) == 1}
 
 
-def _mark_one(render: Render, messages, text, add_generation_prompt, index: int, sign: str) -> _Place | None:
+def _mark_one(render: Render, messages, text, add_generation_prompt, index: int, sign: str) -> _Marked | None:
     mark = _mark(sign, index)
     for marked in _markings(messages[index], mark):
         conversation = [*messages[:index], marked.message, *messages[index + 1 :]]
         rendered = _try_render(render, conversation, add_generation_prompt)
         if rendered is not None and rendered.count(mark) == 1 and rendered.replace(mark, "") == text:
-            return _Place(rendered.index(mark), marked)
+            return marked._replace(position=rendered.index(mark))
     return None
 
 
@@ -515,9 +509,9 @@ def _visible(message, separator: str = "") -> tuple[int, int]:
     return start, start + len(body.strip())
 
 
-def _content_span(message, text: str, place: _Place, floor: int) -> tuple[int, int] | None:
+def _content_span(message, text: str, place: _Marked, floor: int) -> tuple[int, int] | None:
     """Where the visible content is: as much of it as the text has before the content's end."""
-    position, (_, in_content, rest) = place
+    _, in_content, rest, position = place
     if not in_content or not text.startswith(rest, position):
         return None
     end = position + len(rest)

@@ -167,11 +167,8 @@ def check_values(generation: Mapping[str, Any], where: str) -> None:
     """
     for name, value in generation.items():
         kind = GENERATION.get(name)
-        if (
-            kind is not None
-            and type(value) in (bool, int, float, str, list, tuple)
-            and not kind.holds(value, _MOST + 1)
-        ):
+        looked_at = kind is not None and type(value) in (bool, int, float, str, list, tuple)
+        if looked_at and not kind.holds(value, _MOST + 1):
             raise ArgumentError(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")
 
 

@@ -100,7 +100,12 @@ def check_lengths(
         write_tokens += len(episodes[0].write_ids)
         read_tokens += len(episodes[0].read_ids)
     if found and (over_long == "error" or not kept):
-        raise ArgumentError(_refusal(found, len(examples)))
+        shown = "; ".join(str(item) for item in found[:_SHOWN])
+        more = f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+        raise ArgumentError(
+            f"data: {len(found):,} of {len(examples):,} examples are over-long: {shown}{more}; allowed: larger limits, "
+            "or --over-long skip if that leaves any"
+        )
     return Checked(Subset(examples, kept), found, empty, write_tokens, read_tokens)
 
 
@@ -109,12 +114,3 @@ def writes_something(episode: Episode) -> bool:
     if episode.segment_ids is None:
         return bool(episode.write_ids)
     return any(segment >= 0 for segment in episode.segment_ids)
-
-
-def _refusal(found: list[OverLong], total: int) -> str:
-    shown = "; ".join(str(item) for item in found[:_SHOWN])
-    more = f"; and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-    return (
-        f"data: {len(found):,} of {total:,} examples are over-long: {shown}{more}; allowed: larger limits, or "
-        "--over-long skip if that leaves any"
-    )
