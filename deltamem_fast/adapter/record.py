@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import copy
 import functools
-import logging
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,11 +15,11 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
+from ..notices import logger
 from .identity import Identity, new_token
 from .layer import refuse_pickling
 from .wrappers import RECORD, decoder_of, unwrap
 
-logger = logging.getLogger("deltamem_fast")
 _disabled: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("deltamem_disabled", default=frozenset())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import sys
 import types
@@ -18,8 +17,7 @@ from ..adapter.record import PatchRecord, identity_of, record_of
 from ..adapter.wrappers import unwrap
 from ..config import CONFIG_NAME
 from ..errors import ArgumentError
-
-_logger = logging.getLogger("deltamem_fast")
+from ..notices import logger
 
 
 def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> None:
@@ -78,7 +76,7 @@ def _save_pretrained(self, save_directory, *args, **kwargs):
     # Before the model's: it takes the tensors out of the state dict that it writes.
     weights = _weights_to_save(self, given.get("state_dict"))
     if weights is None and writes:
-        _logger.warning("save_pretrained: the given state_dict holds no adapter, so none is written")
+        logger.warning("save_pretrained: the given state_dict holds no adapter, so none is written")
     config, writes = identity_of(self).config, writes and weights is not None
     if writes and pushes:  # its end uploads the directory
         write_adapter(save_directory, config, weights, "safetensors")
@@ -150,7 +148,7 @@ def _load_state_dict(self, state_dict, *args, **kwargs):
     keys = set(_keys(record))
     if keys <= set(result.missing_keys):
         if _trainers_checkpoint() is None:
-            _logger.warning("load_state_dict: the state dict holds no adapter, so the model's stays as it is")
+            logger.warning("load_state_dict: the state dict holds no adapter, so the model's stays as it is")
         result.missing_keys[:] = [key for key in result.missing_keys if key not in keys]
     return result
 
@@ -168,7 +166,7 @@ def _restore_trainers(model: nn.Module, incompatible) -> None:
     if (Path(directory) / CONFIG_NAME).is_file():
         load_adapter(model, directory)
     else:
-        _logger.warning("%s: this checkpoint holds no adapter of the memory, so the model's stays as it is", directory)
+        logger.warning("%s: this checkpoint holds no adapter of the memory, so the model's stays as it is", directory)
 
 
 def _trainers_checkpoint() -> str | os.PathLike | None:

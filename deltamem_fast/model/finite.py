@@ -13,7 +13,6 @@ counts them (``skipped``); states stay finite, and other rows what they were.
 
 from __future__ import annotations
 
-import logging
 import math
 import weakref
 from typing import Any
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..notices import logger
 from .call import MemoryCall
 
-logger = logging.getLogger("deltamem_fast")
 # By embedding: address and version of its weight, and which of its rows are not finite; None: all are.
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], torch.Tensor | None]] = weakref.WeakKeyDictionary()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -16,12 +15,10 @@ from ..adapter.wrappers import RECORD
 from ..arguments import check_type
 from ..errors import ArgumentError, UnsupportedError
 from ..memory.state import MemoryState, taken_back
-from ..notices import warn_once
+from ..notices import logger, warn_once
 from .begin import NOT_WRITTEN, LastSegments, PromptsMask, generating
 from .cache import cut_short
 from .signatures import cache_name, given_cache
-
-logger = logging.getLogger("deltamem_fast")
 
 
 class EndedRows:

@@ -188,11 +188,8 @@ def _refuse_sharded(model: nn.Module) -> None:
 
 
 def _shape_of(attention: nn.Module) -> LayerShape:
-    def out(head: str) -> int:
-        projection = getattr(attention, f"{head}_proj", None)
-        return projection.out_features if _is_linear(projection) else 0
-
-    return LayerShape(attention.q_proj.in_features, out("q"), out("k"), out("v"), out("o"))
+    projections = (getattr(attention, f"{head}_proj", None) for head in DELTA_HEADS)
+    return LayerShape(attention.q_proj.in_features, *(p.out_features if _is_linear(p) else 0 for p in projections))
 
 
 def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:

@@ -49,7 +49,7 @@ class BankFile:
             self._handles.add(handle)  # so that a fork in another thread waits for it
         try:
             with handle.lock, contextlib.closing(handle):
-                handle.keep(self._connect())
+                handle.keep(connect(self.path, self.durable, self.timeout))
                 yield handle.connection
                 self._which = _which_file(self.path)  # layered file systems copy one that is opened to be written
         except sqlite3.ProgrammingError:
@@ -74,7 +74,7 @@ class BankFile:
                 raise StateError(f"bank: {self.path} was open when this process was forked from outside Python")
             try:
                 if handle.connection is None:
-                    handle.keep(self._connect())
+                    handle.keep(connect(self.path, self.durable, self.timeout))
                 yield handle.connection
                 if handle.companions is None:
                     handle.companions = self._companions()
@@ -98,9 +98,6 @@ class BankFile:
 
     def _companions(self) -> tuple:
         return _which_file(f"{self.path}-wal"), _which_file(f"{self.path}-shm")
-
-    def _connect(self) -> sqlite3.Connection:
-        return connect(self.path, self.durable, self.timeout)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -19,7 +19,6 @@ from ..adapter.record import identity_of
 from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
-from ..memory.watch import GateRecord
 from .callbacks import FiniteCallback
 from .checkpoints import mark_whole, unmark
 from .data import Example
@@ -54,24 +53,21 @@ class EpisodeModel(nn.Module):
 
         Returns:
             ``row_losses`` and ``row_tokens`` as in ``EpisodeLoss``, and in train mode ``answer_loss``, ``penalty``,
-            ``mean_beta`` and ``saturated``, float32 [layers]; in eval mode ``baseline_losses``, float32 [B]: what the
-            answers cost with an empty memory, which is the backbone alone.
+            ``mean_beta`` (of the written tokens) and ``saturated`` (the share of such gates), float32 [layers]; in eval
+            mode ``baseline_losses``, float32 [B]: what the answers cost with an empty memory, which is the backbone
+            alone.
         """
         episodes = EpisodeBatch(**batch)
         if self.training:
             found = episode_loss(self.model, episodes, self.gate_weight, self.gate_target)
             names = ("answer_loss", "penalty", "row_losses", "row_tokens")
-            return {name: getattr(found, name) for name in names} | gate_values(found.gates)
+            gates = {"mean_beta": found.gates.mean_beta(), "saturated": found.gates.saturated()}  # by layer, in order
+            gates = {name: torch.stack([v.detach() for v in values.values()]) for name, values in gates.items()}
+            return {name: getattr(found, name) for name in names} | gates
         losses, tokens = answer_losses(self.model, episodes, write_memory(self.model, episodes))
         empty = MemoryState.zeros(self.model, len(episodes.read_ids))
         baseline, _ = answer_losses(self.model, episodes, empty)
         return {"row_losses": losses, "row_tokens": tokens, "baseline_losses": baseline}
-
-
-def gate_values(gates: GateRecord) -> dict[str, torch.Tensor]:
-    """In the layers' order, float32 [layers]: mean β of the written tokens, and the share of saturated gates."""
-    found = {"mean_beta": gates.mean_beta(), "saturated": gates.saturated()}
-    return {name: torch.stack([v.detach() for v in values.values()]) for name, values in found.items()}
 
 
 class Meter:
