@@ -19,7 +19,7 @@ from ..arguments import check_choice, check_type
 from ..config import CONFIG_NAME, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from ..storage.files import as_path, naming_files, parse_json, write_atomically
-from ..storage.tensors import Header, check_seal, read_tensors, save_tensors, seal
+from ..storage.tensors import FLOATS, Header, check_seal, read_tensors, save_tensors, seal
 from .identity import new_token
 from .layer import DeltaMemory
 from .record import identity_of, record_of
@@ -32,7 +32,6 @@ FORMAT = "deltamem-adapter"
 FORMAT_VERSION = 1
 FORMATS = ("safetensors", "released")
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_NAME, RELEASED_NAME)
-_FLOATS = ("F64", "F32", "F16", "BF16")  # as a safetensors header names them
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -120,8 +119,8 @@ def read_weights(
 
     def check_all(path: Path, header: Header) -> None:
         for key, (dtype, _) in header.items():
-            if dtype not in _FLOATS:
-                raise FileFormatError(f"adapter: {path} has {key} of {dtype}, allowed {', '.join(_FLOATS)}")
+            if dtype not in FLOATS:
+                raise FileFormatError(f"adapter: {path} has {key} of {dtype}, allowed {', '.join(FLOATS)}")
         if check is not None:
             check(header)
 

@@ -65,7 +65,7 @@ def _recall_lines(figures) -> list[str]:
     shares |= {title: figures[name] for name, title in ROWS.items()}
     error = 50 / math.sqrt(figures["questions"])
     return [
-        *_share_lines(shares, "facts"),
+        *_share_lines(shares),
         f"{figures['questions']} questions a number (standard error {error:.1f} at most); "
         f"chance is {100 * figures['chance']:.1f}; best at few facts: {figures['best']}",
     ]
@@ -74,7 +74,7 @@ def _recall_lines(figures) -> list[str]:
 def _half_lines(figures) -> list[str]:
     shares = {"bare backbone": figures["half_frozen"]} | {f"memory, {n}": s for n, s in figures["half"].items()}
     ratios = ["times as many", "", *(f"{ratio:.2f}" for ratio in figures["half_ratio"].values())]
-    return [f"{line}  {ratio.rjust(13)}".rstrip() for line, ratio in zip(_share_lines(shares, "facts"), ratios)]
+    return [f"{line}  {ratio.rjust(13)}".rstrip() for line, ratio in zip(_share_lines(shares), ratios)]
 
 
 def _revise_lines(figures) -> list[str]:
@@ -91,9 +91,9 @@ def _picture_lines(figures) -> list[str]:
     return ["", drawn, f"The memory is saved in {figures['files']['memory']}"]
 
 
-def _share_lines(shares: dict[str, dict[str, float]], title: str) -> list[str]:
+def _share_lines(shares: dict[str, dict[str, float]]) -> list[str]:
     counts = list(next(iter(shares.values())))
     return columns([
-        (title, *counts),
+        ("facts", *counts),
         *((name, *(f"{100 * values[count]:.1f}" for count in counts)) for name, values in shares.items()),
     ])  # fmt: skip

@@ -82,20 +82,13 @@ def grouped(random: Random, sentences: list[str], most: int) -> list[dict[str, s
 
 
 def telling(
-    random: Random,
-    facts: list[Fact],
-    *,
-    held_out: bool,
-    distractors: float = 0.0,
-    updates: float = 0.0,
-    most: int = 4,
+    random: Random, facts: list[Fact], *, held_out: bool, distractors: float, updates: float
 ) -> tuple[list[dict[str, str]], list[Fact]]:
     """Messages that state ``facts``, and what holds after them.
 
     Args:
         distractors: sentences without a fact per fact, on average.
         updates: share of the facts that are overwritten by a later sentence.
-        most: sentences in a message, at most.
     """
     sentences: list[str] = []
     holds = {fact: fact for fact in facts}
@@ -107,7 +100,7 @@ def telling(
             sentences.append(holds[earlier].update(random))
         while random.random() < distractors / (1 + distractors):
             sentences.append(world.sentence(random, held_out))
-    return grouped(random, sentences, most), [holds[fact] for fact in facts]
+    return grouped(random, sentences, 4), [holds[fact] for fact in facts]
 
 
 def asking(random: Random, facts: list[Fact]) -> list[dict[str, str]]:

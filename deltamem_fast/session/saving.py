@@ -22,7 +22,7 @@ from ..memory.state import MemoryState
 from ..model.cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, replace_layers
 from ..storage import snapshots
 from ..storage.files import as_path, parse_json
-from ..storage.tensors import Header, parse_tensors, save_tensors
+from ..storage.tensors import FLOATS, Header, parse_tensors, save_tensors
 from ..text.encode import vocabulary_size
 from ..text.settings import check_generation, check_template
 from .blocks import Block
@@ -34,7 +34,6 @@ FORMAT, FORMAT_VERSION = "deltamem-session", 2
 _MUST_BE_JSON = "its messages, template and generation settings must be JSON to be saved"
 # Of whose cache nothing but keys, values and lengths has to be kept.
 _SAVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer)
-_FLOATS = ("F64", "F32", "F16", "BF16")  # of keys and values
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def _check_header(content: dict[str, Any], header: Header, identity, path: Path)
     for name, layer in layers.items():
         dtype, shape = header[name]
         length = layer["length"] if layer["window"] is None else min(layer["length"], layer["window"] - 1)
-        if dtype not in _FLOATS or len(shape) != 4 or shape[0] != 1 or shape[2] != length:
+        if dtype not in FLOATS or len(shape) != 4 or shape[0] != 1 or shape[2] != length:
             raise FileFormatError(
                 f"directory: {path}: {name}: got {header[name]}, allowed floats [1, heads, {length}, size]"
             )

@@ -24,6 +24,7 @@ from .files import opened, parse_json
 
 _MOST_HEADER_BYTES = 100_000_000  # as safetensors' own library has it
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # as a header names them
 # A tensor in a file's header: its dtype as safetensors names it, and its shape.
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 

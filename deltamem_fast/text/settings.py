@@ -71,11 +71,8 @@ def _between(least: float, most: float) -> _Kind:
     return _Kind(f"a number from {least:g} to {most:g}", lambda value, _: _is_number(value) and least <= value <= most)
 
 
-def _above(least: float) -> _Kind:
-    return _Kind(f"a number above {least:g}, up to 1e9", lambda value, _: _is_number(value) and least < value)
-
-
 _FLAG = _Kind("true or false", lambda value, _: type(value) in (bool, int) and value in (0, 1))
+_POSITIVE = _Kind("a number above 0, up to 1e9", lambda value, _: _is_number(value) and value > 0)
 _TOKEN = _Kind("the id of a token", _is_id)
 _TOKENS = _Kind("ids of tokens, in a list", lambda value, vocabulary: value in ([], ()) or _is_ids(value, vocabulary))
 # -1 is no token: never an end, nothing to fill with.
@@ -96,7 +93,7 @@ GENERATION: dict[str, _Kind] = {
     "min_new_tokens": _whole(0),
     "max_length": _whole(1),
     "min_length": _whole(0),
-    "max_time": _above(0),
+    "max_time": _POSITIVE,
     "stop_strings": _TEXTS,
     # which tokens
     "do_sample": _FLAG,
@@ -108,8 +105,8 @@ GENERATION: dict[str, _Kind] = {
     "typical_p": _between(0, 1),
     "epsilon_cutoff": _between(0, 1),
     "eta_cutoff": _between(0, 1),
-    "repetition_penalty": _above(0),
-    "encoder_repetition_penalty": _above(0),
+    "repetition_penalty": _POSITIVE,
+    "encoder_repetition_penalty": _POSITIVE,
     "length_penalty": _between(-1e9, 1e9),
     "no_repeat_ngram_size": _whole(0),
     "encoder_no_repeat_ngram_size": _whole(0),
