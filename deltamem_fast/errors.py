@@ -7,35 +7,13 @@ from __future__ import annotations
 
 import os
 
-from deltamem_kernels.errors import (
-    ArgumentError,
-    ArgumentIndexError,
-    ArgumentKeyError,
-    ArgumentTypeError,
-    DeltaMemError,
-    MissingPackageError,
-    UnsupportedError,
-)
-
-__all__ = [
-    "ArgumentError",
-    "ArgumentIndexError",
-    "ArgumentKeyError",
-    "ArgumentTypeError",
-    "ConflictError",
-    "DeltaMemError",
-    "FileAccessError",
-    "FileFormatError",
-    "FileMissingError",
-    "FilePermissionError",
-    "MissingPackageError",
-    "PathExistsError",
-    "StateError",
-    "UnsupportedError",
-    "WaitedTooLongError",
-    "WrongPathKindError",
-    "file_error",
-]
+from deltamem_kernels.errors import ArgumentError as ArgumentError
+from deltamem_kernels.errors import ArgumentIndexError as ArgumentIndexError
+from deltamem_kernels.errors import ArgumentKeyError as ArgumentKeyError
+from deltamem_kernels.errors import ArgumentTypeError as ArgumentTypeError
+from deltamem_kernels.errors import DeltaMemError as DeltaMemError
+from deltamem_kernels.errors import MissingPackageError as MissingPackageError
+from deltamem_kernels.errors import UnsupportedError as UnsupportedError
 
 
 class FileFormatError(DeltaMemError, ValueError):

@@ -12,8 +12,7 @@ from ..adapter.wrappers import unwrap
 from ..display import counted, in_bytes, number, shortened, without_surrogates
 from ..errors import ArgumentError, ConflictError, FileMissingError
 from ..inspection.pictures import Snapshot, heat_map_lines, snapshot
-from ..memory.figures import LayerReport
-from ..memory.state import MemoryState
+from ..memory.figures import LayerReport, norm_of
 from ..recall import hints
 from ..session.forgetting import places_of
 from ..storage.files import as_path
@@ -373,11 +372,6 @@ def read_text(name: str) -> str:
     if not text.strip():
         raise ArgumentError(f"/ingest: {name}: nothing but white space")
     return text
-
-
-def norm_of(state: MemoryState) -> float:
-    """The Frobenius norm of all layers together."""
-    return math.sqrt(sum(float(layer.detach().double().square().sum()) for _, layer in state.items()))
 
 
 # --- all of them

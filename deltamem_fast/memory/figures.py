@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -146,6 +147,11 @@ def rows_of(states: States, row: int | None, name: str = "row") -> list[int]:
     if not count:
         raise ArgumentError(f"{name}: got {row!r}, allowed none (the memory holds no conversation)")
     return [check_integer(row, name, 0, count - 1)]
+
+
+def norm_of(states: States) -> float:
+    """The Frobenius norm of all layers together."""
+    return math.sqrt(sum(float(state.detach().double().square().sum()) for _, state in states.items()))
 
 
 def _rows(states: States) -> int:

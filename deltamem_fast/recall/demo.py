@@ -7,7 +7,6 @@ an empty memory, and against the bare backbone without, with half of, and with a
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from ..display import counted
 from ..errors import ArgumentError
 from ..inspection.facts import versions
 from ..inspection.pictures import Snapshot, draw_heat_map
+from ..memory.figures import norm_of
 from ..memory.state import MemoryState
 from ..model.loading import device_for
 from ..model.patch import patch_model, unpatch_model
@@ -117,12 +117,13 @@ def run_demo(
                 figures |= told | _sizes(model)
             unpatch_model(model)
             unpatched.append(bare.same(model, tokenizer, plan.story))
+        threads_here = counted(torch.get_num_threads(), "thread")
         figures |= {
             "strategy": strategy,
             "seed": seed,
             "questions": questions,
             "backend": resolve_backend(backend, device.type),
-            "device": _device_name(device),  # with the threads that it has here
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads_here}",
             "versions": versions(),
         }
     held |= {"disabled_bit_identical": all(disabled), "unpatched_bit_identical": all(unpatched)}
@@ -174,12 +175,6 @@ def _at_few_facts(shares: dict[str, float]) -> list[float]:
 def failed_checks(figures: dict[str, Any]) -> list[str]:
     """What did not hold, in words."""
     return [CHECKS[name] for name, holds in figures["checks"].items() if not holds]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
 
 
 # --- the story
@@ -235,7 +230,7 @@ def _tell_story(
             "revision": story.revised.update(),
             "asked_again": _asked(story.questions, story.holds, memory=second),
         },
-        "state_norm": {shot.name: _norm(shot) for shot in snapshots},
+        "state_norm": {shot.name: norm_of(shot.states) for shot in snapshots},
         "files": {"memory": str(path), "heat_map": picture and str(picture)},
     }
     logits = [_logits(model, tokenizer, story, which) for which in (memory, loaded)]
@@ -254,11 +249,6 @@ def _asked(questions, facts, **answers: Sequence[str]) -> list[dict[str, str]]:
         {"question": question, "truth": fact.value} | {name: texts[row] for name, texts in answers.items()}
         for row, (question, fact) in enumerate(zip(questions, facts))
     ]
-
-
-def _norm(shot: Snapshot) -> float:
-    """Of all layers together."""
-    return math.sqrt(sum(float(state.double().square().sum()) for state in shot.states.values()))
 
 
 def _sizes(model: nn.Module) -> dict[str, Any]:
