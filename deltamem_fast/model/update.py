@@ -27,53 +27,38 @@ def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tens
         reads, float32 [B, T, H·r].
     """
     batch, length = projections.shape[:2]
-    initial, first_run = call.start(layer.layer_idx)
+    index, rule = layer.layer_idx, layer.rule
+    initial, first_run = call.start(index)
     if first_run:
-        call.keep(layer.layer_idx, projections)
+        call.keep(index, projections)
     mask = call.token_mask
     if call.cu_seqlens is not None and batch > 1:
         # Packed sequences are counted over the rows, one behind another.
         projections = projections.reshape(1, batch * length, -1)
         mask = None if mask is None else mask.reshape(1, batch * length)
-    return _advance(layer, projections, gate_bias, call, mask, initial, first_run).view(batch, length, -1)
-
-
-def _advance(
-    layer: DeltaMemory,
-    projections: torch.Tensor,
-    gate_bias: torch.Tensor,
-    call: MemoryCall,
-    mask: torch.Tensor | None,
-    initial: torch.Tensor,
-    first_run: bool,
-) -> torch.Tensor:
-    """``advance`` of the tokens as the operators take them: packed sequences in one row."""
-    index, rule = layer.layer_idx, layer.rule
     ops = operations(layer.backend, projections.device)
-    if call.frozen:
-        if call.cu_seqlens is not None:
-            return _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)
-        return ops.read(projections, initial, rule, mask=mask)
-
-    if call.segment_ids is not None:
+    if call.frozen and call.cu_seqlens is not None:
+        reads = _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)
+    elif call.frozen:
+        reads = ops.read(projections, initial, rule, mask=mask)
+    elif call.segment_ids is not None:
         reads = ops.read(projections, initial, rule, mask=mask)
         means, present, skipped = segment_means(projections, call.segment_ids, mask)
         gates = None if call.gates is None else gate_sums(means, gate_bias, rule, present)
         out = ops.scan(means, gate_bias, initial, rule, mask=present)
-        return _commit(call, index, first_run, reads, out.state, skipped + out.skipped, gates)
-
-    if projections.shape[1] == 1 and call.steps(index):
+        reads = _commit(call, index, first_run, reads, out.state, skipped + out.skipped, gates)
+    elif projections.shape[1] == 1 and call.steps(index):
         call.count_gates(index, projections, gate_bias, rule)
         reads = ops.step(
             projections.squeeze(1), gate_bias, initial, rule,
             mask=None if mask is None else mask.squeeze(1), skipped=call.state.counter(index),
         )  # fmt: skip
         written(initial)
-        return reads.unsqueeze(1)
-
-    gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)
-    out = ops.scan(projections, gate_bias, initial, rule, mask=mask, cu_seqlens=call.cu_seqlens)
-    return _commit(call, index, first_run, out.reads, out.state, out.skipped, gates)
+    else:
+        gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)
+        out = ops.scan(projections, gate_bias, initial, rule, mask=mask, cu_seqlens=call.cu_seqlens)
+        reads = _commit(call, index, first_run, out.reads, out.state, out.skipped, gates)
+    return reads.view(batch, length, -1)
 
 
 def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
