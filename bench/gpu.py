@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .instrument import machine, results
+from .instrument import commands, machine, results
 from .instrument.rows import Row, absent, from_dict, refused
 from .instrument.tables import aligned, plain_table
 from .speed import budget, suite
@@ -47,23 +47,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def say(start: float, text: str) -> None:
-    """A line of progress."""
-    print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-
-def wait(process: subprocess.Popen, seconds: float | None) -> int | None:
-    """The exit status, or None if it took longer: then it is ended with everything that it started."""
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        suite.end(process)
-        return None
-
-
 def limit_of(name: str) -> float:
     """Seconds that a part may take."""
-    return PARTS[name].seconds(Plan("cuda"))
+    return PARTS[name].estimate(Plan("cuda")).limit
 
 
 def plan_table(seconds: float) -> str:
@@ -82,10 +68,10 @@ def plan_table(seconds: float) -> str:
 
 def run_part(options: argparse.Namespace) -> int:
     """What a part's own process does: each row is a line of ``--rows`` as soon as it is there."""
-    start = time.perf_counter()
+    progress = commands.progress()
     torch.manual_seed(0)
     device = "cpu" if options.dry_run else "cuda"
-    plan = Plan(device, options.dry_run, options.full, lambda text: say(start, f"  {options.part}: {text}"))
+    plan = Plan(device, options.dry_run, options.full, lambda text: progress(f"  {options.part}: {text}"))
     with options.rows.open("a", encoding="utf-8") as file:
         for row in PARTS[options.part].run(plan):
             file.write(json.dumps(row.to_dict(), allow_nan=False) + "\n")
@@ -104,7 +90,7 @@ def part_rows(name: str, options: argparse.Namespace, seconds: float | None) -> 
             process = subprocess.Popen(
                 [*command, "--rows", str(path)], cwd=ROOT, env=environment, stderr=file, start_new_session=True
             )
-            status = wait(process, seconds)
+            status = suite.wait(process, seconds)
         text = errors.read_text(encoding="utf-8", errors="replace")
         sys.stderr.write(text[-4000:])
         if path.exists():
@@ -124,17 +110,18 @@ def measure(options: argparse.Namespace, start: float) -> Iterator[list[Row]]:
     def left() -> float:
         return options.seconds - (time.perf_counter() - start)
 
+    say = commands.progress()
     unlimited = options.full or options.dry_run
     if not (options.skip_tests or options.dry_run or options.only):
-        say(start, "tests")
+        say("tests")
         yield [suite.run(options.output, 3600 if unlimited else budget.of_tests().limit, unlimited)]
     for name in options.only or PARTS:
         limit = None if unlimited else min(limit_of(name), left())
         if limit is not None and limit < LEAST:
-            say(start, f"{name}: left out, no time")
+            say(f"{name}: left out, no time")
             yield [absent(name, "left out: no time")]
             continue
-        say(start, name if limit is None else f"{name}, at most {limit:.0f} s")
+        say(name if limit is None else f"{name}, at most {limit:.0f} s")
         yield list(part_rows(name, options, limit))
 
 

@@ -79,13 +79,10 @@ def _triton_launches(counter: Counter) -> Iterator[None]:
 
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("deltamem_kernels.")]
     holders = [m for m in modules if getattr(m, "launch", None) is original]
-    try:
+    with ExitStack() as stack:
         for module in holders:
-            module.launch = counted
+            stack.enter_context(mock.patch.object(module, "launch", counted))
         yield
-    finally:
-        for module in holders:
-            module.launch = original
 
 
 @contextmanager
@@ -102,11 +99,8 @@ def _numba_calls(counter: Counter) -> Iterator[None]:
         counter[self.py_func.__name__] += 1
         return original(self, *args, **kwargs)
 
-    Dispatcher.__call__ = counted
-    try:
+    with mock.patch.object(Dispatcher, "__call__", counted):
         yield
-    finally:
-        del Dispatcher.__call__
 
 
 @contextmanager

@@ -41,12 +41,17 @@ def version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
+def _said_by(*command: str) -> str | None:
+    """What a program prints; None if it is not there, fails or takes too long."""
     try:
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _git(*arguments: str) -> str | None:
+    return _said_by("git", "-C", str(ROOT), *arguments)
 
 
 def commit() -> dict[str, Any]:
@@ -70,12 +75,8 @@ def driver() -> str:
     """The version of the GPU's driver (ROCm's for AMD), or "unknown"."""
     if torch.version.hip:
         return f"rocm{torch.version.hip}"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return result.stdout.strip().splitlines()[0] if result.returncode == 0 and result.stdout.strip() else "unknown"
+    versions = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return versions.splitlines()[0] if versions else "unknown"
 
 
 @functools.cache

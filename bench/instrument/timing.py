@@ -26,17 +26,19 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def in_turns(
-    variants: Mapping[str, Call], turns: int, device: str, *, cold: bool = True, warm_up: int = 3
+    variants: Mapping[str, Call], turns: int, device: str, *, cold: bool = True, warm_up: int = 3, events: bool = True
 ) -> dict[str, list[float]]:
     """Seconds of each variant, one entry a turn; who goes first changes from turn to turn.
 
     Args:
         variants: calls by name; each gets the number of its run, to take other inputs each time.
         turns: how often each is timed.
-        device: ``cuda`` (events, nothing waits in between) or ``cpu``.
-        cold: overwrite the L2 cache before each call.
+        device: ``cuda`` or ``cpu``.
+        cold: overwrite the L2 cache before each call that is timed by events.
         warm_up: runs of each before the clock.
+        events: time by the GPU's events, nothing waits in between; else, and on a CPU, by ``wall``.
     """
+    events = events and device == "cuda"
     times: dict[str, list] = {name: [] for name in variants}
     for call in variants.values():
         for n in range(warm_up):
@@ -44,22 +46,20 @@ def in_turns(
     synchronize(device)
     for n in range(turns):
         for name in list(variants)[:: 1 if n % 2 == 0 else -1]:
-            if device != "cuda":
-                start = time.perf_counter()
-                variants[name](n)
-                times[name].append(time.perf_counter() - start)
+            if not events:
+                times[name].append(wall(functools.partial(variants[name], n), device))
                 continue
             if cold:
                 _flush_buffer().zero_()
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
             variants[name](n)
-            events[1].record()
-            times[name].append(events)
+            end.record()
+            times[name].append((begin, end))
     synchronize(device)
-    if device != "cuda":
+    if not events:
         return times
-    return {name: [a.elapsed_time(b) / 1e3 for a, b in events] for name, events in times.items()}
+    return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in times.items()}
 
 
 def wall(call: Callable[[], object], device: str) -> float:

@@ -7,6 +7,7 @@ The store is really filled, through MemoryBank.commit, with random memories in t
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import os
 import random
@@ -17,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from deltamem_fast import MemoryBank, MemoryState, patch_model
 
-from ..instrument import commands, results
+from ..instrument import backbones, commands, results
 from ..instrument.rows import Row, counted, measured, refused
 from ..instrument.tables import duration
+from ..instrument.timing import wall
 
 DIRECTORY = results.DIRECTORY / "bank"
 FULL = 1_000_000
@@ -36,11 +37,8 @@ GATHER_TARGET = 0.010  # seconds of 512 ids
 
 def backbone():
     """A patched model with Qwen3-4B's 36 layers and next to no weights: a bank knows only its memories' shapes."""
-    config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=36, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, pad_token_id=0,
-    )  # fmt: skip
-    return patch_model(AutoModelForCausalLM.from_config(config).eval())
+    config = backbones.configuration("Qwen3-4B", tiny=True, num_hidden_layers=36)
+    return patch_model(backbones.build(config, torch.float32, "cpu"))
 
 
 def name_of(user: int) -> str:
@@ -67,9 +65,7 @@ def fill(bank: MemoryBank, model, users: int) -> list[float]:
             rows = min(BATCH, users - start)
             memory = random_memory(model, rows, start)
             ids = [name_of(start + n) for n in range(rows)]
-            begin = time.perf_counter()
-            bank.commit(ids, memory)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(wall(functools.partial(bank.commit, ids, memory), "cpu"))
             bar.update(rows)
     return seconds
 
@@ -89,29 +85,20 @@ def wrong(bank: MemoryBank, model, users: int, batches: int = 8) -> str:
     return ""
 
 
-def timed(call: Callable[[list[str]], object], users: int, ids: int, draws: int) -> list[float]:
-    """Seconds of ``call`` with fresh random ids each time."""
+def timed(
+    call: Callable[..., object], users: int, ids: int, draws: int, prepare: Callable[..., tuple] = lambda ids: ()
+) -> list[float]:
+    """Seconds of ``call`` with fresh random ids each time, and with what ``prepare`` makes of them off the clock."""
     seconds = []
     for _ in range(draws):
         drawn = [name_of(user) for user in random.sample(range(users), ids)]
-        begin = time.perf_counter()
-        call(drawn)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(wall(functools.partial(call, drawn, *prepare(drawn)), "cpu"))
     return seconds
 
 
 def commits(bank: MemoryBank, users: int, ids: int, draws: int) -> list[float]:
     """Seconds of committing random ids that are there, each time just gathered."""
-    seconds = []
-    for _ in range(draws):
-        drawn = [name_of(user) for user in random.sample(range(users), ids)]
-        memory = bank.gather(drawn)
-        for _, state in memory.items():
-            state.mul_(0.5)
-        begin = time.perf_counter()
-        bank.commit(drawn, memory)
-        seconds.append(time.perf_counter() - begin)
-    return seconds
+    return timed(bank.commit, users, ids, draws, lambda drawn: (bank.gather(drawn).decay(0.5),))
 
 
 # Both must not run while this process has the bank open: closing any descriptor of a file gives up SQLite's locks.

@@ -6,8 +6,8 @@ The turns of one conversation are timed side by side: each variant says and answ
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from deltamem_fast.recall.weights import find_weights, load_backbone
 
 from ..instrument import backbones, commands, results
 from ..instrument.rows import Row, compare, counted, measured
-from ..instrument.timing import in_turns
+from ..instrument.timing import in_turns, wall
 from ..speed.model import loud
 
 DIRECTORY = results.DIRECTORY / "sessions"
@@ -81,14 +81,9 @@ def file_rows(model: nn.Module, tokenizer, sizes: dict, repeats: int) -> list[Ro
     with tempfile.TemporaryDirectory() as folder:
         for with_cache in (True, False):
             parameters = {"cache": with_cache, "context_tokens": session.context_tokens, "window": sizes["window"]}
-            saving, loading = [], []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                session.save(folder, cache=with_cache)
-                saving.append(time.perf_counter() - start)
-                start = time.perf_counter()
-                MemorySession.load(folder, model, tokenizer)
-                loading.append(time.perf_counter() - start)
+            save = functools.partial(session.save, folder, cache=with_cache)
+            load = functools.partial(MemorySession.load, folder, model, tokenizer)
+            saving, loading = zip(*((wall(save, "cpu"), wall(load, "cpu")) for _ in range(repeats)))
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
             rows += [measured("session/save", parameters, saving), measured("session/load", parameters, loading)]
             rows.append(counted("session/files", parameters, bytes=size))

@@ -15,6 +15,7 @@ from deltamem_fast import MemoryState
 from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.recall import task
 from deltamem_fast.recall.chats import encode, tell
+from deltamem_fast.recall.task import TEXTS
 
 from ..instrument.rows import Row, counted
 from .conversations import SENTENCES, Messages
@@ -23,7 +24,6 @@ from .figures import DIGITS
 NAME = "perplexity"
 # Read-only and empty; read-only and full of facts that have nothing to do with the text; written by the text itself.
 MEMORIES = ("empty", "filled", "live")
-TEXTS = ("conversation", "telling", "small talk")
 EVERYTHING = "all"
 FACTS = 8  # that fill a memory
 ROWS = 64  # texts of one batch
@@ -44,18 +44,9 @@ def draw_texts(episodes: int) -> list[Text]:
     for kind in TEXTS:
         random = Random(f"{NAME} {kind}")
         for _ in range(episodes):
-            messages = _messages(random, kind)
+            messages = task.text(random, kind, held_out=True)
             found.append(Text(kind, messages, _elsewhere(random, messages)))
     return found
-
-
-def _messages(random: Random, kind: str) -> Messages:
-    if kind == "conversation":
-        return task.conversation(random, 4, held_out=True)
-    if kind == "telling":
-        facts = task.draw_facts(random, FACTS, held_out=True)
-        return task.telling(random, facts, held_out=True, distractors=0.5, updates=0.15)[0]
-    return [message for _ in range(4) for message in task.small_talk(random, held_out=True)]
 
 
 def _elsewhere(random: Random, messages: Messages) -> Messages:

@@ -193,11 +193,8 @@ def _watch(arguments: list[str]) -> tuple[str, int | None]:
             )
         except OSError as error:
             return f"==ERROR== {error}", 127
-        try:
-            status = process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            status = None
-        suite.end(process)
+        status = suite.wait(process, SECONDS)
+        suite.end(process)  # what it started may go on without it
         file.seek(0)
         return file.read(), status
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import StaticCache
 
 from ..instrument.rows import Row, absent
-from ..instrument.timing import capture, wall
+from ..instrument.timing import capture, in_turns
 from . import peers
 from .model import Models, random_ids
 
@@ -82,7 +82,7 @@ def rows(
     parameters = models.parameters(mode=mode, batch=batch, context=context, tokens=tokens)
     variants = {name: model for name, model in models.variants.items() if name != "released"}
     ids = random_ids(models.config.vocab_size, batch, context, models.device)
-    steps, states, times = {}, [], {name: [] for name in variants}
+    steps, states = {}, []
     torch._dynamo.reset()
     for name, model in variants.items():
         start = time.perf_counter()
@@ -91,15 +91,12 @@ def rows(
         states.append(state)  # a graph writes to its cache and token: they must stay
         progress(f"{models.name}: {mode}, batch {batch}, {name} ready after {time.perf_counter() - start:.1f} s")
 
-    def decode(step):
+    def decode(step, turn):
         for _ in range(tokens):
             step()
 
-    for turn in range(turns + 1):
-        for name in list(steps)[:: 1 if turn % 2 == 0 else -1]:
-            seconds = wall(functools.partial(decode, steps[name]), models.device)
-            if turn:  # the first warms up
-                times[name].append(seconds)
+    calls = {name: functools.partial(decode, step) for name, step in steps.items()}
+    times = in_turns(calls, turns, models.device, warm_up=1, events=False)
     made = [row for row in models.rows("decode", parameters, times) if not row.name.endswith("/released")]
     if models.device == "cuda" and peers.released() is not None:
         made.append(absent("decode/released", NOT_RELEASED[mode], parameters))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import re
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from deltamem_kernels.reference import recurrence as reference
 
 from ..instrument import backbones
 from ..instrument.rows import Row, absent, compare, measured, refused
-from ..instrument.timing import in_turns
+from ..instrument.timing import in_turns, wall
 from .model import loud, random_ids
 from .problems import relative_error
 from .scan import NO_NUMBA, Case, compared, random_inputs
@@ -60,9 +59,7 @@ def random_problem(case: Case) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Te
 def seconds(scan: Callable, case: Case) -> float:
     """How long the gradient of one scan of fresh inputs takes."""
     problem = random_problem(case)
-    start = time.perf_counter()
-    gradients(scan, case.rule, *problem)
-    return time.perf_counter() - start
+    return wall(lambda: gradients(scan, case.rule, *problem), "cpu")
 
 
 def error_of(scan: Callable, case: Case, problem, exact) -> float:

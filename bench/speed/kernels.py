@@ -118,6 +118,7 @@ def rows(cases: Iterable[Case], device: str, turns: int) -> Iterator[Row]:
                 torch.cuda.empty_cache()
 
 
+@torch.no_grad()
 def _released_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
     """Their scan and ours in turns on the same tokens, checked against each other.
 
@@ -201,19 +202,14 @@ def released_rows(lengths: Iterable[int], gradients: Iterable[int], device: str,
     not."""
     scan = peers.released_scan(device)
     kind = "triton" if device == "cuda" else "auto"
-    for length in lengths:
+    wanted = [("scan", _released_row, length, turns) for length in lengths]
+    wanted += [("scan-gradient", _gradient_row, length, 3) for length in gradients]
+    for name, row, length, times in wanted:
         case = Case("scan", length)
         if scan is None:
-            yield absent(f"scan/{kind}", peers.MISSING["released"], case.parameters)
-            continue
-        with torch.no_grad():
-            yield _released_row(case, device, turns, scan)
-    for length in gradients:
-        case = Case("scan", length)
-        if scan is None:
-            yield absent(f"scan-gradient/{kind}", peers.MISSING["released"], case.parameters)
+            yield absent(f"{name}/{kind}", peers.MISSING["released"], case.parameters)
         else:
-            yield _gradient_row(case, device, 3, scan)
+            yield row(case, device, times, scan)
 
 
 def fla_rows(lengths: Iterable[int], device: str, turns: int) -> Iterator[Row]:

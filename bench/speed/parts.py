@@ -157,10 +157,6 @@ class Part:
     run: Callable[[Plan], Iterator[Row]]
     estimate: Callable[[Plan], Estimate]
 
-    def seconds(self, plan: Plan) -> float:
-        """How long it may take."""
-        return self.estimate(plan).limit
-
 
 PEERS = ("unpatched", "patched", "released")
 OURS = PEERS[:2]

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from ..instrument import backbones
 from ..instrument.rows import Row
-from ..instrument.timing import peak_memory, wall
+from ..instrument.timing import in_turns, peak_memory
 from . import peers
 from .model import Models, random_ids
 
@@ -29,17 +29,15 @@ def rows(models: Models, length: int, turns: int) -> list[Row]:
     ``extra_memory`` is patched ÷ unpatched − 1.
     """
     fresh = functools.partial(random_ids, models.config.vocab_size, 1, length, models.device)
-    times = {name: [] for name in models.variants}
     peaks = {}
     for name, model in models.variants.items():
         prefill(model, fresh())  # kernels compile here
         taken = peak_memory(functools.partial(prefill, model, fresh()), models.device)
         if taken is not None:
             peaks[name] = backbones.weight_bytes(model) + taken
-    for turn in range(turns):
-        ids = fresh()
-        for name in list(models.variants)[:: 1 if turn % 2 == 0 else -1]:
-            times[name].append(wall(functools.partial(prefill, models.variants[name], ids), models.device))
+    prompts = [fresh() for _ in range(turns)]
+    calls = {name: lambda n, model=model: prefill(model, prompts[n]) for name, model in models.variants.items()}
+    times = in_turns(calls, turns, models.device, warm_up=0, events=False)
     made = models.rows("prefill", models.parameters(batch=1, tokens=length), times)
     for row in made:
         variant = row.name.split("/")[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 
@@ -193,19 +195,8 @@ def _wide(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-class Exact:
-    """``reference`` in float64, with the signatures of the kernels."""
-
-    @staticmethod
-    def scan(projections, bias, state, rule):
-        return reference.scan(projections, bias, state, rule, dtype=torch.float64)
-
-    step = staticmethod(reference.step)
-    read = staticmethod(reference.read)
-    steer = staticmethod(reference.steer)
-    steer_heads_ = staticmethod(reference.steer_heads_)
-    decode_ = staticmethod(reference.decode_)
-    workspace = staticmethod(reference.workspace)
+# ``reference`` in float64, with the signatures of the kernels.
+Exact = SimpleNamespace(**vars(reference) | {"scan": functools.partial(reference.scan, dtype=torch.float64)})
 
 
 def check(case: Case, device: str) -> tuple[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,7 @@ from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 
 from ..instrument.rows import Row, absent, compare, measured, refused, spread
-from ..instrument.timing import in_turns
+from ..instrument.timing import in_turns, wall
 from . import peers
 from .problems import relative_error
 
@@ -58,9 +57,7 @@ def error_of(scan: Callable, case: Case, inputs, expected) -> float:
 def seconds(scan: Callable, case: Case) -> float:
     """How long one scan of fresh inputs takes."""
     inputs, rule = random_inputs(case), case.rule
-    start = time.perf_counter()
-    scan(*inputs, rule)
-    return time.perf_counter() - start
+    return wall(lambda: scan(*inputs, rule), "cpu")
 
 
 def implementations() -> dict[str, Callable]:

@@ -42,6 +42,15 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def wait(process: subprocess.Popen, seconds: float | None) -> int | None:
+    """The exit status, or None if it took longer: then it is ended with everything that it started."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end(process)
+        return None
+
+
 def _start(marker: str, index: int, count: int, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "--tb=short", "--maxfail=20"]
     command += ["-p", "no:cacheprovider", *files()]

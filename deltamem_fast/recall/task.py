@@ -114,6 +114,19 @@ def small_talk(random: Random, held_out: bool, most: int = 3) -> list[dict[str, 
     return [user(random.choice(world.SMALL_TALK)), assistant(answer)]
 
 
+TEXTS = ("conversation", "telling", "small talk")
+
+
+def text(random: Random, kind: str, *, held_out: bool) -> list[dict[str, str]]:
+    """A text of one of the kinds in ``TEXTS``: a conversation, messages that state facts, or small talk."""
+    if kind == "conversation":
+        return conversation(random, 4, held_out=held_out)
+    if kind == "telling":
+        facts = draw_facts(random, 8, held_out=held_out)
+        return telling(random, facts, held_out=held_out, distractors=0.5, updates=0.15)[0]
+    return [message for _ in range(4) for message in small_talk(random, held_out)]
+
+
 def conversation(random: Random, most_facts: int, *, held_out: bool = False) -> list[dict[str, str]]:
     """A conversation in which facts are stated and asked for, in one or two rounds, with small talk between."""
     messages: list[dict[str, str]] = []

@@ -42,13 +42,7 @@ class SettlingOptions:
 
 def draw_text(random: Random) -> Chat:
     """A conversation, messages that state facts, or small talk, in equal shares; names of the training texts."""
-    kind = random.randrange(3)
-    if kind == 0:
-        return task.conversation(random, 4)
-    if kind == 1:
-        facts = task.draw_facts(random, 8, held_out=False)
-        return task.telling(random, facts, held_out=False, distractors=0.5, updates=0.15)[0]
-    return [message for _ in range(4) for message in task.small_talk(random, held_out=False)]
+    return task.text(random, task.TEXTS[random.randrange(3)], held_out=False)
 
 
 def text_divergence(model: nn.Module, tokenizer, chats: list[Chat], memory: MemoryState) -> torch.Tensor:
