@@ -338,7 +338,7 @@ def test_reset_forgets_and_memory_shows_it(model, tokenizer):
 
 
 def test_missing_and_broken_weights_are_named(tmp_path, tokenizer):
-    with pytest.raises(FileNotFoundError, match=r"weights: .*backbone/config\.json: no such file; `python -m bench"):
+    with pytest.raises(FileNotFoundError, match=r"weights: .*backbone/config\.json: no such file; `python -m examples"):
         find_weights(tmp_path)
     untrained_backbone(tokenizer).save_pretrained(tmp_path / "backbone")
     tokenizer.save_pretrained(tmp_path / "backbone")

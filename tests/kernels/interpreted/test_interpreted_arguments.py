@@ -122,10 +122,10 @@ AWAY = {
     ),
     "decode": (
         lambda **t: decode(
-            rows()[0], BIAS, t["state"], None, *rows()[1:], skipped=t["skipped"], workspace=t["arrived"]
+            rows()[0], BIAS, t["state"], None, *rows()[1:], skipped=t["skipped"], workspace=t["workspace"]
         ),
         {"state": POOL[:2].clone(), "skipped": torch.zeros(2, dtype=torch.int32),
-         "arrived": torch.zeros(2, dtype=torch.int32)},
+         "workspace": torch.zeros(2, dtype=torch.int32)},
     ),
 }  # fmt: skip
 
