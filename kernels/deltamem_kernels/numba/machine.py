@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -17,18 +18,40 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic
 
 WORD = ir.IntType(64)
 logger = logging.getLogger("deltamem_fast")
 
 
+class _KeyedFiles(IndexDataCacheFile):
+    """The files of one function's cache, each compiled version in a file that is named by what it was compiled from.
+
+    numba numbers them. Two processes that compile a function for two ranks at the same time, and see the same index,
+    would give both the same number, and later processes would load one rank's code for the other's.
+    """
+
+    def save(self, key, data):
+        digest = hashlib.sha256(repr((key, self._source_stamp)).encode()).hexdigest()
+        data_name = self._data_name_pattern.format(number=int(digest[:15], 16))
+        self._save_data(data_name, data)
+        overloads = self._load_index()  # of two processes one may take the other's entry out: that is compiled again
+        if overloads.get(key) != data_name:
+            overloads[key] = data_name
+            self._save_index(overloads)
+
+
 class _OptionalCache(FunctionCache):
-    """numba's cache of one function on disk, which is never what a call fails with.
+    """numba's cache of one function on disk, which is never what a call fails with, nor gives it another's code.
 
     numba itself lets a full disk, a right that was taken away and a damaged file through to the function's caller.
     """
+
+    def __init__(self, py_func):
+        super().__init__(py_func)
+        locator = self._impl.locator
+        self._cache_file = _KeyedFiles(self._cache_path, self._impl.filename_base, locator.get_source_stamp())
 
     def load_overload(self, sig, target_context):
         try:
