@@ -16,7 +16,7 @@ help:
 	@echo "make test-transformers  transformers' own common model tests, bare and patched (fetches them)"
 	@echo "make lint            ruff, import-linter, and whether docs/results and README say what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
-	@echo "make recall          what the shipped weights remember, and docs/results anew (OUTPUT=dir)"
+	@echo "make recall          what the shipped weights remember; docs/results from bench/results (OUTPUT=dir)"
 	@echo "make recall-train    trains such weights from nothing into build/recall: an hour and more on two cores"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"

@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench`` measures and writes JSON, ``python -m bench.table`` prints it as Markdown."""
+"""Benchmarks: ``python -m bench`` measures and writes JSON, ``python -m bench.report`` makes pages of it."""

@@ -53,7 +53,7 @@ def replay(
     frozen: bool = False,
     keep_states: bool = False,
 ) -> Replay:
-    """Read and write one conversation's tokens in every layer, as ``advance`` does.
+    """Read and write one conversation's tokens in every layer, as ``model.update.advance`` does.
 
     With segments (SSW) every token reads the initial state. A segment is written once, and that write is said of each
     of its tokens: they share its size and its β, and their state is the one after it. A token that is in no segment

@@ -62,14 +62,14 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
     with capture_projections() as found:
         for piece in pieces:
             decoder_of(unwrap(model))(**piece.arguments(device), memory=scratch, use_cache=False)
-    memories = identity_of(model).memories
+    layers = identity_of(model).memories
     with memory.all_or_nothing():
-        for layer in memory:
-            state = memory[layer]
+        for index in memory:
+            state = memory[index]
             for piece, projections in zip(pieces, found):
                 segments = None if piece.segments is None else piece.segments.to(device)
-                state = _erased(memories[layer], projections[layer], segments, state, strength)
-            memory.put(layer, state, in_place=True)
+                state = _erased(layers[index], projections[index], segments, state, strength)
+            memory.put(index, state, in_place=True)
     return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
 
 
@@ -84,19 +84,19 @@ def check_ready(model: nn.Module, memory) -> None:
     memory.check_whole()
 
 
-def _erased(adapter, projections: torch.Tensor, segment_ids, state: torch.Tensor, strength: float) -> torch.Tensor:
+def _erased(layer, projections: torch.Tensor, segment_ids, state: torch.Tensor, strength: float) -> torch.Tensor:
     """One layer's state [1, H, r, r] after the tokens of one piece have erased."""
     present = None
     if segment_ids is not None:
         projections, present, _ = segment_means(projections, segment_ids, None)
-    _, bias = adapter.stacked()
+    _, bias = layer.stacked()
     projections = projections.float()
     valid, _ = valid_tokens(projections, present)
     _, keys, _, _, _, beta = split_projections(
-        torch.where(valid.unsqueeze(-1), projections, 0.0), bias.float(), adapter.rule
+        torch.where(valid.unsqueeze(-1), projections, 0.0), bias.float(), layer.rule
     )
-    erase = (1 - (1 - beta) ** strength) * valid[:, :, None, None]
-    for key, share in zip(keys.unbind(1), erase.unbind(1)):
+    shares = (1 - (1 - beta) ** strength) * valid[:, :, None, None]
+    for key, share in zip(keys.unbind(1), shares.unbind(1)):
         key = key.unsqueeze(-2)
         state = state - (share * (state * key).sum(-1)).unsqueeze(-1) * key
     return state

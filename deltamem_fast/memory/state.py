@@ -194,13 +194,13 @@ class MemoryState:
         Raises:
             IndexError: a row outside 0 to B − 1.
         """
-        wrong = ArgumentTypeError(f"rows: got {shown(rows)}, allowed a list or tensor of integers, or a mask")
+        allowed = "allowed a list or tensor of integers, or a mask"
         if isinstance(rows, str | bytes | Mapping):
-            raise wrong
+            raise ArgumentTypeError(f"rows: got {shown(rows)}, {allowed}")
         try:
             index = rows if isinstance(rows, torch.Tensor) else torch.as_tensor(list(rows), device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise wrong from error
+            raise ArgumentTypeError(f"rows: got {shown(rows)}, {allowed}") from error
         if index.dtype == torch.bool:
             if tuple(index.shape) != (self.batch_size,):
                 raise ArgumentIndexError(f"rows: got a mask of shape {list(index.shape)}, allowed [{self.batch_size}]")

@@ -181,8 +181,8 @@ def capture_projections() -> Iterator[list[Projections]]:
     """Inside, each forward of a patched model appends its tokens' raw projections to the list that is yielded.
 
     W is the rule's width: q, k, v, β (and λ), before tanh, normalisation, bias and sigmoid, as
-    ``reference.split_projections`` takes them. Holds for this context (thread or task) only; a torch.compile'd
-    region is not seen. Of nested ones the innermost gets them.
+    ``reference.recurrence.split_projections`` takes them. Holds for this context (thread or task) only; a
+    torch.compile'd region is not seen. Of nested ones the innermost gets them.
     """
     found: list[Projections] = []
     token = _capturing.set(found)

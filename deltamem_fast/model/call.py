@@ -153,7 +153,7 @@ class Bridge:
     """Gradients on their way, by layer, in the backward of one forward.
 
     Attributes:
-        entered: ``enter`` has been there, so that gradients of initial states come back.
+        entered: ``checkpointing.enter`` has been there, so that gradients of initial states come back.
         ordered: no gradient may reach a layer but after its output's.
         unseen: layers that ran without a graph.
     """

@@ -286,8 +286,8 @@ class MemorySession:
 
     def anew(self) -> MemorySession:
         """A new session of the same settings, with an empty memory; it may replace the files that this one may."""
-        new: MemorySession = MemorySession(self.model, self.tokenizer, **self._settings())
-        new._remembers, new._known = self._remembers, self._known
+        new = type(self)(self.model, self.tokenizer, **self._settings())
+        vars(new).update(_remembers=self._remembers, _known=self._known)
         return new
 
     # --- the memory's operators

@@ -63,3 +63,12 @@ def test_what_was_saved_is_loaded(adder, monkeypatch):
     monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "save", None)  # nothing is to be compiled again
     monkeypatch.setattr(machine._KeyedFiles, "save", None)
     assert adder(3)(1) == 4
+
+
+def test_files_of_an_older_source_go(adder, tmp_path):
+    adder(1)
+    (index,) = (tmp_path / "cache").rglob("*.nbi")
+    (old,) = index.parent.glob("*.nbc")
+    index.unlink()  # as one that another source's stamp makes nothing of
+    adder(2)
+    assert not old.exists() and len(list(index.parent.glob("*.nbc"))) == 1

@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:kernels:tests:tests/session python session_v1.py TARGET
 
-The session is ``old_session`` of tests/session/session_support.py, after one turn has left its context; the small one
-is without its cache.
+The session is ``old_session`` of session_support.py (then in tests/session), after one turn has left its
+context; the small one is without its cache.
 """
 
 import shutil

@@ -37,9 +37,18 @@ class _KeyedFiles(IndexDataCacheFile):
         data_name = self._data_name_pattern.format(number=int(digest[:15], 16))
         self._save_data(data_name, data)
         overloads = self._load_index()  # of two processes one may take the other's entry out: that is compiled again
+        if not overloads:
+            self._remove_all_but(data_name)  # of older sources
         if overloads.get(key) != data_name:
             overloads[key] = data_name
             self._save_index(overloads)
+
+    def _remove_all_but(self, data_name: str) -> None:
+        start = self._index_name.removesuffix("nbi")
+        for name in os.listdir(self._cache_path):
+            if name.startswith(start) and name.endswith(".nbc") and name != data_name:
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self._cache_path, name))
 
 
 class _OptionalCache(FunctionCache):

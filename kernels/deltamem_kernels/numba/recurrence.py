@@ -287,7 +287,7 @@ def scan(
     slots: torch.Tensor | None = None,
     checkpoint_every: int = 0,
 ) -> ScanOutput:
-    """``reference.scan`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
+    """``reference.recurrence.scan`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
     check_arguments(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
@@ -312,7 +312,7 @@ def step(
     slots: torch.Tensor | None = None,
     skipped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``reference.step`` on a CPU: same arguments, results and errors."""
+    """``reference.recurrence.step`` on a CPU: same arguments, results and errors."""
     check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
     if skipped is None:
         skipped = torch.zeros(state.shape[0], dtype=torch.int32, device="cpu")
@@ -329,7 +329,7 @@ def read(
     mask: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``reference.read`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
+    """``reference.recurrence.read`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
     check_arguments(projections, projections.new_zeros(rule.bias_width), state, rule, mask=mask, slots=slots)
     if _needs_op(projections, state):
         return read_op(projections, state, mask, slots, *flat_rule(rule))
@@ -346,7 +346,7 @@ def steer(
     norm_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """``reference.steer``: same arguments, results and errors. Differentiable.
+    """``reference.recurrence.steer``: same arguments, results and errors. Differentiable.
 
     A base in the sum's own dtype is the addend of one matmul: Δ is never written by itself, nor is its gradient.
     """

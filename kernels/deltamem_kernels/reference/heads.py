@@ -96,7 +96,7 @@ def delta(
     Args:
         reads: float32 [..., H·r].
         weight: [N, H·r], of any floating dtype.
-        scale, norm_weight, eps: as in ``reference.steer``.
+        scale, norm_weight, eps: as in ``reference.recurrence.steer``.
         dtype: of the result.
 
     Returns:
