@@ -17,6 +17,7 @@ from deltamem_fast.recall.weights import SHIPPED, load_backbone
 from deltamem_fast.training import ExampleFiles, TrainingOptions, build_episode, read_log
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.xdist_group("train_recall")  # what is trained is trained once
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -195,6 +196,7 @@ def test_the_divergence_of_an_empty_memory_is_zero():
 # --- the command
 
 
+@pytest.mark.soak
 def test_the_command_trains_what_is_missing(tmp_path, capsys):
     main = example("__main__").main
     shutil.copytree(SHIPPED / "backbone", tmp_path / "backbone")

@@ -19,6 +19,13 @@ def test_kernels_interpreted():
 
 @pytest.mark.soak
 @pytest.mark.interpret
+def test_kernels_interpreted_with_more_examples(monkeypatch):
+    monkeypatch.setenv("DELTAMEM_EXAMPLES", "20")
+    check("not soak", 120)
+
+
+@pytest.mark.soak
+@pytest.mark.interpret
 def test_kernels_interpreted_at_far_addresses():
     check("soak", 4)
 

@@ -23,6 +23,9 @@ from deltamem_kernels.dispatch import resolve_backend
 COUNTS = [str(count) for count in FACTS]
 
 
+pytestmark = pytest.mark.xdist_group("demo")  # the proof runs once
+
+
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     return write_untrained_weights(tmp_path_factory.mktemp("weights"))

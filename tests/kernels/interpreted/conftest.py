@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+EXAMPLES = int(os.environ.get("DELTAMEM_EXAMPLES", "5"))  # of a property; make soak asks for more
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -16,7 +17,7 @@ if INTERPRETED:
     from hypothesis import settings
 
     torch.set_num_threads(1)
-    settings.register_profile("interpreted", deadline=None, derandomize=True, max_examples=8, database=None)
+    settings.register_profile("interpreted", deadline=None, derandomize=True, max_examples=EXAMPLES, database=None)
     settings.load_profile("interpreted")
 
 
