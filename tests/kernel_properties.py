@@ -57,13 +57,15 @@ def check_scan(rule, x, bias, state, chunk=None, **arguments):
     given = (x.cpu(), bias.cpu(), None if state is None else state.cpu(), rule)
     plain = reference.scan(*given, **on_cpu(arguments))
     oracle = reference.scan(*given, **on_cpu(arguments), dtype=torch.float64)
+    # Without norms a state grows without bound (1e30 in 700 tokens), and with it the luck of the first roundings.
+    factor = 4 if rule.normalize else 16
     for name in ("reads", "state"):
-        assert_budget(getattr(actual, name), getattr(plain, name), getattr(oracle, name), name)
+        assert_budget(getattr(actual, name), getattr(plain, name), getattr(oracle, name), name, factor)
     assert actual.skipped.tolist() == oracle.skipped.tolist()
     assert actual.skipped.dtype == torch.int32
     assert (actual.checkpoints is None) == (oracle.checkpoints is None)
     if oracle.checkpoints is not None:
-        assert_budget(actual.checkpoints, plain.checkpoints, oracle.checkpoints, "checkpoints")
+        assert_budget(actual.checkpoints, plain.checkpoints, oracle.checkpoints, "checkpoints", factor)
     return actual
 
 

@@ -17,17 +17,19 @@ from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
 from ..rule import check_together
 from .head_parts import arguments, check_tensors, load_raw, load_turn, pairs, scale_of, steered_heads, turned
-from .launch import check_reach, fixed, half_or_single, launch, matrix_precision, next_power_of_two
+from .launch import check_reach, fixed, half_or_single, launch, matrix_precision, narrow_reads, next_power_of_two
+from .primitives import load_weights, read_parts, times_reads
+from .replay import replayed
 
-TOKENS = 16  # tokens of a tile: the least that fills a matrix instruction
-HEADS_IN_TURN = 8  # heads that a program takes one after another, cosines and sines staying
+TOKENS = 32  # tokens of a tile: two matrix instructions
+HEADS_IN_TURN = 4  # heads that a program takes one after another, cosines and sines staying
 READ_BLOCK = 16  # numbers of a read that are multiplied at once: a matrix instruction takes no fewer
 
 
 class Rows(NamedTuple):
     """The packed rows [B, T, N] and the reads [B, T, H·r] of ``tokens`` = B · T tokens, T = ``length``.
 
-    TOKENS: tokens of a program. PRECISION: of matrix instructions.
+    TOKENS: tokens of a program. PRECISION: of matrix instructions. NARROW: see ``launch.narrow_reads``.
     """
 
     x_ptr: torch.Tensor
@@ -41,6 +43,7 @@ class Rows(NamedTuple):
     stride_r_c: int
     TOKENS: tl.constexpr
     PRECISION: tl.constexpr
+    NARROW: tl.constexpr
 
 
 class Places(NamedTuple):
@@ -85,6 +88,8 @@ def steer_unit(kind, unit, at, rows, turn, factor, heads):
     if kind.HAS_DELTA:
         by = scale_of(factor, raw=load_raw(factor, PLACE=kind.PLACE))
         p_w = kind.w_ptr + first.to(tl.int64) * DIM * stride_w_n
+        if rows.NARROW:
+            most, rest = read_parts(at.p_reads, at.m_token, stride=rows.stride_r_c, WIDTH=READ_WIDTH)
     for head in range(first, last):
         # The next head is on its way while this one is computed.
         m_next = m_tile & (o_j * 0 + head + 1 < last)[None, :]  # [TOKENS, PAIRS]
@@ -94,19 +99,26 @@ def steer_unit(kind, unit, at, rows, turn, factor, heads):
         lo, hi = x_lo.to(tl.float32), x_hi.to(tl.float32)
         if kind.HAS_DELTA:
             # The sum is short, but as outer products every thread would fetch the weights of its places one by one.
-            d_lo = tl.zeros([rows.TOKENS, heads.PAIRS], tl.float32)
-            d_hi = tl.zeros([rows.TOKENS, heads.PAIRS], tl.float32)
-            for start in range(0, READ_WIDTH, heads.CHUNK):
-                o_c = start + tl.arange(0, heads.CHUNK)  # [CHUNK]
-                m_c = o_c < READ_WIDTH
-                m_w = m_c[:, None] & m_j[None, :]  # [CHUNK, PAIRS]
-                p_r = at.p_reads[:, None] + o_c[None, :] * rows.stride_r_c  # [TOKENS, CHUNK]
-                reads = tl.load(p_r, mask=at.m_token[:, None] & m_c[None, :], other=0.0).to(tl.float32)
-                p_c = p_w + o_c[:, None] * stride_w_c  # [CHUNK, 1]
-                w_lo = tl.load(p_c + o_lo[None, :] * stride_w_n, mask=m_w, other=0.0).to(tl.float32)  # [CHUNK, PAIRS]
-                w_hi = tl.load(p_c + o_hi[None, :] * stride_w_n, mask=m_w, other=0.0).to(tl.float32)
-                d_lo = tl.dot(reads, w_lo, d_lo, input_precision=rows.PRECISION)  # [TOKENS, PAIRS]
-                d_hi = tl.dot(reads, w_hi, d_hi, input_precision=rows.PRECISION)
+            if rows.NARROW:
+                w_lo = load_weights(p_w + o_lo * stride_w_n, stride=stride_w_c, m_n=m_j, WIDTH=READ_WIDTH)
+                w_hi = load_weights(p_w + o_hi * stride_w_n, stride=stride_w_c, m_n=m_j, WIDTH=READ_WIDTH)
+                d_lo, d_hi = times_reads(most, rest, w_lo), times_reads(most, rest, w_hi)
+            else:
+                d_lo = tl.zeros([rows.TOKENS, heads.PAIRS], tl.float32)
+                d_hi = tl.zeros([rows.TOKENS, heads.PAIRS], tl.float32)
+                for start in range(0, READ_WIDTH, heads.CHUNK):
+                    o_c = start + tl.arange(0, heads.CHUNK)  # [CHUNK]
+                    m_c = o_c < READ_WIDTH
+                    m_w = m_c[:, None] & m_j[None, :]  # [CHUNK, PAIRS]
+                    p_r = at.p_reads[:, None] + o_c[None, :] * rows.stride_r_c  # [TOKENS, CHUNK]
+                    reads = tl.load(p_r, mask=at.m_token[:, None] & m_c[None, :], other=0.0).to(tl.float32)
+                    p_c = p_w + o_c[:, None] * stride_w_c  # [CHUNK, 1]
+                    w_lo = tl.load(p_c + o_lo[None, :] * stride_w_n, mask=m_w, other=0.0).to(
+                        tl.float32
+                    )  # [CHUNK, PAIRS]
+                    w_hi = tl.load(p_c + o_hi[None, :] * stride_w_n, mask=m_w, other=0.0).to(tl.float32)
+                    d_lo = tl.dot(reads, w_lo, d_lo, input_precision=rows.PRECISION)  # [TOKENS, PAIRS]
+                    d_hi = tl.dot(reads, w_hi, d_hi, input_precision=rows.PRECISION)
             lo = tl.fma(d_lo, tl.zeros_like(d_lo) + by, lo)
             hi = tl.fma(d_hi, tl.zeros_like(d_hi) + by, hi)
             p_w += DIM * stride_w_n
@@ -192,10 +204,20 @@ def steer_heads_(
             raise ArgumentError(
                 f"reads: got shape {list(reads.shape)}, allowed {[*packed.shape[:-1], reads.shape[-1]]}"
             )
+    if packed.shape[0] * packed.shape[1] == 0 or sum(steered_heads(layout, steering)) == 0:
+        return
+    weights = steering.q, steering.k, steering.v, steering.q_norm, steering.k_norm, steering.scale_raw
+    settings = layout, steering.scale, steering.scale_max, steering.eps
+    replayed(_steer_heads, (packed, reads, cos, sin, *weights), *settings)
+
+
+def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, layout, scale, scale_max, eps) -> tuple:
+    """The launch."""
+    steering = Steering(
+        q=q, k=k, v=v, q_norm=q_norm, k_norm=k_norm, scale_raw=scale_raw, scale=scale, scale_max=scale_max, eps=eps
+    )
     steered = steered_heads(layout, steering)
     tokens = packed.shape[0] * packed.shape[1]
-    if tokens == 0 or sum(steered) == 0:
-        return
     blocks = triton.cdiv(tokens, TOKENS)
     unit = min(HEADS_IN_TURN, max(2, blocks * sum(steered) // 1024))
     given = arguments(layout, steering, cos, sin, unit=unit, read_width=reads.shape[-1], chunk=READ_BLOCK)
@@ -203,9 +225,10 @@ def steer_heads_(
         Rows, x_ptr=packed, reads_ptr=reads, tokens=tokens, length=packed.shape[1],
         stride_x_b=packed.stride(0), stride_x_t=packed.stride(1),
         stride_r_b=reads.stride(0), stride_r_t=reads.stride(1), stride_r_c=reads.stride(2),
-        TOKENS=TOKENS, PRECISION=matrix_precision(),
+        TOKENS=TOKENS, PRECISION=matrix_precision(), NARROW=narrow_reads(reads.shape[-1], q, k, v),
     )  # fmt: skip
     # 16 bytes of a 16-bit tile are a thread's.
     warps = max(1, min(16, next_power_of_two(layout.dim // 2) // 16))
     programs = blocks * sum(triton.cdiv(n, unit) for n in steered)
     launch(steer_heads_kernel, programs, packed, num_warps=warps, rows=rows, **given)
+    return ()

@@ -77,7 +77,16 @@ class Launched(NamedTuple):
 
 def fixed(kind: type[Fields], **values) -> Fields:
     """A named tuple of a kernel's arguments, its fields in capitals wrapped, as Triton wants what it compiles in."""
-    return kind(**{name: tl.constexpr(value) if name.isupper() else value for name, value in values.items()})
+    return kind(**{name: _constant(value) if name.isupper() else value for name, value in values.items()})
+
+
+def _constant(value) -> tl.constexpr:
+    """``value`` wrapped, once for each type and value."""
+    key = type(value), value
+    found = _constants.get(key)
+    if found is None:
+        found = _constants[key] = tl.constexpr(value)
+    return found
 
 
 def launch(
@@ -91,6 +100,10 @@ def launch(
     No FP fusion: of a·b + c·d the compiler would fuse one product here and the other there, from one copy of a
     function to the next, and what two kernels compute alike would differ in its last bits. The kernels say ``tl.fma``
     where they mean it. One stage: the loops fetch the next token themselves.
+
+    From the second time on for what Triton compiles alike, it takes the short way (``launch_again``): Triton's own way
+    to what it has compiled takes a hundred microseconds on the host for thirty arguments, which is longer than most of
+    these kernels run.
     """
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": False}
     if registers is not None and WARP == 32:
@@ -98,12 +111,66 @@ def launch(
     if recorded is not None:
         recorded.append((kernel, arguments, options))
         return None
-    with _on_device_of(tensor):
-        compiled = kernel[(programs,)](**arguments, **options)
     if interpreted():
+        with _on_device_of(tensor):
+            kernel[(programs,)](**arguments, **options)
         return None
-    kinds = tuple(type(arguments[parameter.name]) for parameter in kernel.params)
-    return Launched(kernel, compiled, kinds, options)
+    constant = _constant_parameters(kernel)
+    values = [arguments[name] for name in constant]
+    key = (
+        id(kernel), tensor.device, num_warps, registers,
+        *[value if fix else _compiled_for(value) for fix, value in zip(constant.values(), values)],
+    )  # fmt: skip
+    launched = _launched.get(key)
+    if launched is not None:
+        launch_again(launched, programs, tensor, values)
+    else:
+        with _on_device_of(tensor):
+            compiled = kernel[(programs,)](**arguments, **options)
+        if len(_launched) >= MOST_LAUNCHED:
+            _launched.clear()
+        launched = _launched[key] = Launched(kernel, compiled, tuple(map(type, values)), options)
+    if notes.steps is not None:
+        notes.steps.append((launched, programs, values))
+    return launched
+
+
+class _Notes(threading.local):
+    """What ``replay`` notes: launches and allocations in order, while a thread's ``steps`` are a list."""
+
+    steps: list[tuple] | None = None
+
+
+notes = _Notes()
+# By the kernel, the device and what Triton compiles differently for. An entry holds its kernel, whose id stays its own.
+_launched: dict[tuple, Launched] = {}
+MOST_LAUNCHED = 4096
+_parameters: dict[int, tuple[Any, dict[str, bool]]] = {}
+_constants: dict[tuple, tl.constexpr] = {}
+
+
+def _constant_parameters(kernel) -> dict[str, bool]:
+    """The kernel's parameters, and whether each is compiled in."""
+    found = _parameters.get(id(kernel))
+    if found is None:
+        found = _parameters[id(kernel)] = kernel, {p.name: p.is_constexpr for p in kernel.params}
+    return found[1]
+
+
+def _compiled_for(value):
+    """What Triton compiles differently for in an argument, or more: dtype and alignment of a tensor (and reach, on
+    AMD), whether an integer is 1, a multiple of 16 or past 32 bits, and a constant as it is."""
+    if isinstance(value, torch.Tensor):
+        seen = value.dtype, value.data_ptr() % 16 == 0
+        return seen if torch.version.hip is None else (*seen, value.untyped_storage().nbytes() < 2**31)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        kind = "1" if value == 1 else "16" if value % 16 == 0 else "any"  # True would equal 1
+        return kind, value.bit_length() > 31
+    if isinstance(value, tuple):
+        return tuple(map(_compiled_for, value))
+    return value.value if isinstance(value, tl.constexpr) else type(value)
 
 
 def launch_again(launched: Launched, programs: int, tensor: torch.Tensor, values: Sequence) -> None:
@@ -200,6 +267,15 @@ def next_power_of_two(n: int) -> int:
 def matrix_precision() -> str:
     """How the matrix units multiply float32: NVIDIA's take 11 bits, and three products come to 22; AMD's have 24."""
     return "ieee" if WARP == 64 else "tf32x3"
+
+
+def narrow_reads(width: int, *weights: torch.Tensor | None) -> bool:
+    """Whether reads of ``width`` numbers times these weights are two bfloat16 products; see ``times_reads``.
+
+    The interpreter would multiply the bits of bfloat16 numbers.
+    """
+    bfloat16 = all(weight is None or weight.dtype == torch.bfloat16 for weight in weights)
+    return bfloat16 and width <= 8 and not interpreted()
 
 
 def float32_only(name: str, tensor: torch.Tensor | None) -> None:

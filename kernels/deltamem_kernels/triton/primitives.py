@@ -340,3 +340,38 @@ def gates_backward(keep, beta, d_keep, d_erase, d_write, MODE: tl.constexpr, HAS
     elif MODE != "no_lambda":
         d_beta -= d_keep
     return d_beta * beta * (1.0 - beta), d_lambda
+
+
+@triton.jit
+def read_parts(p_reads, m_token, stride, WIDTH: tl.constexpr):
+    """Reads of up to 8 numbers, in three parts of bfloat16 each (8 + 8 + 8 bits) → two tiles [TOKENS, 16]: the first
+    parts beside the second ones, and the third ones beside zeros. See ``times_reads``.
+
+    p_reads, m_token: [TOKENS]. stride: of a read's numbers. WIDTH: of a read.
+    """
+    o = tl.arange(0, 16)
+    m = m_token[:, None] & (o % 8 < WIDTH)[None, :]
+    reads = tl.load(p_reads[:, None] + (o % 8)[None, :] * stride, mask=m, other=0.0).to(tl.float32)
+    first = reads.to(tl.bfloat16)
+    rest = reads - first.to(tl.float32)
+    second = rest.to(tl.bfloat16)
+    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    beside = (o < 8)[None, :]
+    return tl.where(beside, first, second), tl.where(beside, third, tl.zeros_like(third))
+
+
+@triton.jit
+def load_weights(p_w, stride, m_n, WIDTH: tl.constexpr):
+    """bfloat16 weights [16, N] for ``times_reads``: each column twice, one below the other.
+
+    p_w, m_n: [N], where the weights of each place lie, and which there are. stride: of a place's weights.
+    """
+    o = tl.max_contiguous(tl.multiple_of(tl.arange(0, 16) % 8, 8), 8)
+    return tl.load(p_w[None, :] + o[:, None] * stride, mask=(o < WIDTH)[:, None] & m_n[None, :], other=0.0)
+
+
+@triton.jit
+def times_reads(most, rest, w):
+    """reads · w [TOKENS, N] in float32, of ``read_parts`` and ``load_weights``: two matrix instructions deep, each
+    product exact, and the weights stay what they are."""
+    return tl.dot(most, w, tl.dot(rest, w))

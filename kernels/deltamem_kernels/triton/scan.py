@@ -27,7 +27,6 @@ import triton
 
 from ..errors import ArgumentError
 from ..rule import DeltaRule, ScanOutput, check_arguments
-from . import launch as _launch
 from .chunk_scan import chunk_scan_kernel, chunk_transition_kernel, state_passing_kernel
 from .launch import (
     check_device,
@@ -41,6 +40,7 @@ from .launch import (
     tile,
 )
 from .repair import repair_kernel
+from .replay import allocate, replayed
 from .token_flags import find_flags
 
 SHORT = 128  # tokens up to which one launch beats three
@@ -148,7 +148,7 @@ def scan_with_flags(
 
     1: the token was written. 2: it was not, because it or the state after it is not finite. 0: it is masked.
     """
-    sequences = check_arguments(
+    check_arguments(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
@@ -157,40 +157,46 @@ def scan_with_flags(
     half_or_single("projections", projections)
     float32_only("state", state)
     check_reach("gate_bias", gate_bias, 1)
-    batch, length, width = projections.shape
-    heads, rank, every = rule.heads, rule.rank, checkpoint_every
-    device, packed = projections.device, cu_seqlens is not None
     if chunk is None:
-        chunk = choose_chunk(rule, length)
+        chunk = choose_chunk(rule, projections.shape[1])
     if projections.numel() == 0:
         chunk = 0
-    if chunk and rank > CHUNKED_RANK:
-        raise ArgumentError(f"chunk: got {chunk} at rank {rank}, allowed 0 above rank {CHUNKED_RANK}")
-    if mask is not None:
-        mask = mask.view(torch.uint8)
+    if chunk and rule.rank > CHUNKED_RANK:
+        raise ArgumentError(f"chunk: got {chunk} at rank {rule.rank}, allowed 0 above rank {CHUNKED_RANK}")
+    mask = None if mask is None else mask.view(torch.uint8)
+    slots = None if slots is None else slots.contiguous()
+    if cu_seqlens is not None:
+        found = _scan(projections, gate_bias, state, mask, slots, cu_seqlens.contiguous(), rule, checkpoint_every,
+                      chunk, says)  # fmt: skip
+    else:
+        inputs = projections, gate_bias, state, mask, slots, None
+        found = replayed(_scan, inputs, rule, checkpoint_every, chunk, says)
+    return ScanOutput(*found[:4]), found[4]
+
+
+def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRule, every: int, chunk: int, says: bool):
+    """``scan_with_flags`` of what has been checked → reads, state, skipped, checkpoints, flags."""
+    batch, length, width = projections.shape
+    heads, rank = rule.heads, rule.rank
+    device, packed = projections.device, cu_seqlens is not None
+    sequences = cu_seqlens.numel() - 1 if packed else batch
     states = 0 if state is None else state.shape[0]
-    if slots is not None:
-        slots = slots.contiguous()
-    if packed:
-        cu_seqlens = cu_seqlens.contiguous()
 
     # Tokens outside of every packed sequence, and checkpoints past the last, are written by no kernel.
-    allocate = torch.zeros if packed else _launch.empty
-    float32 = {"dtype": torch.float32, "device": device}
-    reads = allocate((batch, length, heads * rank), **float32)
-    final = _launch.empty((sequences, heads, rank, rank), **float32)
+    reads = allocate((batch, length, heads * rank), torch.float32, device, zeros=packed)
+    final = allocate((sequences, heads, rank, rank), torch.float32, device)
     checkpoints = None
     if every:
         shape = (length // every,) if packed else (batch, length // every)
-        checkpoints = allocate((*shape, heads, rank, rank), **float32)
-    skipped = (torch.zeros if chunk else _launch.empty)((sequences,), dtype=torch.int32, device=device)
+        checkpoints = allocate((*shape, heads, rank, rank), torch.float32, device, zeros=packed)
+    skipped = allocate((sequences,), torch.int32, device, zeros=bool(chunk))
     flags = None
     if projections.numel() and (says or (sequences and (chunk or width > LOOK_WIDTH))):
         flags = find_flags(projections, mask)
     elif says:
-        flags = torch.zeros((batch, length), dtype=torch.uint8, device=device)
+        flags = allocate((batch, length), torch.uint8, device, zeros=True)
     if sequences == 0:
-        return ScanOutput(reads, final, skipped, checkpoints), flags
+        return reads, final, skipped, checkpoints, flags
 
     chunk_sequence = chunk_first = checkpoint_first = None
     if packed:
@@ -211,8 +217,8 @@ def scan_with_flags(
     masked = mask if flags is None else None  # the flags know of the mask
     start = state
     if chunk:
-        start = _launch.empty((chunks, heads, rank, rank), **float32)
-        transitions = _launch.empty((chunks, heads, rank, rank + 1, rank), **float32)
+        start = allocate((chunks, heads, rank, rank), torch.float32, device)
+        transitions = allocate((chunks, heads, rank, rank + 1, rank), torch.float32, device)
         launch(
             chunk_transition_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), TRANSITION_WARPS * cols),
             projections, num_warps=TRANSITION_WARPS,
@@ -254,4 +260,4 @@ def scan_with_flags(
         HAS_CHECKPOINTS=bool(every), IS_PACKED=packed, IS_CHUNKED=bool(chunk),
         BLOCK=min(1024, next_power_of_two(heads * rank * rank)),
     )  # fmt: skip
-    return ScanOutput(reads, final, skipped, checkpoints), flags
+    return reads, final, skipped, checkpoints, flags

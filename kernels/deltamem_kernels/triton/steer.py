@@ -17,15 +17,16 @@ import triton.language as tl
 from ..errors import ArgumentError
 from ..rule import check_together
 from . import launch as _launch
-from .launch import check_device, check_reach, half_or_single, launch, matrix_precision, next_power_of_two
-from .primitives import dot_rows
+from .launch import check_device, check_reach, half_or_single, launch, matrix_precision, narrow_reads, next_power_of_two
+from .primitives import dot_rows, load_weights, read_parts, times_reads
+from .replay import replayed
 
 
 @triton.jit
 def delta_tile(
     reads_ptr, weight_ptr, row, o_n, m_row, m_n, stride_r_b, stride_r_t, stride_r_c, stride_w_n, stride_w_c,
     length, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, READ_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, DENSE: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """scale · reads Wᵀ, a tile [ROWS, BLOCK] in float32.
 
@@ -39,17 +40,23 @@ def delta_tile(
     t = (row % length).to(tl.int64)
     p_r = (reads_ptr + b * stride_r_b + t * stride_r_t)[:, None]
     p_w = weight_ptr + o_n.to(tl.int64) * stride_w_n
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, READ_WIDTH, READ_BLOCK):
-        o_c = start + tl.arange(0, READ_BLOCK)
-        m_c = o_c < READ_WIDTH
-        r = tl.load(p_r + o_c[None, :] * stride_r_c, mask=m_row[:, None] & m_c[None, :], other=0.0).to(tl.float32)
-        if ROWS == 1:
-            w = tl.load(p_w[:, None] + o_c[None, :] * stride_w_c, mask=m_n[:, None] & m_c[None, :], other=0.0)
-            total += dot_rows(w.to(tl.float32), r)[None, :]
-        else:
-            w = tl.load(p_w[None, :] + o_c[:, None] * stride_w_c, mask=m_c[:, None] & m_n[None, :], other=0.0)
-            total = tl.dot(r, w.to(tl.float32), total, input_precision=PRECISION)
+    if NARROW:
+        most, rest = read_parts(reads_ptr + b * stride_r_b + t * stride_r_t, m_row, stride=stride_r_c, WIDTH=READ_WIDTH)
+        w = load_weights(p_w, stride=stride_w_c, m_n=m_n, WIDTH=READ_WIDTH)
+        total = times_reads(most, rest, w)
+    else:
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        for start in range(0, READ_WIDTH, READ_BLOCK):
+            o_c = start + tl.arange(0, READ_BLOCK)
+            m_c = o_c < READ_WIDTH
+            m_r = m_row[:, None] & m_c[None, :]
+            r = tl.load(p_r + o_c[None, :] * stride_r_c, mask=m_r, other=0.0).to(tl.float32)
+            if ROWS == 1:
+                w = tl.load(p_w[:, None] + o_c[None, :] * stride_w_c, mask=m_n[:, None] & m_c[None, :], other=0.0)
+                total += dot_rows(w.to(tl.float32), r)[None, :]
+            else:
+                w = tl.load(p_w[None, :] + o_c[:, None] * stride_w_c, mask=m_c[:, None] & m_n[None, :], other=0.0)
+                total = tl.dot(r, w.to(tl.float32), total, input_precision=PRECISION)
     return total * scale
 
 
@@ -60,7 +67,8 @@ def steer_kernel(
     stride_b_b, stride_b_t, stride_b_n, stride_r_b, stride_r_t, stride_r_c, stride_w_n, stride_w_c, stride_norm,
     stride_o_b, stride_o_t, stride_o_n,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, READ_WIDTH: tl.constexpr, READ_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr, DENSE: tl.constexpr, HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr,
+    PRECISION: tl.constexpr, NARROW: tl.constexpr, DENSE: tl.constexpr, HAS_BASE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     """Equals ``reference.recurrence.steer``; without a base ``reference.heads.delta``. All tiles are [ROWS, BLOCK]."""
     blocks = 1 if HAS_NORM else tl.cdiv(n, BLOCK)
@@ -80,7 +88,8 @@ def steer_kernel(
             o_n = start + tl.arange(0, BLOCK)
             delta = delta_tile(
                 reads_ptr, weight_ptr, row, o_n, m_row, o_n < n, stride_r_b, stride_r_t, stride_r_c,
-                stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH, READ_BLOCK, PRECISION, DENSE,
+                stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH, READ_BLOCK, PRECISION, NARROW,
+                DENSE,
             )  # fmt: skip
             square = tl.fma(delta, delta, square)
         inverse = tl.rsqrt(tl.sum(square, axis=1) / n + eps)
@@ -90,7 +99,8 @@ def steer_kernel(
         m_n = o_n < n
         delta = delta_tile(
             reads_ptr, weight_ptr, row, o_n, m_row, m_n, stride_r_b, stride_r_t, stride_r_c,
-            stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH, READ_BLOCK, PRECISION, DENSE,
+            stride_w_n, stride_w_c, length, scale, ROWS, BLOCK, READ_WIDTH, READ_BLOCK, PRECISION, NARROW,
+            DENSE,
         )  # fmt: skip
         if HAS_NORM:
             weight = tl.load(norm_ptr + o_n * stride_norm, mask=m_n, other=0.0).to(tl.float32)
@@ -206,9 +216,14 @@ def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
     for name, tensor, axes in (("reads", reads, 1), ("weight", weight, 2), ("norm_weight", norm_weight, 1)):
         if tensor is not None:
             check_reach(name, tensor, axes)
-    p_base, p_reads, p_out = None if base is None else batch_time(base), batch_time(reads), batch_time(out)
+    base = None if base is None else batch_time(base)
+    replayed(_launch_steer, (batch_time(out), base, batch_time(reads), weight, norm_weight), float(scale), float(eps))
+
+
+def _launch_steer(p_out, p_base, p_reads, weight, norm_weight, scale: float, eps: float) -> tuple:
+    """The launch, of tensors [B, T, …]."""
     strides = (0, 0, 0) if p_base is None else p_base.stride()
-    total, n = p_out.shape[0] * p_out.shape[1], out.shape[-1]
+    total, n = p_out.shape[0] * p_out.shape[1], p_out.shape[-1]
     # One row (decode): a thin tile, many programs. More: the weights of a tile serve 16 rows, which fill a matrix
     # instruction.
     rows = 1 if total == 1 else 16
@@ -219,16 +234,18 @@ def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
         block = max(16, block)
     blocks = 1 if norm_weight is not None else triton.cdiv(n, block)
     launch(
-        steer_kernel, triton.cdiv(total, rows) * blocks, out, num_warps=4,
+        steer_kernel, triton.cdiv(total, rows) * blocks, p_out, num_warps=4,
         base_ptr=p_base, reads_ptr=p_reads, weight_ptr=weight, norm_ptr=norm_weight, out_ptr=p_out,
-        total_rows=total, length=p_out.shape[1], n=n, scale=float(scale), eps=float(eps),
+        total_rows=total, length=p_out.shape[1], n=n, scale=scale, eps=eps,
         stride_b_b=strides[0], stride_b_t=strides[1], stride_b_n=strides[2],
         stride_r_b=p_reads.stride(0), stride_r_t=p_reads.stride(1), stride_r_c=p_reads.stride(2),
         stride_w_n=weight.stride(0), stride_w_c=weight.stride(1),
         stride_norm=norm_weight.stride(0) if norm_weight is not None else 0,
         stride_o_b=p_out.stride(0), stride_o_t=p_out.stride(1), stride_o_n=p_out.stride(2),
-        ROWS=rows, BLOCK=block, READ_WIDTH=reads.shape[-1],
-        READ_BLOCK=min(8, next_power_of_two(reads.shape[-1])) if rows == 1 else 16,
-        PRECISION=matrix_precision(), DENSE=weight.is_contiguous(), HAS_BASE=base is not None,
+        ROWS=rows, BLOCK=block, READ_WIDTH=p_reads.shape[-1],
+        READ_BLOCK=min(8, next_power_of_two(p_reads.shape[-1])) if rows == 1 else 16,
+        PRECISION=matrix_precision(), NARROW=rows > 1 and narrow_reads(p_reads.shape[-1], weight),
+        DENSE=weight.is_contiguous(), HAS_BASE=p_base is not None,
         HAS_NORM=norm_weight is not None,
     )  # fmt: skip
+    return ()

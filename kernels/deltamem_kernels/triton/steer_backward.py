@@ -22,7 +22,7 @@ from . import launch as _launch
 from .launch import check_device, check_reach, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
 from .steer import batch_time
 
-SPLITS = 128  # sums over tokens that are added at last: a fixed number, so the same bits on every device
+SPLITS = 256  # sums over tokens that are added at last: a fixed number, so the same bits on every device
 ROWS = 64  # tokens of a tile
 
 
@@ -31,19 +31,21 @@ def dot(big, small, total, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """total [M, N] + big [M, K] · small [K, N] in float32.
 
     A bfloat16 ``big`` stays what it is, and ``small`` becomes three of its kind: 8 + 8 + 8 bits, so that each product
-    is exact.
+    is exact. They are added up among themselves first: the matrix units cut off what they add to a large sum.
     """
     if big.dtype == tl.bfloat16:
         high = small.to(tl.bfloat16)
         if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 numbers
             big = big.to(tl.float32)
-        if small.dtype != tl.bfloat16:
+        if small.dtype == tl.bfloat16:
+            total = tl.dot(big, high.to(big.dtype), total)
+        else:
             rest = small.to(tl.float32) - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(big, low.to(big.dtype), total)
-            total = tl.dot(big, middle.to(big.dtype), total)
-        total = tl.dot(big, high.to(big.dtype), total)
+            sum = tl.dot(big, low.to(big.dtype))
+            sum = tl.dot(big, middle.to(big.dtype), sum)
+            total += tl.dot(big, high.to(big.dtype), sum)
     else:
         total = tl.dot(big.to(tl.float32), small.to(tl.float32), total, input_precision=PRECISION)
     return total
@@ -196,10 +198,11 @@ def steer_backward(
         read_block = min(32 if narrow and _launch.WARP == 32 else 16, max(16, next_power_of_two(width)))
         # As wide as registers allow on every target: a gradient that is not bfloat16 is split into three itself.
         block, stages = (64, 3) if narrow and read_block == 16 else (32, 2)
+        warps = 4 if narrow and read_block == 16 else 8
         if grad.dtype != torch.bfloat16:
             block = 16
         launch(
-            steer_backward_kernel, splits * triton.cdiv(width, read_block), grad, num_warps=8,
+            steer_backward_kernel, splits * triton.cdiv(width, read_block), grad, num_warps=warps,
             grad_ptr=p_grad, reads_ptr=p_reads, weight_ptr=weight, norm_ptr=norm_weight,
             d_reads_ptr=d_reads, d_weight_ptr=d_weight, d_norm_ptr=d_norm,
             total_rows=total, tiles_per_split=tiles, length=p_grad.shape[1], n=n, scale=float(scale), eps=float(eps),

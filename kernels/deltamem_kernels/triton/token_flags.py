@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch as _launch
 from .launch import launch, next_power_of_two
 from .primitives import zero_or_nan_rows
+from .replay import allocate
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def find_flags(projections: torch.Tensor, mask: torch.Tensor | None) -> torch.Te
     A token that would leave a state that is not finite is 1 here, and 2 where a scan has gone over them.
     """
     batch, length, width = projections.shape
-    flags = _launch.empty((batch, length), dtype=torch.uint8, device=projections.device)
+    flags = allocate((batch, length), torch.uint8, projections.device)
     width_pad = next_power_of_two(width)
     tokens = max(1, 2048 // width_pad)
     launch(
