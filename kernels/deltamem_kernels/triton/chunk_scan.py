@@ -10,33 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import (
-    columns,
-    delta_update,
-    direction,
-    dot,
-    gates,
-    load_bias,
-    load_flag,
-    load_vector,
-    load_write,
-    locate_chunk,
-    owned,
-    state_pointers,
-    zero_or_nan,
-)
+from .primitives import columns, delta_update, dot, locate_chunk, owned, state_pointers, zero_or_nan
+from .token_parts import load_token
 
 BROKEN = tl.constexpr(2**30)  # a bit in the count of skipped tokens: a state inside a chunk is not finite
 
 
 @triton.jit
 def chunk_transition_kernel(
-    x_ptr, bias_ptr, flags_ptr, transitions_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
+    parts_ptr, flags_ptr, transitions_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
     total_groups, length, chunk_length, chunks_per_sequence,
-    stride_x_b, stride_x_t, stride_x_w, stride_bias,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    WHOLE: tl.constexpr, IS_PACKED: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """transitions[chunk, h, i, a, :] = row a of the chunk's matrix; a = r: its vector.
 
@@ -53,31 +37,26 @@ def chunk_transition_kernel(
         chunk, m_column, length, chunk_length, chunks_per_sequence,
         cu_ptr, chunk_sequence_ptr, chunk_first_ptr, IS_PACKED,
     )  # fmt: skip
-    p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
-    p_flag = flags_ptr + row.to(tl.int64) * length + begin
-    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    o_k = (HEADS + h) * RANK
+    first = row.to(tl.int64) * length + begin
+    p_flag = flags_ptr + first
+    p_parts = parts_ptr + (first * HEADS + h) * (5 * R + 2)
     o_j = tl.arange(0, R)[:, None]  # [R, 1]
     s = tl.where(o_j == a[None, :], 1.0, 0.0) * tl.where(o_j < RANK, 1.0, 0.0)  # [R, COLUMNS]
 
     steps = tl.max(count, axis=0)
-    k = load_vector(p_x, o_k, stride_x_w, count > 0, RANK, R, WHOLE)  # [R, COLUMNS]
-    v, b, lam = load_write(p_x, h, i, stride_x_w, count > 0, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
-    flag = tl.load(p_flag, mask=count > 0, other=0)  # [COLUMNS]
+    # Two tokens are on their way while one is computed.
+    NEXT: tl.constexpr = HEADS * (5 * R + 2)
+    token = load_token(p_parts, p_flag, i, count > 0, R, False)
+    second = load_token(p_parts + NEXT, p_flag + 1, i, count > 1, R, False)
     for t in range(steps):
-        # The next token is on its way while this one is computed.
-        m_next = t + 1 < count
-        p_x += stride_x_t
+        third = load_token(p_parts + 2 * NEXT, p_flag + 2, i, t + 2 < count, R, False)
+        p_parts += NEXT
         p_flag += 1
-        k_next = load_vector(p_x, o_k, stride_x_w, m_next, RANK, R, WHOLE)
-        v_next, b_next, lam_next = load_write(p_x, h, i, stride_x_w, m_next, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-        flag_next = tl.load(p_flag, mask=m_next, other=0)
-
-        z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
-        keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-        added = tl.where(a == RANK, write * v.to(tl.float32), 0.0)
-        s = tl.where((flag == 1)[None, :], delta_update(s, z, c, keep, erase, added), s)
-        k, v, b, lam, flag = k_next, v_next, b_next, lam_next, flag_next
+        added = tl.where(a == RANK, token.added, 0.0)
+        after = delta_update(s, token.k, token.c_k, token.keep, token.erase, added)
+        s = tl.where((token.flag == 1)[None, :], after, s)
+        token = second
+        second = third
 
     o_transition = (group.to(tl.int64) * (RANK * (RANK + 1)) + place) * RANK
     tl.store(transitions_ptr + o_transition[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
@@ -178,16 +157,13 @@ def state_passing_kernel(
 
 @triton.jit
 def chunk_scan_kernel(
-    x_ptr, bias_ptr, s_ptr, slots_ptr, flags_ptr, mask_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
+    parts_ptr, flags_ptr, s_ptr, slots_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
     reads_ptr, final_ptr, skipped_ptr, checkpoints_ptr, checkpoint_first_ptr,
     total_groups, states, length, chunk_length, chunks_per_sequence, every,
-    stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_mask_b, stride_mask_t,
     stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
-    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, DENSE_STATE: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr,
+    IS_CHUNKED: tl.constexpr,
 ):  # fmt: skip
     """Reads, and with one chunk per sequence the final state, token after token from the state before.
 
@@ -218,18 +194,10 @@ def chunk_scan_kernel(
     else:
         s = tl.zeros([R, COLUMNS], tl.float32)
 
-    token = row.to(tl.int64) * length + begin
-    p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
-    p_flag = flags_ptr
-    p_mask = mask_ptr
-    if HAS_FLAGS:
-        p_flag += token
-    if HAS_MASK:
-        p_mask += row.to(tl.int64) * stride_mask_b + begin.to(tl.int64) * stride_mask_t
-    p_read = reads_ptr + token * (HEADS * RANK) + h * RANK + i
-    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-    o_q = h * RANK
-    o_k = (HEADS + h) * RANK
+    first = row.to(tl.int64) * length + begin
+    p_flag = flags_ptr + first
+    p_parts = parts_ptr + (first * HEADS + h) * (5 * R + 2)
+    p_read = reads_ptr + first * (HEADS * RANK) + h * RANK + i
     if HAS_CHECKPOINTS:
         if IS_PACKED:
             checkpoint = tl.load(checkpoint_first_ptr + sequence, mask=m_column, other=0).to(tl.int64)
@@ -241,32 +209,19 @@ def chunk_scan_kernel(
 
     skipped = count * 0
     steps = tl.max(count, axis=0)
-    m_first = count > 0
-    q = load_vector(p_x, o_q, stride_x_w, m_first, RANK, R, WHOLE)  # [R, COLUMNS]
-    k = load_vector(p_x, o_k, stride_x_w, m_first, RANK, R, WHOLE)  # [R, COLUMNS]
-    v, b, lam = load_write(p_x, h, i, stride_x_w, m_first, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
-    flag = load_flag(p_x, p_flag, p_mask, stride_x_w, m_first, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)  # [COLUMNS]
+    # Two tokens are on their way while one is computed.
+    NEXT: tl.constexpr = HEADS * (5 * R + 2)
+    token = load_token(p_parts, p_flag, i, count > 0, R, True)
+    second = load_token(p_parts + NEXT, p_flag + 1, i, count > 1, R, True)
     for t in range(steps):
-        # The next token is on its way while this one is computed.
-        m_next = t + 1 < count
-        p_x += stride_x_t
-        if HAS_FLAGS:
-            p_flag += 1
-        if HAS_MASK:
-            p_mask += stride_mask_t
-        q_next = load_vector(p_x, o_q, stride_x_w, m_next, RANK, R, WHOLE)
-        k_next = load_vector(p_x, o_k, stride_x_w, m_next, RANK, R, WHOLE)
-        v_next, b_next, lam_next = load_write(p_x, h, i, stride_x_w, m_next, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
-        flag_next = load_flag(p_x, p_flag, p_mask, stride_x_w, m_next, WIDTH, WHOLE, HAS_FLAGS, HAS_MASK)
-
-        valid = (flag == 1) & live
-        z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
-        read = dot(s, z) * c  # [COLUMNS]
-        tl.store(p_read, tl.where(valid, read, 0.0), mask=t < count)
-        z, c = direction(k, NORMALIZE)
-        keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-        s = tl.where(valid[None, :], delta_update(s, z, c, keep, erase, write * v.to(tl.float32)), s)
-        skipped += tl.where((flag == 2) & live, 1, 0)
+        third = load_token(p_parts + 2 * NEXT, p_flag + 2, i, t + 2 < count, R, True)
+        p_parts += NEXT
+        p_flag += 1
+        valid = (token.flag == 1) & live
+        tl.store(p_read, tl.where(valid, dot(s, token.q) * token.c_q, 0.0), mask=t < count)
+        after = delta_update(s, token.k, token.c_k, token.keep, token.erase, token.added)
+        s = tl.where(valid[None, :], after, s)
+        skipped += tl.where((token.flag == 2) & live, 1, 0)
         if HAS_CHECKPOINTS:
             until -= 1
             o_checkpoint = ((checkpoint * HEADS + h) * RANK + i) * RANK
@@ -275,7 +230,8 @@ def chunk_scan_kernel(
             checkpoint += tl.where(until == 0, 1, 0)
             until = tl.where(until == 0, every, until)
         p_read += HEADS * RANK
-        q, k, v, b, lam, flag = q_next, k_next, v_next, b_next, lam_next, flag_next
+        token = second
+        second = third
 
     m_count = m_column & (h == 0) & (i == 0)
     if IS_CHUNKED:

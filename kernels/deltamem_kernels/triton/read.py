@@ -15,8 +15,7 @@ from ..rule import DeltaRule, check_arguments
 from . import launch as _launch
 from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, tile, whole_keys
 from .primitives import columns, direction, dot, load_flag, load_vector, owned, state_pointers
-from .scan import LOOK_WIDTH
-from .token_flags import find_flags
+from .token_flags import LOOK_WIDTH, find_flags
 
 
 @triton.jit

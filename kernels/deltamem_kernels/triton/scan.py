@@ -10,8 +10,8 @@ maps compose. A long sequence is therefore cut into chunks (``chunk_scan``):
     2. ``state_passing_kernel``: the state before each chunk, one chunk after another, T / C short steps;
     3. ``chunk_scan_kernel``: the reads of each chunk from the state before it, all chunks at once.
 
-A short sequence, or a rank above 16, is one chunk: kernel 3 alone. ``token_flags_kernel`` says beforehand which tokens
-count, one byte each; with narrow tokens in one chunk, kernel 3 looks for itself.
+A short sequence, or a rank above 16, is one chunk: kernel 3 alone. ``token_parts_kernel`` says beforehand which tokens
+count, one byte each, and what every step wants of its token.
 
 A token that would leave NaN or Inf in the state of any head is written in none. No kernel of these looks at every
 state: what is not finite stays so (Inf times a number, plus a number, is Inf or NaN), so the last ones tell of all.
@@ -41,12 +41,11 @@ from .launch import (
 )
 from .repair import repair_kernel
 from .replay import allocate, replayed
-from .token_flags import find_flags
+from .token_parts import find_parts
 
 SHORT = 128  # tokens up to which one launch beats three
 CHUNKED_RANK = 16  # a chunk's transition has r³ numbers; above this rank they outweigh the tokens
 TRANSITION_WARPS = 2  # of its program: r (r + 1) columns a head look at the same tokens, which then lie in L1
-LOOK_WIDTH = 40  # widest token that each thread of a scan checks for itself, registers permitting
 
 
 def choose_chunk(rule: DeltaRule, length: int) -> int:
@@ -190,11 +189,7 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
         shape = (length // every,) if packed else (batch, length // every)
         checkpoints = allocate((*shape, heads, rank, rank), torch.float32, device, zeros=packed)
     skipped = allocate((sequences,), torch.int32, device, zeros=bool(chunk))
-    flags = None
-    if projections.numel() and (says or (sequences and (chunk or width > LOOK_WIDTH))):
-        flags = find_flags(projections, mask)
-    elif says:
-        flags = allocate((batch, length), torch.uint8, device, zeros=True)
+    parts, flags = find_parts(projections, gate_bias, mask, rule)
     if sequences == 0:
         return reads, final, skipped, checkpoints, flags
 
@@ -210,11 +205,9 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
         chunks = sequences * chunks_per_sequence
     place = {"length": length, "chunk_length": chunk or length, "chunks_per_sequence": chunks_per_sequence}
     place |= {"cu_ptr": cu_seqlens, "chunk_sequence_ptr": chunk_sequence, "chunk_first_ptr": chunk_first}
-    strides = {f"stride_x_{name}": stride for name, stride in zip("btw", projections.stride())}
-    strides["stride_bias"] = gate_bias.stride(0)
 
     rows, cols = tile(rule)
-    masked = mask if flags is None else None  # the flags know of the mask
+    sizes = {"HEADS": heads, "RANK": rank, "R": rows}
     start = state
     if chunk:
         start = allocate((chunks, heads, rank, rank), torch.float32, device)
@@ -222,36 +215,33 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
         launch(
             chunk_transition_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), TRANSITION_WARPS * cols),
             projections, num_warps=TRANSITION_WARPS,
-            x_ptr=projections, bias_ptr=gate_bias, flags_ptr=flags, transitions_ptr=transitions,
-            total_groups=chunks * heads, COLUMNS=TRANSITION_WARPS * cols, IS_PACKED=packed,
-            **place, **strides, **rule_flags(rule, projections),
+            parts_ptr=parts, flags_ptr=flags, transitions_ptr=transitions,
+            total_groups=chunks * heads, COLUMNS=TRANSITION_WARPS * cols, IS_PACKED=packed, **place, **sizes,
         )  # fmt: skip
         launch(
             state_passing_kernel, sequences * heads * rank, projections, num_warps=1,
             transitions_ptr=transitions, s_ptr=state, slots_ptr=slots, starts_ptr=start, final_ptr=final,
             chunk_first_ptr=chunk_first, chunks_per_sequence=chunks_per_sequence, states=states,
-            stride_m_a=rank, stride_m_j=1, **state_strides(state), HEADS=heads, RANK=rank, R=rows,
+            stride_m_a=rank, stride_m_j=1, **state_strides(state), **sizes,
             HAS_STATE=state is not None, HAS_SLOTS=slots is not None, IS_PACKED=packed,
         )  # fmt: skip
     launch(
         chunk_scan_kernel, triton.cdiv(chunks * heads * rank, cols), projections, num_warps=1,
-        x_ptr=projections, bias_ptr=gate_bias, s_ptr=start, slots_ptr=slots, flags_ptr=flags, mask_ptr=masked,
+        parts_ptr=parts, flags_ptr=flags, s_ptr=start, slots_ptr=slots,
         reads_ptr=reads, final_ptr=None if chunk else final, skipped_ptr=skipped,
         checkpoints_ptr=checkpoints, checkpoint_first_ptr=checkpoint_first,
-        total_groups=chunks * heads, states=states, every=every, **place, **strides,
-        stride_mask_b=masked.stride(0) if masked is not None else 0,
-        stride_mask_t=masked.stride(1) if masked is not None else 0,
-        **state_strides(start), WIDTH=width, COLUMNS=cols,
-        **rule_flags(rule, projections),
-        HAS_STATE=start is not None, HAS_SLOTS=slots is not None, HAS_FLAGS=flags is not None,
-        HAS_MASK=masked is not None, HAS_CHECKPOINTS=bool(every), IS_PACKED=packed, IS_CHUNKED=bool(chunk),
+        total_groups=chunks * heads, states=states, every=every, **place, **state_strides(start), **sizes,
+        COLUMNS=cols, HAS_STATE=start is not None, HAS_SLOTS=slots is not None, HAS_CHECKPOINTS=bool(every),
+        IS_PACKED=packed, IS_CHUNKED=bool(chunk),
     )  # fmt: skip
     launch(
         repair_kernel, sequences, projections, num_warps=1,
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
         flags_ptr=flags if says else None, cu_ptr=cu_seqlens, checkpoint_first_ptr=checkpoint_first,
         reads_ptr=reads, final_ptr=final, skipped_ptr=skipped, checkpoints_ptr=checkpoints,
-        states=states, length=length, every=every, **strides,
+        states=states, length=length, every=every,
+        stride_x_b=projections.stride(0), stride_x_t=projections.stride(1), stride_x_w=projections.stride(2),
+        stride_bias=gate_bias.stride(0),
         stride_mask_b=mask.stride(0) if mask is not None else 0,
         stride_mask_t=mask.stride(1) if mask is not None else 0,
         **state_strides(state), COLUMNS=cols, WIDTH=width, WIDTH_PAD=next_power_of_two(width),

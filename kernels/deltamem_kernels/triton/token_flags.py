@@ -13,6 +13,8 @@ from .launch import launch, next_power_of_two
 from .primitives import zero_or_nan_rows
 from .replay import allocate
 
+LOOK_WIDTH = 40  # widest token that each thread of another kernel checks for itself, registers permitting
+
 
 @triton.jit
 def token_flags_kernel(

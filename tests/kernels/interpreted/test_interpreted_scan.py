@@ -188,7 +188,10 @@ def test_depth_and_maps(rank, heads, monkeypatch):
         tensors = {n: t for _, arguments, _ in recorded for n, t in arguments.items() if isinstance(t, torch.Tensor)}
         size = {n: t.numel() * t.element_size() for n, t in tensors.items()}
         assert size["transitions_ptr"] <= size["x_ptr"]
-        assert all(t.numel() < length * heads * rank**2 / 2 for n, t in tensors.items() if n != "x_ptr")
+        # What does not depend on the state is 5 r + 2 numbers a token and head; no state is kept a token.
+        assert tensors["parts_ptr"].numel() == length * heads * (5 * rank + 2)
+        others = [t for n, t in tensors.items() if n not in ("x_ptr", "parts_ptr")]
+        assert all(t.numel() < length * heads * rank**2 / 2 for t in others)
     assert [kernel.depth(rule, n) for n in (0, 1, 64)] == [0, 1, 64]
 
 

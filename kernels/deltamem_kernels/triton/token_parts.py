@@ -1,0 +1,151 @@
+"""What a scan wants of every token, found out beforehand, all tokens at once.
+
+A scan walks from token to token in few threads, so what a step computes, the next one waits for. What does not depend
+on the state (tanh, norms, gates: four fifths of a step) is taken out of it and written down in float32, the same bits
+as a step computes for itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..rule import DeltaRule
+from .launch import launch, rule_flags, tile
+from .primitives import direction, gates, load_flag, load_vector
+from .replay import allocate
+from .token_flags import LOOK_WIDTH, find_flags
+
+WARPS = 4
+
+
+class Token(NamedTuple):
+    """q = c_q z_q and k, z [R, COLUMNS] and c [COLUMNS]; keep, erase, added = write · v and the flag, [COLUMNS]."""
+
+    q: tl.tensor
+    c_q: tl.tensor
+    k: tl.tensor
+    c_k: tl.tensor
+    keep: tl.tensor
+    erase: tl.tensor
+    added: tl.tensor
+    flag: tl.tensor
+
+
+@triton.jit
+def token_parts_kernel(
+    x_ptr, bias_ptr, mask_ptr, flags_ptr, parts_ptr,
+    total_groups, length, stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_mask_b, stride_mask_t,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """parts[token, head, :] as ``load_parts`` takes them, and without HAS_FLAGS flags[token]; see ``find_flags``.
+
+    A column is a head of a token. Equals ``reference.recurrence.split_projections``, unit vectors as z and c = 1 / ‖z‖.
+    """
+    group = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    m_group = group < total_groups
+    token = group // HEADS
+    h = group % HEADS
+    b = (token // length).to(tl.int64)
+    t = (token % length).to(tl.int64)
+    p_x = x_ptr + b * stride_x_b + t * stride_x_t
+    o_j = tl.arange(0, R)[:, None]  # [R, 1]
+    q, c_q = direction(load_vector(p_x, h * RANK, stride_x_w, m_group, RANK, R, WHOLE), NORMALIZE)
+    k, c_k = direction(load_vector(p_x, (HEADS + h) * RANK, stride_x_w, m_group, RANK, R, WHOLE), NORMALIZE)
+    v = load_vector(p_x, (2 * HEADS + h) * RANK, stride_x_w, m_group, RANK, R, WHOLE).to(tl.float32)  # [R, COLUMNS]
+    if ROW_GATES:
+        beta = load_vector(p_x, (3 * HEADS + h) * RANK, stride_x_w, m_group, RANK, R, WHOLE)
+        lam = beta
+        if HAS_LAMBDA:
+            lam = load_vector(p_x, (4 * HEADS + h) * RANK, stride_x_w, m_group, RANK, R, WHOLE)
+        p_bias = bias_ptr + (h[None, :] * RANK + o_j) * stride_bias
+        m_bias = m_group[None, :] & (o_j < RANK)
+    else:
+        p_gate = p_x + (3 * HEADS * RANK + h) * stride_x_w
+        beta = tl.load(p_gate, mask=m_group, other=0.0)[None, :]
+        lam = beta
+        if HAS_LAMBDA:
+            lam = tl.load(p_gate + HEADS * stride_x_w, mask=m_group, other=0.0)[None, :]
+        p_bias = bias_ptr + h[None, :] * stride_bias
+        m_bias = m_group[None, :]
+    beta_bias = tl.load(p_bias, mask=m_bias, other=0.0).to(tl.float32)
+    lambda_bias = beta_bias
+    if HAS_LAMBDA:
+        o_lambda = HEADS * RANK if ROW_GATES else HEADS
+        lambda_bias = tl.load(p_bias + o_lambda * stride_bias, mask=m_bias, other=0.0).to(tl.float32)
+    keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+
+    p_parts = parts_ptr + group.to(tl.int64)[None, :] * (5 * R + 2) + o_j  # [R, COLUMNS]
+    m_parts = m_group[None, :] & (o_j < R)
+    tl.store(p_parts, q, mask=m_parts)
+    tl.store(p_parts + R, k, mask=m_parts)
+    tl.store(p_parts + 2 * R, tl.broadcast_to(keep, v.shape), mask=m_parts)
+    tl.store(p_parts + 3 * R, tl.broadcast_to(erase, v.shape), mask=m_parts)
+    tl.store(p_parts + 4 * R, write * v, mask=m_parts)
+    p_c = parts_ptr + group.to(tl.int64) * (5 * R + 2) + 5 * R
+    tl.store(p_c, c_q, mask=m_group)
+    tl.store(p_c + 1, c_k, mask=m_group)
+    if not HAS_FLAGS:
+        p_mask = mask_ptr
+        if HAS_MASK:
+            p_mask += b * stride_mask_b + t * stride_mask_t
+        flag = load_flag(p_x, flags_ptr, p_mask, stride_x_w, m_group, WIDTH, WHOLE, False, HAS_MASK)
+        tl.store(flags_ptr + token, flag.to(tl.uint8), mask=m_group & (h == 0))
+
+
+@triton.jit
+def load_direction(p_parts, m, PLACE: tl.constexpr, R: tl.constexpr):
+    """q (PLACE 0) or k (1) of each column's token and head → (z [R, COLUMNS], c [COLUMNS]); see ``direction``.
+
+    See ``load_vector`` for the hint.
+    """
+    p = p_parts[None, :] + tl.arange(0, R)[:, None] + PLACE * R
+    p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])
+    return tl.load(p, mask=m[None, :], other=0.0), tl.load(p_parts + 5 * R + PLACE, mask=m, other=0.0)
+
+
+@triton.jit
+def load_token(p_parts, p_flag, i, m, R: tl.constexpr, READS: tl.constexpr):
+    """A token of each column → ``Token``. p_parts: of its head; i: its row; without READS q is k."""
+    k, c_k = load_direction(p_parts, m, 1, R)
+    q, c_q = k, c_k
+    if READS:
+        q, c_q = load_direction(p_parts, m, 0, R)
+    p = p_parts + i
+    keep = tl.load(p + 2 * R, mask=m, other=0.0)
+    erase = tl.load(p + 3 * R, mask=m, other=0.0)
+    added = tl.load(p + 4 * R, mask=m, other=0.0)
+    flag = tl.load(p_flag, mask=m, other=0)
+    return Token(q=q, c_q=c_q, k=k, c_k=c_k, keep=keep, erase=erase, added=added, flag=flag)
+
+
+def find_parts(
+    projections: torch.Tensor, gate_bias: torch.Tensor, mask: torch.Tensor | None, rule: DeltaRule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a scan of projections [B, T, W] takes: parts, float32 [B · T · H, 5 R + 2], R the rank rounded up to a
+    power of two, and flags, uint8 [B, T], as ``find_flags`` has them."""
+    batch, length, width = projections.shape
+    rows, cols = tile(rule)
+    cols *= WARPS
+    groups = batch * length * rule.heads
+    parts = allocate((groups, 5 * rows + 2), torch.float32, projections.device)
+    looked = width > LOOK_WIDTH and groups > 0
+    flags = find_flags(projections, mask) if looked else allocate((batch, length), torch.uint8, projections.device)
+    if groups == 0:
+        return parts, flags
+    masked = None if looked else mask
+    launch(
+        token_parts_kernel, triton.cdiv(groups, cols), projections, num_warps=WARPS,
+        x_ptr=projections, bias_ptr=gate_bias, mask_ptr=masked, flags_ptr=flags, parts_ptr=parts,
+        total_groups=groups, length=length, stride_x_b=projections.stride(0), stride_x_t=projections.stride(1),
+        stride_x_w=projections.stride(2), stride_bias=gate_bias.stride(0),
+        stride_mask_b=masked.stride(0) if masked is not None else 0,
+        stride_mask_t=masked.stride(1) if masked is not None else 0,
+        WIDTH=width, COLUMNS=cols, HAS_FLAGS=looked, HAS_MASK=masked is not None, **rule_flags(rule, projections),
+    )  # fmt: skip
+    return parts, flags
