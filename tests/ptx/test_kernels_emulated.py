@@ -19,7 +19,8 @@ ROOT = HERE.parents[1]
 INTERPRETED = ROOT / "tests" / "kernels" / "interpreted"
 SUITES = ("scan", "step", "heads", "backward", "ops", "model", "arguments")
 KERNELS = {
-    "token_flags_kernel", "chunk_transition_kernel", "state_passing_kernel", "chunk_scan_kernel", "repair_kernel",
+    "token_flags_kernel", "token_parts_kernel", "chunk_transition_kernel", "state_passing_kernel",
+    "chunk_scan_kernel", "repair_kernel",
     "read_kernel", "step_kernel", "steer_kernel", "steer_heads_kernel", "decode_kernel",
     "chunk_transition_backward_kernel", "state_passing_backward_kernel", "block_states_kernel",
     "projection_gradient_kernel", "read_backward_kernel", "steer_backward_kernel",

@@ -10,17 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import columns, delta_update, dot, locate_chunk, owned, state_pointers, zero_or_nan
-from .token_parts import load_token
+from .primitives import columns, delta_update, dot, load_bias, locate_chunk, owned, state_pointers, zero_or_nan
+from .token_parts import load_token, prepared
 
 BROKEN = tl.constexpr(2**30)  # a bit in the count of skipped tokens: a state inside a chunk is not finite
 
 
 @triton.jit
 def chunk_transition_kernel(
-    parts_ptr, flags_ptr, transitions_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
+    x_ptr, bias_ptr, flags_ptr, transitions_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
     total_groups, length, chunk_length, chunks_per_sequence,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, IS_PACKED: tl.constexpr,
+    stride_x_b, stride_x_t, stride_x_w, stride_bias,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WHOLE: tl.constexpr, IS_PACKED: tl.constexpr, PREPARED: tl.constexpr,
 ):  # fmt: skip
     """transitions[chunk, h, i, a, :] = row a of the chunk's matrix; a = r: its vector.
 
@@ -39,24 +42,39 @@ def chunk_transition_kernel(
     )  # fmt: skip
     first = row.to(tl.int64) * length + begin
     p_flag = flags_ptr + first
-    p_parts = parts_ptr + (first * HEADS + h) * (5 * R + 2)
+    if PREPARED:
+        step_x = HEADS * (5 * R + 4)
+        p_x = x_ptr + (first * HEADS + h) * (5 * R + 4)
+    else:
+        step_x = stride_x_t
+        p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
+    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
     o_j = tl.arange(0, R)[:, None]  # [R, 1]
     s = tl.where(o_j == a[None, :], 1.0, 0.0) * tl.where(o_j < RANK, 1.0, 0.0)  # [R, COLUMNS]
 
     steps = tl.max(count, axis=0)
     # Two tokens are on their way while one is computed.
-    NEXT: tl.constexpr = HEADS * (5 * R + 2)
-    token = load_token(p_parts, p_flag, i, count > 0, R, False)
-    second = load_token(p_parts + NEXT, p_flag + 1, i, count > 1, R, False)
+    raw = load_token(
+        p_x, p_flag, h, i, count > 0, stride_x_w,
+        HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, False, PREPARED,
+    )  # fmt: skip
+    raw_2 = load_token(
+        p_x + step_x, p_flag + 1, h, i, count > 1, stride_x_w,
+        HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, False, PREPARED,
+    )  # fmt: skip
     for t in range(steps):
-        third = load_token(p_parts + 2 * NEXT, p_flag + 2, i, t + 2 < count, R, False)
-        p_parts += NEXT
+        p_x += step_x
         p_flag += 1
+        raw_3 = load_token(
+            p_x + step_x, p_flag + 1, h, i, t + 2 < count, stride_x_w,
+            HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, False, PREPARED,
+        )  # fmt: skip
+        token = prepared(raw, beta_bias, lambda_bias, MODE, HAS_LAMBDA, NORMALIZE, False, PREPARED)
         added = tl.where(a == RANK, token.added, 0.0)
         after = delta_update(s, token.k, token.c_k, token.keep, token.erase, added)
         s = tl.where((token.flag == 1)[None, :], after, s)
-        token = second
-        second = third
+        raw = raw_2
+        raw_2 = raw_3
 
     o_transition = (group.to(tl.int64) * (RANK * (RANK + 1)) + place) * RANK
     tl.store(transitions_ptr + o_transition[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
@@ -157,13 +175,14 @@ def state_passing_kernel(
 
 @triton.jit
 def chunk_scan_kernel(
-    parts_ptr, flags_ptr, s_ptr, slots_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
+    x_ptr, bias_ptr, flags_ptr, s_ptr, slots_ptr, cu_ptr, chunk_sequence_ptr, chunk_first_ptr,
     reads_ptr, final_ptr, skipped_ptr, checkpoints_ptr, checkpoint_first_ptr,
     total_groups, states, length, chunk_length, chunks_per_sequence, every,
-    stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, DENSE_STATE: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr,
-    IS_CHUNKED: tl.constexpr,
+    stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, PREPARED: tl.constexpr,
 ):  # fmt: skip
     """Reads, and with one chunk per sequence the final state, token after token from the state before.
 
@@ -196,7 +215,13 @@ def chunk_scan_kernel(
 
     first = row.to(tl.int64) * length + begin
     p_flag = flags_ptr + first
-    p_parts = parts_ptr + (first * HEADS + h) * (5 * R + 2)
+    if PREPARED:
+        step_x = HEADS * (5 * R + 4)
+        p_x = x_ptr + (first * HEADS + h) * (5 * R + 4)
+    else:
+        step_x = stride_x_t
+        p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
+    beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
     p_read = reads_ptr + first * (HEADS * RANK) + h * RANK + i
     if HAS_CHECKPOINTS:
         if IS_PACKED:
@@ -210,13 +235,22 @@ def chunk_scan_kernel(
     skipped = count * 0
     steps = tl.max(count, axis=0)
     # Two tokens are on their way while one is computed.
-    NEXT: tl.constexpr = HEADS * (5 * R + 2)
-    token = load_token(p_parts, p_flag, i, count > 0, R, True)
-    second = load_token(p_parts + NEXT, p_flag + 1, i, count > 1, R, True)
+    raw = load_token(
+        p_x, p_flag, h, i, count > 0, stride_x_w,
+        HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, True, PREPARED,
+    )  # fmt: skip
+    raw_2 = load_token(
+        p_x + step_x, p_flag + 1, h, i, count > 1, stride_x_w,
+        HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, True, PREPARED,
+    )  # fmt: skip
     for t in range(steps):
-        third = load_token(p_parts + 2 * NEXT, p_flag + 2, i, t + 2 < count, R, True)
-        p_parts += NEXT
+        p_x += step_x
         p_flag += 1
+        raw_3 = load_token(
+            p_x + step_x, p_flag + 1, h, i, t + 2 < count, stride_x_w,
+            HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, True, PREPARED,
+        )  # fmt: skip
+        token = prepared(raw, beta_bias, lambda_bias, MODE, HAS_LAMBDA, NORMALIZE, True, PREPARED)
         valid = (token.flag == 1) & live
         tl.store(p_read, tl.where(valid, dot(s, token.q) * token.c_q, 0.0), mask=t < count)
         after = delta_update(s, token.k, token.c_k, token.keep, token.erase, token.added)
@@ -230,8 +264,8 @@ def chunk_scan_kernel(
             checkpoint += tl.where(until == 0, 1, 0)
             until = tl.where(until == 0, every, until)
         p_read += HEADS * RANK
-        token = second
-        second = third
+        raw = raw_2
+        raw_2 = raw_3
 
     m_count = m_column & (h == 0) & (i == 0)
     if IS_CHUNKED:

@@ -21,7 +21,7 @@ from .launch import check_reach, fixed, half_or_single, launch, matrix_precision
 from .primitives import load_weights, read_parts, times_reads
 from .replay import replayed
 
-TOKENS = 32  # tokens of a tile: two matrix instructions
+TOKENS = 16  # tokens of a tile: the least that fills a matrix instruction; twice as many with narrow reads
 HEADS_IN_TURN = 4  # heads that a program takes one after another, cosines and sines staying
 READ_BLOCK = 16  # numbers of a read that are multiplied at once: a matrix instruction takes no fewer
 
@@ -218,14 +218,16 @@ def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, la
     )
     steered = steered_heads(layout, steering)
     tokens = packed.shape[0] * packed.shape[1]
-    blocks = triton.cdiv(tokens, TOKENS)
+    narrow = narrow_reads(reads.shape[-1], q, k, v)
+    of_tile = 2 * TOKENS if narrow else TOKENS
+    blocks = triton.cdiv(tokens, of_tile)
     unit = min(HEADS_IN_TURN, max(2, blocks * sum(steered) // 1024))
     given = arguments(layout, steering, cos, sin, unit=unit, read_width=reads.shape[-1], chunk=READ_BLOCK)
     rows = fixed(
         Rows, x_ptr=packed, reads_ptr=reads, tokens=tokens, length=packed.shape[1],
         stride_x_b=packed.stride(0), stride_x_t=packed.stride(1),
         stride_r_b=reads.stride(0), stride_r_t=reads.stride(1), stride_r_c=reads.stride(2),
-        TOKENS=TOKENS, PRECISION=matrix_precision(), NARROW=narrow_reads(reads.shape[-1], q, k, v),
+        TOKENS=of_tile, PRECISION=matrix_precision(), NARROW=narrow,
     )  # fmt: skip
     # 16 bytes of a 16-bit tile are a thread's.
     warps = max(1, min(16, next_power_of_two(layout.dim // 2) // 16))

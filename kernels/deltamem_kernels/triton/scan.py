@@ -41,24 +41,34 @@ from .launch import (
 )
 from .repair import repair_kernel
 from .replay import allocate, replayed
-from .token_parts import find_parts
+from .token_flags import find_flags
+from .token_parts import find_parts, worth_preparing
 
-SHORT = 128  # tokens up to which one launch beats three
+SHORT = 64  # tokens up to which one launch beats three
 CHUNKED_RANK = 16  # a chunk's transition has r³ numbers; above this rank they outweigh the tokens
 TRANSITION_WARPS = 2  # of its program: r (r + 1) columns a head look at the same tokens, which then lie in L1
 
 
-def choose_chunk(rule: DeltaRule, length: int) -> int:
+def choose_chunk(rule: DeltaRule, length: int, is_prepared: bool = True) -> int:
     """Tokens per chunk, or 0 for one chunk a sequence.
 
-    2 C + T / C dependent steps are fewest at C = √(T / 2). The transitions, 4 r² (r + 1) bytes a chunk and head, are no
-    more than the tokens, 8 r C bytes in bfloat16, from C = r (r + 1) / 2 on. It depends on nothing that changes
-    from call to call but T: a row's bits do not depend on the rows beside it.
+    2 C steps over prepared tokens and T / C over chunks, one of which takes a quarter of the time (on an H100), are
+    quickest at C = √(T / 8). The transitions, 4 r² (r + 1) bytes a chunk and head, are no more than what is prepared of
+    the tokens, 4 (5 r + 4) C bytes. Tokens that are not prepared weigh 8 r C bytes in bfloat16: no less than the
+    transitions from C = r (r + 1) / 2 on, and longer chunks have fewer of these, so C = √(T / 2).
+
+    It depends on nothing that changes from call to call but T: a row's bits do not depend on the rows beside it.
     """
-    shortest = max(16, next_power_of_two(rule.rank * (rule.rank + 1) // 2))
-    if length <= max(SHORT, shortest) or rule.rank > CHUNKED_RANK:
+    rank = rule.rank
+    if is_prepared:
+        share, shortest = 8, max(16, next_power_of_two(rank**2 * (rank + 1) // (5 * rank + 4)))
+        short = max(SHORT, 2 * shortest)
+    else:
+        share, shortest = 2, max(16, next_power_of_two(rank * (rank + 1) // 2))
+        short = max(2 * SHORT, shortest)
+    if length <= short or rank > CHUNKED_RANK:
         return 0
-    return max(shortest, 1 << round(math.log2(length / 2) / 2))
+    return max(shortest, 1 << round(math.log2(length / share) / 2))
 
 
 def depth(rule: DeltaRule, length: int) -> int:
@@ -156,8 +166,11 @@ def scan_with_flags(
     half_or_single("projections", projections)
     float32_only("state", state)
     check_reach("gate_bias", gate_bias, 1)
+    batch, length, _ = projections.shape
+    # A scan that says what its tokens are is one for autograd, where memory counts for more.
+    is_prepared = not says and worth_preparing(rule, batch * length)
     if chunk is None:
-        chunk = choose_chunk(rule, projections.shape[1])
+        chunk = choose_chunk(rule, length, is_prepared)
     if projections.numel() == 0:
         chunk = 0
     if chunk and rule.rank > CHUNKED_RANK:
@@ -166,14 +179,17 @@ def scan_with_flags(
     slots = None if slots is None else slots.contiguous()
     if cu_seqlens is not None:
         found = _scan(projections, gate_bias, state, mask, slots, cu_seqlens.contiguous(), rule, checkpoint_every,
-                      chunk, says)  # fmt: skip
+                      chunk, says, is_prepared)  # fmt: skip
     else:
         inputs = projections, gate_bias, state, mask, slots, None
-        found = replayed(_scan, inputs, rule, checkpoint_every, chunk, says)
+        found = replayed(_scan, inputs, rule, checkpoint_every, chunk, says, is_prepared)
     return ScanOutput(*found[:4]), found[4]
 
 
-def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRule, every: int, chunk: int, says: bool):
+def _scan(
+    projections, gate_bias, state, mask, slots, cu_seqlens,
+    rule: DeltaRule, every: int, chunk: int, says: bool, is_prepared: bool,
+):  # fmt: skip
     """``scan_with_flags`` of what has been checked → reads, state, skipped, checkpoints, flags."""
     batch, length, width = projections.shape
     heads, rank = rule.heads, rule.rank
@@ -189,7 +205,13 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
         shape = (length // every,) if packed else (batch, length // every)
         checkpoints = allocate((*shape, heads, rank, rank), torch.float32, device, zeros=packed)
     skipped = allocate((sequences,), torch.int32, device, zeros=bool(chunk))
-    parts, flags = find_parts(projections, gate_bias, mask, rule)
+    x = projections
+    if is_prepared:
+        x, flags = find_parts(projections, gate_bias, mask, rule)
+    elif projections.numel():
+        flags = find_flags(projections, mask)
+    else:
+        flags = allocate((batch, length), torch.uint8, device)
     if sequences == 0:
         return reads, final, skipped, checkpoints, flags
 
@@ -208,6 +230,10 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
 
     rows, cols = tile(rule)
     sizes = {"HEADS": heads, "RANK": rank, "R": rows}
+    strides = {f"stride_x_{name}": stride for name, stride in zip("btw", projections.stride())}
+    strides["stride_bias"] = gate_bias.stride(0)
+    tokens = {"x_ptr": x, "bias_ptr": gate_bias, "flags_ptr": flags, "PREPARED": is_prepared}
+    tokens |= strides | rule_flags(rule, projections)
     start = state
     if chunk:
         start = allocate((chunks, heads, rank, rank), torch.float32, device)
@@ -215,8 +241,8 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
         launch(
             chunk_transition_kernel, triton.cdiv(chunks * heads * rank * (rank + 1), TRANSITION_WARPS * cols),
             projections, num_warps=TRANSITION_WARPS,
-            parts_ptr=parts, flags_ptr=flags, transitions_ptr=transitions,
-            total_groups=chunks * heads, COLUMNS=TRANSITION_WARPS * cols, IS_PACKED=packed, **place, **sizes,
+            transitions_ptr=transitions, total_groups=chunks * heads, COLUMNS=TRANSITION_WARPS * cols,
+            IS_PACKED=packed, **tokens, **place,
         )  # fmt: skip
         launch(
             state_passing_kernel, sequences * heads * rank, projections, num_warps=1,
@@ -227,10 +253,10 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
         )  # fmt: skip
     launch(
         chunk_scan_kernel, triton.cdiv(chunks * heads * rank, cols), projections, num_warps=1,
-        parts_ptr=parts, flags_ptr=flags, s_ptr=start, slots_ptr=slots,
+        s_ptr=start, slots_ptr=slots,
         reads_ptr=reads, final_ptr=None if chunk else final, skipped_ptr=skipped,
         checkpoints_ptr=checkpoints, checkpoint_first_ptr=checkpoint_first,
-        total_groups=chunks * heads, states=states, every=every, **place, **state_strides(start), **sizes,
+        total_groups=chunks * heads, states=states, every=every, **tokens, **place, **state_strides(start),
         COLUMNS=cols, HAS_STATE=start is not None, HAS_SLOTS=slots is not None, HAS_CHECKPOINTS=bool(every),
         IS_PACKED=packed, IS_CHUNKED=bool(chunk),
     )  # fmt: skip
@@ -239,9 +265,7 @@ def _scan(projections, gate_bias, state, mask, slots, cu_seqlens, rule: DeltaRul
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
         flags_ptr=flags if says else None, cu_ptr=cu_seqlens, checkpoint_first_ptr=checkpoint_first,
         reads_ptr=reads, final_ptr=final, skipped_ptr=skipped, checkpoints_ptr=checkpoints,
-        states=states, length=length, every=every,
-        stride_x_b=projections.stride(0), stride_x_t=projections.stride(1), stride_x_w=projections.stride(2),
-        stride_bias=gate_bias.stride(0),
+        states=states, length=length, every=every, **strides,
         stride_mask_b=mask.stride(0) if mask is not None else 0,
         stride_mask_t=mask.stride(1) if mask is not None else 0,
         **state_strides(state), COLUMNS=cols, WIDTH=width, WIDTH_PAD=next_power_of_two(width),

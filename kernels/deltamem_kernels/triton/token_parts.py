@@ -15,11 +15,12 @@ import triton.language as tl
 
 from ..rule import DeltaRule
 from .launch import launch, rule_flags, tile
-from .primitives import direction, gates, load_flag, load_vector
+from .primitives import direction, gates, load_flag, load_vector, load_write
 from .replay import allocate
 from .token_flags import LOOK_WIDTH, find_flags
 
 WARPS = 4
+MOST_BYTES = 256 << 20  # of parts
 
 
 class Token(NamedTuple):
@@ -80,14 +81,14 @@ def token_parts_kernel(
         lambda_bias = tl.load(p_bias + o_lambda * stride_bias, mask=m_bias, other=0.0).to(tl.float32)
     keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
 
-    p_parts = parts_ptr + group.to(tl.int64)[None, :] * (5 * R + 2) + o_j  # [R, COLUMNS]
+    p_parts = parts_ptr + group.to(tl.int64)[None, :] * (5 * R + 4) + o_j  # [R, COLUMNS]
     m_parts = m_group[None, :] & (o_j < R)
     tl.store(p_parts, q, mask=m_parts)
     tl.store(p_parts + R, k, mask=m_parts)
     tl.store(p_parts + 2 * R, tl.broadcast_to(keep, v.shape), mask=m_parts)
     tl.store(p_parts + 3 * R, tl.broadcast_to(erase, v.shape), mask=m_parts)
     tl.store(p_parts + 4 * R, write * v, mask=m_parts)
-    p_c = parts_ptr + group.to(tl.int64) * (5 * R + 2) + 5 * R
+    p_c = parts_ptr + group.to(tl.int64) * (5 * R + 4) + 5 * R  # of two numbers; two more are not used
     tl.store(p_c, c_q, mask=m_group)
     tl.store(p_c + 1, c_k, mask=m_group)
     if not HAS_FLAGS:
@@ -102,38 +103,86 @@ def token_parts_kernel(
 def load_direction(p_parts, m, PLACE: tl.constexpr, R: tl.constexpr):
     """q (PLACE 0) or k (1) of each column's token and head → (z [R, COLUMNS], c [COLUMNS]); see ``direction``.
 
-    See ``load_vector`` for the hint.
+    16 bytes at a time, up to 8 numbers; else see ``load_vector`` for the hint.
     """
-    p = p_parts[None, :] + tl.arange(0, R)[:, None] + PLACE * R
-    p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])
-    return tl.load(p, mask=m[None, :], other=0.0), tl.load(p_parts + 5 * R + PLACE, mask=m, other=0.0)
+    p_c = p_parts + 5 * R + PLACE
+    if R == 4 or R == 8:
+        p = (p_parts + PLACE * R)[None, :] + tl.arange(0, 4)[:, None]  # [4, COLUMNS]
+        z = tl.load(p, mask=m[None, :], other=0.0)
+        if R == 8:
+            z = tl.join(z, tl.load(p + 4, mask=m[None, :], other=0.0))  # [4, COLUMNS, 2]
+            z = tl.reshape(tl.permute(z, (2, 0, 1)), [8, m.shape[0]])
+    else:
+        p = p_parts[None, :] + tl.arange(0, R)[:, None] + PLACE * R
+        p = tl.multiple_of(tl.max_contiguous(p, [1, 2]), [1, 1])
+        z = tl.load(p, mask=m[None, :], other=0.0)
+    return z, tl.load(p_c, mask=m, other=0.0)
 
 
 @triton.jit
-def load_token(p_parts, p_flag, i, m, R: tl.constexpr, READS: tl.constexpr):
-    """A token of each column → ``Token``. p_parts: of its head; i: its row; without READS q is k."""
-    k, c_k = load_direction(p_parts, m, 1, R)
-    q, c_q = k, c_k
-    if READS:
-        q, c_q = load_direction(p_parts, m, 0, R)
-    p = p_parts + i
-    keep = tl.load(p + 2 * R, mask=m, other=0.0)
-    erase = tl.load(p + 3 * R, mask=m, other=0.0)
-    added = tl.load(p + 4 * R, mask=m, other=0.0)
+def load_token(
+    p, p_flag, h, i, m, stride_x_w,
+    HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr,
+    WHOLE: tl.constexpr, READS: tl.constexpr, PREPARED: tl.constexpr,
+):  # fmt: skip
+    """A token of each column's head h and row i → ``Token``, without READS k for q.
+
+    p: of its parts, or, if it is not PREPARED, of its raw projections: then see ``prepared``.
+    """
     flag = tl.load(p_flag, mask=m, other=0)
-    return Token(q=q, c_q=c_q, k=k, c_k=c_k, keep=keep, erase=erase, added=added, flag=flag)
+    if PREPARED:
+        k, c_k = load_direction(p, m, 1, R)
+        q, c_q = k, c_k
+        if READS:
+            q, c_q = load_direction(p, m, 0, R)
+        keep = tl.load(p + i + 2 * R, mask=m, other=0.0)
+        erase = tl.load(p + i + 3 * R, mask=m, other=0.0)
+        added = tl.load(p + i + 4 * R, mask=m, other=0.0)
+        return Token(q=q, c_q=c_q, k=k, c_k=c_k, keep=keep, erase=erase, added=added, flag=flag)
+    else:
+        k = load_vector(p, (HEADS + h) * RANK, stride_x_w, m, RANK, R, WHOLE)  # [R, COLUMNS]
+        q = k
+        if READS:
+            q = load_vector(p, h * RANK, stride_x_w, m, RANK, R, WHOLE)
+        v, b, lam = load_write(p, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
+        return Token(q=q, c_q=b, k=k, c_k=b, keep=b, erase=lam, added=v, flag=flag)
+
+
+@triton.jit
+def prepared(
+    token, beta_bias, lambda_bias,
+    MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, PREPARED: tl.constexpr,
+):  # fmt: skip
+    """What ``load_token`` has loaded, as ``Token`` says; raw projections become what ``token_parts_kernel`` writes."""
+    if PREPARED:
+        return token
+    else:
+        k, c_k = direction(token.k, NORMALIZE)
+        q, c_q = k, c_k
+        if READS:
+            q, c_q = direction(token.q, NORMALIZE)
+        keep, erase, write = gates(
+            token.keep.to(tl.float32) + beta_bias, token.erase.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA
+        )
+        added = write * token.added.to(tl.float32)
+        return Token(q=q, c_q=c_q, k=k, c_k=c_k, keep=keep, erase=erase, added=added, flag=token.flag)
+
+
+def worth_preparing(rule: DeltaRule, tokens: int) -> bool:
+    """Whether a scan of so many tokens prepares them. Many more fill the device anyway, and would fill its memory."""
+    return 4 * tokens * rule.heads * (5 * tile(rule)[0] + 4) <= MOST_BYTES
 
 
 def find_parts(
     projections: torch.Tensor, gate_bias: torch.Tensor, mask: torch.Tensor | None, rule: DeltaRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a scan of projections [B, T, W] takes: parts, float32 [B · T · H, 5 R + 2], R the rank rounded up to a
+    """What a scan of projections [B, T, W] takes: parts, float32 [B · T · H, 5 R + 4], R the rank rounded up to a
     power of two, and flags, uint8 [B, T], as ``find_flags`` has them."""
     batch, length, width = projections.shape
     rows, cols = tile(rule)
     cols *= WARPS
     groups = batch * length * rule.heads
-    parts = allocate((groups, 5 * rows + 2), torch.float32, projections.device)
+    parts = allocate((groups, 5 * rows + 4), torch.float32, projections.device)
     looked = width > LOOK_WIDTH and groups > 0
     flags = find_flags(projections, mask) if looked else allocate((batch, length), torch.uint8, projections.device)
     if groups == 0:
