@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # Two cores are shared between pytest-xdist's workers.
 torch.set_num_threads(1)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ELSEWHERE = "another process runs it"
 
 
 @pytest.hookimpl(trylast=True)
@@ -36,21 +37,21 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: not item.name.startswith(slow))
 
 
-def pytest_runtest_protocol(item):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
     """bench.speed.suite starts several processes: each test is run by the one that comes to it first."""
     claims = os.environ.get("DELTAMEM_CLAIMS")
-    if not claims:
-        return None
-    try:
-        with open(os.path.join(claims, f"{zlib.crc32(item.nodeid.encode()):08x}"), "x"):
-            return None
-    except FileExistsError:
-        return True  # this hook has seen to it: it runs elsewhere
+    if claims:
+        try:
+            open(os.path.join(claims, f"{zlib.crc32(item.nodeid.encode()):08x}"), "x").close()
+        except FileExistsError:
+            pytest.skip(ELSEWHERE)
 
 
 def pytest_runtest_logreport(report):
     path = os.environ.get("DELTAMEM_OUTCOMES")
-    if path and (report.when == "call" or report.outcome != "passed"):
+    elsewhere = report.outcome == "skipped" and ELSEWHERE in str(report.longrepr)
+    if path and not elsewhere and (report.when == "call" or report.outcome != "passed"):
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{report.outcome} {report.nodeid}\n")
 

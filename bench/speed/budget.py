@@ -1,7 +1,7 @@
 """How long a run on a GPU should take, part by part, from what it launches and compiles: ``bench.gpu --plan``.
 
-Launches are counted by calling the launchers with tensors that have shapes and no memory. The rates are assumptions,
-those of a compiler measured on a CPU, those of a GPU not measured yet; each is used with half as much again as a limit.
+Launches are counted by calling the launchers with tensors that have shapes and no memory. The rates fit two runs on an
+H100, whose hosts differed by a factor of 1.6; each is used with half as much again as a limit.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from ..instrument.devices import SLOWEST
 from . import kernels, problems
 from .model import Sizes
 
-START = 14.0  # s: a process imports torch and transformers, and makes a CUDA context
-COMPILE = 1.6  # s a kernel: Triton 3.6 for sm_90 on one core of a server's processor takes 0.5 to 4
-LAUNCH = 12e-6  # s: a call from Python, of PyTorch's operators or of a kernel
+START = 12.0  # s: a process imports torch and transformers, and makes a CUDA context
+COMPILE = 0.8  # s a kernel: Triton 3.6 for sm_90 on one core of a server's processor takes 0.5 to 4
+LAUNCH = 28e-6  # s: a call from Python, of PyTorch's operators or of a kernel
 REPLAY = 12e-6  # s: a CUDA graph of one call
 CAPTURE = 0.02  # s: three runs before it, and the capture
 FLUSH = 0.1e-3  # s: the L2 cache overwritten
-CHECK = 0.8  # s: a forward kernel's outputs in float64 by the reference, on a CPU; a gradient takes four times that
+CHECK = 0.5  # s: a forward kernel's outputs in float64 by the reference, on a CPU; a gradient takes four times that
 BUILD = 3.0  # s: a model is made, copied, patched and checked, and 2 s more for each 4e9 parameters
 STEP_OPERATIONS = {"unpatched": 56, "patched": 56, "released": 107}  # per decoded token and layer, at most
 TOKEN = 2e-6  # s: the released scan, which takes one token after another
-PROFILED = 2.0  # s: a launch under Nsight Compute
+PROFILED = 1.0  # s: a launch under Nsight Compute
 COMPILE_LAYER = 1.0  # s: torch.compile of a decoder's layer
 COMPILE_FUNCTION = 20.0  # s: torch.compile of one function, Inductor started
 TEST_KERNELS, TEST_PROCESSES = 900, 16  # distinct kernels of the tests that are not soak, by the launch recorder

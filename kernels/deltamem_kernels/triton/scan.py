@@ -49,26 +49,20 @@ CHUNKED_RANK = 16  # a chunk's transition has r³ numbers; above this rank they 
 TRANSITION_WARPS = 2  # of its program: r (r + 1) columns a head look at the same tokens, which then lie in L1
 
 
-def choose_chunk(rule: DeltaRule, length: int, is_prepared: bool = True) -> int:
+def choose_chunk(rule: DeltaRule, length: int) -> int:
     """Tokens per chunk, or 0 for one chunk a sequence.
 
-    2 C steps over prepared tokens and T / C over chunks, one of which takes a quarter of the time (on an H100), are
-    quickest at C = √(T / 8). The transitions, 4 r² (r + 1) bytes a chunk and head, are no more than what is prepared of
-    the tokens, 4 (5 r + 4) C bytes. Tokens that are not prepared weigh 8 r C bytes in bfloat16: no less than the
-    transitions from C = r (r + 1) / 2 on, and longer chunks have fewer of these, so C = √(T / 2).
+    2 C steps over tokens and T / C over chunks, one of which takes a quarter of the time (on an H100), are quickest at
+    C = √(T / 8). The transitions, 4 r² (r + 1) bytes a chunk and head, are to weigh no more than twice the tokens, 8 r
+    C bytes, and in a long sequence less: C = r (r + 1) / 4 or more, and √(T / 4).
 
-    It depends on nothing that changes from call to call but T: a row's bits do not depend on the rows beside it.
+    It depends on nothing that changes from call to call but T: a row's bits depend neither on the rows beside it nor
+    on whether a gradient is wanted.
     """
-    rank = rule.rank
-    if is_prepared:
-        share, shortest = 8, max(16, next_power_of_two(rank**2 * (rank + 1) // (5 * rank + 4)))
-        short = max(SHORT, 2 * shortest)
-    else:
-        share, shortest = 2, max(16, next_power_of_two(rank * (rank + 1) // 2))
-        short = max(2 * SHORT, shortest)
-    if length <= short or rank > CHUNKED_RANK:
+    shortest = max(16, next_power_of_two(rule.rank * (rule.rank + 1) // 4))
+    if length <= max(SHORT, shortest) or rule.rank > CHUNKED_RANK:
         return 0
-    return max(shortest, 1 << round(math.log2(length / share) / 2))
+    return max(shortest, 1 << round(math.log2(length / 4) / 2))
 
 
 def depth(rule: DeltaRule, length: int) -> int:
@@ -170,7 +164,7 @@ def scan_with_flags(
     # A scan that says what its tokens are is one for autograd, where memory counts for more.
     is_prepared = not says and worth_preparing(rule, batch * length)
     if chunk is None:
-        chunk = choose_chunk(rule, length, is_prepared)
+        chunk = choose_chunk(rule, length)
     if projections.numel() == 0:
         chunk = 0
     if chunk and rule.rank > CHUNKED_RANK:

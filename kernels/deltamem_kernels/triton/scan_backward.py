@@ -61,7 +61,7 @@ def choose_spacing(rule: DeltaRule) -> tuple[int, int]:
 
 def depth(rule: DeltaRule, length: int) -> int:
     """How many steps of the gradient wait for one another: C, T / C and C, or T; then those of a block and a part."""
-    chunk = choose_chunk(rule, length, False)
+    chunk = choose_chunk(rule, length)
     block, part = choose_spacing(rule)
     return (2 * chunk + triton.cdiv(length, chunk) if chunk else length) + block + part
 
@@ -136,7 +136,7 @@ def scan_backward(
     heads, rank, every = rule.heads, rule.rank, checkpoint_every if d_checkpoints is not None else 0
     device, packed = projections.device, cu_seqlens is not None
     if chunk is None:
-        chunk = choose_chunk(rule, length, False)
+        chunk = choose_chunk(rule, length)
     if projections.numel() == 0 or sequences == 0:
         chunk = 0
     block, part = spacing or choose_spacing(rule)

@@ -168,12 +168,9 @@ LENGTHS = [64, 65, 2048, 8192, 32768]
 
 def test_chunk_choice():
     chosen = {(rule.rank, n): kernel.choose_chunk(rule, n) for rule in map(DeltaRule, (1, 8, 16, 17)) for n in LENGTHS}
-    assert [chosen[8, n] for n in LENGTHS] == [0, 16, 16, 32, 64]
-    assert [chosen[16, n] for n in LENGTHS] == [0, 0, 64, 64, 64]
+    assert [chosen[8, n] for n in LENGTHS] == [0, 32, 32, 64, 64]
+    assert [chosen[16, n] for n in LENGTHS] == [0, 0, 128, 128, 128]
     assert chosen[1, 65] == 16 and chosen[17, 32768] == 0
-    # Tokens that are not prepared.
-    assert [kernel.choose_chunk(DeltaRule(8), n, False) for n in (128, 129, 32768)] == [0, 64, 128]
-    assert [kernel.choose_chunk(DeltaRule(16), n, False) for n in (256, 257)] == [0, 256]
 
 
 @pytest.mark.parametrize("rank", [8, 16])
@@ -185,8 +182,8 @@ def test_depth_and_maps(rank, heads, monkeypatch):
     monkeypatch.setattr(launch, "empty", torch.empty)
     rule = DeltaRule(rank, heads)
     for length in [4096, 5000, 16384, 50000, 2**17, 2**20 - 1, 2**20]:
-        # 3.5 √T at C = √(T / 8); C is a power of two.
-        assert kernel.depth(rule, length) <= 5 * length**0.5
+        # 3 √T at C = √(T / 4); C is a power of two.
+        assert kernel.depth(rule, length) <= 4.5 * length**0.5
         monkeypatch.setattr(launch, "recorded", recorded := [])
         x = torch.empty(1, length, rule.width, dtype=torch.bfloat16, device="meta")
         kernel.scan(x, torch.empty(rule.bias_width, device="meta"), None, rule)
@@ -195,7 +192,7 @@ def test_depth_and_maps(rank, heads, monkeypatch):
         # What does not depend on the state is 5 r + 4 numbers a token and head, where that is no burden.
         prepared = 4 * length * heads * (5 * rank + 4)
         assert sizes.get("parts_ptr", prepared) == prepared and (prepared <= 2**28) == ("parts_ptr" in sizes)
-        assert sizes["transitions_ptr"] <= sizes.get("parts_ptr", x.nbytes)
+        assert sizes["transitions_ptr"] <= 2 * x.nbytes
         parts = [t for n, t in found if n == "parts_ptr"]
         others = [t for _, t in found if t is not x and not any(t is part for part in parts)]
         assert all(t.numel() < length * heads * rank**2 for t in others)  # no state is kept a token
