@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,35 @@ def load(path: str | Path) -> Result:
 def newest(directory: Path = DIRECTORY) -> list[Result]:
     """The newest whole result of each device, GPUs first, by file.
 
+    What it had no time for comes from earlier results of the device; such a row's note names its commit.
+
     Raises:
         ValueError, OSError: a file there cannot be read.
     """
-    found: dict[str, Result] = {}
+    found: dict[str, list[Result]] = {}
     for path in sorted(directory.glob("*.json")):
         result = load(path)
-        device = result.head["device"]
-        if result.whole and (device not in found or result.head["time"] >= found[device].head["time"]):
-            found[device] = result
-    return sorted(found.values(), key=lambda result: (result.head["driver"] is None, result.head["device"]))
+        if result.whole:
+            found.setdefault(result.head["device"], []).append(result)
+    newest = []
+    for results in found.values():
+        first, *earlier = sorted(results, key=lambda result: result.head["time"], reverse=True)
+        for other in earlier:
+            first = _filled(first, other)
+        newest.append(first)
+    return sorted(newest, key=lambda result: (result.head["driver"] is None, result.head["device"]))
+
+
+def _filled(result: Result, earlier: Result) -> Result:
+    """``result`` with the rows of an earlier one that it has not."""
+    if not any(row.status == "absent" for row in result.rows):
+        return result
+    there = {row.key for row in result.rows if row.status != "absent"}
+    said = f"of commit {earlier.head['commit']}"
+    rows = [row for row in earlier.rows if row.status == "measured" and row.key not in there]
+    rows = [replace(row, note=f"{said}; {row.note}" if row.note else said) for row in rows]
+    filled = {row.key for row in rows} | {f"{row.name.split('/')[0]} {{}}" for row in rows}
+    return Result(result.head, [row for row in result.rows if row.key not in filled] + rows)
 
 
 def latest(directory: Path) -> Result | None:

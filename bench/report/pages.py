@@ -299,16 +299,19 @@ def _device(result: Result) -> str:
 
 
 def readme_rows(found: Found) -> str:
-    """Six rows: what the memory costs and what it gives."""
+    """A few rows: what the memory costs and what it gives."""
     lines = [["", "measured (p20 to p80)", "on"]]
     every = [(row, _device(result)) for result in found.machines for row in result.rows]
-    for what, name, baseline in (
-        ("Decoding with the memory, times as fast as the bare model", "decode/patched", "unpatched"),
-        ("A prompt with the memory, times as fast as the bare model", "prefill/patched", "unpatched"),
-        ("Decoding, times as fast as the released code", "decode/patched", "released"),
+    for what, name, baseline, sizes in (
+        ("Decoding with the memory, times as fast as the bare model", "decode/patched", "unpatched", {"mode": "eager"}),
+        ("The same as a CUDA graph", "decode/patched", "unpatched", {"mode": "graph"}),
+        ("Decoding, times as fast as the released code", "decode/patched", "released", {}),
+        ("A prompt of 512 tokens, times as fast as the bare model", "prefill/patched", "unpatched", {"tokens": 512}),
+        ("A prompt of 8,192 tokens", "prefill/patched", "unpatched", {"tokens": 8192}),
     ):
+        sizes = {"batch": 1, **sizes}
         kept = ((row, on) for row, on in every if row.name == name and baseline in row.ratios)
-        for row, on in [pair for pair in kept if pair[0].parameters["batch"] == 1][:1]:  # GPUs are first
+        for row, on in [pair for pair in kept if sizes.items() <= pair[0].parameters.items()][:1]:  # GPUs are first
             lines.append([what, ratio(row.ratios[baseline]), f"a random {row.parameters['model']}, {on}"])
     shares = {
         variant: row.values["share"]
