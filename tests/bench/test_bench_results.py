@@ -264,8 +264,41 @@ def test_pages_show_rows_memory_and_what_was_left_out():
 
 def test_every_kind_of_row_has_a_page():
     pages = bench("report.pages")
-    kinds = {row.name.split("/")[0] for one in bench("report.found").find().machines for row in one.rows}
+    rows = [row for one in bench("report.found").find().machines for row in one.rows]
+    kinds = {row.name.split("/")[0] for row in rows if row.status != "absent"}
     assert kinds and kinds <= pages.SPEED.keys() | pages.KERNELS.keys()
+    left_out = [row for row in rows if row.status == "absent"]
+    text = "\n".join(
+        line for page in (pages.speed, pages.kernels) for line in page(bench("report.found").find()).split("\n")
+    )
+    assert all(f"({row.note})" in text for row in left_out)
+
+
+def test_what_a_run_had_no_time_for_comes_from_an_earlier_one(tmp_path):
+    module, rows = bench("instrument.results"), bench("instrument.rows")
+    head = sample().head
+
+    def write(time, commit, made):
+        module.write(tmp_path, module.Result(head | {"time": time, "commit": commit}, made))
+
+    sizes, other = {"batch": 1, "tokens": 8}, {"batch": 16, "tokens": 8}
+    old = [rows.measured("decode/patched", size, [seconds] * 3) for size, seconds in ((sizes, 1.0), (other, 2.0))]
+    gone = rows.absent("decode/patched", "does not fit", sizes | {"batch": 512})
+    write("2026-01-01T00:00:00Z", "aaaaaaa", [*old, gone, rows.measured("prefill/patched", sizes, [3.0] * 3)])
+    cut = [
+        rows.measured("decode/patched", sizes, [4.0] * 3),
+        rows.absent("decode", "cut off"),
+        rows.absent("prefill", "no time"),
+    ]
+    write("2026-01-02T00:00:00Z", "bbbbbbb", [*cut, rows.absent("compiled", "no time")])
+    (found,) = module.newest(tmp_path)
+    assert found.head["commit"] == "bbbbbbb"
+    assert [(row.name, row.p50, row.note) for row in found.rows] == [
+        ("decode/patched", 4.0, ""), ("compiled", None, "no time"), ("decode/patched", 2.0, "of commit aaaaaaa"),
+        ("prefill/patched", 3.0, "of commit aaaaaaa"),
+    ]  # fmt: skip
+    write("2026-01-03T00:00:00Z", "ccccccc", cut[:1])
+    assert len(module.newest(tmp_path)[0].rows) == 1  # a run that left nothing out stands for itself
 
 
 def test_writing_and_checking(tmp_path, monkeypatch, capsys):

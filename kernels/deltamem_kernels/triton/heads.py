@@ -17,7 +17,16 @@ from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
 from ..rule import check_together
 from .head_parts import arguments, check_tensors, load_raw, load_turn, pairs, scale_of, steered_heads, turned
-from .launch import check_reach, fixed, half_or_single, launch, matrix_precision, narrow_reads, next_power_of_two
+from .launch import (
+    MOST_REGISTERS,
+    check_reach,
+    fixed,
+    half_or_single,
+    launch,
+    matrix_precision,
+    narrow_reads,
+    next_power_of_two,
+)
 from .primitives import load_weights, read_parts, times_reads
 from .replay import replayed
 
@@ -232,5 +241,7 @@ def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, la
     # 16 bytes of a 16-bit tile are a thread's.
     warps = max(1, min(16, next_power_of_two(layout.dim // 2) // 16))
     programs = blocks * sum(triton.cdiv(n, unit) for n in steered)
-    launch(steer_heads_kernel, programs, packed, num_warps=warps, rows=rows, **given)
+    # With wide reads ptxas would spill a few registers so that more warps fit beside each other.
+    registers = None if narrow else MOST_REGISTERS
+    launch(steer_heads_kernel, programs, packed, num_warps=warps, registers=registers, rows=rows, **given)
     return ()
