@@ -112,16 +112,28 @@ def newest(directory: Path = DIRECTORY) -> list[Result]:
     return sorted(newest, key=lambda result: (result.head["driver"] is None, result.head["device"]))
 
 
+# The names of the rows that a part of a run on a GPU makes, by the part's; else its own.
+KINDS = {
+    "decode": ("prefill", "decode"),
+    "scan-peers": ("scan", "scan-gradient"),
+    "kernels": ("copy", "kernel"),
+    "compiled": ("decode",),
+    "compiled-kernels": ("compiled-reference",),
+}
+
+
 def _filled(result: Result, earlier: Result) -> Result:
-    """``result`` with the rows of an earlier one that it has not."""
-    if not any(row.status == "absent" for row in result.rows):
+    """``result`` with an earlier one's rows of parts that it cut off or left out, if made with the same software."""
+    if any(result.head[key] != earlier.head[key] for key in ("driver", "torch", "triton")):
         return result
+    parts = [row.name for row in result.rows if row.status == "absent" and not row.parameters]
+    kinds = {kind for part in parts for kind in KINDS.get(part, (part,))}
     there = {row.key for row in result.rows if row.status != "absent"}
-    said = f"of commit {earlier.head['commit']}"
-    rows = [row for row in earlier.rows if row.status == "measured" and row.key not in there]
-    rows = [replace(row, note=f"{said}; {row.note}" if row.note else said) for row in rows]
-    filled = {row.key for row in rows} | {f"{row.name.split('/')[0]} {{}}" for row in rows}
-    return Result(result.head, [row for row in result.rows if row.key not in filled] + rows)
+    said = f"of commit {earlier.head['commit']}" + " with changes" * bool(earlier.head["dirty"])
+    rows = [row for row in earlier.rows if row.status == "measured" and row.name.split("/")[0] in kinds]
+    rows = [replace(row, note=f"{said}; {row.note}" if row.note else said) for row in rows if row.key not in there]
+    found = {row.key for row in rows}
+    return Result(result.head, [row for row in result.rows if row.key not in found] + rows)
 
 
 def latest(directory: Path) -> Result | None:

@@ -313,7 +313,7 @@ def readme_rows(found: Found) -> str:
         kept = [(row, on) for row, on in kept if row.parameters["batch"] == 1 and on == kept[0][1]]  # GPUs are first
         sizes = {row.parameters[size]: (row, on) for row, on in reversed(kept)}
         said = [
-            f"{value:,} tokens: " * (size == "tokens") + ratio(row.ratios[baseline])
+            f"{value:,} tokens: " * (size == "tokens") + ratio(row.ratios[baseline]) + f" ({row.note})" * bool(row.note)
             for value, (row, _) in sorted(sizes.items())
         ]
         for row, on in kept[:1]:

@@ -276,7 +276,7 @@ def test_every_kind_of_row_has_a_page():
 
 def test_what_a_run_had_no_time_for_comes_from_an_earlier_one(tmp_path):
     module, rows = bench("instrument.results"), bench("instrument.rows")
-    head = sample().head
+    head = dict(sample().head)
 
     def write(time, commit, made):
         module.write(tmp_path, module.Result(head | {"time": time, "commit": commit}, made))
@@ -284,7 +284,16 @@ def test_what_a_run_had_no_time_for_comes_from_an_earlier_one(tmp_path):
     sizes, other = {"batch": 1, "tokens": 8}, {"batch": 16, "tokens": 8}
     old = [rows.measured("decode/patched", size, [seconds] * 3) for size, seconds in ((sizes, 1.0), (other, 2.0))]
     gone = rows.absent("decode/patched", "does not fit", sizes | {"batch": 512})
-    write("2026-01-01T00:00:00Z", "aaaaaaa", [*old, gone, rows.measured("prefill/patched", sizes, [3.0] * 3)])
+    write(
+        "2026-01-01T00:00:00Z",
+        "aaaaaaa",
+        [
+            *old,
+            gone,
+            rows.measured("prefill/patched", sizes, [3.0] * 3),
+            rows.measured("kernel/gone", sizes, [5.0] * 3),
+        ],
+    )
     cut = [
         rows.measured("decode/patched", sizes, [4.0] * 3),
         rows.absent("decode", "cut off"),
@@ -294,10 +303,15 @@ def test_what_a_run_had_no_time_for_comes_from_an_earlier_one(tmp_path):
     (found,) = module.newest(tmp_path)
     assert found.head["commit"] == "bbbbbbb"
     assert [(row.name, row.p50, row.note) for row in found.rows] == [
-        ("decode/patched", 4.0, ""), ("compiled", None, "no time"), ("decode/patched", 2.0, "of commit aaaaaaa"),
+        ("decode/patched", 4.0, ""), ("decode", None, "cut off"), ("prefill", None, "no time"),
+        ("compiled", None, "no time"), ("decode/patched", 2.0, "of commit aaaaaaa"),
         ("prefill/patched", 3.0, "of commit aaaaaaa"),
     ]  # fmt: skip
-    write("2026-01-03T00:00:00Z", "ccccccc", cut[:1])
+    write("2026-01-03T00:00:00Z", "ddddddd", cut)
+    head["triton"] = "0.1"
+    write("2026-01-04T00:00:00Z", "eeeeeee", cut)
+    assert len(module.newest(tmp_path)[0].rows) == len(cut)  # other software: nothing of before
+    write("2026-01-05T00:00:00Z", "ccccccc", cut[:1])
     assert len(module.newest(tmp_path)[0].rows) == 1  # a run that left nothing out stands for itself
 
 

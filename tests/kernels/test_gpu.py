@@ -51,13 +51,8 @@ def each(names, first, *axes):
     return pytest.mark.parametrize(names, params)
 
 
-# Half a minute each: in each tile of the registers once.
-THOROUGH = [
-    (RULES["released"], torch.bfloat16),
-    (RULES["four heads"], torch.bfloat16),
-    (RULES["rank 17"], torch.float32),
-]
-
+# Half a minute each; the others are for ``soak``.
+THOROUGH = [CHOSEN[0], ("rank 3, raw", torch.bfloat16), ("rank 16", torch.float16), ("rank 17", torch.float32)]
 any_rule_and_dtype = each("rule,dtype", CHOSEN, RULES, DTYPES)
 any_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -182,11 +177,15 @@ def test_steer(properties, dtype, normed, lead):
 def test_scan_gradient(properties, rule, dtype, length):
     x, bias, state, mask = properties.random_problem(rule, 2, length, dtype, DEVICE, seed=length, masked=True)
     properties.check_scan_gradient(rule, x, bias, state, mask=mask, checkpoint_every=64)
-    if length == 300 and (rule, dtype) in THOROUGH:
-        properties.check_scan_gradient(rule, x, bias, None)
-        properties.check_gradient_bits(rule, x, bias, state, mask)
-        properties.check_masked_gradient(rule, x[:, :70], bias, state, mask[:, :70])
-        properties.check_not_finite_gradient(rule, x, bias, state)
+
+
+@each("rule,dtype", THOROUGH, RULES, DTYPES)
+def test_scan_gradient_thoroughly(properties, rule, dtype):
+    x, bias, state, mask = properties.random_problem(rule, 2, 300, dtype, DEVICE, seed=300, masked=True)
+    properties.check_scan_gradient(rule, x, bias, None)
+    properties.check_gradient_bits(rule, x, bias, state, mask)
+    properties.check_masked_gradient(rule, x[:, :70], bias, state, mask[:, :70])
+    properties.check_not_finite_gradient(rule, x, bias, state)
 
 
 @rules("released", "no lambda, head gates", "rank 17")

@@ -207,7 +207,7 @@ def test_a_known_launcher_is_handed_the_arguments(device):
         assert_launched(kernel, values, plain=turn == 0)
         assert len(kernel.compiled.given) == turn + 1 and kernel.compiled._run is run
     assert len(kernel.plain) == 1 and kernel.plain[0][1] == OPTIONS
-    assert launching._launchers_known == {triton.__version__: True}
+    assert launching._launchers_known == {(triton.__version__, True): True}
     other = Kernel(Compiled())  # it is asked once, not once a kernel
     assert_launched(other, again(other), plain=False)
     assert not other.plain
@@ -227,7 +227,7 @@ def test_a_changed_launcher_is_left_to_triton(device, hand):
         named, number = kernel.plain[-1][0]
         assert isinstance(named, heads.Rows) and number == 8
         assert all(a is b for a, b in zip(named, values[0], strict=True))
-    assert launching._launchers_known == {triton.__version__: False}
+    assert launching._launchers_known == {(triton.__version__, True): False}
 
 
 def test_what_compiles_to_another_thing_is_left_to_triton(device):
@@ -259,7 +259,14 @@ def test_another_version_is_asked_anew(device, monkeypatch):
     again(kernel), again(kernel)
     monkeypatch.setattr(triton, "__version__", "4.0.0")
     again(kernel)
-    assert len(kernel.plain) == 2 and launching._launchers_known["4.0.0"] is True
+    assert len(kernel.plain) == 2 and launching._launchers_known["4.0.0", True] is True
+
+
+def test_a_kernel_without_tuples_is_asked_by_itself(driver):
+    """A launcher may take tuples another way, which one without them does not show."""
+    launched = launching.Launched(None, None, (int,), OPTIONS)
+    assert launching._way(launched) == (triton.__version__, False)
+    assert launching._way(launched._replace(kinds=KINDS)) == (triton.__version__, True)
 
 
 def test_who_hooks_onto_launches_sees_them(device):

@@ -30,7 +30,7 @@ from .launch import (
 from .primitives import load_weights, read_parts, times_reads
 from .replay import replayed
 
-TOKENS = 16  # tokens of a tile: the least that fills a matrix instruction; twice as many with narrow reads
+LEAST_TOKENS = 16  # of a tile: what fills a matrix instruction; twice as many with narrow reads
 HEADS_IN_TURN = 4  # heads that a program takes one after another, cosines and sines staying
 READ_BLOCK = 16  # numbers of a read that are multiplied at once: a matrix instruction takes no fewer
 
@@ -216,7 +216,7 @@ def steer_heads_(
     if packed.shape[0] * packed.shape[1] == 0 or sum(steered_heads(layout, steering)) == 0:
         return
     weights = steering.q, steering.k, steering.v, steering.q_norm, steering.k_norm, steering.scale_raw
-    settings = layout, steering.scale, steering.scale_max, steering.eps
+    settings = layout, float(steering.scale), float(steering.scale_max), float(steering.eps)
     replayed(_steer_heads, (packed, reads, cos, sin, *weights), *settings)
 
 
@@ -228,7 +228,7 @@ def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, la
     steered = steered_heads(layout, steering)
     tokens = packed.shape[0] * packed.shape[1]
     narrow = narrow_reads(reads.shape[-1], q, k, v)
-    of_tile = 2 * TOKENS if narrow else TOKENS
+    of_tile = 2 * LEAST_TOKENS if narrow else LEAST_TOKENS
     blocks = triton.cdiv(tokens, of_tile)
     unit = min(HEADS_IN_TURN, max(2, blocks * sum(steered) // 1024))
     given = arguments(layout, steering, cos, sin, unit=unit, read_width=reads.shape[-1], chunk=READ_BLOCK)
@@ -241,7 +241,7 @@ def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, la
     # 16 bytes of a 16-bit tile are a thread's.
     warps = max(1, min(16, next_power_of_two(layout.dim // 2) // 16))
     programs = blocks * sum(triton.cdiv(n, unit) for n in steered)
-    # With wide reads ptxas would spill a few registers so that more warps fit beside each other.
-    registers = None if narrow else MOST_REGISTERS
+    # With wide reads ptxas would spill a few registers so that more warps fit beside each other. 8 warps may have all.
+    registers = None if narrow or warps > 8 else MOST_REGISTERS
     launch(steer_heads_kernel, programs, packed, num_warps=warps, registers=registers, rows=rows, **given)
     return ()

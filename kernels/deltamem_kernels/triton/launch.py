@@ -167,7 +167,7 @@ def _compiled_for(value):
         return value
     if isinstance(value, int):
         kind = "1" if value == 1 else "16" if value % 16 == 0 else "any"  # True would equal 1
-        return kind, value.bit_length() > 31
+        return kind, -(2**31) <= value < 2**31
     if isinstance(value, tuple):
         return tuple(map(_compiled_for, value))
     return value.value if isinstance(value, tl.constexpr) else type(value)
@@ -177,7 +177,7 @@ def launch_again(launched: Launched, programs: int, tensor: torch.Tensor, values
     """Launch what ``launch`` has launched, with other arguments, in the kernel's order; named tuples may be plain ones.
 
     For arguments of the same types, alignments and integers alone: nothing looks at them, which is what costs most of
-    the time of a launch with many. Once a process and version of Triton, Triton itself launches, and what
+    the time of a launch with many. Once a process, with and without tuples, Triton itself launches, and what
     it hands to its launcher is compared with what would be handed over here. If that is another thing, or if somebody
     has hooked onto launches, Triton launches, every time.
     """
@@ -186,7 +186,7 @@ def launch_again(launched: Launched, programs: int, tensor: torch.Tensor, values
         if _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
             _launch_plainly(launched, programs, values)
             return
-        known = _launchers_known.get(triton.__version__)
+        known = _launchers_known.get(_way(launched))
         if known is None:
             _launch_and_compare(launched, programs, values)
         elif known:
@@ -200,9 +200,13 @@ def launch_again(launched: Launched, programs: int, tensor: torch.Tensor, values
             _launch_plainly(launched, programs, values)
 
 
-# By Triton's version: whether its launcher is handed what ``launch_again`` hands to it.
-_launchers_known: dict[str, bool] = {}
+# By Triton's version and whether there are tuples: whether its launcher is handed what ``launch_again`` hands to it.
+_launchers_known: dict[tuple[str, bool], bool] = {}
 _comparing = threading.Lock()
+
+
+def _way(launched: Launched) -> tuple[str, bool]:
+    return triton.__version__, any(hasattr(kind, "_fields") for kind in launched.kinds)
 
 
 def _hooked(hook) -> bool:
@@ -222,7 +226,7 @@ def _launch_and_compare(launched: Launched, programs: int, values: Sequence) -> 
         places = vars(compiled)
         run = places.get("_run")
         if run is None:  # it is not where Triton's launches up to 3.9 find it
-            _launchers_known[triton.__version__] = False
+            _launchers_known[_way(launched)] = False
             _launch_plainly(launched, programs, values)
             return
 
@@ -240,7 +244,7 @@ def _launch_and_compare(launched: Launched, programs: int, values: Sequence) -> 
         stream = active.get_current_stream(active.get_current_device())
         ours = (programs, 1, 1, stream, compiled.function, compiled.packed_metadata)
         hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-        _launchers_known[triton.__version__] = (
+        _launchers_known[_way(launched)] = (
             len(handed) == 1
             and _same(handed[0][:6], ours)
             and _same(handed[0][7:], (*hooks, *values))  # between them: what hooks are told

@@ -10,8 +10,9 @@ maps compose. A long sequence is therefore cut into chunks (``chunk_scan``):
     2. ``state_passing_kernel``: the state before each chunk, one chunk after another, T / C short steps;
     3. ``chunk_scan_kernel``: the reads of each chunk from the state before it, all chunks at once.
 
-A short sequence, or a rank above 16, is one chunk: kernel 3 alone. ``token_parts_kernel`` says beforehand which tokens
-count, one byte each, and what every step wants of its token.
+A short sequence, or a rank above 16, is one chunk: kernel 3 alone. Beforehand ``token_parts_kernel`` says which tokens
+count, one byte each, and what every step wants of its token; for autograd, and for very many tokens,
+``token_flags_kernel`` says the first alone, and the steps see to the second.
 
 A token that would leave NaN or Inf in the state of any head is written in none. No kernel of these looks at every
 state: what is not finite stays so (Inf times a number, plus a number, is Inf or NaN), so the last ones tell of all.
@@ -56,8 +57,8 @@ def choose_chunk(rule: DeltaRule, length: int) -> int:
     C = √(T / 8). The transitions, 4 r² (r + 1) bytes a chunk and head, are to weigh no more than twice the tokens, 8 r
     C bytes, and in a long sequence less: C = r (r + 1) / 4 or more, and √(T / 4).
 
-    It depends on nothing that changes from call to call but T: a row's bits depend neither on the rows beside it nor
-    on whether a gradient is wanted.
+    (``round`` takes a half to the even side: 64 at T = 8,192 and 32,768.) It depends on nothing that changes from call
+    to call but T: a row's bits depend neither on the rows beside it nor on whether a gradient is wanted.
     """
     shortest = max(16, next_power_of_two(rule.rank * (rule.rank + 1) // 4))
     if length <= max(SHORT, shortest) or rule.rank > CHUNKED_RANK:

@@ -43,9 +43,9 @@ def dot(big, small, total, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
             rest = small.to(tl.float32) - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            sum = tl.dot(big, low.to(big.dtype))
-            sum = tl.dot(big, middle.to(big.dtype), sum)
-            total += tl.dot(big, high.to(big.dtype), sum)
+            exact = tl.dot(big, low.to(big.dtype))
+            exact = tl.dot(big, middle.to(big.dtype), exact)
+            total += tl.dot(big, high.to(big.dtype), exact)
     else:
         total = tl.dot(big.to(tl.float32), small.to(tl.float32), total, input_precision=PRECISION)
     return total

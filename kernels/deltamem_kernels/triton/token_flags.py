@@ -1,6 +1,7 @@
 """Which tokens count, found out beforehand: one byte a token.
 
-A scan of narrow tokens in one chunk, a step and a decoded token look for themselves (``primitives.load_flag``).
+Where tokens are narrow, ``token_parts_kernel`` and a read look for themselves, as a step and a decoded token always do
+(``primitives.load_flag``).
 """
 
 from __future__ import annotations

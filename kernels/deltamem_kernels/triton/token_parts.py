@@ -44,7 +44,7 @@ def token_parts_kernel(
     WIDTH: tl.constexpr, WHOLE: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
     HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """parts[token, head, :] as ``load_parts`` takes them, and without HAS_FLAGS flags[token]; see ``find_flags``.
+    """parts[token, head, :] as ``load_token`` takes them, and without HAS_FLAGS flags[token]; see ``find_flags``.
 
     A column is a head of a token. Equals ``reference.recurrence.split_projections``, unit vectors as z and c = 1 / ‖z‖.
     """
