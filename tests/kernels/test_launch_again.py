@@ -262,7 +262,7 @@ def test_another_version_is_asked_anew(device, monkeypatch):
     assert len(kernel.plain) == 2 and launching._launchers_known["4.0.0", True] is True
 
 
-def test_a_kernel_without_tuples_is_asked_by_itself(driver):
+def test_a_kernel_without_tuples_is_asked_by_itself():
     """A launcher may take tuples another way, which one without them does not show."""
     launched = launching.Launched(None, None, (int,), OPTIONS)
     assert launching._way(launched) == (triton.__version__, False)
