@@ -16,6 +16,7 @@ import triton.language as tl
 from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
 from ..rule import check_together
+from . import launch as _launch
 from .head_parts import arguments, check_tensors, load_raw, load_turn, pairs, scale_of, steered_heads, turned
 from .launch import (
     MOST_REGISTERS,
@@ -228,7 +229,7 @@ def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, la
     steered = steered_heads(layout, steering)
     tokens = packed.shape[0] * packed.shape[1]
     narrow = narrow_reads(reads.shape[-1], q, k, v)
-    of_tile = 2 * LEAST_TOKENS if narrow else LEAST_TOKENS
+    of_tile = 2 * LEAST_TOKENS if narrow and _launch.WARP == 32 else LEAST_TOKENS  # AMD has no registers for more
     blocks = triton.cdiv(tokens, of_tile)
     unit = min(HEADS_IN_TURN, max(2, blocks * sum(steered) // 1024))
     given = arguments(layout, steering, cos, sin, unit=unit, read_width=reads.shape[-1], chunk=READ_BLOCK)
