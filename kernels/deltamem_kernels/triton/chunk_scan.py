@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .primitives import columns, delta_update, dot, load_bias, locate_chunk, owned, state_pointers, zero_or_nan
-from .token_parts import load_token, prepared
+from .token_parts import first_token, load_token, prepared
 
 BROKEN = tl.constexpr(2**30)  # a bit in the count of skipped tokens: a state inside a chunk is not finite
 
@@ -42,12 +42,7 @@ def chunk_transition_kernel(
     )  # fmt: skip
     first = row.to(tl.int64) * length + begin
     p_flag = flags_ptr + first
-    if PREPARED:
-        step_x = HEADS * (5 * R + 4)
-        p_x = x_ptr + (first * HEADS + h) * (5 * R + 4)
-    else:
-        step_x = stride_x_t
-        p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
+    p_x, step_x = first_token(x_ptr, h, row, begin, length, stride_x_b, stride_x_t, HEADS, R, PREPARED)
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
     o_j = tl.arange(0, R)[:, None]  # [R, 1]
     s = tl.where(o_j == a[None, :], 1.0, 0.0) * tl.where(o_j < RANK, 1.0, 0.0)  # [R, COLUMNS]
@@ -215,12 +210,7 @@ def chunk_scan_kernel(
 
     first = row.to(tl.int64) * length + begin
     p_flag = flags_ptr + first
-    if PREPARED:
-        step_x = HEADS * (5 * R + 4)
-        p_x = x_ptr + (first * HEADS + h) * (5 * R + 4)
-    else:
-        step_x = stride_x_t
-        p_x = x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t
+    p_x, step_x = first_token(x_ptr, h, row, begin, length, stride_x_b, stride_x_t, HEADS, R, PREPARED)
     beta_bias, lambda_bias = load_bias(bias_ptr, stride_bias, h, i, m_column, HEADS, RANK, ROW_GATES, HAS_LAMBDA)
     p_read = reads_ptr + first * (HEADS * RANK) + h * RANK + i
     if HAS_CHECKPOINTS:

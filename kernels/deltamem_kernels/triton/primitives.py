@@ -343,6 +343,15 @@ def gates_backward(keep, beta, d_keep, d_erase, d_write, MODE: tl.constexpr, HAS
 
 
 @triton.jit
+def three_parts(x):
+    """float32 as a sum of three bfloat16 numbers, of 8 bits each, the largest first."""
+    first = x.to(tl.bfloat16)
+    rest = x - first.to(tl.float32)
+    second = rest.to(tl.bfloat16)
+    return first, second, (rest - second.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def read_parts(p_reads, m_token, stride, WIDTH: tl.constexpr):
     """Reads of up to 8 numbers, in three parts of bfloat16 each (8 + 8 + 8 bits) → two tiles [TOKENS, 16]: the first
     parts beside the second ones, and the third ones beside zeros. See ``times_reads``.
@@ -352,10 +361,7 @@ def read_parts(p_reads, m_token, stride, WIDTH: tl.constexpr):
     o = tl.arange(0, 16)
     m = m_token[:, None] & (o % 8 < WIDTH)[None, :]
     reads = tl.load(p_reads[:, None] + (o % 8)[None, :] * stride, mask=m, other=0.0).to(tl.float32)
-    first = reads.to(tl.bfloat16)
-    rest = reads - first.to(tl.float32)
-    second = rest.to(tl.bfloat16)
-    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    first, second, third = three_parts(reads)
     beside = (o < 8)[None, :]
     return tl.where(beside, first, second), tl.where(beside, third, tl.zeros_like(third))
 

@@ -20,6 +20,7 @@ from ..errors import ArgumentError
 from ..rule import check_together
 from . import launch as _launch
 from .launch import check_device, check_reach, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
+from .primitives import three_parts
 from .steer import batch_time
 
 SPLITS = 256  # sums over tokens that are added at last: a fixed number, so the same bits on every device
@@ -34,15 +35,12 @@ def dot(big, small, total, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     is exact. They are added up among themselves first: the matrix units cut off what they add to a large sum.
     """
     if big.dtype == tl.bfloat16:
-        high = small.to(tl.bfloat16)
         if INTERPRETED:  # the interpreter would multiply the bits of bfloat16 numbers
             big = big.to(tl.float32)
         if small.dtype == tl.bfloat16:
-            total = tl.dot(big, high.to(big.dtype), total)
+            total = tl.dot(big, small.to(big.dtype), total)
         else:
-            rest = small.to(tl.float32) - high.to(tl.float32)
-            middle = rest.to(tl.bfloat16)
-            low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+            high, middle, low = three_parts(small.to(tl.float32))
             exact = tl.dot(big, low.to(big.dtype))
             exact = tl.dot(big, middle.to(big.dtype), exact)
             total += tl.dot(big, high.to(big.dtype), exact)

@@ -120,6 +120,18 @@ def load_direction(p_parts, m, PLACE: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def first_token(
+    x_ptr, h, row, begin, length, stride_x_b, stride_x_t, HEADS: tl.constexpr, R: tl.constexpr, PREPARED: tl.constexpr
+):  # fmt: skip
+    """Where ``load_token`` finds token ``begin`` of each column's row and head, and how far on the next one lies."""
+    if PREPARED:
+        first = row.to(tl.int64) * length + begin
+        return x_ptr + (first * HEADS + h) * (5 * R + 4), HEADS * (5 * R + 4)
+    else:
+        return x_ptr + row.to(tl.int64) * stride_x_b + begin.to(tl.int64) * stride_x_t, stride_x_t
+
+
+@triton.jit
 def load_token(
     p, p_flag, h, i, m, stride_x_w,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr,
