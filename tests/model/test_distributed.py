@@ -183,7 +183,15 @@ def one_process(config, dtype):
     return *train(Step(model), model, config), start
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def quick(case):
+    """Each wrapper with each strategy and each kind of checkpointing once; make soak has their product."""
+    plain = {"tsw": ("", "reentrant"), "ssw": ("non-reentrant",), "msw": ("",) if case.how == "ddp" else ("reentrant",)}
+    return case.settings or case.dtype != "float32" or case.checkpointing in plain[case.config]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if quick(case) else pytest.mark.soak) for case in CASES], ids=str
+)
 def test_two_processes_are_one(case, results):
     found = torch.load(results / f"{case}.pt")
     assert not isinstance(found, str), found

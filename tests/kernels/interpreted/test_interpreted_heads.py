@@ -53,10 +53,24 @@ def test_steer_heads_strides():
     assert torch.equal(turned, plain)
 
 
-@pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize("rule", [DeltaRule(8), DeltaRule(3, 2, "lambda_outside", False, False), DeltaRule(16, 4)],
-                         ids=["released", "two heads", "several tiles"])  # fmt: skip
-def test_decode(rule, which):
+RULES = {
+    "released": DeltaRule(8),
+    "two heads": DeltaRule(3, 2, "lambda_outside", False, False),
+    "several tiles": DeltaRule(16, 4),
+}
+FEW = {"released": WHICH, "two heads": ["", "qkvo"], "several tiles": ["qo"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        pytest.param(name, which, marks=() if which in FEW[name] else pytest.mark.thorough)
+        for name in RULES
+        for which in WHICH
+    ],
+)
+def test_decode(name, which):
+    rule = RULES[name]
     case = WHICH.index(which)
     dtype, shape = DTYPES[case % 3], SHAPES[case]
     layout = HeadLayout(2, 1, 1, *shape)
@@ -124,7 +138,7 @@ def test_refuses():
         steer_heads_(packed[None], torch.zeros(1, 3, 4), layout, steering)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiles_whole(backend, frozen):
     rule, layout = DeltaRule(4), HeadLayout(2, 1, 1, 16, 16)
