@@ -16,6 +16,10 @@ from deltamem_kernels.errors import MissingPackageError as MissingPackageError
 from deltamem_kernels.errors import UnsupportedError as UnsupportedError
 
 
+class MessageTypeError(ArgumentTypeError, ValueError):
+    """A message of a chat, or a part of one, is of a type that is not allowed."""
+
+
 class FileFormatError(DeltaMemError, ValueError):
     """A file does not hold what it should: damaged, of another or a newer format, or made for another model."""
 
