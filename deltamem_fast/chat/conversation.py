@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -21,15 +21,6 @@ from .options import generation_with
 from .screens import PlainScreen
 
 KEPT = 8  # changes that can be undone
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change that can be undone: what it was, in words, and the session before it."""
-
-    what: str
-    session: MemorySession
-    before: SessionSnapshot
 
 
 class Chat:
@@ -62,7 +53,8 @@ class Chat:
         self.directory: str | None = None
         self.history: Path | None = None
         self.changes = 0
-        self._past: list[Change] = []
+        # Changes that can be undone: what it was, in words, the session, and how it was before.
+        self._past: list[tuple[str, MemorySession, SessionSnapshot]] = []
 
     @property
     def strategy(self) -> str:
@@ -104,7 +96,7 @@ class Chat:
         try:
             yield
             what = f"{what} ({shortened(about)})" if about else what
-            self._past = [*past, Change(what, session, _light(before))][-KEPT:]
+            self._past = [*past, (what, session, _light(before))][-KEPT:]
             self.unsaved = True
             self.changes += 1
         except BaseException:
@@ -120,14 +112,14 @@ class Chat:
         """
         if not self._past:
             raise ArgumentError(f"/undo: nothing left to undo (the last {KEPT} changes can be)")
-        change = self._past.pop()
+        what, session, before = self._past.pop()
         remembers = self.session.remembers
-        self.session = change.session
-        self.session.restore(change.before)
+        self.session = session
+        self.session.restore(before)
         self.session.remembers = remembers
         self.unsaved = True
         self.changes += 1
-        return change.what
+        return what
 
     def saved(self, directory: str) -> None:
         """The session was written to, or read from, ``directory``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
 from ..model.loading import device_for, load_patched
 from ..model.threads import check_threads
+from ..notices import logger
 from ..recall.weights import find_weights
 from ..storage.files import as_path
 from ..storage.snapshots import MANIFEST
-from .options import OPTIONS, Value, generation_with, read_option
+from .options import OPTIONS, Value, generation_with, read_limit, read_option
 
 if TYPE_CHECKING:
     from .conversation import Chat
@@ -35,30 +35,26 @@ class Opening:
     """What a chat begins with.
 
     Attributes:
-        model, adapter: directories or hub ids; no adapter: fresh parameters.
         name: of the model, short.
         small_world: it is the shipped backbone.
-        loading: other arguments of ``load_patched``.
+        loading: arguments of ``load_patched``; no adapter: fresh parameters.
         directory: of a saved session to go on with, or None.
-        system, template: of a new session.
+        settings: ``system`` and ``template`` of a new session.
         limits: ``turns`` and ``tokens``, as far as they were given.
         options: of the answers, as far as they were given.
         seed: of sampling, or None.
         threads: of PyTorch on a CPU, or None = as many as fit the model.
     """
 
-    model: str
-    adapter: str | None
     name: str
     small_world: bool
     loading: dict[str, Any]
     directory: str | None
-    system: str | None
-    template: dict[str, Any]
+    settings: dict[str, Any]
     limits: dict[str, int | None]
     options: dict[str, Value]
     seed: int | None
-    threads: int | None = None
+    threads: int | None
 
 
 def read_arguments(arguments: argparse.Namespace) -> Opening:
@@ -83,38 +79,29 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
         name: read_option(name, text, f"--{name.replace('_', '-')}") for name, text in texts.items() if text is not None
     }
     texts = {"turns": arguments.context_turns, "tokens": arguments.context_tokens}
-    limits = {name: _limit(f"--context-{name}", text) for name, text in texts.items() if text is not None}
+    limits = {name: read_limit(text, f"--context-{name}") for name, text in texts.items() if text is not None}
     if arguments.load is not None:
         _check_load(arguments)
     return Opening(
-        model=model,
-        adapter=adapter,
         name=SMALL_WORLD if shipped else Path(model).name or model,
         small_world=shipped,
         loading={
-            "dtype": arguments.dtype,
+            "name": model,
+            "adapter": adapter,
             "device": arguments.device or device_for(arguments.backend),
-            "backend": arguments.backend,
-            "quantize": arguments.quantize,
-            "attention": arguments.attention,
             "quiet": shipped,
+            **{option: getattr(arguments, option) for option in ("dtype", "backend", "quantize", "attention")},
         },
         directory=arguments.load,
-        system=None if arguments.system is None else without_surrogates(arguments.system),
-        template={} if arguments.thinking is None else {"enable_thinking": arguments.thinking},
+        settings={
+            "system": None if arguments.system is None else without_surrogates(arguments.system),
+            "template": {} if arguments.thinking is None else {"enable_thinking": arguments.thinking},
+        },
         limits=limits,
         seed=options.pop("seed", None),
         options=options,
         threads=check_threads(arguments.threads),
     )
-
-
-def _limit(argument: str, text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
-        raise ArgumentError(f"{argument}: got {text!r}, allowed an integer, 1 or more, or all")
-    return int(text)
 
 
 def _check_load(arguments: argparse.Namespace) -> None:
@@ -156,30 +143,18 @@ def open_chat(opening: Opening, screen: PlainScreen | TerminalScreen) -> Chat:
     from ..session import MemorySession  # transformers takes a while, and is not needed to parse arguments
     from .conversation import Chat, load_session
 
-    model, tokenizer = load_patched(opening.model, opening.adapter, check_tokenizer=can_chat, **opening.loading)
-    if opening.adapter is None:
-        print(
-            "deltamem: warning: no --adapter: the memory's parameters are fresh and untrained; they disturb answers "
-            "rather than remember (/off: without them)",
-            file=sys.stderr,
-            flush=True,
+    model, tokenizer = load_patched(check_tokenizer=can_chat, **opening.loading)
+    if opening.loading["adapter"] is None:
+        logger.warning(
+            "no --adapter: the memory's parameters are fresh and untrained; they disturb answers rather than remember "
+            "(/off: without them)"
         )
     if opening.directory is None:
-        limits = {"turns": CONTEXT_TURNS, "tokens": None} | opening.limits
-        session = MemorySession(
-            model,
-            tokenizer,
-            system=opening.system,
-            context_turns=limits["turns"],
-            context_tokens=limits["tokens"],
-            template=opening.template,
-            generation=generation_with({}, opening.options),
-        )
+        session = MemorySession(model, tokenizer, context_turns=CONTEXT_TURNS, **opening.settings)
     else:
         session = load_session(opening.directory, model, tokenizer, "--load")
-        limits = {"turns": session.limits.turns, "tokens": session.limits.tokens} | opening.limits
-        session.limit_context(**limits)
-        session.generation = generation_with(session.generation, opening.options)
+    session.limit_context(**(vars(session.limits) | opening.limits))
+    session.generation = generation_with(session.generation, opening.options)
     chat = Chat(session, screen, small_world=opening.small_world, seed=opening.seed)
     if opening.directory is not None:
         chat.saved(opening.directory)

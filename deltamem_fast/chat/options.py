@@ -63,6 +63,19 @@ def read_option(name: str, text: str, label: str | None = None) -> Value:
     return value
 
 
+def read_limit(text: str, label: str, allowed: str = "an integer, 1 or more, or all") -> int | None:
+    """How many turns or tokens ``text`` allows; None: ``all``.
+
+    Raises:
+        ValueError: neither; the message begins with ``label``.
+    """
+    if text == "all":
+        return None
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise ArgumentError(f"{label}: got {text!r}, allowed {allowed}")
+    return int(text)
+
+
 def generation_with(generation: Mapping[str, Any], changes: Mapping[str, Value]) -> dict[str, Any]:
     """Options for ``model.generate``: ``generation`` with ``changes`` (of OPTIONS, without the seed).
 

@@ -154,7 +154,7 @@ def test_thinking_goes_to_the_template():
     from deltamem_fast.cli.main import parser
 
     for flag, template in (([], {}), (["--thinking"], True), (["--no-thinking"], False)):
-        found = opening.read_arguments(parser().parse_args(["chat", *flag])).template
+        found = opening.read_arguments(parser().parse_args(["chat", *flag])).settings["template"]
         assert found == (template if flag == [] else {"enable_thinking": template})
 
 
