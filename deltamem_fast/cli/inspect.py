@@ -17,7 +17,7 @@ from ..storage.files import as_path, naming_files
 TOP = 8
 
 
-def add_inspect_command(commands) -> None:
+def add_command(commands) -> None:
     """Add ``inspect`` to argparse's ``commands``."""
     inspect = commands.add_parser(
         "inspect",
