@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -57,11 +57,9 @@ def encode_text(
         if not has_template:
             return _encode_plain(tokenizer, text, config)
         text = [{"role": "user", "content": text}]
-    elif isinstance(text, bytes | Mapping) or not isinstance(text, Sequence):
-        raise ArgumentError(f"{name}: got {type(text).__name__}, allowed a string or a list of messages")
-    elif not has_template:
-        raise ArgumentError("tokenizer: has no chat template, which messages need; allowed with it: a string")
     text = plain_messages(text, name)
+    if not has_template:
+        raise ArgumentError("tokenizer: has no chat template, which messages need; allowed with it: a string")
     if config.segmented:
         return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
     return as_row(chat_ids(tokenizer, text, name)), None

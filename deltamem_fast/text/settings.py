@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import check_type, shown
+from ..arguments import MOST_64, check_type, shown
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError
 
 MOST_DEPTH = 64  # of lists and objects in one another
 MOST_NEW_TOKENS = 2**20  # of an answer; a file could ask for one that never ends
-_MOST = 2**63 - 1
 
 # Arguments of apply_chat_template that would change what is returned, or that have no meaning here.
 RESULT_ARGUMENTS = (
@@ -38,7 +37,7 @@ class _Kind:
     holds: Callable[[Any, int], bool]
 
 
-def _is_int(value, least: int, most: int = _MOST) -> bool:
+def _is_int(value, least: int, most: int = MOST_64) -> bool:
     return type(value) is int and least <= value <= most
 
 
@@ -144,7 +143,7 @@ def check_values(generation: Mapping[str, Any], where: str) -> None:
     for name, value in generation.items():
         kind = GENERATION.get(name)
         looked_at = kind is not None and type(value) in (bool, int, float, str, list, tuple)
-        if looked_at and not kind.holds(value, _MOST + 1):
+        if looked_at and not kind.holds(value, MOST_64 + 1):
             raise ArgumentError(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")
 
 
