@@ -14,10 +14,12 @@ from torch import nn
 from ..adapter.record import identity_of
 from ..display import shortened
 from ..errors import ArgumentError
+from ..model.loading import load_patched
+from ..notices import logger
 from ..recall import hints
 from ..session import MemorySession, SessionSnapshot
 from ..storage.files import as_path
-from .options import generation_with
+from .options import CONTEXT_TURNS, Opening, generation_with
 from .screens import PlainScreen
 
 KEPT = 8  # changes that can be undone
@@ -136,3 +138,36 @@ def load_session(name: str, model: nn.Module, tokenizer, argument: str = "/load"
 def _light(snapshot: SessionSnapshot) -> SessionSnapshot:
     """Without keys and values, which are computed again should it be gone back to: several caches may be gigabytes."""
     return replace(snapshot, now=replace(snapshot.now, cache=None, mark=None))
+
+
+def can_chat(tokenizer) -> None:
+    """Raise ValueError, naming the model, if its tokenizer cannot chat."""
+    where = f"MODEL: {tokenizer.name_or_path}: its tokenizer"
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(f"{where}: a slow one, allowed one with a tokenizer.json")
+    if not tokenizer.chat_template:
+        raise ArgumentError(f"{where}: has no chat template, allowed that of a chat (instruct) model")
+
+
+def open_chat(opening: Opening, screen: PlainScreen) -> Chat:
+    """Load the model and make, or load, the session.
+
+    Raises:
+        ValueError, OSError, ImportError: see ``load_patched`` and ``MemorySession``.
+    """
+    model, tokenizer = load_patched(check_tokenizer=can_chat, **opening.loading)
+    if opening.loading["adapter"] is None:
+        logger.warning(
+            "no --adapter: the memory's parameters are fresh and untrained; they disturb answers rather than remember "
+            "(/off: without them)"
+        )
+    if opening.directory is None:
+        session = MemorySession(model, tokenizer, context_turns=CONTEXT_TURNS, **opening.settings)
+    else:
+        session = load_session(opening.directory, model, tokenizer, "--load")
+    session.limit_context(**(vars(session.limits) | opening.limits))
+    session.generation = generation_with(session.generation, opening.options)
+    chat = Chat(session, screen, small_world=opening.small_world, seed=opening.seed)
+    if opening.directory is not None:
+        chat.saved(opening.directory)
+    return chat

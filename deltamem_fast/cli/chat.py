@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 
 from deltamem_kernels.dispatch import BACKENDS
 
-from ..chat.opening import CONTEXT_TURNS, HISTORY, STRATEGY, read_arguments
-from ..chat.options import OPTIONS
-from ..errors import MissingPackageError
-from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED
+from ..chat.options import CONTEXT_TURNS, HISTORY, OPTIONS, STRATEGY, read_arguments
+from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED, require
 from ..model.threads import HELP
 from ..recall.weights import STRATEGIES
 
@@ -79,13 +76,9 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     if arguments.say or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return WELL if converse_over_pipe(opening, arguments.say) else FAILED
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise MissingPackageError(
-                f"a chat in a terminal needs the package {package}, which cannot be imported ({error}); "
-                "pip install deltamem-fast[chat] (over a pipe, or with --say, none is needed)"
-            ) from error
+    require(
+        PACKAGES,
+        "a chat in a terminal (pip install deltamem-fast[chat]; over a pipe, or with --say, no package is needed)",
+    )
     converse_in_terminal(opening, history=not arguments.no_history, markdown=arguments.markdown)
     return WELL
