@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamem_kernels.rule import MAX_RANK, STATE_UPDATE_MODES, DeltaRule
 
-from .arguments import check_choice, check_type, shown
+from .arguments import check_choice, check_integer, check_type, shown
 from .errors import ArgumentError, FileFormatError, FileMissingError
 from .storage.files import as_path, parse_json, read_bytes, write_json
 
@@ -116,13 +116,11 @@ class DeltaMemConfig:
     archived: dict[str, Any] = field(default_factory=dict, compare=False, repr=False, hash=False)
 
     def __post_init__(self):
-        for entry in dataclasses.fields(self):
-            if entry.name != "archived":
-                object.__setattr__(self, entry.name, _typed(entry.name, entry.type, getattr(self, entry.name)))
-        _allow("rank", self.rank, 1 <= self.rank <= MAX_RANK, f"1 to {MAX_RANK}")
-        heads = 1 <= self.num_state_heads <= MAX_STATE_HEADS
-        _allow("num_state_heads", self.num_state_heads, heads, f"1 to {MAX_STATE_HEADS}")
-        _allow("base_slice_ref_width", self.base_slice_ref_width, self.base_slice_ref_width >= 1, "1 or more")
+        for name, kind in _active_fields(self).items():
+            object.__setattr__(self, name, _typed(name, kind, getattr(self, name)))
+        check_integer(self.rank, "rank", 1, MAX_RANK)
+        check_integer(self.num_state_heads, "num_state_heads", 1, MAX_STATE_HEADS)
+        check_integer(self.base_slice_ref_width, "base_slice_ref_width", 1, None)
         check_choice(self.state_update_mode, "state_update_mode", STATE_UPDATE_MODES)
         check_choice(self.output_init, "output_init", OUTPUT_INITS)
         check_choice(self.memory_write_granularity, "memory_write_granularity", GRANULARITIES)
@@ -193,8 +191,7 @@ class DeltaMemConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object that the released code reads too: every key, archived ones at their default."""
-        active = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "archived"}
-        return active | ARCHIVED
+        return {name: _plain(getattr(self, name)) for name in _active_fields(self)} | ARCHIVED
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DeltaMemConfig:
@@ -215,7 +212,7 @@ class DeltaMemConfig:
             raise ArgumentError(
                 f"format_version: got {shown(version)}, this version of deltamem-fast reads 1 to {FORMAT_VERSION}"
             )
-        active = {f.name for f in dataclasses.fields(cls)} - {"archived"}
+        active = _active_fields(cls)
         archived = {key: values.pop(key) for key in list(values) if key not in active}
         return cls(**values, archived=archived)
 
@@ -230,10 +227,9 @@ class DeltaMemConfig:
         path = as_path(directory, "directory") / CONFIG_NAME
         if not path.is_file():
             raise FileMissingError(f"{path}: no such file; an adapter directory holds a {CONFIG_NAME}")
+        values = parse_json(read_bytes(path, "adapter", most=_MOST_BYTES), path)
         try:
-            return cls.from_dict(parse_json(read_bytes(path, "adapter", most=_MOST_BYTES), path))
-        except FileFormatError:
-            raise
+            return cls.from_dict(values)
         except ValueError as error:
             raise FileFormatError(f"{path}: {error}") from error
 
@@ -247,20 +243,20 @@ def _allow(name: str, value, condition: bool, allowed: str) -> None:
         raise ArgumentError(f"{name}: got {shown(value, 200)}, allowed {allowed}")
 
 
+def _active_fields(config) -> dict[str, str]:
+    """Name → type, as it is written, of each key but the archived ones."""
+    return {entry.name: entry.type for entry in dataclasses.fields(config) if entry.name != "archived"}
+
+
 def _typed(name: str, kind: str, value):
-    """``value`` as the annotated type, or an error that names the key."""
+    """``value`` as the annotated type, or an error that names the key; an integer's and a word's range tells all."""
     if kind == "bool":
         _allow(name, value, isinstance(value, bool), "true or false")
-        return value
-    if kind == "int":
-        _allow(name, value, isinstance(value, int) and not isinstance(value, bool), "an integer")
-        return value
     if kind == "float":
         number = isinstance(value, int | float) and not isinstance(value, bool)
         _allow(name, value, number and abs(value) <= _MOST_FLOAT, "a finite number that float32 can hold")
         return float(value)
-    if kind == "str":
-        _allow(name, value, isinstance(value, str), "a string")
+    if not kind.startswith("tuple"):
         return value
     _allow(name, value, isinstance(value, list | tuple), "a list")
     item = int if "int" in kind else str

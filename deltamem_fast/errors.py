@@ -16,6 +16,10 @@ from deltamem_kernels.errors import MissingPackageError as MissingPackageError
 from deltamem_kernels.errors import UnsupportedError as UnsupportedError
 
 
+class MessageTypeError(ArgumentTypeError, ValueError):
+    """A message of a chat, or a part of one, is of a type that is not allowed."""
+
+
 class FileFormatError(DeltaMemError, ValueError):
     """A file does not hold what it should: damaged, of another or a newer format, or made for another model."""
 
@@ -56,21 +60,15 @@ class ConflictError(StateError):
     """Somebody else has written meanwhile; nothing was written."""
 
 
-_KINDS = (
-    (FileNotFoundError, FileMissingError),
-    (PermissionError, FilePermissionError),
-    (IsADirectoryError, WrongPathKindError),
-    (NotADirectoryError, WrongPathKindError),
-    (FileExistsError, PathExistsError),
-    (TimeoutError, WaitedTooLongError),
-)
+# Each has the operating system's own kind among its bases.
+_KINDS = (FileMissingError, FilePermissionError, WrongPathKindError, PathExistsError, WaitedTooLongError)
 
 
 def file_error(error: OSError, name: str, path) -> FileAccessError:
     """The operating system's ``error`` as one of ours, which names the argument and the path."""
     if isinstance(error, FileAccessError):
         return error
-    kind = next((ours for theirs, ours in _KINDS if isinstance(error, theirs)), FileAccessError)
+    kind = next((ours for ours in _KINDS if isinstance(error, ours.__bases__[1:])), FileAccessError)
     reason = error.strerror or str(error)
     made = kind(f"{name}: {path}: {reason}")
     made.errno, made.strerror, made.filename = error.errno, reason, os.fspath(path)

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from ..adapter.wrappers import unwrap
 from ..display import counted, in_bytes, number, shortened, without_surrogates
-from ..errors import ArgumentError, ConflictError, FileMissingError
+from ..errors import ArgumentError, ConflictError
 from ..inspection.pictures import Snapshot, heat_map_lines, snapshot
 from ..memory.figures import LayerReport, norm_of
 from ..recall import hints
 from ..session.forgetting import places_of
-from ..storage.files import as_path
+from ..storage.files import as_path, read_bytes
 from ..storage.snapshots import MANIFEST, SUFFIX
 from ..text.answering import DEFAULT_NEW_TOKENS
 from .conversation import Chat, load_session
-from .options import OPTIONS, generation_with, read_option, shown_options
+from .options import OPTIONS, generation_with, read_limit, read_option, shown_options
 
 OVERWRITE = "--overwrite"
 MESSAGES = "--messages"
@@ -149,19 +149,11 @@ def _context(chat: Chat, rest: str) -> None:
     elif not words:
         _show(chat)
     elif words[0] == "tokens" and len(words) == 2:
-        _limit(chat, chat.session.limits.turns, _number(rest, words[1]))
+        _limit(chat, chat.session.limits.turns, read_limit(words[1], "/context tokens"))
     elif len(words) == 1:
-        _limit(chat, _number(rest, words[0]), chat.session.limits.tokens)
+        _limit(chat, read_limit(rest, "/context", f"{_CONTEXT}, N 1 or more"), chat.session.limits.tokens)
     else:
         raise ArgumentError(f"/context: got {rest!r}, allowed {_CONTEXT}")
-
-
-def _number(rest: str, text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentError(f"/context: got {rest!r}, allowed {_CONTEXT}, N 1 or more")
-    return int(text)
 
 
 def _limit(chat: Chat, turns: int | None, tokens: int | None) -> None:
@@ -357,16 +349,9 @@ def _ingest(chat: Chat, rest: str) -> None:
 
 def read_text(name: str) -> str:
     """The text of a file, which must be UTF-8 and of at most ``MOST_BYTES``."""
-    path = as_path(name, "/ingest")
-    if not path.exists():
-        raise FileMissingError(f"/ingest: {name}: no such file")
-    if not path.is_file():
-        raise ArgumentError(f"/ingest: {name}: not a file")
-    size = path.stat().st_size
-    if size > MOST_BYTES:
-        raise ArgumentError(f"/ingest: {name}: {in_bytes(size)}, allowed up to {in_bytes(MOST_BYTES)}")
+    data = read_bytes(as_path(name, "/ingest"), "/ingest", most=MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"/ingest: {name}: not UTF-8 (byte {error.start}); convert it first") from error
     if not text.strip():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,22 +14,15 @@ from torch import nn
 from ..adapter.record import identity_of
 from ..display import shortened
 from ..errors import ArgumentError
+from ..model.loading import load_patched
+from ..notices import logger
 from ..recall import hints
 from ..session import MemorySession, SessionSnapshot
 from ..storage.files import as_path
-from .options import generation_with
+from .options import CONTEXT_TURNS, Opening, generation_with
 from .screens import PlainScreen
 
 KEPT = 8  # changes that can be undone
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change that can be undone: what it was, in words, and the session before it."""
-
-    what: str
-    session: MemorySession
-    before: SessionSnapshot
 
 
 class Chat:
@@ -62,7 +55,8 @@ class Chat:
         self.directory: str | None = None
         self.history: Path | None = None
         self.changes = 0
-        self._past: list[Change] = []
+        # Changes that can be undone: what it was, in words, the session, and how it was before.
+        self._past: list[tuple[str, MemorySession, SessionSnapshot]] = []
 
     @property
     def strategy(self) -> str:
@@ -104,7 +98,7 @@ class Chat:
         try:
             yield
             what = f"{what} ({shortened(about)})" if about else what
-            self._past = [*past, Change(what, session, _light(before))][-KEPT:]
+            self._past = [*past, (what, session, _light(before))][-KEPT:]
             self.unsaved = True
             self.changes += 1
         except BaseException:
@@ -120,14 +114,14 @@ class Chat:
         """
         if not self._past:
             raise ArgumentError(f"/undo: nothing left to undo (the last {KEPT} changes can be)")
-        change = self._past.pop()
+        what, session, before = self._past.pop()
         remembers = self.session.remembers
-        self.session = change.session
-        self.session.restore(change.before)
+        self.session = session
+        self.session.restore(before)
         self.session.remembers = remembers
         self.unsaved = True
         self.changes += 1
-        return change.what
+        return what
 
     def saved(self, directory: str) -> None:
         """The session was written to, or read from, ``directory``."""
@@ -144,3 +138,36 @@ def load_session(name: str, model: nn.Module, tokenizer, argument: str = "/load"
 def _light(snapshot: SessionSnapshot) -> SessionSnapshot:
     """Without keys and values, which are computed again should it be gone back to: several caches may be gigabytes."""
     return replace(snapshot, now=replace(snapshot.now, cache=None, mark=None))
+
+
+def can_chat(tokenizer) -> None:
+    """Raise ValueError, naming the model, if its tokenizer cannot chat."""
+    where = f"MODEL: {tokenizer.name_or_path}: its tokenizer"
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(f"{where}: a slow one, allowed one with a tokenizer.json")
+    if not tokenizer.chat_template:
+        raise ArgumentError(f"{where}: has no chat template, allowed that of a chat (instruct) model")
+
+
+def open_chat(opening: Opening, screen: PlainScreen) -> Chat:
+    """Load the model and make, or load, the session.
+
+    Raises:
+        ValueError, OSError, ImportError: see ``load_patched`` and ``MemorySession``.
+    """
+    model, tokenizer = load_patched(check_tokenizer=can_chat, **opening.loading)
+    if opening.loading["adapter"] is None:
+        logger.warning(
+            "no --adapter: the memory's parameters are fresh and untrained; they disturb answers rather than remember "
+            "(/off: without them)"
+        )
+    if opening.directory is None:
+        session = MemorySession(model, tokenizer, context_turns=CONTEXT_TURNS, **opening.settings)
+    else:
+        session = load_session(opening.directory, model, tokenizer, "--load")
+    session.limit_context(**(vars(session.limits) | opening.limits))
+    session.generation = generation_with(session.generation, opening.options)
+    chat = Chat(session, screen, small_world=opening.small_world, seed=opening.seed)
+    if opening.directory is not None:
+        chat.saved(opening.directory)
+    return chat

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.utils import logging
+
 from ..adapter.record import identity_of
 from ..display import in_bytes
 from ..errors import FileFormatError
@@ -18,8 +20,8 @@ from ..inspection.facts import model_facts
 from ..model.threads import fitting_threads
 from ..recall import hints
 from .commands import show_loaded, take_line
-from .conversation import Chat
-from .opening import Opening, open_chat, quiet_library
+from .conversation import Chat, open_chat
+from .options import Opening
 from .screens import PlainScreen
 
 if TYPE_CHECKING:  # they need packages that a pipe does not
@@ -32,6 +34,18 @@ except ImportError:  # Windows
     termios = None
 
 _OTHERS = {"UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-32": (codecs.BOM_UTF32_BE,)}
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[None]:
+    """transformers says errors only: its warnings would stand in the middle of answers."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
 
 # --- over a pipe
 
@@ -72,9 +86,8 @@ def typed_lines() -> Iterator[str]:
     for name, marks in _OTHERS.items():
         if start.startswith(marks):
             raise FileFormatError(f"standard input: {name}, allowed UTF-8")
-    marked = start.startswith(codecs.BOM_UTF8)
     with contextlib.suppress(AttributeError, ValueError):
-        sys.stdin.reconfigure(errors="replace", **({"encoding": "utf-8"} if marked else {}))
+        sys.stdin.reconfigure(errors="replace", encoding="utf-8" if start.startswith(codecs.BOM_UTF8) else None)
     for number, line in enumerate(sys.stdin):
         yield line.removeprefix("\ufeff") if number == 0 else line
 
@@ -111,10 +124,8 @@ def _history(screen: TerminalScreen) -> Path | None:
     from .prompt import history_path, make_private
 
     path = history_path()
-    if path is None:
-        return None
     try:
-        return make_private(path)
+        return None if path is None else make_private(path)
     except OSError as error:
         screen.hint(f"no history is kept: {error}")
         return None

@@ -1,15 +1,30 @@
-"""Options of the answers: on the command line, and by ``/set``."""
+"""What a chat is asked for: arguments of ``deltamem chat``, and options of its answers, which ``/set`` changes, too."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
+from ..display import without_surrogates
+from ..errors import ArgumentError, FileMissingError
+from ..model.loading import device_for
+from ..model.threads import check_threads
+from ..recall.weights import find_weights
+from ..storage.files import as_path
+from ..storage.snapshots import MANIFEST
 from ..text.settings import GENERATION
 
+CONTEXT_TURNS = 4
+STRATEGY = "msw"
+SMALL_WORLD = "small-world"
+HISTORY = "DELTAMEM_HISTORY"  # the environment's word for the file of what was typed
+
 Value = int | float
+
+# --- options of the answers
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,19 @@ def read_option(name: str, text: str, label: str | None = None) -> Value:
     return value
 
 
+def read_limit(text: str, label: str, allowed: str = "an integer, 1 or more, or all") -> int | None:
+    """How many turns or tokens ``text`` allows; None: ``all``.
+
+    Raises:
+        ValueError: neither; the message begins with ``label``.
+    """
+    if text == "all":
+        return None
+    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+        raise ArgumentError(f"{label}: got {text!r}, allowed {allowed}")
+    return int(text)
+
+
 def generation_with(generation: Mapping[str, Any], changes: Mapping[str, Value]) -> dict[str, Any]:
     """Options for ``model.generate``: ``generation`` with ``changes`` (of OPTIONS, without the seed).
 
@@ -90,3 +118,88 @@ def shown_options(generation: Mapping[str, Any], defaults: Mapping[str, Any], se
         values |= {"temperature": 0, "top_p": None}
     values["seed"] = seed
     return {name: "-" if value is None else f"{value}" for name, value in values.items()}
+
+
+# --- how a chat begins
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a chat begins with.
+
+    Attributes:
+        name: of the model, short.
+        small_world: it is the shipped backbone.
+        loading: arguments of ``load_patched``; no adapter: fresh parameters.
+        directory: of a saved session to go on with, or None.
+        settings: ``system`` and ``template`` of a new session.
+        limits: ``turns`` and ``tokens``, as far as they were given.
+        options: of the answers, as far as they were given.
+        seed: of sampling, or None.
+        threads: of PyTorch on a CPU, or None = as many as fit the model.
+    """
+
+    name: str
+    small_world: bool
+    loading: dict[str, Any]
+    directory: str | None
+    settings: dict[str, Any]
+    limits: dict[str, int | None]
+    options: dict[str, Value]
+    seed: int | None
+    threads: int | None
+
+
+def read_arguments(arguments: argparse.Namespace) -> Opening:
+    """What the arguments of ``deltamem chat`` ask for.
+
+    Raises:
+        ValueError, OSError: an argument that is wrong, or does not go with another; the message names it.
+    """
+    shipped = arguments.model is None
+    if shipped and arguments.adapter is not None:
+        raise ArgumentError("--adapter: given without MODEL, which it belongs to")
+    if not shipped and arguments.strategy is not None:
+        raise ArgumentError(
+            "--strategy: given with MODEL, allowed for the shipped adapters alone; --adapter names yours"
+        )
+    model, adapter = arguments.model, arguments.adapter
+    if shipped:
+        found = find_weights()
+        model, adapter = str(found.backbone), str(found.adapters[arguments.strategy or STRATEGY])
+    texts = {name: getattr(arguments, name) for name in OPTIONS}
+    options = {
+        name: read_option(name, text, f"--{name.replace('_', '-')}") for name, text in texts.items() if text is not None
+    }
+    texts = {"turns": arguments.context_turns, "tokens": arguments.context_tokens}
+    limits = {name: read_limit(text, f"--context-{name}") for name, text in texts.items() if text is not None}
+    if arguments.load is not None:
+        _check_load(arguments)
+    return Opening(
+        name=SMALL_WORLD if shipped else Path(model).name or model,
+        small_world=shipped,
+        loading={
+            "name": model,
+            "adapter": adapter,
+            "device": arguments.device or device_for(arguments.backend),
+            "quiet": shipped,
+            **{option: getattr(arguments, option) for option in ("dtype", "backend", "quantize", "attention")},
+        },
+        directory=arguments.load,
+        settings={
+            "system": None if arguments.system is None else without_surrogates(arguments.system),
+            "template": {} if arguments.thinking is None else {"enable_thinking": arguments.thinking},
+        },
+        limits=limits,
+        seed=options.pop("seed", None),
+        options=options,
+        threads=check_threads(arguments.threads),
+    )
+
+
+def _check_load(arguments: argparse.Namespace) -> None:
+    for argument, value in (("--system", arguments.system), ("--thinking, --no-thinking", arguments.thinking)):
+        if value is not None:
+            raise ArgumentError(f"{argument}: given with --load, whose session has its own")
+    if not (as_path(arguments.load, "--load") / MANIFEST).is_file():
+        raise FileMissingError(f"--load: {arguments.load}: no session there (no {MANIFEST})")

@@ -21,8 +21,7 @@ from ..display import counted
 from ..storage.files import make_directory, naming_files
 from .commands import COMMANDS
 from .conversation import Chat
-from .opening import HISTORY
-from .options import OPTIONS
+from .options import HISTORY, OPTIONS
 
 _STYLE = Style.from_dict(
     {

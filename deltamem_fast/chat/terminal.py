@@ -63,8 +63,7 @@ class TerminalScreen:
         self.console.print()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(harmless(text)))
-        self.console.print()
+        self.console.print(Text(harmless(text)), end="\n\n")
 
     def said(self, role: str, text: str) -> None:
         prefix = "> " if role == "user" else "  "
@@ -87,12 +86,10 @@ class TerminalScreen:
 
     def remark(self, text: str) -> None:
         """Something about the turn that has just ended."""
-        self.console.print(Text(harmless(text)), style=_REMARK)
-        self.console.print()
+        self.console.print(Text(harmless(text)), style=_REMARK, end="\n\n")
 
     def error(self, text: str) -> None:
-        self.console.print(Text(harmless(" ".join(text.split()))), style=_WRONG)
-        self.console.print()
+        self.console.print(Text(harmless(" ".join(text.split()))), style=_WRONG, end="\n\n")
 
 
 class TerminalAnswer:

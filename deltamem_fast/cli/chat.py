@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 
 from deltamem_kernels.dispatch import BACKENDS
 
-from ..chat.opening import CONTEXT_TURNS, HISTORY, STRATEGY, Opening, read_arguments
-from ..chat.options import OPTIONS
-from ..errors import MissingPackageError
-from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED
+from ..chat.options import CONTEXT_TURNS, HISTORY, OPTIONS, STRATEGY, read_arguments
+from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED, require
 from ..model.threads import HELP
 from ..recall.weights import STRATEGIES
 
@@ -32,7 +29,7 @@ alone; {HISTORY} names another file, or, if empty, none.
 """
 
 
-def add_chat_command(commands) -> None:
+def add_command(commands) -> None:
     """Add ``chat`` to the subparsers of ``deltamem``."""
     chat = commands.add_parser(
         "chat",
@@ -43,63 +40,45 @@ def add_chat_command(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chat.add_argument("model", metavar="MODEL", nargs="?", help="a chat model's directory or hub id")
-    _add_model(chat.add_argument_group("model"))
-    _add_conversation(chat.add_argument_group("conversation"))
-    _add_answers(chat.add_argument_group("answers"))
+
+    model = chat.add_argument_group("model")
+    model.add_argument("--adapter", metavar="DIR", help="a directory or hub id (default: fresh, untrained parameters)")
+    model.add_argument("--strategy", choices=tuple(STRATEGIES), help=f"of the shipped adapters ({STRATEGY})")
+    model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as saved)")
+    model.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
+    model.add_argument("--backend", choices=BACKENDS, default="auto", help="of the memory (%(default)s)")
+    model.add_argument("--quantize", choices=QUANTIZED, help="the backbone's weights, by bitsandbytes")
+    model.add_argument("--threads", type=int, metavar="N", help=HELP)
+    model.add_argument("--attention", choices=ATTENTIONS, help="(default: transformers' choice)")
+
+    talk = chat.add_argument_group("conversation")
+    talk.add_argument("--system", metavar="TEXT", help="a system message")
+    talk.add_argument("--load", metavar="DIR", help="go on with what /save wrote")
+    talk.add_argument("--context-turns", metavar="N", help=f"turns that stay in sight ({CONTEXT_TURNS}); all: no limit")
+    talk.add_argument("--context-tokens", metavar="N", help="tokens of a prompt at most (no limit)")
+    talk.add_argument("--say", metavar="TEXT", action="append", help="a turn or command (repeatable); then end")
+    talk.add_argument("--no-history", action="store_true", help="keep nothing of what is typed")
+
+    answers = chat.add_argument_group("answers")
+    thinking = answers.add_mutually_exclusive_group()
+    thinking.add_argument("--thinking", action="store_true", default=None, help="where the model's template can")
+    thinking.add_argument("--no-thinking", action="store_false", dest="thinking", help="answer at once")
+    answers.add_argument("--markdown", action="store_true", help="in a terminal: answers are rendered as Markdown")
+    for name, option in OPTIONS.items():
+        flag, metavar = f"--{name.replace('_', '-')}", "N" if option.read is int else "X"
+        answers.add_argument(flag, metavar=metavar, help=option.help)
     chat.set_defaults(command=_chat)
 
 
-def _add_model(group) -> None:
-    group.add_argument("--adapter", metavar="DIR", help="a directory or hub id (default: fresh, untrained parameters)")
-    group.add_argument("--strategy", choices=tuple(STRATEGIES), help=f"of the shipped adapters ({STRATEGY})")
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as saved)")
-    group.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="of the memory (%(default)s)")
-    group.add_argument("--quantize", choices=QUANTIZED, help="the backbone's weights, by bitsandbytes")
-    group.add_argument("--threads", type=int, metavar="N", help=HELP)
-    group.add_argument("--attention", choices=ATTENTIONS, help="(default: transformers' choice)")
-
-
-def _add_conversation(group) -> None:
-    group.add_argument("--system", metavar="TEXT", help="a system message")
-    group.add_argument("--load", metavar="DIR", help="go on with what /save wrote")
-    group.add_argument(
-        "--context-turns", metavar="N", help=f"turns that stay in sight ({CONTEXT_TURNS}); all: no limit"
-    )
-    group.add_argument("--context-tokens", metavar="N", help="tokens of a prompt at most (no limit)")
-    group.add_argument("--say", metavar="TEXT", action="append", help="a turn or command (repeatable); then end")
-    group.add_argument("--no-history", action="store_true", help="keep nothing of what is typed")
-
-
-def _add_answers(group) -> None:
-    thinking = group.add_mutually_exclusive_group()
-    thinking.add_argument("--thinking", action="store_true", default=None, help="where the model's template can")
-    thinking.add_argument("--no-thinking", action="store_false", dest="thinking", help="answer at once")
-    group.add_argument("--markdown", action="store_true", help="in a terminal: answers are rendered as Markdown")
-    for name, option in OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", metavar="N" if option.read is int else "X", help=option.help)
-
-
 def _chat(arguments: argparse.Namespace) -> int:
-    in_terminal = not arguments.say and sys.stdin.isatty() and sys.stdout.isatty()
     opening = read_arguments(arguments)
-    if in_terminal:
-        return _in_terminal(arguments, opening)
-    from ..chat.loop import converse_over_pipe
+    from ..chat.loop import converse_in_terminal, converse_over_pipe
 
-    return WELL if converse_over_pipe(opening, arguments.say) else FAILED
-
-
-def _in_terminal(arguments: argparse.Namespace, opening: Opening) -> int:
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise MissingPackageError(
-                f"a chat in a terminal needs the package {package}, which cannot be imported ({error}); "
-                "pip install deltamem-fast[chat] (over a pipe, or with --say, none is needed)"
-            ) from error
-    from ..chat.loop import converse_in_terminal
-
+    if arguments.say or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return WELL if converse_over_pipe(opening, arguments.say) else FAILED
+    require(
+        PACKAGES,
+        "a chat in a terminal (pip install deltamem-fast[chat]; over a pipe, or with --say, no package is needed)",
+    )
     converse_in_terminal(opening, history=not arguments.no_history, markdown=arguments.markdown)
     return WELL

@@ -6,8 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-
 from ..adapter.files import (
     FORMATS,
     RELEASED_NAME,
@@ -22,7 +20,7 @@ from ..errors import ArgumentError
 from ..storage.files import as_path
 
 
-def add_convert_command(commands) -> None:
+def add_command(commands) -> None:
     """Add ``convert`` to argparse's ``commands``."""
     convert = commands.add_parser("convert", help="rewrite an adapter in another file format, bit for bit")
     convert.add_argument("source", metavar="SOURCE", help="an adapter's directory, or a hub id (owner/name)")
@@ -50,7 +48,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     adapter = read_adapter(arguments.source)
     weights = adapter.weights
     write_adapter(directory, adapter.config, weights, arguments.to, finite=False)
-    _check_written(directory, weights)
+    written = read_weights(directory)
+    if written.keys() != weights.keys() or not all(same_bits(written[name], weights[name]) for name in weights):
+        raise ArgumentError(f"TARGET: {directory} does not read back as it was written")
     files = [CONFIG_NAME, SAFETENSORS_NAME if arguments.to == "safetensors" else RELEASED_NAME]
     parameters = sum(tensor.numel() for tensor in weights.values())
     size = sum((directory / name).stat().st_size for name in files)
@@ -66,10 +66,3 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ArgumentError(f"TARGET: got {target}, which is a file; allowed a directory")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise ArgumentError(f"TARGET: {target} is not empty; --force replaces the adapter in it")
-
-
-def _check_written(directory: Path, weights: dict[str, torch.Tensor]) -> None:
-    written = read_weights(directory)
-    same = written.keys() == weights.keys() and all(same_bits(written[name], weights[name]) for name in weights)
-    if not same:
-        raise ArgumentError(f"TARGET: {directory} does not read back as it was written")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ HOLDS, DOES_NOT_HOLD = 0, 1
 QUESTIONS = 256
 
 
-def add_demo_command(commands) -> None:
+def add_command(commands) -> None:
     """Add ``demo`` to argparse's ``commands``."""
     demo = commands.add_parser(
         "demo",
@@ -90,7 +92,8 @@ def _converse(arguments: argparse.Namespace) -> int:
     random = Random(arguments.seed)
     style = style_of(sys.stdout)
     with fitting_threads(model, check_threads(arguments.threads)):
-        converse(model, tokenizer, _typed_lines(), _write, random=random, style=style, width=terminal_columns())
+        say = functools.partial(print, flush=True)
+        converse(model, tokenizer, _typed_lines(), say, random=random, style=style, width=terminal_columns())
     return HOLDS
 
 
@@ -100,20 +103,14 @@ def _typed_lines() -> Iterator[str]:
 
         yield from typed_lines()
         return
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() edits lines and recalls earlier ones once it is imported)
-    except ImportError:
-        pass
     while True:
         try:
             yield input("> ")
         except EOFError:
             print()
             return
-
-
-def _write(text: str) -> None:
-    print(text, flush=True)
 
 
 def _progress() -> Callable[[str], None]:

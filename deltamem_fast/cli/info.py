@@ -10,7 +10,7 @@ from ..errors import ArgumentError
 from ..model.loading import DTYPES, load_patched
 
 
-def add_info_command(commands) -> None:
+def add_command(commands) -> None:
     """Add ``info`` to argparse's ``commands``."""
     info = commands.add_parser(
         "info",

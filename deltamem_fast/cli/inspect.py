@@ -11,13 +11,14 @@ from ..display import counted, number, printable, without_surrogates
 from ..errors import ArgumentError, FileMissingError
 from ..memory.figures import distance, report, rows_of
 from ..memory.file import MemoryContent, read_memory
-from ..model.loading import DTYPES, load_patched
+from ..memory.state import MemoryState
+from ..model.loading import DTYPES, load_model, load_patched
 from ..storage.files import as_path, naming_files
 
 TOP = 8
 
 
-def add_inspect_command(commands) -> None:
+def add_command(commands) -> None:
     """Add ``inspect`` to argparse's ``commands``."""
     inspect = commands.add_parser(
         "inspect",
@@ -70,8 +71,10 @@ def _run(arguments: argparse.Namespace) -> int:
         found["text"] = _trace(arguments, file, text)
     written = _write_pictures(arguments, file, other, found.get("text"))
     if arguments.json:
+        names = {key.removesuffix("_name"): said for key, said in file.names.items()}
         figures = {name: value.to_dict() for name, value in found.items()}
-        print(json.dumps(_facts(file) | figures | {"written": [str(path) for path in written]}, indent=2))
+        facts = {"file": str(file.path), **names, "rows": file.rows, "frozen": file.frozen, **figures}
+        print(json.dumps(facts | {"written": [str(path) for path in written]}, indent=2))
     else:
         print(_format(arguments, file, other, found))
         if written:
@@ -127,7 +130,6 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
 
 def _trace(arguments: argparse.Namespace, file: MemoryContent, text: str):
     from ..inspection.trace import trace
-    from ..memory.state import MemoryState
     from ..model.threads import fitting_threads
 
     if arguments.model is None:
@@ -158,17 +160,16 @@ def _shipped(arguments: argparse.Namespace, file: MemoryContent):
         weights = find_weights()
     except FileNotFoundError as error:
         raise unknown from error
-    model, options = None, {"dtype": arguments.dtype, "device": arguments.device, "local": True, "quiet": True}
-    for adapter in map(str, weights.adapters.values()):
-        if model is None:
-            model, tokenizer = load_patched(str(weights.backbone), adapter, **options)
-        else:
-            patch_model(unpatch_model(model), adapter)
+    options = {"dtype": arguments.dtype, "device": arguments.device}
+    model, tokenizer = load_model(str(weights.backbone), local=True, quiet=True, **options)
+    for adapter in weights.adapters.values():
+        patch_model(model, adapter)
         difference = describe_difference(file.fingerprints, identity_of(model).fingerprints())
         if not difference:
             return model, tokenizer
         if difference.startswith("backbone"):
             break
+        unpatch_model(model)
     raise unknown
 
 
@@ -181,9 +182,8 @@ def _write_pictures(arguments, file: MemoryContent, other: MemoryContent | None,
     if arguments.html:
         from ..inspection.page import write_page
 
-        names = {"File": file.path.name} | {
-            kind.title(): file.names[f"{kind}_name"] for kind in ("adapter", "backbone")
-        }
+        said = file.names
+        names = {"File": file.path.name, "Adapter": said["adapter_name"], "Backbone": said["backbone_name"]}
         for state in list(file.layers.values())[:1]:
             heads, rank = state.shape[1:3]
             names["Memory"] = f"{counted(len(file.layers), 'layer')}, {counted(heads, 'head')}, rank {rank}"
@@ -207,38 +207,23 @@ def _write_pictures(arguments, file: MemoryContent, other: MemoryContent | None,
         shots = [snapshot(file.layers, file.path.stem, row)]
         shots += [snapshot(trace.memory, "after the text")] if trace is not None else []
         shots += [snapshot(other.layers, _other_name(file, other), row)] if other is not None else []
-        written.append(_draw(draw_heat_map, shots, Path(arguments.png)))
-        if trace is not None:
-            written.append(_draw(draw_trace, trace, _beside(Path(arguments.png))))
+        try:
+            written.append(draw_heat_map(shots, Path(arguments.png)))
+            if trace is not None:
+                written.append(draw_trace(trace, _beside(Path(arguments.png))))
+        except ImportError as error:
+            raise ArgumentError(f"--png: {error}") from error
     return written
 
 
 def _memory(file: MemoryContent):
     """Of no model: it can be looked at, but no model takes it as its own."""
-    from ..memory.state import MemoryState
-
     return MemoryState(file.layers, frozen=file.frozen, skipped=file.skipped)
-
-
-def _draw(draw, what, path: Path) -> Path:
-    try:
-        return draw(what, path)
-    except ImportError as error:
-        raise ArgumentError(f"--png: {error}") from error
 
 
 def _other_name(file: MemoryContent, other: MemoryContent) -> str:
     # The folder's name tells two of one name apart; the whole path is nobody's business.
     return other.path.stem if other.path.stem != file.path.stem else f"{other.path.parent.name}/{other.path.name}"
-
-
-def _facts(file: MemoryContent) -> dict:
-    return {
-        "file": str(file.path),
-        **{key.removesuffix("_name"): said for key, said in file.names.items()},
-        "rows": file.rows,
-        "frozen": file.frozen,
-    }
 
 
 def _format(arguments, file: MemoryContent, other: MemoryContent | None, found: dict) -> str:

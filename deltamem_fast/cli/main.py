@@ -14,22 +14,9 @@ from pathlib import Path
 from ..display import printable
 from ..errors import DeltaMemError, file_error
 from ..version import __version__
-from .chat import add_chat_command
-from .convert import add_convert_command
-from .demo import add_demo_command
-from .info import add_info_command
-from .inspect import add_inspect_command
-from .train import add_train_command
+from . import chat, convert, demo, info, inspect, train
 
-# In the order of the help text.
-COMMANDS = (
-    add_info_command,
-    add_convert_command,
-    add_demo_command,
-    add_chat_command,
-    add_inspect_command,
-    add_train_command,
-)
+COMMANDS = (info, convert, demo, chat, inspect, train)  # in the order of the help text
 DEBUG = "DELTAMEM_DEBUG"
 # Exit codes.
 USER_ERROR = 2
@@ -66,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        _say_error(_in_words(error))
+        _tell("error", _in_words(error))
         if isinstance(error, OSError):
             _close_stdout()  # it may be stdout that is full: what it holds cannot go anywhere
         return USER_ERROR
@@ -91,19 +78,17 @@ def _in_words(error: Exception) -> str:
     )
 
 
-def _say_error(message: str) -> None:
+def _tell(kind: str, message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         # Files and arguments are quoted in it: no escape sequence of theirs reaches the terminal.
-        print(f"deltamem: error: {printable(message)}", file=sys.stderr)
+        print(f"deltamem: {kind}: {printable(message)}", file=sys.stderr, flush=True)
 
 
 class _OneLine(logging.Handler):
     """Warnings of this package, one line each on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            text = printable(" ".join(record.getMessage().split()))
-            print(f"deltamem: {record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+        _tell(record.levelname.lower(), " ".join(record.getMessage().split()))
 
 
 @contextlib.contextmanager
@@ -157,6 +142,6 @@ def parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    for add_command in COMMANDS:
-        add_command(commands)
+    for command in COMMANDS:
+        command.add_command(commands)
     return parser

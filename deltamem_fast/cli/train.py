@@ -34,7 +34,7 @@ DIR gets the adapter, README.md, log.jsonl, curves.png and checkpoints; Ctrl-C s
 """
 
 
-def add_train_command(commands) -> None:
+def add_command(commands) -> None:
     """Add ``train`` to the subparsers of ``deltamem``."""
     train = commands.add_parser(
         "train",

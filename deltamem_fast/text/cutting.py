@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import ArgumentError
-from .segments import sentence_spans
+from .messages import Message
+from .segments import SENTENCE_END, spans_to
 
-Message = Mapping[str, Any]
 Text = str | Sequence[Message]
 Span = tuple[int, int]
 
@@ -96,17 +96,13 @@ def _parts(message: Message, name: str, tokens: int, count, encode) -> list[tupl
         return [{**message, "content": part}]
 
     cut = [part for part, _ in _cut(message.get("content") or "", name, beside, build, tokens, count, encode)]
-    found = []
-    cut = cut or [""] * bool(whole)
-    for number, part in enumerate(cut):
-        made = {key: value for key, value in message.items() if key not in whole}
-        if number == 0 and "reasoning_content" in whole:
-            made["reasoning_content"] = message["reasoning_content"]
-        if number == len(cut) - 1 and "tool_calls" in whole:
-            made["tool_calls"] = message["tool_calls"]
-        made["content"] = part
-        found.append(([made], encode([made], name)))
-    return found
+    plain = {key: value for key, value in message.items() if key not in whole}
+    parts = [{**plain, "content": part} for part in cut or [""] * bool(whole)]
+    if "reasoning_content" in whole:
+        parts[0]["reasoning_content"] = message["reasoning_content"]
+    if "tool_calls" in whole:
+        parts[-1]["tool_calls"] = message["tool_calls"]
+    return [([part], encode([part], name)) for part in parts]
 
 
 def _cut(
@@ -140,7 +136,7 @@ def _cut(
 def _runs(text: str, room: int, tokens: int, count) -> Iterator[Span]:
     """Runs of units that have at most ``room`` tokens together."""
     begin = total = 0
-    for first, _, length in _units(text, 0, len(text), room, tokens, count, (sentence_spans, _lines, _words)):
+    for first, _, length in _units(text, 0, len(text), room, tokens, count, (SENTENCE_END, _LINE_END, _WORD_END)):
         if total and total + length > room:
             yield begin, first
             begin, total = first, 0
@@ -150,10 +146,7 @@ def _runs(text: str, room: int, tokens: int, count) -> Iterator[Span]:
 
 def _units(text, begin: int, end: int, room: int, tokens: int, count, levels) -> Iterator[tuple[int, int, int]]:
     """(begin, end, tokens) of what is kept together: the largest of sentence, line, word, characters that fits."""
-    if levels:
-        spans = levels[0](text[begin:end])
-    else:
-        spans = _shares(text, begin, end, room, tokens, count)
+    spans = spans_to(levels[0], text[begin:end]) if levels else _shares(text[begin:end], room, tokens, count)
     spans = [(begin + first, begin + last) for first, last in spans]
     for (first, last), length in zip(spans, count([text[first:last] for first, last in spans])):
         if length <= room:
@@ -162,28 +155,11 @@ def _units(text, begin: int, end: int, room: int, tokens: int, count, levels) ->
             yield from _units(text, first, last, room, tokens, count, levels[1:])
 
 
-def _ending_at(pattern: re.Pattern, text: str) -> list[Span]:
-    ends = [match.end() for match in pattern.finditer(text)]
-    if not ends or ends[-1] < len(text):
-        ends.append(len(text))
-    return list(zip([0, *ends[:-1]], ends))
-
-
-def _lines(text: str) -> list[Span]:
-    return _ending_at(_LINE_END, text)
-
-
-def _words(text: str) -> list[Span]:
-    return _ending_at(_WORD_END, text)
-
-
-def _shares(text: str, begin: int, end: int, room: int, tokens: int, count) -> list[Span]:
+def _shares(word: str, room: int, tokens: int, count) -> list[Span]:
     """Equal shares of a word that is too long."""
-    size = end - begin
-    (length,) = count([text[begin:end]])
+    size = len(word)
+    (length,) = count([word])
     if size == 1:
-        raise ArgumentError(
-            f"tokens: got {tokens}, allowed more: the character {text[begin:end]!r} alone takes {length}"
-        )
+        raise ArgumentError(f"tokens: got {tokens}, allowed more: the character {word!r} alone takes {length}")
     share = max(1, min(size - 1, size * room // length))
     return [(first, min(size, first + share)) for first in range(0, size, share)]

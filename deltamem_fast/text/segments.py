@@ -17,20 +17,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..arguments import check_choice, check_text
+from ..arguments import check_choice
 from ..errors import ArgumentError, DeltaMemError
+from .messages import Message, plain_messages
 from .settings import RESULT_ARGUMENTS
 
 _GRANULARITIES = ("message", "message_mean", "sentence", "sentence_mean")
 _SYSTEM_ROLES = ("system", "developer")
 _THINK_END = "</think>"
 _PROBE_TEXT = "Probe"
+_QUESTION = {"role": "user", "content": _PROBE_TEXT}
 
 # An end mark with the closing quotes and brackets after it. Marks of scripts that put no space between sentences need
 # none: ideographic 。｡！？；： (no 12：30), danda ।॥, Arabic ؟؛۔, Armenian ։, Ethiopic ።፧፨, Burmese ။, Khmer ។៕,
-# Tibetan །. The others, an ellipsis among them, end a sentence before white space alone. Or a blank line.
+# Tibetan །. The others, an ellipsis among them, end a sentence before white space alone. Or a blank line, but for those
+# in front of the text.
 _CLOSING = r"""["'”’»›)\]}）】」』》〉〕〗＂＇]*"""
-_BOUNDARY = re.compile(rf"[.!?;:…‥．]{_CLOSING}\s+|(?:[。｡！？；।॥؟؛۔։።፧፨။។៕།]|：(?!\d))+{_CLOSING}\s*|\n[^\S\n]*\n\s*")
+SENTENCE_END = re.compile(
+    rf"[.!?;:…‥．]{_CLOSING}\s+|(?:[。｡！？；।॥؟؛۔։።፧፨။។៕།]|：(?!\d))+{_CLOSING}\s*|(?<=\S)[^\S\n]*\n[^\S\n]*\n\s*"
+)
 
 Render = Callable[..., str]
 
@@ -39,8 +44,7 @@ class _Marked(NamedTuple):
     """A message with a mark in it."""
 
     message: dict
-    in_content: bool
-    rest: str  # the content between the mark and its end, trailing white space left out
+    rest: str | None = None  # the content between the mark and its end, trailing white space left out; None: not in it
     position: int = 0  # of the mark in the rendered chat, once that is known
 
 
@@ -114,8 +118,8 @@ def segment_ids_under(
     refused = sorted(set(template_kwargs).intersection(RESULT_ARGUMENTS))
     if refused:
         raise ArgumentError(f"template_kwargs: got {', '.join(refused)}, allowed only what the chat template reads")
-    messages = _checked_messages(messages)
-    check_text(messages, "messages")
+    plain_messages(messages, "messages")  # refuses others; templates get the contents as they are given
+    messages = [dict(message) for message in messages]
     if not getattr(tokenizer, "is_fast", False):
         raise ArgumentError(
             f"tokenizer: got {type(tokenizer).__name__}, which is no fast tokenizer; segments need one, "
@@ -130,35 +134,40 @@ def segment_ids_under(
     with refused_by_template("messages"):
         text = render(messages, add_generation_prompt)
     input_ids, starts = tokenize(tokenizer, text)
-    expected = tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        tokenize=True,
-        return_dict=False,
-        **template_kwargs,
-    )
-    if isinstance(expected, Mapping):
-        expected = expected["input_ids"]
-    if list(expected) != input_ids:
+    template = {**template_kwargs, "add_generation_prompt": add_generation_prompt}
+    if chat_ids(tokenizer, messages, "messages", template) != input_ids:
         raise ArgumentError(
             "tokenizer: tokenizing the rendered text with offsets gives other ids than apply_chat_template"
         )
 
     # Each piece is (first character, whether it is written); a piece runs to the start of the next one.
     pieces = _pieces(render, messages, text, add_generation_prompt, granularity.startswith("sentence"))
-    first = [start for start, _ in pieces]
-    numbers = itertools.count()
-    number_of: dict[int, int] = {}
-    segment_ids = []
-    for start in starts:
-        piece = bisect_right(first, start) - 1
-        if pieces[piece][1] and piece not in number_of:
-            number_of[piece] = next(numbers)
-        segment_ids.append(number_of.get(piece, -1))
-    return (
-        torch.tensor([input_ids], dtype=torch.int64, device="cpu"),
-        torch.tensor([segment_ids], dtype=torch.int64, device="cpu"),
-    )
+    owners = [bisect_right(pieces, start, key=lambda piece: piece[0]) - 1 for start in starts]
+    written = dict.fromkeys(owner for owner in owners if pieces[owner][1])
+    number_of = {owner: number for number, owner in enumerate(written)}
+    return as_row(input_ids), as_row([number_of.get(owner, -1) for owner in owners])
+
+
+def as_row(ids: Sequence[int]) -> torch.Tensor:
+    """Ids as int64 [1, T], on the CPU."""
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def chat_ids(
+    tokenizer, messages: Sequence[Message], name: str = "text", template: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a chat.
+
+    Args:
+        name: of the argument, for errors.
+        template: arguments of ``apply_chat_template``, whatever their names.
+
+    Raises:
+        ValueError: the chat template refuses it.
+    """
+    with refused_by_template(name):
+        ids = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **(template or {}))
+    return list(ids)
 
 
 @contextlib.contextmanager
@@ -177,49 +186,21 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Where the sentences of a text are, as (start, end) in characters.
 
     A sentence ends at ``. ! ? ; :`` or an ellipsis, with the closing quotes and brackets after it, before white space;
-    at ``。！？；：``, a danda, an Arabic question mark and their like (see ``_BOUNDARY``) also where none follows; or
-    at a blank line. Several marks in a row end one sentence. The white space after it belongs to the sentence that
-    ended, and white space at the beginning of the text to the first one. It knows no abbreviations: "Mr. Smith" is cut
-    after "Mr. ". Thai and others that write no marks are one sentence a paragraph.
+    at ``。！？；：``, a danda, an Arabic question mark and their like (``SENTENCE_END``) also where none follows; or at
+    a blank line. Several marks in a row end one sentence. The white space after it belongs to the sentence that ended,
+    and white space at the beginning of the text to the first one. It knows no abbreviations: "Mr. Smith" is cut after
+    "Mr. ". Thai and others that write no marks are one sentence a paragraph.
 
     Returns:
         Spans that are not empty, in order, without a gap from 0 to len(text); none for an empty text.
     """
-    spans, start = [], 0
-    for match in _BOUNDARY.finditer(text, len(text) - len(text.lstrip())):
-        spans.append((start, match.end()))
-        start = match.end()
-    if start < len(text):
-        spans.append((start, len(text)))
-    return spans
+    return spans_to(SENTENCE_END, text)
 
 
-def _checked_messages(messages) -> list[dict]:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ArgumentError(f"messages: got {type(messages).__name__}, allowed a list of messages")
-    if not messages:
-        raise ArgumentError("messages: got an empty list, allowed at least one message")
-    for index, message in enumerate(messages):
-        name = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise ArgumentError(f"{name}: got {type(message).__name__}, allowed a dict with role and content")
-        if not isinstance(message.get("role"), str) or not message["role"]:
-            raise ArgumentError(f"{name}: got role {message.get('role')!r}, allowed a string that is not empty")
-        content = message.get("content")
-        if content is None:
-            if not message.get("tool_calls") and not message.get("reasoning_content"):
-                raise ArgumentError(f"{name}: has no content, and neither tool_calls nor reasoning_content")
-        elif isinstance(content, (list, tuple)):
-            if not all(map(is_text_part, content)):
-                raise ArgumentError(f'{name}: content is a list, allowed in it {{"type": "text", "text": ...}} only')
-        elif not isinstance(content, str):
-            raise ArgumentError(f"{name}: got content of type {type(content).__name__}, allowed str or a list of text")
-    return [dict(message) for message in messages]
-
-
-def is_text_part(part: Any) -> bool:
-    """Whether a part of a message's content is ``{"type": "text", "text": "…"}``."""
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def spans_to(ending: re.Pattern, text: str) -> list[tuple[int, int]]:
+    """Where the parts of a text are that end where ``ending`` does."""
+    starts = [0, *(match.end() for match in ending.finditer(text))]
+    return [(start, end) for start, end in itertools.pairwise([*starts, len(text)]) if start < end]
 
 
 def tokenize(tokenizer, text: str) -> tuple[list[int], list[int]]:
@@ -238,16 +219,16 @@ def tokenize(tokenizer, text: str) -> tuple[list[int], list[int]]:
 
 def _pieces(render: Render, messages, text: str, add_generation_prompt: bool, by_sentence: bool):
     """Tiles the text: (first character, whether written) of each piece, in order, the first one at 0."""
+    pieces = [(0, False)]
+    lead = next((i for i, message in enumerate(messages) if message["role"] not in _SYSTEM_ROLES), None)
+    if lead is None:
+        return pieces
     blocks = _blocks(render, messages, text, add_generation_prompt)
-    lead = next((i for i, message in enumerate(messages) if message["role"] not in _SYSTEM_ROLES), len(messages))
-    pieces, start = [(0, False)], 0
-    if 0 < lead < len(messages):
-        start = blocks[lead - 1].end
-    if lead < len(messages):
-        header_start = _header_start(render, messages[lead], text, blocks[lead], start or 0)
-        start = start if header_start is None else header_start
-        if start is None:
-            raise _not_found(lead - 1)
+    start = blocks[lead - 1].end if lead else 0
+    header_start = _header_start(render, messages[lead], text, blocks[lead], start or 0)
+    start = start if header_start is None else header_start
+    if start is None:
+        raise _not_found(lead - 1)
     moved = [block.content for block in blocks[:lead] if block.end is None and block.content]
     for index in range(lead, len(messages)):
         content, end = blocks[index]
@@ -266,9 +247,7 @@ def _pieces(render: Render, messages, text: str, add_generation_prompt: bool, by
                 begin, stop = max(content[0], start), min(content[1], end)
                 pieces += [(begin + first, True) for first, _ in sentence_spans(text[begin:stop])[1:]]
         start = end
-    if lead < len(messages):
-        pieces.append((start, False))
-    return pieces
+    return [*pieces, (start, False)]
 
 
 def _not_found(index: int) -> ArgumentError:
@@ -314,8 +293,7 @@ def _block_end(render: Render, messages, text, index, place, content, start, sig
         return None
     if tail is None:
         # Where a template refuses the chat up to here, a short one with a question in front may do as well.
-        question = {"role": "user", "content": _PROBE_TEXT}
-        tail = _tail(render, [question, place.message], mark) or ""
+        tail = _tail(render, [_QUESTION, place.message], mark) or ""
     return max(inside, place.position + _trailer_length(text[place.position :], tail))
 
 
@@ -353,15 +331,12 @@ def _header_start(render: Render, message, text: str, block: _Block, floor: int)
         if text.endswith(kept, floor, known):
             known -= len(kept)
             break
+    in_parts = isinstance(message.get("content"), (list, tuple))
     probe = {key: value for key, value in message.items() if key not in ("tool_calls", "reasoning_content")}
-    probe["content"] = _PROBE_TEXT
-    if isinstance(message.get("content"), (list, tuple)):
-        probe["content"] = [{"type": "text", "text": _PROBE_TEXT}]
-    question = {"role": "user", "content": _PROBE_TEXT}
-    answer = {"role": "assistant", "content": _PROBE_TEXT}
-    before = [question] if message["role"] == "assistant" else [message, answer]
+    probe["content"] = [{"type": "text", "text": _PROBE_TEXT}] if in_parts else _PROBE_TEXT
+    before = [_QUESTION] if message["role"] == "assistant" else [message, {**_QUESTION, "role": "assistant"}]
     # The last message of a chat may have a thinking block in its header that an earlier one lacks.
-    for after in ([question], []):
+    for after in ([_QUESTION], []):
         conversation = [*before, probe, *after]
         rendered = _try_render(render, conversation)
         if rendered is None:
@@ -443,25 +418,25 @@ def _markings(message, mark: str) -> list[_Marked]:
     found = []
     if start < end:
         # Before the trailing white space, which many templates trim.
-        found.append(_Marked(_with_mark(message, end, mark), True, ""))
+        found.append(_Marked(_with_mark(message, end, mark), ""))
         middle = (start + end) // 2
         if start < middle:
             # Some templates look at how a content ends.
-            found.append(_Marked(_with_mark(message, middle, mark), True, text[middle:end]))
+            found.append(_Marked(_with_mark(message, middle, mark), text[middle:end]))
     calls = message.get("tool_calls")
     if isinstance(calls, (list, tuple)) and calls:
         call = _marked_call(calls[-1], mark)
         if call is not None:
-            found.append(_Marked({**message, "tool_calls": [*calls[:-1], call]}, False, ""))
+            found.append(_Marked({**message, "tool_calls": [*calls[:-1], call]}))
     reasoning = message.get("reasoning_content")
     if isinstance(reasoning, str) and reasoning.strip():
         reasoning = reasoning.rstrip() + mark + reasoning[len(reasoning.rstrip()) :]
-        found.append(_Marked({**message, "reasoning_content": reasoning}, False, ""))
+        found.append(_Marked({**message, "reasoning_content": reasoning}))
     if start == end:
         # Last, because templates ask whether there is a content at all.
-        found.append(_Marked(_with_mark(message, len(text), mark), True, ""))
+        found.append(_Marked(_with_mark(message, len(text), mark), ""))
         if text.strip():  # nothing but thinking
-            found.append(_Marked(_with_mark(message, len(text.rstrip()), mark), True, ""))
+            found.append(_Marked(_with_mark(message, len(text.rstrip()), mark), ""))
     return found
 
 
@@ -511,10 +486,9 @@ def _visible(message, separator: str = "") -> tuple[int, int]:
 
 def _content_span(message, text: str, place: _Marked, floor: int) -> tuple[int, int] | None:
     """Where the visible content is: as much of it as the text has before the content's end."""
-    _, in_content, rest, position = place
-    if not in_content or not text.startswith(rest, position):
+    if place.rest is None or not text.startswith(place.rest, place.position):
         return None
-    end = position + len(rest)
+    end = place.position + len(place.rest)
     length = 0
     for separator in ("", "\n"):  # templates join the parts of a content with one or the other
         start, stop = _visible(message, separator)

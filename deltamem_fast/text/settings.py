@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import check_type, shown
+from ..arguments import MOST_64, check_type, shown
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError
 
 MOST_DEPTH = 64  # of lists and objects in one another
 MOST_NEW_TOKENS = 2**20  # of an answer; a file could ask for one that never ends
-_MOST = 2**63 - 1
 
 # Arguments of apply_chat_template that would change what is returned, or that have no meaning here.
 RESULT_ARGUMENTS = (
@@ -38,7 +37,7 @@ class _Kind:
     holds: Callable[[Any, int], bool]
 
 
-def _is_int(value, least: int, most: int = _MOST) -> bool:
+def _is_int(value, least: int, most: int = MOST_64) -> bool:
     return type(value) is int and least <= value <= most
 
 
@@ -73,47 +72,30 @@ def _between(least: float, most: float) -> _Kind:
 
 _FLAG = _Kind("true or false", lambda value, _: type(value) in (bool, int) and value in (0, 1))
 _POSITIVE = _Kind("a number above 0, up to 1e9", lambda value, _: _is_number(value) and value > 0)
-_TOKEN = _Kind("the id of a token", _is_id)
 _TOKENS = _Kind("ids of tokens, in a list", lambda value, vocabulary: value in ([], ()) or _is_ids(value, vocabulary))
 # -1 is no token: never an end, nothing to fill with.
 _END = _Kind(
     "the id of a token, -1, or a list of such",
     lambda value, vocabulary: _is_id(value, vocabulary, -1) or _is_ids(value, vocabulary, -1),
 )
-_TEXTS = _Kind(
-    "a text, or a list of texts, none of them empty",
-    lambda value, _: all(isinstance(text, str) and text for text in (value if _is_list(value) else [value])),
-)
 
 GENERATION: dict[str, _Kind] = {
-    # how long
+    **dict.fromkeys(("min_new_tokens", "min_length", "top_k"), _whole(0)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _whole(0)),
+    "max_length": _whole(1),
     "max_new_tokens": _Kind(
         f"an integer, 1 to {MOST_NEW_TOKENS:,}", lambda value, _: _is_int(value, 1, MOST_NEW_TOKENS)
     ),
-    "min_new_tokens": _whole(0),
-    "max_length": _whole(1),
-    "min_length": _whole(0),
-    "max_time": _POSITIVE,
-    "stop_strings": _TEXTS,
-    # which tokens
-    "do_sample": _FLAG,
+    **dict.fromkeys(("max_time", "repetition_penalty", "encoder_repetition_penalty"), _POSITIVE),
     "temperature": _between(0, 1e9),
-    "top_k": _whole(0),
-    "top_p": _between(0, 1),
-    "min_p": _between(0, 1),
-    "top_h": _between(0, 1),
-    "typical_p": _between(0, 1),
-    "epsilon_cutoff": _between(0, 1),
-    "eta_cutoff": _between(0, 1),
-    "repetition_penalty": _POSITIVE,
-    "encoder_repetition_penalty": _POSITIVE,
-    "length_penalty": _between(-1e9, 1e9),
-    "no_repeat_ngram_size": _whole(0),
-    "encoder_no_repeat_ngram_size": _whole(0),
-    "guidance_scale": _between(-1e9, 1e9),
-    "renormalize_logits": _FLAG,
-    "remove_invalid_values": _FLAG,
+    **dict.fromkeys(("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"), _between(0, 1)),
+    **dict.fromkeys(("length_penalty", "guidance_scale"), _between(-1e9, 1e9)),
+    **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values"), _FLAG),
     "early_stopping": _Kind("true, false or never", lambda value, _: value == "never" or _FLAG.holds(value, 0)),
+    "stop_strings": _Kind(
+        "a text, or a list of texts, none of them empty",
+        lambda value, _: all(isinstance(text, str) and text for text in (value if _is_list(value) else [value])),
+    ),
     "bad_words_ids": _Kind(
         "lists of ids of tokens, in a list",
         lambda value, vocabulary: _is_list(value) and all(_is_ids(ids, vocabulary) for ids in value),
@@ -126,13 +108,9 @@ GENERATION: dict[str, _Kind] = {
         "an integer and a number, in a list",
         lambda value, _: _is_list(value) and len(value) == 2 and _is_int(value[0], 0) and _is_number(value[1]),
     ),
-    "suppress_tokens": _TOKENS,
-    "begin_suppress_tokens": _TOKENS,
-    "forced_bos_token_id": _TOKEN,
-    "forced_eos_token_id": _END,
-    # special tokens
-    "bos_token_id": _TOKEN,
-    "eos_token_id": _END,
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _TOKENS),
+    **dict.fromkeys(("bos_token_id", "forced_bos_token_id"), _Kind("the id of a token", _is_id)),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _END),
     "pad_token_id": _Kind("the id of a token, or -1", lambda value, vocabulary: _is_id(value, vocabulary, -1)),
 }
 
@@ -165,7 +143,7 @@ def check_values(generation: Mapping[str, Any], where: str) -> None:
     for name, value in generation.items():
         kind = GENERATION.get(name)
         looked_at = kind is not None and type(value) in (bool, int, float, str, list, tuple)
-        if looked_at and not kind.holds(value, _MOST + 1):
+        if looked_at and not kind.holds(value, MOST_64 + 1):
             raise ArgumentError(f"{where}: {name}: got {shown(value)}, allowed {kind.allowed}")
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 THINK, END_THINK = "<think>", "</think>"
@@ -32,14 +33,6 @@ class _Tokens(BaseStreamer):
         pass
 
 
-class _Stopped(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self._event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
-
-
 def stream_tokens(model: nn.Module, arguments: dict[str, Any]) -> Iterator[int]:
     """The tokens that ``model.generate(**arguments)`` chooses for one row, each as soon as it is there.
 
@@ -50,7 +43,11 @@ def stream_tokens(model: nn.Module, arguments: dict[str, Any]) -> Iterator[int]:
     """
     found: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()
-    criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), _Stopped(stop)])
+
+    def stopped(input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
+
+    criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), stopped])
     arguments = arguments | {"streamer": _Tokens(found), "stopping_criteria": criteria}
 
     def run() -> None:
@@ -81,30 +78,21 @@ class TextStream:
     Attributes:
         answer, thinking: the text so far.
         ids: the tokens so far.
+        thinks: the thinking has begun and not ended.
     """
 
     def __init__(self, tokenizer, header: str):
         """``header``: the text that the answer continues; it may have opened the thinking."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
-        self._restart()
+        self._decode = DecodeStream(skip_special_tokens=False)
         # Marks of thinking are read, whether they count as special tokens or not; other special tokens are no text.
         marks = {tokenizer.convert_tokens_to_ids(mark) for mark in (THINK, END_THINK)}
         self._silent = set(tokenizer.all_special_ids) - marks
         self.ids: list[int] = []
         self.answer = self.thinking = ""
         self._waiting = ""  # text that may be the beginning of a mark, or white space at the end
-        self._thinks = header.rfind(THINK) > header.rfind(END_THINK)
-
-    @property
-    def thinks(self) -> bool:
-        """Whether the thinking has begun and not ended."""
-        return self._thinks
-
-    def _restart(self) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._decode = DecodeStream(skip_special_tokens=False)
+        self.thinks = header.rfind(THINK) > header.rfind(END_THINK)
 
     def add(self, token: int) -> Iterator[tuple[str, bool]]:
         """Text that has become certain by one more token: (piece, whether it is thinking)."""
@@ -114,7 +102,7 @@ class TextStream:
                 piece = self._decode.step(self._backend, token)
             except Exception:
                 # Some byte sequences decode otherwise once more follows, and the stream gives up: from here on afresh.
-                self._restart()
+                self._decode = DecodeStream(skip_special_tokens=False)
                 piece = self._decode.step(self._backend, token)
             if piece:
                 yield from self._split(piece)
@@ -131,16 +119,14 @@ class TextStream:
     def _split(self, piece: str) -> Iterator[tuple[str, bool]]:
         self._waiting += piece
         while True:
-            mark = END_THINK if self._thinks else THINK
             # Thinking begins an answer or is none: "<think>" in the middle of a sentence is a word.
-            if not self._thinks and self.answer:
-                mark = ""
+            mark = END_THINK if self.thinks else "" if self.answer else THINK
             place = self._waiting.find(mark) if mark else -1
             if place < 0 or (mark == THINK and self._waiting[:place].strip()):
                 break
             before, self._waiting = self._waiting[:place], self._waiting[place + len(mark) :]
             yield from self._say(before.rstrip())
-            self._thinks = not self._thinks
+            self.thinks = not self.thinks
         certain = len(self._waiting) - _beginning(self._waiting, mark)
         text = self._waiting[:certain]
         keep = len(text.rstrip())
@@ -148,16 +134,12 @@ class TextStream:
         yield from self._say(text[:keep])
 
     def _say(self, text: str) -> Iterator[tuple[str, bool]]:
-        said = self.thinking if self._thinks else self.answer
-        if not said:
-            text = text.lstrip()
-        if not text:
-            return
-        if self._thinks:
-            self.thinking += text
-        else:
-            self.answer += text
-        yield text, self._thinks
+        kind = "thinking" if self.thinks else "answer"
+        said = getattr(self, kind)
+        text = text if said else text.lstrip()
+        if text:
+            setattr(self, kind, said + text)
+            yield text, self.thinks
 
 
 def _beginning(text: str, mark: str) -> int:

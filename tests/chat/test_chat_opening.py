@@ -7,7 +7,7 @@ import torch
 from chat_support import ASKED, TOLD, recall_model, write_tiny_model
 from safetensors.torch import load_file, save_file
 
-from deltamem_fast.chat import opening
+from deltamem_fast.chat import conversation, options
 from deltamem_fast.cli import chat as command
 from deltamem_fast.cli.main import main
 from deltamem_fast.model import loading
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def shipped(monkeypatch):
     """The shipped model is loaded once."""
-    monkeypatch.setattr(opening, "load_patched", lambda *arguments, **options: recall_model())
+    monkeypatch.setattr(conversation, "load_patched", lambda *arguments, **options: recall_model())
 
 
 def error_of(capsys) -> str:
@@ -154,7 +154,7 @@ def test_thinking_goes_to_the_template():
     from deltamem_fast.cli.main import parser
 
     for flag, template in (([], {}), (["--thinking"], True), (["--no-thinking"], False)):
-        found = opening.read_arguments(parser().parse_args(["chat", *flag])).template
+        found = options.read_arguments(parser().parse_args(["chat", *flag])).settings["template"]
         assert found == (template if flag == [] else {"enable_thinking": template})
 
 

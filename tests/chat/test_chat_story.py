@@ -73,7 +73,7 @@ def test_ingest(tmp_path, monkeypatch):
         (".", None, "not a file"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8 (byte 3)"),
         ("empty.txt", b" \n", "nothing but white space"),
-        ("large.txt", b"word " * 9, "45 bytes, allowed up to 44 bytes"),
+        ("large.txt", b"word " * 9, "has 45 bytes, allowed at most 44"),
     ):
         monkeypatch.setattr("deltamem_fast.chat.commands.MOST_BYTES", 44)
         if content is not None:

@@ -83,7 +83,10 @@ WRONG = {
         ["{model}", "{data}", "--output", "{out}", "--heads", "2"],
         "--heads: got 2 with --strategy tsw, allowed with msw only",
     ),
-    "a rank out of range": (["{model}", "{data}", "--output", "{out}", "--rank", "0"], "rank: got 0, allowed 1 to 64"),
+    "a rank out of range": (
+        ["{model}", "{data}", "--output", "{out}", "--rank", "0"],
+        "rank: got 0, allowed an integer, 1 to 64",
+    ),
     "no learning rate": (["{model}", "{data}", "--output", "{out}", "--lr", "0"], "lr: got 0.0, allowed a number"),
     "no checkpoint": (
         ["{model}", "{data}", "--output", "{out}", "--resume", "{out}/checkpoint-1"],

@@ -539,7 +539,7 @@ def test_unknown_granularity(granularity):
 @pytest.mark.parametrize(
     "messages, text",
     [
-        ([], "messages: got an empty list"),
+        ([], "messages: got no message"),
         ("Hi", "messages: got str"),
         ({"role": "user", "content": "Hi"}, "messages: got dict"),
         ([user("A"), "B"], r"messages\[1\]: got str"),
@@ -549,8 +549,8 @@ def test_unknown_granularity(granularity):
         ([user("A"), {"role": "user"}], r"messages\[1\]: has no content"),
         ([user(None)], r"messages\[0\]: has no content"),
         ([user(3)], r"messages\[0\]: got content of type int"),
-        ([user([{"type": "image", "url": "x"}])], r"messages\[0\]: content is a list"),
-        ([user(["A"])], r"messages\[0\]: content is a list"),
+        ([user([{"type": "image", "url": "x"}])], r"messages\[0\]: got a content part of type"),
+        ([user(["A"])], r"messages\[0\]: got a content part of type"),
     ],
 )
 def test_messages_that_are_refused(messages, text):
