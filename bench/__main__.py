@@ -13,9 +13,9 @@ import torch
 
 from . import gpu
 from .instrument import commands, machine, results
-from .speed import costs, gradient, model, scan
+from .speed import costs, model, scan
 
-PARTS = {"scan": scan.run, "gradient": gradient.run, "model": model.run, "costs": costs.run}
+PARTS = {"scan": scan.run, "gradient": scan.run_gradients, "model": model.run, "costs": costs.run}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

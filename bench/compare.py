@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .instrument import results
+from .instrument import commands, results
 from .instrument.rows import Row
 from .instrument.tables import duration, number, parameters
 
@@ -40,14 +40,6 @@ class Change:
     new: str
     ratio: float
     disjoint: bool
-
-    def worse(self, ratio: float) -> bool:
-        """Whether this is a regression of more than ``ratio``."""
-        return self.disjoint and self.ratio > ratio
-
-    def moved(self, ratio: float) -> bool:
-        """Whether it is as much better or worse as ``ratio`` says."""
-        return self.ratio > ratio or self.ratio < 1 / ratio
 
 
 def changes(old: Row, new: Row) -> list[Change]:
@@ -101,10 +93,10 @@ def report(old_path: Path, new_path: Path, ratio: float) -> tuple[str, bool]:
             continue
         for change in changes(before, after):
             same += 1
-            if not change.moved(ratio):
+            if 1 / ratio <= change.ratio <= ratio:
                 continue
             moved += 1
-            bad |= change.worse(ratio)
+            bad |= change.disjoint and change.ratio > ratio
             side = "worse" if change.ratio > 1 else "better"
             spread = "disjoint spreads" if change.disjoint else "spreads overlap"
             lines.append(f"{change.what}: {change.old} → {change.new}, {change.ratio:.2f}× ({side}, {spread})")
@@ -124,13 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.ratio >= 1:
         parser.error("--ratio: allowed 1 or more")
-    try:
+
+    def said() -> int:
         text, bad = report(options.old, options.new, options.ratio)
-    except (ValueError, OSError) as error:
-        print(f"bench/compare: error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return int(bad)
+        print(text)
+        return int(bad)
+
+    return commands.status_of("bench/compare", said)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from .instrument import devices, machine, results
+from .instrument import machine, results
+from .instrument.devices import KNOWN, Known
 from .instrument.results import Result
 from .instrument.rows import Row, counted
 from .instrument.tables import duration, markdown, number, parameters
@@ -26,20 +26,10 @@ COUNTED = ("instructions", "sectors", "distinct_sectors", "sectors_past_l1")
 SECTOR = 32
 
 
-@dataclass(frozen=True)
-class Device:
-    """What an estimate needs to know: bytes per second of a copy, multiprocessors, cycles per second."""
-
-    bandwidth: float
-    processors: int = 132
-    clock: float = 1.755e9
-
-
-DEVICES = {known.name: Device(known.copy) for known in devices.KNOWN}
 ESTIMATE = "the times are estimated, not measured"
 
 
-def seconds(figures: Iterable, device: Device) -> float:
+def seconds(figures: Iterable, device: Known) -> float:
     """The roofline of launches one after another: memory, instructions issued, or the longest warp of each.
 
     A multiprocessor issues four instructions a cycle, one of a warp. Latencies and the launch itself come on top: a
@@ -49,7 +39,7 @@ def seconds(figures: Iterable, device: Device) -> float:
     for f in figures:
         busy = min(f.programs, device.processors) * min(4, f.warps * -(-f.programs // device.processors))
         cycles = max(f.longest, f.instructions / busy)
-        total += max(SECTOR * f.there / device.bandwidth, cycles / device.clock)
+        total += max(SECTOR * f.there / device.copy, cycles / device.clock)
     return total
 
 
@@ -67,7 +57,7 @@ def rows_of(case, figures: list) -> list[Row]:
     name, sizes = f"executed/{case.name}", case.parameters | {"target": f"sm_{TARGET}"}
     counts = _counts(figures)
     counts["bytes_to_floor"] = SECTOR * counts["sectors_past_l1"] / case.floor
-    counts |= {f"estimate_{name}": seconds(figures, device) for name, device in DEVICES.items()}
+    counts |= {f"estimate_{device.name}": seconds(figures, device) for device in KNOWN}
     found = [counted(name, sizes, ESTIMATE, **counts)]
     if len(figures) > 1:
         found += [counted(name, sizes | {"kernel": f.kernel}, **_counts([f])) for f in figures]
@@ -96,9 +86,7 @@ def run(progress: Callable[[str], None] = lambda text: None) -> list[Row]:
 
 def collect(rows: list[Row]) -> Result:
     """A result whose device is the emulator."""
-    result = results.collect(rows, "cpu", {})
-    result.head["device"] = f"PTX emulator, sm_{TARGET}"
-    return result
+    return results.collect(rows, "cpu", {}, device=f"PTX emulator, sm_{TARGET}")
 
 
 def differences(committed: Result | None, rows: list[Row], tolerance: float = TOLERANCE) -> list[str]:
@@ -123,15 +111,14 @@ def differences(committed: Result | None, rows: list[Row], tolerance: float = TO
 def table(rows: Iterable[Row]) -> str:
     """Columns for people; Markdown."""
     heading = ["call or kernel", "sizes", "instructions", "sectors ÷ distinct", "past L1 ÷ distinct", "bytes ÷ floor"]
-    lines = [heading + [f"{name}, {ESTIMATE.split(' are ')[1]}" for name in DEVICES]]
+    lines = [heading + [f"{device.name}, {ESTIMATE.split(' are ')[1]}" for device in KNOWN]]
     for row in rows:
-        v, sizes = row.values, {k: v for k, v in row.parameters.items() if k not in ("kernel", "target")}
-        name = row.parameters.get("kernel", row.name.removeprefix("executed/"))
-        words = " ".join(f"{k}={x}" for k, x in sizes.items()) if "kernel" not in row.parameters else ""
+        v, sizes = row.values, " ".join(f"{k}={x}" for k, x in row.parameters.items() if k != "target")
+        name, sizes = (row.parameters["kernel"], "") if "kernel" in row.parameters else (row.variant, sizes)
         past = number(v["sectors_past_l1"] / v["distinct_sectors"])
-        cells = [name, words, f"{v['instructions']:,.0f}", number(v["sectors_to_distinct"]), past]
+        cells = [name, sizes, f"{v['instructions']:,.0f}", number(v["sectors_to_distinct"]), past]
         cells += [number(v["bytes_to_floor"]) if "bytes_to_floor" in v else ""]
-        lines.append(cells + [duration(v.get(f"estimate_{device}")) for device in DEVICES])
+        lines.append(cells + [duration(v.get(f"estimate_{device.name}")) for device in KNOWN])
     return markdown(lines)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -83,15 +82,10 @@ def part_rows(name: str, options: argparse.Namespace, seconds: float | None) -> 
     """Run a part in a process of its own; its rows, and one that says how it ended if not well."""
     command = [sys.executable, "-m", "bench.gpu", "--part", name]
     command += ["--dry-run"] * options.dry_run + ["--full"] * options.full
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")] + sys.path)}
     with tempfile.TemporaryDirectory() as directory:
-        path, errors = Path(directory) / "rows.jsonl", Path(directory) / "stderr"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")] + sys.path)}
-        with errors.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                [*command, "--rows", str(path)], cwd=ROOT, env=environment, stderr=file, start_new_session=True
-            )
-            status = suite.wait(process, seconds)
-        text = errors.read_text(encoding="utf-8", errors="replace")
+        path = Path(directory) / "rows.jsonl"
+        text, status = suite.output_of([*command, "--rows", str(path)], seconds, "stderr", env=environment)
         sys.stderr.write(text[-4000:])
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():

@@ -50,7 +50,5 @@ def build(config: PretrainedConfig, dtype: torch.dtype, device: str) -> nn.Modul
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the storages that parameters and buffers lie in, each counted once."""
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
+    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +30,16 @@ def run(prog: str, description: str, modules: Mapping[str, ModuleType], argument
         line = module.__doc__.splitlines()[0]
         module.add_arguments(commands.add_parser(name, help=line, description=line))
     options = parser.parse_args(arguments)
+    name = f"{prog.removeprefix('python -m ')} {options.command}"
+    return status_of(name, functools.partial(modules[options.command].run, options))
+
+
+def status_of(name: str, work: Callable[[], int]) -> int:
+    """The exit status that ``work`` returns, or 2 after a line of the command ``name`` that says what is wrong."""
     try:
-        return modules[options.command].run(options)
+        return work()
     except (ValueError, OSError) as error:
-        print(f"{prog.removeprefix('python -m ')} {options.command}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
 
 

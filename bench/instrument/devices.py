@@ -8,25 +8,18 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Known:
     """Attributes:
-    name: as it is short, and as it stands in the device's own name.
+    name: as it is short.
     copy: bytes per second of a copy within its memory, read and written bytes both counted.
     flops: bfloat16 operations per second of a large matrix product.
+    processors, clock: multiprocessors, and cycles per second.
     """
 
     name: str
     copy: float
     flops: float
+    processors: int = 132
+    clock: float = 1.755e9
 
 
 KNOWN = (Known("H100", 3.0e12, 798e12), Known("H200", 4.3e12, 790e12))
 SLOWEST = min(KNOWN, key=lambda known: known.copy)
-
-
-def of(device: str) -> Known | None:
-    """The known device of which ``device`` (as the driver names it) is one, or None."""
-    return next((known for known in KNOWN if known.name.lower() in device.lower()), None)
-
-
-def floors(count: float) -> dict[str, float]:
-    """The least seconds in which each known device moves ``count`` bytes, by name."""
-    return {known.name: count / known.copy for known in KNOWN}

@@ -65,9 +65,6 @@ class _Operations(TorchDispatchMode):
 @contextmanager
 def _triton_launches(counter: Counter) -> Iterator[None]:
     """Count the calls of ``deltamem_kernels.triton.launch.launch``, under whatever module's name it is called."""
-    if not installed("triton"):
-        yield
-        return
     package = importlib.import_module("deltamem_kernels.triton")
     original = importlib.import_module("deltamem_kernels.triton.launch").launch
     for module in pkgutil.iter_modules(package.__path__):
@@ -88,9 +85,6 @@ def _triton_launches(counter: Counter) -> Iterator[None]:
 @contextmanager
 def _numba_calls(counter: Counter) -> Iterator[None]:
     """Count the calls from Python into compiled functions; one compiled function calling another is one call."""
-    if not installed("numba"):
-        yield
-        return
     from numba.core.dispatcher import Dispatcher
 
     original = Dispatcher.__call__  # C's, inherited: no call of a subclass goes past this class
@@ -108,8 +102,9 @@ def counting() -> Iterator[Count]:
     """Count tensor operations and launches of this thread; nests with nothing else that counts."""
     count = Count()
     with ExitStack() as stack:
-        stack.enter_context(_triton_launches(count.launches))
-        stack.enter_context(_numba_calls(count.launches))
+        for package, counted in (("triton", _triton_launches), ("numba", _numba_calls)):
+            if installed(package):
+                stack.enter_context(counted(count.launches))
         stack.enter_context(_Operations(count.operations))
         yield count
 
@@ -162,8 +157,3 @@ def per_layer(build: Callable[[int], nn.Module], batch: int = 1) -> Count:
                 raise ValueError(f"{name}: {more} more in {difference} more layers, so layers differ")
             getattr(result, kind)[name] = more // difference
     return result
-
-
-def operations_per_layer(build: Callable[[int], nn.Module], batch: int = 1) -> float:
-    """Tensor operations and kernel launches per decoded token and layer; see ``per_layer``."""
-    return float(per_layer(build, batch).total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,16 +38,11 @@ class Result:
         return not any(arguments.get(key) for key in ("quick", "dry_run", "only", "threads"))
 
 
-def collect(rows: Sequence[Row], device: str, arguments: dict[str, Any]) -> Result:
-    """A result measured just now on ``device`` (``cpu`` or ``cuda``)."""
-    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-    head = {
-        "format_version": FORMAT_VERSION,
-        **machine.describe(device),
-        "time": now.isoformat().replace("+00:00", "Z"),
-        "arguments": arguments,
-    }
-    return Result(head, list(rows))
+def collect(rows: Sequence[Row], on: str, arguments: dict[str, Any], **more: Any) -> Result:
+    """A result measured just now ``on`` a device (``cpu`` or ``cuda``); ``more`` is for its head."""
+    time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    head = {"format_version": FORMAT_VERSION, **machine.describe(on), "time": time, "arguments": arguments}
+    return Result(head | more, list(rows))
 
 
 def file_name(result: Result) -> str:
@@ -103,12 +99,8 @@ def newest(directory: Path = DIRECTORY) -> list[Result]:
         result = load(path)
         if result.whole:
             found.setdefault(result.head["device"], []).append(result)
-    newest = []
-    for results in found.values():
-        first, *earlier = sorted(results, key=lambda result: result.head["time"], reverse=True)
-        for other in earlier:
-            first = _filled(first, other)
-        newest.append(first)
+    by_age = (sorted(every, key=lambda result: result.head["time"], reverse=True) for every in found.values())
+    newest = (functools.reduce(_filled, every) for every in by_age)
     return sorted(newest, key=lambda result: (result.head["driver"] is None, result.head["device"]))
 
 
@@ -130,7 +122,7 @@ def _filled(result: Result, earlier: Result) -> Result:
     kinds = {kind for part in parts for kind in KINDS.get(part, (part,))}
     there = {row.key for row in result.rows if row.status != "absent"}
     said = f"of commit {earlier.head['commit']}" + " with changes" * bool(earlier.head["dirty"])
-    rows = [row for row in earlier.rows if row.status == "measured" and row.name.split("/")[0] in kinds]
+    rows = [row for row in earlier.rows if row.status == "measured" and row.kind in kinds]
     rows = [replace(row, note=f"{said}; {row.note}" if row.note else said) for row in rows if row.key not in there]
     found = {row.key for row in rows}
     return Result(result.head, [row for row in result.rows if row.key not in found] + rows)

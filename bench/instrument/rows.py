@@ -46,6 +46,16 @@ class Row:
         """What makes two rows the same measurement."""
         return f"{self.name} {json.dumps(self.parameters, sort_keys=True)}"
 
+    @property
+    def kind(self) -> str:
+        """What was measured: ``scan`` of ``scan/numba``."""
+        return self.name.partition("/")[0]
+
+    @property
+    def variant(self) -> str:
+        """Of what: ``numba`` of ``scan/numba``."""
+        return self.name.partition("/")[2]
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON object."""
         return asdict(self)
@@ -72,11 +82,11 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, statistics.median(samples), high
 
 
-def measured(name: str, parameters: dict[str, Any], seconds: Sequence[float], error: float | None = None) -> Row:
+def measured(
+    name: str, parameters: dict[str, Any], seconds: Sequence[float], error: float | None = None, **values: float
+) -> Row:
     """A row of timings in seconds."""
-    row = Row(name, parameters, error=error, samples=len(seconds))
-    row.p20, row.p50, row.p80 = spread(seconds)
-    return row
+    return Row(name, parameters, "measured", "", error, len(seconds), *spread(seconds), values=values)
 
 
 def counted(name: str, parameters: dict[str, Any], note: str = "", **values: float) -> Row:

@@ -76,9 +76,9 @@ def cells(row: Row) -> list[str]:
     """One line of a table, under HEADINGS."""
     ratios = "; ".join(f"{name} {ratio(values)}" for name, values in row.ratios.items())
     values = ", ".join(named_value(name, value) for name, value in row.values.items())
-    if row.name.startswith("kernel/") and "bytes" in row.values:
-        known = devices.floors(row.values["bytes"])
-        values += "; floor " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in known.items())
+    if row.kind == "kernel" and "bytes" in row.values:
+        least = row.values["bytes"]
+        values += "; floor " + ", ".join(f"{known.name} {duration(least / known.copy)}" for known in devices.KNOWN)
     verdict = targets.verdict(row)
     if row.status != "measured":
         verdict = row.status

@@ -44,10 +44,9 @@ class Target:
             return row.ratios[self.baseline][1] if self.baseline in row.ratios else None
         return row.values.get(self.value)
 
-    def met(self, number: float, goal: float | None = None) -> bool:
-        """Whether ``number`` reaches ``goal`` (None: this target's own)."""
-        goal = self.goal if goal is None else goal
-        return number <= goal if self.at_most else number >= goal
+    def met(self, number: float) -> bool:
+        """Whether ``number`` reaches the goal."""
+        return number <= self.goal if self.at_most else number >= self.goal
 
     def worst(self, rows: Iterable[Row]) -> Row | None:
         """The row of this target that is furthest from it, or None if none has the number."""

@@ -115,12 +115,9 @@ def drop_pages(path: Path) -> bool:
     """Have the operating system forget the file's pages; False where it cannot."""
     if not hasattr(os, "posix_fadvise"):
         return False
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(handle)
+    with open(path, "rb") as file:
+        os.fsync(file)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 
 
@@ -146,14 +143,13 @@ def measure(path: Path, model, users: int, ids: int) -> list[Row]:
     size = path.stat().st_size  # after closing: nothing waits in the log
     rows = [counted("bank/size", {"users": users}, bytes=size, bytes_per_user=size / users)]
     full = filling[:-1] if len(filling) > 2 else filling * 2  # the last one is smaller
-    rows.append(measured("bank/commit-new", {"users": users, "ids": min(BATCH, users)}, full))
-    rows[-1].values["users_per_second"] = users / sum(filling)
+    new = {"users": users, "ids": min(BATCH, users)}
+    rows.append(measured("bank/commit-new", new, full, users_per_second=users / sum(filling)))
     read_once(path)
     with MemoryBank(path, model) as bank:
         timed(bank.gather, users, ids, draws["warm"] // 10)
-        rows.append(
-            measured("bank/gather", sizes | {"pages": "in memory"}, timed(bank.gather, users, ids, draws["warm"]))
-        )
+        warm = timed(bank.gather, users, ids, draws["warm"])
+        rows.append(measured("bank/gather", sizes | {"pages": "in memory"}, warm))
         listings = {
             "bank/list-newest": lambda _: bank.list(order_by="updated", descending=True, limit=100),
             "bank/list-prefix": lambda _: bank.list(prefix="user-00"),
@@ -173,8 +169,8 @@ def measure(path: Path, model, users: int, ids: int) -> list[Row]:
             commits(bank, users, ids, draws["commit"] // 5)
             seconds = commits(bank, users, ids, draws["commit"])
             # Every fourth or so copies the log into the file, which the median does not show.
-            rows.append(measured("bank/commit", sizes | {"durable": durable}, seconds))
-            rows[-1].values["mean_seconds"] = sum(seconds) / len(seconds)
+            mean = sum(seconds) / len(seconds)
+            rows.append(measured("bank/commit", sizes | {"durable": durable}, seconds, mean_seconds=mean))
     return rows
 
 

@@ -28,28 +28,22 @@ EPISODES, FACTS = 96, 4
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 DECAYS = (0.25, 0.5, 0.75)
 
-Operator = Callable[[nn.Module, object, MemoryState, Fact, Fact], object]
+Operator = Callable[..., object]  # (model, tokenizer, memory, *, fact: the first one, new: its new value)
 
 
 def operators() -> dict[tuple[str, float | None], Operator]:
-    """(name, its number or None) → what is done to a memory: (model, tokenizer, memory, first fact, its new value)."""
+    """(name, its number or None) → what is done to a memory."""
 
     def forgetting(strength: float | None) -> Operator:
-        return lambda model, tokenizer, memory, fact, new: forget(
-            model, tokenizer, memory, fact.statement(), strength=strength
-        )
-
-    def replacing(model, tokenizer, memory, fact, new):
-        return revise(model, tokenizer, memory, new.update(), replaces=fact.statement())
+        return lambda *to, fact, new: forget(*to, fact.statement(), strength=strength)
 
     return {
-        ("nothing", None): lambda *_: None,
-        ("forget", None): forgetting(None),
-        **{("forget", strength): forgetting(strength) for strength in STRENGTHS},
-        ("revise", None): lambda model, tokenizer, memory, fact, new: revise(model, tokenizer, memory, new.update()),
-        ("forget, then revise", None): replacing,
-        **{("decay", rate): lambda m, t, memory, f, n, rate=rate: memory.decay(rate) for rate in DECAYS},
-        ("zero_", None): lambda model, tokenizer, memory, fact, new: memory.zero_(),
+        ("nothing", None): lambda *to, fact, new: None,
+        **{("forget", strength): forgetting(strength) for strength in (None, *STRENGTHS)},
+        ("revise", None): lambda *to, fact, new: revise(*to, new.update()),
+        ("forget, then revise", None): lambda *to, fact, new: revise(*to, new.update(), replaces=fact.statement()),
+        **{("decay", rate): lambda m, t, memory, rate=rate, **_: memory.decay(rate) for rate in DECAYS},
+        ("zero_", None): lambda m, t, memory, **_: memory.zero_(),
     }
 
 
@@ -63,7 +57,7 @@ def measure(model: nn.Module, tokenizer, strategy: str, episodes: int = EPISODES
     for (name, number), apply in operators().items():
         memories = [memory.clone() for memory in told]
         for memory, facts, new in zip(memories, drawn, newer):
-            apply(model, tokenizer, memory, facts[0], new)
+            apply(model, tokenizer, memory, fact=facts[0], new=new)
         values = _shares(model, tokenizer, memories, drawn, newer)
         values["norm_left"] = _norm(memories) / _norm(told)
         parameters = {"operator": name, "number": number, "facts": FACTS, "memories": episodes}
@@ -73,17 +67,18 @@ def measure(model: nn.Module, tokenizer, strategy: str, episodes: int = EPISODES
 
 def _shares(model, tokenizer, memories, drawn: Sequence[list[Fact]], newer: Sequence[Fact]) -> dict[str, float]:
     together = MemoryState.cat(memories)
-    count = len(memories)
-    first = ask(model, tokenizer, [[user(facts[0].question())] for facts in drawn], together)
-    shares = {
-        "first": sum(a == facts[0].value for a, facts in zip(first, drawn)) / count,
-        "revised": sum(a == fact.value for a, fact in zip(first, newer)) / count,
+    answers = [ask(model, tokenizer, [[user(fact.question())] for fact in facts], together) for facts in zip(*drawn)]
+
+    def share(given: Sequence[Sequence[str]], facts: Sequence[Sequence[Fact]]) -> float:
+        pairs = [pair for texts, wanted in zip(given, facts) for pair in zip(texts, wanted)]
+        return sum(text == fact.value for text, fact in pairs) / len(pairs)
+
+    first, *others = zip(*drawn)
+    return {
+        "first": share(answers[:1], [first]),
+        "revised": share(answers[:1], [newer]),
+        "others": share(answers[1:], others),
     }
-    right = 0
-    for place in range(1, FACTS):
-        found = ask(model, tokenizer, [[user(facts[place].question())] for facts in drawn], together)
-        right += sum(a == facts[place].value for a, facts in zip(found, drawn))
-    return shares | {"others": right / (count * (FACTS - 1))}
 
 
 def _norm(memories: Sequence[MemoryState]) -> float:

@@ -28,7 +28,7 @@ SAID, ANSWERED, TURNS, WINDOW = 64, 64, 8, 4
 TEXT = "The rain came all day."  # with its space six tokens of the recall tokenizer
 
 
-def by_hand(model: nn.Module, tokenizer, text: str, answered: int) -> Callable[[int], object]:
+def by_hand(model: nn.Module, tokenizer, text: str, limits: dict) -> Callable[[int], object]:
     """A turn as one writes it without a session: generate on a cache and a memory that are kept."""
     cache, memory = DynamicCache(), MemoryState.zeros(model)
     ids: list[int] = []
@@ -36,32 +36,30 @@ def by_hand(model: nn.Module, tokenizer, text: str, answered: int) -> Callable[[
     def turn(_) -> None:
         chat = [{"role": "user", "content": text}]
         ids.extend(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False))
-        found = model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), memory=memory,
-            past_key_values=cache, min_new_tokens=answered, max_new_tokens=answered, do_sample=False,
-        )  # fmt: skip
-        ids[:] = found[0].tolist()
+        mask = torch.ones(1, len(ids), dtype=torch.long)
+        given = {"attention_mask": mask, "memory": memory, "past_key_values": cache}
+        ids[:] = model.generate(torch.tensor([ids]), **given, **limits)[0].tolist()
 
     return turn
 
 
-def by_session(model: nn.Module, tokenizer, text: str, answered: int, **limits) -> Callable[[int], object]:
-    """The same turn in a session."""
-    session = MemorySession(model, tokenizer, **limits)
-    options = {"min_new_tokens": answered, "max_new_tokens": answered, "do_sample": False}
-    return lambda _: session.answer(text, **options)
+def said_and_answered(sizes: dict) -> tuple[str, dict]:
+    """What is said in a turn, and the options with which exactly so many tokens are answered."""
+    count = sizes["answered"]
+    limits = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+    return " ".join([TEXT] * max(1, sizes["said"] // 6)), limits
 
 
 def turn_rows(model: nn.Module, tokenizer, sizes: dict) -> list[Row]:
     """Seconds of a turn; ratios turn by turn, so that the contexts compared are of one length."""
-    said, answered, turns, window = sizes["said"], sizes["answered"], sizes["turns"], sizes["window"]
-    text = " ".join([TEXT] * max(1, said // 6))
+    text, limits = said_and_answered(sizes)
+    sessions = [MemorySession(model, tokenizer, **kept) for kept in ({}, {"context_turns": sizes["window"]})]
     variants = {
-        "by hand": by_hand(model, tokenizer, text, answered),
-        "session": by_session(model, tokenizer, text, answered),
-        "session, window": by_session(model, tokenizer, text, answered, context_turns=window),
+        "by hand": by_hand(model, tokenizer, text, limits),
+        "session": lambda _: sessions[0].answer(text, **limits),
+        "session, window": lambda _: sessions[1].answer(text, **limits),
     }
-    times = in_turns(variants, turns, "cpu", warm_up=1)
+    times = in_turns(variants, sizes["turns"], "cpu", warm_up=1)
     rows = []
     for name, seconds in times.items():
         parameters = sizes | ({} if name == "session, window" else {"window": None})
@@ -73,10 +71,9 @@ def turn_rows(model: nn.Module, tokenizer, sizes: dict) -> list[Row]:
 def file_rows(model: nn.Module, tokenizer, sizes: dict, repeats: int) -> list[Row]:
     """Seconds of save and load, and bytes on the disk, with the cache and without it."""
     session = MemorySession(model, tokenizer, context_turns=sizes["window"])
-    text = " ".join([TEXT] * max(1, sizes["said"] // 6))
-    options = {"min_new_tokens": sizes["answered"], "max_new_tokens": sizes["answered"], "do_sample": False}
+    text, limits = said_and_answered(sizes)
     for _ in range(sizes["window"] + 2):
-        session.answer(text, **options)
+        session.answer(text, **limits)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for with_cache in (True, False):

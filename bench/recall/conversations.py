@@ -38,16 +38,12 @@ class Conversation:
     visible: Messages = field(default_factory=list)
 
 
-def some_of(random: Random, facts: list[Fact]) -> list[Question]:
-    """``ASKED`` of the facts, or all if there are fewer."""
-    return [Question(fact) for fact in random.sample(facts, min(len(facts), ASKED))]
-
-
 def plain(random: Random, tokenizer, *, facts: int) -> Conversation:
     """``facts`` facts, nothing else; all names are new to backbone and adapter here and below."""
     known = draw_facts(random, facts, held_out=True)
     sentences = [fact.statement(random) for fact in known]
-    return Conversation(sentences, grouped(random, sentences, SENTENCES), some_of(random, known))
+    told = grouped(random, sentences, SENTENCES)
+    return Conversation(sentences, told, [Question(fact) for fact in random.sample(known, min(facts, ASKED))])
 
 
 def distant(random: Random, tokenizer, *, facts: int, distance: int) -> Conversation:

@@ -25,6 +25,7 @@ from ..instrument import commands, results
 from ..instrument.rows import Row, absent, counted
 from . import conversations, figures, perplexity, variants
 from .conversations import ASKED, Conversation
+from .perplexity import Text
 from .variants import Variant
 
 DIRECTORY = results.DIRECTORY / "recall"
@@ -82,28 +83,12 @@ CURVES = {
 PARTS = (*CURVES, perplexity.NAME)
 
 
-class Draws:
-    """The conversations and texts that are asked for, each drawn once."""
-
-    def __init__(self, tokenizer, episodes: int):
-        self.tokenizer, self.episodes = tokenizer, episodes
-        self._conversations: dict[str, list[Conversation]] = {}
-        self._texts: list[perplexity.Text] = []
-        self.frozen: torch.Tensor | None = None  # losses of the bare backbone on the texts
-
-    def conversations(self, name: str, point: dict[str, int]) -> list[Conversation]:
-        """Those of a point of the curve ``name``."""
-        key, curve = f"{name} {point}", CURVES[name]
-        if key not in self._conversations:
-            random = Random(key)
-            count = self.episodes * curve.conversations(point)
-            self._conversations[key] = [curve.draw(random, self.tokenizer, **point) for _ in range(count)]
-        return self._conversations[key]
-
-    def texts(self) -> list[perplexity.Text]:
-        """Those that perplexity is taken of."""
-        self._texts = self._texts or perplexity.draw_texts(self.episodes)
-        return self._texts
+def _drawn(tokenizer, name: str, episodes: int) -> Iterator[tuple[dict[str, int], list[Conversation]]]:
+    """The points of a curve, each with the conversations that all variants are asked about."""
+    curve = CURVES[name]
+    for point in curve.points:
+        random, count = Random(f"{name} {point}"), episodes * curve.conversations(point)
+        yield point, [curve.draw(random, tokenizer, **point) for _ in range(count)]
 
 
 def measure(
@@ -122,24 +107,24 @@ def measure(
         episodes: conversations of a point at least, and texts of each kind.
         only: one of ``PARTS`` instead of all.
     """
-    draws = Draws(tokenizer, episodes)
+    wanted = [name for name in PARTS if only in (None, name)]
+    drawn = {name: list(_drawn(tokenizer, name, episodes)) for name in wanted if name in CURVES}
+    texts = perplexity.draw_texts(episodes) if perplexity.NAME in wanted else []
+    frozen = perplexity.losses(model, tokenizer, texts, None)
     rows = [counted("chance", {"kind": kind}, share=chance) for kind, chance in figures.CHANCE.items()]
-    for adapter in (None, *_adapters()):
+    for adapter in dict.fromkeys([None, *(line.adapter for curve in CURVES.values() for line in curve.variants)]):
         path = None if adapter is None else directory / adapter
         with _adapted(model, path) as there:
-            for name in PARTS:
-                if only in (None, name):
-                    progress(f"{name}: {adapter or 'no memory'}")
-                    make = _perplexity if name == perplexity.NAME else _curve
-                    rows += make(model if there else None, draws, name, adapter)
+            for name in wanted:
+                progress(f"{name}: {adapter or 'no memory'}")
+                subject = model if there else None
+                if name in CURVES:
+                    rows += _curve(subject, tokenizer, name, drawn[name], adapter)
+                else:
+                    rows += _perplexity(subject, tokenizer, texts, frozen, adapter)
     _add_ratios(rows)
     order = [f"{name}/{variant.name}" for name, curve in CURVES.items() for variant in curve.variants]
     return sorted(rows, key=lambda row: order.index(row.name) if row.name in order else len(order))
-
-
-def _adapters() -> list[str]:
-    names = (variant.adapter for curve in CURVES.values() for variant in curve.variants)
-    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 @contextlib.contextmanager
@@ -155,29 +140,29 @@ def _adapted(model: nn.Module, path: Path | None) -> Iterator[bool]:
         unpatch_model(model)
 
 
-def _curve(model: nn.Module | None, draws: Draws, name: str, adapter: str | None) -> Iterator[Row]:
-    curve = CURVES[name]
-    for variant in (variant for variant in curve.variants if variant.adapter == adapter):
-        for point in curve.points:
+def _curve(model: nn.Module | None, tokenizer, name: str, drawn: Sequence[tuple], adapter: str | None) -> Iterator[Row]:
+    for variant in (variant for variant in CURVES[name].variants if variant.adapter == adapter):
+        for point, talks in drawn:
             if model is None:
                 yield absent(f"{name}/{variant.name}", _missing(adapter), point)
                 continue
-            talks = draws.conversations(name, point)
-            answers = variants.answers(model, draws.tokenizer, variant, talks)
+            answers = variants.answers(model, tokenizer, variant, talks)
             yield counted(f"{name}/{variant.name}", point, **figures.point(talks, answers))
 
 
-def _perplexity(model: nn.Module | None, draws: Draws, name: str, adapter: str | None) -> Iterator[Row]:
+def _perplexity(
+    model: nn.Module | None, tokenizer, texts: Sequence[Text], frozen: torch.Tensor, adapter: str | None
+) -> Iterator[Row]:
     if adapter is None:
-        draws.frozen = perplexity.losses(model, draws.tokenizer, draws.texts(), None)
-        yield from perplexity.rows("frozen", None, draws.texts(), draws.frozen, draws.frozen)
+        yield from perplexity.rows("frozen", None, texts, frozen, frozen)
     elif adapter in variants.STRATEGIES:
         for memory in perplexity.MEMORIES:
             if model is None:
-                yield absent(f"{name}/{adapter}", _missing(adapter), {"text": perplexity.EVERYTHING, "memory": memory})
+                parameters = {"text": perplexity.EVERYTHING, "memory": memory}
+                yield absent(f"{perplexity.NAME}/{adapter}", _missing(adapter), parameters)
                 continue
-            losses = perplexity.losses(model, draws.tokenizer, draws.texts(), memory)
-            yield from perplexity.rows(adapter, memory, draws.texts(), losses, draws.frozen)
+            losses = perplexity.losses(model, tokenizer, texts, memory)
+            yield from perplexity.rows(adapter, memory, texts, losses, frozen)
 
 
 def _missing(adapter: str) -> str:
@@ -197,13 +182,12 @@ def _add_ratios(rows: Sequence[Row]) -> None:
 
 def fingerprints(directory: Path) -> dict[str, str]:
     """The weights under ``directory``, each folder's by the first twelve digits of its SHA-256."""
-    found = {}
-    for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
-        digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
-            digest.update(file.read_bytes())
-        found[folder.name] = digest.hexdigest()[:12]
-    return found
+
+    def digest(folder: Path) -> str:
+        files = sorted(folder.glob("*.safetensors"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+    return {path.name: digest(path)[:12] for path in sorted(directory.iterdir()) if path.is_dir()}
 
 
 # --- the command
@@ -227,9 +211,8 @@ def run(options: argparse.Namespace) -> int:
     rows = measure(model, tokenizer, directory, options.episodes, options.only, progress)
     small = options.episodes < EPISODES or options.weights is not None
     arguments: dict[str, Any] = {"quick": small, "only": options.only, "episodes": options.episodes}
-    result = results.collect(rows, "cpu", arguments)
-    result.head["weights"] = fingerprints(directory)
-    result.head["parameters"] = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters())
+    result = results.collect(rows, "cpu", arguments, weights=fingerprints(directory), parameters=count)
     progress(f"{len(rows)} rows")
     print(results.write(options.output, result))
     return 0

@@ -74,14 +74,10 @@ def losses(model: nn.Module, tokenizer, texts: Sequence[Text], memory: str | Non
         if state is not None:
             state.frozen = memory != "live"
         # What segments write is read by later forwards only, so a memory that is written goes message by message.
-        steps = _turns(chats) if memory == "live" else [chats]
+        turns = range(max(map(len, chats)))
+        steps = [[chat[n : n + 1] for chat in chats] for n in turns] if memory == "live" else [chats]
         found += _row_losses(*_logits(model, tokenizer, steps, state))
     return torch.tensor(found, dtype=torch.float64)
-
-
-def _turns(chats: Sequence[Messages]) -> Iterator[list[Messages]]:
-    for turn in range(max(len(chat) for chat in chats)):
-        yield [chat[turn : turn + 1] for chat in chats]
 
 
 def _logits(model, tokenizer, steps, memory: MemoryState | None):
@@ -109,12 +105,10 @@ def _logits(model, tokenizer, steps, memory: MemoryState | None):
     return model.lm_head(torch.cat(hidden, 1)).float(), torch.cat(ids, 1), torch.cat(masks, 1).bool()
 
 
-def _row_losses(logits, ids, mask) -> list[tuple[float, int]]:
-    found = []
+def _row_losses(logits, ids, mask) -> Iterator[tuple[float, int]]:
     for row in range(len(ids)):
         own, targets = logits[row][mask[row]][:-1], ids[row][mask[row]][1:]
-        found.append((F.cross_entropy(own, targets, reduction="sum").item(), len(targets)))
-    return found
+        yield F.cross_entropy(own, targets, reduction="sum").item(), len(targets)
 
 
 def perplexity(losses: torch.Tensor) -> float:

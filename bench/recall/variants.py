@@ -1,4 +1,4 @@
-"""What can answer a question: a memory, the backbone's own context, retrieval, or two of them together."""
+"""What can answer a question: a memory, the backbone's own context, retrieval (BM25), or two of them together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from deltamem_fast.recall.chats import ask, tell
 from deltamem_fast.recall.task import user
 
 from .conversations import Conversation, Messages, Question
-from .retrieval import Index
 
 # Characters of one batch, its padding included: about a quarter as many tokens.
 BATCH = 1 << 17
@@ -47,6 +46,35 @@ FROZEN = Variant("frozen")
 CONTEXT = Variant("full context", context=True)
 BM25_1, BM25_4 = (Variant(f"bm25 top {count}", retrieved=count) for count in (1, 4))
 TOGETHER = Variant("bm25 top 1 + tsw-r8", "tsw-r8", retrieved=1)
+
+
+class Index:
+    """BM25 over what was told: the baseline without a memory.
+
+    Lucene's variant (k1 1.5, b 0.75, English stop words left out) over the sentences of one conversation.
+    """
+
+    def __init__(self, sentences: Sequence[str]):
+        import bm25s
+
+        self._sentences = list(sentences)
+        self._index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+        self._index.index(_words(self._sentences), show_progress=False)
+
+    def best(self, question: str, count: int) -> list[str]:
+        """The ``count`` sentences that fit ``question`` best, in the order in which they were told.
+
+        Of equals the newer one is taken; with fewer sentences, all.
+        """
+        scores = self._index.get_scores(_words([question])[0])
+        ranked = sorted(range(len(self._sentences)), key=lambda i: (-scores[i], -i))
+        return [self._sentences[i] for i in sorted(ranked[:count])]
+
+
+def _words(texts: list[str]) -> list[list[str]]:
+    import bm25s
+
+    return bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
 
 
 def answers(model: nn.Module, tokenizer, variant: Variant, conversations: Sequence[Conversation]) -> list[list[str]]:

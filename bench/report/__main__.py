@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import sys
 from pathlib import Path
 
-from ..instrument import machine, results
+from ..instrument import commands, machine, results
 from . import pages, plots
 from .found import PICTURES, find
 
@@ -45,26 +46,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     parser.add_argument("--results", type=Path, default=results.DIRECTORY, help="folder of the JSON")
     parser.add_argument("--output", type=Path, default=PICTURES.parent, help="folder of the pages and pictures")
-    options = parser.parse_args(arguments)
-    try:
-        found = find(options.results, options.output / PICTURES.name)
-        if not options.check:
-            options.output.mkdir(parents=True, exist_ok=True)
-            for path in plots.draw(found):
-                print(path)
-        new = {options.output / name: text for name, text in pages.written(found).items()}
-        new[README] = updated(README.read_text(encoding="utf-8"), pages.readme_rows(found))
-        if options.check:
-            difference = outdated(new)
-            if difference:
-                print(f"{difference}\n\nnot what the results say: make docs")
-            return int(bool(difference))
-        for path, text in new.items():
-            path.write_text(text, encoding="utf-8")
+    return commands.status_of("bench.report", functools.partial(run, parser.parse_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write or check."""
+    found = find(options.results, options.output / PICTURES.name)
+    if not options.check:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for path in plots.draw(found):
             print(path)
-    except (ValueError, OSError) as error:
-        print(f"bench.report: error: {error}", file=sys.stderr)
-        return 2
+    new = {options.output / name: text for name, text in pages.written(found).items()}
+    new[README] = updated(README.read_text(encoding="utf-8"), pages.readme_rows(found))
+    if options.check:
+        difference = outdated(new)
+        if difference:
+            print(f"{difference}\n\nnot what the results say: make docs")
+        return int(bool(difference))
+    for path, text in new.items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
     return 0
 
 

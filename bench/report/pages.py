@@ -90,7 +90,7 @@ def target_tables(targets: Iterable[Target], rows: Sequence[Row]) -> tuple[str, 
 
 def _shown(row: Row) -> bool:
     """Whether a row is on a page: of a sweep over ranks, heads and rows only r = 8, H = 1, one row."""
-    if row.status == "absent" or not row.name.startswith("kernel/"):
+    if row.status == "absent" or row.kind != "kernel":
         return row.status != "absent"
     sizes = row.parameters
     return (sizes.get("rank"), sizes.get("heads")) == (8, 1) and (sizes.get("batch") == 1 or sizes.get("tokens") == 1)
@@ -98,13 +98,12 @@ def _shown(row: Row) -> bool:
 
 def row_tables(rows: Sequence[Row], titles: Mapping[str, str]) -> Iterator[str]:
     """A heading and a table for each kind of row in ``titles``; what was left out last, in a line."""
-    kinds = {kind: [row for row in rows if row.name.split("/")[0] == kind] for kind in titles}
-    for kind, found in kinds.items():
-        kept = [row for row in found if _shown(row)]
-        yield from [f"### {titles[kind]}", markdown_table(kept)] * bool(kept)
+    for kind, title in titles.items():
+        kept = [row for row in rows if row.kind == kind and _shown(row)]
+        yield from [f"### {title}", markdown_table(kept)] * bool(kept)
     # Parts of a run that there was no time for have names of their own: they are on the page of speed.
-    here = titles.keys() if titles is KERNELS else {row.name.split("/")[0] for row in rows} - KERNELS.keys()
-    absent = [row for row in rows if row.status == "absent" and row.name.split("/")[0] in here]
+    here = titles.keys() if titles is KERNELS else {row.kind for row in rows} - KERNELS.keys()
+    absent = [row for row in rows if row.status == "absent" and row.kind in here]
     said = [f"{row.name} {parameters(row)}".strip() + f" ({row.note})" for row in absent]
     yield f"Left out: {'; '.join(said)}." if said else ""
 
@@ -156,7 +155,7 @@ def operator_table(rows: Sequence[Row]) -> str:
         strength, values = row.parameters["number"], (row.values[name] for name in ("first", "revised", "others"))
         title = row.parameters["operator"] + ("" if strength is None else f" {strength:g}")
         text = " / ".join(f"{100 * value:.0f}" for value in values)
-        return title, f"{row.name.split('/')[1]}: it, the new value, the others", text
+        return title, f"{row.variant}: it, the new value, the others", text
 
     return _cross("the first of four facts", map(cell, rows))
 
@@ -195,8 +194,7 @@ def _with_error(row: Row, value: str, error: str = "", digits: int | None = None
 
 def _curve(rows: Sequence[Row], name: str) -> list[tuple[str, Row]]:
     """(variant, row) of what was measured of a curve."""
-    return [(row.name.partition("/")[2], row) for row in rows
-            if row.name.partition("/")[0] == name and row.status == "measured"]  # fmt: skip
+    return [(row.variant, row) for row in rows if row.kind == name and row.status == "measured"]
 
 
 def goal_table(rows: Sequence[Row]) -> str:
@@ -251,7 +249,7 @@ def recall(found: Found) -> str:
         return _page("Recall", f"What the shipped weights remember (`make recall`): {NOT_YET}.")
     rows = result.rows
     chances = ", ".join(f"{row.parameters['kind']} {row.values['share']:.1%}" for row in rows if row.name == "chance")
-    absent = dict.fromkeys(row.name.partition("/")[2] for row in rows if row.status == "absent")
+    absent = dict.fromkeys(row.variant for row in rows if row.status == "absent")
     curves = {
         "facts": ("Facts", share_table(rows, "facts", "facts", "facts told", FACTS)),
         "ranks": ("", f"{NOT_YET.capitalize()}: {', '.join(absent)}." if absent else ""),

@@ -126,8 +126,8 @@ def _name_ends(axes, lines: Sequence[Line], least: float = 0.06) -> None:
 # --- a machine's speed
 
 
-def _by_tokens(rows: Sequence[Row], name: Callable[[Row], object]) -> dict:
-    """Rows by what ``name`` says of them (None: not drawn), in order of T."""
+def _grouped(rows: Sequence[Row], name: Callable[[Row], object]) -> dict:
+    """Rows by what ``name`` says of them (None: not drawn), in order of T where they have one."""
     found: dict = {}
     for row in sorted(rows, key=lambda row: row.parameters.get("tokens", 0)):
         key = name(row)
@@ -146,7 +146,7 @@ def draw_scan(rows: Sequence[Row], figure) -> str:
     kept = [row for row in rows if row.name in SCANS and row.p50 is not None and _single(row)]
     lines = [
         Line(*SCANS[name], [(row.parameters["tokens"], row.p20, row.p50, row.p80) for row in found])
-        for name, found in _by_tokens(kept, lambda row: row.name).items()
+        for name, found in _grouped(kept, lambda row: row.name).items()
     ]
     ours = [row for row in kept if SCANS[row.name][1] == OURS and row.ratios]
     if not ours or all(len(line.points) < 2 for line in lines):
@@ -160,8 +160,8 @@ def draw_scan(rows: Sequence[Row], figure) -> str:
 
 def draw_kernels(rows: Sequence[Row], figure) -> str:
     """What share of the copy bandwidth each kernel reaches against T, a panel for each."""
-    kept = [row for row in rows if row.name.startswith("kernel/") and "roofline" in row.values and _single(row)]
-    found = _by_tokens(kept, lambda row: row.name.removeprefix("kernel/"))
+    kept = [row for row in rows if row.kind == "kernel" and "roofline" in row.values and _single(row)]
+    found = _grouped(kept, lambda row: row.variant)
     found = {name: line for name, line in found.items() if len(line) > 1}
     if not found:
         return ""
@@ -191,18 +191,16 @@ def _place(row: Row) -> str:
 
 def draw_model(rows: Sequence[Row], figure) -> str:
     """Prompts and decoding as shares of the bare model's speed, p20 to p80 as bars."""
-    kept = [row for row in rows if row.name.split("/")[0] in ("prefill", "decode") and "unpatched" in row.ratios]
+    kept = [row for row in rows if row.kind in ("prefill", "decode") and "unpatched" in row.ratios]
     kept = sorted(kept, key=lambda row: row.name)[::-1]  # prompts below, decoding on top
-    places = list(dict.fromkeys(_place(row) for row in kept if row.name.endswith("/patched")))
+    places = list(dict.fromkeys(_place(row) for row in kept if row.variant == "patched"))
     if not places:
         return ""
     axes, behind = figure.add_subplot(), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.axvline(1, color=BARE, linewidth=1)
     figure.set_figheight(max(3.8, 1.2 + 0.28 * len(places)))
     for variant, name, colour in (("patched", "with the memory", OURS), ("released", "released code", RELEASED)):
-        ratios = {
-            places.index(_place(row)): row.ratios["unpatched"] for row in kept if row.name.endswith(f"/{variant}")
-        }
+        ratios = {places.index(_place(row)): row.ratios["unpatched"] for row in kept if row.variant == variant}
         for y, (low, middle, high) in ratios.items():
             text = {"xy": (middle, y), "ha": "center", "color": colour, "textcoords": "offset points", "bbox": behind}
             axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5, solid_capstyle="butt")
@@ -215,18 +213,18 @@ def draw_model(rows: Sequence[Row], figure) -> str:
     axes.set(xlabel="speed, the bare model's = 100 %", ylim=(-0.9, len(places) + 0.1), xlim=(0, None))
     axes.xaxis.set_major_formatter(lambda value, _: percent(value))
     axes.grid(axis="x", alpha=0.3, linewidth=0.5)
-    ours = span(row.ratios["unpatched"][1] for row in kept if row.name.endswith("/patched"))
+    ours = span(row.ratios["unpatched"][1] for row in kept if row.variant == "patched")
     return f"With the memory a model runs at {ours} of its bare speed"
 
 
 def _extra(row: Row) -> str | None:
-    return f"{row.parameters['model']}, {row.name.split('/')[1]}" if "extra_memory" in row.values else None
+    return f"{row.parameters['model']}, {row.variant}" if "extra_memory" in row.values else None
 
 
 def draw_memory(rows: Sequence[Row], figure) -> str:
     """Peak memory of a prefill beyond the bare model's, as a share of that, against T."""
     lines, most = [], 0.0
-    for name, found in _by_tokens(rows, _extra).items():
+    for name, found in _grouped(rows, _extra).items():
         points = [(row.parameters["tokens"], *[row.values["extra_memory"]] * 3) for row in found]
         ours = name.endswith("patched")
         lines.append(Line(name, SHADES[len(lines) % 3] if ours else RELEASED, points))
@@ -319,11 +317,8 @@ def draw_half(rows: Sequence[Row], figure) -> str:
 
 def draw_overwriting(rows: Sequence[Row], figure) -> str:
     """What is answered to the fact that was overwritten, a panel for each way to remember; dots: the other facts."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        curve, _, variant = row.name.partition("/")
-        if curve == "overwriting" and row.parameters["facts"] == 8 and "newest" in row.values:
-            found.setdefault(variant, []).append(row)
+    kept = [row for row in rows if row.kind == "overwriting" and "newest" in row.values]
+    found = _grouped(kept, lambda row: row.variant if row.parameters["facts"] == 8 else None)
     panels = {name: panel for name, panel in (STRATEGIES | SEEN).items() if name in found}
     if not panels:
         return ""
@@ -332,11 +327,7 @@ def draw_overwriting(rows: Sequence[Row], figure) -> str:
         x = [row.parameters["revisions"] for row in found[name]]
         newest, stale, kept = ([row.values.get(key, 0) for row in found[name]] for key in ("newest", "stale", "kept"))
         edges = [[0] * len(x), newest, [a + b for a, b in zip(newest, stale)], [1] * len(x)]
-        parts = (
-            ("the newest value", colour, "white"),
-            ("an earlier value", STALE, "black"),
-            ("neither", FAINT, "black"),
-        )
+        parts = ("the newest value", colour, "white"), ("an earlier value", STALE, "black"), ("neither", FAINT, "black")
         for (text, fill, ink), low, high in zip(parts, edges, edges[1:]):
             axes.bar(x, [b - a for a, b in zip(low, high)], 0.8, bottom=low, color=fill)
             if axes is every[0]:
@@ -350,15 +341,8 @@ def draw_overwriting(rows: Sequence[Row], figure) -> str:
     every[0].set_ylabel("of the answers")
     x = "times that one of eight facts was overwritten     ○ the other seven, answered right"
     every[len(every) // 2].set_xlabel(x)
-    once, most = (
-        span(
-            row.values["newest"]
-            for name in STRATEGIES
-            for row in found.get(name, ())
-            if row.parameters["revisions"] == n
-        )
-        for n in (1, 3)
-    )
+    ours = [row for name in STRATEGIES for row in found.get(name, ())]
+    once, most = (span(row.values["newest"] for row in ours if row.parameters["revisions"] == n) for n in (1, 3))
     return f"Overwritten once, {once} answer the newest value; three times, {most}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -94,13 +94,12 @@ def of_kernels(cases: Iterable[problems.Case], turns: int) -> Estimate:
     total, seen, checked = Estimate(), set(), set()
     for case in cases:
         found = launched(case)
-        small = dataclasses.replace(case, batch=min(case.batch, 3), tokens=min(case.tokens, problems.CHECK_TOKENS))
+        small = problems.few(case)
         compiled = {*found, *launched(small)} - seen
         seen |= compiled
-        gradient = case.kernel != case.forward
-        check = (case.kernel, case.rank, case.heads, case.tokens > 128)
-        seconds = 0.0 if check in checked else CHECK * (4 if gradient else 1) * max(1, small.tokens) / 300
-        checked.add(check)
+        passes = 0 if case.way in checked else 1 if case.kernel == case.forward else 4
+        seconds = CHECK * passes * max(1, small.tokens) / 300
+        checked.add(case.way)
         moved = problems.least_bytes(case)
         once = max(REPLAY, 2 * moved / SLOWEST.copy)
         runs = 4 * kernels.SETS + 3 + turns
@@ -126,10 +125,9 @@ def of_model(name: str) -> Estimate:
     return Estimate(8 * layers, 8, BUILD + 2 * count / 4e9 + reference + 8 * COMPILE)
 
 
-def of_eager(name: str, sizes: Sizes, variants: Iterable[str]) -> Estimate:
+def of_eager(name: str, sizes: Sizes, variants: Sequence[str]) -> Estimate:
     """Turns of a prompt and the tokens decoded after it, each operator launched from Python."""
     count, layers = _model(name)
-    variants = tuple(variants)
     turns, tokens = sizes.turns[1] + 1, sizes.decode
     step = sum(STEP_OPERATIONS[v] for v in variants) * layers * LAUNCH
     prompt = prefill_seconds(count, layers, sizes.prefill) + step / tokens
@@ -152,10 +150,9 @@ def prefill_seconds(count: int, layers: int, length: int, dim: int = 4096) -> fl
     return 2 * count * length / (SLOWEST.flops / 2) + 2 * layers * length**2 * dim / (SLOWEST.flops / 3) + 0.02
 
 
-def of_prefill(name: str, length: int, turns: int, variants: Iterable[str]) -> Estimate:
+def of_prefill(name: str, length: int, turns: int, variants: Sequence[str]) -> Estimate:
     """A warm-up, a run whose memory is counted, and the turns."""
     count, layers = _model(name)
-    variants = tuple(variants)
     once = prefill_seconds(count, layers, length)
     released = ("released" in variants) * layers * length * TOKEN
     return Estimate((turns + 2) * layers * 6, 5, (turns + 2) * (len(variants) * once + released) + 5 * COMPILE)
@@ -195,8 +192,3 @@ def of_compiled_kernels(count: int) -> Estimate:
 def of_tests() -> Estimate:
     """The tests marked ``gpu`` and not ``soak``: half of it is compiling, a kernel at a time in each process."""
     return Estimate(0, TEST_KERNELS, 2 * START + TEST_WORK / TEST_PROCESSES)
-
-
-def started(*estimates: Estimate) -> Estimate:
-    """What one process does, its start included."""
-    return sum(estimates, Estimate(seconds=START))

@@ -23,13 +23,9 @@ CASES = 3  # the released sizes, short and long, and several heads in packed row
 DEPTHS = (128, 2048, 8192, 32768, 131_072)
 
 
-def _backbone(layers: int, dtype: torch.dtype):
-    torch.manual_seed(0)
-    return backbones.build(backbones.configuration("Qwen3-4B", True, num_hidden_layers=layers), dtype, "cpu")
-
-
 def _variant(name: str, layers: int, dtype: torch.dtype):
-    backbone = _backbone(layers, dtype)
+    torch.manual_seed(0)
+    backbone = backbones.build(backbones.configuration("Qwen3-4B", True, num_hidden_layers=layers), dtype, "cpu")
     if name == "unpatched":
         return backbone
     if name == "released":

@@ -9,29 +9,25 @@ the last compiler makes of it; sectors (32 bytes) that loads and stores ask L1 f
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ..instrument import machine, results
+from ..instrument import results
 from ..instrument.rows import Row, absent, counted
 from . import budget, problems, suite
 from .problems import Case
 
 CASES = (
-    Case("decode_"),
-    Case("decode_", 1, 4),
-    Case("step"),
-    Case("step", 1, 32),
-    Case("scan", 64),
-    Case("scan", 8192),
+    *(Case("decode_", batch=rows) for rows in (1, 4)),
+    *(Case("step", batch=rows) for rows in (1, 32)),
+    *(Case("scan", length) for length in (64, 8192)),
 )
 METRICS = {
     "smsp__inst_executed.sum": "instructions",
@@ -45,22 +41,12 @@ METRICS = {
 SECONDS = 75  # of ncu; the part's own limit is later
 EMULATED = "executed"  # rows named executed/KERNEL hold the emulator's figures; their parameters are the sizes
 CHOSEN = ("parts", "chunk", "spacing")  # parameters of rows of which a launcher did not choose by itself
-# Their names in those rows' values, first found first: instructions, sectors loaded, sectors stored.
-SAME = {
-    "instructions": ("instructions",),
-    "load_sectors": ("load_sectors", "loads"),
-    "store_sectors": ("store_sectors", "stores"),
-}
+SAME = ("instructions", "load_sectors", "store_sectors")  # what both count
 UNITS = {"": 1, "inst": 1, "sector": 1, "request": 1, "byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
 
-def name_of(case: Case) -> str:
-    """A case on a command line, as in ``scan:8192:1``."""
-    return f"{case.kernel}:{case.tokens}:{case.batch}"
-
-
 def case_of(text: str) -> Case:
-    """The case of ``name_of``.
+    """A case on a command line, as in ``scan:8192:1``.
 
     Raises:
         ValueError: something else.
@@ -76,7 +62,7 @@ def command(ncu: str, cases: Sequence[Case]) -> list[str]:
     return [
         ncu, "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "application-only",
         "--csv", "--print-units", "base", "--metrics", ",".join(METRICS),
-        sys.executable, "-m", "bench.speed.counters", *map(name_of, cases),
+        sys.executable, "-m", "bench.speed.counters", *(f"{case.kernel}:{case.tokens}:{case.batch}" for case in cases),
     ]  # fmt: skip
 
 
@@ -127,32 +113,26 @@ def emulated(directory: Path = results.DIRECTORY) -> list[dict]:
 
     Whatever cannot be read holds none.
     """
-    found: tuple[str, list[dict]] = "", []
+    found: dict[str, list[dict]] = {}
     for path in sorted(directory.rglob("*.json")):
-        try:
-            data = json.loads(path.read_text("utf-8"))
-            rows = [row for row in data["rows"] if str(row["name"]).split("/")[0] == EMULATED]
-            flat = [
-                {"kernel": row["name"].partition("/")[2], **row["parameters"], **row["values"]}
-                for row in rows if row.get("status") == "measured"
-            ]  # fmt: skip
-            if flat and str(data["time"]) >= found[0]:
-                found = str(data["time"]), flat
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-    return found[1]
+        with contextlib.suppress(ValueError, OSError):
+            result = results.load(path)
+            rows = [row for row in result.rows if row.kind == EMULATED and row.status == "measured"]
+            if rows:
+                found[str(result.head["time"])] = [
+                    {"kernel": row.variant} | row.parameters | row.values for row in rows
+                ]
+    return found[max(found)] if found else []
 
 
 def beside(kernel: str, case: Case, figures: list[dict]) -> dict[str, float]:
     """The emulator's figures of one launch by this module's names, from the row of the same kernel and sizes; or {}."""
-    sizes = {"tokens": case.tokens, "batch": case.batch, "rank": case.rank, "heads": case.heads, "dtype": case.dtype}
+    sizes = case.parameters | {"target": "sm_90"}
     for row in figures:
         same = row["kernel"].removesuffix("_kernel").strip("_") == kernel.removesuffix("_kernel")
         same = same and not any(row.get(key) for key in CHOSEN)
-        same = same and str(row.get("target", "sm_90")) in ("sm_90", "90")
         if same and all(row.get(key, value) == value for key, value in sizes.items()):
-            pairs = {ours: next((row[name] for name in names if name in row), None) for ours, names in SAME.items()}
-            return {key: float(value) for key, value in pairs.items() if isinstance(value, int | float)}
+            return {name: float(row[name]) for name in SAME if name in row}
     return {}
 
 
@@ -174,7 +154,10 @@ def rows(plan) -> Iterator[Row]:
     if plan.dry or ncu is None:
         yield absent("counters", "a dry run has no counters" if plan.dry else "ncu (Nsight Compute) is not installed")
         return
-    text, status = _watch(command(ncu, CASES))
+    try:
+        text, status = suite.output_of(command(ncu, CASES), SECONDS, stderr=subprocess.STDOUT)
+    except OSError as error:
+        text, status = f"==ERROR== {error}", 127
     found = assign(parse(text), CASES)
     figures = emulated()
     for case, launch in found:
@@ -182,21 +165,6 @@ def rows(plan) -> Iterator[Row]:
     for case in CASES:
         if case not in [one for one, _ in found]:
             yield absent("counters", why_not(text, status), case.parameters)
-
-
-def _watch(arguments: list[str]) -> tuple[str, int | None]:
-    """Output and exit status (None: out of time) of ncu."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
-        try:
-            process = subprocess.Popen(
-                arguments, cwd=machine.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return f"==ERROR== {error}", 127
-        status = suite.wait(process, SECONDS)
-        suite.end(process)  # what it started may go on without it
-        file.seek(0)
-        return file.read(), status
 
 
 def watched(case: Case, device: str = "cuda") -> None:

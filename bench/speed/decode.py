@@ -13,16 +13,13 @@ from transformers import StaticCache
 from ..instrument.rows import Row, absent
 from ..instrument.timing import capture, in_turns
 from . import peers
-from .model import Models, random_ids
+from .model import Models
 
 # Of torch.compile by name; ``graph`` captures the eager forward by hand.
 MODES = {"graph": None, "compile": "default", "reduce-overhead": "reduce-overhead"}
 WARM_UP = 3
-NOT_RELEASED = {
-    "graph": "the released package's state moves to another address at each call, which a CUDA graph cannot follow",
-    "compile": "the released package is timed eager only",
-    "reduce-overhead": "the released package is timed eager only",
-}
+MOVES = "the released package's state moves to another address at each call, which a CUDA graph cannot follow"
+EAGER_ONLY = "the released package is timed eager only"
 
 
 class StaticDecode:
@@ -53,11 +50,9 @@ def stepper(state: StaticDecode, mode: str, device: str, dry: bool) -> Callable[
         return capture(state.step, device, WARM_UP)
     how = {"backend": "aot_eager"} if dry else {"mode": MODES[mode]}
     compiled = torch.compile(state.model, fullgraph=True, dynamic=False, **how)
-    # The compiler's own graphs reuse their memory from the mark on.
-    mark = torch.compiler.cudagraph_mark_step_begin
 
     def step():
-        mark()
+        torch.compiler.cudagraph_mark_step_begin()  # the compiler's own graphs reuse their memory from here on
         state.step(compiled)
 
     for _ in range(WARM_UP):
@@ -81,7 +76,7 @@ def rows(
     """
     parameters = models.parameters(mode=mode, batch=batch, context=context, tokens=tokens)
     variants = {name: model for name, model in models.variants.items() if name != "released"}
-    ids = random_ids(models.config.vocab_size, batch, context, models.device)
+    ids = models.ids(batch, context)
     steps, states = {}, []
     torch._dynamo.reset()
     for name, model in variants.items():
@@ -97,7 +92,7 @@ def rows(
 
     calls = {name: functools.partial(decode, step) for name, step in steps.items()}
     times = in_turns(calls, turns, models.device, warm_up=1, events=False)
-    made = [row for row in models.rows("decode", parameters, times) if not row.name.endswith("/released")]
+    made = [row for row in models.rows("decode", parameters, times) if row.variant != "released"]
     if models.device == "cuda" and peers.released() is not None:
-        made.append(absent("decode/released", NOT_RELEASED[mode], parameters))
+        made.append(absent("decode/released", MOVES if mode == "graph" else EAGER_ONLY, parameters))
     return made

@@ -27,8 +27,7 @@ def full_sweep() -> list[Case]:
     shapes = list(itertools.product(TOKENS, BATCHES))
     ranks = list(itertools.product(RANKS, HEADS))
     cases = [Case("scan", t, b, r, h) for (r, h) in ranks for (t, b) in shapes]
-    cases += [Case("step", 1, b, r, h) for (r, h) in ranks for b in BATCHES]
-    cases += [Case("decode_", 1, b, r, h) for (r, h) in ranks for b in BATCHES]
+    cases += [Case(kernel, 1, b, r, h) for kernel in ("step", "decode_") for (r, h) in ranks for b in BATCHES]
     for kernel in ("read", "steer", "steer_heads_"):
         cases += [Case(kernel, t, b) for (t, b) in shapes]
         cases += [Case(kernel, 8192, 1, r, h) for (r, h) in ranks if (r, h) != (8, 1)]
@@ -60,29 +59,12 @@ def room(device: str) -> int:
     return torch.cuda.mem_get_info()[0] // 2 if device == "cuda" else 1 << 30
 
 
-class Checks:
-    """Each kernel is compared with the reference once for each rank and number of heads, and refused if wrong."""
-
-    def __init__(self, device: str):
-        self.device = device
-        self.results: dict[tuple, tuple[str, float]] = {}
-
-    def __call__(self, case: Case) -> tuple[str, float]:
-        many = case.tokens > 128
-        key = case.kernel, case.rank, case.heads, many  # a short scan runs other kernels than a long one
-        if key not in self.results:
-            self.results[key] = problems.check(case, self.device)
-        return self.results[key]
-
-
 def row_of(case: Case, device: str, turns: int, check: Callable) -> Row:
     """Time one case: each call as a CUDA graph of its own, cold, on inputs that change from call to call."""
     name = f"kernel/{case.kernel}"
-    sets = SETS
     one = 3 * problems.resident_bytes(case)  # a set, what is written, and what lies between two launches
-    while sets > 1 and sets * one > room(device):
-        sets //= 2
-    if one > room(device):
+    sets = next((count for count in (SETS, SETS // 2, 1) if count * one <= room(device)), 0)
+    if not sets:
         return absent(name, f"does not fit the device: {one / 2**30:.0f} GiB", case.parameters)
     wrong, error = check(case)
     if wrong:
@@ -92,10 +74,8 @@ def row_of(case: Case, device: str, turns: int, check: Callable) -> Row:
     times = in_turns({name: lambda n: replays[n % sets]()}, turns, device)[name]
     row = measured(name, case.parameters, times, error)
     floor = problems.least_bytes(case)
-    row.values["bytes"] = floor
-    row.values["bandwidth"] = floor / row.p50
     share = floor / row.p50 / copy_bandwidth(device)
-    row.values["roofline"] = share
+    row.values |= {"bytes": floor, "bandwidth": floor / row.p50, "roofline": share}
     if case.memory_bound and floor > 2 * l2_bytes(device) > 0:
         row.values["streaming"] = share
     if floor < 64 << 20:
@@ -106,8 +86,14 @@ def row_of(case: Case, device: str, turns: int, check: Callable) -> Row:
 
 
 def rows(cases: Iterable[Case], device: str, turns: int) -> Iterator[Row]:
-    """A row for each case; what does not fit the device says so."""
-    check = Checks(device)
+    """A row for each case; what does not fit the device says so. One case of each ``way`` is compared with float64."""
+    found: dict[tuple, tuple[str, float]] = {}
+
+    def check(case: Case) -> tuple[str, float]:
+        if case.way not in found:
+            found[case.way] = problems.check(case, device)
+        return found[case.way]
+
     with torch.no_grad():
         for case in cases:
             try:
@@ -119,14 +105,9 @@ def rows(cases: Iterable[Case], device: str, turns: int) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def _released_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
-    """Their scan and ours in turns on the same tokens, checked against each other.
-
-    Theirs is one launch and takes long enough to hide it; ours is several short ones, timed as a CUDA graph and as
-    Python launches them.
-    """
-    rule, name = case.rule, "scan/triton" if device == "cuda" else "scan/auto"
-    ops = problems.operators(device)
+def _released_row(name: str, case: Case, device: str, turns: int, scan: Callable) -> Row:
+    """Their scan and ours in turns on the same tokens, checked against each other."""
+    rule, ops = case.rule, problems.operators(device)
     sets = []
     for _ in range(2):
         inputs = problems.random_inputs(case, device)
@@ -143,29 +124,30 @@ def _released_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
         return scan(*sets[n % 2][1])
 
     error = problems.relative_error(released(0)[1], ours(0).reads)
+    return _beside(name, case, device, turns, ours, released, error, "to the released scan")
+
+
+def _beside(
+    name: str, case: Case, device: str, turns: int, ours: Callable, released: Callable, error: float, what: str
+) -> Row:
+    """Both in turns, refused if they differ.
+
+    Theirs is one launch (its gradient two) and takes long enough to hide it; ours is several short ones, timed as CUDA
+    graphs and as Python launches them.
+    """
     if not error < 5e-2:  # their inputs and states are rounded to bfloat16
-        return refused(name, case.parameters, f"relative error {error:.1e} to the released scan", error)
+        return refused(name, case.parameters, f"relative error {error:.1e} {what}", error)
     graphs = [capture(functools.partial(ours, n), device) for n in range(2)]
-    return _beside(
-        name, case, error, {"graph": lambda n: graphs[n % 2](), "eager": ours, "released": released}, turns, device
-    )
-
-
-def _beside(name: str, case: Case, error: float, variants: dict[str, Callable], turns: int, device: str) -> Row:
-    """Ours as a ``graph`` and ``eager``, and the ``released`` one, in turns."""
+    variants = {"graph": lambda n: graphs[n % 2](), "eager": ours, "released": released}
     times = in_turns(variants, turns, device, warm_up=1)
     row = measured(name, case.parameters, times["graph"], error)
     compare(row, "released", times["released"], times["graph"])
     return compare(row, "released, ours launched from Python", times["released"], times["eager"])
 
 
-def _gradient_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
-    """Forward and backward of both, in turns, and the memory that each takes beyond what it returns.
-
-    Ours as a CUDA graph, as above; theirs is two launches that take long enough to hide theirs.
-    """
-    rule, name = case.rule, "scan-gradient/triton" if device == "cuda" else "scan-gradient/auto"
-    ops = problems.operators(device)
+def _gradient_row(name: str, case: Case, device: str, turns: int, scan: Callable) -> Row:
+    """Forward and backward of both, in turns, and the memory that each takes beyond what it returns."""
+    rule, ops = case.rule, problems.operators(device)
     inputs = problems.random_inputs(case, device)
     x, bias = inputs["projections"].requires_grad_(), inputs["bias"].requires_grad_()
     grad = torch.randn(case.batch, case.tokens, rule.read_width, device=device)
@@ -184,12 +166,9 @@ def _gradient_row(case: Case, device: str, turns: int, scan: Callable) -> Row:
     # v is a plain slice of the projections, so its gradient is comparable.
     r = rule.rank
     error = problems.relative_error(released()[3], ours()[1][..., 2 * r : 3 * r])
-    if not error < 5e-2:
-        return refused(name, case.parameters, f"relative error {error:.1e} to the released gradient of v", error)
-    graph = capture(ours, device)
-    row = _beside(name, case, error, {"graph": lambda n: graph(), "eager": ours, "released": released}, turns, device)
-    peaks = [peak_memory(call, device) for call in (ours, released)]
-    if None not in peaks:
+    row = _beside(name, case, device, turns, ours, released, error, "to the released gradient of v")
+    peaks = [peak_memory(call, device) for call in (ours, released) if row.status == "measured"]
+    if any(peaks):
         # Both return reads and gradients, which nothing can save: what counts is what lies beside them at the peak.
         beside = [peak - sum(t.nbytes for t in call()) for peak, call in zip(peaks, (ours, released))]
         row.values |= {"peak_memory": peaks[0], "memory_beside_results": beside[0]}
@@ -202,14 +181,14 @@ def released_rows(lengths: Iterable[int], gradients: Iterable[int], device: str,
     not."""
     scan = peers.released_scan(device)
     kind = "triton" if device == "cuda" else "auto"
-    wanted = [("scan", _released_row, length, turns) for length in lengths]
-    wanted += [("scan-gradient", _gradient_row, length, 3) for length in gradients]
+    wanted = [(f"scan/{kind}", _released_row, length, turns) for length in lengths]
+    wanted += [(f"scan-gradient/{kind}", _gradient_row, length, 3) for length in gradients]
     for name, row, length, times in wanted:
         case = Case("scan", length)
         if scan is None:
-            yield absent(f"{name}/{kind}", peers.MISSING["released"], case.parameters)
+            yield absent(name, peers.MISSING["released"], case.parameters)
         else:
-            yield row(case, device, times, scan)
+            yield row(name, case, device, times, scan)
 
 
 def fla_rows(lengths: Iterable[int], device: str, turns: int) -> Iterator[Row]:

@@ -1,4 +1,7 @@
-"""Prefill and decode of a whole model, eager: patched against the same model without a patch and the released one."""
+"""Prefill and decode of a whole model, eager: patched against the same model without a patch and the released one.
+
+Prompts of hundreds of tokens with what is decoded after them, and long prompts: time and peak memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from deltamem_kernels.dispatch import resolve_backend
 
 from ..instrument import backbones
 from ..instrument.rows import Row, absent, compare, measured, refused
-from ..instrument.timing import wall
+from ..instrument.timing import in_turns, peak_memory, wall
 from . import peers
 from .problems import relative_error
 
@@ -28,6 +31,7 @@ NOISE = 8.0  # in another dtype: times the error that rounding gives the backbon
 PHASES = ("prefill", "decode")
 PREFILLS = 4  # of a variant in a turn, the other variants' in between
 BLOCK = 4  # tokens that a variant decodes before another has its turn
+BASELINES = {"unpatched": (), "patched": ("unpatched", "released"), "released": ("unpatched",)}  # of ratios
 SMALL = ("Qwen3-48M", "SmolLM2-135M")  # what a CPU is measured with
 
 
@@ -37,13 +41,12 @@ class Sizes:
 
     prefill: int = 512
     decode: int = 32
-    batches: tuple[int, ...] = (1, 4)
     turns: tuple[int, int] = (6, 24)
     budget: float = 75.0  # seconds for a batch size; past it only the least number of turns is completed
 
 
 FULL = Sizes()
-QUICK = Sizes(prefill=32, decode=4, batches=(1, 2), turns=(3, 3))
+QUICK = Sizes(prefill=32, decode=4, turns=(3, 3))
 
 
 @dataclass
@@ -75,22 +78,23 @@ class Models:
         """A row's parameters."""
         return {"model": self.name, **sizes, "dtype": self.dtype}
 
+    def ids(self, batch: int, length: int) -> torch.Tensor:
+        """Fresh tokens [B, T]."""
+        return random_ids(self.config.vocab_size, batch, length, self.device)
+
     def rows(self, name: str, parameters: dict[str, Any], times: dict[str, list[float]]) -> list[Row]:
         """A row for each variant: timings, ratios to the others, or why there are none."""
         rows = []
         for variant, seconds in times.items():
             row = measured(f"{name}/{variant}", dict(parameters), seconds, self.errors.get(variant))
-            for baseline in ("unpatched", "released") if variant == "patched" else ():
+            for baseline in BASELINES[variant]:
                 if baseline in times:
                     compare(row, baseline, times[baseline], seconds)
-            if variant == "released":
-                compare(row, "unpatched", times["unpatched"], seconds)
             if variant == "patched":
                 row.parameters["backend"] = resolve_backend("auto", self.device)
             rows.append(row)
-        for variant, row in self.refusals.items():
-            rows.append(replace(row, name=f"{name}/{variant}", parameters=dict(parameters)))
-        return rows
+        refusals = self.refusals.items()
+        return rows + [replace(row, name=f"{name}/{v}", parameters=dict(parameters)) for v, row in refusals]
 
 
 def random_ids(vocabulary: int, batch: int, length: int, device: str) -> torch.Tensor:
@@ -106,25 +110,10 @@ def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
 
 
-@dataclass(frozen=True)
-class Check:
-    """What a comparison of logits found.
-
-    Attributes:
-        wrong: what is wrong with the patched model, or "".
-        error: relative error of its logits.
-        budget: the error allowed.
-        wanted: the logits that the reference gives.
-    """
-
-    wrong: str
-    error: float
-    budget: float
-    wanted: torch.Tensor | None = None
-
-
 @torch.no_grad()
-def check(bare: nn.Module, patched: nn.Module, exact: nn.Module, ids: torch.Tensor) -> Check:
+def check(
+    bare: nn.Module, patched: nn.Module, exact: nn.Module, ids: torch.Tensor
+) -> tuple[str, float, float, torch.Tensor | None]:
     """Compare a patched model with its backbone, the memory disabled, and with the reference.
 
     Args:
@@ -135,11 +124,15 @@ def check(bare: nn.Module, patched: nn.Module, exact: nn.Module, ids: torch.Tens
 
     Rounding to 16 bits moves the logits of a deep random model by some percent, memory or none. So what the
     memory may add to that is measured against what the backbone has of it.
+
+    Returns:
+        what is wrong with the patched model, or ""; the relative error of its logits, the error allowed, and the
+        logits that the reference gives (None: not asked).
     """
     plain = logits_of(bare, ids)
     with memory_disabled(patched):
         if not torch.equal(logits_of(patched, ids), plain):
-            return Check("logits differ from the backbone's with the memory disabled", float("nan"), 0.0)
+            return "logits differ from the backbone's with the memory disabled", float("nan"), 0.0, None
     with memory_disabled(exact):
         noise = relative_error(plain, logits_of(exact, ids))
     logits, wanted = logits_of(patched, ids), logits_of(exact, ids)
@@ -147,7 +140,7 @@ def check(bare: nn.Module, patched: nn.Module, exact: nn.Module, ids: torch.Tens
     wrong = "" if error < budget else f"relative error {error:.1e} of the logits, allowed under {budget:.0e}"
     if not relative_error(wanted, plain) > 2 * budget:
         wrong = "the adapter changes too little to be checked"
-    return Check(wrong, error, budget, wanted)
+    return wrong, error, budget, wanted
 
 
 @torch.no_grad()
@@ -178,14 +171,14 @@ def make(name: str, device: str, dtype: str = "float32", tiny: bool = False, pee
     exact.load_state_dict(patched.state_dict())
     models = Models(f"tiny {name}" if tiny else name, dtype, device, {"unpatched": bare}, count=count)
     ids = random_ids(config.vocab_size, 2, 26, device)
-    found = check(bare, patched, exact, ids)
+    wrong, error, budget, wanted = check(bare, patched, exact, ids)
     del exact
-    if found.wrong:
-        models.refusals["patched"] = refused("", {}, found.wrong, found.error)
+    if wrong:
+        models.refusals["patched"] = refused("", {}, wrong, error)
     else:
-        models.variants["patched"], models.errors["patched"] = patched, found.error
+        models.variants["patched"], models.errors["patched"] = patched, error
     if peer:
-        _add_released(models, bare, patched, ids, found)
+        _add_released(models, bare, patched, ids, 2 * budget, wanted)
     for variant in models.variants.values():
         _share(bare, variant)
     return models
@@ -203,7 +196,9 @@ def _share(bare: nn.Module, variant: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _add_released(models: Models, bare: nn.Module, patched: nn.Module, ids: torch.Tensor, found: Check) -> None:
+def _add_released(
+    models: Models, bare: nn.Module, patched: nn.Module, ids: torch.Tensor, budget: float, wanted: torch.Tensor | None
+) -> None:
     try:
         model = peers.released_model(bare, patched)
     except torch.OutOfMemoryError:
@@ -215,11 +210,11 @@ def _add_released(models: Models, bare: nn.Module, patched: nn.Module, ids: torc
         models.refusals["released"] = absent("", peers.MISSING["released"])
         return
     # Its state is rounded to the model's dtype at each call, which its own error shows.
-    error = float("nan") if found.wanted is None else relative_error(logits_of(model, ids), found.wanted)
-    if error < 2 * found.budget:
+    error = float("nan") if wanted is None else relative_error(logits_of(model, ids), wanted)
+    if error < budget:
         models.variants["released"], models.errors["released"] = model, error
     else:
-        note = f"relative error {error:.1e} of the logits to the reference, allowed under {2 * found.budget:.0e}"
+        note = f"relative error {error:.1e} of the logits to the reference, allowed under {budget:.0e}"
         models.refusals["released"] = refused("", {}, note, error)
 
 
@@ -256,16 +251,15 @@ def turn(variants: list[tuple[str, nn.Module]], ids: torch.Tensor, prefill: int,
 def measure(models: Models, sizes: Sizes, batch: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by phase and variant, one entry a turn: the models run in turns on the same tokens."""
     variants, length = list(models.variants.items()), sizes.prefill + sizes.decode
-    fresh = functools.partial(random_ids, models.config.vocab_size, batch, length, models.device)
     times = {phase: {name: [] for name in models.variants} for phase in PHASES}
-    turn(variants, fresh(), sizes.prefill, models.device)  # warm-up
+    turn(variants, models.ids(batch, length), sizes.prefill, models.device)  # warm-up
     least, most = sizes.turns
     start = time.perf_counter()
     for count in itertools.count():
         if count >= most or (count >= least and time.perf_counter() - start > sizes.budget):
             return times
         # Who goes first changes from turn to turn, so that neither always follows the other.
-        found = turn(variants[:: 1 if count % 2 == 0 else -1], fresh(), sizes.prefill, models.device)
+        found = turn(variants[:: (1, -1)[count % 2]], models.ids(batch, length), sizes.prefill, models.device)
         for phase, name in itertools.product(PHASES, models.variants):
             times[phase][name].append(found[phase][name])
 
@@ -278,6 +272,37 @@ def eager_rows(models: Models, sizes: Sizes, batch: int) -> list[Row]:
     return rows + models.rows("decode", decode, times["decode"])
 
 
+def prefill(model: nn.Module, ids: torch.Tensor) -> None:
+    """One forward of a whole prompt, logits of the last token only."""
+    peers.forget(model)
+    model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+
+
+@torch.no_grad()
+def prefill_rows(models: Models, length: int, turns: int) -> list[Row]:
+    """Rows of a long prompt, one row of it: seconds, ``peak_memory`` and, where patched, ``extra_memory``.
+
+    ``peak_memory`` is a model's own weights and what a prefill takes at its peak beyond them, in bytes;
+    ``extra_memory`` is patched ÷ unpatched − 1.
+    """
+    peaks = {}
+    for name, model in models.variants.items():
+        prefill(model, models.ids(1, length))  # kernels compile here
+        taken = peak_memory(functools.partial(prefill, model, models.ids(1, length)), models.device)
+        if taken is not None:
+            peaks[name] = backbones.weight_bytes(model) + taken
+    prompts = [models.ids(1, length) for _ in range(turns)]
+    calls = {name: lambda n, model=model: prefill(model, prompts[n]) for name, model in models.variants.items()}
+    times = in_turns(calls, turns, models.device, warm_up=0, events=False)
+    made = models.rows("prefill", models.parameters(batch=1, tokens=length), times)
+    for row in made:
+        if row.status == "measured" and row.variant in peaks:
+            row.values["peak_memory"] = peaks[row.variant]
+            if row.variant != "unpatched":
+                row.values["extra_memory"] = peaks[row.variant] / peaks["unpatched"] - 1
+    return made
+
+
 def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
     """All rows of the model benchmark on a CPU."""
     sizes = QUICK if quick else FULL
@@ -285,7 +310,7 @@ def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
     for name in SMALL:
         models = make(name, "cpu", tiny=quick)
         progress(f"model: {name}, {models.count:,} parameters")
-        for batch in sizes.batches:
+        for batch in (1, 2) if quick else (1, 4):
             progress(f"model: {name}, batch {batch}")
             rows += eager_rows(models, sizes, batch)
     return rows

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..instrument import timing
 from ..instrument.rows import Row, absent, counted, refused
-from . import budget, counters, decode, kernels, model, prefill
+from . import budget, counters, decode, kernels, model
 from .budget import Estimate
 
+MAIN = "Qwen3-4B"  # what most parts measure
 PREFILL_TURNS = 4
 
 
@@ -56,12 +58,14 @@ class Plan:
         """How often a kernel is timed."""
         return 3 if self.dry else 30 if self.full else 20
 
-    def eager(self, batch: int) -> model.Sizes:
+    @property
+    def eager(self) -> model.Sizes:
         """Sizes of the eager model benchmark."""
         if self.dry:
-            return model.Sizes(prefill=16, decode=3, batches=(batch,), turns=(2, 2))
-        return model.Sizes(prefill=512, decode=24, batches=(batch,), turns=(5, 9 if self.full else 6), budget=12.0)
+            return model.Sizes(prefill=16, decode=3, turns=(2, 2))
+        return model.Sizes(prefill=512, decode=24, turns=(5, 9 if self.full else 6), budget=12.0)
 
+    @property
     def static(self) -> dict[str, int]:
         """Sizes of decode on a static cache."""
         return {"context": 16, "tokens": 2, "turns": 2} if self.dry else {"context": 512, "tokens": 24, "turns": 7}
@@ -77,7 +81,7 @@ def _static(plan: Plan, models: model.Models, modes: tuple[str, ...], batches: t
     for mode in modes:
         for batch in batches:
             try:
-                yield from decode.rows(models, mode, batch, progress=plan.progress, dry=plan.dry, **plan.static())
+                yield from decode.rows(models, mode, batch, progress=plan.progress, dry=plan.dry, **plan.static)
             except torch.OutOfMemoryError:
                 yield absent("decode/patched", "does not fit the device", models.parameters(mode=mode, batch=batch))
             except Exception as error:  # the compiler has many ways to fail; the other modes go on
@@ -85,27 +89,27 @@ def _static(plan: Plan, models: model.Models, modes: tuple[str, ...], batches: t
                 yield refused("decode/patched", models.parameters(mode=mode, batch=batch), note)
 
 
-def model_decode(plan: Plan, name: str = "Qwen3-4B") -> Iterator[Row]:
+def model_decode(plan: Plan) -> Iterator[Row]:
     """Decode at 1 row, then at 16: eager after short prompts, then the hand-captured CUDA graph."""
-    models = _models(plan, name)
+    models = _models(plan, MAIN)
     for batch in (1, 16):
-        yield from model.eager_rows(models, plan.eager(batch), batch)
+        yield from model.eager_rows(models, plan.eager, batch)
         yield from _static(plan, models, ("graph",), (batch,))
 
 
-def model_compiled(plan: Plan, name: str = "Qwen3-4B") -> Iterator[Row]:
+def model_compiled(plan: Plan) -> Iterator[Row]:
     """Decode with a static cache under torch.compile: one row, then 16, then the compiler's own CUDA graphs."""
-    models = _models(plan, name, peer=False)
+    models = _models(plan, MAIN, peer=False)
     for mode, batch in (("compile", 1), ("reduce-overhead", 1), ("compile", 16), ("reduce-overhead", 16)):
         yield from _static(plan, models, (mode,), (batch,))
 
 
-def model_prefill(plan: Plan, name: str = "Qwen3-4B") -> Iterator[Row]:
+def model_prefill(plan: Plan) -> Iterator[Row]:
     """Long prompts: seconds and peak memory. The released scan, a token at a time, is in the first length alone."""
-    models = _models(plan, name)
+    models = _models(plan, MAIN)
     for length in plan.lengths:
         try:
-            yield from prefill.rows(models, length, turns=3 if plan.dry else PREFILL_TURNS)
+            yield from model.prefill_rows(models, length, turns=3 if plan.dry else PREFILL_TURNS)
         except torch.OutOfMemoryError:
             yield absent("prefill/patched", "does not fit the device", models.parameters(batch=1, tokens=length))
         if models.variants.pop("released", None) is not None and not plan.full:
@@ -116,11 +120,11 @@ def other_model(plan: Plan, name: str) -> Iterator[Row]:
     """What the first backbone gets in several parts, for another one."""
     models = _models(plan, name, peer=plan.full)
     yield from _static(plan, models, ("graph",), (1, 16))
-    yield from model.eager_rows(models, plan.eager(1), 1)
+    yield from model.eager_rows(models, plan.eager, 1)
     for length in plan.lengths if plan.full else plan.lengths[:1]:
-        yield from prefill.rows(models, length, turns=3)
+        yield from model.prefill_rows(models, length, turns=3)
     if plan.full:
-        yield from model.eager_rows(models, plan.eager(16), 16)
+        yield from model.eager_rows(models, plan.eager, 16)
         yield from _static(plan, models, ("compile", "reduce-overhead"), (1, 16))
 
 
@@ -150,48 +154,53 @@ class Part:
 
     Attributes:
         run: its rows.
-        estimate: what it launches and compiles, and how long that should take; that and half as much again is its
-            limit (none in the full sweep).
+        steps: what it launches and compiles, and how long that should take.
     """
 
     run: Callable[[Plan], Iterator[Row]]
-    estimate: Callable[[Plan], Estimate]
+    steps: Callable[[Plan], Iterable[Estimate]]
+
+    def estimate(self, plan: Plan) -> Estimate:
+        """All of it, the start of the process too; that and half as much again is its limit (none in a full sweep)."""
+        return sum(self.steps(plan), Estimate(seconds=budget.START))
 
 
 PEERS = ("unpatched", "patched", "released")
 OURS = PEERS[:2]
 
 
-def _decode_estimate(plan: Plan, name: str = "Qwen3-4B") -> Estimate:
-    each = [budget.of_eager(name, plan.eager(batch), PEERS) for batch in (1, 16)]
-    each += [budget.of_graph(name, **plan.static())] * 2
-    return budget.started(budget.of_model(name), *each)
+def _decode_steps(plan: Plan) -> Iterator[Estimate]:
+    yield budget.of_model(MAIN)
+    for _ in range(2):  # batch sizes
+        yield budget.of_eager(MAIN, plan.eager, PEERS)
+        yield budget.of_graph(MAIN, **plan.static)
 
 
-def _prefill_estimate(plan: Plan, name: str = "Qwen3-4B") -> Estimate:
-    first, *others = plan.lengths
-    long = [budget.of_prefill(name, length, PREFILL_TURNS, OURS) for length in others]
-    return budget.started(budget.of_model(name), budget.of_prefill(name, first, PREFILL_TURNS, PEERS), *long)
+def _prefill_steps(plan: Plan) -> Iterator[Estimate]:
+    yield budget.of_model(MAIN)
+    for length in plan.lengths:
+        yield budget.of_prefill(MAIN, length, PREFILL_TURNS, PEERS if length == plan.lengths[0] else OURS)
 
 
-def _other_estimate(plan: Plan, name: str) -> Estimate:
-    graphs = [budget.of_graph(name, **plan.static())] * 2
-    eager = budget.of_eager(name, plan.eager(1), OURS)
-    return budget.started(budget.of_model(name), *graphs, eager, budget.of_prefill(name, plan.lengths[0], 3, OURS))
+def _other(name: str) -> Part:
+    def steps(plan: Plan) -> Iterator[Estimate]:
+        yield budget.of_model(name)
+        yield from [budget.of_graph(name, **plan.static)] * 2
+        yield budget.of_eager(name, plan.eager, OURS)
+        yield budget.of_prefill(name, plan.lengths[0], 3, OURS)
+
+    return Part(functools.partial(other_model, name=name), steps)
 
 
 # What tells most comes first, so that a run that is cut off has it: decode, the scan, each kernel. The compiler takes
 # minutes for whole models: what takes seconds comes before it.
 PARTS = {
-    "decode": Part(model_decode, _decode_estimate),
-    "scan-peers": Part(
-        scan_peers, lambda plan: budget.started(budget.of_scan_peers(plan.scans, plan.gradients, plan.turns))
-    ),
-    "kernels": Part(microbenchmarks, lambda plan: budget.started(budget.of_kernels(kernels.short_sweep(), plan.turns))),
-    "counters": Part(counters.rows, lambda plan: budget.started(budget.of_counters(counters.CASES))),
-    "prefill": Part(model_prefill, _prefill_estimate),
-    "compiled": Part(model_compiled, lambda plan: budget.started(budget.of_compiled("Qwen3-4B", 4, plan.static()))),
-    "compiled-kernels": Part(compiled_kernels, lambda plan: budget.started(budget.of_compiled_kernels(3))),
-    "Qwen3-8B": Part(lambda plan: other_model(plan, "Qwen3-8B"), lambda plan: _other_estimate(plan, "Qwen3-8B")),
-    "SmolLM3-3B": Part(lambda plan: other_model(plan, "SmolLM3-3B"), lambda plan: _other_estimate(plan, "SmolLM3-3B")),
+    "decode": Part(model_decode, _decode_steps),
+    "scan-peers": Part(scan_peers, lambda plan: [budget.of_scan_peers(plan.scans, plan.gradients, plan.turns)]),
+    "kernels": Part(microbenchmarks, lambda plan: [budget.of_kernels(kernels.short_sweep(), plan.turns)]),
+    "counters": Part(counters.rows, lambda plan: [budget.of_counters(counters.CASES)]),
+    "prefill": Part(model_prefill, _prefill_steps),
+    "compiled": Part(model_compiled, lambda plan: [budget.of_compiled(MAIN, 4, plan.static)]),
+    "compiled-kernels": Part(compiled_kernels, lambda plan: [budget.of_compiled_kernels(3)]),
+    **{name: _other(name) for name in ("Qwen3-8B", "SmolLM3-3B")},
 }

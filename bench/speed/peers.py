@@ -98,8 +98,7 @@ def released_scan(device: str) -> Callable | None:
     if package is None:
         return None
     if device == "cuda":
-        kernels = _import("deltamem.kernels.affine_scan")
-        return None if kernels is None else kernels.triton_affine_scan
+        return getattr(_import("deltamem.kernels.affine_scan"), "triton_affine_scan", None)
     # a loop that uses nothing of the module that it is a method of
     loop = package.DeltaMemAttention._memory_affine_scan_torch
     return lambda *tensors: loop(None, *tensors)

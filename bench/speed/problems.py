@@ -18,6 +18,12 @@ LAYOUT = HeadLayout(q=32, k=8, v=8, dim=128, rotary=128)  # Qwen3-4B's and 8B's
 OUT = 2560  # Qwen3-4B's hidden size, to which o_proj projects
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3}  # of an output in that dtype, by ‖out − exact‖ / ‖exact‖
 CHECK_TOKENS = 300
+# Of a call: the inputs that gradients are taken in, and the gradients of its results.
+DIFFERENTIATED = {
+    "scan": (("projections", "bias", "state"), ("d_reads", "d_state")),
+    "read": (("projections", "state"), ("d_reads",)),
+    "steer": (("reads", "o", "base"), ("d_out",)),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Case:
     heads: int = 1
     dtype: str = "bfloat16"
 
-    @property
+    @functools.cached_property
     def rule(self) -> DeltaRule:
         """The released recurrence at these sizes."""
         return DeltaRule(rank=self.rank, heads=self.heads)
@@ -45,8 +51,12 @@ class Case:
     @property
     def parameters(self) -> dict:
         """A row's parameters."""
-        names = ("tokens", "batch", "rank", "heads", "dtype")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("tokens", "batch", "rank", "heads", "dtype")}
+
+    @property
+    def way(self) -> tuple:
+        """What one check is for: a short scan runs other kernels than a long one."""
+        return self.kernel, self.rank, self.heads, self.tokens > 128
 
     @property
     def memory_bound(self) -> bool:
@@ -65,29 +75,23 @@ def least_bytes(case: Case) -> int:
     rule, rows, tokens = case.rule, case.batch, case.batch * case.tokens
     read, state = 4 * rule.read_width, 4 * case.heads * case.rank**2
     q_and_k = (LAYOUT.q + LAYOUT.k) * LAYOUT.dim
-    q_weight = LAYOUT.q * LAYOUT.dim * rule.read_width * w
+    q_weight, o_weight = (out * rule.read_width * w for out in (LAYOUT.q * LAYOUT.dim, OUT))
     turn = 2 * LAYOUT.rotary * w * case.tokens
-    if case.kernel != case.forward:
-        # Both passes read the inputs; the results' gradients come in, the inputs' go out (that of base is not moved).
-        forward = least_bytes(replace(case, kernel=case.forward))
-        weight = OUT * rule.read_width * w
-        return (
-            forward
-            + {
-                "scan": tokens * (2 * rule.width * w + read) + 4 * rows * state,
-                "read": tokens * (2 * rule.width * w + read) + 2 * rows * state,
-                "steer": tokens * (OUT * w + 2 * read) + 2 * weight,
-            }[case.forward]
-        )
-    return {
+    heads = 2 * q_and_k * w + read
+    # Both passes read the inputs; the results' gradients come in, the inputs' go out (that of base is not moved).
+    forward = least_bytes(replace(case, kernel=case.forward)) if case.kernel != case.forward else 0
+    more = {
         "scan": tokens * (rule.width * w + read) + 2 * rows * state,
         "step": rows * (rule.width * w + read + 2 * state),
         "read": tokens * (rule.width * w + read) + rows * state,
-        "steer": tokens * (2 * OUT * w + read) + OUT * rule.read_width * w,
-        "steer_heads_": tokens * (2 * q_and_k * w + read) + q_weight + turn,
-        "decode_": rows * (2 * q_and_k * w + rule.width * w + read + 2 * state + OUT * w)
-        + q_weight + OUT * rule.read_width * w + turn,
-    }[case.kernel]  # fmt: skip
+        "steer": tokens * (2 * OUT * w + read) + o_weight,
+        "steer_heads_": tokens * heads + q_weight + turn,
+        "decode_": rows * (heads + rule.width * w + 2 * state + OUT * w) + q_weight + o_weight + turn,
+        "scan_gradient": tokens * (2 * rule.width * w + read) + 4 * rows * state,
+        "read_gradient": tokens * (2 * rule.width * w + read) + 2 * rows * state,
+        "steer_gradient": tokens * (OUT * w + 2 * read) + 2 * o_weight,
+    }
+    return forward + more[case.kernel]
 
 
 def resident_bytes(case: Case) -> int:
@@ -96,11 +100,11 @@ def resident_bytes(case: Case) -> int:
     return max(least_bytes(case), whole if case.kernel in ("steer_heads_", "decode_") else 0)
 
 
-def random_inputs(case: Case, device: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def random_inputs(case: Case, device: str) -> dict[str, torch.Tensor]:
     """Fresh random arguments by name; the kernel's own names, no zeros."""
-    dtype = dtype or getattr(torch, case.dtype)
+    dtype = getattr(torch, case.dtype)
     rule, b, t = case.rule, case.batch, case.tokens
-    width = rule.read_width
+    width, lead = rule.read_width, (b,) if case.kernel in ("step", "decode_") else (b, t)
 
     def random(*shape, kind=torch.float32):
         return torch.randn(*shape, device=device, dtype=kind)
@@ -110,10 +114,8 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype | None = None) -> 
         "state": random(b, case.heads, case.rank, case.rank),
         "skipped": torch.zeros(b, dtype=torch.int32, device=device),
     }
-    if case.forward in ("scan", "read"):
-        inputs["projections"] = random(b, t, rule.width, kind=dtype)
-    elif case.kernel == "step":
-        inputs["projections"] = random(b, rule.width, kind=dtype)
+    if case.forward in ("scan", "read", "step"):
+        inputs["projections"] = random(*lead, rule.width, kind=dtype)
     elif case.forward == "steer":
         inputs |= {"base": random(b, t, OUT, kind=dtype), "reads": random(b, t, width)}
         inputs["o"] = random(OUT, width, kind=dtype)
@@ -122,7 +124,6 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype | None = None) -> 
         inputs |= {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
         inputs |= {"q": random(LAYOUT.span("q")[1], width, kind=dtype), "o": random(OUT, width, kind=dtype)}
         inputs |= {name: 1 + random(LAYOUT.dim, kind=dtype) / 8 for name in ("q_norm", "k_norm")}
-        lead = (b,) if case.kernel == "decode_" else (b, t)
         inputs["packed"] = random(*lead, LAYOUT.width + rule.width, kind=dtype)
         inputs["reads"] = random(b, t, width)
         inputs["arrived"] = torch.zeros(b, dtype=torch.int32, device=device)
@@ -132,21 +133,11 @@ def random_inputs(case: Case, device: str, dtype: torch.dtype | None = None) -> 
     return inputs
 
 
-def _steering(inputs: dict, with_o: bool) -> Steering:
-    norms = {name: inputs[name] for name in ("q_norm", "k_norm")}
-    return Steering(q=inputs["q"], o=inputs["o"] if with_o else None, scale=2.0, **norms)
-
-
 def _gradient(case: Case, inputs: dict[str, torch.Tensor], ops: Operators) -> tuple[torch.Tensor, ...]:
     """The gradients of one forward call, in the order of its inputs, for what its results are given."""
-    names = {
-        "scan": ("projections", "bias", "state"),
-        "read": ("projections", "state"),
-        "steer": ("reads", "o", "base"),
-    }
-    given = {"scan": ("d_reads", "d_state"), "read": ("d_reads",), "steer": ("d_out",)}[case.forward]
+    names, given = DIFFERENTIATED[case.forward]
     with torch.enable_grad():
-        leaves = {name: inputs[name].detach().requires_grad_() for name in names[case.forward]}
+        leaves = {name: inputs[name].detach().requires_grad_() for name in names}
         found = apply(replace(case, kernel=case.forward), inputs | leaves, ops)
         return torch.autograd.grad(found, tuple(leaves.values()), [inputs[name] for name in given])
 
@@ -161,20 +152,20 @@ def apply(case: Case, inputs: dict[str, torch.Tensor], ops: Operators) -> tuple[
     if case.kernel != case.forward:
         return _gradient(case, inputs, ops)
     if case.kernel == "scan":
-        out = ops.scan(i["projections"], i["bias"], i["state"], rule)
-        return out.reads, out.state
+        return ops.scan(i["projections"], i["bias"], i["state"], rule)[:2]
     if case.kernel == "step":
         return ops.step(i["projections"], i["bias"], i["state"], rule, skipped=i["skipped"]), i["state"]
     if case.kernel == "read":
         return (ops.read(i["projections"], i["state"], rule),)
     if case.kernel == "steer":
         return (ops.steer(i["base"], i["reads"], i["o"], 2.0),)
-    turn = i["cos"], i["sin"]
+    turn, o = (i["cos"], i["sin"]), i["o"] if case.kernel == "decode_" else None
+    steering = Steering(q=i["q"], o=o, scale=2.0, q_norm=i["q_norm"], k_norm=i["k_norm"])
     if case.kernel == "steer_heads_":
-        ops.steer_heads_(i["packed"], i["reads"], LAYOUT, _steering(i, False), *turn)
+        ops.steer_heads_(i["packed"], i["reads"], LAYOUT, steering, *turn)
         return (i["packed"][..., : LAYOUT.width],)
     reads, addend = ops.decode_(
-        i["packed"], i["bias"], i["state"], rule, LAYOUT, _steering(i, True), *turn,
+        i["packed"], i["bias"], i["state"], rule, LAYOUT, steering, *turn,
         skipped=i["skipped"], workspace=ops.workspace({}, i["arrived"]),
     )  # fmt: skip
     return reads, addend, i["packed"][..., : LAYOUT.width], i["state"]
@@ -191,8 +182,10 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return ((ours - exact).norm() / exact.norm()).item()
 
 
-def _wide(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def wide(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of inputs on the CPU, numbers with a point in float64."""
+    found = {name: tensor.cpu().clone() for name, tensor in inputs.items()}
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
 
 
 # ``reference`` in float64, with the signatures of the kernels.
@@ -201,12 +194,21 @@ Exact = SimpleNamespace(**vars(reference) | {"scan": functools.partial(reference
 
 def check(case: Case, device: str) -> tuple[str, float]:
     """What is wrong with the kernel at these sizes (few tokens), or "", and the largest relative error."""
-    small = replace(case, batch=min(case.batch, 3), tokens=min(case.tokens, CHECK_TOKENS))
+    small = few(case)
     inputs = random_inputs(small, device)
-    exact_inputs = {name: _wide(name, tensor.cpu().clone()) for name, tensor in inputs.items()}
-    exact = apply(small, exact_inputs, Exact)
+    exact = apply(small, wide(inputs), Exact)
+    return fault(apply(small, inputs, operators(device)), exact)
+
+
+def few(case: Case) -> Case:
+    """A case with few rows and tokens, to be checked with."""
+    return replace(case, batch=min(case.batch, 3), tokens=min(case.tokens, CHECK_TOKENS))
+
+
+def fault(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> tuple[str, float]:
+    """What is wrong with results, or "", and the largest relative error."""
     worst = 0.0
-    for ours, wanted in zip(apply(small, inputs, operators(device)), exact, strict=True):
+    for ours, wanted in zip(found, exact, strict=True):
         error = relative_error(ours.cpu(), wanted)
         allowed = TOLERANCES[str(ours.dtype).removeprefix("torch.")]
         if not error < allowed:
@@ -218,15 +220,9 @@ def check(case: Case, device: str) -> tuple[str, float]:
 def calls(case: Case, device: str, sets: int) -> list[Callable[[], object]]:
     """The kernel on each of ``sets`` fresh sets of inputs."""
     ops = operators(device)
-
-    def on(inputs):
-        return lambda: apply(case, inputs, ops)
-
-    return [on(random_inputs(case, device)) for _ in range(sets)]
+    return [functools.partial(apply, case, random_inputs(case, device), ops) for _ in range(sets)]
 
 
 def compiled_reference(case: Case, device: str) -> Callable[[], object]:
     """The plain PyTorch definition under torch.compile, on fresh inputs. One token a row: a scan is a loop."""
-    inputs = random_inputs(case, device)
-    run = torch.compile(apply, dynamic=False)
-    return lambda: run(case, inputs, reference)
+    return functools.partial(torch.compile(apply, dynamic=False), case, random_inputs(case, device), reference)

@@ -44,12 +44,29 @@ def end(process: subprocess.Popen) -> None:
 
 
 def wait(process: subprocess.Popen, seconds: float | None) -> int | None:
-    """The exit status, or None if it took longer: then it is ended with everything that it started."""
+    """The exit status, or None if it takes longer."""
     try:
-        return process.wait(seconds)
+        return process.wait(None if seconds is None else max(0.0, seconds))
     except subprocess.TimeoutExpired:
-        end(process)
         return None
+
+
+def output_of(command: list[str], seconds: float | None, stream: str = "stdout", **options) -> tuple[str, int | None]:
+    """What a process writes to ``stream``, and its exit status (None: out of time); all that it started ends with it.
+
+    Args:
+        seconds: how long it may take; None: as long as it does.
+        options: of ``subprocess.Popen``.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **{stream: file}, **options)
+        status = wait(process, seconds)
+        end(process)  # what it started may go on without it
+        file.seek(0)
+        return file.read(), status
 
 
 def _start(marker: str, index: int, folder: Path) -> subprocess.Popen:
@@ -108,19 +125,13 @@ def run(output: Path, seconds: float, full: bool, processes: int | None = None) 
 
 def _wait(running: list[subprocess.Popen], until: float) -> list[int | None]:
     """Exit statuses; None for those that were interrupted when the time was up."""
-    statuses: list[int | None] = []
-    for process in running:
-        try:
-            statuses.append(process.wait(max(0.0, until - time.perf_counter())))
-        except subprocess.TimeoutExpired:
-            statuses.append(None)
+    statuses = [wait(process, until - time.perf_counter()) for process in running]
     late = [process for process, status in zip(running, statuses, strict=True) if status is None]
     for process in late:
         process.send_signal(signal.SIGINT)
     farewell = time.perf_counter() + FAREWELL
     for process in late:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, farewell - time.perf_counter()))
+        wait(process, farewell - time.perf_counter())
         end(process)
     return statuses
 

@@ -101,14 +101,15 @@ def test_table_is_printed(quick):
 
 
 def test_a_wrong_gradient_is_refused(monkeypatch):
-    gradient = bench("speed.gradient")
+    scan = bench("speed.scan")
 
     def wrong(*arguments):
-        reads, state = gradient.per_token(*arguments)
+        reads, state = scan.per_token(*arguments)
         return reads * 1.001, state
 
-    monkeypatch.setattr(gradient, "implementations", lambda: {"per-token": gradient.per_token, "numba": wrong})
-    rows = {row.name: row for row in gradient.measure(gradient.Case(16), turns=2, calls=2, memory=False)}
+    monkeypatch.setattr(scan, "gradient_implementations", lambda: {"per-token": scan.per_token, "numba": wrong})
+    case = scan.on_cpu("scan_gradient", 16)
+    rows = {row.name: row for row in scan.gradient_rows(case, turns=2, calls=2, memory=False)}
     row = rows["scan-gradient/numba"]
     assert row.status == "refused" and "relative error" in row.note and row.p50 is None and not row.ratios
     assert rows["scan-gradient/per-token"].status == "measured"
@@ -129,11 +130,16 @@ def not_a_number(*args, **kwargs):
     return ScanOutput(torch.full_like(out.reads, torch.nan), out.state, out.skipped, out.checkpoints)
 
 
+def compared(scan):
+    rows = scan.compared(scan.on_cpu("scan", 16), scan.implementations(), "reference", turns=2, calls=2)
+    return {row.name: row for row in rows.values()}
+
+
 @pytest.mark.parametrize("broken", [wrong_reads, wrong_state, not_a_number])
 def test_a_wrong_scan_is_refused(monkeypatch, broken):
     scan = bench("speed.scan")
     monkeypatch.setattr(scan, "implementations", lambda: {"reference": reference.scan, "numba": broken})
-    rows = {row.name: row for row in scan.measure(scan.Case(16), turns=2, calls=2)}
+    rows = compared(scan)
     row = rows["scan/numba"]
     assert row.status == "refused" and "relative error" in row.note
     assert row.p50 is None and not row.ratios
@@ -149,7 +155,7 @@ def test_a_wrong_baseline_gives_no_ratio(monkeypatch):
         return (reference.scan if dtype == torch.float64 else wrong_reads)(*args, dtype=dtype, **kwargs)
 
     monkeypatch.setattr(scan, "implementations", lambda: {"reference": broken, "numba": reference.scan})
-    rows = {row.name: row for row in scan.measure(scan.Case(16), turns=2, calls=2)}
+    rows = compared(scan)
     assert rows["scan/reference"].status == "refused"
     assert rows["scan/numba"].status == "measured" and not rows["scan/numba"].ratios
 

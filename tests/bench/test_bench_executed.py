@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from bench import compare, executed
-from bench.instrument import machine, results, tables
+from bench.instrument import devices, machine, results, tables
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
 
 
 def test_an_estimate_is_the_slowest_of_three():
-    device = executed.Device(bandwidth=1e12, processors=100, clock=1e9)
+    device = devices.Known("one", copy=1e12, flops=1e15, processors=100, clock=1e9)
     assert executed.seconds([Figures()], device) == pytest.approx(1e-6)  # one warp, an instruction a cycle
     assert executed.seconds([Figures(there=10**6)], device) == pytest.approx(32e-6)  # memory
     many = Figures(programs=400, warps=4, instructions=10**6, longest=100)

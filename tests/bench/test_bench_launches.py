@@ -36,7 +36,7 @@ def test_views_do_not_count(launches):
 
 def test_the_backbone_costs_56(launches, costs):
     """transformers' Qwen3 in bfloat16 under SDPA, the number that the target is made from."""
-    assert launches.operations_per_layer(lambda n: costs._variant("unpatched", n, torch.bfloat16)) == 56
+    assert launches.per_layer(lambda n: costs._variant("unpatched", n, torch.bfloat16)).total == 56
 
 
 @pytest.mark.skipif(not installed("numba"), reason="numba is not installed")
@@ -89,7 +89,7 @@ def test_layers_that_differ_give_no_number(launches):
         return tiny_model("smollm3", num_hidden_layers=layers, no_rope_layers=[1, 1, 1, 1, 1, 0, 0, 0][:layers])
 
     with pytest.raises(ValueError, match="layers differ"):
-        launches.operations_per_layer(build)
+        launches.per_layer(build)
 
 
 def test_rows(costs, monkeypatch):

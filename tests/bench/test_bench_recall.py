@@ -150,7 +150,7 @@ def test_the_newer_half_stays_in_sight():
 
 
 def test_bm25_finds_the_statement():
-    conversations, index = recall("conversations"), recall("retrieval").Index
+    conversations, index = recall("conversations"), recall("variants").Index
     random, hits = Random(0), {1: [], 4: []}
     for _ in range(20):
         talk = conversations.plain(random, None, facts=8)
@@ -165,7 +165,7 @@ def test_bm25_finds_the_statement():
 
 def test_bm25_keeps_the_order_and_takes_the_newer_of_equals():
     sentences = ["The red lamp is in the cave.", "Nobody sang.", "The old cup is here.", "The red lamp is in the hall."]
-    index = recall("retrieval").Index(sentences)
+    index = recall("variants").Index(sentences)
     assert index.best("Where is the red lamp?", 1) == sentences[3:]
     assert index.best("Where is the red lamp?", 2) == [sentences[0], sentences[3]]
     assert index.best("Something else entirely?", 9) == sentences

@@ -61,8 +61,7 @@ class Case:
 
     def exact(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the reference makes of the inputs in float64."""
-        wide = {name: problems._wide(name, tensor.clone()) for name, tensor in inputs.items()}
-        found = problems.apply(self.of, wide, problems.Exact)
+        found = problems.apply(self.of, problems.wide(inputs), problems.Exact)
         return found[:2] if self.name == "steer_backward" else found  # the base's gradient is that of the result
 
     def wrong(self, found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> str:
