@@ -12,7 +12,7 @@ from deltamem_kernels.dispatch import check_backend, operations, resolve_backend
 
 from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
 from ..adapter.identity import Identity
-from ..adapter.layer import DeltaMemory, LayerShape
+from ..adapter.layer import DeltaMemory
 from ..adapter.record import PatchRecord, find_record, record_of
 from ..adapter.wrappers import RECORD, computing_device, decoder_of, spread_by, unwrap
 from ..config import DELTA_HEADS, DeltaMemConfig
@@ -63,7 +63,6 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         resolve_backend(backend, device.type)
         # Imported now: what fails does so here, and not in the middle of a forward.
         operations(backend, device)
-    _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
     record = PatchRecord(identity, decoder, attentions, cache_name=cache_name(type(decoder).forward))
@@ -111,6 +110,8 @@ def _check_model(outer: nn.Module, model: nn.Module) -> None:
             f"model: got a {type(model).__name__}, allowed a model of transformers (or one in PEFT's or "
             "torch.compile's wrapper); if one is in it, patch that one"
         )
+    if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
+        raise ArgumentError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
 
 
 def _is_linear(module) -> bool:
@@ -182,22 +183,12 @@ def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
         raise ArgumentError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
-        raise ArgumentError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
-
-
-def _shape_of(attention: nn.Module) -> LayerShape:
-    projections = (getattr(attention, f"{head}_proj", None) for head in DELTA_HEADS)
-    return LayerShape(attention.q_proj.in_features, *(p.out_features if _is_linear(p) else 0 for p in projections))
-
-
 def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:
     def build(attention: nn.Module, device: torch.device) -> DeltaMemory:
-        dtype = computing_dtype(model, attention.q_proj.weight)
-        return DeltaMemory(
-            source.config, _shape_of(attention), attention.layer_idx, backend, device=device, dtype=dtype
-        )
+        query, found = attention.q_proj, {head: getattr(attention, f"{head}_proj", None) for head in DELTA_HEADS}
+        sizes = {head: part.out_features if _is_linear(part) else 0 for head, part in found.items()}
+        place = {"device": device, "dtype": computing_dtype(model, query.weight)}
+        return DeltaMemory(source.config, query.in_features, sizes, attention.layer_idx, backend, **place)
 
     staged = None
     if source.directory is not None:
