@@ -92,8 +92,8 @@ def _refusing(name: str):
 
 def _original(self, name: str):
     record = vars(self).get(RECORD)
-    own = None if record is None else record.originals[name]  # a wrapper may have kept one of these past unpatching
-    return getattr(type(self), name).__get__(self) if own is None else own
+    # A wrapper may have kept one of these past unpatching.
+    return getattr(type(self), name).__get__(self) if record is None else record.original(self, name)
 
 
 def _generate(self, *args, **kwargs):

@@ -250,31 +250,25 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
         record.hooks.append(attention.register_load_state_dict_post_hook(_after_loading))
         memories[name].weights = LayerWeights()
     record.pack()
-    decoder = record.decoder
-    for part in (decoder, model):
-        record.positional[type(part)] = type(part).forward, positional_names(type(part).forward) or ()
-    record.originals["decoder"] = vars(decoder).get("forward")
-    record.replace(decoder, RECORD, record)
-    record.replace(decoder, "forward", types.MethodType(with_signature(decoder, decoder_forward), decoder))
-    record.replace(decoder, "_call_impl", types.MethodType(patched_call, decoder))
+    decoder, parts = record.decoder, [("decoder", record.decoder, decoder_forward)]
     if model is not decoder:
+        parts.append(("outer", model, outer_forward))
         # Such a model, of images and text, may prepare the masks itself; its decoder cannot tell which tokens are real.
         record.composite = getattr(model, getattr(model, "base_model_prefix", ""), decoder) is not decoder
-        record.originals["outer"] = vars(model).get("forward")
-        record.replace(model, RECORD, record)
-        record.replace(model, "forward", types.MethodType(with_signature(model, outer_forward), model))
-        record.replace(model, "_call_impl", types.MethodType(patched_call, model))
+    for key, part, forward in parts:
+        record.positional[type(part)] = type(part).forward, positional_names(type(part).forward) or ()
+        record.replace(part, RECORD, record)
+        record.override(part, "forward", with_signature(part, forward), key)
+        record.replace(part, "_call_impl", types.MethodType(patched_call, part))
     for name, function in generation_overrides(model).items():
-        record.originals[name] = vars(model).get(name)
-        record.replace(model, name, types.MethodType(function, model))
+        record.override(model, name, function)
     saved = "base_model_prepare_inputs_for_generation"
     if outer is not model and saved in vars(outer):
         # PEFT's wrapper with virtual tokens calls this in its own, and puts it back on the model afterwards.
         record.replace(outer, saved, model.prepare_inputs_for_generation)
     if hasattr(model, "save_pretrained"):
         # accelerate must not move a caller's memory: it would write to the copy.
-        skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
-        record.replace(model, "_skip_keys_device_placement", [*skipped, "memory"])
+        record.extend(model, "_skip_keys_device_placement", ["memory"])
     install_files(outer, model, record)
     record.broken_embeddings = broken_rows(decoder) is not None
 
