@@ -86,8 +86,7 @@ class PatchRecord:
     def __deepcopy__(self, memo) -> PatchRecord:
         copied = PatchRecord.__new__(PatchRecord)
         memo[id(self)] = copied
-        for name, value in vars(self).items():
-            setattr(copied, name, copy.deepcopy(value, memo))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
         copied.identity.token = new_token()  # its weights go their own way
         copied.pack()
         return copied

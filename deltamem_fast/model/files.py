@@ -122,7 +122,8 @@ def _save_beside_peft(model: nn.Module, state_dict, prefix: str, _) -> None:
     peft = sys.modules.get("peft")
     if not prefix or peft is None or "outer_save_pretrained" in record_of(model).originals:
         return
-    values = _arguments_of(inspect.unwrap(peft.PeftModel.save_pretrained))
+    saving = inspect.unwrap(peft.PeftModel.save_pretrained).__code__
+    values = next((frame.f_locals for frame in _callers() if frame.f_code is saving), None)
     if values is not None and unwrap(values["self"]) is model and values.get("is_main_process", True):
         write_adapter(values["save_directory"], identity_of(model).config, adapter_state_dict(model), "safetensors")
 
@@ -182,11 +183,6 @@ def _trainers_checkpoint() -> str | os.PathLike | None:
             if code.co_name == "_load_best_model":
                 return values[first].state.best_model_checkpoint
     return None
-
-
-def _arguments_of(function) -> dict | None:
-    """The arguments of the innermost call of ``function`` up the stack, or None."""
-    return next((frame.f_locals for frame in _callers() if frame.f_code is function.__code__), None)
 
 
 def _callers() -> Iterator[types.FrameType]:
