@@ -12,20 +12,30 @@ from typing import TYPE_CHECKING
 
 from .version import __version__
 
-if TYPE_CHECKING:
-    from .adapter.files import export_adapter, load_adapter, save_adapter
-    from .adapter.hub import push_to_hub
-    from .adapter.record import is_patched, memory_disabled
-    from .config import DeltaMemConfig
-    from .errors import DeltaMemError
-    from .memory.bank import BankConflict, MemoryBank
-    from .memory.operators import WriteResult, forget, ingest, retrieve, revise
-    from .memory.state import MemoryState
-    from .memory.watch import record_gates
-    from .model.cache import memory_state
-    from .model.patch import layer_paths, patch_model, unpatch_model
-    from .session import MemorySession
-    from .text.segments import segment_ids_from_messages
+if TYPE_CHECKING:  # each under its own name: to a type checker it is public then
+    from .adapter.files import export_adapter as export_adapter
+    from .adapter.files import load_adapter as load_adapter
+    from .adapter.files import save_adapter as save_adapter
+    from .adapter.hub import push_to_hub as push_to_hub
+    from .adapter.record import is_patched as is_patched
+    from .adapter.record import memory_disabled as memory_disabled
+    from .config import DeltaMemConfig as DeltaMemConfig
+    from .errors import DeltaMemError as DeltaMemError
+    from .memory.bank import BankConflict as BankConflict
+    from .memory.bank import MemoryBank as MemoryBank
+    from .memory.operators import WriteResult as WriteResult
+    from .memory.operators import forget as forget
+    from .memory.operators import ingest as ingest
+    from .memory.operators import retrieve as retrieve
+    from .memory.operators import revise as revise
+    from .memory.state import MemoryState as MemoryState
+    from .memory.watch import record_gates as record_gates
+    from .model.cache import memory_state as memory_state
+    from .model.patch import layer_paths as layer_paths
+    from .model.patch import patch_model as patch_model
+    from .model.patch import unpatch_model as unpatch_model
+    from .session import MemorySession as MemorySession
+    from .text.segments import segment_ids_from_messages as segment_ids_from_messages
 
 # Module → the public names that it holds. Imported when first asked for: a process that only stores memories
 # (deltamem_fast.storage), or prints a version, needs neither torch nor transformers.
@@ -45,32 +55,7 @@ _HOMES = {
     "text.segments": ("segment_ids_from_messages",),
 }
 
-__all__ = [
-    "BankConflict",
-    "DeltaMemConfig",
-    "DeltaMemError",
-    "MemoryBank",
-    "MemorySession",
-    "MemoryState",
-    "WriteResult",
-    "__version__",
-    "export_adapter",
-    "forget",
-    "ingest",
-    "is_patched",
-    "layer_paths",
-    "load_adapter",
-    "memory_disabled",
-    "memory_state",
-    "patch_model",
-    "push_to_hub",
-    "record_gates",
-    "retrieve",
-    "revise",
-    "save_adapter",
-    "segment_ids_from_messages",
-    "unpatch_model",
-]
+__all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]
 
 
 def __getattr__(name: str):

@@ -161,13 +161,16 @@ def _check_config(path: Path, written: str) -> None:
     except ValueError as error:
         raise FileFormatError(f"adapter: {path}: its configuration: {error}") from error
     beside = DeltaMemConfig.load(path.parent).to_dict()
-    differing = [key for key in ours if ours[key] != beside[key]]
-    if differing:
-        named = ", ".join(f"{key} {ours[key]!r} ({CONFIG_NAME}: {beside[key]!r})" for key in differing)
+    if ours != beside:
         raise FileFormatError(
             f"adapter: {path} was written with another configuration than {CONFIG_NAME} beside it has: "
-            f"{named}; was a save interrupted?"
+            f"{_differing(ours, beside, CONFIG_NAME)}; was a save interrupted?"
         )
+
+
+def _differing(values: dict, others: dict, whose: str) -> str:
+    """The entries of a configuration that are others in another, ``whose`` that is, in words."""
+    return ", ".join(f"{k} {values[k]!r} ({whose}: {others[k]!r})" for k in values if values[k] != others[k])
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -198,11 +201,10 @@ def assign_weights(memories: Mapping[str, DeltaMemory], source: AdapterSource) -
     """
     staged = stage_weights(memories, source)
     targets = _targets(memories)
-    before = {}
     with torch.no_grad():
+        before = {key: parameter.clone() for key, parameter in targets.items()}
         try:
             for key, parameter in targets.items():
-                before[key] = parameter.clone()
                 parameter.copy_(staged[key])
         except BaseException:  # Ctrl-C, too
             for key, old in before.items():
@@ -321,8 +323,11 @@ def write_adapter(
         finite: refuse NaN and Inf, which no model takes; False: another file's weights, whatever they are.
     """
     directory = as_path(directory, "directory")
-    for key, value in weights.items():
-        _check_readable(key, value, finite)
+    for key, value in weights.items():  # what no model would take must not replace an adapter
+        if value.dtype not in _DTYPES:
+            raise ArgumentError(f"adapter: {key} is {value.dtype}, allowed {', '.join(map(str, _DTYPES))}")
+        if finite and not bool(value.isfinite().all()):
+            raise ArgumentError(f"adapter: {key} holds NaN or Inf, which a file must not; nothing was written")
     # Copies: one tensor under two names, or a view into a larger one, is neither refused nor written whole.
     weights = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     if format == "released":
@@ -351,14 +356,6 @@ def write_adapter(
     return directory
 
 
-def _check_readable(key: str, value: torch.Tensor, finite: bool) -> None:
-    """Raise for a weight that no model would take: the adapter that is there is not replaced by none."""
-    if value.dtype not in _DTYPES:
-        raise ArgumentError(f"adapter: {key} is {value.dtype}, allowed {', '.join(map(str, _DTYPES))}")
-    if finite and not bool(value.isfinite().all()):
-        raise ArgumentError(f"adapter: {key} holds NaN or Inf, which a file must not; nothing was written")
-
-
 def _has_config(directory: Path, config: DeltaMemConfig) -> bool:
     try:
         return DeltaMemConfig.load(directory) == config
@@ -384,7 +381,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         raise ArgumentTypeError(f"directory: got {type(directory).__name__}, allowed an adapter's directory or hub id")
     ours, theirs = identity.config.to_dict(), source.config.to_dict()
     if ours != theirs:
-        differing = ", ".join(f"{k} {theirs[k]!r} (the model's: {ours[k]!r})" for k in ours if ours[k] != theirs[k])
+        differing = _differing(theirs, ours, "the model's")
         raise FileFormatError(f"adapter: {source.name} has another configuration: {differing}; unpatch and patch again")
     attentions = record_of(unwrap(model)).attentions
     memories = {name: attention.delta_memory.correct.__self__ for name, attention in attentions.items()}

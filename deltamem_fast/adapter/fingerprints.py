@@ -192,9 +192,8 @@ def _rope(values: dict[str, Any]) -> dict[str, Any] | None:
 
 def _rope_of(parameters: dict[str, Any], top: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     made = {name: value for name, value in (top | parameters).items() if value is not None}
-    made["rope_type"] = made.pop("type", None) if "rope_type" not in made else made["rope_type"]
-    made["rope_type"] = made["rope_type"] or "default"
-    made.pop("type", None)
+    kind = made.pop("type", None)
+    made["rope_type"] = made.get("rope_type", kind) or "default"
     if made.get("partial_rotary_factor") == 1:
         del made["partial_rotary_factor"]
     # With a factor of its own, yarn does not look at the length.

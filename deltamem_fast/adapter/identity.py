@@ -30,14 +30,8 @@ from .layer import DeltaMemory
 class LayerSpec:
     """Shape and place of one layer's state."""
 
-    heads: int
-    rank: int
+    shape: tuple[int, int, int]  # [H, r, r], of one conversation
     device: torch.device
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of one conversation's state."""
-        return self.heads, self.rank, self.rank
 
     def zeros(self, batch_size: int) -> torch.Tensor:
         return torch.zeros(batch_size, *self.shape, dtype=torch.float32, device=self.device)
@@ -64,8 +58,8 @@ class Identity:
     def layer_specs(self) -> dict[int, LayerSpec]:
         """Layer index → shape and device of its state."""
         return {
-            i: LayerSpec(memory.rule.heads, memory.rule.rank, memory._parameters["memory_q_proj"].device)
-            for i, memory in self.memories.items()
+            i: LayerSpec((m.rule.heads, m.rule.rank, m.rule.rank), m._parameters["memory_q_proj"].device)
+            for i, m in self.memories.items()
         }
 
     def __post_init__(self):

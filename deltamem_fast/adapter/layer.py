@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -16,17 +16,6 @@ from ..config import DELTA_HEADS, DeltaMemConfig
 from ..errors import ArgumentTypeError
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of the attention that a memory corrects: its input, and each projection's output (0: there is none)."""
-
-    hidden: int
-    q: int
-    k: int
-    v: int
-    o: int
-
-
 class DeltaMemory(nn.Module):
     """The adapter of one attention layer.
 
@@ -36,7 +25,8 @@ class DeltaMemory(nn.Module):
 
     Args:
         config: the adapter's configuration.
-        shape: of the attention.
+        hidden: the size of the attention's input.
+        outputs: the size of each projection's output, by head; 0: there is none.
         layer_idx: the attention's index, the key of its state.
         backend: ``auto``, ``triton``, ``numba`` or ``reference``.
         device, dtype: of the parameters.
@@ -45,7 +35,8 @@ class DeltaMemory(nn.Module):
     def __init__(
         self,
         config: DeltaMemConfig,
-        shape: LayerShape,
+        hidden: int,
+        outputs: Mapping[str, int],
         layer_idx: int,
         backend="auto",
         device=None,
@@ -54,10 +45,9 @@ class DeltaMemory(nn.Module):
         super().__init__()
         self.config = config
         self.rule = config.rule
-        self.shape = shape
         self.layer_idx = layer_idx
         self.backend = backend
-        # Its rows in packed storage (paths.LayerWeights), once a model is patched with it.
+        # Its rows in packed storage (model.weights.LayerWeights), once a model is patched with it.
         self.weights = None
         self.loads = 0  # times that load_state_dict has been here, once a model is patched with it
         width, gates = self.rule.read_width, self.rule.gate_width
@@ -65,20 +55,20 @@ class DeltaMemory(nn.Module):
         def parameter(*size):
             return nn.Parameter(torch.empty(*size, device=device, dtype=dtype))
 
-        self.memory_q_proj = parameter(width, shape.hidden)
-        self.memory_k_proj = parameter(width, shape.hidden)
-        self.memory_v_proj = parameter(width, shape.hidden)
-        self.beta_proj = parameter(gates, shape.hidden)
+        self.memory_q_proj = parameter(width, hidden)
+        self.memory_k_proj = parameter(width, hidden)
+        self.memory_v_proj = parameter(width, hidden)
+        self.beta_proj = parameter(gates, hidden)
         self.beta_bias = parameter(gates)
         if not config.couple_lambda:
-            self.lambda_proj = parameter(gates, shape.hidden)
+            self.lambda_proj = parameter(gates, hidden)
             self.lambda_bias = parameter(gates)
         for head in DELTA_HEADS:
-            weight = parameter(getattr(shape, head), width)
+            weight = parameter(outputs[head], width)
             weight.requires_grad_(head in config.delta_heads)
             setattr(self, f"delta_{head}_proj", weight)
         if config.delta_o_rmsnorm:
-            self.delta_o_rmsnorm_weight = parameter(shape.o)
+            self.delta_o_rmsnorm_weight = parameter(outputs["o"])
         if config.trainable_delta_scale:
             self.delta_scale_raw = parameter(4 if config.delta_scale_granularity == "head" else 1)
 
@@ -172,13 +162,14 @@ class DeltaMemory(nn.Module):
         weight, bias = self.weights.memory_rows() if packed else self.stacked()
         return F.linear(hidden_states, weight.to(hidden_states.dtype)), bias
 
-    def head_scale(self, head: str) -> torch.Tensor | None:
-        """The learnt factor c_h = σ(raw_h) · max on head ``q``, ``k``, ``v`` or ``o``, or None if there is none."""
+    def _scaled(self, head: str, reads: torch.Tensor) -> torch.Tensor:
+        """Reads times the learnt factor c_h = σ(raw_h) · max on head ``q``, ``k``, ``v`` or ``o``, if there is one."""
         if not self.config.trainable_delta_scale:
-            return None
+            return reads
         per_head = self.config.delta_scale_granularity == "head"
         raw = self.delta_scale_raw[DELTA_HEADS.index(head) if per_head else 0]
-        return torch.sigmoid(raw.float()) * self.config.delta_scale_max
+        # c is one number a head and Δ is linear in the reads: no need for another pass over Δ.
+        return reads * (torch.sigmoid(raw.float()) * self.config.delta_scale_max)
 
     def correct(self, head: str, output: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """``output`` of projection ``head`` plus its correction.
@@ -188,25 +179,19 @@ class DeltaMemory(nn.Module):
             output: [..., out], the projection's output.
             reads: float32 [..., H·r].
         """
-        factor = self.head_scale(head)
-        if factor is not None:
-            # c is one number a head and Δ is linear in the reads: no need for another pass over Δ.
-            reads = reads * factor
         norm = self.delta_o_rmsnorm_weight if head == "o" and self.config.delta_o_rmsnorm else None
         return operations(self.backend, output.device).steer(
-            output, reads, getattr(self, f"delta_{head}_proj"), self.config.scale,
+            output, self._scaled(head, reads), getattr(self, f"delta_{head}_proj"), self.config.scale,
             norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps,
         )  # fmt: skip
 
     def output_delta(self, reads: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Δo of reads, float32 [..., H·r], alone: [..., out of o_proj] in ``dtype``. Not differentiable."""
-        factor = self.head_scale("o")
-        if factor is not None:
-            reads = reads * factor
         norm = self.delta_o_rmsnorm_weight if self.config.delta_o_rmsnorm else None
         return operations(self.backend, reads.device).delta(
-            reads, self.delta_o_proj, self.config.scale, dtype, norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps
-        )
+            self._scaled("o", reads), self.delta_o_proj, self.config.scale, dtype,
+            norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps,
+        )  # fmt: skip
 
 
 def refuse_pickling() -> NoReturn:

@@ -49,6 +49,20 @@ class PatchRecord:
         self.replaced.append((owner, name, value, present, vars(owner).get(name)))
         setattr(owner, name, value)
 
+    def extend(self, owner: Any, name: str, more: list[str]) -> None:
+        """Put an instance's list, ``more`` behind what was in it, in the place of its list or its class's."""
+        self.replace(owner, name, [*(getattr(owner, name, None) or []), *more])
+
+    def override(self, owner: Any, name: str, function: Any, key: str = "") -> None:
+        """Put ``function`` in a method's place; ``original`` knows that by ``key``, or else by its name."""
+        self.originals[key or name] = vars(owner).get(name)
+        self.replace(owner, name, types.MethodType(function, owner))
+
+    def original(self, owner: Any, name: str, key: str = "") -> Any:
+        """A method as it was before ``override``: the instance's, or the class's as it is now."""
+        own = self.originals[key or name]
+        return types.MethodType(getattr(type(owner), name), owner) if own is None else own
+
     def restore(self) -> None:
         """Undo every ``replace``, last first.
 
@@ -72,8 +86,7 @@ class PatchRecord:
     def __deepcopy__(self, memo) -> PatchRecord:
         copied = PatchRecord.__new__(PatchRecord)
         memo[id(self)] = copied
-        for name, value in vars(self).items():
-            setattr(copied, name, copy.deepcopy(value, memo))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
         copied.identity.token = new_token()  # its weights go their own way
         copied.pack()
         return copied

@@ -58,7 +58,7 @@ class _Tensor:
     stride: tuple[int, ...]
 
 
-class _Broken(ValueError):
+class _Broken(Exception):
     pass
 
 
@@ -195,8 +195,6 @@ def _parse(data: bytes) -> Any:
                 return stack.pop()
             elif name != "PROTO":
                 raise _Broken("it holds something else than named tensors")
-    except _Broken:
-        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # cut short, or other values than expected
         raise _Broken(f"data.pkl is damaged: {error}") from error
     raise _Broken("data.pkl is cut short")

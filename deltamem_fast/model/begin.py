@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from ..arguments import check_type
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..memory.state import MemoryState
 from ..memory.watch import current_capture, current_record
 from ..notices import warn_once
-from .cache import Fed, adopt, check_kind, check_rows, expect
+from .cache import Fed, adopt, check_rows, expect
 from .call import Bridge, MemoryCall
 from .checkpointing import is_sharded
 from .sequences import sequence_starts
@@ -96,10 +97,10 @@ def begin(
     if not batch or not length:
         raise ArgumentError(f"input_ids: got shape {list(tokens.shape[:2])}, allowed one row and one token, or more")
     cache = kwargs.get(cache_name)
-    check_kind(cache)
-    if memory is not None and not isinstance(memory, MemoryState):
-        raise ArgumentTypeError(f"memory: got {type(memory).__name__}, allowed a MemoryState")
+    if cache is not None and (isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache)):
+        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
     if memory is not None:
+        check_type(memory, "memory", MemoryState, "a MemoryState")
         _check_memory(memory, identity)
     unwritten = False
     if segment_ids is not None:
@@ -111,6 +112,7 @@ def begin(
         if not unwritten:
             segment_ids = torch.zeros(batch, length, dtype=torch.int64, device=tokens.device)
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
+    state, rows = memory, batch
     fed: Fed | None = None
     held: int | None = None
     cu_seqlens = sequence_starts(kwargs, cache, token_mask, batch, length)
@@ -121,11 +123,14 @@ def begin(
         rows = cu_seqlens.numel() - 1
         if memory is not None and memory.batch_size != rows:
             raise ArgumentError(f"memory: got {memory.batch_size} row(s), allowed {rows}: one for each packed sequence")
-        state = memory if memory is not None else _zeros(identity, rows)
     else:
-        if cache is None and _uses_cache(decoder, kwargs):
+        checkpoints = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        uses_cache = kwargs.get("use_cache")
+        if uses_cache is None:
+            uses_cache = getattr(decoder.config, "use_cache", False)
+        if cache is None and uses_cache and not checkpoints:  # transformers turns it off there, too
             cache = kwargs[cache_name] = DynamicCache(config=decoder.config)
-        if cache is not None and decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        if cache is not None and checkpoints:
             raise ArgumentError("past_key_values: got a cache, which transformers drops under gradient checkpointing")
         if memory is not None:
             memory.check_whole()
@@ -134,9 +139,8 @@ def begin(
             fed, held = expect(cache, identity)
         elif memory is not None:
             check_rows(memory, batch)
-            state = memory
-        else:
-            state = _zeros(identity, batch)
+    if state is None:
+        state = MemoryState({i: spec.zeros(rows) for i, spec in identity.layer_specs().items()}, identity=identity)
     if state.broken and (state is not memory or torch.is_grad_enabled()):
         raise ArgumentError(state.broken)
     state.check_whole()
@@ -163,18 +167,6 @@ def begin(
 def _is_generating(identity) -> bool:
     # Compiled code, which cannot ask for a context, gets segment_ids from generate's own steps.
     return not torch.compiler.is_compiling() and generating.get() is identity
-
-
-def _zeros(identity, batch: int) -> MemoryState:
-    return MemoryState({i: spec.zeros(batch) for i, spec in identity.layer_specs().items()}, identity=identity)
-
-
-def _uses_cache(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(decoder.config, "use_cache", False)
-    # transformers turns the cache off here too.
-    return bool(use_cache) and not (decoder.training and getattr(decoder, "gradient_checkpointing", False))
 
 
 def _check_memory(memory: MemoryState, identity) -> None:

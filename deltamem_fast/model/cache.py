@@ -13,7 +13,6 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -321,12 +320,6 @@ def memory_state(cache: Cache) -> MemoryState:
     return memory
 
 
-def check_kind(cache: Cache | None) -> None:
-    """Raise ArgumentTypeError for what is given as a cache and is none that a decoder takes."""
-    if cache is not None and (isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache)):
-        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
-
-
 def adopt(cache: Cache, identity, memory: MemoryState | None, batch_size: int) -> MemoryState:
     """Make ``cache`` ready for a forward of ``batch_size`` rows and return the memory that it reads and writes.
 
@@ -382,30 +375,26 @@ def expect(cache: Cache, identity) -> tuple[Fed, int | None]:
         ValueError: keys and values of another adapter, tokens that the memory never read, or a forward that an error
             has cut short; a cache that is empty again is as good as new.
     """
-    fed = getattr(cache, _FED, None)
-    if torch.compiler.is_compiling():
-        if fed is None:
-            fed = Fed(identity)
-            setattr(cache, _FED, fed)
-        elif fed.broken:
-            raise StateError(fed.broken)
-        elif fed.identity is not identity:
-            _check_same(fed, identity)
-        return fed, None
-    layer = cache.layers[next(iter(identity.memories))]
-    held = layer.counted if isinstance(layer, CountingMixin) else layer.get_seq_length()
-    if not held and fed is not None:
-        held = int(layer.get_seq_length())  # compiled forwards are not counted; else it was reset
-        if held:
-            layer.counted = held
-    if fed is None or not held:
+    fed, held = getattr(cache, _FED, None), None
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        layer = cache.layers[next(iter(identity.memories))]
+        held = layer.counted if isinstance(layer, CountingMixin) else layer.get_seq_length()
+        if not held and fed is not None:
+            held = int(layer.get_seq_length())  # compiled forwards are not counted; else it was reset
+            if held:
+                layer.counted = held
+    if fed is None or held == 0:
         fed = Fed(identity)
         setattr(cache, _FED, fed)
     elif fed.broken:
         raise StateError(fed.broken)
     elif fed.identity is not identity:
         _check_same(fed, identity)
-        fed.identity, fed.weights = identity, None
+        if not compiling:
+            fed.identity, fed.weights = identity, None
+    if compiling:
+        return fed, None
     fed.check_weights(identity)
     if fed.tokens is not None and held != fed.tokens:
         _check_count(cache, fed, held)

@@ -78,16 +78,13 @@ class MemoryCall:
                 state = state.clone()  # autograd cannot save one that was made in inference mode
             self.initial[layer] = state
             if not self.in_place and not torch.is_grad_enabled():
-                self._run_unseen(layer)
+                # It runs without a graph in a differentiable forward: reentrant checkpointing recomputes it later.
+                if state.requires_grad and not self.bridge.entered:
+                    raise ArgumentError(UNKNOWN_CHECKPOINTS)
+                self.bridge.unseen.add(layer)
         elif self.bridge is not None and layer in self.bridge.unseen:
             return self.bridge.start(layer, self.initial[layer]), False
         return self.initial[layer], first_run
-
-    def _run_unseen(self, layer: int) -> None:
-        """A layer runs without a graph in a differentiable forward: reentrant checkpointing recomputes it later."""
-        if self.initial[layer].requires_grad and not self.bridge.entered:
-            raise ArgumentError(UNKNOWN_CHECKPOINTS)
-        self.bridge.unseen.add(layer)
 
     def cut_short(self, error: BaseException, state: MemoryState | None) -> None:
         """Mark what a forward that failed may have left half-written; nothing, if no layer had begun.
@@ -140,6 +137,14 @@ class MemoryCall:
             and writable(self.initial.get(layer, self.state[layer]))
             and writable(self.state.counter(layer))
         )
+
+
+def with_hidden(output, hidden: torch.Tensor):
+    """A decoder's output with another last hidden state."""
+    if isinstance(output, tuple):
+        return hidden, *output[1:]
+    output["last_hidden_state"] = hidden
+    return output
 
 
 UNKNOWN_CHECKPOINTS = (

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .call import Bridge, MemoryCall
+from .call import Bridge, MemoryCall, with_hidden
 
 NO_GRAPH = (
     "memory: it was written under reentrant checkpointing, and nothing that went into the layers required a gradient, "
@@ -133,10 +133,7 @@ def leave(call: MemoryCall, output):
         call.state.put(layer, state, in_place=False)
         if layer in gates:
             gates[layer] = gates[layer]._replace(beta=beta)
-    if isinstance(output, tuple):
-        return hidden_states, *output[1:]
-    output["last_hidden_state"] = hidden_states
-    return output
+    return with_hidden(output, hidden_states)
 
 
 def join(

@@ -76,7 +76,8 @@ def why_generic(attention: nn.Module, layer: DeltaMemory, hooks: bool = True) ->
     for name in parts_of(attention):
         part = attention._modules.get(name)
         found = f"{type(part).__module__}.{type(part).__qualname__}"
-        if type(part) is not nn.Linear if name in PROJECTIONS else found != f"{kind.__module__}.{_norm_name(kind)}":
+        norm = f"{kind.__module__}.{kind.__name__.removesuffix('Attention')}RMSNorm"
+        if type(part) is not nn.Linear if name in PROJECTIONS else found != norm:
             return f"{name} is a {found}"
         if "forward" in vars(part) or (hooks and (part._forward_hooks or part._forward_pre_hooks)):
             return f"{name} has hooks"
@@ -107,12 +108,8 @@ def why_generic(attention: nn.Module, layer: DeltaMemory, hooks: bool = True) ->
     if len({id(value) for _, value in parameters}) < len(parameters):
         return "two of its weights are one parameter"
     packed = layer.weights.ours() if layer.weights is not None else set()
-    for name, value in parameters:
-        if name.removesuffix(".weight").removesuffix(".bias") in PROJECTIONS[:3]:
-            reason = why_unpackable(name, value, packed)
-            if reason:
-                return reason
-    return ""
+    rows = [(name, value) for name, value in parameters if name.partition(".")[0] in PROJECTIONS[:3]]
+    return next(filter(None, (why_unpackable(name, value, packed) for name, value in rows)), "")
 
 
 def bypassed_functions(attention: nn.Module) -> list[tuple[object, str]]:
@@ -162,7 +159,3 @@ def why_unpackable(name: str, value, ours: set[int]) -> str:
     if not can_pack(value.device):
         return f"{name} is on {value.device}, where rows of one tensor cannot have a storage each"
     return ""
-
-
-def _norm_name(kind: type) -> str:
-    return kind.__name__.removesuffix("Attention") + "RMSNorm"

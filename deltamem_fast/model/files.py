@@ -26,28 +26,17 @@ def install_files(outer: nn.Module, model: nn.Module, record: PatchRecord) -> No
     Args:
         outer: what was given to ``patch_model``: ``model`` itself, or PEFT's wrapper of it.
     """
-    record.originals["load_state_dict"] = vars(model).get("load_state_dict")
-    record.replace(model, "load_state_dict", types.MethodType(_load_state_dict, model))
+    record.override(model, "load_state_dict", _load_state_dict)
     record.hooks.append(model.register_load_state_dict_post_hook(_restore_trainers))
     record.hooks.append(model.register_state_dict_post_hook(_save_beside_peft))
     if hasattr(model, "save_pretrained"):
         # The backbone's checkpoint stays one: from_pretrained of the bare class reads it.
-        ignored = list(getattr(model, "_keys_to_ignore_on_save", None) or [])
-        record.replace(model, "_keys_to_ignore_on_save", ignored + _keys(record))
-        absent = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-        record.replace(model, "_keys_to_ignore_on_load_missing", [*absent, r"(^|\.)delta_memory\."])
+        record.extend(model, "_keys_to_ignore_on_save", _keys(record))
+        record.extend(model, "_keys_to_ignore_on_load_missing", [r"(^|\.)delta_memory\."])
         record.replace(model, "_get_files_timestamps", types.MethodType(_get_files_timestamps, model))
-        record.originals["save_pretrained"] = vars(model).get("save_pretrained")
-        record.replace(model, "save_pretrained", types.MethodType(_save_pretrained, model))
+        record.override(model, "save_pretrained", _save_pretrained)
     if outer is not model and hasattr(type(outer), "save_pretrained"):  # other wrappers hand it on to the model
-        record.originals["outer_save_pretrained"] = vars(outer).get("save_pretrained")
-        record.replace(outer, "save_pretrained", types.MethodType(_save_pretrained_of_peft, outer))
-
-
-def _own(module: nn.Module, record: PatchRecord, name: str, prefix: str = ""):
-    """A method as it was before patching: the instance's, or the class's as it is now."""
-    own = record.originals[prefix + name]
-    return types.MethodType(getattr(type(module), name), module) if own is None else own
+        record.override(outer, "save_pretrained", _save_pretrained_of_peft, "outer_save_pretrained")
 
 
 def _keys(record: PatchRecord) -> list[str]:
@@ -70,7 +59,7 @@ def _save_pretrained(self, save_directory, *args, **kwargs):
     Raises:
         ValueError: ``state_dict`` holds a part of the adapter; nothing is written.
     """
-    original = _own(self, record_of(self), "save_pretrained")
+    original = record_of(self).original(self, "save_pretrained")
     given = inspect.signature(original).bind_partial(save_directory, *args, **kwargs).arguments
     writes, pushes = _writes_here(self, given.get("is_main_process", True)), given.get("push_to_hub", False)
     # Before the model's: it takes the tensors out of the state dict that it writes.
@@ -117,7 +106,7 @@ def _get_files_timestamps(self, working_dir):
 
 def _save_pretrained_of_peft(self, save_directory, *args, **kwargs):
     """PEFT's own files, and beside them the memory's adapter."""
-    original = _own(self, record_of(unwrap(self)), "save_pretrained", "outer_")
+    original = record_of(unwrap(self)).original(self, "save_pretrained", "outer_save_pretrained")
     result = original(save_directory, *args, **kwargs)
     weights = adapter_state_dict(self)
     if inspect.signature(original).bind_partial(save_directory, *args, **kwargs).arguments.get("is_main_process", True):
@@ -133,7 +122,8 @@ def _save_beside_peft(model: nn.Module, state_dict, prefix: str, _) -> None:
     peft = sys.modules.get("peft")
     if not prefix or peft is None or "outer_save_pretrained" in record_of(model).originals:
         return
-    values = _arguments_of(inspect.unwrap(peft.PeftModel.save_pretrained))
+    saving = inspect.unwrap(peft.PeftModel.save_pretrained).__code__
+    values = next((frame.f_locals for frame in _callers() if frame.f_code is saving), None)
     if values is not None and unwrap(values["self"]) is model and values.get("is_main_process", True):
         write_adapter(values["save_directory"], identity_of(model).config, adapter_state_dict(model), "safetensors")
 
@@ -144,7 +134,7 @@ def _save_beside_peft(model: nn.Module, state_dict, prefix: str, _) -> None:
 def _load_state_dict(self, state_dict, *args, **kwargs):
     """``load_state_dict``; the adapter is not missing where ``strict=False`` loads the backbone's own checkpoint."""
     record = record_of(self)
-    result = _own(self, record, "load_state_dict")(state_dict, *args, **kwargs)
+    result = record.original(self, "load_state_dict")(state_dict, *args, **kwargs)
     keys = set(_keys(record))
     if keys <= set(result.missing_keys):
         if _trainers_checkpoint() is None:
@@ -193,11 +183,6 @@ def _trainers_checkpoint() -> str | os.PathLike | None:
             if code.co_name == "_load_best_model":
                 return values[first].state.best_model_checkpoint
     return None
-
-
-def _arguments_of(function) -> dict | None:
-    """The arguments of the innermost call of ``function`` up the stack, or None."""
-    return next((frame.f_locals for frame in _callers() if frame.f_code is function.__code__), None)
 
 
 def _callers() -> Iterator[types.FrameType]:

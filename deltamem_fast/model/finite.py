@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..notices import logger
-from .call import MemoryCall
+from .call import MemoryCall, with_hidden
 
 # By embedding: address and version of its weight, and which of its rows are not finite; None: all are.
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], torch.Tensor | None]] = weakref.WeakKeyDictionary()
@@ -64,11 +64,7 @@ def contain(decoder: nn.Module, call: MemoryCall, arguments: dict[str, Any]) -> 
 def give_back(call: MemoryCall, output, finite: torch.Tensor):
     """After the layers: count what ``contain`` has taken out, and make it NaN again in the last hidden state."""
     call.count_left_out(finite)
-    hidden = torch.where(finite.unsqueeze(-1), output[0], torch.nan)
-    if isinstance(output, tuple):
-        return hidden, *output[1:]
-    output["last_hidden_state"] = hidden
-    return output
+    return with_hidden(output, torch.where(finite.unsqueeze(-1), output[0], torch.nan))
 
 
 def _broken_embeddings(decoder: nn.Module, input_ids: torch.Tensor | None) -> torch.Tensor | None:

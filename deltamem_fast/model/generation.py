@@ -21,24 +21,18 @@ from .cache import cut_short
 from .signatures import cache_name, given_cache
 
 
-class EndedRows:
-    """Which rows of one ``generate`` have ended, so that their padding is not written."""
-
-    def __init__(self):
-        self.rows: torch.Tensor | None = None
-
-    def add(self, stop: torch.Tensor) -> None:
-        self.rows = stop if self.rows is None else self.rows | stop.to(self.rows.device)
-
-
 class WatchedCriteria(StoppingCriteriaList):
-    """The stopping criteria that ``generate`` has put together, each asked once a step; tells what they said."""
+    """The stopping criteria that one ``generate`` has put together, each asked once a step.
 
-    ended_rows: EndedRows
+    Attributes:
+        ended: which rows have ended by them, so that their padding is not written; None: they were not asked yet.
+    """
+
+    ended: torch.Tensor | None = None
 
     def __call__(self, input_ids, scores, **kwargs):
         stop = super().__call__(input_ids, scores, **kwargs)
-        self.ended_rows.add(stop)
+        self.ended = stop if self.ended is None else self.ended | stop.to(self.ended.device)
         return stop
 
 
@@ -64,7 +58,7 @@ _NO_CACHE = (
     "it, and without a cache that is empty at each step, so that what is generated remembers nothing"
 )
 # generate builds its criteria out of reach of its model arguments; the call in this context is the one meant.
-_watching: contextvars.ContextVar[EndedRows | None] = contextvars.ContextVar("deltamem_watching", default=None)
+_watching: contextvars.ContextVar[WatchedCriteria | None] = contextvars.ContextVar("deltamem_watching", default=None)
 
 
 def generation_overrides(model) -> dict:
@@ -92,8 +86,8 @@ def _refusing(name: str):
 
 def _original(self, name: str):
     record = vars(self).get(RECORD)
-    own = None if record is None else record.originals[name]  # a wrapper may have kept one of these past unpatching
-    return getattr(type(self), name).__get__(self) if own is None else own
+    # A wrapper may have kept one of these past unpatching.
+    return getattr(type(self), name).__get__(self) if record is None else record.original(self, name)
 
 
 def _generate(self, *args, **kwargs):
@@ -116,7 +110,7 @@ def _generate(self, *args, **kwargs):
     _check_generate(self, given, kwargs, settings)
     _warn_of_segments(self, kwargs, settings, answer_is_fed)
     # Beams are rows that never end: what has ended is kept aside.
-    watch = EndedRows() if settings["num_beams"] == 1 else None
+    watch = WatchedCriteria() if settings["num_beams"] == 1 else None
     memory = kwargs.get("memory")
     skipped = None if memory is None or memory.frozen else memory.skipped
     token, running = _watching.set(watch), generating.set(identity_of(self))
@@ -153,32 +147,26 @@ def _get_stopping_criteria(self, *args, **kwargs):
     watch = _watching.get()
     if watch is None:
         return criteria
-    watched = WatchedCriteria(criteria)
-    watched.ended_rows = watch
-    return watched
+    watch[:] = criteria
+    return watch
+
+
+# The settings of ``generate`` that matter here, and what holds where nobody says.
+_DEFAULTS = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True} | dict.fromkeys(
+    ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "cache_implementation")
+)
 
 
 def _settings(self, generation_config: GenerationConfig | None, kwargs: dict) -> dict:
-    """The generation settings that matter here, from the call, its configuration, or the model's."""
-
-    def value(name, default=None):
+    """``_DEFAULTS``, as the call, its configuration or the model's has them."""
+    found = {}
+    for name, default in _DEFAULTS.items():
         if name in kwargs:  # also None: the configurations do not count then
-            return default if kwargs[name] is None else kwargs[name]
-        for source in (generation_config, self.generation_config):
-            found = getattr(source, name, None)
-            if found is not None:
-                return found
-        return default
-
-    names = (
-        "prefill_chunk_size",
-        "prompt_lookup_num_tokens",
-        "assistant_early_exit",
-        "use_mtp",
-        "cache_implementation",
-    )
-    counts = {name: value(name, 1) for name in ("num_beams", "num_return_sequences")}
-    return {name: value(name) for name in names} | counts | {"use_cache": value("use_cache", True)}
+            said = [kwargs[name]]
+        else:
+            said = [getattr(source, name, None) for source in (generation_config, self.generation_config)]
+        found[name] = next((value for value in said if value is not None), default)
+    return found
 
 
 def _warn_of_segments(self, kwargs: dict, settings: dict, answer_is_fed: bool) -> None:
@@ -199,13 +187,8 @@ def _warn_of_segments(self, kwargs: dict, settings: dict, answer_is_fed: bool) -
 def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
     """Raise for what a memory cannot follow, before anything is generated."""
     memory, segment_ids = kwargs.get("memory"), kwargs.get("segment_ids")
-    assisted = (
-        given.get("assistant_model") is not None
-        or settings["prompt_lookup_num_tokens"] is not None
-        or settings["assistant_early_exit"] is not None
-        or bool(settings["use_mtp"])
-    )
-    if assisted:
+    assisted = [given.get("assistant_model"), settings["prompt_lookup_num_tokens"], settings["assistant_early_exit"]]
+    if settings["use_mtp"] or any(way is not None for way in assisted):
         raise UnsupportedError(
             "generate: assisted and prompt-lookup decoding take tokens back that were not accepted; what the memory "
             "has written cannot be taken back"
@@ -294,8 +277,8 @@ def _prepare_inputs_for_generation(
     real = True if attention_mask is None else attention_mask[:, -length:] != 0
     # Without a cache every step runs the whole rows from an empty memory again, and nothing is kept.
     watch = _watching.get()
-    if length == 1 and tokens.shape[0] > 1 and watch is not None and watch.rows is not None:
-        live = ~watch.rows.to(tokens.device)[:, None]
+    if length == 1 and tokens.shape[0] > 1 and watch is not None and watch.ended is not None:
+        live = ~watch.ended.to(tokens.device)[:, None]
         real = live if real is True else real & live
     elif _is_wrapped(self) and getattr(inputs.get("attention_mask"), "ndim", 0) == 2:
         # PEFT puts virtual tokens in front of the prompt, and their ones in front of the mask: that one tells.

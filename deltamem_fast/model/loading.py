@@ -231,11 +231,8 @@ def bars(*, hidden: bool) -> Iterator[None]:
     """transformers' progress bars, or none while something is loaded inside."""
     from transformers.utils import logging as library
 
-    if not hidden or not library.is_progress_bar_enabled():
+    with contextlib.ExitStack() as afterwards:
+        if hidden and library.is_progress_bar_enabled():
+            library.disable_progress_bar()
+            afterwards.callback(library.enable_progress_bar)
         yield
-        return
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.enable_progress_bar()

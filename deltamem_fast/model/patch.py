@@ -12,7 +12,7 @@ from deltamem_kernels.dispatch import check_backend, operations, resolve_backend
 
 from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
 from ..adapter.identity import Identity
-from ..adapter.layer import DeltaMemory, LayerShape
+from ..adapter.layer import DeltaMemory
 from ..adapter.record import PatchRecord, find_record, record_of
 from ..adapter.wrappers import RECORD, computing_device, decoder_of, spread_by, unwrap
 from ..config import DELTA_HEADS, DeltaMemConfig
@@ -63,7 +63,6 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         resolve_backend(backend, device.type)
         # Imported now: what fails does so here, and not in the middle of a forward.
         operations(backend, device)
-    _refuse_sharded(model)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
     record = PatchRecord(identity, decoder, attentions, cache_name=cache_name(type(decoder).forward))
@@ -111,6 +110,8 @@ def _check_model(outer: nn.Module, model: nn.Module) -> None:
             f"model: got a {type(model).__name__}, allowed a model of transformers (or one in PEFT's or "
             "torch.compile's wrapper); if one is in it, patch that one"
         )
+    if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
+        raise ArgumentError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
 
 
 def _is_linear(module) -> bool:
@@ -182,22 +183,12 @@ def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
         raise ArgumentError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
-        raise ArgumentError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
-
-
-def _shape_of(attention: nn.Module) -> LayerShape:
-    projections = (getattr(attention, f"{head}_proj", None) for head in DELTA_HEADS)
-    return LayerShape(attention.q_proj.in_features, *(p.out_features if _is_linear(p) else 0 for p in projections))
-
-
 def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:
     def build(attention: nn.Module, device: torch.device) -> DeltaMemory:
-        dtype = computing_dtype(model, attention.q_proj.weight)
-        return DeltaMemory(
-            source.config, _shape_of(attention), attention.layer_idx, backend, device=device, dtype=dtype
-        )
+        query, found = attention.q_proj, {head: getattr(attention, f"{head}_proj", None) for head in DELTA_HEADS}
+        sizes = {head: part.out_features if _is_linear(part) else 0 for head, part in found.items()}
+        place = {"device": device, "dtype": computing_dtype(model, query.weight)}
+        return DeltaMemory(source.config, query.in_features, sizes, attention.layer_idx, backend, **place)
 
     staged = None
     if source.directory is not None:
@@ -259,31 +250,25 @@ def _install(outer: nn.Module, model: nn.Module, record: PatchRecord, memories: 
         record.hooks.append(attention.register_load_state_dict_post_hook(_after_loading))
         memories[name].weights = LayerWeights()
     record.pack()
-    decoder = record.decoder
-    for part in (decoder, model):
-        record.positional[type(part)] = type(part).forward, positional_names(type(part).forward) or ()
-    record.originals["decoder"] = vars(decoder).get("forward")
-    record.replace(decoder, RECORD, record)
-    record.replace(decoder, "forward", types.MethodType(with_signature(decoder, decoder_forward), decoder))
-    record.replace(decoder, "_call_impl", types.MethodType(patched_call, decoder))
+    decoder, parts = record.decoder, [("decoder", record.decoder, decoder_forward)]
     if model is not decoder:
+        parts.append(("outer", model, outer_forward))
         # Such a model, of images and text, may prepare the masks itself; its decoder cannot tell which tokens are real.
         record.composite = getattr(model, getattr(model, "base_model_prefix", ""), decoder) is not decoder
-        record.originals["outer"] = vars(model).get("forward")
-        record.replace(model, RECORD, record)
-        record.replace(model, "forward", types.MethodType(with_signature(model, outer_forward), model))
-        record.replace(model, "_call_impl", types.MethodType(patched_call, model))
+    for key, part, forward in parts:
+        record.positional[type(part)] = type(part).forward, positional_names(type(part).forward) or ()
+        record.replace(part, RECORD, record)
+        record.override(part, "forward", with_signature(part, forward), key)
+        record.replace(part, "_call_impl", types.MethodType(patched_call, part))
     for name, function in generation_overrides(model).items():
-        record.originals[name] = vars(model).get(name)
-        record.replace(model, name, types.MethodType(function, model))
+        record.override(model, name, function)
     saved = "base_model_prepare_inputs_for_generation"
     if outer is not model and saved in vars(outer):
         # PEFT's wrapper with virtual tokens calls this in its own, and puts it back on the model afterwards.
         record.replace(outer, saved, model.prepare_inputs_for_generation)
     if hasattr(model, "save_pretrained"):
         # accelerate must not move a caller's memory: it would write to the copy.
-        skipped = list(getattr(model, "_skip_keys_device_placement", None) or [])
-        record.replace(model, "_skip_keys_device_placement", [*skipped, "memory"])
+        record.extend(model, "_skip_keys_device_placement", ["memory"])
     install_files(outer, model, record)
     record.broken_embeddings = broken_rows(decoder) is not None
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import types
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapter.record import PatchRecord, record_disabled
 from ..errors import ArgumentTypeError, StateError
+from ..memory.state import MemoryState
 from ..memory.watch import current_capture, current_record
 from .begin import CallersMemory, begin, composite_mask
 from .cache import mark_missed
 from .call import MemoryCall
 from .checkpointing import enter, leave
 from .finite import contain, give_back
-from .interrupted import begun, marking
 from .signatures import given_cache
 
 MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
@@ -23,25 +27,14 @@ MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
 
 def with_signature(module: nn.Module, function):
     """A copy of ``function`` whose signature is the module's own and the memory's arguments (generate reads it)."""
-    copied = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    copied = types.FunctionType(function.__code__, function.__globals__, function.__name__)
     copied.__kwdefaults__ = function.__kwdefaults__
     copied.__doc__ = type(module).forward.__doc__
-    original = inspect.signature(module.forward)
-    own = [p for p in original.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in original.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in MEMORY_ARGUMENTS
-        if name not in original.parameters
-    ]
-    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    copied.__signature__ = inspect.Signature([self_parameter, *own, *extra, *rest])
+    found = dict(inspect.signature(module.forward).parameters)
+    for name in MEMORY_ARGUMENTS:
+        found.setdefault(name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    copied.__signature__ = inspect.Signature([own, *sorted(found.values(), key=lambda parameter: parameter.kind)])
     return copied
 
 
@@ -49,7 +42,7 @@ def patched_call(self, *args, **kwargs):
     """What ``model(...)`` runs, forward and hooks."""
     record = self._delta_memory_patch
     outermost = self is not record.decoder or "outer" not in record.originals
-    return marking(record, type(self)._call_impl, (self, *args), kwargs, anew=outermost)
+    return _marking(record, type(self)._call_impl, (self, *args), kwargs, anew=outermost)
 
 
 def outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
@@ -66,8 +59,8 @@ def outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, *
         kwargs["token_mask"] = token_mask
     own = record.originals["outer"]
     if own is None:
-        return marking(record, type(self).forward, (self, *args), kwargs)
-    return marking(record, own, args, kwargs)
+        return _marking(record, type(self).forward, (self, *args), kwargs)
+    return _marking(record, own, args, kwargs)
 
 
 def decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
@@ -84,7 +77,9 @@ def decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None,
     if name not in kwargs and "past_key_values" in kwargs:
         name = "past_key_values"  # newer versions take this one too, and warn of it themselves
     call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask, name)
-    begun(call)
+    running = None if torch.compiler.is_compiling() else _running.get()
+    if running is not None and running.calls is not None:
+        running.calls.append((call, call.state))
     try:
         return _with_memory(self, record, call, kwargs)
     except BaseException as error:
@@ -149,5 +144,51 @@ def positional_names(forward) -> tuple[str, ...] | None:
     parameters = inspect.signature(forward).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
         return None
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in parameters if p.kind in positional)[1:]
+    return tuple(p.name for p in parameters if p.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD)[1:]
+
+
+# --- forwards that fail after their layers have begun: what they may have left half-written is marked
+
+
+class _Running:
+    """A call of a patched model.
+
+    Attributes:
+        record: the model's.
+        calls: what its decoder's forwards have written so far; None: the call is over, and a copy of its context is
+            all that is left of it.
+    """
+
+    def __init__(self, record: PatchRecord):
+        self.record = record
+        self.calls: list[tuple[MemoryCall, MemoryState]] | None = []
+
+
+_running: contextvars.ContextVar[_Running | None] = contextvars.ContextVar("deltamem_running", default=None)
+
+
+def _marking(record: PatchRecord, run: Callable, args: tuple, kwargs: dict[str, Any], *, anew: bool = False) -> Any:
+    """``run(*args, **kwargs)``; whatever it raises, memories and caches that forwards in it have written are marked.
+
+    So that an error that comes after the last layer, of a hook on the model or of accelerate's, is seen as well:
+    nobody got to know what the forward said. Inside another call of the same model that one marks, unless ``anew``.
+
+    Two things cannot be seen here: an interrupt between the end of this function and the caller's hold of what it
+    returns, and an error inside compiled forwards, which are one piece without a place for a mark.
+    """
+    if torch.compiler.is_compiling():
+        return run(*args, **kwargs)
+    around = _running.get()
+    if not anew and around is not None and around.calls is not None and around.record is record:
+        return run(*args, **kwargs)
+    running = _Running(record)
+    try:
+        _running.set(running)
+        return run(*args, **kwargs)
+    except BaseException as error:
+        for call, state in running.calls:
+            call.cut_short(error, state)
+        raise
+    finally:
+        running.calls = None
+        _running.set(around)  # not by a token: an interrupt may come before there is one

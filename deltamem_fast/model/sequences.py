@@ -42,30 +42,27 @@ def sequence_starts(
     if length < 2:
         return None
     before = _real_before(token_mask, length)
-    found = [
-        (name, starts)
-        for name, starts in (
-            ("position_ids", _where_positions_restart(arguments.get("position_ids"), before, cache is not None)),
-            ("seq_idx", _where_numbers_change(arguments.get("seq_idx"), before)),
-            ("attention_mask", _where_mask_parts(arguments.get("attention_mask"), before, cache)),
-        )
-        if starts is not None
-    ]
+    found = {
+        "position_ids": _where_positions_restart(arguments.get("position_ids"), before, cache is not None),
+        "seq_idx": _where_numbers_change(arguments.get("seq_idx"), before),
+        "attention_mask": _where_mask_parts(arguments.get("attention_mask"), before, cache),
+    }
+    found = {name: starts for name, starts in found.items() if starts is not None}
     if not found:
         return None
     if torch.compiler.is_compiling():
         # How many there are decides shapes, which traced code cannot ask for.
-        for name, starts in found:
+        for name, starts in found.items():
             torch._assert_async(~_real(starts, before, token_mask).any(), _compiled(name))
         return None
-    starts = torch.zeros(batch, length - 1, dtype=torch.bool, device=found[0][1].device)
-    for _, more in found:
+    starts = torch.zeros(batch, length - 1, dtype=torch.bool, device=next(iter(found.values())).device)
+    for more in found.values():
         starts |= more.to(starts.device)
     starts = _real(starts, before, token_mask)
     if not bool(starts.any()):
         return None
     if cache is not None:
-        names = " and ".join(name for name, more in found if bool(_real(more, before, token_mask).any()))
+        names = " and ".join(name for name, more in found.items() if bool(_real(more, before, token_mask).any()))
         raise ArgumentError(
             f"past_key_values: got a cache, but by {names} {_HOLDS_SEVERAL}; allowed None (use_cache=False)"
         )

@@ -9,7 +9,7 @@ from deltamem_kernels.segment_means import segment_means
 
 from ..adapter.layer import DeltaMemory
 from ..memory.state import written
-from ..memory.watch import GateSums, gate_sums
+from ..memory.watch import gate_sums
 from .call import MemoryCall
 from .checkpointing import join
 
@@ -41,12 +41,6 @@ def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tens
         reads = _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)
     elif call.frozen:
         reads = ops.read(projections, initial, rule, mask=mask)
-    elif call.segment_ids is not None:
-        reads = ops.read(projections, initial, rule, mask=mask)
-        means, present, skipped = segment_means(projections, call.segment_ids, mask)
-        gates = None if call.gates is None else gate_sums(means, gate_bias, rule, present)
-        out = ops.scan(means, gate_bias, initial, rule, mask=present)
-        reads = _commit(call, index, first_run, reads, out.state, skipped + out.skipped, gates)
     elif projections.shape[1] == 1 and call.steps(index):
         call.count_gates(index, projections, gate_bias, rule)
         reads = ops.step(
@@ -55,9 +49,19 @@ def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tens
         )  # fmt: skip
         written(initial)
     else:
+        reads = skipped = None
+        if call.segment_ids is not None:  # they are read before, and their means written
+            reads = ops.read(projections, initial, rule, mask=mask)
+            projections, mask, skipped = segment_means(projections, call.segment_ids, mask)
         gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)
         out = ops.scan(projections, gate_bias, initial, rule, mask=mask, cu_seqlens=call.cu_seqlens)
-        reads = _commit(call, index, first_run, out.reads, out.state, out.skipped, gates)
+        reads = out.reads if reads is None else reads
+        reads, state, beta = join(call, index, reads, out.state, None if gates is None else gates.beta)
+        if first_run:
+            call.state.put(index, state, in_place=call.in_place)
+            call.state.count(index, out.skipped if skipped is None else skipped + out.skipped)
+            if gates is not None:
+                call.gates[index] = gates._replace(beta=beta)
     return reads.view(batch, length, -1)
 
 
@@ -67,22 +71,3 @@ def _read_packed(ops, projections, state, rule, mask, cu_seqlens):
     owner = torch.searchsorted(cu_seqlens[1:].to(tokens.dtype), tokens, right=True)
     mask = None if mask is None else mask.transpose(0, 1)
     return ops.read(projections.transpose(0, 1), state, rule, mask=mask, slots=owner).transpose(0, 1)
-
-
-def _commit(
-    call: MemoryCall,
-    index: int,
-    first_run: bool,
-    reads: torch.Tensor,
-    state: torch.Tensor,
-    skipped: torch.Tensor,
-    gates: GateSums | None,
-) -> torch.Tensor:
-    """Hand on what a layer has written, in its first run; the reads come back as they go on."""
-    reads, state, beta = join(call, index, reads, state, None if gates is None else gates.beta)
-    if first_run:
-        call.state.put(index, state, in_place=call.in_place)
-        call.state.count(index, skipped)
-        if gates is not None:
-            call.gates[index] = gates._replace(beta=beta)
-    return reads

@@ -62,7 +62,6 @@ class LayerWeights:
         self._functions: tuple[tuple, tuple, tuple] = ((), (), ())
         # The packed parameters, and where their rows lie.
         self._packed: tuple[list[nn.Parameter], list[int]] = ([], [])
-        self._parts: tuple[nn.Module, ...] = ()
         self._typed: tuple[nn.Module, ...] = ()
         self._types: tuple[type, ...] = ()
         self._hooks: tuple[dict, ...] = ()
@@ -101,8 +100,8 @@ class LayerWeights:
                 first = sum(projection.out_features for projection in projections)
                 self.heads = tuple(projection.out_features // attention.head_dim for projection in projections)
                 if any(b is not None for b in biases):
-                    bias = [p.out_features if b is None else b for p, b in zip(projections, biases)]
-                    bias.append(layer.rule.width)
+                    sizes = [projection.out_features for projection in projections]
+                    bias = [size if b is None else b for size, b in zip(sizes, biases)] + [layer.rule.width]
             used = [part for part in (*rows, *gates, *(bias or ())) if not isinstance(part, int)]
             if trusted:  # also what is not packed now: the reason may go
                 own = [
@@ -141,20 +140,22 @@ class LayerWeights:
 
     def ours(self) -> set[int]:
         """Parameters that are rows of what is packed here."""
-        packs = [packed for packed in (self.rows, self.bias, self.gate_bias) if packed is not None]
-        return {id(parameter) for packed in packs for parameter in packed.in_place()}
+        return {id(parameter) for packed in self._packs() for parameter in packed.in_place()}
+
+    def _packs(self) -> list[PackedRows]:
+        return [packed for packed in (self.rows, self.gate_bias, self.bias) if packed is not None]
 
     def _remember(self, attention: nn.Module, layer: DeltaMemory) -> None:
         places = [(attention._modules, name, attention._modules.get(name)) for name in parts_of(attention)]
-        self._parts = tuple(part for _, _, part in places if part is not None)
-        self._typed = (*self._parts, attention)
+        parts = [part for _, _, part in places if part is not None]
+        self._typed = (*parts, attention)
         self._types = tuple(map(type, self._typed))
-        for part in self._parts:
+        for part in parts:
             attributes = vars(part)
             places += [(part._parameters, name, part._parameters.get(name)) for name in ("weight", "bias")]
             places += [(attributes, n, attributes.get(n)) for n in ("_forward_hooks", "_forward_pre_hooks", "forward")]
         places += [(layer._parameters, name, parameter) for name, parameter in layer._parameters.items()]
-        norms = [part for part in self._parts if "variance_epsilon" in vars(part)]
+        norms = [part for part in parts if "variance_epsilon" in vars(part)]
         places += [(vars(norm), "variance_epsilon", norm.variance_epsilon) for norm in norms]
         places += [(vars(attention), "head_dim", vars(attention).get("head_dim"))]
         bypassed = [(owner, name, getattr(owner, name, None)) for owner, name in bypassed_functions(attention)]
@@ -162,9 +163,9 @@ class LayerWeights:
         places += [(vars(f), "forward", vars(f).get("forward")) for *_, f in bypassed if isinstance(f, nn.Module)]
         self._places = tuple(zip(*places))
         self._functions = tuple(zip(*bypassed)) if bypassed else ((), (), ())
-        packs = [packed for packed in (self.rows, self.gate_bias, self.bias) if packed is not None]
+        packs = self._packs()
         self._packed = [p for pack in packs for p in pack.parameters], [a for pack in packs for a in pack.addresses]
-        self._hooks = tuple(hooks for part in self._parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
+        self._hooks = tuple(hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks))
 
     def is_current(self, call: MemoryCall | None = None) -> bool:
         """Whether nothing that the choice and the packing rest on has been replaced or moved.
@@ -186,9 +187,8 @@ class LayerWeights:
 
     def release(self) -> None:
         """Give every parameter its own storage again."""
-        for packed in (self.rows, self.bias, self.gate_bias):
-            if packed is not None:
-                packed.release()
+        for packed in self._packs():
+            packed.release()
         self.rows = self.bias = self.gate_bias = None
         self._packed = [], []
 
@@ -234,10 +234,23 @@ class LayerWeights:
 
     def steering(self, attention: nn.Module, layer: DeltaMemory) -> Steering:
         """What the memory's layer adds to its heads, as the kernels take it."""
-        found = self._steering
-        if found is None:
-            found = self._steering = _steering_of(layer, attention, self.shape.norms)
-        return found
+        if self._steering is None:
+            parameters, config, norms = layer._parameters, layer.config, self.shape.norms
+            heads = config.delta_heads
+            q_norm = attention._modules["q_norm"] if norms else None
+            self._steering = Steering(
+                q=parameters["delta_q_proj"] if "q" in heads else None,
+                k=parameters["delta_k_proj"] if "k" in heads else None,
+                v=parameters["delta_v_proj"] if "v" in heads else None,
+                o=parameters["delta_o_proj"] if "o" in heads and not config.delta_o_rmsnorm else None,
+                scale=config.scale,
+                scale_raw=parameters["delta_scale_raw"] if config.trainable_delta_scale else None,
+                scale_max=config.delta_scale_max,
+                q_norm=q_norm._parameters["weight"] if norms else None,
+                k_norm=attention._modules["k_norm"]._parameters["weight"] if norms else None,
+                eps=q_norm.variance_epsilon if norms else 1e-6,
+            )
+        return self._steering
 
 
 def _packed(current: PackedRows | None, parts: list | None) -> PackedRows | None:
@@ -253,22 +266,3 @@ def _packed(current: PackedRows | None, parts: list | None) -> PackedRows | None
 
 def _ids(parts: list) -> list[int]:
     return [id(part) for part in parts if not isinstance(part, int)]
-
-
-def _steering_of(layer: DeltaMemory, attention: nn.Module, norms: bool) -> Steering:
-    """What the memory's layer adds to its heads, as the kernels take it."""
-    parameters, config = layer._parameters, layer.config
-    heads = config.delta_heads
-    q_norm = attention._modules["q_norm"] if norms else None
-    return Steering(
-        q=parameters["delta_q_proj"] if "q" in heads else None,
-        k=parameters["delta_k_proj"] if "k" in heads else None,
-        v=parameters["delta_v_proj"] if "v" in heads else None,
-        o=parameters["delta_o_proj"] if "o" in heads and not config.delta_o_rmsnorm else None,
-        scale=config.scale,
-        scale_raw=parameters["delta_scale_raw"] if config.trainable_delta_scale else None,
-        scale_max=config.delta_scale_max,
-        q_norm=q_norm._parameters["weight"] if norms else None,
-        k_norm=attention._modules["k_norm"]._parameters["weight"] if norms else None,
-        eps=q_norm.variance_epsilon if norms else 1e-6,
-    )

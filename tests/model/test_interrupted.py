@@ -19,7 +19,7 @@ from deltamem_fast import (
     save_adapter,
     unpatch_model,
 )
-from deltamem_fast.model import interrupted
+from deltamem_fast.model import patched_forward
 
 IDS = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(5))
 
@@ -159,7 +159,7 @@ def test_a_context_that_outlives_the_forward_keeps_nothing_of_it():
     with torch.no_grad():
         model(IDS)
         remove()
-        assert kept[0][interrupted._running].calls is None
+        assert kept[0][patched_forward._running].calls is None
         memory = MemoryState.zeros(model)
         late = model.register_forward_hook(fails).remove
         with pytest.raises(KeyboardInterrupt, match="late"):
