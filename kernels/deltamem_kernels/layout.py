@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .errors import ArgumentError, ArgumentTypeError
-from .rule import DeltaRule
+from .rule import DeltaRule, check_shape
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,9 @@ def check_heads(
                 f"{name}: got shape {list(tensor.shape)}, allowed [1 or {packed.shape[0]}, {length}, {layout.rotary}]"
             )
     for head in ("q", "k", "v"):
-        weight, rows = getattr(steering, head), getattr(layout, head) * layout.dim
-        if weight is not None and tuple(weight.shape) != (rows, read_width):
-            raise ArgumentError(f"{head}: got shape {list(weight.shape)}, allowed [{rows}, {read_width}]")
+        check_shape(head, getattr(steering, head), (getattr(layout, head) * layout.dim, read_width))
     if steering.o is not None and (steering.o.ndim != 2 or steering.o.shape[1] != read_width):
         raise ArgumentError(f"o: got shape {list(steering.o.shape)}, allowed [N, {read_width}]")
-    for name in ("q_norm", "k_norm"):
-        weight = getattr(steering, name)
-        if weight is not None and tuple(weight.shape) != (layout.dim,):
-            raise ValueError(f"{name}: got shape {list(weight.shape)}, allowed [{layout.dim}]")
-    raw = steering.scale_raw
-    if raw is not None and tuple(raw.shape) not in ((1,), (4,)):
-        raise ArgumentError(f"scale_raw: got shape {list(raw.shape)}, allowed [1] or [4]")
+    check_shape("q_norm", steering.q_norm, (layout.dim,))
+    check_shape("k_norm", steering.k_norm, (layout.dim,))
+    check_shape("scale_raw", steering.scale_raw, (1,), (4,))

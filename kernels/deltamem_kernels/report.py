@@ -13,6 +13,7 @@ execute and ask of memory is counted on an emulator, which the repository has: m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
@@ -119,6 +120,17 @@ PRODUCT = [
 ]
 
 
+@contextlib.contextmanager
+def recording(warp: int):
+    """Launches are taken down instead of made, on a device whose warps are so wide → their list."""
+    saved = _launch.recorded, _launch.WARP
+    _launch.recorded, _launch.WARP = [], warp
+    try:
+        yield _launch.recorded
+    finally:
+        _launch.recorded, _launch.WARP = saved
+
+
 def launches(case: Case, warp: int) -> list:
     """The launches of every launcher for one case, with the given width of a warp."""
     rule = DeltaRule(case.rank, case.heads, case.mode, case.row_gates, case.coupled)
@@ -138,9 +150,7 @@ def launches(case: Case, warp: int) -> list:
     base = torch.empty(batch, case.length, 4096, dtype=case.dtype, **meta)
     weight = torch.empty(4096, rule.read_width, dtype=case.dtype, **meta)
     reads = torch.empty(batch, case.length, rule.read_width, **meta)
-    saved = _launch.recorded, _launch.WARP
-    _launch.recorded, _launch.WARP = [], warp
-    try:
+    with recording(warp) as found:
         # Scan, then what a decoded token and a whole prompt take.
         scan(x, bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
              checkpoint_every=64 if case.checkpoints else 0)  # fmt: skip
@@ -153,9 +163,7 @@ def launches(case: Case, warp: int) -> list:
         head_launches(case, rule)
         if case.backward:
             gradient_launches(case, rule, x, bias, state, mask, cu_seqlens, slots, base, reads, weight)
-        return _launch.recorded
-    finally:
-        _launch.recorded, _launch.WARP = saved
+    return found
 
 
 def gradient_launches(
@@ -272,10 +280,7 @@ def measure(target: str, case: Case, seen: set) -> list[Resources]:
             continue
         seen.add(built.hash())
         compiled = triton.compile(built, target=gpu, options=options)
-        if gpu.backend == "cuda":
-            found = _nvidia(compiled.asm["cubin"])
-        else:
-            found = _amd(compiled.asm["amdgcn"])
+        found = _nvidia(compiled.asm["cubin"]) if gpu.backend == "cuda" else _amd(compiled.asm["amdgcn"])
         registers, stack, spills, instructions = found
         rows.append(
             Resources(
@@ -288,16 +293,12 @@ def measure(target: str, case: Case, seen: set) -> list[Resources]:
 
 def weights(rule: DeltaRule, length: int) -> tuple[int, int]:
     """Bytes of the transitions of a scan's chunks and of its tokens, one sequence in bfloat16, as a scan allocates."""
-    saved = _launch.recorded
-    _launch.recorded = []
-    try:
+    with recording(_launch.WARP) as found:
         meta = {"dtype": torch.bfloat16, "device": "meta"}
         x = torch.empty(1, length, rule.width, **meta)
         scan(x, torch.empty(rule.bias_width, **meta), None, rule)
-        maps = [a["transitions_ptr"] for _, a, _ in _launch.recorded if "transitions_ptr" in a]
-        return sum({id(m): m.numel() * 4 for m in maps}.values()), x.numel() * 2
-    finally:
-        _launch.recorded = saved
+    maps = [a["transitions_ptr"] for _, a, _ in found if "transitions_ptr" in a]
+    return sum({id(m): m.numel() * 4 for m in maps}.values()), x.numel() * 2
 
 
 def print_depth() -> None:

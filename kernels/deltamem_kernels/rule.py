@@ -90,6 +90,18 @@ class ScanOutput(NamedTuple):
     checkpoints: torch.Tensor | None
 
 
+def check_shape(name: str, tensor: torch.Tensor | None, *allowed: tuple[int, ...]) -> None:
+    """Raises: ValueError unless the tensor has one of the shapes, or is None."""
+    if tensor is not None and tuple(tensor.shape) not in allowed:
+        raise ArgumentError(f"{name}: got shape {_shape(tensor)}, allowed {' or '.join(str([*s]) for s in allowed)}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor | None, words: str, *allowed: torch.dtype) -> None:
+    """Raises: TypeError unless the tensor has one of the dtypes, which the ``words`` name, or is None."""
+    if tensor is not None and tensor.dtype not in allowed:
+        raise ArgumentTypeError(f"{name}: got dtype {tensor.dtype}, allowed {words}")
+
+
 def check_together(name: str, tensor: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Raises: ValueError unless the others, where given, are on the device of the tensor called ``name``."""
     for other, found in others.items():
@@ -114,7 +126,7 @@ def _shape(tensor: torch.Tensor) -> str:
 
 def check_arguments(
     projections: torch.Tensor,
-    gate_bias: torch.Tensor,
+    gate_bias: torch.Tensor | None,
     state: torch.Tensor | None,
     rule: DeltaRule,
     *,
@@ -123,7 +135,7 @@ def check_arguments(
     slots: torch.Tensor | None = None,
     checkpoint_every: int = 0,
 ) -> int:
-    """Check the arguments of a scan, step or read; return N, the number of sequences.
+    """Check the arguments of a scan, step or read (gate_bias None); return N, the number of sequences.
 
     Raises:
         ValueError: an argument has a wrong shape or value; the message names it, what it is and what is allowed.
@@ -138,8 +150,7 @@ def check_arguments(
         )
     if not projections.dtype.is_floating_point:
         raise ArgumentTypeError(f"projections: got dtype {projections.dtype}, allowed floating point")
-    if tuple(gate_bias.shape) != (rule.bias_width,):
-        raise ArgumentError(f"gate_bias: got shape {_shape(gate_bias)}, allowed [{rule.bias_width}]")
+    check_shape("gate_bias", gate_bias, (rule.bias_width,))
     if math.prod(tokens) * rule.heads >= 2**31:
         raise ArgumentError(f"projections: got {math.prod(tokens)} tokens × {rule.heads} head(s), allowed below 2^31")
     sequences = tokens[0]
@@ -150,21 +161,15 @@ def check_arguments(
             )
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
             raise ArgumentError(f"cu_seqlens: got shape {_shape(cu_seqlens)}, allowed [N + 1]")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ArgumentTypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, allowed int32 or int64")
+        check_dtype("cu_seqlens", cu_seqlens, "int32 or int64", torch.int32, torch.int64)
         sequences = cu_seqlens.numel() - 1
-    if mask is not None:
-        if tuple(mask.shape) != tuple(tokens):
-            raise ArgumentError(f"mask: got shape {_shape(mask)}, allowed {list(tokens)}")
-        if mask.dtype != torch.bool:
-            raise ArgumentTypeError(f"mask: got dtype {mask.dtype}, allowed bool (True = a real token)")
+    check_shape("mask", mask, tuple(tokens))
+    check_dtype("mask", mask, "bool (True = a real token)", torch.bool)
     if slots is not None:
         if state is None:
             raise ArgumentError("slots: given without a state to index")
-        if tuple(slots.shape) != (sequences,):
-            raise ArgumentError(f"slots: got shape {_shape(slots)}, allowed [{sequences}]")
-        if slots.dtype not in (torch.int32, torch.int64):
-            raise ArgumentTypeError(f"slots: got dtype {slots.dtype}, allowed int32 or int64")
+        check_shape("slots", slots, (sequences,))
+        check_dtype("slots", slots, "int32 or int64", torch.int32, torch.int64)
     if state is not None:
         rows = "any" if slots is not None else sequences
         if state.ndim != 4 or tuple(state.shape[1:]) != (rule.heads, rule.rank, rule.rank):
@@ -172,10 +177,7 @@ def check_arguments(
             raise ArgumentError(f"state: got shape {_shape(state)}, allowed {allowed}")
         if slots is None and state.shape[0] != sequences:
             raise ArgumentError(f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them")
-        if state.dtype not in (torch.float32, torch.float64):
-            raise ArgumentTypeError(
-                f"state: got dtype {state.dtype}, allowed float32 (the reference also takes float64)"
-            )
+        check_dtype("state", state, "float32 (the reference also takes float64)", torch.float32, torch.float64)
         if slots is not None:
             check_slots(slots, state.shape[0])
     if checkpoint_every < 0:

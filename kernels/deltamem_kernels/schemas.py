@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .layout import HeadLayout
 from .rule import DeltaRule
@@ -58,6 +59,29 @@ def operator(name: str, arguments: str, results: str = "Tensor", *, fake: Callab
     return register
 
 
-def fake_reads(projections: torch.Tensor, rank: int, heads: int) -> torch.Tensor:
+def fake_reads(projections: Tensor, rank: int, heads: int) -> Tensor:
     """Reads, float32: projections [..., W] → [..., H·r]."""
     return projections.new_empty((*projections.shape[:-1], heads * rank), dtype=torch.float32)
+
+
+def fake_decode(packed: Tensor, rank: int, heads: int, w_o: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Reads of a packed row, float32 [B, H·r], and Δo, which is empty without its weights."""
+    reads = packed.new_empty((packed.shape[0], heads * rank), dtype=torch.float32)
+    return reads, packed.new_empty(0 if w_o is None else (packed.shape[0], w_o.shape[0]))
+
+
+def or_empty(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An operator returns a tensor in any case; one that is empty lies on the device of ``other``."""
+    return other.new_empty(0) if tensor is None else tensor
+
+
+def like(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A contiguous tensor of the same shape, for a gradient; empty for None, on the device of ``other``."""
+    return other.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+
+def needs_operator(*arguments: object) -> bool:
+    """Whether a compiler or autograd must see a call with these; else it goes past the dispatcher."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)

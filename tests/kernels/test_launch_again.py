@@ -1,5 +1,6 @@
 """The second launch of a decoded token goes past Triton's binder: same arguments, in the kernel's order."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -9,32 +10,51 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 from deltamem_kernels.layout import HeadLayout, Steering  # noqa: E402
 from deltamem_kernels.rule import DeltaRule  # noqa: E402
 from deltamem_kernels.triton import decode as heads  # noqa: E402
+from deltamem_kernels.triton import head_parts, replay  # noqa: E402
+from deltamem_kernels.triton import heads as steering_heads  # noqa: E402
 from deltamem_kernels.triton import launch as launching  # noqa: E402
+
+KINDS_OF_DECODE = {
+    "rows": heads.Rows, "memory": heads.Memory, "rule": heads.Rule, "q": head_parts.Kind, "k": head_parts.Kind,
+    "v": head_parts.Kind, "o": heads.Output, "turn": head_parts.Turn, "factor": head_parts.Factor,
+    "heads": head_parts.Heads, "shares": heads.Shares,
+}  # fmt: skip
 
 
 class Launches:
-    """Stands in for a kernel that has been launched: takes down what it is launched with again."""
+    """Stands in for ``decode_kernel``: takes down how it is launched, (programs, arguments).
+
+    noted: the launches of calls that are noted. again: those of calls that are done again.
+    """
 
     def __init__(self):
-        self.grids, self.calls = [], []
+        names = inspect.signature(heads.decode_kernel.fn).parameters
+        self.params = [SimpleNamespace(name=name, is_constexpr=False) for name in names]
+        self.noted, self.again = [], []
+
+    def __getitem__(self, grid):
+        def call(num_warps, num_stages, enable_fp_fusion, **arguments):
+            self.noted.append((grid[0], [arguments[p.name] for p in self.params]))
+            return self
+
+        return call
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    monkeypatch.setattr(heads, "_plans", {})
-    found = []
+    kernel = Launches()
 
-    def launch(kernel, programs, tensor, *, num_warps, registers, **arguments):
-        found.append((programs, arguments, Launches()))
-        return found[-1][2]
+    def launch_again(found):
+        return lambda launched, programs, tensor, values: found.append((programs, list(values)))
 
-    def launch_again(launched, programs, tensor, values):
-        launched.grids.append(programs)
-        launched.calls.append(values)
-
-    monkeypatch.setattr(heads, "launch", launch)
-    monkeypatch.setattr(heads, "launch_again", launch_again)
-    return found
+    monkeypatch.setattr(replay, "_plans", {})
+    monkeypatch.setattr(launching, "_launched", {})
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(replay, "interpreted", lambda: False)
+    monkeypatch.setattr(launching, "launch_again", launch_again(kernel.noted))
+    monkeypatch.setattr(replay, "launch_again", launch_again(kernel.again))
+    monkeypatch.setattr(heads, "decode_kernel", kernel)
+    return kernel
 
 
 def decode(batch=2, dtype=torch.bfloat16, shift=0, scale=2.0, q_rows=32, **options):
@@ -64,12 +84,11 @@ def by_field(kinds, values):
 def test_the_second_launch_is_the_first_with_other_tensors(launches):
     decode()
     given = decode()
-    ((programs, arguments, again),) = launches
-    assert again.grids == [programs] and len(again.calls) == 1
-    kinds = {name: type(value) for name, value in arguments.items()}
-    parameters = getattr(heads.decode_kernel, "params", None)
-    assert list(kinds) == [p.name for p in parameters] if parameters else True
-    first, second = by_field(kinds, arguments.values()), by_field(kinds, again.calls[0])
+    ((programs, noted),), ((again_programs, again),) = launches.noted, launches.again
+    assert again_programs == programs
+    assert [p.name for p in launches.params] == list(KINDS_OF_DECODE)
+    assert [type(value) for value in noted] == list(KINDS_OF_DECODE.values())
+    first, second = by_field(KINDS_OF_DECODE, noted), by_field(KINDS_OF_DECODE, again)
     assert second.keys() == first.keys()
     tensors = {name for name, value in first.items() if isinstance(value, torch.Tensor)}
     assert all(second[name] is first[name] for name in first if name not in tensors)
@@ -85,11 +104,9 @@ def test_the_second_launch_is_the_first_with_other_tensors(launches):
     assert second["memory.m_ptr"].data_ptr() == given["packed"][:, 64:].data_ptr()
 
 
-def test_each_argument_has_its_tensors_first():
-    """``_Plan`` adds them in front of what does not change."""
-    for kind in heads._Plan.KINDS.values():
-        tensors = [field.endswith("_ptr") for field in kind._fields]
-        assert tensors == sorted(tensors, reverse=True), kind
+def test_each_argument_is_a_tuple_of_several():
+    """``replay`` takes their parts all at once, which for one alone would be no tuple."""
+    assert all(len(kind._fields) > 1 for kind in (*KINDS_OF_DECODE.values(), steering_heads.Rows))
 
 
 @pytest.mark.parametrize(
@@ -98,15 +115,15 @@ def test_each_argument_has_its_tensors_first():
      {"parts": 1}, {"mask": torch.ones(2, dtype=torch.bool)}, {"slots": torch.arange(2)}),
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
-def test_what_differs_is_launched_anew(launches, other):
+def test_what_differs_is_noted_anew(launches, other):
     decode()
     decode(**other)
-    assert len(launches) == 2 and not any(again.calls for _, _, again in launches)
+    assert len(launches.noted) == 2 and not launches.again
     decode(**other)
-    assert len(launches) == 2 and len(launches[1][2].calls) == 1
+    assert len(launches.noted) == 2 and len(launches.again) == 1
 
 
-def test_on_amd_a_storage_past_2_gib_is_launched_anew(launches, monkeypatch):
+def test_on_amd_a_storage_past_2_gib_is_noted_anew(launches, monkeypatch):
     """Triton compiles 32-bit offsets for tensors that lie within 2 GiB there."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
     decode()
@@ -114,7 +131,7 @@ def test_on_amd_a_storage_past_2_gib_is_launched_anew(launches, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "untyped_storage", lambda tensor: Vast() if tensor.ndim == 4 else real(tensor))
     decode()
     decode()
-    assert len(launches) == 2 and len(launches[1][2].calls) == 1
+    assert len(launches.noted) == 2 and len(launches.again) == 1
 
 
 class Vast:

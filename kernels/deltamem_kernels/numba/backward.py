@@ -29,9 +29,9 @@ from .loops import (
     ONE,
     OPTIONS,
     ZERO,
+    block_gates,
     copy_columns,
     is_finite,
-    sigmoid_gate,
     tanh_in_place,
     to_unit_length,
     unit_directions,
@@ -61,20 +61,6 @@ def _directions_and_slopes(rows, start, heads, rank, normalize, out, slopes, inv
         tanh_in_place(flat, slopes[: flat.size], powers[: flat.size])
         _slopes(slopes[: flat.size])
         to_unit_length(flat, rank, inverses)
-
-
-@njit(inline="always")
-def _keeps(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers):
-    """β and keep of a block's tokens, [n, H·r]."""
-    width = heads * rank
-    gates = width if row_gates else heads
-    sigmoid_gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
-    if own_lambda:
-        sigmoid_gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
-    else:
-        for t in range(rows.shape[0]):
-            for i in range(width):
-                keep[t, i] = ONE if mode == NO_LAMBDA else ONE - beta[t, i]
 
 
 @njit(inline="always")
@@ -199,7 +185,7 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                 rows = projections[n, b * BLOCK : (b + 1) * BLOCK]
                 _valid_tokens(rows, mask, n, b * BLOCK, valid)
                 unit_directions(rows, width, heads, rank, normalize, k_block, k_slopes, powers)
-                _keeps(rows, bias, heads, rank, mode, row_gates, own_lambda, beta_block, keep_block, powers)
+                block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta_block, keep_block, powers)
                 for h in range(heads):
                     for j in range(rank):
                         for i in range(rank):
@@ -218,7 +204,7 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                 _valid_tokens(rows, mask, n, first, valid)
                 _directions_and_slopes(rows, 0, heads, rank, normalize, q, q_slopes, q_inverses, powers)
                 _directions_and_slopes(rows, width, heads, rank, normalize, k, k_slopes, k_inverses, powers)
-                _keeps(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
+                block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
                 for h in range(heads):
                     base = h * rank
                     for j in range(rank):

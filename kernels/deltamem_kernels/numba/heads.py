@@ -5,19 +5,24 @@ float32 rows; 16-bit ones, which numba cannot read, take the reference. Signatur
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 
 from ..layout import HeadLayout, Steering, check_heads
 from ..reference import heads as reference_heads
-from ..rule import STATE_UPDATE_MODES, DeltaRule, check_arguments
-from .recurrence import checked_slots
+from ..rule import DeltaRule, check_arguments
+from ..schemas import LAYOUT, ROPE, ROWS, RULE, STEERING, fake_decode, flat_layout, flat_rule, operator, or_empty
+from .recurrence import checked_slots, rule_flags
 from .rows import BLOCK, row_loop, turn_loop
 from .threads import on_threads, threads_for
 
 # Rows whose Δo may lie there through the attention; those of a longer prompt are made behind it, at a higher price, for
 # there they might be what its peak memory consists of.
 MOST_DELTAS = 8192
+# As compiled programs name them.
+_LAYOUT, _STEERING = re.sub(r"heads_(.)", r"\1_heads", LAYOUT), STEERING.replace("w_", "")
 _EMPTY = np.zeros(0, np.float32)
 
 
@@ -48,10 +53,8 @@ class _Layer:
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         arrays = [_array(tensor, _EMPTY) for tensor in found]
         factors = _factors(steering)
-        numbers = [rule.heads, STATE_UPDATE_MODES.index(rule.mode), rule.row_gates, rule.has_lambda, rule.normalize]
-        numbers += [layout.q, layout.k, layout.v, layout.dim, layout.rotary]
         self.read_width, self.o_rows = rule.read_width, 0 if steering.o is None else steering.o.shape[0]
-        numbers.append(self.o_rows)
+        numbers = [*rule_flags(rule), *flat_layout(layout), self.o_rows]
         numbers += [array.ctypes.data if array.size else 0 for array in arrays]
         table = np.array(numbers, np.int64)
         self.arrays = (*arrays, factors, table)
@@ -194,60 +197,31 @@ def _steer_rows(
     return reads, delta
 
 
-def _flat(rule: DeltaRule, layout: HeadLayout) -> tuple:
-    rules = (rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize)
-    return (*rules, layout.q, layout.k, layout.v, layout.dim, layout.rotary)
-
-
-def _rule_and_layout(rank, heads, update, row_gates, coupled, normalize, q, k, v, dim, rotary):
-    return DeltaRule(rank, heads, update, row_gates, coupled, normalize), HeadLayout(q, k, v, dim, rotary)
-
-
-@torch.library.custom_op("deltamem_fast::steer_heads_numba", mutates_args=("packed",))
-def _steer_heads_op(
-    packed: torch.Tensor, reads: torch.Tensor, q_heads: int, k_heads: int, v_heads: int, dim: int, rotary: int,
-    q: torch.Tensor | None, k: torch.Tensor | None, v: torch.Tensor | None, scale: float,
-    scale_raw: torch.Tensor | None, scale_max: float, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None,
-    eps: float, cos: torch.Tensor | None, sin: torch.Tensor | None,
-) -> None:  # fmt: skip
-    layout = HeadLayout(q_heads, k_heads, v_heads, dim, rotary)
-    steering = Steering(q, k, v, None, scale, scale_raw, scale_max, q_norm, k_norm, eps)
+@operator(
+    "deltamem_fast::steer_heads_numba",
+    f"Tensor(a0!) packed, Tensor reads, {_LAYOUT}, {_STEERING.replace('Tensor? o, ', '')}, {ROPE}", "()",
+    fake=lambda *_: None,
+)  # fmt: skip
+def _steer_heads_op(packed, reads, *given):
+    *flat, cos, sin = given
     run = _steer_heads if _loops_take(packed) else reference_heads.steer_heads_
-    run(packed, reads, layout, steering, cos, sin)
+    run(packed, reads, HeadLayout(*flat[:5]), Steering(*flat[5:8], None, *flat[8:]), cos, sin)
 
 
-@_steer_heads_op.register_fake
-def _(packed, reads, q_heads, k_heads, v_heads, dim, rotary, q, k, v, scale, scale_raw, scale_max, q_norm, k_norm,
-      eps, cos, sin):  # fmt: skip
-    return None
-
-
-@torch.library.custom_op("deltamem_fast::decode_numba", mutates_args=("packed", "state", "skipped"))
-def _decode_op(
-    packed: torch.Tensor, gate_bias: torch.Tensor, state: torch.Tensor, skipped: torch.Tensor,
-    rank: int, heads: int, update: str, row_gates: bool, coupled: bool, normalize: bool,
-    q_heads: int, k_heads: int, v_heads: int, dim: int, rotary: int,
-    q: torch.Tensor | None, k: torch.Tensor | None, v: torch.Tensor | None, o: torch.Tensor | None, scale: float,
-    scale_raw: torch.Tensor | None, scale_max: float, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None,
-    eps: float, cos: torch.Tensor | None, sin: torch.Tensor | None, mask: torch.Tensor | None,
-    slots: torch.Tensor | None, frozen: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    rule, layout = _rule_and_layout(
-        rank, heads, update, row_gates, coupled, normalize, q_heads, k_heads, v_heads, dim, rotary
-    )
-    steering = Steering(q, k, v, o, scale, scale_raw, scale_max, q_norm, k_norm, eps)
+@operator(
+    "deltamem_fast::decode_numba",
+    "Tensor(a0!) packed, Tensor gate_bias, Tensor(a2!) state, Tensor(a3!) skipped, "
+    f"{RULE}, {_LAYOUT}, {_STEERING}, {ROPE}, {ROWS}, bool frozen",
+    "(Tensor, Tensor)",
+    fake=lambda packed, gate_bias, state, skipped, *given: fake_decode(packed, *given[:2], given[14]),
+)
+def _decode_op(packed, gate_bias, state, skipped, *given):
+    *flat, cos, sin, mask, slots, frozen = given
     reads, delta = _run_decode(
-        packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, frozen
+        packed, gate_bias, state, DeltaRule(*flat[:6]), HeadLayout(*flat[6:11]), Steering(*flat[11:]), cos, sin,
+        mask, slots, skipped, frozen,
     )  # fmt: skip
-    return reads, packed.new_empty(0) if delta is None else delta
-
-
-@_decode_op.register_fake
-def _(packed, gate_bias, state, skipped, rank, heads, update, row_gates, coupled, normalize, q_heads, k_heads, v_heads,
-      dim, rotary, q, k, v, o, scale, scale_raw, scale_max, q_norm, k_norm, eps, cos, sin, mask, slots,
-      frozen):  # fmt: skip
-    delta = packed.new_empty(0) if o is None else packed.new_empty(packed.shape[0], o.shape[0])
-    return packed.new_empty(packed.shape[0], heads * rank, dtype=torch.float32), delta
+    return reads, or_empty(delta, packed)
 
 
 def _run_decode(
@@ -277,10 +251,7 @@ def steer_heads_(
     if check:
         check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
     if torch.compiler.is_compiling():
-        _steer_heads_op(
-            packed, reads, layout.q, layout.k, layout.v, layout.dim, layout.rotary, *steering[:3], *steering[4:],
-            cos, sin,
-        )  # fmt: skip
+        _steer_heads_op(packed, reads, *flat_layout(layout), *steering[:3], *steering[4:], cos, sin)
     elif _loops_take(packed):
         _steer_heads(packed, reads, layout, steering, cos, sin)
     else:
@@ -320,9 +291,8 @@ def decode_(
         )  # fmt: skip
     if skipped is None:
         skipped = state.new_zeros(state.shape[0], dtype=torch.int32)
-    reads, delta = _decode_op(
-        packed, gate_bias, state, skipped, *_flat(rule, layout), *steering, cos, sin, mask, slots, frozen
-    )
+    given = *flat_rule(rule), *flat_layout(layout), *steering, cos, sin, mask, slots, frozen
+    reads, delta = _decode_op(packed, gate_bias, state, skipped, *given)
     return reads, None if steering.o is None else delta
 
 

@@ -152,6 +152,20 @@ def sigmoid_gate(rows, start, bias, offset, heads, rank, row_gates, out, powers)
     _sigmoid(flat, powers[: flat.size])
 
 
+@njit(inline="always")
+def block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers):
+    """β and keep of a block's tokens, [n, H·r]."""
+    width = heads * rank
+    gates = width if row_gates else heads
+    sigmoid_gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
+    if own_lambda:
+        sigmoid_gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
+    else:
+        for t in range(rows.shape[0]):
+            for i in range(width):
+                keep[t, i] = ONE if mode == NO_LAMBDA else ONE - beta[t, i]
+
+
 @njit(**PART_OPTIONS)
 def _copy(source, target):
     """target = source, [H, r, r]."""
@@ -239,7 +253,6 @@ def scan_sequences(
     """
     batch, length = projections.shape[0], projections.shape[1]
     width = heads * rank
-    gates = width if row_gates else heads
     block = min(BLOCK, length)
     q_block, k_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
     beta_block, keep_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
@@ -269,13 +282,7 @@ def scan_sequences(
             beta, keep = beta_block[:count], keep_block[:count]
             unit_directions(rows, 0, heads, rank, normalize, q, scratch, powers)
             unit_directions(rows, width, heads, rank, normalize, k, scratch, powers)
-            sigmoid_gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
-            if own_lambda:
-                sigmoid_gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
-            else:
-                for t in range(count):
-                    for i in range(width):
-                        keep[t, i] = ONE if mode == NO_LAMBDA else ONE - beta[t, i]
+            block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
             # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
             all_finite = is_finite(rows)
             _copy(work, block_start)

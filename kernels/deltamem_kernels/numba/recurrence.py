@@ -10,7 +10,18 @@ import torch
 from ..errors import ArgumentIndexError
 from ..reference import recurrence as reference
 from ..rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
-from ..schemas import ROWS, RULE, SEQUENCES, TOKENS, fake_reads, flat_rule, operator
+from ..schemas import (
+    ROWS,
+    RULE,
+    SEQUENCES,
+    TOKENS,
+    fake_reads,
+    flat_rule,
+    like,
+    needs_operator,
+    operator,
+    or_empty,
+)
 from .backward import backward_loops
 from .loops import BLOCK, scan_loops
 
@@ -20,7 +31,8 @@ _RULE = RULE.replace("update", "update_mode")
 _UNWANTED = np.zeros((0, 0), np.uint8)  # nobody asks which tokens were written
 
 
-def _flags(rule: DeltaRule) -> tuple:
+def rule_flags(rule: DeltaRule) -> tuple:
+    """A rule as the loops take it, their rank apart."""
     mode = STATE_UPDATE_MODES.index(rule.mode)
     return rule.heads, mode, rule.row_gates, rule.has_lambda, rule.normalize
 
@@ -47,12 +59,33 @@ def _mask_of(projections: torch.Tensor, mask: torch.Tensor | None) -> torch.Tens
 
 def _start(state, slots, sequences: int, rule: DeltaRule) -> torch.Tensor:
     """A fresh float32 copy of each sequence's first state."""
-    if state is None:
-        return torch.zeros(sequences, rule.heads, rule.rank, rule.rank, **_FLOAT)
-    if slots is None:
-        return state.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    rows = state.detach().float()[slots.clamp(min=0).long()]
-    return torch.where((slots >= 0)[:, None, None, None], rows, 0.0).contiguous()
+    given = None if state is None else state.detach()
+    found = reference.first_states(given, slots, sequences, rule, torch.float32, "cpu")
+    return found.clone(memory_format=torch.contiguous_format) if found is given else found.contiguous()
+
+
+def _places(slots: torch.Tensor | None, sequences: int) -> torch.Tensor:
+    """Where ``_start`` has each sequence's state, −1 for a sequence that has none."""
+    places = torch.arange(sequences, device="cpu")
+    return places if slots is None else torch.where(slots >= 0, places, -1)
+
+
+def _pieces(cu_seqlens: torch.Tensor | None, length: int, every: int, places: torch.Tensor, saved: torch.Tensor):
+    """What one run of the loops takes: all rows at once, or one packed sequence after another.
+
+    Returns:
+        (first token and the one behind the last, places, saved states [B, n, H, r, r]) of each.
+    """
+    if cu_seqlens is None:
+        return [(0, length, places, saved)]
+    bounds = cu_seqlens.tolist()
+    reference.check_bounds(bounds, length)
+    pieces, first = [], 0
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        count = (end - begin) // every if every else 0
+        pieces.append((begin, end, places[i : i + 1], saved[None, first : first + count]))
+        first += count
+    return pieces
 
 
 def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, says=False) -> tuple[torch.Tensor, ...]:
@@ -65,31 +98,16 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, s
     skipped = torch.zeros(sequences, dtype=torch.int32, device="cpu")
     written = torch.zeros(batch, length if says else 0, dtype=torch.uint8, device="cpu")
     inputs, bias = _floats(projections), _floats(gate_bias)
-    places = torch.arange(sequences, device="cpu")
-    if slots is not None:
-        places = torch.where(slots >= 0, places, -1)
-    per_row = length // every if every else 0
-    run, shape = scan_loops(rule.rank).scan_rows, (rule.heads, rule.rank, rule.rank)
-    if cu_seqlens is None:
-        saved = torch.empty(batch, per_row, *shape, **_FLOAT)
+    shape = (length // every if every else 0, rule.heads, rule.rank, rule.rank)
+    # Packed sequences may have fewer checkpoints.
+    saved = torch.empty(batch, *shape, **_FLOAT) if cu_seqlens is None else torch.zeros(shape, **_FLOAT)
+    run = scan_loops(rule.rank).scan_rows
+    for begin, end, places, states in _pieces(cu_seqlens, length, every, _places(slots, sequences), saved):
         run(
-            _array(inputs), _array(bias), _array(mask), _array(final), _array(places), *_flags(rule), every,
-            _array(reads), _array(saved), _array(skipped), _array(written),
+            _array(inputs[:, begin:end]), _array(bias), _array(mask[:, begin:end]), _array(final), _array(places),
+            *rule_flags(rule), every, _array(reads[:, begin:end]), _array(states), _array(skipped),
+            _array(written[:, begin:end]),
         )  # fmt: skip
-        return reads, final, skipped, saved, written.view(torch.bool)
-    bounds = cu_seqlens.tolist()
-    reference.check_bounds(bounds, length)
-    saved = torch.zeros(per_row, *shape, **_FLOAT)
-    first = 0
-    for i in range(sequences):
-        tokens = slice(bounds[i], bounds[i + 1])
-        count = (bounds[i + 1] - bounds[i]) // every if every else 0
-        run(
-            _array(inputs[:, tokens]), _array(bias), _array(mask[:, tokens]), _array(final), _array(places[i : i + 1]),
-            *_flags(rule), every, _array(reads[:, tokens]), _array(saved[None, first : first + count]), _array(skipped),
-            _array(written[:, tokens]),
-        )  # fmt: skip
-        first += count
     return reads, final, skipped, saved, written.view(torch.bool)
 
 
@@ -120,28 +138,20 @@ def _scan_backward(d_reads, d_state, d_saved, projections, gate_bias, state, rul
     length, sequences = projections.shape[1], d_state.shape[0]
     start = _start(state, slots, sequences, rule)
     grad = d_state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    places = torch.arange(sequences, device="cpu")
-    if slots is not None:
-        places = torch.where(slots >= 0, places, -1)
     inputs, bias, mask = _floats(projections), _floats(gate_bias), _mask_of(projections, mask)
     d_reads, d_saved = _floats(d_reads), _floats(d_saved)
     d_projections = torch.empty_like(inputs)
     d_bias = torch.zeros(rule.bias_width, dtype=torch.float64, device="cpu")
-    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-    longest = max((end - begin for begin, end in itertools.pairwise(bounds)), default=0)
+    pieces = _pieces(cu_seqlens, length, every, _places(slots, sequences), d_saved)
+    longest = max((end - begin for begin, end, *_ in pieces), default=0)
     starts = torch.empty(-(-longest // BLOCK), rule.heads, rule.rank, rule.rank, **_FLOAT)
-    run, first = backward_loops(rule.rank).scan_backward_rows, 0
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        tokens = slice(begin, end)
-        rows = places if cu_seqlens is None else places[i : i + 1]
-        count = (end - begin) // every if every else 0
-        saved = d_saved if cu_seqlens is None else d_saved[None, first : first + count]
+    run = backward_loops(rule.rank).scan_backward_rows
+    for begin, end, places, saved in pieces:
         run(
-            _array(inputs[:, tokens]), _array(bias), _array(mask[:, tokens]), _array(start), _array(rows),
-            *_flags(rule), every, _array(d_reads[:, tokens]), _array(saved), _array(starts), _array(grad),
-            _array(d_projections[:, tokens]), _array(d_bias),
+            _array(inputs[:, begin:end]), _array(bias), _array(mask[:, begin:end]), _array(start), _array(places),
+            *rule_flags(rule), every, _array(d_reads[:, begin:end]), _array(saved), _array(starts), _array(grad),
+            _array(d_projections[:, begin:end]), _array(d_bias),
         )  # fmt: skip
-        first += count
     return d_projections.to(projections.dtype), d_bias.to(gate_bias.dtype), grad
 
 
@@ -154,25 +164,20 @@ def _scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor |
     return pool.to(state.dtype)
 
 
-def _like(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Contiguous tensors of the same shapes, for gradients."""
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
-
-
 @operator(
     "deltamem_fast::scan_backward_numba",
     f"Tensor d_reads, Tensor d_state, Tensor d_saved, {TOKENS}, Tensor? state, {SEQUENCES}, {_RULE}, SymInt every",
     "(Tensor, Tensor, Tensor)",
-    fake=lambda d_reads, d_state, d_saved, projections, gate_bias, state, *_: _like(
-        projections, gate_bias, d_state.new_empty(0) if state is None else state
+    fake=lambda d_reads, d_state, d_saved, projections, gate_bias, state, *_: (
+        like(projections, d_state), like(gate_bias, d_state), like(state, d_state),
     ),
-)
+)  # fmt: skip
 def scan_backward_op(d_reads, d_state, d_saved, projections, gate_bias, state, mask, cu_seqlens, slots, *given):
     *rule, every = given
     d_projections, d_bias, grad = _scan_backward(
         d_reads, d_state, d_saved, projections, gate_bias, state, DeltaRule(*rule), mask, cu_seqlens, slots, every
     )
-    return d_projections, d_bias, grad.new_empty(0) if state is None else _scatter_rows(grad, state, slots)
+    return d_projections, d_bias, or_empty(None if state is None else _scatter_rows(grad, state, slots), grad)
 
 
 def _setup(ctx, inputs, output):
@@ -209,7 +214,7 @@ def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Te
     nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank, **_FLOAT)
     scan_loops(rule.rank).scan_rows(
         _array(_floats(projections[:, None])), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)[:, None]),
-        _array(work), _array(slots), *_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
+        _array(work), _array(slots), *rule_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
         _UNWANTED,
     )  # fmt: skip
     if work is not state:
@@ -250,7 +255,7 @@ def _read_backward(d_reads, projections, state, rule, mask, slots) -> tuple[torc
 
 @operator(
     "deltamem_fast::read_backward_numba", f"Tensor d_reads, Tensor projections, Tensor state, {ROWS}, {_RULE}",
-    "(Tensor, Tensor)", fake=lambda d_reads, projections, state, *_: _like(projections, state),
+    "(Tensor, Tensor)", fake=lambda d_reads, projections, state, *_: (like(projections, state), like(state, state)),
 )  # fmt: skip
 def read_backward_op(d_reads, projections, state, mask, slots, *rule):
     return _read_backward(d_reads, projections, state, DeltaRule(*rule), mask, slots)
@@ -269,13 +274,6 @@ def _backward_of_read(ctx, d_reads):
 read_op.register_autograd(_backward_of_read, setup_context=_setup_read)
 
 
-def _needs_op(*tensors) -> bool:
-    """Whether autograd or a compiler must see the call; else the loops are called directly."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def scan(
     projections: torch.Tensor,
     gate_bias: torch.Tensor,
@@ -292,10 +290,8 @@ def scan(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    if _needs_op(projections, gate_bias, state):
-        out = scan_op(
-            projections, gate_bias, state, mask, cu_seqlens, slots, *flat_rule(rule), checkpoint_every
-        )  # fmt: skip
+    if needs_operator(projections, gate_bias, state):
+        out = scan_op(projections, gate_bias, state, mask, cu_seqlens, slots, *flat_rule(rule), checkpoint_every)
     else:
         out = _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, checkpoint_every)
     reads, final, skipped, saved, _ = out
@@ -330,8 +326,8 @@ def read(
     slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``reference.recurrence.read`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
-    check_arguments(projections, projections.new_zeros(rule.bias_width), state, rule, mask=mask, slots=slots)
-    if _needs_op(projections, state):
+    check_arguments(projections, None, state, rule, mask=mask, slots=slots)
+    if needs_operator(projections, state):
         return read_op(projections, state, mask, slots, *flat_rule(rule))
     return _read(projections, state, rule, mask, slots)
 

@@ -164,7 +164,7 @@ def _may_ask() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
-def _initial(state, slots, sequences: int, rule: DeltaRule, dtype, device) -> torch.Tensor:
+def first_states(state, slots, sequences: int, rule: DeltaRule, dtype, device) -> torch.Tensor:
     """S_0 of each sequence, [N, H, r, r]: the given states, the slots' rows of them, or zeros."""
     if state is None:
         return torch.zeros(sequences, rule.heads, rule.rank, rule.rank, dtype=dtype, device=device)
@@ -302,7 +302,7 @@ def scan(
     )  # fmt: skip
     batch, length = projections.shape[:2]
     projections, gate_bias = projections.to(dtype), gate_bias.to(dtype)
-    initial = _initial(state, slots, sequences, rule, dtype, projections.device)
+    initial = first_states(state, slots, sequences, rule, dtype, projections.device)
     valid, not_finite = valid_tokens(projections, mask)
     present = valid | not_finite
     every = checkpoint_every
@@ -407,15 +407,14 @@ def read(
     Returns:
         reads [B, T, H·r].
     """
-    bias = projections.new_zeros(rule.bias_width)
-    sequences = check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
+    sequences = check_arguments(projections, None, state, rule, mask=mask, slots=slots)
     projections = projections.to(dtype)
     valid, _ = valid_tokens(projections, mask)
     if slots is not None:
         valid = valid & (slots >= 0)[:, None]
-    initial = _initial(state, slots, sequences, rule, dtype, projections.device)
+    initial = first_states(state, slots, sequences, rule, dtype, projections.device)
     clean = torch.where(valid.unsqueeze(-1), projections, 0.0)
-    q = split_projections(clean, bias.to(dtype), rule)[0]
+    q = split_projections(clean, clean.new_zeros(rule.bias_width), rule)[0]
     reads = torch.einsum("bhij,bthj->bthi", initial, q).flatten(2)
     return torch.where(valid.unsqueeze(-1), reads, 0.0)
 

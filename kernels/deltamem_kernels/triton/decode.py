@@ -16,13 +16,8 @@ import triton.language as tl
 
 from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
-from ..rule import DeltaRule, check_arguments, check_together
-from . import launch as _launch
+from ..rule import DeltaRule, check_together
 from .head_parts import (
-    Factor,
-    Heads,
-    Kind,
-    Turn,
     arguments,
     check_tensors,
     load_raw,
@@ -34,19 +29,17 @@ from .head_parts import (
 )
 from .launch import (
     MOST_REGISTERS,
-    Launched,
-    check_reach,
-    compiler_sees,
+    bytes_and_slots,
+    check_counts,
+    check_tokens,
     fixed,
-    float32_only,
     half_or_single,
     launch,
-    launch_again,
     next_power_of_two,
     rule_flags,
     state_strides,
+    strides,
     tile,
-    whole_keys,
 )
 from .primitives import (
     delta_update,
@@ -61,9 +54,9 @@ from .primitives import (
     state_pointers,
     zero_or_nan,
 )
+from .replay import allocate, replayed
 
 ALONE = 512  # rows from which a program has a row to itself
-PLANS = 1024  # launches of differing shapes that are kept
 PROGRAMS = 4096  # of one warp each: what an H200 holds at once (132 × 32)
 
 
@@ -531,43 +524,15 @@ def decode_(
     """
     if check:
         _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, workspace)
-    batch = packed.shape[0]
-    if slots is not None:
-        slots = slots.contiguous()
+    mask, slots = bytes_and_slots(mask, slots)
     rows = packed.narrow(1, layout.width, rule.width)
-    weights = steering.q, steering.k, steering.v, steering.o, steering.q_norm, steering.k_norm, steering.scale_raw
-    key = (
-        rule, layout, packed.device, batch, packed.stride(0), whole_keys(rule, rows), frozen, parts,
-        steering.scale, steering.scale_max, steering.eps,
-        *((None if t is None else (t.dtype, *t.shape, *t.stride())) for t in (cos, sin, *weights)),
-        *((None if t is None else (t.dtype, *t.stride())) for t in (packed, gate_bias, state, mask, slots, skipped)),
-        workspace is None, None if slots is None else state.shape[0],
+    q, k, v, o, scale, raw, scale_max, q_norm, k_norm, eps = steering
+    inputs = (
+        packed, rows, gate_bias, state, mask, slots, None if frozen else skipped, workspace, cos, sin,
+        q, k, v, o, raw, q_norm, k_norm,
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= PLANS:
-            _plans.clear()
-        plan = _plans[key] = _Plan(
-            packed, rows, gate_bias, state, rule, layout, steering, cos, sin, mask=mask, slots=slots, skipped=skipped,
-            frozen=frozen, shared=workspace is not None, parts=parts,
-        )  # fmt: skip
-    reads = _launch.empty((plan.scratch, batch, rule.read_width), dtype=torch.float32, device=packed.device)
-    addend = None
-    if steering.o is not None:
-        addend = _launch.empty((batch, steering.o.shape[0]), dtype=packed.dtype, device=packed.device)
-    if batch:
-        mask = None if mask is None else mask.view(torch.uint8)
-        plan.launch(
-            rows=(packed, reads, workspace if plan.parts > 1 else None),
-            memory=(rows, gate_bias, state, slots, mask, None if frozen else skipped),
-            q=(steering.q, steering.q_norm),
-            k=(steering.k, steering.k_norm),
-            v=(steering.v, None),
-            o=(steering.o, addend),
-            turn=(cos, sin),
-            factor=(steering.scale_raw,),
-        )
-    return reads[0], addend
+    reads, delta = replayed(_decode, inputs, rule, layout, scale, scale_max, eps, frozen, parts)
+    return reads[0], delta
 
 
 def workspace(kept: dict, counter: torch.Tensor | None) -> torch.Tensor | None:
@@ -575,105 +540,72 @@ def workspace(kept: dict, counter: torch.Tensor | None) -> torch.Tensor | None:
     return counter
 
 
-# What a launch takes besides its tensors, by everything that it follows from.
-_plans: dict[tuple, _Plan] = {}
-
-
 def _check_decode(packed, gate_bias, state, rule, layout, steering, cos, sin, mask, slots, skipped, workspace) -> None:
     check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
     check_tensors(packed, steering, cos, sin)
     rows = packed[:, layout.width : layout.width + rule.width]
-    check_arguments(rows, gate_bias, state, rule, mask=mask, slots=slots)
-    float32_only("state", state)
+    check_tokens(rows, gate_bias, state, rule, mask=mask, slots=slots)
     half_or_single("gate_bias", gate_bias)
-    check_reach("gate_bias", gate_bias, 1)
     check_together("packed", packed, skipped=skipped, workspace=workspace)
-    for name, counts, length in (("skipped", skipped, state.shape[0]), ("workspace", workspace, packed.shape[0])):
-        if counts is not None and (counts.dtype != torch.int32 or tuple(counts.shape) != (length,)):
-            raise ValueError(f"{name}: got {counts.dtype} {list(counts.shape)}, allowed int32 [{length}]")
+    check_counts("skipped", skipped, state.shape[0])
+    check_counts("workspace", workspace, packed.shape[0])
     if workspace is not None and not workspace.is_contiguous():
         raise ArgumentError(f"workspace: got a stride of {workspace.stride(0)}, allowed 1")
 
 
-class _Plan:
-    """The launch of ``decode_kernel`` for tensors of given shapes, strides and dtypes; ``launch`` adds the tensors.
+def _decode(
+    packed, rows, gate_bias, state, mask, slots, skipped, workspace, cos, sin, q, k, v, o, raw, q_norm, k_norm,
+    rule: DeltaRule, layout: HeadLayout, scale: float, scale_max: float, eps: float, frozen: bool, parts: int | None,
+):  # fmt: skip
+    """The launch → reads [.., B, H·r], the first of which are returned, and Δo.
 
-    Attributes:
-        parts, warps, registers: programs per row, warps of each, registers of a thread (see ``launch``).
-        scratch: rows of reads that it needs; programs whose reads do not fit into registers keep them there, each its
-            own; all the same, the first's are returned.
+    Programs whose reads do not fit into registers keep them in ``reads``, each its own.
     """
-
-    KINDS = {
-        "rows": Rows, "memory": Memory, "rule": Rule, "q": Kind, "k": Kind, "v": Kind, "o": Output, "turn": Turn,
-        "factor": Factor, "heads": Heads, "shares": Shares,
-    }  # fmt: skip
-
-    def __init__(
-        self, packed, rows, gate_bias, state, rule, layout, steering, cos, sin, *, mask, slots, skipped, frozen,
-        shared, parts,
-    ):  # fmt: skip
-        """shared: whether there is a workspace, with which several programs can share a row."""
-        batch = packed.shape[0]
-        outputs = 0 if steering.o is None else steering.o.shape[0]
-        count = steered_heads(layout, steering)
-        pairs = next_power_of_two(layout.dim // 2)
+    steering = Steering(q, k, v, o, scale, raw, scale_max, q_norm, k_norm, eps)
+    batch, outputs = packed.shape[0], 0 if o is None else o.shape[0]
+    count, pairs = steered_heads(layout, steering), next_power_of_two(layout.dim // 2)
+    if parts is None:
+        # One head a program while they all fit on the device at once.
         units = sum(count) + triton.cdiv(outputs, pairs)
-        if parts is None:
-            # One head a program while they all fit on the device at once.
-            parts = min(units, PROGRAMS // max(batch, 1)) if batch < ALONE else 1
-        if parts > 1 and not shared and not frozen:
-            parts = 1
-        self.parts = parts = max(1, parts)
-        # A program that has a row to itself has as many threads for it as eight (or four) of the others.
-        self.warps = warps = 1 if parts > 1 else 8 if rule.rank <= 16 else 4
-        self.programs = batch * parts
-        self.registers = None if rule.read_width <= 16 else MOST_REGISTERS
-        units = sum(triton.cdiv(n, warps) for n in (*count, triton.cdiv(outputs, pairs)))
-        columns = tile(rule)[1] * warps
-        in_registers = rule.read_width <= columns
-        self.scratch = 1 if in_registers else parts
-        given = arguments(
-            layout, steering, cos, sin, unit=warps, read_width=rule.read_width,
-            chunk=min(8, next_power_of_two(rule.read_width)),
-        )  # fmt: skip
-        given["rows"] = fixed(
-            Rows, x_ptr=None, reads_ptr=None, arrived_ptr=None, batch=batch, stride_x_b=packed.stride(0)
-        )
-        given["memory"] = fixed(
-            Memory, m_ptr=None, bias_ptr=None, s_ptr=None, slots_ptr=None, mask_ptr=None, skipped_ptr=None,
+        parts = min(units, PROGRAMS // max(batch, 1)) if batch < ALONE else 1
+    if workspace is None and not frozen:
+        parts = 1
+    parts = max(1, parts)
+    # A program that has a row to itself has as many threads for it as eight (or four) of the others.
+    warps = 1 if parts > 1 else 8 if rule.rank <= 16 else 4
+    units = sum(triton.cdiv(n, warps) for n in (*count, triton.cdiv(outputs, pairs)))
+    columns = tile(rule)[1] * warps
+    in_registers = rule.read_width <= columns
+    reads = allocate((1 if in_registers else parts, batch, rule.read_width), torch.float32, packed.device)
+    delta = None if o is None else allocate((batch, outputs), packed.dtype, packed.device)
+    if batch == 0:
+        return reads, delta
+    given = arguments(
+        layout, steering, cos, sin, unit=warps, read_width=rule.read_width,
+        chunk=min(8, next_power_of_two(rule.read_width)),
+    )  # fmt: skip
+    launch(
+        decode_kernel, batch * parts, packed, num_warps=warps,
+        registers=None if rule.read_width <= 16 else MOST_REGISTERS,
+        rows=fixed(
+            Rows, x_ptr=packed, reads_ptr=reads, arrived_ptr=workspace if parts > 1 else None, batch=batch,
+            stride_x_b=packed.stride(0),
+        ),
+        memory=fixed(
+            Memory, m_ptr=rows, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask, skipped_ptr=skipped,
             states=state.shape[0] if slots is not None else 0, stride_bias=gate_bias.stride(0),
-            stride_mask_b=mask.stride(0) if mask is not None else 0,
-            stride_skipped=skipped.stride(0) if skipped is not None else 0,
-            HAS_SLOTS=slots is not None, HAS_MASK=mask is not None, HAS_SKIPPED=skipped is not None and not frozen,
+            **strides("mask", "b", mask), stride_skipped=skipped.stride(0) if skipped is not None else 0,
+            HAS_SLOTS=slots is not None, HAS_MASK=mask is not None, HAS_SKIPPED=skipped is not None,
             FROZEN=frozen, **state_strides(state),
-        )  # fmt: skip
-        given["rule"] = fixed(
+        ),
+        rule=fixed(
             Rule, COLUMNS=columns, WIDTH=rule.width, WIDTH_PAD=next_power_of_two(rule.width), **rule_flags(rule, rows)
-        )
-        given["o"] = fixed(
-            Output, w_ptr=None, delta_ptr=None, n=outputs, stride_w_n=steering.o.stride(0) if outputs else 0,
-            stride_w_c=steering.o.stride(1) if outputs else 0, UNITS=triton.cdiv(outputs, warps * pairs),
-        )  # fmt: skip
-        given["shares"] = fixed(
-            Shares, PARTS=parts, UNITS=units, IN_REGISTERS=in_registers, LATE=in_registers and parts == units
-        )
-        # What does not change from launch to launch, by the argument, in the kernel's order: all but the tensors.
-        self._rest = {
-            name: tuple(value for field, value in given[name]._asdict().items() if not field.endswith("_ptr"))
-            for name in self.KINDS
-        }
-        self._launched: dict[tuple, Launched | None] = {}
-
-    def launch(self, **tensors: tuple[torch.Tensor | None, ...]) -> None:
-        """Launch with the tensors of each argument that has any, in the order of its fields."""
-        known = compiler_sees(sum(tensors.values(), ()))
-        launched = self._launched.get(known)
-        values = [tensors.get(name, ()) + rest for name, rest in self._rest.items()]
-        if launched is not None:
-            launch_again(launched, self.programs, tensors["rows"][0], values)
-            return
-        named = {name: kind(*value) for (name, kind), value in zip(self.KINDS.items(), values)}
-        self._launched[known] = launch(
-            decode_kernel, self.programs, tensors["rows"][0], num_warps=self.warps, registers=self.registers, **named
-        )
+        ),
+        o=fixed(
+            Output, w_ptr=o, delta_ptr=delta, n=outputs, **strides("w", "nc", o if outputs else None),
+            UNITS=triton.cdiv(outputs, warps * pairs),
+        ),
+        shares=fixed(Shares, PARTS=parts, UNITS=units, IN_REGISTERS=in_registers, LATE=in_registers and parts == units),
+        **given,
+    )  # fmt: skip
+    return reads, delta

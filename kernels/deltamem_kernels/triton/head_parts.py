@@ -20,7 +20,7 @@ import triton.language as tl
 
 from ..layout import HeadLayout, Steering
 from ..rule import check_together
-from .launch import check_device, check_reach, fixed, half_or_single, next_power_of_two
+from .launch import check_device, check_reach, fixed, half_or_single, next_power_of_two, strides
 from .primitives import sigmoid
 
 
@@ -174,22 +174,20 @@ def arguments(
     norms = {"q": steering.q_norm, "k": steering.k_norm, "v": None}
     for place, (name, steered) in enumerate(zip("qkv", steered_heads(layout, steering))):
         weight, norm, count = getattr(steering, name), norms[name], getattr(layout, name)
-        stride_w_n, stride_w_c = weight.stride() if weight is not None else (0, 0)
         found[name] = fixed(
-            Kind, w_ptr=weight, norm_ptr=norm, stride_w_n=stride_w_n, stride_w_c=stride_w_c,
+            Kind, w_ptr=weight, norm_ptr=norm, **strides("w", "nc", weight),
             stride_norm=norm.stride(0) if norm is not None else 0, FIRST=first, COUNT=count, PLACE=place,
             UNITS=triton.cdiv(steered, unit), ROTARY=0 if name == "v" else layout.rotary,
             HAS_DELTA=weight is not None, HAS_NORM=norm is not None,
         )  # fmt: skip
         first += count
-    strides = {}
+    tables = strides("cos", "btw", cos) | strides("sin", "btw", sin)
     for name, table in (("cos", cos), ("sin", sin)):
-        b, t, w = table.stride() if table is not None else (0, 0, 0)
-        strides |= {f"stride_{name}_b": b if table is not None and table.shape[0] > 1 else 0}
-        strides |= {f"stride_{name}_t": t, f"stride_{name}_w": w}
+        if table is not None and table.shape[0] == 1:
+            tables[f"stride_{name}_b"] = 0
     raw, weights = steering.scale_raw, [getattr(steering, head) for head in "qkvo"]
     return found | {
-        "turn": fixed(Turn, cos_ptr=cos, sin_ptr=sin, **strides),
+        "turn": fixed(Turn, cos_ptr=cos, sin_ptr=sin, **tables),
         # One raw for all heads is one raw each, a stride of 0 apart.
         "factor": fixed(
             Factor, raw_ptr=raw, stride_raw=raw.stride(0) if raw is not None and raw.numel() == 4 else 0,

@@ -13,9 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..errors import ArgumentError
 from ..layout import HeadLayout, Steering, check_heads
-from ..rule import check_together
+from ..rule import check_shape, check_together
 from . import launch as _launch
 from .head_parts import arguments, check_tensors, load_raw, load_turn, pairs, scale_of, steered_heads, turned
 from .launch import (
@@ -27,6 +26,7 @@ from .launch import (
     matrix_precision,
     narrow_reads,
     next_power_of_two,
+    strides,
 )
 from .primitives import load_weights, read_parts, times_reads
 from .replay import replayed
@@ -210,22 +210,16 @@ def steer_heads_(
         half_or_single("reads", reads)
         check_together("packed", packed, reads=reads)
         check_reach("reads", reads, 1)
-        if reads.shape[:-1] != packed.shape[:-1]:
-            raise ArgumentError(
-                f"reads: got shape {list(reads.shape)}, allowed {[*packed.shape[:-1], reads.shape[-1]]}"
-            )
+        check_shape("reads", reads, (*packed.shape[:-1], reads.shape[-1]))
     if packed.shape[0] * packed.shape[1] == 0 or sum(steered_heads(layout, steering)) == 0:
         return
-    weights = steering.q, steering.k, steering.v, steering.q_norm, steering.k_norm, steering.scale_raw
-    settings = layout, float(steering.scale), float(steering.scale_max), float(steering.eps)
-    replayed(_steer_heads, (packed, reads, cos, sin, *weights), *settings)
+    q, k, v, _, scale, raw, scale_max, q_norm, k_norm, eps = steering
+    replayed(_steer_heads, (packed, reads, cos, sin, q, k, v, raw, q_norm, k_norm), layout, scale, scale_max, eps)
 
 
-def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, layout, scale, scale_max, eps) -> tuple:
+def _steer_heads(packed, reads, cos, sin, q, k, v, raw, q_norm, k_norm, layout, scale, scale_max, eps) -> tuple:
     """The launch."""
-    steering = Steering(
-        q=q, k=k, v=v, q_norm=q_norm, k_norm=k_norm, scale_raw=scale_raw, scale=scale, scale_max=scale_max, eps=eps
-    )
+    steering = Steering(q, k, v, None, scale, raw, scale_max, q_norm, k_norm, eps)
     steered = steered_heads(layout, steering)
     tokens = packed.shape[0] * packed.shape[1]
     narrow = narrow_reads(reads.shape[-1], q, k, v)
@@ -235,8 +229,7 @@ def _steer_heads(packed, reads, cos, sin, q, k, v, q_norm, k_norm, scale_raw, la
     given = arguments(layout, steering, cos, sin, unit=unit, read_width=reads.shape[-1], chunk=READ_BLOCK)
     rows = fixed(
         Rows, x_ptr=packed, reads_ptr=reads, tokens=tokens, length=packed.shape[1],
-        stride_x_b=packed.stride(0), stride_x_t=packed.stride(1),
-        stride_r_b=reads.stride(0), stride_r_t=reads.stride(1), stride_r_c=reads.stride(2),
+        stride_x_b=packed.stride(0), stride_x_t=packed.stride(1), **strides("r", "btc", reads),
         TOKENS=of_tile, PRECISION=matrix_precision(), NARROW=narrow,
     )  # fmt: skip
     # 16 bytes of a 16-bit tile are a thread's.

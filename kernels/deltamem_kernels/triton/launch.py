@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..errors import ArgumentError, ArgumentTypeError
-from ..rule import DeltaRule
+from ..errors import ArgumentError
+from ..rule import DeltaRule, check_arguments, check_dtype
 
 Fields = TypeVar("Fields", bound=tuple)
 
@@ -80,13 +81,10 @@ def fixed(kind: type[Fields], **values) -> Fields:
     return kind(**{name: _constant(value) if name.isupper() else value for name, value in values.items()})
 
 
+@functools.lru_cache(maxsize=None, typed=True)
 def _constant(value) -> tl.constexpr:
     """``value`` wrapped, once for each type and value."""
-    key = type(value), value
-    found = _constants.get(key)
-    if found is None:
-        found = _constants[key] = tl.constexpr(value)
-    return found
+    return tl.constexpr(value)
 
 
 def launch(
@@ -146,7 +144,6 @@ notes = _Notes()
 _launched: dict[tuple, Launched] = {}
 MOST_LAUNCHED = 4096
 _parameters: dict[int, tuple[Any, dict[str, bool]]] = {}
-_constants: dict[tuple, tl.constexpr] = {}
 
 
 def _constant_parameters(kernel) -> dict[str, bool]:
@@ -284,14 +281,39 @@ def narrow_reads(width: int, *weights: torch.Tensor | None) -> bool:
 
 def float32_only(name: str, tensor: torch.Tensor | None) -> None:
     """Raises: TypeError unless the tensor is float32 (the reference alone takes float64)."""
-    if tensor is not None and tensor.dtype != torch.float32:
-        raise ArgumentTypeError(f"{name}: got dtype {tensor.dtype}, allowed float32")
+    check_dtype(name, tensor, "float32", torch.float32)
 
 
 def half_or_single(name: str, tensor: torch.Tensor | None) -> None:
     """Raises: TypeError unless the tensor is bfloat16, float16 or float32, or None."""
-    if tensor is not None and tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ArgumentTypeError(f"{name}: got dtype {tensor.dtype}, allowed bfloat16, float16 or float32")
+    check_dtype(name, tensor, "bfloat16, float16 or float32", torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_tokens(
+    projections: torch.Tensor, gate_bias: torch.Tensor | None, state: torch.Tensor | None, rule: DeltaRule, **given
+) -> int:
+    """``check_arguments``, and what the kernels of the recurrence cannot take besides → the number of sequences."""
+    sequences = check_arguments(projections, gate_bias, state, rule, **given)
+    check_device(projections)
+    check_reach("projections", projections, 1)
+    half_or_single("projections", projections)
+    float32_only("state", state)
+    if gate_bias is not None:
+        check_reach("gate_bias", gate_bias, 1)
+    return sequences
+
+
+def check_counts(name: str, counts: torch.Tensor | None, length: int) -> None:
+    """Raises: ValueError unless the counts are int32 [length], or None."""
+    if counts is not None and (counts.dtype != torch.int32 or tuple(counts.shape) != (length,)):
+        raise ArgumentError(f"{name}: got {counts.dtype} {list(counts.shape)}, allowed int32 [{length}]")
+
+
+def bytes_and_slots(
+    mask: torch.Tensor | None, slots: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A mask and slots as the kernels take them: one byte a token, and no strides."""
+    return None if mask is None else mask.view(torch.uint8), None if slots is None else slots.contiguous()
 
 
 def tile(rule: DeltaRule) -> tuple[int, int]:
@@ -328,11 +350,15 @@ def rule_flags(rule: DeltaRule, projections: torch.Tensor) -> dict:
     }
 
 
+def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]:
+    """``stride_{name}_{axis}`` for each of the axes; 0 without a tensor."""
+    found = (0,) * len(axes) if tensor is None else tensor.stride()
+    return {f"stride_{name}_{axis}": stride for axis, stride in zip(axes, found, strict=True)}
+
+
 def state_strides(state: torch.Tensor | None) -> dict:
     """Strides, and whether the heads and rows of one state lie end to end, as the compiler then knows."""
-    strides = state.stride() if state is not None else (0, 0, 0, 0)
-    found = {f"stride_s_{name}": stride for name, stride in zip("nhij", strides)}
-    return found | {"DENSE_STATE": state is not None and dense_state(state)}
+    return strides("s", "nhij", state) | {"DENSE_STATE": state is not None and dense_state(state)}
 
 
 def dense_state(state: torch.Tensor) -> bool:

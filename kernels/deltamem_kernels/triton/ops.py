@@ -8,6 +8,9 @@ they go straight to the launchers: an operator's dispatch costs more than a shor
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,10 +27,14 @@ from ..schemas import (
     SEQUENCES,
     STEERING,
     TOKENS,
+    fake_decode,
     fake_reads,
     flat_layout,
     flat_rule,
+    like,
+    needs_operator,
     operator,
+    or_empty,
 )
 from . import decode as _decode_rows
 from . import heads as _heads
@@ -38,16 +45,6 @@ from . import scan_backward as _scan_backward
 from . import steer as _steer
 from . import steer_backward as _steer_backward
 from . import step as _step
-
-
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """An operator returns a tensor in any case."""
-    return like.new_empty(0) if tensor is None else tensor
-
-
-def _like(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A contiguous tensor of the same shape, for a gradient; empty for None, on the device of ``other``."""
-    return other.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
 
 def _fake_scan(projections, gate_bias, state, rank, heads, *given):
@@ -75,7 +72,7 @@ def scan_op(projections, gate_bias, state, *given):
         projections, gate_bias, state, DeltaRule(*rule),
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=every,
     )  # fmt: skip
-    return out.reads, out.state, out.skipped, _or_empty(out.checkpoints, out.reads), flags
+    return out.reads, out.state, out.skipped, or_empty(out.checkpoints, out.reads), flags
 
 
 @operator(
@@ -84,7 +81,7 @@ def scan_op(projections, gate_bias, state, *given):
     "Tensor flags, Tensor? cu_seqlens, Tensor? slots, SymInt checkpoint_every",
     "(Tensor, Tensor, Tensor)",
     fake=lambda d_reads, d_state, d_checkpoints, projections, gate_bias, state, *_: (
-        _like(projections, projections), _like(gate_bias, projections), _like(state, projections),
+        like(projections, projections), like(gate_bias, projections), like(state, projections),
     ),
 )  # fmt: skip
 def scan_backward_op(d_reads, d_state, d_checkpoints, projections, gate_bias, state, *given):
@@ -93,7 +90,7 @@ def scan_backward_op(d_reads, d_state, d_checkpoints, projections, gate_bias, st
         d_reads, d_state, projections, gate_bias, state, DeltaRule(*rule), cu_seqlens=cu_seqlens, slots=slots,
         d_checkpoints=d_checkpoints, checkpoint_every=every, flags=flags,
     )  # fmt: skip
-    return d_x, d_bias, _or_empty(d_initial, d_x)
+    return d_x, d_bias, or_empty(d_initial, d_x)
 
 
 def _scan_setup(ctx, inputs, output):
@@ -126,7 +123,7 @@ def read_op(projections, state, *given):
 
 @operator(
     "deltamem::read_backward", f"Tensor d_reads, Tensor projections, Tensor state, {RULE}, {ROWS}", "(Tensor, Tensor)",
-    fake=lambda d_reads, projections, state, *_: (_like(projections, state), _like(state, state)),
+    fake=lambda d_reads, projections, state, *_: (like(projections, state), like(state, state)),
 )  # fmt: skip
 def read_backward_op(d_reads, projections, state, *given):
     *rule, mask, slots = given
@@ -171,12 +168,12 @@ def delta_op(reads, weight, scale, dtype, norm_weight, eps):
 @operator(
     "deltamem::steer_backward", f"Tensor grad, {DELTA}, {NORM}", "(Tensor, Tensor, Tensor)",
     fake=lambda grad, reads, weight, scale, norm_weight, eps: (
-        _like(reads, grad), _like(weight, grad), _like(norm_weight, grad),
+        like(reads, grad), like(weight, grad), like(norm_weight, grad),
     ),
 )  # fmt: skip
 def steer_backward_op(grad, reads, weight, scale, norm_weight, eps):
     *found, d_norm = _steer_backward.steer_backward(grad, reads, weight, scale, norm_weight=norm_weight, eps=eps)
-    return *found, _or_empty(d_norm, grad)
+    return *found, or_empty(d_norm, grad)
 
 
 def _steer_setup(ctx, inputs, output):
@@ -224,25 +221,20 @@ def steer_heads_op(packed, reads, *given):
 _DECODE = f"{RULE}, {LAYOUT}, {STEERING}, {ROPE}, {ROWS}"
 
 
-def _fake_decode(packed, rank, heads, w_o):
-    reads = packed.new_empty((packed.shape[0], heads * rank), dtype=torch.float32)
-    return reads, packed.new_empty(0 if w_o is None else (packed.shape[0], w_o.shape[0]))
-
-
 def _decode(packed, gate_bias, state, given, **options):
     *given, cos, sin, mask, slots = given
     reads, delta = _decode_rows.decode_(
         packed, gate_bias, state, DeltaRule(*given[:6]), HeadLayout(*given[6:11]), Steering(*given[11:]), cos, sin,
         mask=mask, slots=slots, **options,
     )  # fmt: skip
-    return reads, _or_empty(delta, packed)
+    return reads, or_empty(delta, packed)
 
 
 @operator(
     "deltamem::decode_",
     "Tensor(a0!) packed, Tensor gate_bias, Tensor(a2!) state, Tensor(a3!) skipped, Tensor(a4!) arrived, " + _DECODE,
     "(Tensor, Tensor)",
-    fake=lambda packed, gate_bias, state, skipped, arrived, *given: _fake_decode(packed, *given[:2], given[14]),
+    fake=lambda packed, gate_bias, state, skipped, arrived, *given: fake_decode(packed, *given[:2], given[14]),
 )
 def decode_op(packed, gate_bias, state, skipped, arrived, *given):
     return _decode(packed, gate_bias, state, given, skipped=skipped, workspace=arrived)
@@ -251,36 +243,36 @@ def decode_op(packed, gate_bias, state, skipped, arrived, *given):
 # The frozen state is an operand that is not mutated, which the same operator could not say.
 @operator(
     "deltamem::decode_frozen_", "Tensor(a0!) packed, Tensor gate_bias, Tensor state, " + _DECODE, "(Tensor, Tensor)",
-    fake=lambda packed, gate_bias, state, *given: _fake_decode(packed, *given[:2], given[14]),
+    fake=lambda packed, gate_bias, state, *given: fake_decode(packed, *given[:2], given[14]),
 )  # fmt: skip
 def decode_frozen_op(packed, gate_bias, state, *given):
     return _decode(packed, gate_bias, state, given, frozen=True)
 
 
-def _direct(*tensors: Tensor | None) -> bool:
-    """Whether to go past the dispatcher: nothing compiles, nothing is to be differentiated."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+def _as_operator(launcher: Callable, differentiable: bool = False) -> Callable:
+    """Decorates what hands the arguments of ``launcher`` to an operator; the launcher itself takes them where nothing
+    compiles and, if it is differentiable, nothing is to be differentiated."""
+
+    def decorate(through_operator: Callable) -> Callable:
+        @functools.wraps(launcher)
+        def run(*arguments, **options):
+            if differentiable and not needs_operator(*arguments, *options.values()):
+                return launcher(*arguments, **options)
+            if differentiable or torch.compiler.is_compiling():
+                return through_operator(*arguments, **options)
+            with torch.no_grad():
+                return launcher(*arguments, **options)
+
+        return run
+
+    return decorate
 
 
+@_as_operator(_scan.scan, differentiable=True)
 def scan(
-    projections: Tensor,
-    gate_bias: Tensor,
-    state: Tensor | None,
-    rule: DeltaRule,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    slots: Tensor | None = None,
-    checkpoint_every: int = 0,
+    projections, gate_bias, state, rule, *, mask=None, cu_seqlens=None, slots=None, checkpoint_every=0
 ) -> ScanOutput:
-    """``deltamem_kernels.triton.scan.scan``, differentiable in projections, gate_bias and state, and compilable."""
-    if _direct(projections, gate_bias, state):
-        return _scan.scan(
-            projections, gate_bias, state, rule,
-            mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
-        )  # fmt: skip
+    """Differentiable in projections, gate_bias and state."""
     check_arguments(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
@@ -291,52 +283,23 @@ def scan(
     return ScanOutput(reads, final, skipped, checkpoints if checkpoint_every else None)
 
 
-def read(
-    projections: Tensor,
-    state: Tensor,
-    rule: DeltaRule,
-    *,
-    mask: Tensor | None = None,
-    slots: Tensor | None = None,
-) -> Tensor:
-    """``deltamem_kernels.triton.read.read``, differentiable in projections and state, and compilable."""
-    if _direct(projections, state):
-        return _read.read(projections, state, rule, mask=mask, slots=slots)
+@_as_operator(_read.read, differentiable=True)
+def read(projections, state, rule, *, mask=None, slots=None) -> Tensor:
+    """Differentiable in projections and state."""
     return read_op(projections, state, *flat_rule(rule), mask, slots)
 
 
-def step(
-    projections: Tensor,
-    gate_bias: Tensor,
-    state: Tensor,
-    rule: DeltaRule,
-    *,
-    mask: Tensor | None = None,
-    slots: Tensor | None = None,
-    skipped: Tensor | None = None,
-) -> Tensor:
-    """``deltamem_kernels.triton.step.step``, compilable. Not differentiable: the state is changed in place."""
-    if not torch.compiler.is_compiling():
-        with torch.no_grad():
-            return _step.step(projections, gate_bias, state, rule, mask=mask, slots=slots, skipped=skipped)
+@_as_operator(_step.step)
+def step(projections, gate_bias, state, rule, *, mask=None, slots=None, skipped=None) -> Tensor:
+    """Not differentiable: the state is changed in place."""
     if skipped is None:
         return step_op(projections, gate_bias, state, *flat_rule(rule), mask, slots)
     return step_counted_op(projections, gate_bias, state, skipped, *flat_rule(rule), mask, slots)
 
 
-def steer(
-    base: Tensor,
-    reads: Tensor,
-    weight: Tensor,
-    scale: float,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-    out: Tensor | None = None,
-) -> Tensor:
-    """``deltamem_kernels.triton.steer.steer``, compilable, and without ``out`` differentiable in every tensor."""
-    if _direct(base, reads, weight, norm_weight):
-        return _steer.steer(base, reads, weight, scale, norm_weight=norm_weight, eps=eps, out=out)
+@_as_operator(_steer.steer, differentiable=True)
+def steer(base, reads, weight, scale, *, norm_weight=None, eps=1e-6, out=None) -> Tensor:
+    """Without ``out`` differentiable in every tensor."""
     if out is None:
         return steer_op(base, reads, weight, scale, norm_weight, eps)
     if out is not base:
@@ -345,67 +308,25 @@ def steer(
     return base
 
 
-def delta(
-    reads: Tensor,
-    weight: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """``deltamem_kernels.triton.steer.delta``, compilable. Not differentiable."""
-    if not torch.compiler.is_compiling():
-        with torch.no_grad():
-            return _steer.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)
+@_as_operator(_steer.delta)
+def delta(reads, weight, scale, dtype, *, norm_weight=None, eps=1e-6) -> Tensor:
     return delta_op(reads, weight, scale, dtype, norm_weight, eps)
 
 
 workspace = _decode_rows.workspace
 
 
-def steer_heads_(
-    packed: Tensor,
-    reads: Tensor,
-    layout: HeadLayout,
-    steering: Steering,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    *,
-    check: bool = True,
-) -> None:
-    """``deltamem_kernels.triton.heads.steer_heads_``, compilable. Not differentiable."""
-    if not torch.compiler.is_compiling():
-        with torch.no_grad():
-            return _heads.steer_heads_(packed, reads, layout, steering, cos, sin, check=check)
+@_as_operator(_heads.steer_heads_)
+def steer_heads_(packed, reads, layout, steering, cos=None, sin=None, *, check=True) -> None:
     check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
     steer_heads_op(packed, reads, *flat_layout(layout), *steering, cos, sin)
 
 
+@_as_operator(_decode_rows.decode_)
 def decode_(
-    packed: Tensor,
-    gate_bias: Tensor,
-    state: Tensor,
-    rule: DeltaRule,
-    layout: HeadLayout,
-    steering: Steering,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    slots: Tensor | None = None,
-    skipped: Tensor | None = None,
-    frozen: bool = False,
-    check: bool = True,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """``deltamem_kernels.triton.decode.decode_``, compilable. Not differentiable."""
-    if not torch.compiler.is_compiling():
-        with torch.no_grad():
-            return _decode_rows.decode_(
-                packed, gate_bias, state, rule, layout, steering, cos, sin, mask=mask, slots=slots, skipped=skipped,
-                frozen=frozen, check=check, workspace=workspace,
-            )  # fmt: skip
+    packed, gate_bias, state, rule, layout, steering, cos=None, sin=None, *,
+    mask=None, slots=None, skipped=None, frozen=False, check=True, workspace=None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
     given = *flat_rule(rule), *flat_layout(layout), *steering, cos, sin, mask, slots
     if frozen:

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rule import DeltaRule, check_arguments
+from ..rule import DeltaRule
 from . import launch as _launch
-from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, tile, whole_keys
+from .launch import bytes_and_slots, check_tokens, launch, state_strides, strides, tile, whole_keys
 from .primitives import columns, direction, dot, load_flag, load_vector, owned, state_pointers
-from .token_flags import LOOK_WIDTH, find_flags
+from .token_parts import LOOK_WIDTH, find_flags
 
 
 @triton.jit
@@ -82,20 +82,12 @@ def read(
     Raises:
         ValueError, TypeError: see ``check_arguments``; a float64 input; tensors that are not on a GPU.
     """
-    bias = projections.new_empty(rule.bias_width)
-    check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
-    check_device(projections)
-    check_reach("projections", projections, 1)
-    half_or_single("projections", projections)
-    float32_only("state", state)
+    check_tokens(projections, None, state, rule, mask=mask, slots=slots)
     batch, length, width = projections.shape
     reads = _launch.empty((batch, length, rule.read_width), dtype=torch.float32, device=projections.device)
     if reads.numel() == 0:
         return reads
-    if mask is not None:
-        mask = mask.view(torch.uint8)
-    if slots is not None:
-        slots = slots.contiguous()
+    mask, slots = bytes_and_slots(mask, slots)
     flags = None
     if width > LOOK_WIDTH:
         flags, mask = find_flags(projections, mask), None
@@ -104,10 +96,7 @@ def read(
         read_kernel, triton.cdiv(batch * length * rule.read_width, cols), projections, num_warps=1,
         x_ptr=projections, s_ptr=state, slots_ptr=slots, flags_ptr=flags, mask_ptr=mask, reads_ptr=reads,
         total_groups=batch * length * rule.heads, states=state.shape[0], length=length,
-        stride_x_b=projections.stride(0), stride_x_t=projections.stride(1), stride_x_w=projections.stride(2),
-        stride_mask_b=mask.stride(0) if mask is not None else 0,
-        stride_mask_t=mask.stride(1) if mask is not None else 0,
-        **state_strides(state),
+        **strides("x", "btw", projections), **strides("mask", "bt", mask), **state_strides(state),
         HEADS=rule.heads, RANK=rule.rank, R=rows, COLUMNS=cols,
         WIDTH=width, WHOLE=whole_keys(rule, projections), NORMALIZE=rule.normalize,
         HAS_SLOTS=slots is not None, HAS_FLAGS=flags is not None, HAS_MASK=mask is not None,

@@ -12,13 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..rule import DeltaRule, check_arguments
+from ..rule import DeltaRule
 from . import launch as _launch
-from .launch import check_device, check_reach, float32_only, half_or_single, launch, state_strides, whole_keys
+from .launch import bytes_and_slots, check_tokens, launch, state_strides, strides, whole_keys
 from .primitives import across, columns, direction, direction_backward, group_sum, load_vector, owned, state_pointers
 from .projection_gradient import token_tile
 from .scan_backward import check_gradient, choose_spacing, scatter_rows
-from .token_flags import find_flags
+from .token_parts import find_flags
 
 
 @triton.jit
@@ -105,16 +105,10 @@ def read_backward(
     Raises:
         ValueError, TypeError: see ``read``; d_reads of another shape than the reads.
     """
-    bias = projections.new_empty(rule.bias_width)
-    check_arguments(projections, bias, state, rule, mask=mask, slots=slots)
-    check_device(projections)
-    check_reach("projections", projections, 1)
-    half_or_single("projections", projections)
-    float32_only("state", state)
+    check_tokens(projections, None, state, rule, mask=mask, slots=slots)
     batch, length, width = projections.shape
     check_gradient("d_reads", d_reads, (batch, length, rule.read_width), projections)
-    if slots is not None:
-        slots = slots.contiguous()
+    mask, slots = bytes_and_slots(mask, slots)
     # k, v and the gates are read by nobody.
     d_x = torch.zeros(projections.shape, dtype=projections.dtype, device=projections.device)
     block, _ = choose_spacing(rule)
@@ -123,7 +117,7 @@ def read_backward(
         (batch, blocks, rule.heads, rule.rank, rule.rank), dtype=torch.float32, device=projections.device
     )
     if projections.numel():
-        flags = find_flags(projections, None if mask is None else mask.view(torch.uint8))
+        flags = find_flags(projections, mask)
         cols, warps = token_tile(rule)
         rows = _launch.next_power_of_two(rule.rank)
         groups = batch * blocks * rule.heads
@@ -132,9 +126,8 @@ def read_backward(
             x_ptr=projections, s_ptr=state, slots_ptr=slots, flags_ptr=flags, d_reads_ptr=d_reads,
             d_x_ptr=d_x, d_state_ptr=sums,
             total_groups=groups, states=state.shape[0], length=length, blocks_per_row=blocks,
-            stride_x_b=projections.stride(0), stride_x_t=projections.stride(1), stride_x_w=projections.stride(2),
-            stride_d_b=d_reads.stride(0), stride_d_t=d_reads.stride(1), stride_d_c=d_reads.stride(2),
-            **state_strides(state), HEADS=rule.heads, RANK=rule.rank, R=rows, COLUMNS=cols, WIDTH=width,
+            **strides("x", "btw", projections), **strides("d", "btc", d_reads), **state_strides(state),
+            HEADS=rule.heads, RANK=rule.rank, R=rows, COLUMNS=cols, WIDTH=width,
             WHOLE=whole_keys(rule, projections), NORMALIZE=rule.normalize, HAS_SLOTS=slots is not None, BLOCK=block,
         )  # fmt: skip
     return d_x, scatter_rows(sums.sum(1), state, slots)

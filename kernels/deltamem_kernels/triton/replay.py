@@ -1,4 +1,4 @@
-"""Calls of several launches, replayed.
+"""Calls of launchers, replayed.
 
 What a call allocates and launches follows from its settings and from the shapes, strides, dtypes and alignments of its
 tensors. It is noted the first time and done again for other tensors, without asking anew: most of a call's time on the
@@ -8,6 +8,7 @@ host goes into asking. The layers of a model differ in nothing but their tensors
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from . import launch as _launch
 from .launch import Launched, compiler_sees, interpreted, launch_again, notes
 
 Tensors = tuple[torch.Tensor | None, ...]
-PLANS = 512  # distinct calls that are kept
+PLANS = 1024  # distinct calls that are kept
 
 
 class Allocation(NamedTuple):
@@ -32,21 +33,23 @@ class Again(NamedTuple):
 
     Attributes:
         values: the kernel's arguments, None where a tensor or a tuple with tensors goes.
-        tensors: (argument, place of its tensor).
-        tuples: (argument, places of the tensors that it begins with, what follows them).
+        found: (argument, what takes it from all that a call has found).
     """
 
     launched: Launched
     programs: int
     values: list
-    tensors: list[tuple[int, int]]
-    tuples: list[tuple[int, list[int], tuple]]
+    found: list[tuple[int, itemgetter]]
 
 
 class Plan(NamedTuple):
-    """A call: its steps in order, and the places of its results. Places count the inputs, then what is allocated."""
+    """A call: its steps in order, each with the place of what it allocates, and the places of the results.
 
-    steps: list[Allocation | Again]
+    Places count the inputs, then ``rest``: None, and what is allocated or the same in all calls.
+    """
+
+    steps: list[tuple[int, Allocation] | tuple[None, Again]]
+    rest: list
     results: list[int]
 
 
@@ -66,17 +69,19 @@ def replayed(body: Callable[..., Tensors], inputs: Tensors, *settings) -> Tensor
 
     Args:
         body: allocates with ``allocate`` alone, launches with ``launch``, and returns what it allocated, or None. It
-            hands to launches its inputs and these, no views of them.
+            hands to launches its inputs and these, no views of them; in tuples of two or more.
         inputs: the first is a tensor on the device of all.
         settings: hashable; with what ``inputs`` look like, all that ``body`` goes by.
     """
-    if _launch.recorded is not None or interpreted():
+    if _launch.recorded is not None:
         return body(*inputs, *settings)
     seen = [None if t is None else (t.dtype, t.shape, t.stride()) for t in inputs]
     key = body, settings, inputs[0].device, compiler_sees(inputs), *seen
     plan = _plans.get(key)
     if plan is not None:
         return _run(plan, inputs)
+    if interpreted():
+        return body(*inputs, *settings)
     # One tensor in two places is two in the plan: the next call may have two.
     inputs = tuple([None if t is None else t.detach() for t in inputs])
     steps, notes.steps = notes.steps, []
@@ -92,45 +97,44 @@ def replayed(body: Callable[..., Tensors], inputs: Tensors, *settings) -> Tensor
 
 
 def _plan(inputs: Tensors, noted: list[tuple], results: Tensors) -> Plan:
-    """What was noted, with places where it had tensors. The last place is None's."""
-    places = {id(tensor): place for place, tensor in enumerate(inputs)}
-    steps: list[Allocation | Again] = []
+    """What was noted, with places where it had tensors."""
+    places = {id(tensor): place for place, tensor in enumerate(inputs)} | {id(None): len(inputs)}
+    steps, rest = [], [None]
+
+    def append(value) -> int:
+        rest.append(value)
+        return len(inputs) + len(rest) - 1
+
+    def place(value) -> int:
+        return places[id(value)] if value is None or isinstance(value, torch.Tensor) else append(value)
+
     for step in noted:
         if isinstance(step[1], Allocation):
-            places[id(step[0])] = len(inputs) + sum(isinstance(s, Allocation) for s in steps)
-            steps.append(step[1])
-        else:
-            steps.append(step)
-    places[id(None)] = -1
-
-    def again(launched: Launched, programs: int, values: list) -> Again:
-        kept, tensors, tuples = list(values), [], []
+            tensor, allocation = step
+            places[id(tensor)] = append(None)
+            steps.append((places[id(tensor)], allocation))
+            continue
+        launched, programs, values = step
+        kept, found = list(values), []
         for argument, value in enumerate(values):
-            if isinstance(value, torch.Tensor):
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, torch.Tensor) for part in parts):
                 kept[argument] = None
-                tensors.append((argument, places[id(value)]))
-            elif isinstance(value, tuple):
-                first = sum(field.endswith("_ptr") for field in value._fields)
-                kept[argument] = None
-                tuples.append((argument, [places[id(part)] for part in value[:first]], tuple(value[first:])))
-        return Again(launched, programs, kept, tensors, tuples)
-
-    steps = [step if isinstance(step, Allocation) else again(*step) for step in steps]
-    return Plan(steps, [places[id(result)] for result in results])
+                found.append((argument, itemgetter(*map(place, parts))))
+        steps.append((None, Again(launched, programs, kept, found)))
+    return Plan(steps, rest, [places[id(result)] for result in results])
 
 
 def _run(plan: Plan, inputs: Tensors) -> Tensors:
     """Allocate and launch as the plan says."""
-    found, device = [*inputs, None], inputs[0].device  # None stays last
-    for step in plan.steps:
-        if isinstance(step, Allocation):
+    found, device = [*inputs, *plan.rest], inputs[0].device
+    for place, step in plan.steps:
+        if place is not None:
             make = torch.zeros if step.zeros else _launch.empty
-            found.insert(-1, make(step.shape, dtype=step.dtype, device=device))
+            found[place] = make(step.shape, dtype=step.dtype, device=device)
             continue
         values = step.values.copy()
-        for argument, place in step.tensors:
-            values[argument] = found[place]
-        for argument, heads, rest in step.tuples:
-            values[argument] = (*[found[place] for place in heads], *rest)
+        for argument, take in step.found:
+            values[argument] = take(found)
         launch_again(step.launched, step.programs, inputs[0], values)
     return tuple([found[place] for place in plan.results])

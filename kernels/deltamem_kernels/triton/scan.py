@@ -27,23 +27,21 @@ import torch
 import triton
 
 from ..errors import ArgumentError
-from ..rule import DeltaRule, ScanOutput, check_arguments
+from ..rule import DeltaRule, ScanOutput
 from .chunk_scan import chunk_scan_kernel, chunk_transition_kernel, state_passing_kernel
 from .launch import (
-    check_device,
-    check_reach,
-    float32_only,
-    half_or_single,
+    bytes_and_slots,
+    check_tokens,
     launch,
     next_power_of_two,
     rule_flags,
     state_strides,
+    strides,
     tile,
 )
 from .repair import repair_kernel
 from .replay import allocate, replayed
-from .token_flags import find_flags
-from .token_parts import find_parts, worth_preparing
+from .token_parts import find_flags, find_parts, worth_preparing
 
 SHORT = 64  # tokens up to which one launch beats three
 CHUNKED_RANK = 16  # a chunk's transition has r³ numbers; above this rank they outweigh the tokens
@@ -89,6 +87,23 @@ def chunk_table(cu_seqlens: torch.Tensor, length: int, chunk: int):
     chunks = torch.arange(most, dtype=torch.int32, device=cu_seqlens.device)
     sequence = torch.searchsorted(first[1:], chunks, right=True, out_int32=True)
     return torch.where(sequence < sequences, sequence, -1), first
+
+
+def cut(cu_seqlens: torch.Tensor | None, sequences: int, length: int, chunk: int):
+    """Chunks (of packed sequences an upper bound), chunks a sequence (or 0), and the ``chunk_table`` of packed ones."""
+    if cu_seqlens is not None:
+        sequence, first = chunk_table(cu_seqlens, length, chunk)
+        return sequence.numel(), 0, sequence, first
+    chunks = triton.cdiv(length, chunk) if chunk else 1
+    return sequences * chunks, chunks, None, None
+
+
+def first_checkpoints(cu_seqlens: torch.Tensor | None, every: int) -> torch.Tensor | None:
+    """Which checkpoint is the first of each packed sequence, int64 [N]; None without checkpoints, or of equal rows."""
+    if cu_seqlens is None or not every:
+        return None
+    taken = (cu_seqlens[1:] - cu_seqlens[:-1]) // every
+    return taken.cumsum(0, dtype=torch.int64) - taken
 
 
 def scan(
@@ -152,26 +167,20 @@ def scan_with_flags(
 
     1: the token was written. 2: it was not, because it or the state after it is not finite. 0: it is masked.
     """
-    check_arguments(
+    check_tokens(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    check_device(projections)
-    check_reach("projections", projections, 1)
-    half_or_single("projections", projections)
-    float32_only("state", state)
-    check_reach("gate_bias", gate_bias, 1)
     batch, length, _ = projections.shape
     # A scan that says what its tokens are is one for autograd, where memory counts for more.
-    is_prepared = not says and worth_preparing(rule, batch * length)
+    is_prepared = not says and projections.numel() > 0 and worth_preparing(rule, batch * length)
     if chunk is None:
         chunk = choose_chunk(rule, length)
     if projections.numel() == 0:
         chunk = 0
     if chunk and rule.rank > CHUNKED_RANK:
         raise ArgumentError(f"chunk: got {chunk} at rank {rule.rank}, allowed 0 above rank {CHUNKED_RANK}")
-    mask = None if mask is None else mask.view(torch.uint8)
-    slots = None if slots is None else slots.contiguous()
+    mask, slots = bytes_and_slots(mask, slots)
     if cu_seqlens is not None:
         found = _scan(projections, gate_bias, state, mask, slots, cu_seqlens.contiguous(), rule, checkpoint_every,
                       chunk, says, is_prepared)  # fmt: skip
@@ -200,35 +209,24 @@ def _scan(
         shape = (length // every,) if packed else (batch, length // every)
         checkpoints = allocate((*shape, heads, rank, rank), torch.float32, device, zeros=packed)
     skipped = allocate((sequences,), torch.int32, device, zeros=bool(chunk))
-    x = projections
     if is_prepared:
         x, flags = find_parts(projections, gate_bias, mask, rule)
-    elif projections.numel():
-        flags = find_flags(projections, mask)
     else:
-        flags = allocate((batch, length), torch.uint8, device)
+        x, flags = projections, find_flags(projections, mask)
     if sequences == 0:
         return reads, final, skipped, checkpoints, flags
 
-    chunk_sequence = chunk_first = checkpoint_first = None
-    if packed:
-        chunk_sequence, chunk_first = chunk_table(cu_seqlens, length, chunk)
-        chunks, chunks_per_sequence = chunk_sequence.numel(), 0
-        if every:
-            taken = (cu_seqlens[1:] - cu_seqlens[:-1]) // every
-            checkpoint_first = taken.cumsum(0, dtype=torch.int64) - taken
-    else:
-        chunks_per_sequence = triton.cdiv(length, chunk) if chunk else 1
-        chunks = sequences * chunks_per_sequence
+    chunks, chunks_per_sequence, chunk_sequence, chunk_first = cut(cu_seqlens, sequences, length, chunk)
+    checkpoint_first = first_checkpoints(cu_seqlens, every)
     place = {"length": length, "chunk_length": chunk or length, "chunks_per_sequence": chunks_per_sequence}
     place |= {"cu_ptr": cu_seqlens, "chunk_sequence_ptr": chunk_sequence, "chunk_first_ptr": chunk_first}
 
     rows, cols = tile(rule)
-    sizes = {"HEADS": heads, "RANK": rank, "R": rows}
-    strides = {f"stride_x_{name}": stride for name, stride in zip("btw", projections.stride())}
-    strides["stride_bias"] = gate_bias.stride(0)
+    raw = strides("x", "btw", projections) | {"stride_bias": gate_bias.stride(0)}
     tokens = {"x_ptr": x, "bias_ptr": gate_bias, "flags_ptr": flags, "PREPARED": is_prepared}
-    tokens |= strides | rule_flags(rule, projections)
+    tokens |= raw | rule_flags(rule, projections)
+    if is_prepared:  # no kernel is compiled for what is not read
+        tokens |= {"bias_ptr": x, "WHOLE": False, **dict.fromkeys(raw, 1)}
     start = state
     if chunk:
         start = allocate((chunks, heads, rank, rank), torch.float32, device)
@@ -243,7 +241,7 @@ def _scan(
             state_passing_kernel, sequences * heads * rank, projections, num_warps=1,
             transitions_ptr=transitions, s_ptr=state, slots_ptr=slots, starts_ptr=start, final_ptr=final,
             chunk_first_ptr=chunk_first, chunks_per_sequence=chunks_per_sequence, states=states,
-            stride_m_a=rank, stride_m_j=1, **state_strides(state), **sizes,
+            stride_m_a=rank, stride_m_j=1, **state_strides(state), HEADS=heads, RANK=rank, R=rows,
             HAS_STATE=state is not None, HAS_SLOTS=slots is not None, IS_PACKED=packed,
         )  # fmt: skip
     launch(
@@ -260,10 +258,8 @@ def _scan(
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
         flags_ptr=flags if says else None, cu_ptr=cu_seqlens, checkpoint_first_ptr=checkpoint_first,
         reads_ptr=reads, final_ptr=final, skipped_ptr=skipped, checkpoints_ptr=checkpoints,
-        states=states, length=length, every=every, **strides,
-        stride_mask_b=mask.stride(0) if mask is not None else 0,
-        stride_mask_t=mask.stride(1) if mask is not None else 0,
-        **state_strides(state), COLUMNS=cols, WIDTH=width, WIDTH_PAD=next_power_of_two(width),
+        states=states, length=length, every=every, **raw, **strides("mask", "bt", mask), **state_strides(state),
+        COLUMNS=cols, WIDTH=width, WIDTH_PAD=next_power_of_two(width),
         **rule_flags(rule, projections),
         HAS_STATE=state is not None, HAS_SLOTS=slots is not None, HAS_FLAGS=says, HAS_MASK=mask is not None,
         HAS_CHECKPOINTS=bool(every), IS_PACKED=packed, IS_CHUNKED=bool(chunk),

@@ -29,25 +29,26 @@ import torch
 import triton
 
 from ..errors import ArgumentError
-from ..rule import DeltaRule, check_arguments, check_together
+from ..rule import DeltaRule, check_shape, check_together
 from . import launch as _launch
 from .chunk_scan_backward import block_states_kernel, chunk_transition_backward_kernel, state_passing_backward_kernel
 from .launch import (
     MOST_REGISTERS,
-    check_device,
-    check_reach,
+    bytes_and_slots,
+    check_tokens,
     dense_state,
-    float32_only,
     half_or_single,
     launch,
     next_power_of_two,
     rule_flags,
     state_strides,
+    strides,
     tile,
 )
 from .projection_gradient import parts_together, projection_gradient_kernel, token_tile
-from .scan import CHUNKED_RANK, TRANSITION_WARPS, choose_chunk, chunk_table
-from .token_flags import find_flags
+from .scan import CHUNKED_RANK, TRANSITION_WARPS, choose_chunk, cut, first_checkpoints
+from .scan import depth as depth_of_scan
+from .token_parts import find_flags
 
 
 def choose_spacing(rule: DeltaRule) -> tuple[int, int]:
@@ -61,9 +62,7 @@ def choose_spacing(rule: DeltaRule) -> tuple[int, int]:
 
 def depth(rule: DeltaRule, length: int) -> int:
     """How many steps of the gradient wait for one another: C, T / C and C, or T; then those of a block and a part."""
-    chunk = choose_chunk(rule, length)
-    block, part = choose_spacing(rule)
-    return (2 * chunk + triton.cdiv(length, chunk) if chunk else length) + block + part
+    return depth_of_scan(rule, length) + sum(choose_spacing(rule))
 
 
 def scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
@@ -81,8 +80,7 @@ def scatter_rows(grad: torch.Tensor, state: torch.Tensor, slots: torch.Tensor | 
 def check_gradient(name: str, grad: torch.Tensor, shape: tuple[int, ...], projections: torch.Tensor) -> None:
     """Raises: ValueError unless the gradient has the shape of what it is the gradient of, beside the projections;
     TypeError unless it is bfloat16, float16 or float32."""
-    if tuple(grad.shape) != shape:
-        raise ValueError(f"{name}: got shape {list(grad.shape)}, allowed {list(shape)}")
+    check_shape(name, grad, shape)
     half_or_single(name, grad)
     check_together("projections", projections, **{name: grad})
 
@@ -123,21 +121,17 @@ def scan_backward(
     Raises:
         ValueError, TypeError: see ``scan``; a gradient of another shape than what it belongs to.
     """
-    sequences = check_arguments(
+    sequences = check_tokens(
         projections, gate_bias, state, rule,
         mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    check_device(projections)
-    check_reach("projections", projections, 1)
-    half_or_single("projections", projections)
-    float32_only("state", state)
-    check_reach("gate_bias", gate_bias, 1)
     batch, length, width = projections.shape
     heads, rank, every = rule.heads, rule.rank, checkpoint_every if d_checkpoints is not None else 0
     device, packed = projections.device, cu_seqlens is not None
     if chunk is None:
         chunk = choose_chunk(rule, length)
-    if projections.numel() == 0 or sequences == 0:
+    nothing = projections.numel() == 0 or sequences == 0
+    if nothing:
         chunk = 0
     block, part = spacing or choose_spacing(rule)
     if (chunk and rank > CHUNKED_RANK) or chunk % block or block % part:
@@ -147,11 +141,8 @@ def scan_backward(
     if every:
         lead = (length // every,) if packed else (batch, length // every)
         check_gradient("d_checkpoints", d_checkpoints, (*lead, heads, rank, rank), projections)
-    if mask is not None:
-        mask = mask.view(torch.uint8)
+    mask, slots = bytes_and_slots(mask, slots)
     states = 0 if state is None else state.shape[0]
-    if slots is not None:
-        slots = slots.contiguous()
     if packed:
         cu_seqlens = cu_seqlens.contiguous()
     if every:
@@ -159,33 +150,21 @@ def scan_backward(
 
     float32 = {"dtype": torch.float32, "device": device}
     d_initial = _launch.empty((sequences, heads, rank, rank), **float32)
-    tokens = projections.numel() // width if width else 0
 
-    chunk_sequence = chunk_first = block_sequence = block_first = checkpoint_first = None
-    if packed:
-        chunk_sequence, chunk_first = chunk_table(cu_seqlens, length, chunk)
-        block_sequence, block_first = chunk_table(cu_seqlens, length, block)
-        chunks, chunks_per_sequence = chunk_sequence.numel(), 0
-        # A block more than the tokens fill for each sequence, but none where there is no token or no sequence.
-        blocks, blocks_per_sequence = block_sequence.numel() if tokens and sequences else 0, 0
-        if every:
-            taken = (cu_seqlens[1:] - cu_seqlens[:-1]) // every
-            checkpoint_first = taken.cumsum(0, dtype=torch.int64) - taken
-    else:
-        chunks_per_sequence = triton.cdiv(length, chunk) if chunk else 1
-        blocks_per_sequence = triton.cdiv(length, block)
-        chunks, blocks = sequences * chunks_per_sequence, sequences * blocks_per_sequence
+    checkpoint_first = first_checkpoints(cu_seqlens, every)
+    chunks, chunks_per_sequence, chunk_sequence, chunk_first = cut(cu_seqlens, sequences, length, chunk)
+    blocks, blocks_per_sequence, block_sequence, block_first = cut(cu_seqlens, sequences, length, block)
+    if nothing:  # though packed sequences have a block more than their tokens fill
+        blocks = 0
     if flags is None:
-        flags = find_flags(projections, mask) if tokens else projections.new_empty(0, dtype=torch.uint8)
+        flags = find_flags(projections, mask)
     common = {
         "x_ptr": projections, "bias_ptr": gate_bias, "flags_ptr": flags, "d_reads_ptr": d_reads,
         "d_checkpoints_ptr": d_checkpoints if every else None, "checkpoint_first_ptr": checkpoint_first,
         "cu_ptr": cu_seqlens, "length": length, "every": every, "stride_bias": gate_bias.stride(0),
         "HAS_CHECKPOINTS": bool(every), "IS_PACKED": packed,
     }  # fmt: skip
-    common |= {f"stride_x_{name}": stride for name, stride in zip("btw", projections.stride())}
-    common |= {f"stride_d_{name}": stride for name, stride in zip("btc", d_reads.stride())}
-    common |= rule_flags(rule, projections)
+    common |= strides("x", "btw", projections) | strides("d", "btc", d_reads) | rule_flags(rule, projections)
     place = {"chunk_length": chunk or length, "chunks_per_sequence": chunks_per_sequence}
     place |= {"chunk_sequence_ptr": chunk_sequence, "chunk_first_ptr": chunk_first}
     initial = {"s_ptr": state, "slots_ptr": slots, "d_state_ptr": d_state, "d_initial_ptr": d_initial, "states": states}
@@ -205,8 +184,7 @@ def scan_backward(
             state_passing_backward_kernel, 2 * sequences * heads * rank, projections, num_warps=1,
             transitions_ptr=transitions, edges_ptr=edges, chunk_first_ptr=chunk_first,
             chunks_per_sequence=chunks_per_sequence, stride_m_a=rank, stride_m_j=1,
-            HEADS=heads, RANK=rank, R=rows, IS_PACKED=packed, **initial,
-            **{f"stride_d_{name}": stride for name, stride in zip("nhij", d_state.stride())},
+            HEADS=heads, RANK=rank, R=rows, IS_PACKED=packed, **initial, **strides("d", "nhij", d_state),
         )  # fmt: skip
         del transitions
     bounds = _launch.empty((blocks, heads, 2, rank, rank), **float32)
@@ -216,9 +194,7 @@ def scan_backward(
             registers=None if rank <= 8 else MOST_REGISTERS,
             edges_ptr=edges, bounds_ptr=bounds, block_first_ptr=block_first, blocks_per_sequence=blocks_per_sequence,
             total_groups=chunks * heads, COLUMNS=cols, IS_CHUNKED=bool(chunk), SPACING=block,
-            DENSE_GRADIENT=dense_state(d_state),
-            **{f"stride_g_{name}": stride for name, stride in zip("nhij", d_state.stride())},
-            **common, **place, **initial,
+            DENSE_GRADIENT=dense_state(d_state), **strides("g", "nhij", d_state), **common, **place, **initial,
         )  # fmt: skip
     del edges
     # Tokens outside of every packed sequence are written by no kernel.

@@ -15,9 +15,18 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentError
-from ..rule import check_together
+from ..rule import check_shape, check_together
 from . import launch as _launch
-from .launch import check_device, check_reach, half_or_single, launch, matrix_precision, narrow_reads, next_power_of_two
+from .launch import (
+    check_device,
+    check_reach,
+    half_or_single,
+    launch,
+    matrix_precision,
+    narrow_reads,
+    next_power_of_two,
+    strides,
+)
 from .primitives import dot_rows, load_weights, read_parts, times_reads
 from .replay import replayed
 
@@ -121,6 +130,28 @@ def batch_time(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(1, -1, tensor.shape[-1])
 
 
+def check_delta(name: str, wide, reads, weight, norm_weight) -> None:
+    """What Δ is made of, beside the tensor called ``name``. Raises: see ``steer``."""
+    check_shape("norm_weight", norm_weight, weight.shape[:1])
+    check_device(wide)
+    check_together(name, wide, reads=reads, weight=weight, norm_weight=norm_weight)
+    half_or_single(name, wide)
+    for other, tensor in (("reads", reads), ("weight", weight), ("norm_weight", norm_weight)):
+        half_or_single(other, tensor)
+        if tensor is not None:
+            check_reach(other, tensor, 2 if other == "weight" else 1)
+
+
+def check_sum(function: str, name: str, wide, reads, weight, norm_weight) -> None:
+    """The arguments of a function of Δ and a tensor of its shape, which is called ``name``. Raises: see ``steer``."""
+    if wide.shape[:-1] != reads.shape[:-1] or weight.shape != (wide.shape[-1], reads.shape[-1]):
+        raise ArgumentError(
+            f"{function}: got {name} {list(wide.shape)}, reads {list(reads.shape)}, weight {list(weight.shape)}, "
+            "allowed [..., N], [..., H·r] and [N, H·r]"
+        )
+    check_delta(name, wide, reads, weight, norm_weight)
+
+
 def steer(
     base: torch.Tensor,
     reads: torch.Tensor,
@@ -150,19 +181,9 @@ def steer(
         ValueError: shapes that do not fit; an ``out`` other than ``base``; tensors that are not on a GPU.
         TypeError: a float64 tensor.
     """
-    if base.shape[:-1] != reads.shape[:-1] or weight.shape != (base.shape[-1], reads.shape[-1]):
-        raise ArgumentError(
-            f"steer: got base {list(base.shape)}, reads {list(reads.shape)}, weight {list(weight.shape)}, "
-            "allowed [..., N], [..., H·r] and [N, H·r]"
-        )
-    if norm_weight is not None and norm_weight.shape != base.shape[-1:]:
-        raise ArgumentError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(base.shape[-1:])}")
+    check_sum("steer", "base", base, reads, weight, norm_weight)
     if out is not None and out is not base:
         raise ArgumentError("out: allowed None or the tensor given as base")
-    check_device(base)
-    check_together("base", base, reads=reads, weight=weight, norm_weight=norm_weight)
-    for name, tensor in (("base", base), ("reads", reads), ("weight", weight), ("norm_weight", norm_weight)):
-        half_or_single(name, tensor)
     if out is None:
         out = _launch.empty(base.shape, dtype=base.dtype, device=base.device)
     elif base.ndim > 3 and not base.is_contiguous():
@@ -199,13 +220,9 @@ def delta(
         raise ArgumentError(
             f"delta: got reads {list(reads.shape)}, weight {list(weight.shape)}, allowed [..., H·r] and [N, H·r]"
         )
-    if norm_weight is not None and norm_weight.shape != weight.shape[:1]:
-        raise ArgumentError(f"norm_weight: got shape {list(norm_weight.shape)}, allowed {list(weight.shape[:1])}")
-    check_device(reads)
-    check_together("reads", reads, weight=weight, norm_weight=norm_weight)
+    check_delta("reads", reads, reads, weight, norm_weight)
     out = _launch.empty((*reads.shape[:-1], weight.shape[0]), dtype=dtype, device=reads.device)
-    for name, tensor in (("reads", reads), ("weight", weight), ("norm_weight", norm_weight), ("dtype", out)):
-        half_or_single(name, tensor)
+    half_or_single("dtype", out)
     _steer(None, reads, weight, scale, norm_weight, eps, out)
     return out
 
@@ -213,16 +230,12 @@ def delta(
 def _steer(base, reads, weight, scale, norm_weight, eps, out) -> None:
     if out.numel() == 0:
         return
-    for name, tensor, axes in (("reads", reads, 1), ("weight", weight, 2), ("norm_weight", norm_weight, 1)):
-        if tensor is not None:
-            check_reach(name, tensor, axes)
     base = None if base is None else batch_time(base)
     replayed(_launch_steer, (batch_time(out), base, batch_time(reads), weight, norm_weight), float(scale), float(eps))
 
 
 def _launch_steer(p_out, p_base, p_reads, weight, norm_weight, scale: float, eps: float) -> tuple:
     """The launch, of tensors [B, T, …]."""
-    strides = (0, 0, 0) if p_base is None else p_base.stride()
     total, n = p_out.shape[0] * p_out.shape[1], p_out.shape[-1]
     # One row (decode): a thin tile, many programs. More: the weights of a tile serve 16 rows, which fill a matrix
     # instruction.
@@ -237,11 +250,8 @@ def _launch_steer(p_out, p_base, p_reads, weight, norm_weight, scale: float, eps
         steer_kernel, triton.cdiv(total, rows) * blocks, p_out, num_warps=4,
         base_ptr=p_base, reads_ptr=p_reads, weight_ptr=weight, norm_ptr=norm_weight, out_ptr=p_out,
         total_rows=total, length=p_out.shape[1], n=n, scale=scale, eps=eps,
-        stride_b_b=strides[0], stride_b_t=strides[1], stride_b_n=strides[2],
-        stride_r_b=p_reads.stride(0), stride_r_t=p_reads.stride(1), stride_r_c=p_reads.stride(2),
-        stride_w_n=weight.stride(0), stride_w_c=weight.stride(1),
-        stride_norm=norm_weight.stride(0) if norm_weight is not None else 0,
-        stride_o_b=p_out.stride(0), stride_o_t=p_out.stride(1), stride_o_n=p_out.stride(2),
+        **strides("b", "btn", p_base), **strides("r", "btc", p_reads), **strides("w", "nc", weight),
+        stride_norm=norm_weight.stride(0) if norm_weight is not None else 0, **strides("o", "btn", p_out),
         ROWS=rows, BLOCK=block, READ_WIDTH=p_reads.shape[-1],
         READ_BLOCK=min(8, next_power_of_two(p_reads.shape[-1])) if rows == 1 else 16,
         PRECISION=matrix_precision(), NARROW=rows > 1 and narrow_reads(p_reads.shape[-1], weight),

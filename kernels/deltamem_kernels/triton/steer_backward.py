@@ -16,12 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..errors import ArgumentError
-from ..rule import check_together
 from . import launch as _launch
-from .launch import check_device, check_reach, half_or_single, interpreted, launch, matrix_precision, next_power_of_two
+from .launch import interpreted, launch, matrix_precision, next_power_of_two, strides
 from .primitives import three_parts
-from .steer import batch_time
+from .steer import batch_time, check_sum
 
 SPLITS = 256  # sums over tokens that are added at last: a fixed number, so the same bits on every device
 ROWS = 64  # tokens of a tile
@@ -168,18 +166,7 @@ def steer_backward(
         ValueError: shapes that do not fit; tensors that are not on a GPU.
         TypeError: a float64 tensor.
     """
-    if grad.shape[:-1] != reads.shape[:-1] or weight.shape != (grad.shape[-1], reads.shape[-1]):
-        raise ArgumentError(
-            f"steer_backward: got grad {list(grad.shape)}, reads {list(reads.shape)}, weight {list(weight.shape)}, "
-            "allowed [..., N], [..., H·r] and [N, H·r]"
-        )
-    check_device(grad)
-    check_together("grad", grad, reads=reads, weight=weight, norm_weight=norm_weight)
-    for name, tensor, axes in (("reads", reads, 1), ("weight", weight, 2), ("norm_weight", norm_weight, 1)):
-        if tensor is not None:
-            check_reach(name, tensor, axes)
-    for name, tensor in (("grad", grad), ("reads", reads), ("weight", weight), ("norm_weight", norm_weight)):
-        half_or_single(name, tensor)
+    check_sum("steer_backward", "grad", grad, reads, weight, norm_weight)
     float32 = {"dtype": torch.float32, "device": grad.device}
     n, width = weight.shape
     d_reads = (_launch.empty if n else torch.zeros)(reads.shape, dtype=reads.dtype, device=reads.device)
@@ -204,9 +191,7 @@ def steer_backward(
             grad_ptr=p_grad, reads_ptr=p_reads, weight_ptr=weight, norm_ptr=norm_weight,
             d_reads_ptr=d_reads, d_weight_ptr=d_weight, d_norm_ptr=d_norm,
             total_rows=total, tiles_per_split=tiles, length=p_grad.shape[1], n=n, scale=float(scale), eps=float(eps),
-            stride_g_b=p_grad.stride(0), stride_g_t=p_grad.stride(1), stride_g_n=p_grad.stride(2),
-            stride_r_b=p_reads.stride(0), stride_r_t=p_reads.stride(1), stride_r_c=p_reads.stride(2),
-            stride_w_n=weight.stride(0), stride_w_c=weight.stride(1),
+            **strides("g", "btn", p_grad), **strides("r", "btc", p_reads), **strides("w", "nc", weight),
             stride_norm=norm_weight.stride(0) if norm_weight is not None else 0,
             ROWS=ROWS, BLOCK=block, READ_WIDTH=width, READ_BLOCK=read_block,
             PRECISION=matrix_precision(), HAS_NORM=norm_weight is not None, STAGES=stages,

@@ -12,18 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ..errors import ArgumentError
-from ..rule import DeltaRule, check_arguments, check_together
+from ..rule import DeltaRule, check_together
 from . import launch as _launch
 from .launch import (
-    check_device,
-    check_reach,
-    float32_only,
-    half_or_single,
+    bytes_and_slots,
+    check_counts,
+    check_tokens,
     launch,
     next_power_of_two,
     rule_flags,
     state_strides,
+    strides,
     tile,
 )
 from .primitives import (
@@ -186,23 +185,14 @@ def step(
     Raises:
         ValueError, TypeError: see ``check_arguments``; a float64 input; tensors that are not on a GPU.
     """
-    check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
-    check_device(projections)
-    check_reach("projections", projections, 1)
-    half_or_single("projections", projections)
-    float32_only("state", state)
-    check_reach("gate_bias", gate_bias, 1)
+    check_tokens(projections, gate_bias, state, rule, mask=mask, slots=slots)
     batch, width = projections.shape
-    if skipped is not None and (skipped.dtype != torch.int32 or tuple(skipped.shape) != (state.shape[0],)):
-        raise ArgumentError(f"skipped: got {skipped.dtype} {list(skipped.shape)}, allowed int32 [{state.shape[0]}]")
+    check_counts("skipped", skipped, state.shape[0])
     check_together("projections", projections, skipped=skipped)
     reads = _launch.empty((batch, rule.read_width), dtype=torch.float32, device=projections.device)
     if batch == 0:
         return reads
-    if mask is not None:
-        mask = mask.view(torch.uint8)
-    if slots is not None:
-        slots = slots.contiguous()
+    mask, slots = bytes_and_slots(mask, slots)
     _, cols = tile(rule)
     group = next_power_of_two(rule.read_width)
     warps = min(8, max(1, group // cols))
@@ -212,12 +202,9 @@ def step(
         step_kernel, programs, projections, num_warps=warps,
         x_ptr=projections, bias_ptr=gate_bias, s_ptr=state, slots_ptr=slots, mask_ptr=mask,
         reads_ptr=reads, skipped_ptr=skipped, rows=batch, states=state.shape[0],
-        stride_x_b=projections.stride(0), stride_x_w=projections.stride(1), stride_bias=gate_bias.stride(0),
-        stride_mask_b=mask.stride(0) if mask is not None else 0,
-        stride_skipped=skipped.stride(0) if skipped is not None else 0,
-        **state_strides(state), GROUP=group, COLUMNS=cols, WIDTH=width,
-        **rule_flags(rule, projections),
-        HAS_SLOTS=slots is not None, HAS_MASK=mask is not None,
-        HAS_SKIPPED=skipped is not None,
+        **strides("x", "bw", projections), stride_bias=gate_bias.stride(0), **strides("mask", "b", mask),
+        stride_skipped=skipped.stride(0) if skipped is not None else 0, **state_strides(state),
+        GROUP=group, COLUMNS=cols, WIDTH=width, **rule_flags(rule, projections),
+        HAS_SLOTS=slots is not None, HAS_MASK=mask is not None, HAS_SKIPPED=skipped is not None,
     )  # fmt: skip
     return reads

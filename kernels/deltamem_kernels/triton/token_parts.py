@@ -2,7 +2,8 @@
 
 A scan walks from token to token in few threads, so what a step computes, the next one waits for. What does not depend
 on the state (tanh, norms, gates: four fifths of a step) is taken out of it and written down in float32, the same bits
-as a step computes for itself.
+as a step computes for itself. Which tokens count is one byte each. Where tokens are narrow, ``token_parts_kernel`` and
+a read look for themselves, as a step and a decoded token always do (``primitives.load_flag``).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import triton
 import triton.language as tl
 
 from ..rule import DeltaRule
-from .launch import launch, rule_flags, tile
-from .primitives import direction, gates, load_flag, load_vector, load_write
+from .launch import launch, next_power_of_two, rule_flags, strides, tile
+from .primitives import direction, gates, load_flag, load_vector, load_write, zero_or_nan_rows
 from .replay import allocate
-from .token_flags import LOOK_WIDTH, find_flags
 
+LOOK_WIDTH = 40  # widest token that each thread of another kernel checks for itself, registers permitting
 WARPS = 4
 MOST_BYTES = 256 << 20  # of parts
 
@@ -34,6 +35,30 @@ class Token(NamedTuple):
     erase: tl.tensor
     added: tl.tensor
     flag: tl.tensor
+
+
+@triton.jit
+def token_flags_kernel(
+    x_ptr, mask_ptr, flags_ptr,
+    tokens, length, stride_x_b, stride_x_t, stride_x_w, stride_mask_b, stride_mask_t,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, TOKENS: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """flags[b, t] = 1 if the token counts, 2 if it is unmasked but not finite, 0 if masked.
+
+    Equals ``reference.recurrence.valid_tokens``.
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    m_token = token < tokens
+    b = (token // length).to(tl.int64)
+    t = (token % length).to(tl.int64)
+    o_w = tl.arange(0, WIDTH_PAD)
+    p_x = x_ptr + (b * stride_x_b + t * stride_x_t)[:, None] + o_w[None, :] * stride_x_w
+    x = tl.load(p_x, mask=m_token[:, None] & (o_w < WIDTH)[None, :], other=0.0).to(tl.float32)  # [TOKENS, WIDTH_PAD]
+    flag = tl.where(zero_or_nan_rows(x) == 0.0, 1, 2)  # [TOKENS]
+    if HAS_MASK:
+        present = tl.load(mask_ptr + b * stride_mask_b + t * stride_mask_t, mask=m_token, other=0)
+        flag = tl.where(present != 0, flag, 0)
+    tl.store(flags_ptr + token, flag.to(tl.uint8), mask=m_token)
 
 
 @triton.jit
@@ -185,6 +210,26 @@ def worth_preparing(rule: DeltaRule, tokens: int) -> bool:
     return 4 * tokens * rule.heads * (5 * tile(rule)[0] + 4) <= MOST_BYTES
 
 
+def find_flags(projections: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """uint8 [B, T]: 1 where the token counts, 2 where it is unmasked but not finite, 0 where it is masked.
+
+    A token that would leave a state that is not finite is 1 here, and 2 where a scan has gone over them.
+    """
+    batch, length, width = projections.shape
+    flags = allocate((batch, length), torch.uint8, projections.device)
+    if flags.numel() == 0:
+        return flags
+    width_pad = next_power_of_two(width)
+    tokens = max(1, 2048 // width_pad)
+    launch(
+        token_flags_kernel, triton.cdiv(batch * length, tokens), projections, num_warps=4,
+        x_ptr=projections, mask_ptr=mask, flags_ptr=flags, tokens=batch * length, length=length,
+        **strides("x", "btw", projections), **strides("mask", "bt", mask),
+        WIDTH=width, WIDTH_PAD=width_pad, TOKENS=tokens, HAS_MASK=mask is not None,
+    )  # fmt: skip
+    return flags
+
+
 def find_parts(
     projections: torch.Tensor, gate_bias: torch.Tensor, mask: torch.Tensor | None, rule: DeltaRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,18 +240,14 @@ def find_parts(
     cols *= WARPS
     groups = batch * length * rule.heads
     parts = allocate((groups, 5 * rows + 4), torch.float32, projections.device)
-    looked = width > LOOK_WIDTH and groups > 0
+    looked = width > LOOK_WIDTH
     flags = find_flags(projections, mask) if looked else allocate((batch, length), torch.uint8, projections.device)
-    if groups == 0:
-        return parts, flags
     masked = None if looked else mask
     launch(
         token_parts_kernel, triton.cdiv(groups, cols), projections, num_warps=WARPS,
         x_ptr=projections, bias_ptr=gate_bias, mask_ptr=masked, flags_ptr=flags, parts_ptr=parts,
-        total_groups=groups, length=length, stride_x_b=projections.stride(0), stride_x_t=projections.stride(1),
-        stride_x_w=projections.stride(2), stride_bias=gate_bias.stride(0),
-        stride_mask_b=masked.stride(0) if masked is not None else 0,
-        stride_mask_t=masked.stride(1) if masked is not None else 0,
+        total_groups=groups, length=length, **strides("x", "btw", projections), stride_bias=gate_bias.stride(0),
+        **strides("mask", "bt", masked),
         WIDTH=width, COLUMNS=cols, HAS_FLAGS=looked, HAS_MASK=masked is not None, **rule_flags(rule, projections),
     )  # fmt: skip
     return parts, flags
