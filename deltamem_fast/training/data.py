@@ -174,13 +174,9 @@ def _from_parts(value: dict, where: str) -> Example:
     if not any(message["role"] == "user" for message in read):
         raise ArgumentError("read: got no user message, allowed at least one")
     answer = value["answer"]
-    if isinstance(answer, str):
-        answer = {"role": "assistant", "content": answer}
-    else:
-        (answer,) = _messages([answer], "answer")
-    if not says_something(write):
-        write = ()
-    return Example(where, write, read, _answer(answer, "answer"))
+    answer = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    (answer,) = _messages([answer], "answer")
+    return Example(where, write if says_something(write) else (), read, _answer(answer, "answer"))
 
 
 def _only(value: dict, allowed: tuple[str, ...], name: str = "") -> None:

@@ -20,7 +20,7 @@ from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from .callbacks import FiniteCallback
-from .checkpoints import mark_whole, unmark
+from .checkpoints import WHOLE_NAME, mark_whole
 from .data import Example
 from .episode import KINDS, Episode, collate_arguments
 from .log import TrainingLog
@@ -104,19 +104,18 @@ class Meter:
 
     def take(self, accelerator, gate_weight: float) -> dict:
         """The step's entry for the log; every process has to call it."""
-        sums = accelerator.reduce(self.sums, "sum").tolist()
+        sizes = (4, len(KINDS), len(KINDS), self.layers, self.layers)
+        sums = accelerator.reduce(self.sums, "sum").cpu().split(sizes)
+        (forwards, penalty, written, read), losses, counts, beta, saturated = (part.tolist() for part in sums)
         self.sums.zero_()
         seconds, self.since = time.perf_counter() - self.since, None
-        forwards, penalty, written, read = sums[:4]
-        kinds, gates = sums[4 : 4 + 2 * len(KINDS)], sums[4 + 2 * len(KINDS) :]
-        losses, counts = kinds[: len(KINDS)], kinds[len(KINDS) :]
         answer_loss, penalty = sum(losses) / sum(counts), penalty / forwards
         entry = {"loss": answer_loss + gate_weight * penalty, "answer_loss": answer_loss, "penalty": penalty}
         for kind, loss, count in list(zip(KINDS, losses, counts))[1:]:
             if count:
                 entry[f"{kind}_loss"] = loss / count
-        entry["mean_beta"] = [value / max(written, 1) for value in gates[: self.layers]]
-        entry["saturated"] = [value / max(written, 1) for value in gates[self.layers :]]
+        entry["mean_beta"] = [value / max(written, 1) for value in beta]
+        entry["saturated"] = [value / max(written, 1) for value in saturated]
         entry["tokens"] = int(written + read)
         entry["tokens_per_second"] = round((written + read) / seconds, 1)
         return entry
@@ -292,7 +291,7 @@ class DeltaMemTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            unmark(checkpoint)
+            (checkpoint / WHOLE_NAME).unlink(missing_ok=True)  # an older run's, which is written over
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # the other processes' parts are on the disk too
         if self.args.should_save:
@@ -335,7 +334,6 @@ def flat(entry: dict) -> dict[str, float]:
 
 def training_arguments(options: TrainingOptions, steps: int, evaluates: bool) -> TrainingArguments:
     """The Trainer's arguments for a run of ``steps`` steps."""
-    every = options.evaluate_every or steps
     # Without a GPU, processes of a launcher that was not told so would each train for themselves.
     cpu = options.cpu or not torch.accelerator.is_available()
     arguments = TrainingArguments(
@@ -359,7 +357,7 @@ def training_arguments(options: TrainingOptions, steps: int, evaluates: bool) ->
         save_steps=options.save_every or 500,
         save_total_limit=options.keep,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=every,
+        eval_steps=options.evaluate_every or steps,
         report_to=list(options.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
