@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapter.files import same_bits
 from ..display import plain
 from ..errors import ArgumentError
 from ..memory.figures import check_alike, distance, rows_of
@@ -133,10 +134,7 @@ def _trace_data(trace: Trace, begin: bool) -> dict:
 
 
 def _starts_from(trace: Trace, memory: MemoryState, row: int) -> bool:
-    states = _stacked(memory, row)
-    same = list(trace.layers) == list(memory) and states.shape == trace.initial.shape
-    # Bit for bit, NaN included.
-    return same and torch.equal(states.contiguous().view(torch.int32), trace.initial.contiguous().view(torch.int32))
+    return list(trace.layers) == list(memory) and same_bits(_stacked(memory, row), trace.initial)  # NaN included
 
 
 def _stacked(memory: MemoryState, row: int) -> torch.Tensor:
