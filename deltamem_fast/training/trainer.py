@@ -214,14 +214,10 @@ class DeltaMemTrainer(Trainer):
         """Record a step: to the log, and as plain numbers to the callbacks (tensorboard, wandb)."""
         if "learning_rate" not in logs:  # the Trainer's summary at the end
             return
-        entry = {"step": self.state.global_step, **self.meter.take(self.accelerator, self.gate_weight)}
-        entry |= {name: float(logs[name]) for name in ("learning_rate", "grad_norm") if name in logs}
-        entry["epoch"] = round(self.state.global_step * self._episodes_a_step() / len(self.train_dataset.examples), 6)
-        if self.is_world_process_zero() and self.episode_log is not None:
-            self.episode_log.write(entry)
-        if getattr(self.accelerator, "scaler", None) is None:
-            self._refuse_nonfinite(entry)
-        super().log(flat(entry), start_time)
+        step = self.state.global_step
+        figures = {name: float(logs[name]) for name in ("learning_rate", "grad_norm") if name in logs}
+        figures["epoch"] = round(step * self._episodes_a_step() / len(self.train_dataset.examples), 6)
+        super().log(flat(self._record_step(step, figures)), start_time)
         # Every checkpoint would hold them all; log.jsonl is the record.
         self.state.log_history.clear()
 
@@ -238,22 +234,28 @@ class DeltaMemTrainer(Trainer):
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.args.device)
         sums = torch.stack([self.meter.sums.sum().float(), norm.float()])
         loss, norm = self.accelerator.reduce(sums, "sum").tolist()
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        entry = {"step": self.state.global_step + 1, **self.meter.take(self.accelerator, self.gate_weight)}
-        entry["grad_norm"] = norm
-        if self.is_world_process_zero() and self.episode_log is not None:
-            self.episode_log.write(entry)
-        self._refuse_nonfinite(entry)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._record_step(self.state.global_step + 1, {"grad_norm": norm})
 
-    def _refuse_nonfinite(self, entry: dict) -> None:
-        """Raise before a checkpoint is made of such weights; all processes see the same numbers, and raise together."""
+    def _record_step(self, step: int, figures: dict[str, float]) -> dict:
+        """What the meter has, with ``figures``, for the log; returns it.
+
+        Raises where it is not finite, before a checkpoint is made of such weights, unless a loss scaler takes care of
+        that; all processes see the same numbers, and raise together.
+        """
+        entry = {"step": step, **self.meter.take(self.accelerator, self.gate_weight), **figures}
+        self._record(entry)
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(entry.get(name, 0.0)):
+            if getattr(self.accelerator, "scaler", None) is None and not math.isfinite(entry.get(name, 0.0)):
                 raise ArgumentError(
                     f"{name}: got {entry[name]} at step {entry['step']}; checkpoints in {self.args.output_dir} are "
                     "from before; allowed: another run with a lower learning rate or other data"
                 )
+        return entry
+
+    def _record(self, entry: dict) -> None:
+        if self.is_world_process_zero() and self.episode_log is not None:
+            self.episode_log.write(entry)
 
     def _episodes_a_step(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -264,8 +266,7 @@ class DeltaMemTrainer(Trainer):
         """Mean loss of the answers' tokens in each held-out file, with the memory and without; every token once."""
         found = {name: self._evaluate_file(dataset) for name, dataset in (eval_dataset or self.eval_dataset).items()}
         self.evaluations[self.state.global_step] = found
-        if self.is_world_process_zero() and self.episode_log is not None:
-            self.episode_log.write({"step": self.state.global_step, "evaluation": found})
+        self._record({"step": self.state.global_step, "evaluation": found})
         metrics = {f"{metric_key_prefix}_{n}_{key}": v for n, values in found.items() for key, v in values.items()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
