@@ -127,7 +127,7 @@ def _trace_data(trace: Trace, begin: bool) -> dict:
         "begin": begin,
         **{name: _packed(getattr(trace, name)) if by_state else None for name in FIGURES},
         "initial": _packed(trace.initial),
-        "totals": {name: _numbers(trace.total(name)) for name in FIGURES},
+        "totals": {name: [plain(float(f"{value:.6g}")) for value in trace.total(name).tolist()] for name in FIGURES},
         "held": [0, length] if trace.states is None else list(range(length + 1)),
         "states": _packed(states),
     }
@@ -140,10 +140,6 @@ def _starts_from(trace: Trace, memory: MemoryState, row: int) -> bool:
 def _stacked(memory: MemoryState, row: int) -> torch.Tensor:
     """float32 [L, H, r, r] of one conversation."""
     return torch.stack([state[row].detach().cpu() for _, state in memory.items()])
-
-
-def _numbers(values: torch.Tensor) -> list[float | None]:
-    return [plain(float(f"{value:.6g}")) for value in values.tolist()]
 
 
 def _packed(values: torch.Tensor) -> str:

@@ -125,11 +125,9 @@ def _draw_loss(axes, training, evaluations) -> None:
     axes.plot(steps, values, linewidth=0.8, alpha=0.4, label="answer loss")
     axes.plot(steps, smoothed(values), linewidth=1.6, label="smoothed")
     for file in dict.fromkeys(name for entry in evaluations for name in entry["evaluation"]):
-        with_file = [entry for entry in evaluations if file in entry["evaluation"]]
-        at = [entry["step"] for entry in with_file]
-        axes.plot(at, [_number(e["evaluation"][file]["loss"]) for e in with_file], "o-", label=f"{Path(file).name}")
-        without = [_number(e["evaluation"][file]["no_memory_loss"]) for e in with_file]
-        axes.plot(at, without, "x--", label=f"{Path(file).name}, no memory")
+        found = [{"step": e["step"], **e["evaluation"][file]} for e in evaluations if file in e["evaluation"]]
+        axes.plot(*_series(found, "loss"), "o-", label=f"{Path(file).name}")
+        axes.plot(*_series(found, "no_memory_loss"), "x--", label=f"{Path(file).name}, no memory")
     axes.set_title("cross-entropy of the answers")
     axes.legend()
 
