@@ -13,21 +13,11 @@ from torch import nn
 from deltamem_kernels.dispatch import installed, interpreting, resolve_backend
 
 from ..adapter.record import identity_of
-from ..display import columns
+from ..display import columns, counted
 from ..version import __version__
 
-# Name of the distribution → name of the module.
-PACKAGES = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "triton": "triton",
-    "numba": "numba",
-    "safetensors": "safetensors",
-    "huggingface_hub": "huggingface_hub",
-    "flash-attn": "flash_attn",
-}
+PACKAGES = ("torch", "transformers", "triton", "numba", "safetensors", "huggingface_hub", "flash-attn")
 KERNELS = ("scan", "step", "read", "steer", "steer_heads_", "decode_")
-NOT_INSTALLED = "not installed"
 
 
 def environment() -> dict[str, Any]:
@@ -43,14 +33,14 @@ def environment() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Version of this package, of Python, and of each package that it uses; ``not installed`` where one is missing."""
     found = {"deltamem-fast": __version__, "python": platform.python_version()}
-    return found | {package: _version(package, module) for package, module in PACKAGES.items()}
+    return found | {package: _version(package) for package in PACKAGES}
 
 
-def _version(package: str, module: str) -> str:
+def _version(package: str) -> str:
     # The module decides, not the metadata: that is what the backends look at.
-    if not installed(module):
-        return NOT_INSTALLED
-    if module == "torch":
+    if not installed(package.replace("-", "_")):
+        return "not installed"
+    if package == "torch":
         return torch.__version__  # with its build, such as +cpu
     try:
         return importlib.metadata.version(package)
@@ -65,8 +55,7 @@ def devices() -> list[dict[str, Any]]:
         for index in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(index)
             found.append(_device(f"cuda:{index}", torch.cuda.get_device_name(index), f"{major}.{minor}"))
-    threads = torch.get_num_threads()
-    found.append(_device("cpu", f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}", None))
+    found.append(_device("cpu", f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}", None))
     return found
 
 

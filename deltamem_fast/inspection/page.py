@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..adapter.files import same_bits
 from ..display import plain
 from ..errors import ArgumentError
 from ..memory.figures import check_alike, distance, rows_of
@@ -126,26 +127,19 @@ def _trace_data(trace: Trace, begin: bool) -> dict:
         "begin": begin,
         **{name: _packed(getattr(trace, name)) if by_state else None for name in FIGURES},
         "initial": _packed(trace.initial),
-        "totals": {name: _numbers(trace.total(name)) for name in FIGURES},
+        "totals": {name: [plain(float(f"{value:.6g}")) for value in trace.total(name).tolist()] for name in FIGURES},
         "held": [0, length] if trace.states is None else list(range(length + 1)),
         "states": _packed(states),
     }
 
 
 def _starts_from(trace: Trace, memory: MemoryState, row: int) -> bool:
-    states = _stacked(memory, row)
-    same = list(trace.layers) == list(memory) and states.shape == trace.initial.shape
-    # Bit for bit, NaN included.
-    return same and torch.equal(states.contiguous().view(torch.int32), trace.initial.contiguous().view(torch.int32))
+    return list(trace.layers) == list(memory) and same_bits(_stacked(memory, row), trace.initial)  # NaN included
 
 
 def _stacked(memory: MemoryState, row: int) -> torch.Tensor:
     """float32 [L, H, r, r] of one conversation."""
     return torch.stack([state[row].detach().cpu() for _, state in memory.items()])
-
-
-def _numbers(values: torch.Tensor) -> list[float | None]:
-    return [plain(float(f"{value:.6g}")) for value in values.tolist()]
 
 
 def _packed(values: torch.Tensor) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from deltamem_kernels.dispatch import installed
 
+from ..arguments import check_choice
 from ..display import printable, shortened
 from ..errors import ArgumentError, MissingPackageError
 from ..memory.state import MemoryState
@@ -71,10 +72,7 @@ def heat_map_lines(snapshots: Sequence[Snapshot], style: str = "ascii", width: i
     Raises:
         ValueError: an unknown style, or no snapshot.
     """
-    if style not in STYLES:
-        raise ArgumentError(f"style: got {style!r}, allowed {', '.join(STYLES)}")
-    if not snapshots:
-        raise ArgumentError("snapshots: got none, allowed one or more")
+    check_choice(style, "style", STYLES)
     bands = _bands(snapshots)
     if len(snapshots) == 1:
         states = snapshots[0].states
@@ -125,8 +123,6 @@ def draw_heat_map(snapshots: Sequence[Snapshot], path: str | os.PathLike) -> Pat
         ImportError: matplotlib is not installed (extra: demo).
         ValueError: no snapshot.
     """
-    if not snapshots:
-        raise ArgumentError("snapshots: got none, allowed one or more")
     figure = _figure(*png_size(snapshots))
     bands = _bands(snapshots)
     if len(bands) > BANDS:
@@ -136,16 +132,13 @@ def draw_heat_map(snapshots: Sequence[Snapshot], path: str | os.PathLike) -> Pat
     return _saved(figure, path)
 
 
-def _figure(width: int, height: int, layout: str | None = "constrained"):
+def _figure(width: int, height: int):
     """An empty figure of that many pixels."""
     if not installed("matplotlib"):
         raise MissingPackageError("matplotlib is not installed (extra: demo)")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / DPI, height / DPI), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width / DPI, height / DPI), layout="constrained")
 
 
 def _saved(figure, path: str | os.PathLike) -> Path:
@@ -191,9 +184,8 @@ def _grid(snapshots: Sequence[Snapshot]) -> _Grid:
         if tile > 0:
             width, height = (room + tile * states for room, states in zip(beside, shape))
             far = abs(math.log(width / height / ASPECT))
-            found.append(
-                (-min(tile, TILE / 2), far, _Grid(lines, heads, tile, (round(max(width, 780)), round(height))))
-            )
+            grid = _Grid(lines, heads, tile, (round(max(width, 780)), round(height)))
+            found.append((-min(tile, TILE / 2), far, grid))
     if not found:
         raise ArgumentError(f"snapshots: got {count} of {len(layers)} layers, more than fit into one picture")
     return min(found, key=lambda layout: layout[:2])[2]
@@ -211,6 +203,11 @@ def _draw_grid(figure, snapshots: Sequence[Snapshot]) -> None:
     largest = float(entries.max()) if entries.numel() else 0.0
     scale = largest or 1.0
     across, down, top = len(grid.lines[0]) * grid.tile, grid.heads * grid.tile, height - TOP
+
+    def add_axes(left: float, bottom: float, across: float, down: float):
+        """Axes at a place in pixels."""
+        return figure.add_axes((left / width, bottom / height, across / width, down / height))
+
     figure.suptitle(
         _message(snapshots), x=LEFT / width, y=1 - 12 / height, ha="left", va="top", fontsize=13, parse_math=False
     )
@@ -220,13 +217,7 @@ def _draw_grid(figure, snapshots: Sequence[Snapshot]) -> None:
         figure.text(LEFT / width, (top - ABOVE + 8) / height, f"{shot.name}: {held}", fontsize=10, parse_math=False)
         top -= ABOVE
         for line in grid.lines:
-            place = (
-                LEFT / width,
-                (top - down) / height,
-                across * len(line) / len(grid.lines[0]) / width,
-                down / height,
-            )
-            axes = figure.add_axes(place)
+            axes = add_axes(LEFT, top - down, len(line) * grid.tile, down)
             mosaic = _mosaic(shot, line, grid.heads, rank).numpy()
             image = axes.imshow(mosaic, cmap="RdBu_r", vmin=-scale, vmax=scale, aspect="auto", interpolation="nearest")
             axes.set_facecolor("#d0d0d0")
@@ -243,9 +234,7 @@ def _draw_grid(figure, snapshots: Sequence[Snapshot]) -> None:
                 axes.add_patch(Rectangle(corner, rank + 0.8, rank + 0.8, fill=False, lw=1.6, ec="black", clip_on=False))
             top -= down + BELOW
     figure.text(LEFT / width, 10 / height, "layer", fontsize=9)
-    bar = figure.add_axes(
-        ((LEFT + across + 20) / width, (BOTTOM + BELOW) / height, 14 / width, min(down, 240) / height)
-    )
+    bar = add_axes(LEFT + across + 20, BOTTOM + BELOW, 14, min(down, 240))
     figure.colorbar(image, cax=bar).set_label("entry, one scale for all", fontsize=8)
     bar.tick_params(labelsize=8)
 
@@ -284,6 +273,8 @@ def _message(snapshots: Sequence[Snapshot]) -> str:
 
 def _bands(snapshots: Sequence[Snapshot]) -> list[tuple[int, int, float]]:
     """(layer, head, largest |entry| over all snapshots; 1 where all are 0)."""
+    if not snapshots:
+        raise ArgumentError("snapshots: got none, allowed one or more")
     return [
         (layer, head, max(float(shot.states[layer][head].abs().max()) for shot in snapshots) or 1.0)
         for layer, state in snapshots[0].states.items()
@@ -332,8 +323,7 @@ def _colour(value: float) -> int:
 
 def trace_png_size(trace: Trace) -> tuple[int, int]:
     """Width and height in pixels of the PNG that ``draw_trace`` makes; neither is over 2,400."""
-    tokens, layers, heads = trace.writes.shape
-    rows = layers * heads if layers * heads <= NAMED_ROWS else layers
+    tokens, rows = len(trace), len(_row_names(trace))
     width = min(WIDEST, 3.0 + 0.24 * max(tokens, 20))
     height = 2 * min(HIGHEST, 0.6 + 0.2 * max(rows, 5)) + (1.4 if tokens <= NAMED_TOKENS else 0.6)
     return round(DPI * width), round(DPI * height)
@@ -348,25 +338,21 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> Path:
     Raises:
         ImportError: matplotlib is not installed (extra: demo).
     """
-    if not installed("matplotlib"):
-        raise MissingPackageError("matplotlib is not installed (extra: demo)")
+    figure = _figure(*trace_png_size(trace))
     from matplotlib.colors import LinearSegmentedColormap
 
     tokens, layers, heads = trace.writes.shape
-    together = layers * heads > NAMED_ROWS
-    names = [str(i) if together or heads == 1 else f"{i}.{h}" for i in trace.layers for h in range(heads)]
-    names = names[::heads] if together else names
-    figure = _figure(*trace_png_size(trace))
+    names = _row_names(trace)
     colours = LinearSegmentedColormap.from_list("memory", ["#ffffff", COLOUR, "#0b2a55"])
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (measure, verb, unit) in zip(panels, _PANELS):
         sizes = getattr(trace, measure)
-        sizes = (sizes.norm(dim=2) if together else sizes.flatten(1)).T.numpy()
+        sizes = (sizes.flatten(1) if len(names) == layers * heads else sizes.norm(dim=2)).T.numpy()
         image = axes.imshow(sizes, cmap=colours, vmin=0, aspect="auto", interpolation="nearest")
         axes.set_title(_told(trace, measure, verb), fontsize="medium", loc="left", parse_math=False)
         every = max(1, math.ceil(len(names) / NAMED_ROWS))
         axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-        axes.set_ylabel("layer" if together or heads == 1 else "layer.head", fontsize="small")
+        axes.set_ylabel("layer" if len(names) == layers else "layer.head", fontsize="small")
         axes.tick_params(length=0)
         figure.colorbar(image, ax=axes, pad=0.01).set_label(unit, fontsize="small")
     if tokens <= NAMED_TOKENS:
@@ -378,6 +364,14 @@ def draw_trace(trace: Trace, path: str | os.PathLike) -> Path:
     return _saved(figure, path)
 
 
+def _row_names(trace: Trace) -> list[str]:
+    """A row for each layer and head, ``3.1``, or where these are too many for each layer."""
+    _, layers, heads = trace.writes.shape
+    if heads == 1 or layers * heads > NAMED_ROWS:
+        return [str(layer) for layer in trace.layers]
+    return [f"{layer}.{head}" for layer in trace.layers for head in range(heads)]
+
+
 def _told(trace: Trace, measure: str, verb: str) -> str:
     """The panel's message: who writes or reads most, and how much of the whole."""
     entries = trace.top(measure, len(trace))
@@ -385,7 +379,6 @@ def _told(trace: Trace, measure: str, verb: str) -> str:
         return f"Nothing is {_PAST[verb]}"
     first = entries[0]
     share = first.size / sum(entry.size for entry in entries)
-    place = f"token {first.positions[0]}"
-    if len(first.positions) > 1:
-        place = f"tokens {first.positions[0]}-{first.positions[-1]}"
+    start, end = first.positions[0], first.positions[-1]
+    place = f"token {start}" if start == end else f"tokens {start}-{end}"
     return f"“{shortened(printable(first.text))}” ({place}) {verb}s most: {share:.0%} of all that is {_PAST[verb]}"

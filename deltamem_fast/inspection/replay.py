@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +19,8 @@ from deltamem_kernels.segment_means import segment_means
 BLOCK = 256  # tokens whose states are held at a time
 
 
-class Replay(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Replay:
     """What each of T tokens did in each of L layers and H heads; float32 (float64 for a float64 state).
 
     Attributes:

@@ -9,18 +9,21 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..adapter.layer import DeltaMemory
 from ..adapter.record import identity_of, is_disabled
 from ..adapter.wrappers import decoder_of, input_device, unwrap
+from ..arguments import check_choice
 from ..display import number, plain, printable, table
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..memory.watch import capture_projections
 from ..text.encode import encode_text
-from .replay import replay
+from .replay import Replay, replay
 
 MEASURES = ("writes", "reads")
+_TOTALS = {"write": "writes", "read": "reads", "beta": "beta", "norm": "norms"}  # what a token's totals are called
 KEPT_TOKENS = 256
 KEPT_NUMBERS = 2_500_000  # of all kept states together: 10 MB
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -36,10 +39,12 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
+class Trace(Replay):
     """What T tokens of a text did to a memory in each of L layers and H heads.
 
-    All tensors are float32 on the CPU. See ``Replay`` for what each number is, and what it is with segments.
+    All tensors are float32 on the CPU. See ``Replay`` for what each number is, and what it is with segments; its
+    ``states`` are None too where the text is longer than ``KEPT_TOKENS`` or they would be more than ``KEPT_NUMBERS``
+    numbers.
 
     Attributes:
         tokens: what each token stands for in the text.
@@ -47,13 +52,7 @@ class Trace:
         segment_ids: of each token, −1 = not written; None where every token is written.
         layers: the indices of the L layers.
         frozen: the memory is read-only: nothing was written.
-        writes: [T, L, H], gate × error: the norm of what each token wrote beside the decay.
-        reads: [T, L, H], the norm of what each token read before its own write.
-        beta: [T, L, H], its write gate, mean over the rows of the state.
-        norms: [T, L, H], the norm of the state after it.
-        initial, final: [L, H, r, r], the state before the first token and after the last.
-        states: [T, L, H, r, r], the state after each token, or None: the text is longer than ``KEPT_TOKENS``, or they
-            would be more than ``KEPT_NUMBERS`` numbers.
+        initial: [L, H, r, r], the state before the first token.
         memory: what the forward itself left, a copy of the memory that it started from with the text written.
     """
 
@@ -62,13 +61,7 @@ class Trace:
     segment_ids: tuple[int, ...] | None
     layers: tuple[int, ...]
     frozen: bool
-    writes: torch.Tensor
-    reads: torch.Tensor
-    beta: torch.Tensor
-    norms: torch.Tensor
     initial: torch.Tensor
-    final: torch.Tensor
-    states: torch.Tensor | None
     memory: MemoryState
 
     def __len__(self) -> int:
@@ -87,8 +80,7 @@ class Trace:
         Args:
             measure: ``writes`` or ``reads``.
         """
-        if measure not in MEASURES:
-            raise ArgumentError(f"measure: got {measure!r}, allowed {', '.join(MEASURES)}")
+        check_choice(measure, "measure", MEASURES)
         sizes = self.total(measure).tolist()
         groups: dict[int, list[int]] = {}
         for position, size in enumerate(sizes):
@@ -104,17 +96,14 @@ class Trace:
 
     def to_dict(self) -> dict:
         """One JSON object: of each token its figures over all layers, and sizes of writes and reads [layer][head]."""
-        totals = {name: self.total(name).tolist() for name in (*MEASURES, "beta", "norms")}
+        totals = {name: self.total(measure).tolist() for name, measure in _TOTALS.items()}
         tokens = [
             {
                 "position": i,
                 "token": self.tokens[i],
                 "id": self.token_ids[i],
                 "segment": None if self.segment_ids is None else self.segment_ids[i],
-                "write": plain(totals["writes"][i]),
-                "read": plain(totals["reads"][i]),
-                "beta": plain(totals["beta"][i]),
-                "norm": plain(totals["norms"][i]),
+                **{name: plain(values[i]) for name, values in totals.items()},
                 "writes": [[plain(size) for size in heads] for heads in self.writes[i].tolist()],
                 "reads": [[plain(size) for size in heads] for heads in self.reads[i].tolist()],
             }
@@ -124,16 +113,13 @@ class Trace:
 
     def __str__(self) -> str:
         """A table, a token a line, its figures over all layers and heads."""
-        totals = [self.total(name).tolist() for name in (*MEASURES, "beta", "norms")]
-        segments = [] if self.segment_ids is None else ["segment"]
-        rows = []
-        for i, token in enumerate(self.tokens):
-            segment = (
-                [] if self.segment_ids is None else [str(self.segment_ids[i]) if self.segment_ids[i] >= 0 else "-"]
-            )
-            rows.append([str(i), *segment, *(number(column[i]) for column in totals), f"'{printable(token)}'"])
-        headings = ["token", *segments, "write", "read", "beta", "state norm", "text"]
-        return table(headings, rows, left=[len(headings) - 1])
+        columns = {"token": [str(i) for i in range(len(self))]}
+        if self.segment_ids is not None:
+            columns["segment"] = [str(i) if i >= 0 else "-" for i in self.segment_ids]
+        columns |= {name: list(map(number, self.total(measure).tolist())) for name, measure in _TOTALS.items()}
+        columns["text"] = [f"'{printable(token)}'" for token in self.tokens]
+        headings = ["state norm" if name == "norm" else name for name in columns]
+        return table(headings, list(zip(*columns.values())), left=[len(columns) - 1])
 
 
 @torch.no_grad()
@@ -174,9 +160,9 @@ def trace(
     initial = {layer: state.detach().cpu().clone() for layer, state in after.items()}
     decoder = decoder_of(unwrap(model))
     device = input_device(model)
-    given = {} if segments is None else {"segment_ids": segments.to(device)}
+    segments = None if segments is None else segments.to(device)
     with capture_projections() as found:
-        decoder(input_ids=ids.to(device), memory=after, use_cache=False, **given)
+        decoder(input_ids=ids.to(device), memory=after, segment_ids=segments, use_cache=False)
     if not found:
         raise ArgumentError(
             "model: nothing was seen of its forward, which is compiled; trace the model without compile"
@@ -201,14 +187,9 @@ def trace(
         segment_ids=None if segments is None else tuple(segments[0].tolist()),
         layers=tuple(layers),
         frozen=after.frozen,
-        writes=seen.writes,
-        reads=seen.reads,
-        beta=seen.beta,
-        norms=seen.norms,
         initial=start,
-        final=seen.final,
-        states=seen.states,
         memory=after,
+        **vars(seen),
     )
 
 
@@ -256,11 +237,5 @@ def _bytes_of(name: str) -> bytes | None:
     return None
 
 
-def _byte_level() -> dict[str, int]:
-    """Character → byte of byte-level vocabularies, which write every byte as a character that can be seen (GPT-2)."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
-
-
-_BYTE_LEVEL = _byte_level()
+# Character → byte of byte-level vocabularies, which write every byte as a character that can be seen (GPT-2).
+_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}

@@ -4,71 +4,55 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import BatchEncoding
 
 from ..adapter.record import identity_of, is_patched, memory_disabled
-from ..adapter.wrappers import unwrap
+from ..adapter.wrappers import input_device, unwrap
 from ..memory.state import MemoryState
 from ..text.segments import sentence_spans
+from ..training.episode import padded
 
 Chat = Sequence[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Chats padded on the right: ids and mask int64 [B, T]; segment ids int64 [B, T], one a sentence, −1 = padding."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    segment_ids: torch.Tensor
-
-    def to(self, device) -> Batch:
-        """This batch on ``device``."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.segment_ids.to(device))
-
-
-def encode(tokenizer, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> Batch:
+def encode(tokenizer, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> BatchEncoding:
     """Token ids of chats as the recall tokenizer's chat template renders them, and their sentences as segments.
+
+    Padded on the right: ``input_ids`` and ``attention_mask``, int64 [B, T]; ``segment_ids``, int64 [B, T], one a
+    sentence, −1 = padding.
 
     The same as ``segment_ids_from_messages(tokenizer, chat, "sentence")`` chat by chat, a thousand times as fast: this
     template puts one token before each message and one behind it, and nothing else anywhere.
     """
-    pieces = [_sentences(message["content"]) for chat in chats for message in chat]
-    tokens = iter(tokenizer([text for texts in pieces for text in texts], add_special_tokens=False)["input_ids"])
-    counts = iter(pieces)
+    contents = [_sentences(message["content"]) for chat in chats for message in chat]
+    tokens = iter(tokenizer([text for texts in contents for text in texts], add_special_tokens=False)["input_ids"])
+    counts = map(len, contents)
     rows, segments = [], []
     for chat in chats:
         ids, owners, number = [], [], 0
         for message in chat:
-            texts = next(counts)
-            ids.append(tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"))
-            owners.append(number)
-            for _ in texts:
-                found = next(tokens)
-                ids += found
-                owners += [number] * len(found)
+            sentences = [next(tokens) for _ in range(next(counts))]
+            sentences[0] = [tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"), *sentences[0]]
+            sentences[-1] = [*sentences[-1], tokenizer.eos_token_id]
+            for sentence in sentences:
+                ids += sentence
+                owners += [number] * len(sentence)
                 number += 1
-            ids.append(tokenizer.eos_token_id)
-            owners.append(number - 1)
         if add_generation_prompt:
             ids.append(tokenizer.convert_tokens_to_ids("<|assistant|>"))
             owners.append(-1)
         rows.append(ids)
         segments.append(owners)
     mask = [[1] * len(ids) for ids in rows]
-    return Batch(_padded(rows, tokenizer.pad_token_id), _padded(mask, 0), _padded(segments, -1))
+    found = {"input_ids": (rows, tokenizer.pad_token_id), "attention_mask": (mask, 0), "segment_ids": (segments, -1)}
+    return BatchEncoding({name: padded(*given) for name, given in found.items()})
 
 
 def _sentences(content: str) -> list[str]:
     return [content[start:end].strip() for start, end in sentence_spans(content)] or [content]
-
-
-def _padded(rows: list[list[int]], fill: int) -> torch.Tensor:
-    width = max((len(row) for row in rows), default=0)
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu")
 
 
 @torch.no_grad()
@@ -79,11 +63,10 @@ def tell(model: nn.Module, tokenizer, chats: Sequence[Chat], memory: MemoryState
         memory: is written further, in place; None = an empty one.
     """
     memory = MemoryState.zeros(model, len(chats)) if memory is None else memory
-    batch = encode(tokenizer, chats).to(_device(model))
-    segments = {"segment_ids": batch.segment_ids} if identity_of(model).config.segmented else {}
-    unwrap(model).model(
-        batch.input_ids, attention_mask=batch.attention_mask, memory=memory, use_cache=False, **segments
-    )
+    batch = encode(tokenizer, chats).to(input_device(model))
+    if not identity_of(model).config.segmented:
+        del batch["segment_ids"]
+    unwrap(model).model(**batch, memory=memory, use_cache=False)
     return memory
 
 
@@ -94,14 +77,11 @@ def next_logits(model: nn.Module, tokenizer, chats: Sequence[Chat], memory: Memo
     Args:
         memory: is read, and not written; None = the bare backbone's answer.
     """
-    batch = encode(tokenizer, chats, add_generation_prompt=True).to(_device(model))
+    batch = encode(tokenizer, chats, add_generation_prompt=True).to(input_device(model))
     last = batch.attention_mask.sum(1) - 1
     with _reading(model, memory) as arguments:
-        hidden = (
-            unwrap(model)
-            .model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **arguments)
-            .last_hidden_state
-        )
+        arguments |= {"attention_mask": batch.attention_mask, "use_cache": False}
+        hidden = unwrap(model).model(batch.input_ids, **arguments).last_hidden_state
     return unwrap(model).lm_head(hidden[torch.arange(len(chats), device=hidden.device), last]).float()
 
 
@@ -128,7 +108,7 @@ def answer(model: nn.Module, tokenizer, chat: Chat, memory: MemoryState | None =
     Args:
         memory: of one conversation; it is read, and not written. None = the bare backbone's answer.
     """
-    batch = encode(tokenizer, [chat], add_generation_prompt=True).to(_device(model))
+    batch = encode(tokenizer, [chat], add_generation_prompt=True).to(input_device(model))
     with _reading(model, memory) as arguments:
         tokens = model.generate(
             batch.input_ids,
@@ -138,7 +118,3 @@ def answer(model: nn.Module, tokenizer, chat: Chat, memory: MemoryState | None =
             **arguments,
         )
     return tokenizer.decode(tokens[0, batch.input_ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

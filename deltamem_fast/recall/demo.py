@@ -31,9 +31,8 @@ from ..memory.state import MemoryState
 from ..model.loading import device_for
 from ..model.patch import patch_model, unpatch_model
 from ..model.threads import check_threads, fitting_threads
-from . import story as stories
+from . import proof
 from .chats import next_logits
-from .proof import chance, draw_plan, mean_share, measure_bare, measure_empty, measure_patched
 from .task import user
 from .weights import STRATEGIES, find_weights, load_backbone
 
@@ -99,20 +98,20 @@ def run_demo(
     check_threads(threads, "threads")
     device = device_for(backend)
     found = find_weights(weights)
-    plan = draw_plan(seed, questions)
+    plan = proof.draw_plan(seed, questions)
     say("loading the backbone")
     model, tokenizer = load_backbone(found.backbone, device)
     with fitting_threads(model, threads):
         bare = Bare.of(model, tokenizer, plan.story)
-        figures = measure_bare(model, tokenizer, plan, say)
+        figures = proof.measure_bare(model, tokenizer, plan, say)
         disabled, unpatched = [], []
         for name, directory in found.adapters.items():
             patch_model(model, directory, backend=backend)
-            for key, value in measure_patched(model, tokenizer, plan, name, say).items():
+            for key, value in proof.measure_patched(model, tokenizer, plan, name, say).items():
                 figures.setdefault(key, {})[name] = value
             disabled.append(bare.same_disabled(model, tokenizer, plan.story))
             if name == strategy:
-                figures["empty"] = measure_empty(model, tokenizer, plan, say)
+                figures["empty"] = proof.measure_recall(model, tokenizer, plan, "empty", "empty memory", say)
                 told, snapshots, held = _tell_story(model, tokenizer, plan.story, Path(output), bare.answers)
                 figures |= told | _sizes(model)
             unpatch_model(model)
@@ -132,7 +131,7 @@ def run_demo(
 
 def _finished(figures: dict[str, Any], held: dict[str, bool], started: float) -> dict[str, Any]:
     """The figures, the promised ones first, with the checks."""
-    figures |= {"best": best_strategy(figures), "chance": chance()}
+    figures |= {"best": best_strategy(figures), "chance": proof.chance()}
     figures["half_ratio"] = {name: half_ratio(figures, name) for name in figures["half"]}
     checks = check_figures(figures) | held
     first = ("recall", "empty", "frozen", "context", "chance", "half", "half_frozen", "half_ratio", "revise")
@@ -155,8 +154,8 @@ def check_figures(figures: dict[str, Any]) -> dict[str, bool]:
     most = figures["chance"] + ABOVE_CHANCE_AT_MOST
     return {
         "recall": min(_at_few_facts(figures["recall"][best])) >= RECALL_AT_LEAST,
-        "empty_near_chance": mean_share(figures["empty"]) <= most,
-        "frozen_near_chance": mean_share(figures["frozen"]) <= most,
+        "empty_near_chance": proof.mean_share(figures["empty"]) <= most,
+        "frozen_near_chance": proof.mean_share(figures["frozen"]) <= most,
         "half_in_sight": half_ratio(figures, best) >= HALF_AT_LEAST,
         "revised": min(figures["revise"][best]["revised"], figures["revise"][best]["kept"]) >= REVISED_AT_LEAST,
     }
@@ -165,7 +164,7 @@ def check_figures(figures: dict[str, Any]) -> dict[str, bool]:
 def half_ratio(figures: dict[str, Any], strategy: str) -> float:
     """With the newer half of the facts in sight: right answers with the memory of the others, over those without."""
     # A backbone that answers nothing right is beaten without bound; JSON knows no infinity.
-    return mean_share(figures["half"][strategy]) / max(mean_share(figures["half_frozen"]), 1e-6)
+    return proof.mean_share(figures["half"][strategy]) / max(proof.mean_share(figures["half_frozen"]), 1e-6)
 
 
 def _at_few_facts(shares: dict[str, float]) -> list[float]:
@@ -189,37 +188,37 @@ class Bare:
     answers: list[str]
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer, story: stories.Story) -> Bare:
+    def of(cls, model: nn.Module, tokenizer, story: proof.Story) -> Bare:
         weights = {key: value.clone() for key, value in model.state_dict().items()}
-        return cls(_logits(model, tokenizer, story), weights, stories.answers(model, tokenizer, story))
+        return cls(_logits(model, tokenizer, story), weights, proof.answers_to(model, tokenizer, story))
 
-    def same_disabled(self, model: nn.Module, tokenizer, story: stories.Story) -> bool:
+    def same_disabled(self, model: nn.Module, tokenizer, story: proof.Story) -> bool:
         """Whether a patched model gives the same logits while its memory is disabled, bit for bit."""
         with memory_disabled(model):
             return same_bits(self.logits, _logits(model, tokenizer, story))
 
-    def same(self, model: nn.Module, tokenizer, story: stories.Story) -> bool:
+    def same(self, model: nn.Module, tokenizer, story: proof.Story) -> bool:
         """Whether an unpatched model has the same weights and gives the same logits, bit for bit."""
         now = model.state_dict()
         same = list(now) == list(self.weights) and all(same_bits(now[key], self.weights[key]) for key in now)
         return same and same_bits(self.logits, _logits(model, tokenizer, story))
 
 
-def _logits(model: nn.Module, tokenizer, story: stories.Story, memory: MemoryState | None = None) -> torch.Tensor:
+def _logits(model: nn.Module, tokenizer, story: proof.Story, memory: MemoryState | None = None) -> torch.Tensor:
     """float32 [questions, vocabulary], of the first token of each answer."""
     memory = None if memory is None else memory.repeat(len(story.facts))
     return next_logits(model, tokenizer, [[user(question)] for question in story.questions], memory)
 
 
 def _tell_story(
-    model: nn.Module, tokenizer, story: stories.Story, output: Path, unpatched: Sequence[str]
+    model: nn.Module, tokenizer, story: proof.Story, output: Path, unpatched: Sequence[str]
 ) -> tuple[dict[str, Any], list[Snapshot], dict[str, bool]]:
     """Told, asked, revised, asked again, saved and loaded: its figures, the states, and what a memory promises."""
-    memory, snapshots = stories.tell_facts(model, tokenizer, story)
-    first = stories.answers(model, tokenizer, story, memory)
-    empty = stories.answers(model, tokenizer, story, MemoryState.zeros(model))
-    snapshots.append(stories.tell_revision(model, tokenizer, story, memory))
-    second = stories.answers(model, tokenizer, story, memory)
+    memory, snapshots = proof.tell_facts(model, tokenizer, story)
+    first = proof.answers_to(model, tokenizer, story, memory)
+    empty = proof.answers_to(model, tokenizer, story, MemoryState.zeros(model))
+    snapshots.append(proof.tell_revision(model, tokenizer, story, memory))
+    second = proof.answers_to(model, tokenizer, story, memory)
     path = memory.save(output / MEMORY_NAME)
     loaded = MemoryState.load(path, model)
     picture = draw_heat_map(snapshots, output / HEAT_MAP_NAME) if installed("matplotlib") else None

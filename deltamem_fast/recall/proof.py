@@ -1,4 +1,7 @@
-"""What the proof measures: a plan of episodes, the same for every memory, and shares of right answers."""
+"""What the proof tells and measures: a plan of a story and of episodes, the same for every memory; shares of answers.
+
+The story is short: four facts are told and asked for, then one of them is revised.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ from typing import Any
 from torch import nn
 
 from ..display import counted
+from ..inspection.pictures import Snapshot, snapshot
+from ..memory.state import MemoryState
 from . import world
-from .measure import Episode, draw_episode, recall
-from .revision import Revision, draw_revision, revise
-from .story import Story, draw_story
+from .chats import answer, tell
+from .measure import Episode, Revision, draw_episode, draw_revision, recall, revise
+from .task import Fact, changed, draw_facts, user
 
+FACTS_OF_A_KIND = 2  # in the story
 FACTS = (1, 2, 3, 4, 6, 8, 12, 16)
 HALF_FACTS = (4, 8)
 REVISED_FACTS = 4
@@ -23,6 +29,24 @@ REVISED_FACTS = 4
 Say = Callable[[str], None]
 # Number of facts, as text → the share that is answered right.
 Shares = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Story:
+    """What is told, and the fact that takes the place of the first one."""
+
+    facts: list[Fact]
+    revised: Fact
+
+    @property
+    def questions(self) -> list[str]:
+        """One for each fact; the same before and after the revision."""
+        return [fact.question() for fact in self.facts]
+
+    @property
+    def holds(self) -> list[Fact]:
+        """The facts after the revision."""
+        return [self.revised, *self.facts[1:]]
 
 
 @dataclass(frozen=True)
@@ -47,33 +71,61 @@ def draw_plan(seed: int, questions: int) -> Plan:
     )
 
 
+# --- the story
+
+
+def draw_story(seed: int) -> Story:
+    """Facts of each kind, about names that were never trained on; always the same for a seed."""
+    random = Random(seed)
+    drawn = [draw_facts(random, FACTS_OF_A_KIND, held_out=True, kinds=(kind,)) for kind in world.KINDS]
+    facts = [fact for group in zip(*drawn) for fact in group]
+    return Story(facts, changed(random, facts[0]))
+
+
+def tell_facts(model: nn.Module, tokenizer, story: Story) -> tuple[MemoryState, list[Snapshot]]:
+    """Tell each fact in a context of its own; the memory, and what it looked like before and after each."""
+    memory = MemoryState.zeros(model)
+    snapshots = [snapshot(memory, "empty")]
+    for count, fact in enumerate(story.facts, start=1):
+        tell(model, tokenizer, [[user(fact.statement())]], memory)
+        snapshots.append(snapshot(memory, counted(count, "fact")))
+    return memory, snapshots
+
+
+def tell_revision(model: nn.Module, tokenizer, story: Story, memory: MemoryState) -> Snapshot:
+    """Overwrite the first fact, in a context of its own."""
+    tell(model, tokenizer, [[user(story.revised.update())]], memory)
+    return snapshot(memory, "revised")
+
+
+def answers_to(model: nn.Module, tokenizer, story: Story, memory: MemoryState | None = None) -> list[str]:
+    """What ``generate`` answers to each question in a context of its own; without a memory, the bare backbone."""
+    return [answer(model, tokenizer, [user(question)], memory) for question in story.questions]
+
+
+# --- measuring
+
+
 def measure_bare(model: nn.Module, tokenizer, plan: Plan, say: Say) -> dict[str, Shares]:
     """The bare backbone: ``frozen`` (sees nothing), ``context`` (sees all facts), ``half_frozen`` (the newer half)."""
-    return {
-        "frozen": _measure(model, tokenizer, plan, FACTS, "frozen", "bare backbone", say),
-        "context": _measure(model, tokenizer, plan, FACTS, "context", "bare backbone, all in sight", say),
-        "half_frozen": _measure(model, tokenizer, plan, HALF_FACTS, "half_frozen", "bare backbone, half", say),
-    }
+    names = {"frozen": "bare backbone", "context": "bare backbone, all in sight", "half_frozen": "bare backbone, half"}
+    return {key: measure_recall(model, tokenizer, plan, key, name, say) for key, name in names.items()}
 
 
 def measure_patched(model: nn.Module, tokenizer, plan: Plan, name: str, say: Say) -> dict[str, Any]:
     """A patched model: ``recall``, ``half`` (in sight, the older half told before), ``revise`` (see there)."""
     measured = {
-        "recall": _measure(model, tokenizer, plan, FACTS, "memory", name, say),
-        "half": _measure(model, tokenizer, plan, HALF_FACTS, "half_memory", f"{name}, half in sight", say),
+        "recall": measure_recall(model, tokenizer, plan, "memory", name, say),
+        "half": measure_recall(model, tokenizer, plan, "half_memory", f"{name}, half in sight", say),
     }
     say(f"{name}, one of {REVISED_FACTS} facts revised")
     return measured | {"revise": revise(model, tokenizer, plan.revisions)}
 
 
-def measure_empty(model: nn.Module, tokenizer, plan: Plan, say: Say) -> Shares:
-    """A patched model with an empty memory."""
-    return _measure(model, tokenizer, plan, FACTS, "empty", "empty memory", say)
-
-
-def _measure(model, tokenizer, plan: Plan, counts, condition: str, name: str, say: Say) -> Shares:
+def measure_recall(model: nn.Module, tokenizer, plan: Plan, condition: str, name: str, say: Say) -> Shares:
+    """``recall`` under one of its conditions at each number of facts; ``say`` is told the ``name``."""
     shares = {}
-    for count in counts:
+    for count in HALF_FACTS if condition.startswith("half") else FACTS:
         say(f"{name}, {counted(count, 'fact')}")
         shares[str(count)] = recall(model, tokenizer, plan.episodes[count], condition)
     return shares

@@ -13,26 +13,6 @@ from .episode import Episode, EpisodeSchedule, build_episode, collate
 from .loss import EpisodeBatch, EpisodeLoss, episode_loss
 from .options import TrainingOptions
 
-__all__ = [
-    "DeltaMemTrainer",
-    "Episode",
-    "EpisodeBatch",
-    "EpisodeLoss",
-    "EpisodeModel",
-    "EpisodeSchedule",
-    "Example",
-    "ExampleFiles",
-    "TrainingOptions",
-    "TrainingResult",
-    "build_episode",
-    "collate",
-    "draw_curves",
-    "episode_loss",
-    "prepare_for_training",
-    "read_log",
-    "train",
-]
-
 # What needs the Trainer or matplotlib is imported when it is asked for.
 _LATER = {
     "DeltaMemTrainer": "trainer",
@@ -43,6 +23,19 @@ _LATER = {
     "read_log": "log",
     "train": "run",
 }
+__all__ = [
+    "Episode",
+    "EpisodeBatch",
+    "EpisodeLoss",
+    "EpisodeSchedule",
+    "Example",
+    "ExampleFiles",
+    "TrainingOptions",
+    "build_episode",
+    "collate",
+    "episode_loss",
+    *_LATER,
+]
 
 
 def __getattr__(name: str):

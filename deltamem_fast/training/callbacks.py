@@ -16,8 +16,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LINES = 20  # of progress, where there is no terminal for a bar
 
 
-class StopRequest:
-    """Whether Ctrl-C was pressed (or SIGTERM came); a second time stops at once.
+class StopCallback(TrainerCallback):
+    """Stops the run with a checkpoint where Ctrl-C was pressed (or SIGTERM came); a second time stops at once.
 
     Args:
         alone: this is the only process. Launchers send each process the signal that it has from the terminal already,
@@ -26,39 +26,27 @@ class StopRequest:
 
     def __init__(self, alone: bool = True):
         self.alone = alone
-        self.received: signal.Signals | None = None
+        self.asked = self.stopped = False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
+    def listening(self) -> Iterator[None]:
         """Inside, the first signal is noted instead of raised. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
-            yield self
+            yield
             return
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
-            yield self
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _note(self, number, frame) -> None:
-        if self.received is not None and self.alone:
+        if self.asked and self.alone:
             raise KeyboardInterrupt
-        if self.received is None:
+        if not self.asked:
             print("deltamem: stopping after this step" + "; once more stops at once" * self.alone, file=sys.stderr)
-        self.received = signal.Signals(number)
-
-
-class StopCallback(TrainerCallback):
-    """Stops the run with a checkpoint where a signal came.
-
-    Args:
-        request: of this process.
-    """
-
-    def __init__(self, request: StopRequest):
-        self.request = request
-        self.stopped = False
+        self.asked = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._anybody(args) and state.global_step < state.max_steps:
@@ -66,10 +54,9 @@ class StopCallback(TrainerCallback):
 
     def _anybody(self, args) -> bool:
         """Whether any process was told to stop: all of them have to stop at the same step."""
-        asked = self.request.received is not None
         if args.world_size == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=args.device)
+            return self.asked
+        flag = torch.tensor(float(self.asked), device=args.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
 
@@ -108,7 +95,8 @@ class ProgressCallback(TrainerCallback):
         if "answer_loss" in logs:
             self._step(state, logs)
         else:
-            self._say(", ".join(f"{name.removeprefix('eval_')} {value:.6g}" for name, value in logs.items()))
+            text = ", ".join(f"{name.removeprefix('eval_')} {value:.6g}" for name, value in logs.items())
+            tqdm.write(text, file=sys.stderr)
 
     def _step(self, state, logs) -> None:
         figures = {
@@ -121,13 +109,7 @@ class ProgressCallback(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
         elif state.global_step % max(1, state.max_steps // _LINES) == 0 or state.global_step == state.max_steps:
             text = ", ".join(f"{name} {value}" for name, value in figures.items())
-            self._say(f"step {state.global_step} of {state.max_steps}: {text}")
-
-    def _say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+            tqdm.write(f"step {state.global_step} of {state.max_steps}: {text}", file=sys.stderr)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

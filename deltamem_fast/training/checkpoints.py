@@ -18,6 +18,7 @@ from .options import CHANGEABLE, TrainingOptions
 RUN_NAME = "training.json"
 WHOLE_NAME = "checkpoint.json"  # written last: a directory that has it is whole
 _PREFIX = "checkpoint-"
+_OF_THE_RUN = ("model", "dtype", "data", "episodes_a_step")
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,22 @@ class Run:
         theirs = read_json(directory / RUN_NAME)
         # Versions before wrote the backbone's path.
         theirs |= {"model": public_label(str(theirs.get("model")))}
-        differing = []
-        for name in ("model", "dtype", "data", "episodes_a_step"):
-            if theirs.get(name) != getattr(self, name):
-                differing.append(_difference(name, theirs.get(name), getattr(self, name)))
+        compared = [(name, theirs.get(name), getattr(self, name)) for name in _OF_THE_RUN]
         for part, changeable in (("adapter", frozenset()), ("options", CHANGEABLE)):
             before, now = theirs.get(part, {}), getattr(self, part)
             if not isinstance(before, dict):
                 raise FileFormatError(f"{directory / RUN_NAME}: {part}: got {type(before).__name__}, allowed an object")
-            differing += [
-                _difference(name, before.get(name), now.get(name))
-                for name in sorted(before.keys() | now.keys())
-                if name not in changeable and before.get(name) != now.get(name)
-            ]
+            names = sorted((before.keys() | now.keys()) - changeable)
+            compared += [(name, before.get(name), now.get(name)) for name in names]
+        differing = [
+            "other data" if name == "data" else f"{name} {before!r} (now {now!r})"
+            for name, before, now in compared
+            if before != now
+        ]
         if differing:
             raise ArgumentError(
                 f"resume: {directory} holds a run with {', '.join(differing)}; allowed: the same, or another --output"
             )
-
-
-def _difference(name: str, before, now) -> str:
-    if name == "data":
-        return "other data"
-    return f"{name} {before!r} (now {now!r})"
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -96,11 +90,6 @@ def step_of(checkpoint: Path) -> int:
 def mark_whole(checkpoint: Path, step: int) -> None:
     """Say that everything of a checkpoint is on the disk."""
     write_json(checkpoint / WHOLE_NAME, {"step": step}, private=False)
-
-
-def unmark(checkpoint: Path) -> None:
-    """Take the mark of an older run off before a checkpoint is written over."""
-    (checkpoint / WHOLE_NAME).unlink(missing_ok=True)
 
 
 def checkpoints_in(output: Path) -> list[Path]:

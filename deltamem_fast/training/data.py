@@ -53,13 +53,10 @@ class Example:
 
     def state_only(self) -> Example:
         """The same target with the last user turn alone in view; the turns before it are written instead."""
-        system, turns = _split_system(self.read)
-        start = _last_turns(turns, 1)
-        moved = turns[:start]
-        if not moved:
+        system, moved, visible = _parts(self.read, 1)
+        if not moved or not visible:
             return self
-        before = self.write or system
-        return dataclasses.replace(self, write=before + moved, read=system + turns[start:])
+        return dataclasses.replace(self, write=(self.write or system) + moved, read=system + visible)
 
 
 class ExampleFiles(Sequence):
@@ -156,12 +153,10 @@ def _from_target(messages: tuple[dict, ...], target: int, where: str, visible_tu
     if not 0 <= target < len(messages):
         raise ArgumentError(f"targets: got {target}, allowed 0 to {len(messages) - 1}")
     answer = _answer(messages[target], f"messages[{target}]")
-    system, turns = _split_system(messages[:target])
-    start = _last_turns(turns, visible_turns)
-    if start is None:
+    system, before, visible = _parts(messages[:target], visible_turns)
+    if not visible:
         raise ArgumentError(f"messages: got no user message before messages[{target}], which is the answer")
-    write = system + turns[:start] if says_something(turns[:start]) else ()
-    return Example(where, write, system + turns[start:], answer)
+    return Example(where, system + before if says_something(before) else (), system + visible, answer)
 
 
 def _from_parts(value: dict, where: str) -> Example:
@@ -174,13 +169,9 @@ def _from_parts(value: dict, where: str) -> Example:
     if not any(message["role"] == "user" for message in read):
         raise ArgumentError("read: got no user message, allowed at least one")
     answer = value["answer"]
-    if isinstance(answer, str):
-        answer = {"role": "assistant", "content": answer}
-    else:
-        (answer,) = _messages([answer], "answer")
-    if not says_something(write):
-        write = ()
-    return Example(where, write, read, _answer(answer, "answer"))
+    answer = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    (answer,) = _messages([answer], "answer")
+    return Example(where, write if says_something(write) else (), read, _answer(answer, "answer"))
 
 
 def _only(value: dict, allowed: tuple[str, ...], name: str = "") -> None:
@@ -223,17 +214,12 @@ def _answer(message: dict, name: str) -> dict:
     return message
 
 
-def _split_system(messages: tuple[dict, ...]) -> tuple[tuple[dict, ...], tuple[dict, ...]]:
-    count = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
-    return messages[:count], messages[count:]
+def _parts(messages: tuple[dict, ...], visible: int) -> tuple[tuple[dict, ...], tuple[dict, ...], tuple[dict, ...]]:
+    """System messages at the beginning, the turns before the last ``visible``, and those (all, if there are fewer).
 
-
-def _last_turns(messages: tuple[dict, ...], count: int) -> int | None:
-    """Where the last ``count`` user turns begin (0 if there are fewer), None without a user message.
-
-    A turn is everything from one user message to the next.
+    A turn is everything from one user message to the next; without a user message none is visible.
     """
-    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not starts:
-        return None
-    return starts[-count] if count <= len(starts) else 0
+    first = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
+    starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    cut = (starts[-visible] if visible <= len(starts) else first) if starts else len(messages)
+    return messages[:first], messages[first:cut], messages[cut:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,6 +37,11 @@ class Episode:
     labels: list[int]
     segment_ids: list[int] | None = None
     kind: str = "both"
+
+    @property
+    def writes(self) -> bool:
+        """Whether a token of the write context is written."""
+        return bool(self.write_ids) if self.segment_ids is None else max(self.segment_ids, default=-1) >= 0
 
 
 def build_episode(tokenizer, config: DeltaMemConfig, example: Example, kind: str = "both") -> Episode:
@@ -113,23 +118,21 @@ def collate(episodes: Sequence[Episode], pad_token_id: int = 0) -> EpisodeBatch:
     An empty write context becomes one masked token: a batch in which nobody writes still runs through all of the
     adapter, as distributed training wants it.
     """
-    write_ids, write_mask = _padded([e.write_ids for e in episodes], pad_token_id)
-    read_ids, read_mask = _padded([e.read_ids for e in episodes], pad_token_id)
-    labels, _ = _padded([e.labels for e in episodes], IGNORED)
-    segment_ids = None
-    if episodes[0].segment_ids is not None:
-        segment_ids, _ = _padded([e.segment_ids for e in episodes], -1)
-    return EpisodeBatch(write_ids, write_mask, read_ids, read_mask, labels, segment_ids)
+    written, read = [e.write_ids for e in episodes], [e.read_ids for e in episodes]
+    return EpisodeBatch(
+        padded(written, pad_token_id),
+        padded([[1] * len(row) for row in written], 0).bool(),
+        padded(read, pad_token_id),
+        padded([[1] * len(row) for row in read], 0).bool(),
+        padded([e.labels for e in episodes], IGNORED),
+        None if episodes[0].segment_ids is None else padded([e.segment_ids for e in episodes], -1),
+    )
 
 
-def _padded(rows: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(1, *(len(row) for row in rows)) if rows else 1
-    values = torch.full((len(rows), width), fill, dtype=torch.int64, device="cpu")
-    mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
-    for i, row in enumerate(rows):
-        values[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
-        mask[i, : len(row)] = True
-    return values, mask
+def padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
+    """Rows of token ids and the like as int64 [B, T], padded on the right; T is 1 at least."""
+    width = max([1, *map(len, rows)])
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu")
 
 
 def collate_arguments(episodes: Sequence[Episode], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
@@ -138,6 +141,7 @@ def collate_arguments(episodes: Sequence[Episode], pad_token_id: int = 0) -> dic
     return batch | {"kinds": torch.tensor([KINDS.index(episode.kind) for episode in episodes], device="cpu")}
 
 
+@dataclass(eq=False)
 class EpisodeSchedule(Dataset):
     """The whole training run as a sequence of episodes; each is a function of the seed and its place alone.
 
@@ -151,18 +155,13 @@ class EpisodeSchedule(Dataset):
         state_only, no_memory: probabilities of these kinds.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        build: Callable[[Example, str], Episode],
-        length: int,
-        seed: int,
-        state_only: float = 0.0,
-        no_memory: float = 0.0,
-    ):
-        self.examples, self.build, self.length, self.seed = examples, build, length, seed
-        self.state_only, self.no_memory = state_only, no_memory
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+    examples: Sequence[Example]
+    build: Callable[[Example, str], Episode]
+    length: int
+    seed: int
+    state_only: float = 0.0
+    no_memory: float = 0.0
+    _order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0)), init=False)  # of an epoch
 
     def __len__(self) -> int:
         return self.length

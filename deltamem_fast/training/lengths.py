@@ -85,18 +85,16 @@ def check_lengths(
         example = examples[place]
         # Most examples show one turn, and are the same state-only.
         episodes = [build(example, k) for k in kinds if k != "state_only" or example.state_only() is not example]
-        longest = {
-            "write": (max(len(e.write_ids) for e in episodes), write_length),
-            "read": (max(len(e.read_ids) for e in episodes), read_length),
-        }
-        beyond = [
-            OverLong(example.where, part, tokens, limit) for part, (tokens, limit) in longest.items() if tokens > limit
-        ]
+        parts = (
+            OverLong(example.where, "write", max(len(e.write_ids) for e in episodes), write_length),
+            OverLong(example.where, "read", max(len(e.read_ids) for e in episodes), read_length),
+        )
+        beyond = [part for part in parts if part.tokens > part.limit]
         if beyond:
             found.append(beyond[0])
             continue
         kept.append(place)
-        empty += not any(writes_something(episode) for episode in episodes)
+        empty += not any(episode.writes for episode in episodes)
         write_tokens += len(episodes[0].write_ids)
         read_tokens += len(episodes[0].read_ids)
     if found and (over_long == "error" or not kept):
@@ -107,10 +105,3 @@ def check_lengths(
             "or --over-long skip if that leaves any"
         )
     return Checked(Subset(examples, kept), found, empty, write_tokens, read_tokens)
-
-
-def writes_something(episode: Episode) -> bool:
-    """Whether a token of the write context is written."""
-    if episode.segment_ids is None:
-        return bool(episode.write_ids)
-    return any(segment >= 0 for segment in episode.segment_ids)

@@ -30,9 +30,7 @@ class TrainingLog:
     def start(self, step: int) -> None:
         """Begin a log, or go on with one after ``step``: what was written later, and a torn last line, go."""
         known = read_log(self.path) if step and self.path.is_file() else []
-        kept = [entry for entry in known if entry["step"] <= step]
-        text = "".join(_line(entry) for entry in kept)
-        write_text(self.path, text, private=False)
+        write_text(self.path, "".join(_line(entry) for entry in known if entry["step"] <= step), private=False)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry."""
@@ -89,7 +87,6 @@ def draw_curves(log: str | os.PathLike, target: str | os.PathLike) -> Path:
         ImportError: matplotlib is not installed (the extra ``train`` has it).
         ValueError: the log is broken, or has no step.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     entries = read_log(log)
@@ -98,7 +95,6 @@ def draw_curves(log: str | os.PathLike, target: str | os.PathLike) -> Path:
     if not training:
         raise ArgumentError(f"log: {log} holds no training step")
     figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     (loss, gates), (norm, rate) = figure.subplots(2, 2)
     _draw_loss(loss, training, evaluations)
     _draw_gates(gates, training)
@@ -129,11 +125,9 @@ def _draw_loss(axes, training, evaluations) -> None:
     axes.plot(steps, values, linewidth=0.8, alpha=0.4, label="answer loss")
     axes.plot(steps, smoothed(values), linewidth=1.6, label="smoothed")
     for file in dict.fromkeys(name for entry in evaluations for name in entry["evaluation"]):
-        with_file = [entry for entry in evaluations if file in entry["evaluation"]]
-        at = [entry["step"] for entry in with_file]
-        axes.plot(at, [_number(e["evaluation"][file]["loss"]) for e in with_file], "o-", label=f"{Path(file).name}")
-        without = [_number(e["evaluation"][file]["no_memory_loss"]) for e in with_file]
-        axes.plot(at, without, "x--", label=f"{Path(file).name}, no memory")
+        found = [{"step": e["step"], **e["evaluation"][file]} for e in evaluations if file in e["evaluation"]]
+        axes.plot(*_series(found, "loss"), "o-", label=f"{Path(file).name}")
+        axes.plot(*_series(found, "no_memory_loss"), "x--", label=f"{Path(file).name}, no memory")
     axes.set_title("cross-entropy of the answers")
     axes.legend()
 

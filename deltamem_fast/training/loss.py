@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +62,7 @@ class EpisodeBatch:
 
     def to(self, device) -> EpisodeBatch:
         """This batch on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return EpisodeBatch(**{n: None if t is None else t.to(device) for n, t in tensors.items()})
+        return EpisodeBatch(**{n: None if t is None else t.to(device) for n, t in vars(self).items()})
 
 
 @dataclass
@@ -129,15 +127,14 @@ def write_memory(model: nn.Module, batch: EpisodeBatch) -> MemoryState:
     # let it see its first pad. What is written goes by token_mask alone.
     attended = batch.write_mask.clone()
     attended[:, 0] = True
-    arguments = {} if batch.segment_ids is None else {"segment_ids": batch.segment_ids}
     # The decoder alone: logits of 8192 tokens would cost more than all the rest.
     decoder_of(unwrap(model))(
         input_ids=batch.write_ids,
         attention_mask=attended,
         token_mask=batch.write_mask,
         memory=memory,
+        segment_ids=batch.segment_ids,
         use_cache=False,
-        **arguments,
     )
     return memory
 

@@ -22,7 +22,7 @@ from ..errors import ArgumentError
 from ..model.patch import patch_model
 from ..notices import logger
 from ..storage.files import write_text
-from .callbacks import ProgressCallback, StopCallback, StopRequest, checking
+from .callbacks import ProgressCallback, StopCallback, checking
 from .card import CARD_NAME, model_card
 from .checkpoints import RUN_NAME, Run, checkpoint_to_resume, checkpoints_in, step_of
 from .data import ExampleFiles
@@ -100,7 +100,14 @@ def train(
     _check_output(Path(options.output))
     source = read_adapter(adapter)
     files = ExampleFiles(data, options.visible_turns)
-    run = _run(model, source, files.digest, options)
+    run = Run(
+        model=backbone_name(unwrap(model).config),
+        dtype=str(unwrap(model).dtype).removeprefix("torch."),
+        adapter=source.config.to_dict(),
+        data=files.digest,
+        episodes_a_step=options.batch_size * options.accumulate * _world_size(),
+        options=options.to_dict(),
+    )
     if checkpoint is not None:
         run.check(checkpoint.parent)
     build = partial(build_episode, tokenizer, source.config)
@@ -208,17 +215,6 @@ def enable_checkpointing(model: nn.Module, reentrant: bool) -> None:
         model.enable_input_require_grads()
 
 
-def _run(model: nn.Module, source: AdapterSource, digest: str, options: TrainingOptions) -> Run:
-    return Run(
-        model=backbone_name(unwrap(model).config),
-        dtype=str(unwrap(model).dtype).removeprefix("torch."),
-        adapter=source.config.to_dict(),
-        data=digest,
-        episodes_a_step=options.batch_size * options.accumulate * _world_size(),
-        options=options.to_dict(),
-    )
-
-
 def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint) -> TrainingResult:
     from .trainer import DeltaMemTrainer, EpisodeList, EpisodeModel, training_arguments
 
@@ -234,8 +230,7 @@ def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
         options.state_only_probability,
         options.no_memory_probability,
     )
-    request = StopRequest(alone=_world_size() == 1)
-    stop = StopCallback(request)
+    stop = StopCallback(alone=_world_size() == 1)
     trainer = DeltaMemTrainer(
         EpisodeModel(model, options.gate_weight, options.gate_target),
         arguments,
@@ -248,14 +243,17 @@ def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
     if trainer.is_world_process_zero():
         run.save(output)
         log.start(0 if checkpoint is None else step_of(checkpoint))
-    with request.listening():
+    with stop.listening():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     steps_done = trainer.state.global_step
     evaluation = trainer.evaluations.get(max(trainer.evaluations, default=0), {})
     if not stop.stopped:
         trainer.save_model(str(output))
     if trainer.is_world_process_zero():
-        _draw(output)
+        try:
+            draw_curves(output / LOG_NAME, output / CURVES_NAME)
+        except ImportError as error:
+            print(f"deltamem: no curves drawn: {error} (pip install deltamem-fast[train])", file=sys.stderr)
         if not stop.stopped:
             base = hub_id(getattr(unwrap(model).config, "_name_or_path", None))
             card = model_card(run, base, checked, steps_done, evaluation)
@@ -263,10 +261,3 @@ def _train(model, tokenizer, run, checked, held_out, build, options, checkpoint)
     trainer.accelerator.wait_for_everyone()
     interrupted_at = output / f"checkpoint-{steps_done}" if stop.stopped else None
     return TrainingResult(output, steps_done, steps, interrupted_at, evaluation)
-
-
-def _draw(output: Path) -> None:
-    try:
-        draw_curves(output / LOG_NAME, output / CURVES_NAME)
-    except ImportError as error:
-        print(f"deltamem: no curves drawn: {error} (pip install deltamem-fast[train])", file=sys.stderr)

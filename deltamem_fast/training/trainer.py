@@ -20,7 +20,7 @@ from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from .callbacks import FiniteCallback
-from .checkpoints import mark_whole, unmark
+from .checkpoints import WHOLE_NAME, mark_whole
 from .data import Example
 from .episode import KINDS, Episode, collate_arguments
 from .log import TrainingLog
@@ -104,19 +104,18 @@ class Meter:
 
     def take(self, accelerator, gate_weight: float) -> dict:
         """The step's entry for the log; every process has to call it."""
-        sums = accelerator.reduce(self.sums, "sum").tolist()
+        sizes = (4, len(KINDS), len(KINDS), self.layers, self.layers)
+        sums = accelerator.reduce(self.sums, "sum").cpu().split(sizes)
+        (forwards, penalty, written, read), losses, counts, beta, saturated = (part.tolist() for part in sums)
         self.sums.zero_()
         seconds, self.since = time.perf_counter() - self.since, None
-        forwards, penalty, written, read = sums[:4]
-        kinds, gates = sums[4 : 4 + 2 * len(KINDS)], sums[4 + 2 * len(KINDS) :]
-        losses, counts = kinds[: len(KINDS)], kinds[len(KINDS) :]
         answer_loss, penalty = sum(losses) / sum(counts), penalty / forwards
         entry = {"loss": answer_loss + gate_weight * penalty, "answer_loss": answer_loss, "penalty": penalty}
         for kind, loss, count in list(zip(KINDS, losses, counts))[1:]:
             if count:
                 entry[f"{kind}_loss"] = loss / count
-        entry["mean_beta"] = [value / max(written, 1) for value in gates[: self.layers]]
-        entry["saturated"] = [value / max(written, 1) for value in gates[self.layers :]]
+        entry["mean_beta"] = [value / max(written, 1) for value in beta]
+        entry["saturated"] = [value / max(written, 1) for value in saturated]
         entry["tokens"] = int(written + read)
         entry["tokens_per_second"] = round((written + read) / seconds, 1)
         return entry
@@ -215,14 +214,10 @@ class DeltaMemTrainer(Trainer):
         """Record a step: to the log, and as plain numbers to the callbacks (tensorboard, wandb)."""
         if "learning_rate" not in logs:  # the Trainer's summary at the end
             return
-        entry = {"step": self.state.global_step, **self.meter.take(self.accelerator, self.gate_weight)}
-        entry |= {name: float(logs[name]) for name in ("learning_rate", "grad_norm") if name in logs}
-        entry["epoch"] = round(self.state.global_step * self._episodes_a_step() / len(self.train_dataset.examples), 6)
-        if self.is_world_process_zero() and self.episode_log is not None:
-            self.episode_log.write(entry)
-        if getattr(self.accelerator, "scaler", None) is None:
-            self._refuse_nonfinite(entry)
-        super().log(flat(entry), start_time)
+        step = self.state.global_step
+        figures = {name: float(logs[name]) for name in ("learning_rate", "grad_norm") if name in logs}
+        figures["epoch"] = round(step * self._episodes_a_step() / len(self.train_dataset.examples), 6)
+        super().log(flat(self._record_step(step, figures)), start_time)
         # Every checkpoint would hold them all; log.jsonl is the record.
         self.state.log_history.clear()
 
@@ -239,22 +234,28 @@ class DeltaMemTrainer(Trainer):
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.args.device)
         sums = torch.stack([self.meter.sums.sum().float(), norm.float()])
         loss, norm = self.accelerator.reduce(sums, "sum").tolist()
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        entry = {"step": self.state.global_step + 1, **self.meter.take(self.accelerator, self.gate_weight)}
-        entry["grad_norm"] = norm
-        if self.is_world_process_zero() and self.episode_log is not None:
-            self.episode_log.write(entry)
-        self._refuse_nonfinite(entry)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._record_step(self.state.global_step + 1, {"grad_norm": norm})
 
-    def _refuse_nonfinite(self, entry: dict) -> None:
-        """Raise before a checkpoint is made of such weights; all processes see the same numbers, and raise together."""
+    def _record_step(self, step: int, figures: dict[str, float]) -> dict:
+        """What the meter has, with ``figures``, for the log; returns it.
+
+        Raises where it is not finite, before a checkpoint is made of such weights, unless a loss scaler takes care of
+        that; all processes see the same numbers, and raise together.
+        """
+        entry = {"step": step, **self.meter.take(self.accelerator, self.gate_weight), **figures}
+        self._record(entry)
         for name in ("loss", "grad_norm"):
-            if not math.isfinite(entry.get(name, 0.0)):
+            if getattr(self.accelerator, "scaler", None) is None and not math.isfinite(entry.get(name, 0.0)):
                 raise ArgumentError(
                     f"{name}: got {entry[name]} at step {entry['step']}; checkpoints in {self.args.output_dir} are "
                     "from before; allowed: another run with a lower learning rate or other data"
                 )
+        return entry
+
+    def _record(self, entry: dict) -> None:
+        if self.is_world_process_zero() and self.episode_log is not None:
+            self.episode_log.write(entry)
 
     def _episodes_a_step(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -265,8 +266,7 @@ class DeltaMemTrainer(Trainer):
         """Mean loss of the answers' tokens in each held-out file, with the memory and without; every token once."""
         found = {name: self._evaluate_file(dataset) for name, dataset in (eval_dataset or self.eval_dataset).items()}
         self.evaluations[self.state.global_step] = found
-        if self.is_world_process_zero() and self.episode_log is not None:
-            self.episode_log.write({"step": self.state.global_step, "evaluation": found})
+        self._record({"step": self.state.global_step, "evaluation": found})
         metrics = {f"{metric_key_prefix}_{n}_{key}": v for n, values in found.items() for key, v in values.items()}
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -292,7 +292,7 @@ class DeltaMemTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            unmark(checkpoint)
+            (checkpoint / WHOLE_NAME).unlink(missing_ok=True)  # an older run's, which is written over
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # the other processes' parts are on the disk too
         if self.args.should_save:
@@ -335,7 +335,6 @@ def flat(entry: dict) -> dict[str, float]:
 
 def training_arguments(options: TrainingOptions, steps: int, evaluates: bool) -> TrainingArguments:
     """The Trainer's arguments for a run of ``steps`` steps."""
-    every = options.evaluate_every or steps
     # Without a GPU, processes of a launcher that was not told so would each train for themselves.
     cpu = options.cpu or not torch.accelerator.is_available()
     arguments = TrainingArguments(
@@ -359,7 +358,7 @@ def training_arguments(options: TrainingOptions, steps: int, evaluates: bool) ->
         save_steps=options.save_every or 500,
         save_total_limit=options.keep,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=every,
+        eval_steps=options.evaluate_every or steps,
         report_to=list(options.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,

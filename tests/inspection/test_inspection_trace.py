@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from inspection_support import CHAT, CONFIGS, TOKENIZER, bits, filled, model_with
+from inspection_support import CHAT, CONFIGS, TOKENIZER, bits, filled, model_with, random_trace
 from matplotlib.image import imread
 from support import loud_adapter, tiny_model
 from tokenizers import Tokenizer, decoders, models
@@ -247,7 +247,7 @@ def test_the_picture_of_a_trace(tmp_path, name, text, recwarn):
 def test_no_matplotlib_no_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "installed", lambda package: False)
     with pytest.raises(ImportError, match="matplotlib is not installed"):
-        draw_trace(None, tmp_path / "a.png")
+        draw_trace(random_trace()[0], tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
 

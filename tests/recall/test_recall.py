@@ -16,13 +16,11 @@ from deltamem_fast.display import style_of
 from deltamem_fast.inspection import pictures as heatmap
 from deltamem_fast.inspection.pictures import Snapshot, draw_heat_map, heat_map_lines, png_size
 from deltamem_fast.recall import hints as interactive
-from deltamem_fast.recall import measure, revision, task, world
+from deltamem_fast.recall import measure, task, world
 from deltamem_fast.recall.chats import answer, ask, encode, next_logits, tell
 from deltamem_fast.recall.hints import converse, known_words, unknown_words
-from deltamem_fast.recall.measure import CONDITIONS, draw_episode, recall
-from deltamem_fast.recall.proof import chance, draw_plan
-from deltamem_fast.recall.revision import draw_revision, revise
-from deltamem_fast.recall.story import draw_story, tell_facts, tell_revision
+from deltamem_fast.recall.measure import CONDITIONS, draw_episode, draw_revision, recall, revise
+from deltamem_fast.recall.proof import chance, draw_plan, draw_story, tell_facts, tell_revision
 from deltamem_fast.recall.tokenizer import build_tokenizer
 from deltamem_fast.recall.weights import STRATEGIES, find_weights, load_backbone
 
@@ -192,10 +190,10 @@ def test_revisions_are_counted(model, tokenizer, monkeypatch):
     assert all(r.fact.key == r.episode.facts[r.place].key for r in revisions)
     assert all(r.fact.value != r.episode.facts[r.place].value and r.fact.value in r.update for r in revisions)
     stubborn = [fact.value for r in revisions for fact in r.episode.facts]
-    monkeypatch.setattr(revision, "ask", lambda *arguments: stubborn)
+    monkeypatch.setattr(measure, "ask", lambda *arguments: stubborn)
     assert revise(model, tokenizer, revisions) == {"revised": 0, "stale": 1, "kept": 1}
     renewed = [r.fact.value if i == r.place else "" for r in revisions for i in range(3)]
-    monkeypatch.setattr(revision, "ask", lambda *arguments: renewed)
+    monkeypatch.setattr(measure, "ask", lambda *arguments: renewed)
     assert revise(model, tokenizer, revisions) == {"revised": 1, "stale": 0, "kept": 0}
 
 
