@@ -21,16 +21,16 @@ from typing import NoReturn
 import numpy
 import torch
 
-from ..adapter.identity import describe_difference
 from ..adapter.record import identity_of
 from ..arguments import MOST, MOST_64, check_integer
 from ..errors import ArgumentError, ArgumentKeyError, ArgumentTypeError, FileFormatError, PathExistsError
 from ..storage.bank_entries import BankEntry
-from ..storage.bank_ids import BankConflict, check_id, check_ids
+from ..storage.bank_ids import BankConflict, check_id, check_ids, first_of
 from ..storage.bank_store import BankStore
 from ..storage.files import as_path, make_directory, naming_files
 from ..storage.tensors import read_metadata
 from .bank_index import ExportedFile, read_index, write_index
+from .file import check_made_under
 from .state import MemoryState, load_memory, place_of
 
 __all__ = ["BankConflict", "BankEntry", "MemoryBank"]
@@ -80,11 +80,19 @@ class MemoryBank:
             **self._identity.fingerprints(),
         }
 
-        def check(found: dict[str, str], row_bytes: int) -> bool:
-            difference = _check_layout(path, (found, row_bytes), (layout, 4 * self._words), adopt)
+        row_bytes, whose = 4 * self._words, f"path: {path}: a bank of"
+
+        def check(found: dict[str, str], size: int) -> bool:
+            """Raise unless rows of the file fit; whether the layout is to be the model's from now on."""
+            difference = check_made_under(found, layout, adopt, f"{whose} memories made under", "its rows fit")
+            for name in ("byteorder", "layers"):
+                if found.get(name) != layout[name]:
+                    raise FileFormatError(f"{whose} {name} {found.get(name)}, but here it is {layout[name]}")
+            if size != row_bytes:
+                raise FileFormatError(f"{whose} {size} bytes a memory, but here it is {row_bytes}")
             return bool(difference) or "backbone_fields" not in found  # as of the version before
 
-        self._store = BankStore(path, layout, 4 * self._words, durable=durable, check=check)
+        self._store = BankStore(path, layout, row_bytes, durable=durable, check=check)
 
     def close(self) -> None:
         """Close the file; every later call but this one raises ValueError."""
@@ -203,9 +211,7 @@ class MemoryBank:
         Raises:
             TypeError, ValueError: an argument is not allowed.
         """
-        return self._store.entries(
-            prefix=prefix, order_by=order_by, descending=descending, limit=limit, offset=offset
-        )  # fmt: skip
+        return self._store.entries(prefix, order_by, descending, limit, offset)
 
     # --- files
 
@@ -326,10 +332,9 @@ class MemoryBank:
             if row and (row[0], row[2]) != (id, here)
         ]
         if swapped:
-            shown = ", ".join(f"row {n} is the memory of {owner}, not of {id!r}" for n, owner, id in swapped[:3])
-            more = f" and {len(swapped) - 3} more" if len(swapped) > 3 else ""
+            shown = first_of((f"row {n} is the memory of {owner}, not of {id!r}" for n, owner, id in swapped), 3)
             raise ArgumentError(
-                f"ids: {shown}{more}; commit rows under their own ids ({_some(state.ids)}), or state.unnamed() to copy "
+                f"ids: {shown}; commit rows under their own ids ({_some(state.ids)}), or state.unnamed() to copy "
                 "memories to other ids or banks on purpose"
             )
 
@@ -413,23 +418,5 @@ def _all_finite(numbers: numpy.ndarray) -> bool:
     return bool(numpy.isfinite(numpy.einsum("ij->", numbers)) or numpy.isfinite(numbers).all())
 
 
-def _check_layout(path, theirs: tuple[dict[str, str], int], ours: tuple[dict[str, str], int], adopt: bool) -> str:
-    """Raise unless rows of one (layout, bytes) fit the other; returns whose they are instead, where ``adopt`` is."""
-    (found, size), (layout, row_bytes) = theirs, ours
-    difference = describe_difference(found, layout)
-    if difference and not adopt:
-        raise FileFormatError(
-            f"path: {path}: a bank of memories made under {difference}; adopt=True takes it all the same, if its rows "
-            "fit"
-        )
-    for name in ("byteorder", "layers"):
-        if found.get(name) != layout[name]:
-            raise FileFormatError(f"path: {path}: a bank of {name} {found.get(name)}, but here it is {layout[name]}")
-    if size != row_bytes:
-        raise FileFormatError(f"path: {path}: a bank of {size} bytes a memory, but here it is {row_bytes}")
-    return difference
-
-
 def _some(ids: list[str]) -> str:
-    more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-    return ", ".join(map(repr, ids[:5])) + more
+    return first_of(map(repr, ids))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import DeltaMemError, FileFormatError
 from ..storage.bank_ids import check_ids
-from ..storage.files import check_version, read_json, write_json
+from ..storage.files import check_format, check_version, read_json, write_json
 
 INDEX = "index.json"
 FORMAT = "deltamem-bank-export"
@@ -47,10 +47,7 @@ def read_index(directory: Path) -> list[ExportedFile]:
     """
     path = directory / INDEX
     index = read_json(path, "directory")
-    if index.get("format") != FORMAT:
-        raise FileFormatError(
-            f"directory: {path}: no export of a bank (format {index.get('format')!r}, allowed {FORMAT!r})"
-        )
+    check_format(index.get("format"), FORMAT, f"directory: {path}", "no export of a bank")
     version = index.get("format_version")
     check_version(version, FORMAT_VERSION, f"directory: {path}")
     files = index.get("files")

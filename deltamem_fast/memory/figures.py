@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,11 @@ class LayerDistance:
     cosine: float | None
 
 
+@dataclass(frozen=True)
 class _Rows:
     """Figures as rows of a table and as JSON."""
+
+    rows: tuple
 
     def __iter__(self) -> Iterator:
         return iter(self.rows)
@@ -77,40 +80,25 @@ class _Rows:
     def to_dict(self) -> dict:
         """One JSON object; a figure that is NaN or infinite is null."""
         rows = [dataclasses.asdict(row) for row in self.rows]
-        return {
-            "rows": [{k: plain(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
-        }
+        return {"rows": [{k: plain(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows]}
 
     def _lines(self, headings: list[str], cells) -> str:
         # Conversations and heads are named where there is more than one.
-        names = [("row", "row"), ("layer", "layer"), ("head", "head")]
-        shown = [
-            (heading, field)
-            for heading, field in names
-            if field == "layer" or len({getattr(row, field) for row in self.rows}) > 1
-        ]
-        return table(
-            [heading for heading, _ in shown] + headings,
-            [[str(getattr(row, field)) for _, field in shown] + cells(row) for row in self.rows],
-        )
+        several = {name for name in ("row", "head") if len({getattr(row, name) for row in self.rows}) > 1}
+        names = [name for name in ("row", "layer", "head") if name == "layer" or name in several]
+        return table(names + headings, [[str(getattr(row, name)) for name in names] + cells(row) for row in self.rows])
 
 
-@dataclass(frozen=True)
 class MemoryReport(_Rows):
     """``rows``: a LayerReport for each conversation, layer and head, in that order. ``print`` it to read it."""
-
-    rows: tuple[LayerReport, ...]
 
     def __str__(self) -> str:
         headings = ["norm", "effective rank", "saturation", "largest row", "its norm", "skipped"]
         return self._lines(headings, _figures)
 
 
-@dataclass(frozen=True)
 class DistanceReport(_Rows):
     """``rows``: a LayerDistance for each conversation, layer and head, in that order. ``print`` it to read it."""
-
-    rows: tuple[LayerDistance, ...]
 
     def __str__(self) -> str:
         headings = ["distance", "relative", "cosine"]
@@ -135,8 +123,18 @@ def report(states: States, skipped: States, row: int | None = None) -> MemoryRep
         ValueError: no such row.
     """
     rows = rows_of(states, row)
-    found = {layer: _layer_reports(layer, states[layer], skipped[layer], rows) for layer in states}
-    return MemoryReport(tuple(entry for n in range(len(rows)) for layer in found for entry in found[layer][n]))
+    found = {layer: _report_figures(states[layer][rows], skipped[layer][rows]) for layer in states}
+    return MemoryReport(_by_place(LayerReport, rows, found))
+
+
+def _by_place(kind: type, rows: list[int], found: Mapping[int, Sequence[Sequence]]) -> tuple:
+    """A ``kind`` for each conversation, layer and head, in that order, of each layer's figures, each [rows][heads]."""
+    return tuple(
+        kind(layer, head, row, *values)
+        for n, row in enumerate(rows)
+        for layer, figures in found.items()
+        for head, values in enumerate(zip(*(figure[n] for figure in figures)))
+    )
 
 
 def rows_of(states: States, row: int | None, name: str = "row") -> list[int]:
@@ -158,23 +156,14 @@ def _rows(states: States) -> int:
     return next((states[layer].shape[0] for layer in states), 0)
 
 
-def _layer_reports(layer: int, state: torch.Tensor, skipped: torch.Tensor, rows: list[int]) -> list[list[LayerReport]]:
-    """[rows][heads] reports of one layer."""
-    state = state.detach()[rows].cpu().double()
-    rank = state.shape[-1]
+def _report_figures(state: torch.Tensor, skipped: torch.Tensor) -> list[list]:
+    """Those of a ``LayerReport``, in its order."""
+    state = state.detach().cpu().double()
     effective = effective_rank(state)
-    row_norms = state.norm(dim=-1)
-    largest_norm, largest = row_norms.max(-1)
-    figures = (state.norm(dim=(-2, -1)), effective, effective / rank, largest, largest_norm)
-    figures = [figure.tolist() for figure in figures]
-    counts = skipped.detach()[rows].tolist()
-    return [
-        [
-            LayerReport(layer, head, row, *(figure[n][head] for figure in figures), counts[n])
-            for head in range(state.shape[1])
-        ]
-        for n, row in enumerate(rows)
-    ]
+    largest_norm, largest = state.norm(dim=-1).max(-1)
+    figures = (state.norm(dim=(-2, -1)), effective, effective / state.shape[-1], largest, largest_norm)
+    counts = skipped.detach().cpu().unsqueeze(1).expand(state.shape[:2])
+    return [figure.tolist() for figure in (*figures, counts)]
 
 
 def effective_rank(states: torch.Tensor) -> torch.Tensor:
@@ -210,8 +199,8 @@ def distance(a: States, b: States, row: int | None = None) -> DistanceReport:
         raise ArgumentError(f"b: got {_rows(b)} rows, allowed {_rows(a)} as in the other one; or name one row")
     rows = rows_of(a, row)
     rows_of(b, row)
-    found = {layer: _layer_distances(layer, a[layer], b[layer], rows) for layer in a}
-    return DistanceReport(tuple(entry for n in range(len(rows)) for layer in found for entry in found[layer][n]))
+    found = {layer: _distance_figures(a[layer][rows], b[layer][rows]) for layer in a}
+    return DistanceReport(_by_place(LayerDistance, rows, found))
 
 
 def check_alike(a: States, b: States, name: str = "b") -> None:
@@ -221,24 +210,14 @@ def check_alike(a: States, b: States, name: str = "b") -> None:
         raise ArgumentError(f"{name}: got layers {theirs}, allowed {ours}, [heads, rank, rank] by layer")
 
 
-def _layer_distances(layer: int, a: torch.Tensor, b: torch.Tensor, rows: list[int]) -> list[list[LayerDistance]]:
-    a, b = (state.detach()[rows].cpu().double().flatten(2) for state in (a, b))
+def _distance_figures(a: torch.Tensor, b: torch.Tensor) -> list[list]:
+    """Those of a ``LayerDistance``, in its order."""
+    a, b = (state.detach().cpu().double().flatten(2) for state in (a, b))
     norms = [state.norm(dim=-1) for state in (a, b)]
     apart = (a - b).norm(dim=-1)
     larger, product = torch.maximum(*norms), norms[0] * norms[1]
     relative = torch.where(larger == 0, 0.0, apart / larger)
-    cosine = ((a * b).sum(-1) / product).clamp(-1, 1)
-    return [
-        [
-            LayerDistance(
-                layer,
-                head,
-                row,
-                apart[n, head].item(),
-                relative[n, head].item(),
-                None if product[n, head] == 0 else cosine[n, head].item(),
-            )
-            for head in range(a.shape[1])
-        ]
-        for n, row in enumerate(rows)
-    ]
+    cosine = ((a * b).sum(-1) / product).clamp(-1, 1).tolist()
+    empty = (product == 0).tolist()
+    cosine = [[None if none else c for c, none in zip(*heads)] for heads in zip(cosine, empty)]
+    return [apart.tolist(), relative.tolist(), cosine]

@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from ..adapter.fingerprints import public_label
+from ..adapter.identity import describe_difference
 from ..arguments import MOST
 from ..errors import ArgumentError, FileFormatError
-from ..storage.files import as_path, parse_json, write_atomically
+from ..storage.files import as_path, check_format, parse_json, write_atomically
 from ..storage.tensors import Header, check_seal, read_tensors, save_tensors, seal
 
 FORMAT = "deltamem-memory"
 FORMAT_VERSION = 2  # 1 had no checksum, and no fields of the backbone
+Shapes = dict[int, tuple[int, ...]]  # layer index → (H, r, r)
 NAMES = ("adapter_name", "adapter_fingerprint", "backbone_name", "backbone_fingerprint")
 _SKIPPED = "skipped"
 
@@ -58,6 +60,20 @@ class MemoryContent:
         names = self.names
         adapter = f"adapter {names['adapter_name']} ({names['adapter_fingerprint'][:12]})"
         return f"{adapter} on {names['backbone_name']} ({names['backbone_fingerprint'][:12]})"
+
+
+def check_made_under(
+    theirs: Mapping[str, str], ours: Mapping[str, str], adopt: bool, where: str, fitting: str = "its shapes fit"
+) -> str:
+    """What differs between a file's fingerprints and the model's; "" if nothing. Raises for it unless ``adopt``.
+
+    Args:
+        where: what the message begins with, up to the file's adapter and backbone.
+    """
+    difference = describe_difference(theirs, ours)
+    if difference and not adopt:
+        raise FileFormatError(f"{where} {difference}; adopt=True takes it all the same, if {fitting}")
+    return difference
 
 
 def write_memory(
@@ -104,9 +120,7 @@ def whole_counts(counters: torch.Tensor) -> torch.Tensor:
 
 
 def read_memory(
-    path: str | os.PathLike,
-    name: str = "path",
-    check: Callable[[dict[str, str], dict[int, tuple[int, ...]]], None] | None = None,
+    path: str | os.PathLike, name: str = "path", check: Callable[[dict[str, str], Shapes], None] | None = None
 ) -> MemoryContent:
     """Read a memory of either version onto the CPU.
 
@@ -119,78 +133,65 @@ def read_memory(
         FileFormatError (a ValueError): not a memory file, of a newer format, or damaged; names the file.
     """
     path = as_path(path, name)
-    found: dict = {}
+    where = f"{name}: {path}"
+    shapes: Shapes = {}
 
     def check_header(metadata: dict[str, str], header: Header) -> None:
-        version = _check_version(path, name, metadata)
-        shapes = _shapes(path, name, metadata)
-        _check_tensors(path, name, shapes, header)
-        frozen = metadata.get("frozen")
-        if frozen not in ("true", "false"):
-            raise FileFormatError(f"{name}: {path}: frozen is {frozen!r}, allowed true and false")
+        _check_version(metadata, where)
+        shapes.update(_shapes(metadata, where))
+        _check_tensors(shapes, header, where)
+        if metadata.get("frozen") not in ("true", "false"):
+            raise FileFormatError(f"{where}: frozen is {metadata.get('frozen')!r}, allowed true and false")
         if check is not None:
             check(metadata, shapes)
-        found.update(version=version, shapes=shapes, frozen=frozen == "true")
 
     metadata, tensors = read_tensors(path, name, check_header)
-    if found["version"] > 1:
+    if int(metadata["format_version"]) > 1:
         check_seal(path, name, metadata, tensors)
-    layers = {i: tensors[_name(i)] for i in found["shapes"]}
+    layers = {i: tensors[_name(i)] for i in shapes}
     for i, state in layers.items():
         if not bool(state.isfinite().all()):
-            raise FileFormatError(f"{name}: {path}: damaged: layer {i} holds NaN or Inf")
+            raise FileFormatError(f"{where}: damaged: layer {i} holds NaN or Inf")
     counters = tensors[_SKIPPED]
     if bool((counters < 0).any()):
-        raise FileFormatError(f"{name}: {path}: damaged: skipped holds counts below 0")
+        raise FileFormatError(f"{where}: damaged: skipped holds counts below 0")
     # Each layer's are updated in place, so that none may share storage with another's.
     skipped = {i: counters[n].clone() for n, i in enumerate(layers)}
-    return MemoryContent(path, layers, skipped, found["frozen"], metadata)
+    return MemoryContent(path, layers, skipped, metadata["frozen"] == "true", metadata)
 
 
 def _name(layer: int) -> str:
     return f"layers.{layer}.state"
 
 
-def _check_version(path, name: str, metadata: Mapping[str, str]) -> int:
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(
-            f"{name}: {path}: not a memory file (format {metadata.get('format')!r}, allowed {FORMAT!r})"
-        )
+def _check_version(metadata: Mapping[str, str], where: str) -> None:
+    check_format(metadata.get("format"), FORMAT, where, "not a memory file")
     version = metadata.get("format_version", "")
     if not re.fullmatch("[0-9]{1,9}", version) or not 1 <= int(version) <= FORMAT_VERSION:
-        raise FileFormatError(f"{name}: {path}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
-    return int(version)
+        raise FileFormatError(f"{where}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
 
 
-def _shapes(path, name: str, metadata: Mapping[str, str]) -> dict[int, tuple[int, ...]]:
+def _shapes(metadata: Mapping[str, str], where: str) -> Shapes:
     """Layer index → (H, r, r), as the metadata has it."""
     if "layers" not in metadata:
-        raise FileFormatError(f"{name}: {path}: a broken memory file: its metadata lacks the entry 'layers'")
-    said = parse_json(metadata["layers"], f"{path}: its metadata's entry 'layers'", name)
+        raise FileFormatError(f"{where}: a broken memory file: its metadata lacks the entry 'layers'")
+    said = parse_json(metadata["layers"], f"{where}: its metadata's entry 'layers'")
     for layer, shape in said.items():
         whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
         if not re.fullmatch("0|[1-9][0-9]{0,8}", layer) or not whole or shape[1] != shape[2]:
-            raise FileFormatError(
-                f"{name}: {path}: layer {layer!r} is said to be {shape!r}, allowed [heads, rank, rank]"
-            )
+            raise FileFormatError(f"{where}: layer {layer!r} is said to be {shape!r}, allowed [heads, rank, rank]")
     return {int(layer): tuple(shape) for layer, shape in said.items()}
 
 
-def _check_tensors(path, name: str, shapes: Mapping[int, tuple[int, ...]], header: Header) -> None:
+def _check_tensors(shapes: Shapes, header: Header, where: str) -> None:
     """Raise unless the file holds the tensors that its metadata says, all of one batch size, and no other."""
     wanted = {_name(i) for i in shapes} | {_SKIPPED}
     if header.keys() != wanted:
         missing, more = sorted(wanted - header.keys()), sorted(header.keys() - wanted)
-        raise FileFormatError(
-            f"{name}: {path}: a broken memory file: it lacks {missing[:3]}, and has unexpected {more[:3]}"
-        )
+        raise FileFormatError(f"{where}: a broken memory file: it lacks {missing[:3]}, and has unexpected {more[:3]}")
     rows = next((header[_name(i)][1][:1] for i in shapes), (0,))
-    for tensor, kind, shape in (
-        *((_name(i), "F32", (*rows, *shape)) for i, shape in shapes.items()),
-        (_SKIPPED, "I32", (len(shapes), *rows)),
-    ):
-        if header[tensor] != (kind, shape):
-            raise FileFormatError(
-                f"{name}: {path}: {tensor} is {header[tensor][0]} {list(header[tensor][1])}, allowed {kind} "
-                f"{list(shape)}"
-            )
+    allowed = {_name(i): ("F32", (*rows, *shape)) for i, shape in shapes.items()}
+    for tensor, (kind, shape) in (allowed | {_SKIPPED: ("I32", (len(shapes), *rows))}).items():
+        dtype, sizes = header[tensor]
+        if (dtype, sizes) != (kind, shape):
+            raise FileFormatError(f"{where}: {tensor} is {dtype} {list(sizes)}, allowed {kind} {list(shape)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from ..arguments import check_integer, check_type
 from ..errors import ArgumentError
 from ..text.answering import THINKING_TOKENS, answer_options, check_reserved, warn_if_cut_off
 from ..text.encode import chat_ids, check_known
-from .erasing import WriteResult, check_ready, erase
-from .pieces import WRITE_TOKENS, Text, as_messages, checked_text, encoded_pieces, with_bar
 from .state import MemoryState, taken_back
+from .telling import WRITE_TOKENS, Encoded, Text, WriteResult, check_ready, checked_text, encoded_pieces, erase
 
 
 @torch.no_grad()
@@ -57,9 +57,23 @@ def ingest(
     pieces = encoded_pieces(model, tokenizer, checked_text(text), tokens)
     total, device, before = sum(map(len, pieces)), input_device(model), memory.skipped
     with taken_back(memory):
-        for piece in with_bar(pieces, total, progress):
+        for piece in _with_bar(pieces, total, progress):
             decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
     return WriteResult(total, pieces=len(pieces), skipped=int((memory.skipped - before).sum()))
+
+
+def _with_bar(pieces: list[Encoded], total: int, progress: bool | None) -> Iterator[Encoded]:
+    if progress is None:
+        progress = len(pieces) > 1 and sys.stderr.isatty()
+    if not progress:
+        yield from pieces
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="tok", unit_scale=True, desc="ingest") as bar:
+        for piece in pieces:
+            yield piece
+            bar.update(len(piece))
 
 
 def retrieve(
@@ -96,7 +110,8 @@ def retrieve(
     check_reserved(options, "options", "retrieve")
     check_values(options, "options")
     template = checked_template({} if template is None else template, "retrieve")
-    messages = as_messages(checked_text(question))
+    messages = checked_text(question)
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     if not getattr(tokenizer, "chat_template", None):
         raise ArgumentError("tokenizer: has no chat template, which shows the model where its answer begins")
     ids = chat_ids(tokenizer, messages, "question", {**template, "add_generation_prompt": True})
@@ -171,15 +186,11 @@ def forget(
     Raises:
         ValueError, TypeError: naming the argument; the memory is as it was, also after any other error or an interrupt.
     """
-    _check_kind(model, memory)
+    _check(model, memory)
     return erase(model, tokenizer, memory, text, strength)
 
 
 def _check(model: nn.Module, memory: MemoryState) -> None:
-    _check_kind(model, memory)
-    check_ready(model, memory)
-
-
-def _check_kind(model: nn.Module, memory: MemoryState) -> None:
     identity_of(model)  # raises for a model that has no memory
     check_type(memory, "memory", MemoryState, "a MemoryState")
+    check_ready(model, memory)

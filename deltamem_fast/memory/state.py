@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from ..adapter.identity import LayerSpec, describe_difference, fingerprinted
+from ..adapter.identity import LayerSpec, fingerprinted
 from ..adapter.record import identity_of
 from ..arguments import MOST, check_integer, shown
 from ..errors import ArgumentError, ArgumentIndexError, ArgumentKeyError, ArgumentTypeError, FileFormatError, StateError
-from .erasing import erase
-from .figures import MemoryReport, report
-from .file import read_memory, whole_counts, write_memory
+from .figures import MemoryReport, norm_of, report
+from .file import check_made_under, read_memory, whole_counts, write_memory
+from .telling import erase
 
 
 class MemoryState:
@@ -130,23 +129,19 @@ class MemoryState:
         first = next(iter(self._layers.values()), None)
         parts = [f"batch_size={self.batch_size}", f"layers={_few(list(self._layers))}"]
         if first is not None:
-            parts += [f"shape={list(first.shape)}", f"norm={_norm(self._layers.values())}"]
+            parts += [f"shape={list(first.shape)}", f"norm={_norm(self._layers)}"]
             parts.append(f"device={', '.join(sorted({str(state.device) for state in self._layers.values()}))}")
         parts.append(f"adapter={None if self._identity is None else self._identity.adapter_name!r}")
         return f"MemoryState({', '.join(parts)}, frozen={self.frozen})"
 
     # --- making others of it
 
-    def _map(self, change, rows=None) -> MemoryState:
-        """``change`` of every tensor; ``rows``, the same for the names of the rows."""
-        made = MemoryState(
-            {i: change(state) for i, state in self._layers.items()},
-            identity=self._identity,
-            frozen=self.frozen,
-            skipped={i: change(counter) for i, counter in self._skipped.items()},
-        )
+    def _map(self, change, rows: list | None = None) -> MemoryState:
+        """``change`` of every tensor; ``rows``: what the rows are then called, if these here have names."""
+        layers, skipped = ({i: change(t) for i, t in part.items()} for part in (self._layers, self._skipped))
+        made = MemoryState(layers, identity=self._identity, frozen=self.frozen, skipped=skipped)
         made._broken, made._interrupted = self._broken, self._interrupted
-        made._rows = self._rows if rows is None or self._rows is None else tuple(rows(self._rows))
+        made._rows = self._rows if rows is None or self._rows is None else tuple(rows)
         return made
 
     def clone(self) -> MemoryState:
@@ -210,17 +205,14 @@ class MemoryState:
         index = index.long().reshape(-1)
         if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.batch_size):
             raise ArgumentIndexError(f"rows: got {index.tolist()}, allowed 0 to {self.batch_size - 1}")
-        places = [] if self._rows is None else index.tolist()
-        return self._map(
-            lambda tensor: tensor.index_select(0, index.to(tensor.device)), lambda rows: [rows[n] for n in places]
-        )
+        names = None if self._rows is None else [self._rows[n] for n in index.tolist()]
+        return self._map(lambda tensor: tensor.index_select(0, index.to(tensor.device)), names)
 
     def repeat(self, times: int) -> MemoryState:
         """Every row ``times`` times in a row (0, 0, 1, 1, …), as ``generate`` expands a batch."""
         check_integer(times, "times", 1)
-        return self._map(
-            lambda tensor: tensor.repeat_interleave(times, 0), lambda rows: [row for row in rows for _ in range(times)]
-        )
+        names = [row for row in self._rows or () for _ in range(times)]
+        return self._map(lambda tensor: tensor.repeat_interleave(times, 0), names)
 
     @staticmethod
     def cat(memories: Iterable[MemoryState]) -> MemoryState:
@@ -373,12 +365,10 @@ class MemoryState:
 
     def put(self, layer_idx: int, state: torch.Tensor, *, in_place: bool) -> None:
         """Set a layer's state; ``in_place`` keeps the address where autograd allows it."""
-        current = self._layers.get(layer_idx)
-        if in_place and current is not None and current.shape == state.shape and writable(current):
-            with torch.no_grad():
-                current.copy_(state)
+        if in_place:
+            _put_in_place(self._layers, layer_idx, state)
         else:
-            self._layers[layer_idx] = state.detach() if in_place else state
+            self._layers[layer_idx] = state
 
     def counter(self, layer_idx: int) -> torch.Tensor:
         """A layer's live count of tokens that were not written, int32 [B]; see ``skipped``."""
@@ -444,11 +434,7 @@ class MemoryState:
                 self._rows = tuple(self._rows[place] for place in places)
             self.put(layer_idx, change(self._layers[layer_idx]), in_place=True)
             self._count_arrivals(layer_idx)
-            counter = change(self._skipped[layer_idx])
-            if counter.shape == self._skipped[layer_idx].shape and writable(self._skipped[layer_idx]):
-                self._skipped[layer_idx].copy_(counter)
-            else:
-                self._skipped[layer_idx] = counter
+            _put_in_place(self._skipped, layer_idx, change(self._skipped[layer_idx]))
 
     # --- looking inside
 
@@ -514,11 +500,8 @@ def load_memory(
     wanted = {i: spec.shape for i, spec in specs.items()}
 
     def check(metadata, shapes) -> None:
-        difference = "" if adopt else describe_difference(metadata, identity.fingerprints())
-        if difference:
-            raise FileFormatError(
-                f"{name}: {path}: saved under {difference}; adopt=True takes it all the same, if its shapes fit"
-            )
+        if not adopt:
+            check_made_under(metadata, identity.fingerprints(), adopt, f"{name}: {path}: saved under")
         if shapes != wanted:
             raise FileFormatError(f"{name}: {path}: holds layers {_short(shapes)}, the model's are {_short(wanted)}")
 
@@ -565,6 +548,16 @@ def _counter(state: torch.Tensor) -> torch.Tensor:
     return torch.zeros(state.shape[0], dtype=torch.int32, device=state.device)
 
 
+def _put_in_place(part: dict[int, torch.Tensor], layer_idx: int, values: torch.Tensor) -> None:
+    """Set a layer's tensor, at the same address where shape and autograd allow it."""
+    current = part.get(layer_idx)
+    if current is not None and current.shape == values.shape and writable(current):
+        with torch.no_grad():
+            current.copy_(values)
+    else:
+        part[layer_idx] = values.detach()
+
+
 def _shapes(memory: MemoryState) -> dict[int, list[int]]:
     return {i: list(state.shape[1:]) for i, state in memory.items()}
 
@@ -581,15 +574,12 @@ def _few(layers: list[int]) -> str:
     return f"[{layers[0]}, ..., {layers[-1]}]" if in_a_row else str(layers)
 
 
-def _norm(states: Iterable[torch.Tensor]) -> str:
+def _norm(states: Mapping[int, torch.Tensor]) -> str:
     """‖all states‖ as text; "?" where there are no values to be had: on meta, while a graph is captured or traced."""
-    states = list(states)
     captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    if captured or torch.compiler.is_compiling() or any(state.is_meta for state in states):
+    if captured or torch.compiler.is_compiling() or any(state.is_meta for state in states.values()):
         return "?"
     try:
-        with torch.no_grad():
-            norms = [torch.linalg.vector_norm(state.detach(), dtype=torch.float64) for state in states]
-            return f"{math.hypot(*map(float, norms)):.4g}"
+        return f"{norm_of(states):.4g}"
     except Exception:  # a repr must not raise, whatever tensors these are
         return "?"

@@ -154,10 +154,8 @@ def gate_sums(
         mask: bool [B, T], True = a real token, or None.
     """
     if not projections[..., 0].numel():
-        nothing = projections.new_zeros((), dtype=torch.float32)
-        return GateSums(
-            nothing, torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float32, device=projections.device)
-        )
+        rest = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float32, device=projections.device)
+        return GateSums(rest.new_zeros(()), rest)
     width, gates = rule.read_width, rule.gate_width
     written = torch.isfinite(projections).all(-1)
     written = (written if mask is None else written & mask).unsqueeze(-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from ..text.encode import Message
+from ..text.encode import Message, chat_ids
 from ..text.segments import refused_by_template, segment_ids_under
 
 # Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.
@@ -61,11 +61,6 @@ class Chat:
     preamble: Block
     messages: tuple[Block, ...]
     header: Block
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """All token ids, in order."""
-        return joined_ids((self.preamble, *self.messages, self.header))
 
 
 def _says_something(message: Message) -> bool:
@@ -133,23 +128,19 @@ class Renderer:
 
     def ids(self, messages: Sequence[Message], *, header: bool = True) -> tuple[int, ...]:
         """Token ids of a chat, rendered once."""
-        with refused_by_template("messages"):
-            found = self.tokenizer.apply_chat_template(
-                [*self.system, *messages], add_generation_prompt=header, tokenize=True, return_dict=False,
-                **self.template,
-            )  # fmt: skip
-        return tuple(found)
+        template = {**self.template, "add_generation_prompt": header}
+        return tuple(chat_ids(self.tokenizer, [*self.system, *messages], "messages", template))
 
-    def chat(self, messages: Sequence[Message], *, header: bool = True) -> Chat:
+    def chat(self, messages: Sequence[Message]) -> Chat:
         """A chat in blocks.
 
         Raises:
             ValueError: the template renders a message so that its block cannot be found, or leaves one out.
         """
-        ids, owners = self._owners(messages, "message", header)
+        ids, owners = self._owners(messages, "message")
         segments = owners
         if self.granularity.startswith("sentence"):
-            _, segments = self._owners(messages, "sentence", header)
+            _, segments = self._owners(messages, "sentence")
         written = [place for place, owner in enumerate(owners) if owner >= 0]
         numbers = {owners[place] for place in written}
         # Some templates leave out a message without content: an answer that is empty.
@@ -172,9 +163,9 @@ class Renderer:
             self._block(ids, segments, last, len(ids)),
         )
 
-    def _owners(self, messages: Sequence[Message], granularity: str, header: bool) -> tuple[list[int], list[int]]:
+    def _owners(self, messages: Sequence[Message], granularity: str) -> tuple[list[int], list[int]]:
         ids, owners = segment_ids_under(
-            self.tokenizer, [*self.system, *messages], granularity, self.template, add_generation_prompt=header
+            self.tokenizer, [*self.system, *messages], granularity, self.template, add_generation_prompt=True
         )
         return ids[0].tolist(), owners[0].tolist()
 

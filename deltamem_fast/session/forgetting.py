@@ -11,8 +11,7 @@ from unicodedata import normalize
 from ..memory.operators import WriteResult
 from ..memory.state import MemoryState
 from ..text.encode import Message
-from .turns import Now
-from .window import Turn
+from .turns import Now, Turn
 
 _WORD = re.compile(r"\w+")
 _ESCAPE = re.compile(r'\\(?:u([0-9a-fA-F]{4})|([bfnrt"\\/]))')  # of JSON
@@ -40,20 +39,10 @@ class Forgotten(WriteResult):
     turns: int
     remains: tuple[str, ...]
 
-    def __new__(
-        cls, result: WriteResult, *, messages: int = 0, turns: int = 0, remains: tuple[str, ...] = ()
-    ) -> Forgotten:
-        made = super().__new__(cls, int(result), pieces=result.pieces, skipped=result.skipped)
+    def __new__(cls, tokens: int, *, messages: int = 0, turns: int = 0, remains: tuple[str, ...] = (), **result: int):
+        made = super().__new__(cls, tokens, **result)
         made.messages, made.turns, made.remains = messages, turns, remains
         return made
-
-    def __getnewargs_ex__(self) -> tuple[tuple, dict]:
-        result = WriteResult(int(self), pieces=self.pieces, skipped=self.skipped)
-        return (result,), {"messages": self.messages, "turns": self.turns, "remains": self.remains}
-
-    def __repr__(self) -> str:
-        more = f", messages={self.messages}, turns={self.turns}, remains={self.remains})"
-        return super().__repr__().removesuffix(")") + more
 
 
 def forgotten(
@@ -78,7 +67,8 @@ def forgotten(
     if messages:
         made, changed = without_text(made, text)
     remains = places_of({"messages": made.messages, **settings}, text)
-    return made, Forgotten(result, messages=changed, turns=len(turns) - len(made.turns), remains=remains)
+    gone = len(turns) - len(made.turns)
+    return made, Forgotten(result, messages=changed, turns=gone, remains=remains, **vars(result))
 
 
 def _told_without(turn: Turn, erase: Callable[[MemoryState], WriteResult]) -> Turn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..adapter.identity import describe_difference
 from ..adapter.record import identity_of
 from ..adapter.wrappers import decoder_of, unwrap
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
-from ..memory.file import whole_counts
+from ..memory.file import check_made_under, whole_counts
 from ..memory.state import MemoryState
 from ..model.cache import MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer, replace_layers
 from ..storage import snapshots
@@ -27,8 +25,7 @@ from ..text.encode import vocabulary_size
 from ..text.settings import check_generation, check_template
 from .blocks import Block
 from .schema import check_content, check_identity
-from .turns import Now
-from .window import Mark, Turn, new_cache
+from .turns import Mark, Now, Turn, new_cache
 
 FORMAT, FORMAT_VERSION = "deltamem-session", 2
 _MUST_BE_JSON = "its messages, template and generation settings must be JSON to be saved"
@@ -36,24 +33,10 @@ _MUST_BE_JSON = "its messages, template and generation settings must be JSON to 
 _SAVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer)
 
 
-@dataclass(frozen=True)
-class Content:
-    """What is kept of a session: plain values.
-
-    Attributes:
-        now: the conversation between two turns.
-        settings: arguments of ``MemorySession``: system, context_turns, context_tokens, template and generation.
-        remembers: see ``MemorySession.remembers``.
-    """
-
-    now: Now
-    settings: dict[str, Any]
-    remembers: bool
-
-
 def save(
     model: nn.Module,
-    kept: Content,
+    now: Now,
+    settings: dict[str, Any],
     directory: str | os.PathLike,
     *,
     with_cache: bool,
@@ -63,10 +46,13 @@ def save(
     """Write a session on ``model``; see ``MemorySession.save``.
 
     Args:
+        now: the conversation between two turns.
+        settings: arguments of ``MemorySession``: system, context_turns, context_tokens, template and generation; and
+            ``remembers``.
         known: the snapshots that this session was loaded from or saved to; see ``snapshots.commit``.
     """
     directory = snapshots.as_target(directory)
-    content, tensors = contents(model, kept, with_cache=with_cache)
+    content, tensors = contents(model, now, settings, with_cache=with_cache)
     _check_can_be_loaded(model, content, tensors)
     return commit(directory, content, tensors, known=known, overwrite=overwrite)
 
@@ -106,25 +92,23 @@ def commit(
     return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write, known=known, overwrite=overwrite)
 
 
-def contents(model: nn.Module, kept: Content, *, with_cache: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def contents(
+    model: nn.Module, now: Now, settings: dict[str, Any], *, with_cache: bool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a snapshot holds: JSON, and tensors on the CPU."""
-    now = kept.now
     now.memory.check_whole()
     if now.memory.broken:
         raise StateError(f"session: its memory cannot be saved: {now.memory.broken}")
     memories = [*(turn.before for turn in now.turns), now.memory]
-    tensors = {
-        f"memory.{layer}": torch.cat([memory[layer].detach().cpu() for memory in memories]) for layer in now.memory
-    }
-    tensors["skipped"] = whole_counts(
-        torch.stack([torch.cat([memory.counter(layer).cpu() for memory in memories]) for layer in now.memory])
-    )
+    tensors = {f"memory.{i}": torch.cat([memory[i].detach().cpu() for memory in memories]) for i in now.memory}
+    counts = [torch.cat([memory.counter(i).cpu() for memory in memories]) for i in now.memory]
+    tensors["skipped"] = whole_counts(torch.stack(counts))
     cache = now.window() if with_cache else None
     if cache is not None and any(type(layer) not in _SAVED_LAYERS for layer in cache.layers):
         cache = None  # it is computed again
     content = {
         "identity": identity_of(model).fingerprints(),
-        "settings": {**kept.settings, "remembers": kept.remembers},
+        "settings": settings,
         "messages": [dict(message) for message in now.messages],
         "context": {
             "preamble": vars(now.preamble),
@@ -149,45 +133,40 @@ def load(
     template: Mapping[str, Any] | None,
     generation: Mapping[str, Any] | None,
     adopt: bool,
-) -> tuple[Content, dict[str, int]]:
-    """Read a session, to go on with on ``model``, and what ``save`` calls ``known``; see ``MemorySession.load``."""
+) -> tuple[Now, dict[str, Any], dict[str, int]]:
+    """``now``, ``settings`` and ``known`` of ``save``, to go on with on ``model``; see ``MemorySession.load``."""
     directory = as_path(directory, "directory")
     identity = identity_of(model)
     given = {"template": template, "generation": generation}
     own = {name: value for name, value in given.items() if value is not None}
 
-    def make(manifest: dict[str, Any], files: dict[str, bytes]) -> tuple[Content, dict[str, int]]:
+    def make(manifest: dict[str, Any], files: dict[str, bytes]) -> tuple[Now, dict[str, Any], dict[str, int]]:
         path = directory / snapshots.MANIFEST
         content = {name: manifest[name] for name in manifest.keys() - snapshots.HEAD}
         if isinstance(content.get("settings"), dict):
             content["settings"] |= {name: {} for name in own}
         # The identity first: token ids of another model are not damage.
         check_identity(content.get("identity"), f"directory: {path}", FileFormatError)
-        difference = describe_difference(content["identity"], identity.fingerprints())
-        if difference and not adopt:
-            raise FileFormatError(
-                f"directory: {directory}: saved under {difference}; adopt=True takes it all the same, if its shapes fit"
-            )
+        where = f"directory: {directory}: saved under"
+        difference = check_made_under(content["identity"], identity.fingerprints(), adopt, where)
         check_content(content, f"directory: {path}", vocabulary_size(model), identity.config.segmented, FileFormatError)
         if files.keys() != {"state"}:
             raise FileFormatError(f"directory: {path}: files: got {sorted(files)}, allowed state")
         data_path = path.with_name(manifest["files"]["state"]["name"])
 
         def check(_, header: Header) -> None:
-            _check_header(content, header, identity, data_path)
+            _check_header(content, header, identity, f"directory: {data_path}")
 
         _, tensors = parse_tensors(files["state"], data_path, "directory", check)
         if difference:
             content["context"]["cache"] = None  # keys and values of another model
         now = _now(model, identity, content, tensors, data_path)
-        settings = content["settings"] | own
-        remembers = settings.pop("remembers")
-        return Content(now, settings, remembers), {manifest["sha256"]: manifest["generation"]}
+        return now, content["settings"] | own, {manifest["sha256"]: manifest["generation"]}
 
     return snapshots.read(directory, FORMAT, FORMAT_VERSION, make)
 
 
-def _check_header(content: dict[str, Any], header: Header, identity, path: Path) -> None:
+def _check_header(content: dict[str, Any], header: Header, identity, where: str) -> None:
     """Raise FileFormatError unless the data file holds exactly the tensors that the manifest calls for."""
     rows, specs = len(content["frozen"]), identity.layer_specs()
     wanted = {f"memory.{i}": ("F32", (rows, *spec.shape)) for i, spec in specs.items()}
@@ -199,19 +178,16 @@ def _check_header(content: dict[str, Any], header: Header, identity, path: Path)
         for part in ("keys", "values")
     }
     if header.keys() != wanted.keys() | layers.keys():
-        raise FileFormatError(
-            f"directory: {path}: holds {', '.join(sorted(header))}; allowed {', '.join(sorted([*wanted, *layers]))}"
-        )
+        allowed = ", ".join(sorted([*wanted, *layers]))
+        raise FileFormatError(f"{where}: holds {', '.join(sorted(header))}; allowed {allowed}")
     for name, entry in wanted.items():
         if header[name] != entry:
-            raise FileFormatError(f"directory: {path}: {name}: got {header[name]}, allowed {entry}")
+            raise FileFormatError(f"{where}: {name}: got {header[name]}, allowed {entry}")
     for name, layer in layers.items():
         dtype, shape = header[name]
         length = layer["length"] if layer["window"] is None else min(layer["length"], layer["window"] - 1)
         if dtype not in FLOATS or len(shape) != 4 or shape[0] != 1 or shape[2] != length:
-            raise FileFormatError(
-                f"directory: {path}: {name}: got {header[name]}, allowed floats [1, heads, {length}, size]"
-            )
+            raise FileFormatError(f"{where}: {name}: got {header[name]}, allowed floats [1, heads, {length}, size]")
 
 
 def _now(model: nn.Module, identity, content: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Now:
@@ -219,15 +195,9 @@ def _now(model: nn.Module, identity, content: dict[str, Any], tensors: dict[str,
     *before, memory = _memories(identity, content["frozen"], tensors, path)
     turns = tuple(_turn_from_json(values, state) for values, state in zip(context["turns"], before, strict=True))
     cache = None if context["cache"] is None else _cache(model, identity, context["cache"], tensors)
-    return Now(
-        memory,
-        tuple(content["messages"]),
-        _block_from_json(context["preamble"]),
-        turns,
-        context["written"],
-        cache,
-        None if cache is None else Mark(cache),
-    )
+    mark = None if cache is None else Mark(cache)
+    preamble, messages = _block_from_json(context["preamble"]), tuple(content["messages"])
+    return Now(memory, messages, preamble, turns, context["written"], cache, mark)
 
 
 def _memories(identity, frozen: list[bool], tensors: dict[str, torch.Tensor], path: Path) -> list[MemoryState]:
@@ -237,13 +207,10 @@ def _memories(identity, frozen: list[bool], tensors: dict[str, torch.Tensor], pa
         if not (tensor >= 0).all() if name == "skipped" else not tensor.isfinite().all():
             allowed = "counts, 0 or more" if name == "skipped" else "finite numbers"
             raise FileFormatError(f"directory: {path}: {name}: got others, allowed {allowed}")
-    found = []
+    counts, found = dict(zip(specs, tensors["skipped"])), []
     for row, is_frozen in enumerate(frozen):
         layers = {i: tensors[f"memory.{i}"][row : row + 1].to(spec.device, copy=True) for i, spec in specs.items()}
-        skipped = {
-            i: tensors["skipped"][place, row : row + 1].to(spec.device, copy=True)
-            for place, (i, spec) in enumerate(specs.items())
-        }
+        skipped = {i: counts[i][row : row + 1].to(spec.device, copy=True) for i, spec in specs.items()}
         found.append(MemoryState(layers, identity=identity, frozen=is_frozen, skipped=skipped))
     return found
 

@@ -27,8 +27,7 @@ from . import saving
 from .asked import check_encodable, checked_messages, checked_options
 from .blocks import Renderer
 from .forgetting import Forgotten, forgotten
-from .turns import Limits, Now, have_turn
-from .window import Mark
+from .turns import Limits, Mark, Now, have_turn
 
 
 @dataclass(frozen=True)
@@ -317,15 +316,13 @@ class MemorySession:
         Returns:
             What changed, and where all words of the text still stand.
         """
+
+        def erase(memory: MemoryState) -> WriteResult:
+            return forget(self.model, self.tokenizer, memory, text, strength=strength)
+
         settings = {"system": self.system, "template": self.template, "generation": self.generation}
         with self._alone():
-            self._now, result = forgotten(
-                self._now,
-                text,
-                lambda memory: forget(self.model, self.tokenizer, memory, text, strength=strength),
-                settings,
-                messages=messages,
-            )
+            self._now, result = forgotten(self._now, text, erase, settings, messages=messages)
             return result
 
     def retrieve(self, question: str | Sequence[Message], **options: Any) -> str:
@@ -366,13 +363,10 @@ class MemorySession:
             OSError: it cannot be written; the earlier snapshot stands.
         """
         with self._alone():
-            kept = self._content()
+            settings = self._settings() | {"remembers": self._remembers}
             return saving.save(
-                self.model, kept, directory, with_cache=cache, known=self._known, overwrite=overwrite
-            )  # fmt: skip
-
-    def _content(self) -> saving.Content:
-        return saving.Content(self._now, self._settings(), self._remembers)
+                self.model, self._now, settings, directory, with_cache=cache, known=self._known, overwrite=overwrite
+            )
 
     def _settings(self) -> dict[str, Any]:
         """The arguments that make such a session."""
@@ -411,9 +405,10 @@ class MemorySession:
                 or backbone; the message names the file.
         """
         check_type(model, "model", nn.Module, "a patched model")
-        kept, known = saving.load(directory, model, template=template, generation=generation, adopt=adopt)
-        session = cls(model, tokenizer, **kept.settings)
-        session._now, session._remembers, session._known = kept.now, kept.remembers, known
+        now, settings, known = saving.load(directory, model, template=template, generation=generation, adopt=adopt)
+        remembers = settings.pop("remembers")
+        session = cls(model, tokenizer, **settings)
+        session._now, session._remembers, session._known = now, remembers, known
         return session
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from ..arguments import MOST_64
-from .bank_ids import after
 from .bank_sqlite import damaged, one_moment
 from .checksums import entry_sum
 
@@ -58,32 +56,11 @@ def find(connection: sqlite3.Connection, path: Path, ids: list[str]) -> list[tup
     return found
 
 
-def listed(
-    connection: sqlite3.Connection,
-    path: Path,
-    prefix: str,
-    order_by: str,
-    descending: bool,
-    limit: int | None,
-    offset: int,
-) -> list[BankEntry]:
-    """Entries by the prefix of their ids, in the order of one of ``ORDERS``; see ``BankStore.entries``."""
-    end = after(prefix)
-    where = "WHERE id >= :first" + ("" if end is None else " AND id < :end") if prefix else ""
-    way = "DESC" if descending else "ASC"
-    order = f"{order_by} {way}" + ("" if order_by == "id" else f", id {way}")
-    sql = f"SELECT {COLUMNS} FROM memories {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
-    values = {"first": prefix, "end": end, "limit": MOST_64 if limit is None else min(limit, MOST_64)}
-    found = []
-    for row in connection.execute(sql, values | {"offset": min(offset, MOST_64)}):
-        _check(path, row)
-        id, _, version, size, created, updated = row[:6]
-        found.append(BankEntry(id, version, size, _moment(created), _moment(updated)))
-    return found
-
-
-def _moment(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)
+def entry_of(path: Path, row: Sequence) -> BankEntry:
+    """The entry that a row of ``COLUMNS`` is."""
+    _check(path, row)
+    id, _, version, size, *moments = row[:6]
+    return BankEntry(id, version, size, *(_EPOCH + timedelta(microseconds=moment) for moment in moments))
 
 
 def _check(path: Path, row: Sequence) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sqlite3
 import stat
@@ -13,10 +12,10 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ArgumentError, FileAccessError, StateError, WaitedTooLongError, WrongPathKindError, file_error
-from .bank_sqlite import connect, named_error, transaction
+from ..errors import ArgumentError, FileAccessError, StateError, WaitedTooLongError, WrongPathKindError
+from .bank_sqlite import connect, naming_errors, transaction
 from .files import give_to_owner_of, make_directory, naming_files
-from .locks import HAS_LOCKS, lock_until
+from .locks import HAS_LOCKS, closed_afterwards, lock_until, open_lock
 
 
 class BankFile:
@@ -47,15 +46,10 @@ class BankFile:
         handle = _Handle()
         with self._guard:
             self._handles.add(handle)  # so that a fork in another thread waits for it
-        try:
-            with handle.lock, contextlib.closing(handle):
-                handle.keep(connect(self.path, self.durable, self.timeout))
-                yield handle.connection
-                self._which = _which_file(self.path)  # layered file systems copy one that is opened to be written
-        except sqlite3.ProgrammingError:
-            raise  # a mistake of ours
-        except (sqlite3.Error, MemoryError, UnicodeError) as error:
-            raise named_error(error, "path", self.path, self.timeout) from error
+        with naming_errors("path", self.path, self.timeout), handle.lock, contextlib.closing(handle):
+            handle.keep(connect(self.path, self.durable, self.timeout))
+            yield handle.connection
+            self._which = _which_file(self.path)  # layered file systems copy one that is opened to be written
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -72,16 +66,12 @@ class BankFile:
             if handle.connection is not None and handle.process != os.getpid():
                 # SQLite believes to hold locks that belong to the other process. See ``_before_fork``.
                 raise StateError(f"bank: {self.path} was open when this process was forked from outside Python")
-            try:
+            with naming_errors("bank", self.path, self.timeout):
                 if handle.connection is None:
                     handle.keep(connect(self.path, self.durable, self.timeout))
                 yield handle.connection
                 if handle.companions is None:
                     handle.companions = self._companions()
-            except sqlite3.ProgrammingError:
-                raise  # a mistake of ours
-            except (sqlite3.Error, MemoryError, UnicodeError) as error:
-                raise named_error(error, "bank", self.path, self.timeout) from error
 
     def _check_place(self, handle: _Handle) -> None:
         """Raise if the path no longer leads to the file that was opened: SQLite would go on with what nobody sees.
@@ -112,27 +102,20 @@ class BankFile:
         SQLite alone would let a checkpoint run beside another's commit, which can lose that commit before 3.51.3
         (https://sqlite.org/wal.html#walresetbug), and lets waiting writers sleep up to 0.1 s at a time.
         """
-        late = WaitedTooLongError(f"bank: {self.path}: others wrote for {self.timeout} s")
+        late = f"bank: {self.path}: others wrote for {self.timeout} s"
         end = time.monotonic() + self.timeout
         if not self._writer.acquire(timeout=self.timeout):
-            raise late
+            raise WaitedTooLongError(late)
         try:
             if not HAS_LOCKS:
                 yield
                 return
             path = Path(f"{self.path}-lock")
             # Opened each time: a descriptor that was kept would be shared with forked children, and its lock too.
-            lock = _open_lock(path, self.path)
-            try:
-                try:
-                    lock_until(end, lock, 0.0005)  # or there are no locks here, and SQLite's own remain
-                except BlockingIOError:
-                    raise late from None
-                except OSError as error:
-                    raise file_error(error, "bank", path) from error
+            with closed_afterwards(_lock_beside(self.path, path)) as lock:
+                with naming_files("bank", path):
+                    lock_until(end, lock, 0.0005, late)  # or there are no locks here, and SQLite's own remain
                 yield
-            finally:
-                os.close(lock)
         finally:
             self._writer.release()
 
@@ -205,26 +188,16 @@ def _make_private(path: Path) -> None:
             )
 
 
-def _open_lock(path: Path, bank: Path) -> int:
-    """A descriptor of the lock file, made with the bank's mode if there is none; a link is not followed."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+def _lock_beside(bank: Path, path: Path) -> int:
+    """A descriptor of the lock file, made with the bank's mode if there is none."""
     with naming_files("bank", path):
-        try:
-            lock = os.open(path, flags)
-        except FileNotFoundError:
-            with contextlib.suppress(FileExistsError):  # another process was quicker
-                lock = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-                os.fchmod(lock, give_to_owner_of(os.stat(bank), lock) & 0o666)  # root must not lock the owner out
-                return lock
-            lock = os.open(path, flags)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise WrongPathKindError(f"bank: {path}: a symbolic link, allowed a file") from error
-            raise
-        if not stat.S_ISREG(os.fstat(lock).st_mode):
-            os.close(lock)
-            raise WrongPathKindError(f"bank: {path}: not a file")
-        return lock
+        with contextlib.suppress(FileNotFoundError):
+            return open_lock(path, "bank", os.O_RDONLY)
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            lock = open_lock(path, "bank", os.O_RDONLY | os.O_CREAT | os.O_EXCL)
+            os.fchmod(lock, give_to_owner_of(os.stat(bank), lock) & 0o666)  # root must not lock the owner out
+            return lock
+        return open_lock(path, "bank", os.O_RDONLY)
 
 
 # --- fork: SQLite keeps its locks by process, so a child that inherits an open file believes in locks that it does not

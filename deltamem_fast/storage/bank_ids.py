@@ -19,15 +19,11 @@ class BankConflict(ConflictError):
 
     def __init__(self, moved: Mapping[str, tuple[int, int]]):
         self.moved = dict(moved)
-        named = [
-            f"{id!r} (made on {'no entry' if made == 0 else f'version {made}'}, "
-            f"found {'no entry' if found == 0 else f'version {found}'})"
-            for id, (made, found) in list(self.moved.items())[:5]
-        ]
-        more = f" and {len(self.moved) - 5} more" if len(self.moved) > 5 else ""
+        named = (
+            f"{id!r} (made on {_entry_at(made)}, found {_entry_at(found)})" for id, (made, found) in self.moved.items()
+        )
         super().__init__(
-            f"ids: {', '.join(named)}{more} moved on, so nothing was written; gather again and repeat the turn "
-            "(or overwrite)"
+            f"ids: {first_of(named)} moved on, so nothing was written; gather again and repeat the turn (or overwrite)"
         )
 
     def __reduce__(self):
@@ -37,6 +33,17 @@ class BankConflict(ConflictError):
     def ids(self) -> list[str]:
         """The ids that moved on, in the order of the write."""
         return list(self.moved)
+
+
+def _entry_at(version: int) -> str:
+    return f"version {version}" if version else "no entry"
+
+
+def first_of(texts: Iterable[str], most: int = 5) -> str:
+    """At most so many texts for a message, and how many more there are."""
+    texts = list(texts)
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 import secrets
 import sqlite3
@@ -47,29 +46,19 @@ ALTER TABLE memories ADD COLUMN entry_sum INTEGER;
 CREATE INDEX memories_ids ON memories (id);
 INSERT OR REPLACE INTO meta SELECT 'unchecked', value FROM meta WHERE name = 'version';
 INSERT OR REPLACE INTO meta SELECT 'count', count(*) FROM memories;
-INSERT OR REPLACE INTO meta SELECT 'name', lower(hex(randomblob(16)));
-CREATE INDEX memories_by_key ON memories (key)
+INSERT OR REPLACE INTO meta SELECT 'name', lower(hex(randomblob(16)))
 """,
     2: """
 ALTER TABLE memories RENAME COLUMN row_crc TO row_sum;
 ALTER TABLE memories RENAME COLUMN entry_crc TO entry_sum;
-INSERT OR IGNORE INTO meta SELECT 'name', lower(hex(randomblob(16)));
-CREATE INDEX memories_by_key ON memories (key)
+INSERT OR IGNORE INTO meta SELECT 'name', lower(hex(randomblob(16)))
 """,
-    3: """
-ALTER TABLE memories RENAME COLUMN entry_crc TO entry_sum;
-CREATE INDEX memories_by_key ON memories (key)
-""",
+    3: "ALTER TABLE memories RENAME COLUMN entry_crc TO entry_sum",
 }
 # What a file of each version consists of; a trigger or a view among it could change what is written.
-_PARTS = {
-    1: {("table", "meta"), ("table", "entries"), ("table", "states"), ("index", "entries_by_update")},
-    2: {
-        ("table", "meta"), ("table", "memories"), ("table", "states"), ("index", "entries_by_update"),
-        ("index", "memories_ids"),
-    },
-}  # fmt: skip
-_PARTS[3] = _PARTS[4] = _PARTS[2]
+_OF_ALL = {("table", "meta"), ("table", "states"), ("index", "entries_by_update")}
+_PARTS = dict.fromkeys((2, 3, 4), _OF_ALL | {("table", "memories"), ("index", "memories_ids")})
+_PARTS[1] = _OF_ALL | {("table", "entries")}
 _NEXT = f"""
 SELECT {COLUMNS}, state FROM states CROSS JOIN memories INDEXED BY memories_by_key ON memories.key = states.key
 WHERE states.key > ? ORDER BY states.key LIMIT 1000
@@ -172,7 +161,7 @@ def upgrade(connection: sqlite3.Connection, path: Path, row_bytes: int) -> None:
     """Bring a file of a version before to this one, within a transaction; reads every row once."""
     before = version_of(connection, path)
     old_row_sum = {2: row_sum_2, 3: row_sum_3}.get(before)  # version 1 had none
-    for statement in _UPGRADE[before].split(";"):
+    for statement in (*_UPGRADE[before].split(";"), "CREATE INDEX memories_by_key ON memories (key)"):
         connection.execute(statement)
     last, done = -1, 0
     while rows := connection.execute(_NEXT, (last,)).fetchall():
@@ -186,11 +175,8 @@ def upgrade(connection: sqlite3.Connection, path: Path, row_bytes: int) -> None:
             if not sound:
                 raise damaged(path, f"the row of {id!r} is not as it was written")
             new = row_sum(id, version, state)
-            checked.append((new, entry_sum(id, *numbers, new), id))
-        connection.executemany(
-            "UPDATE memories SET row_sum = ?, entry_sum = ? WHERE id = ?",
-            sorted(checked, key=operator.itemgetter(2)),
-        )
+            checked.append((id, new, entry_sum(id, *numbers, new)))
+        connection.executemany("UPDATE memories SET row_sum = ?2, entry_sum = ?3 WHERE id = ?1", sorted(checked))
         last, done = rows[-1][1], done + len(rows)
     check_count(connection, path, done)
     connection.execute("DROP INDEX memories_by_key")

@@ -82,8 +82,18 @@ def damaged(path: Path, what: str) -> FileFormatError:
     return FileFormatError(f"bank: {path}: damaged: {what}")
 
 
-def named_error(error: Exception, name: str, path: Path, timeout: float) -> Exception:
-    """SQLite's error as one of ours, which names the argument and the file."""
+@contextlib.contextmanager
+def naming_errors(name: str, path: Path, timeout: float) -> Iterator[None]:
+    """SQLite's errors inside come out as ours, which name the argument and the file."""
+    try:
+        yield
+    except sqlite3.ProgrammingError:
+        raise  # a mistake of ours
+    except (sqlite3.Error, MemoryError, UnicodeError) as error:
+        raise _named(error, name, path, timeout) from error
+
+
+def _named(error: Exception, name: str, path: Path, timeout: float) -> Exception:
     code = _code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return WaitedTooLongError(f"{name}: {path}: others wrote for {timeout} s")

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..arguments import check_choice, check_integer
+from ..arguments import MOST_64, check_choice, check_integer
 from ..errors import ArgumentError, ArgumentTypeError, FileAccessError
-from .bank_entries import ORDERS, BankEntry, check_count, check_unknown, find, listed
+from .bank_entries import COLUMNS, ORDERS, BankEntry, check_count, check_unknown, entry_of, find
 from .bank_file import BankFile
-from .bank_ids import BankConflict, check_ids
+from .bank_ids import BankConflict, after, check_ids
 from .bank_schema import FORMAT_VERSION, Head, create, read_head, upgrade, version_of, write_layout
 from .bank_sqlite import damaged, empty_log, one_moment, transaction
 from .checksums import entry_sum, row_sum
@@ -150,7 +150,6 @@ class BankStore:
 
     def entries(
         self,
-        *,
         prefix: str = "",
         order_by: str = "id",
         descending: bool = False,
@@ -174,8 +173,14 @@ class BankStore:
         check_choice(order_by, "order_by", ORDERS)
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
             check_integer(value, name, 0, None)
+        end, way = after(prefix), "DESC" if descending else "ASC"
+        where = "WHERE id >= :first" + ("" if end is None else " AND id < :end") if prefix else ""
+        order = f"{order_by} {way}" + ("" if order_by == "id" else f", id {way}")
+        sql = f"SELECT {COLUMNS} FROM memories {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
+        most, first = MOST_64 if limit is None else min(limit, MOST_64), min(offset, MOST_64)
+        values = {"first": prefix, "end": end, "limit": most, "offset": first}
         with self._file.connection() as connection, one_moment(connection):
-            found = listed(connection, self.path, prefix, order_by, descending, limit, offset)
+            found = [entry_of(self.path, row) for row in connection.execute(sql, values)]
             if not prefix and limit is None and not offset:
                 check_count(connection, self.path, len(found))
         return found
@@ -186,11 +191,6 @@ class BankStore:
             found = connection.execute("SELECT count(*) FROM memories").fetchone()[0]
             check_count(connection, self.path, found)
             return found
-
-    def total_bytes(self) -> int:
-        """Bytes of all rows; the file takes a little more."""
-        with self._file.connection() as connection:
-            return connection.execute("SELECT coalesce(sum(bytes), 0) FROM memories").fetchone()[0]
 
     # --- writing
 
@@ -215,14 +215,9 @@ class BankStore:
                 raise ArgumentError(f"rows: {id!r}: got {memoryview(row).nbytes} bytes, allowed {self.row_bytes}")
         with self._file.transaction() as connection:
             found = find(connection, self.path, ids)
-            if expected is not None:
-                moved = {
-                    id: (made, version)
-                    for id, made, (_, version, _) in zip(ids, expected, found)
-                    if made != version
-                }  # fmt: skip
-                if moved:
-                    raise BankConflict(moved)
+            moved = {id: (made, at) for id, made, (_, at, _) in zip(ids, expected or (), found) if made != at}
+            if moved:
+                raise BankConflict(moved)
             # One count for the whole store: an id that is deleted and made again never gets an old number back. It
             # goes on by chance, so that two copies of a file, each written to, have no version in common.
             step = 1 + int.from_bytes(os.urandom(3), "big")

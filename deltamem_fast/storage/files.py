@@ -26,7 +26,7 @@ from ..errors import (
     WrongPathKindError,
     file_error,
 )
-from .locks import HAS_LOCKS, lock_at_once
+from .locks import HAS_LOCKS, closed_afterwards, lock_at_once
 
 MOST_JSON_BYTES = 2**28
 _OLD = 24 * 3600.0  # seconds after which a leftover is one, where no lock tells
@@ -181,12 +181,9 @@ def remove_leftover(path: Path) -> None:
         if time.time() - path.lstat().st_mtime > _OLD:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return
-    lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
+    with closed_afterwards(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as lock:
         lock_at_once(lock)
         shutil.rmtree(path)
-    finally:
-        os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
@@ -310,6 +307,12 @@ def parse_json(data: bytes | str, path: str | os.PathLike, name: str = "") -> di
     return value
 
 
+def check_format(found: Any, wanted: str, where: str, what: str) -> None:
+    """Raise FileFormatError, beginning with ``where`` and saying ``what`` the file is not, unless its format fits."""
+    if found != wanted:
+        raise FileFormatError(f"{where}: {what} (format {found!r}, allowed {wanted!r})")
+
+
 def check_version(version: Any, most: int, where: str) -> None:
     """Raise FileFormatError, beginning with ``where``, unless a format version is an integer from 1 to ``most``."""
     if type(version) is not int or not 1 <= version <= most:
@@ -340,8 +343,5 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
 def _sync_directory(directory: Path) -> None:
     if os.name == "nt":  # directories cannot be opened there
         return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
+    with closed_afterwards(os.open(directory, os.O_RDONLY)) as handle:
         os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import stat
 import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import WaitedTooLongError, WrongPathKindError
 
 try:
     import fcntl
@@ -24,15 +31,43 @@ def lock_at_once(file: int) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def lock_until(end: float, file: int, pause: float) -> bool:
+def open_lock(path: Path, name: str, flags: int) -> int:
+    """A descriptor of a lock file, one that is made here its user's alone; a link is not followed.
+
+    Raises:
+        WrongPathKindError: a link, or no plain file; ``name`` is the argument that it names.
+    """
+    try:
+        lock = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if path.is_symlink():
+            raise WrongPathKindError(f"{name}: {path}: a symbolic link, allowed a file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise WrongPathKindError(f"{name}: {path}: not a file")
+    return lock
+
+
+@contextlib.contextmanager
+def closed_afterwards(file: int) -> Iterator[int]:
+    """An open file or directory, to be closed at the end."""
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def lock_until(end: float, file: int, pause: float, late: str) -> bool:
     """Lock an open file, waiting for others; False on a file system without locks.
 
     Args:
         end: of the waiting, as ``time.monotonic`` counts.
         pause: seconds between two attempts.
+        late: what the error says if others held it all the time.
 
     Raises:
-        BlockingIOError: others held it all the time.
+        WaitedTooLongError: they did.
         OSError: it cannot be locked.
     """
     while True:
@@ -41,7 +76,7 @@ def lock_until(end: float, file: int, pause: float) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() > end:
-                raise
+                raise WaitedTooLongError(late) from None
             time.sleep(pause)
         except OSError as error:
             if error.errno not in _NO_LOCKS:

@@ -19,18 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import (
-    ArgumentError,
-    ConflictError,
-    FileFormatError,
-    FileMissingError,
-    StateError,
-    WaitedTooLongError,
-    WrongPathKindError,
-)
+from ..errors import ArgumentError, ConflictError, FileFormatError, FileMissingError, StateError, WrongPathKindError
 from .files import (
     MOST_JSON_BYTES,
     as_path,
+    check_format,
     check_version,
     give_to_owner_of,
     is_leftover,
@@ -42,7 +35,7 @@ from .files import (
     remove_leftover,
     write_atomically,
 )
-from .locks import HAS_LOCKS, lock_until, unlock
+from .locks import HAS_LOCKS, closed_afterwards, lock_until, open_lock, unlock
 
 MANIFEST = "session.json"
 SUFFIX = ".safetensors"
@@ -50,6 +43,7 @@ HEAD = {"sha256", "format", "format_version", "generation", "files"}  # what the
 SEALED = 2  # the first format version whose manifest has a checksum of itself
 _DATA_NAME = re.compile(r"[a-z]+-[0-9a-f]{16}\.safetensors")
 _OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # what it left beside the files of earlier versions
+_ENTRY = {"name": str, "bytes": int, "sha256": str}  # of each data file in the manifest
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = re.compile(rb'\{\n  "sha256": "([0-9a-f]{64})",\n')  # how a manifest with a checksum begins
 _TRIES = 100
@@ -198,11 +192,9 @@ def _data_files(directory: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
 def _parsed(path: Path, data: bytes, format_name: str, format_version: int) -> dict[str, Any]:
     """The manifest with its ``sha256``, which names the snapshot, its head checked."""
     manifest = parse_json(data, path, "directory")
-    name, version = manifest.get("format"), manifest.get("format_version")
-    if name != format_name:
-        raise FileFormatError(f"directory: {path}: not a snapshot (format {name!r}, allowed {format_name!r})")
-    check_version(version, format_version, f"directory: {path}")
-    if version < SEALED and "sha256" not in manifest:
+    check_format(manifest.get("format"), format_name, f"directory: {path}", "not a snapshot")
+    check_version(manifest.get("format_version"), format_version, f"directory: {path}")
+    if manifest["format_version"] < SEALED and "sha256" not in manifest:
         manifest["sha256"] = hashlib.sha256(data).hexdigest()
     elif not _seal_holds(data):
         raise FileFormatError(f"directory: {path}: damaged: its content is not what was written (sha256)")
@@ -218,16 +210,8 @@ def _check_head(path: Path, manifest: dict[str, Any]) -> None:
         raise FileFormatError(f"directory: {path}: files: got {type(entries).__name__}, allowed an object")
     for name, entry in entries.items():
         # A name is no way out of the directory, whoever wrote the manifest.
-        whole = (
-            isinstance(entry, dict)
-            and entry.keys() == {"name", "bytes", "sha256"}
-            and isinstance(entry["name"], str)
-            and _DATA_NAME.fullmatch(entry["name"])
-            and type(entry["bytes"]) is int
-            and isinstance(entry["sha256"], str)
-            and _SHA256.fullmatch(entry["sha256"])
-        )
-        if not whole:
+        kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
+        if kinds != _ENTRY or not (_DATA_NAME.fullmatch(entry["name"]) and _SHA256.fullmatch(entry["sha256"])):
             raise FileFormatError(f"directory: {path}: damaged: files: {name!r} names no data file with its checksum")
 
 
@@ -350,22 +334,13 @@ def _only_writer(directory: Path) -> Iterator[bool]:
         yield False
         return
     path = directory / ".lock"
-    if path.is_symlink():
-        raise WrongPathKindError(f"directory: {path}: a symbolic link, allowed a file")
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    try:
-        if not stat.S_ISREG(os.fstat(lock).st_mode):
-            raise WrongPathKindError(f"directory: {path}: not a file")
+    with closed_afterwards(open_lock(path, "directory", os.O_RDWR | os.O_CREAT)) as lock:
         with contextlib.suppress(PermissionError):  # it is another user's
             _as_open_as(directory / MANIFEST, lock, _lock_mode)
-        try:
-            alone = lock_until(time.monotonic() + _PATIENCE, lock, 0.005)
-        except BlockingIOError:
-            raise WaitedTooLongError(f"directory: {path}: others wrote for {_PATIENCE:g} s") from None
+        late = f"directory: {path}: others wrote for {_PATIENCE:g} s"
+        alone = lock_until(time.monotonic() + _PATIENCE, lock, 0.005, late)
         try:
             yield alone
         finally:
             if alone:
                 unlock(lock)
-    finally:
-        os.close(lock)

@@ -13,7 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -23,15 +23,16 @@ from ..errors import FileFormatError
 from .files import opened, parse_json
 
 _MOST_HEADER_BYTES = 100_000_000  # as safetensors' own library has it
+_ENTRY = ("dtype", "shape", "data_offsets")  # of each tensor in a header
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # as a header names them
 # A tensor in a file's header: its dtype as safetensors names it, and its shape.
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
+Check = Callable[[dict[str, str], Header], None]
+Content = tuple[dict[str, str], dict[str, torch.Tensor]]  # metadata and tensors
 
 
-def read_tensors(
-    path: str | os.PathLike, name: str, check: Callable[[dict[str, str], Header], None] | None = None
-) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def read_tensors(path: str | os.PathLike, name: str, check: Check | None = None) -> Content:
     """Metadata and tensors, on the CPU, of a safetensors file; the tensors are this process's own, not mapped.
 
     Args:
@@ -43,72 +44,62 @@ def read_tensors(
         FileFormatError: not a safetensors file, or cut short.
     """
     with opened(path, name) as file:
-        return _read_tensors(file, os.fstat(file.fileno()).st_size, path, name, check)
+        return _read_tensors(file, os.fstat(file.fileno()).st_size, f"{name}: {path}", check)
 
 
-def parse_tensors(
-    data: bytes,
-    path: str | os.PathLike,
-    name: str,
-    check: Callable[[dict[str, str], Header], None] | None = None,
-) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def parse_tensors(data: bytes, path: str | os.PathLike, name: str, check: Check | None = None) -> Content:
     """As ``read_tensors``, of the bytes of the file ``path``."""
-    return _read_tensors(io.BytesIO(data), len(data), path, name, check)
+    return _read_tensors(io.BytesIO(data), len(data), f"{name}: {path}", check)
 
 
 def read_metadata(path: str | os.PathLike, name: str) -> dict[str, str]:
     """The metadata of a safetensors file, without reading its tensors; errors as ``read_tensors``."""
     with opened(path, name) as file:
-        metadata, _, _ = _read_header(file, os.fstat(file.fileno()).st_size, path, name)
-    return metadata
+        return _read_header(file, os.fstat(file.fileno()).st_size, f"{name}: {path}")[0]
 
 
-def _read_tensors(file: IO[bytes], size: int, path, name: str, check) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    metadata, header, head = _read_header(file, size, path, name)
+def _read_tensors(file: IO[bytes], size: int, where: str, check: Check | None) -> Content:
+    metadata, header, head = _read_header(file, size, where)
     if check is not None:
         check(metadata, header)
     file.seek(0)
     data = file.read(size)
     if not data.startswith(head):  # overwritten in between: what was checked is not what was read
-        raise FileFormatError(f"{name}: {path}: was changed while it was read")
+        raise FileFormatError(f"{where}: was changed while it was read")
     try:
         return metadata, safetensors.torch.load(data)
     except Exception as error:  # SafetensorError, or KeyError for a dtype that this torch does not have
-        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short: {error}") from error
+        raise FileFormatError(f"{where}: not a safetensors file, or cut short: {error}") from error
 
 
-def _read_header(file: IO[bytes], size: int, path, name: str) -> tuple[dict[str, str], Header, bytes]:
+def _read_header(file: IO[bytes], size: int, where: str) -> tuple[dict[str, str], Header, bytes]:
     """Metadata, each tensor's dtype and shape, and the bytes that say so, of a file of ``size`` bytes."""
     start = file.read(8)
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
     if not length <= min(size - 8, _MOST_HEADER_BYTES):
-        raise FileFormatError(f"{name}: {path}: not a safetensors file, or cut short")
+        raise FileFormatError(f"{where}: not a safetensors file, or cut short")
     head = file.read(length)
-    metadata, header, end = _parse_header(head, path, name)
-    if size != 8 + length + end:  # a hole of any size costs its maker nothing
-        raise FileFormatError(
-            f"{name}: {path}: not a safetensors file, or cut short: has {size:,} bytes, its header says "
-            f"{8 + length + end:,}"
-        )
-    return metadata, header, start + head
-
-
-def _parse_header(data: bytes, path: str | os.PathLike, name: str) -> tuple[dict[str, str], Header, int]:
-    """Metadata, each tensor's dtype and shape, and how many bytes follow the header."""
-    entries = parse_json(data, path, name)
+    entries = parse_json(head, where)
     metadata = entries.pop("__metadata__", None) or {}
     text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     found, end = {}, 0
     for key, entry in entries.items():
-        dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
-        sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        offsets = entry.get("data_offsets") if sizes else None
-        placed = isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
+        dtype, shape, offsets = map(entry.get, _ENTRY) if isinstance(entry, dict) else (None, None, None)
+        placed = _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
         if not isinstance(dtype, str) or not placed or not text:
-            raise FileFormatError(f"{name}: {path}: not a safetensors file: entry {key!r}")
+            raise FileFormatError(f"{where}: not a safetensors file: entry {key!r}")
         found[key] = (dtype, tuple(shape))
         end = max(end, offsets[1])
-    return metadata, found, end
+    expected = 8 + length + end
+    if size != expected:  # a hole of any size costs its maker nothing
+        raise FileFormatError(
+            f"{where}: not a safetensors file, or cut short: has {size:,} bytes, its header says {expected:,}"
+        )
+    return metadata, found, start + head
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -42,7 +42,7 @@ def test_round_trip(store):
     version = store.write(["a", "b"], [0, 0], [A, memoryview(B)])
     assert store.read(["b", "x", "a"]) == ([version, 0, version], [B, None, A])
     assert store.versions(["x", "b"]) == [0, version]
-    assert store.count() == 2 and store.total_bytes() == 2 * SIZE
+    assert store.count() == 2 and [entry.bytes for entry in store.entries()] == [SIZE, SIZE]
     assert store.read([]) == ([], []) and store.write([], [], []) > version
 
 

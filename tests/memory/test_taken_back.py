@@ -10,7 +10,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 
 from deltamem_fast import DeltaMemConfig, MemoryState, forget, ingest, patch_model, revise
 from deltamem_fast.adapter.wrappers import decoder_of
-from deltamem_fast.memory import erasing
+from deltamem_fast.memory import telling
 
 TEXT = "Ada went to the market. She took the train; then she went home. Where is my dog? He is in Paris. "
 ERRORS = (KeyboardInterrupt, MemoryError)
@@ -100,14 +100,14 @@ def test_decay_and_zero_in_the_middle(model, memory, monkeypatch):
 
 
 def test_forget_in_the_middle_of_its_erasing(model, tokenizer, memory, monkeypatch):
-    before, erased = seen(memory), erasing._erased
+    before, erased = seen(memory), telling._erased
 
     def second(adapter, *arguments):
         if adapter.layer_idx == 1:
             raise KeyboardInterrupt
         return erased(adapter, *arguments)
 
-    monkeypatch.setattr(erasing, "_erased", second)
+    monkeypatch.setattr(telling, "_erased", second)
     with pytest.raises(KeyboardInterrupt):
         forget(model, tokenizer, memory, TEXT)
     assert seen(memory) == before

@@ -116,7 +116,7 @@ def test_an_answer_is_what_generate_answers():
         cache = DynamicCache()
         if session.messages:
             with torch.no_grad():  # the turns before, under the memories before them
-                from deltamem_fast.session.window import build
+                from deltamem_fast.session.turns import build
 
                 now = session._now
                 cache = build(session.model, now.preamble, now.turns, memory, written=now.written)

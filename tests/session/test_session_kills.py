@@ -49,7 +49,8 @@ def uninterrupted(tmp_path_factory):
     prepared = tmp_path_factory.mktemp("prepared")
     answers, states = [], []
     for number in range(TURNS + 1):
-        content, tensors = contents(session.model, session._content(), with_cache=number % 2 == 0)
+        settings = session._settings() | {"remembers": session.remembers}
+        content, tensors = contents(session.model, session._now, settings, with_cache=number % 2 == 0)
         (prepared / f"{number}.json").write_text(json.dumps(content))
         save_file(tensors, prepared / f"{number}.safetensors", {"format": FORMAT})
         states.append(state_bits(session.memory))

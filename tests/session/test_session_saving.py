@@ -45,7 +45,7 @@ def test_replayed_keys_and_values_are_those_of_earlier_memories(tmp_path):
     # A failing turn builds the cache, and goes no further.
     replayed.limit_context(turns=4)
     now = replayed._now
-    from deltamem_fast.session.window import build
+    from deltamem_fast.session.turns import build
 
     cache = build(session.model, now.preamble, now.turns, now.memory, written=now.written)
     ours = [(layer.keys.numpy().tobytes(), layer.values.numpy().tobytes()) for layer in cache.layers]

@@ -1,6 +1,9 @@
-"""Erasing what a text's keys point to."""
+"""A text told to a memory: checked and in encoded pieces, what came of it, and erasing what its keys point to."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,12 +13,63 @@ from deltamem_kernels.segment_means import segment_means
 
 from ..adapter.record import identity_of, is_disabled
 from ..adapter.wrappers import decoder_of, input_device, unwrap
-from ..arguments import shown
+from ..arguments import check_text, check_tokenizer, shown
 from ..errors import ArgumentError
-from .pieces import WRITE_TOKENS, Text, checked_text, encoded_pieces
+from ..text.cutting import pieces_of
+from ..text.encode import Message, check_known, encode_text, plain_content, plain_messages, says_something
 from .watch import capture_projections
 
+Text = str | Sequence[Message]
+
+WRITE_TOKENS = 8192  # the write budget of the released recipe
 TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # see bench/memory/operators.py
+
+
+def checked_text(text: Text) -> Text:
+    if not isinstance(text, str):
+        text = plain_messages(text)
+        if not says_something(text) and not any(plain_content(m.get("content") or "", "text").strip() for m in text):
+            raise ArgumentError("text: got messages with nothing but white space, allowed a text")
+        return text
+    if not text.strip():
+        raise ArgumentError("text: got nothing but white space, allowed a text")
+    check_text(text, "text")
+    return text
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids [1, T] of a text on the CPU, and their segments where the adapter writes segments."""
+
+    ids: torch.Tensor
+    segments: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return self.ids.shape[1]
+
+    def arguments(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """For the decoder's forward."""
+        segments = {} if self.segments is None else {"segment_ids": self.segments.to(device)}
+        return {"input_ids": self.ids.to(device)} | segments
+
+
+def encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int) -> list[Encoded]:
+    """A text in pieces of at most ``tokens`` tokens."""
+    config = identity_of(model).config
+    check_tokenizer(tokenizer)
+
+    def count(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+    def encode(part: Text, name: str) -> Encoded:
+        ids, segments = encode_text(tokenizer, part, config, name)
+        check_known(model, ids[0].tolist())
+        return Encoded(ids, segments)
+
+    found = [encoded for _, encoded in pieces_of(text, tokens, count, encode) if len(encoded)]
+    if not found:
+        raise ArgumentError("text: the tokenizer makes no token of it")
+    return found
 
 
 class WriteResult(int):
@@ -36,7 +90,7 @@ class WriteResult(int):
         return made
 
     def __getnewargs_ex__(self) -> tuple[tuple, dict]:
-        return (int(self),), {"pieces": self.pieces, "skipped": self.skipped}
+        return (int(self),), dict(vars(self))
 
     @property
     def tokens(self) -> int:
@@ -44,7 +98,8 @@ class WriteResult(int):
         return int(self)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(tokens={int(self)}, pieces={self.pieces}, skipped={self.skipped})"
+        figures = ", ".join(f"{name}={value!r}" for name, value in {"tokens": int(self), **vars(self)}.items())
+        return f"{type(self).__name__}({figures})"
 
 
 @torch.no_grad()
@@ -92,9 +147,8 @@ def _erased(layer, projections: torch.Tensor, segment_ids, state: torch.Tensor, 
     _, bias = layer.stacked()
     projections = projections.float()
     valid, _ = valid_tokens(projections, present)
-    _, keys, _, _, _, beta = split_projections(
-        torch.where(valid.unsqueeze(-1), projections, 0.0), bias.float(), layer.rule
-    )
+    projections = torch.where(valid.unsqueeze(-1), projections, 0.0)
+    _, keys, _, _, _, beta = split_projections(projections, bias.float(), layer.rule)
     shares = (1 - (1 - beta) ** strength) * valid[:, :, None, None]
     for key, share in zip(keys.unbind(1), shares.unbind(1)):
         key = key.unsqueeze(-2)
