@@ -66,23 +66,26 @@ def operation_rows() -> Iterator[Row]:
         yield _operation_row(name, torch.float32)
 
 
-def compiled_rows(targets: list[str] | None = None, cases: int = CASES) -> Iterator[Row]:
+def compiled_rows(quick: bool = False) -> Iterator[Row]:
     """Of all kernels compiled ahead of time, the most registers, shared memory, spills and stack, by target.
 
+    The targets of ``deltamem_kernels.report``, in ``CASES`` of its cases: all of them take minutes
+    (``make kernels-report``).
+
     Args:
-        targets: of ``deltamem_kernels.report``; None: all.
-        cases: how many of its cases; all of them take minutes (``make kernels-report``).
+        quick: two launches of one case, for one target.
     """
     if not installed("triton"):
         yield absent("compiled", "triton is not installed")
         return
     from deltamem_kernels import report
 
-    for target in targets or report.TARGETS:
+    cases, most = (1, 2) if quick else (CASES, None)
+    for target in ["sm_90"] if quick else report.TARGETS:
         seen: set = set()
         # A cache of its own: what is reported is what this compiler makes, not what an earlier one left.
         with tempfile.TemporaryDirectory() as directory, mock.patch.dict("os.environ", TRITON_CACHE_DIR=directory):
-            found = [r for case in report.CASES[:cases] for r in report.measure(target, case, seen)]
+            found = [r for case in report.CASES[:cases] for r in report.measure(target, case, seen, most)]
         yield counted(
             "compiled", {"target": target, "cases": cases}, kernels=len(found),
             registers=max(r.registers for r in found), shared=max(r.shared for r in found),
@@ -104,10 +107,10 @@ def depth_rows() -> Iterator[Row]:
 
 
 def run(quick: bool, progress: Callable[[str], None]) -> list[Row]:
-    """All rows; ``quick``: one target and one case of it."""
+    """All rows; ``quick``: of the compiled kernels, two."""
     progress("operations per decoded token and layer")
     rows = list(operation_rows())
-    for row in compiled_rows(["sm_90"] if quick else None, 1 if quick else CASES):
+    for row in compiled_rows(quick):
         progress(f"compiled for {row.parameters.get('target')}")
         rows.append(row)
     return rows + list(depth_rows())

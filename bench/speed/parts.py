@@ -112,7 +112,7 @@ def model_prefill(plan: Plan) -> Iterator[Row]:
             yield from model.prefill_rows(models, length, turns=3 if plan.dry else PREFILL_TURNS)
         except torch.OutOfMemoryError:
             yield absent("prefill/patched", "does not fit the device", models.parameters(batch=1, tokens=length))
-        if models.variants.pop("released", None) is not None and not plan.full:
+        if models.variants.pop("released", None) is not None:
             models.refusals["released"] = absent("", f"left out beyond {plan.lengths[0]} tokens: no time")
 
 

@@ -195,7 +195,11 @@ def _lock_beside(bank: Path, path: Path) -> int:
             return open_lock(path, "bank", os.O_RDONLY)
         with contextlib.suppress(FileExistsError):  # another process was quicker
             lock = open_lock(path, "bank", os.O_RDONLY | os.O_CREAT | os.O_EXCL)
-            os.fchmod(lock, give_to_owner_of(os.stat(bank), lock) & 0o666)  # root must not lock the owner out
+            try:
+                os.fchmod(lock, give_to_owner_of(os.stat(bank), lock) & 0o666)  # root must not lock the owner out
+            except OSError:
+                os.close(lock)
+                raise
             return lock
         return open_lock(path, "bank", os.O_RDONLY)
 

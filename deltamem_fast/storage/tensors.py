@@ -80,13 +80,14 @@ def _read_header(file: IO[bytes], size: int, where: str) -> tuple[dict[str, str]
         raise FileFormatError(f"{where}: not a safetensors file, or cut short")
     head = file.read(length)
     entries = parse_json(head, where)
-    metadata = entries.pop("__metadata__", None) or {}
-    text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FileFormatError(f"{where}: not a safetensors file: entry '__metadata__'")
     found, end = {}, 0
     for key, entry in entries.items():
         dtype, shape, offsets = map(entry.get, _ENTRY) if isinstance(entry, dict) else (None, None, None)
         placed = _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
-        if not isinstance(dtype, str) or not placed or not text:
+        if not isinstance(dtype, str) or not placed:
             raise FileFormatError(f"{where}: not a safetensors file: entry {key!r}")
         found[key] = (dtype, tuple(shape))
         end = max(end, offsets[1])

@@ -271,10 +271,10 @@ def _amd(text: str) -> tuple[int, int, int, int]:
     return value("vgpr_count"), value("private_segment_fixed_size"), spills, len(body)
 
 
-def measure(target: str, case: Case, seen: set) -> list[Resources]:
-    """Compile every launch of one case for one target, but for those ``seen`` before."""
+def measure(target: str, case: Case, seen: set, most: int | None = None) -> list[Resources]:
+    """Compile the launches of one case for one target, the first ``most`` of them, but for those ``seen`` before."""
     gpu, rows = TARGETS[target], []
-    for kernel, arguments, options in launches(case, gpu.warp_size):
+    for kernel, arguments, options in launches(case, gpu.warp_size)[:most]:
         built = source(kernel, arguments)
         if built.hash() in seen:
             continue

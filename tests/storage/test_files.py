@@ -7,6 +7,7 @@ import os
 import resource
 import runpy
 import signal
+import struct
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,18 @@ def test_broken_adapters_are_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / RELEASED_NAME)
     with pytest.raises(ValueError, match="something else than named tensors"):
         patch_model(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, 7, [], ["a"], "text", {"format": 1}, {"format": None}])
+@pytest.mark.parametrize("entries", [{}, {"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}], ids=len)
+@pytest.mark.parametrize("read", [tensors.read_tensors, tensors.read_metadata])
+def test_a_header_whose_metadata_is_no_text_is_refused(tmp_path, metadata, entries, read):
+    """With tensors beside it and without: nobody is handed metadata of another type."""
+    head = json.dumps({"__metadata__": metadata, **entries}).encode()
+    path = tmp_path / "memory.safetensors"
+    path.write_bytes(struct.pack("<Q", len(head)) + head)
+    with pytest.raises(FileFormatError, match="memory: .*not a safetensors file: entry '__metadata__'"):
+        read(path, "memory")
 
 
 class Payload:
