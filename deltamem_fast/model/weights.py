@@ -234,11 +234,12 @@ class LayerWeights:
 
     def steering(self, attention: nn.Module, layer: DeltaMemory) -> Steering:
         """What the memory's layer adds to its heads, as the kernels take it."""
-        if self._steering is None:
+        found = self._steering  # another thread may forget it meanwhile
+        if found is None:
             parameters, config, norms = layer._parameters, layer.config, self.shape.norms
             heads = config.delta_heads
             q_norm = attention._modules["q_norm"] if norms else None
-            self._steering = Steering(
+            found = self._steering = Steering(
                 q=parameters["delta_q_proj"] if "q" in heads else None,
                 k=parameters["delta_k_proj"] if "k" in heads else None,
                 v=parameters["delta_v_proj"] if "v" in heads else None,
@@ -250,7 +251,7 @@ class LayerWeights:
                 k_norm=attention._modules["k_norm"]._parameters["weight"] if norms else None,
                 eps=q_norm.variance_epsilon if norms else 1e-6,
             )
-        return self._steering
+        return found
 
 
 def _packed(current: PackedRows | None, parts: list | None) -> PackedRows | None:

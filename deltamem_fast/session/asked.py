@@ -42,7 +42,7 @@ def checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...
             raise ArgumentError("text: got nothing but white space, allowed something to say")
         return ({"role": "user", "content": text},)
     if not isinstance(text, Sequence) or not all(isinstance(message, Mapping) for message in text):
-        raise ArgumentTypeError(f"text: got {type(text).__name__}, allowed a str or a list of messages")
+        raise ArgumentTypeError(f"text: got {type(text).__name__}, allowed a string or a list of messages")
     if not text:
         raise ArgumentError("text: got no message, allowed one or more")
     for place, message in enumerate(text):

@@ -23,7 +23,7 @@ def plain_messages(messages: Sequence[Message], name: str = "text") -> list[dict
         ValueError, TypeError: a message is not as described; which one is named.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise MessageTypeError(f"{name}: got {type(messages).__name__}, allowed a str or a list of messages")
+        raise MessageTypeError(f"{name}: got {type(messages).__name__}, allowed a string or a list of messages")
     if not messages:
         raise ArgumentError(f"{name}: got no message, allowed one or more")
     return [_plain(message, f"{name}[{place}]") for place, message in enumerate(messages)]

@@ -36,6 +36,8 @@ ALIKE = (
     "qwen3_no_lambda_scalar_gates",
     "qwen3_read_only_carry",
     "qwen3_ssw_sentence",
+    "qwen3_tsw_left_padded",
+    "smollm3_tsw",
 )
 PAIRS = [(case, ATTENTIONS[n % 2]) for n, case in enumerate(CASES) if case not in ALIKE]
 

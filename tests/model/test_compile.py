@@ -57,7 +57,7 @@ def test_decode_with_a_static_cache(backend, compiler):
     assert memory_state(ours)[0].data_ptr() == address
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.soak), "numba"])
 def test_prefill_and_a_callers_memory(backend):
     model = patched(backend)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -85,7 +85,7 @@ def test_gradients():
     assert all(relative_error(ours, theirs) < 1e-5 for theirs, ours in zip(*grads))
 
 
-@pytest.mark.parametrize("kind", ("none", "non-reentrant"))
+@pytest.mark.parametrize("kind", ("none", pytest.param("non-reentrant", marks=pytest.mark.soak)))
 def test_a_training_step(kind):
     """A write pass, a read pass from what it wrote, and the gates' penalty, each pass compiled."""
     with torch.enable_grad():

@@ -61,7 +61,7 @@ def rows_of(part, **options):
         return list(parts.PARTS[part].run(parts.Plan("cuda", dry=True, **options)))
 
 
-@pytest.mark.parametrize("name", ["decode", "prefill", "SmolLM3-3B"])
+@pytest.mark.parametrize("name", ["decode", "prefill", pytest.param("SmolLM3-3B", marks=pytest.mark.thorough)])
 def test_models(gpu, name):
     rows = rows_of(name)
     assert not [row.note for row in rows if row.status == "refused"]

@@ -181,7 +181,7 @@ def test_a_real_conversation_killed_and_restarted(uninterrupted, tmp_path):
     """The whole process, model and all, is killed in the middle of the conversation, and started again."""
     said, answers, *_ = uninterrupted
     chooser, done = random.Random(3), 0
-    for run in range(3):
+    for run in range(2):  # the other tests kill often, without a model
         worker = subprocess.Popen(
             [sys.executable, "-c", REAL, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -189,7 +189,7 @@ def test_a_real_conversation_killed_and_restarted(uninterrupted, tmp_path):
         worker.stdin.close()
         turns = int(worker.stdout.readline().split()[1])
         assert done <= turns <= done + 1
-        if run < 2:
+        if run < 1:
             time.sleep(0.3 + chooser.random() * 0.5)
             worker.send_signal(signal.SIGKILL)
         printed = worker.stdout.read().splitlines()

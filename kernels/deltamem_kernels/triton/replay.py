@@ -90,8 +90,8 @@ def replayed(body: Callable[..., Tensors], inputs: Tensors, *settings) -> Tensor
         plan = _plan(inputs, notes.steps, results)
     finally:
         notes.steps = steps
-    if len(_plans) >= PLANS:
-        _plans.pop(next(iter(_plans)), None)
+    for oldest in list(_plans)[: len(_plans) - PLANS + 1]:  # a list: other threads add to it
+        _plans.pop(oldest, None)
     _plans[key] = plan
     return results
 

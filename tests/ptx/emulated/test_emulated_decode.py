@@ -55,7 +55,7 @@ def check_order(emulator, case, batch, schedules):
     assert not any(wrong), f"{min(wrong)} to {max(wrong)} of {state.numel()} numbers are not step's"
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("case", CASES[:1], ids=str)
 def test_the_order_of_arrival_makes_no_difference(emulator, case):
     check_order(emulator, case, batch=2, schedules=5)
 

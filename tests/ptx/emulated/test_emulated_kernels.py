@@ -28,8 +28,9 @@ def test_scan(name, length, chunk, every):
     properties.check_scan(rule, x, bias, state, chunk=chunk, mask=mask, checkpoint_every=every)
 
 
-@every_rule
-def test_step(rule, dtype):
+@pytest.mark.parametrize("name", ["released", "odd", pytest.param("several-tiles", marks=pytest.mark.soak)])
+def test_step(name):
+    rule, dtype = RULES[name]
     x, bias, state, mask = properties.random_problem(rule, 3, 2, dtype, seed=1, masked=True)
     x[0, 1, 2] = float("inf")
     properties.check_step(rule, x, bias, state, mask)
@@ -108,6 +109,8 @@ def test_bits_of_packed_sequences():
     properties.check_packed(rule, x, bias, state, mask, [4, 0, 5], 0)
 
 
+# Each compiles six variants; the interpreted tests hold the same bits with one.
+@pytest.mark.soak
 def test_bits_without_masked_tokens():
     rule = DeltaRule(4, 2)
     problem = properties.random_problem(rule, 2, 5, seed=9, masked=True)
@@ -115,6 +118,7 @@ def test_bits_without_masked_tokens():
     properties.check_masked_gradient(rule, *problem, spacing=(2, 1))
 
 
+@pytest.mark.soak
 def test_bits_wherever_numbers_lie():
     rule = DeltaRule(4)
     properties.check_strides(rule, *properties.random_problem(rule, 2, 4, FP32, seed=10, masked=True), 0)
