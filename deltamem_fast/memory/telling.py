@@ -16,7 +16,8 @@ from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..arguments import check_text, check_tokenizer, shown
 from ..errors import ArgumentError
 from ..text.cutting import pieces_of
-from ..text.encode import Message, check_known, encode_text, plain_content, plain_messages, says_something
+from ..text.encode import check_known, encode_text, says_something
+from ..text.messages import Message, plain_content, plain_messages
 from .watch import capture_projections
 
 Text = str | Sequence[Message]

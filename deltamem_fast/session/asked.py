@@ -9,7 +9,7 @@ from typing import Any
 from ..arguments import check_text, check_type
 from ..errors import ArgumentError, ArgumentTypeError
 from ..text.answering import check_reserved
-from ..text.encode import Message, plain_messages
+from ..text.messages import Message, plain_messages
 from ..text.settings import check_values
 from .forgetting import strings_of
 

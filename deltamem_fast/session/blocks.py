@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from ..text.encode import Message, chat_ids
+from ..text.encode import chat_ids
+from ..text.messages import Message
 from ..text.segments import refused_by_template, segment_ids_under
 
 # Stands for whatever the user says next: thinking templates render an answer otherwise once a question follows it.

@@ -10,7 +10,7 @@ from unicodedata import normalize
 
 from ..memory.operators import WriteResult
 from ..memory.state import MemoryState
-from ..text.encode import Message
+from ..text.messages import Message
 from .turns import Now, Turn
 
 _WORD = re.compile(r"\w+")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..arguments import shown
-from ..text.encode import is_text_part
+from ..text.messages import is_text_part
 from ..text.settings import Error, check_generation, check_json, check_template
 
 _FIELDS = ("identity", "settings", "messages", "context", "frozen")

@@ -21,7 +21,7 @@ from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..memory.operators import WriteResult, forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
 from ..text.answering import answer_options
-from ..text.encode import Message
+from ..text.messages import Message
 from ..text.settings import checked_template
 from . import saving
 from .asked import check_encodable, checked_messages, checked_options

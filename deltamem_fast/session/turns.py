@@ -17,7 +17,8 @@ from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..memory.state import MemoryState
 from ..model.cache import is_outdated, rewound
 from ..text.answering import warn_if_cut_off
-from ..text.encode import Message, check_known
+from ..text.encode import check_known
+from ..text.messages import Message
 from ..text.thinking import TextStream, stream_tokens
 from .blocks import NEXT, NOTHING, Block, Chat, Renderer, joined_ids, joined_segments
 

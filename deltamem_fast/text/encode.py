@@ -11,7 +11,6 @@ from ..adapter.wrappers import unwrap
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError
 from .messages import Message, plain_content, plain_messages
-from .messages import is_text_part as is_text_part
 from .segments import as_row, chat_ids, segment_ids_from_messages, sentence_spans, tokenize
 
 

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from ..errors import ArgumentError, FileFormatError
 from ..storage.files import as_path, opened, unique_keys
-from ..text.encode import is_text_part, plain_content, says_something
+from ..text.encode import says_something
+from ..text.messages import is_text_part, plain_content
 
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")

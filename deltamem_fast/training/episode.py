@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError
-from ..text.encode import plain_messages
+from ..text.messages import plain_messages
 from .data import Example
 from .loss import IGNORED, EpisodeBatch
 
