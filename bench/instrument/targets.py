@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ class Target:
         baseline: the row's ratio to this variant is taken (its median), or
         value: the row's value of this name.
         at_most: the number should be ``goal`` or less, not or more.
+        most: the number should not be more than this, either.
     """
 
     what: str
@@ -32,6 +34,7 @@ class Target:
     baseline: str = ""
     value: str = ""
     at_most: bool = False
+    most: float = math.inf
 
     def of(self, row: Row) -> bool:
         """Whether ``row`` is one that this target is for."""
@@ -46,17 +49,22 @@ class Target:
 
     def met(self, number: float) -> bool:
         """Whether ``number`` reaches the goal."""
-        return number <= self.goal if self.at_most else number >= self.goal
+        return self._room(number) >= 0
+
+    def _room(self, number: float) -> float:
+        """How far ``number`` is within the goal."""
+        return self.goal - number if self.at_most else min(number - self.goal, self.most - number)
 
     def worst(self, rows: Iterable[Row]) -> Row | None:
         """The row of this target that is furthest from it, or None if none has the number."""
         found = [row for row in rows if self.of(row) and row.status == "measured" and self.number(row) is not None]
-        pick = max if self.at_most else min
-        return pick(found, key=self.number, default=None)
+        return min(found, key=lambda row: self._room(self.number(row)), default=None)
 
     def bound(self, number: float | None) -> str:
-        """A goal as text, ≥ 0.99 for one; "" for None."""
-        return "" if number is None else f"{'≤' if self.at_most else '≥'} {number:g}"
+        """A goal as text, such as ≥ 0.99, or 0.99 to 1.01; "" for None."""
+        if number is None:
+            return ""
+        return f"{'≤' if self.at_most else '≥'} {number:g}" if self.most == math.inf else f"{number:g} to {self.most:g}"
 
     def open(self, row: Row) -> bool:
         """Whether the spread of the row's ratio lies on both sides of the goal."""

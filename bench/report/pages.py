@@ -203,8 +203,9 @@ def goal_table(rows: Sequence[Row]) -> str:
     for goal in GOALS:
         worst = goal.worst(rows)
         if worst is not None:
-            text = _with_error(worst, "ratio", goal.error, 2 if goal.least > 1 else 4)
-            lines.append([goal.what, goal.bounds(), text, "yes" if goal.met(worst) else "no"])
+            error = "ratio_error" if "ratio_error" in worst.values else "error"
+            text = _with_error(worst, "ratio", error, 2 if goal.goal > 1 else 4)
+            lines.append([goal.what, goal.bound(goal.goal), text, "yes" if goal.met(goal.number(worst)) else "no"])
     return markdown(lines)
 
 
