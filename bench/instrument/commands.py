@@ -21,14 +21,17 @@ def run(prog: str, description: str, modules: Mapping[str, ModuleType], argument
 
     Args:
         prog: how it is called, as in ``python -m bench.recall``.
-        modules: by command; each has a docstring whose first line is the help, ``add_arguments(parser)``, and
-            ``run(options)``, which returns the exit status.
+        modules: by command; each has a docstring whose first line is the help, ``DIRECTORY``, where ``--output`` is
+            unless given, ``add_arguments(parser)``, and ``run(options)``, which returns the exit status.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in modules.items():
         line = module.__doc__.splitlines()[0]
-        module.add_arguments(commands.add_parser(name, help=line, description=line))
+        command = commands.add_parser(name, help=line, description=line)
+        folder = "folder of the JSON (default: %(default)s)"
+        command.add_argument("--output", type=Path, default=module.DIRECTORY, help=folder)
+        module.add_arguments(command)
     options = parser.parse_args(arguments)
     name = f"{prog.removeprefix('python -m ')} {options.command}"
     return status_of(name, functools.partial(modules[options.command].run, options))

@@ -206,7 +206,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench.memory bank``."""
     parser.add_argument("--users", type=int, default=FULL, help="memories in the bank")
     parser.add_argument("--ids", type=int, default=512, help="memories of a batch")
-    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON")
     parser.add_argument("--directory", type=Path, help="where the bank lies meanwhile (default: a temporary folder)")
 
 

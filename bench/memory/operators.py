@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from random import Random
 
 import torch
@@ -88,7 +87,6 @@ def _norm(memories: Sequence[MemoryState]) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench.memory operators``."""
-    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="eight memories a strategy; stays out of docs/results")
 
 

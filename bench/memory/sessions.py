@@ -89,7 +89,6 @@ def file_rows(model: nn.Module, tokenizer, sizes: dict, repeats: int) -> list[Ro
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench.memory sessions``."""
-    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few turns; stays out of docs/results")
 
 

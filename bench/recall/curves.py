@@ -196,7 +196,6 @@ def fingerprints(directory: Path) -> dict[str, str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench.recall curves``."""
     parser.add_argument("--episodes", type=int, default=EPISODES, help="conversations of a point (%(default)s)")
-    parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON")
     parser.add_argument("--weights", type=Path, help="folder of backbone and adapters (the shipped ones)")
     parser.add_argument("--only", choices=PARTS, help="one curve instead of all")
 

@@ -15,6 +15,7 @@ from .budget import Estimate
 
 MAIN = "Qwen3-4B"  # what most parts measure
 PREFILL_TURNS = 4
+COMPILED = ("compile", "reduce-overhead")  # modes of decoding on a static cache
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,15 @@ def _models(plan: Plan, name: str, peer: bool = True) -> model.Models:
     return made
 
 
-def _static(plan: Plan, models: model.Models, modes: tuple[str, ...], batches: tuple[int, ...]) -> Iterator[Row]:
-    for mode in modes:
-        for batch in batches:
-            try:
-                yield from decode.rows(models, mode, batch, progress=plan.progress, dry=plan.dry, **plan.static)
-            except torch.OutOfMemoryError:
-                yield absent("decode/patched", "does not fit the device", models.parameters(mode=mode, batch=batch))
-            except Exception as error:  # the compiler has many ways to fail; the other modes go on
-                note = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-                yield refused("decode/patched", models.parameters(mode=mode, batch=batch), note)
+def _static(plan: Plan, models: model.Models, *runs: tuple[str, int]) -> Iterator[Row]:
+    for mode, batch in runs:
+        try:
+            yield from decode.rows(models, mode, batch, progress=plan.progress, dry=plan.dry, **plan.static)
+        except torch.OutOfMemoryError:
+            yield absent("decode/patched", "does not fit the device", models.parameters(mode=mode, batch=batch))
+        except Exception as error:  # the compiler has many ways to fail; the other modes go on
+            note = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            yield refused("decode/patched", models.parameters(mode=mode, batch=batch), note)
 
 
 def model_decode(plan: Plan) -> Iterator[Row]:
@@ -94,14 +94,13 @@ def model_decode(plan: Plan) -> Iterator[Row]:
     models = _models(plan, MAIN)
     for batch in (1, 16):
         yield from model.eager_rows(models, plan.eager, batch)
-        yield from _static(plan, models, ("graph",), (batch,))
+        yield from _static(plan, models, ("graph", batch))
 
 
 def model_compiled(plan: Plan) -> Iterator[Row]:
     """Decode with a static cache under torch.compile: one row, then 16, then the compiler's own CUDA graphs."""
     models = _models(plan, MAIN, peer=False)
-    for mode, batch in (("compile", 1), ("reduce-overhead", 1), ("compile", 16), ("reduce-overhead", 16)):
-        yield from _static(plan, models, (mode,), (batch,))
+    yield from _static(plan, models, *((mode, batch) for batch in (1, 16) for mode in COMPILED))
 
 
 def model_prefill(plan: Plan) -> Iterator[Row]:
@@ -119,13 +118,13 @@ def model_prefill(plan: Plan) -> Iterator[Row]:
 def other_model(plan: Plan, name: str) -> Iterator[Row]:
     """What the first backbone gets in several parts, for another one."""
     models = _models(plan, name, peer=plan.full)
-    yield from _static(plan, models, ("graph",), (1, 16))
+    yield from _static(plan, models, ("graph", 1), ("graph", 16))
     yield from model.eager_rows(models, plan.eager, 1)
     for length in plan.lengths if plan.full else plan.lengths[:1]:
         yield from model.prefill_rows(models, length, turns=3)
     if plan.full:
         yield from model.eager_rows(models, plan.eager, 16)
-        yield from _static(plan, models, ("compile", "reduce-overhead"), (1, 16))
+        yield from _static(plan, models, *((mode, batch) for mode in COMPILED for batch in (1, 16)))
 
 
 def scan_peers(plan: Plan) -> Iterator[Row]:

@@ -127,24 +127,9 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
 
     @njit(**_REORDERED)
     def scan_backward_rows(
-        projections,
-        bias,
-        mask,
-        state,
-        slots,
-        heads,
-        mode,
-        row_gates,
-        own_lambda,
-        normalize,
-        every,
-        d_reads,
-        d_saved,
-        starts,
-        d_state,
-        d_projections,
-        d_bias,
-    ):
+        projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, d_reads, d_saved,
+        starts, d_state, d_projections, d_bias,
+    ):  # fmt: skip
         """The gradients of B sequences, one after another.
 
         The first eleven as in ``scan_rows``, with the states before the first tokens, which stay. d_reads

@@ -17,11 +17,8 @@ def factor(steering: Steering, head: str, dtype: torch.dtype) -> torch.Tensor | 
     raw = steering.scale_raw
     if raw is None:
         return steering.scale
-    return (
-        steering.scale
-        * torch.sigmoid(raw[_ORDER.index(head) if raw.numel() == 4 else 0].to(dtype))
-        * (steering.scale_max)
-    )
+    raw = raw[_ORDER.index(head) if raw.numel() == 4 else 0]
+    return steering.scale * torch.sigmoid(raw.to(dtype)) * steering.scale_max
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
