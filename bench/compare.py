@@ -22,6 +22,7 @@ COSTS = (
     "peak_memory", "extra_memory", "operations", "launches", "registers", "shared", "spills", "stack", "depth",
     "instructions", "sectors", "sectors_past_l1", "distinct_sectors", "bytes_to_floor",
 )  # fmt: skip
+MADE_WITH = ("device", "driver", "processor", "threads", "torch", "triton", "transformers", "numba")
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,6 @@ def _rows(result: results.Result, path: Path) -> dict[str, Row]:
     return found
 
 
-def _differences(old: results.Result, new: results.Result) -> list[str]:
-    names = ("device", "driver", "processor", "threads", "torch", "triton", "transformers", "numba")
-    pairs = ((name, old.head.get(name), new.head.get(name)) for name in names)
-    return [f"{name}: {before} in the old, {after} in the new" for name, before, after in pairs if before != after]
-
-
 def report(old_path: Path, new_path: Path, ratio: float) -> tuple[str, bool]:
     """The text to print, and whether there is a regression.
 
@@ -83,7 +78,8 @@ def report(old_path: Path, new_path: Path, ratio: float) -> tuple[str, bool]:
     """
     results_ = results.load(old_path), results.load(new_path)
     old, new = (_rows(result, path) for result, path in zip(results_, (old_path, new_path)))
-    lines = [f"not the same: {line}" for line in _differences(*results_)]
+    heads = ((name, *(result.head.get(name) for result in results_)) for name in MADE_WITH)
+    lines = [f"not the same: {name}: {a} in the old, {b} in the new" for name, a, b in heads if a != b]
     bad, moved, same = False, 0, 0
     for name in [name for name in new if name in old]:
         before, after = old[name], new[name]

@@ -82,12 +82,6 @@ def _decode(mode: str, text: str, batch: int, goal: float, stretch: float | None
     )  # fmt: skip
 
 
-def _small(model: str, text: str, phase: str, batch: int, stretch: float | None) -> Target:
-    what = f"CPU: {phase}, patched ÷ unpatched, {text}, B = {batch}"
-    parameters = {"model": model, "batch": batch}
-    return Target(what, f"{phase}/patched", 1.0, stretch, parameters, baseline="unpatched")
-
-
 def _scan(length: int, goal: float, stretch: float) -> Target:
     what = f"scan forward, ours ÷ released, T = {length // 1024} k, B = 1"
     return Target(what, "scan/triton", goal, stretch, {"tokens": length, "batch": 1, "rank": 8}, baseline="released")
@@ -120,7 +114,8 @@ TARGETS = (
     Target("CPU: scan ÷ the per-token PyTorch loop, T = 8 k", "scan/numba", 500, None,
            {"tokens": 8192, "rank": 8, "heads": 1}, baseline="reference"),
     *(
-        _small(model, text, phase, batch, stretch)
+        Target(f"CPU: {phase}, patched ÷ unpatched, {text}, B = {batch}", f"{phase}/patched", 1.0, stretch,
+               {"model": model, "batch": batch}, baseline="unpatched")
         for model, text, stretch in (
             ("Qwen3-48M", "a 48 M-parameter backbone", 1.05), ("SmolLM2-135M", "SmolLM2-135M's shape", None),
         )

@@ -217,14 +217,11 @@ def draw_model(rows: Sequence[Row], figure) -> str:
     return f"With the memory a model runs at {ours} of its bare speed"
 
 
-def _extra(row: Row) -> str | None:
-    return f"{row.parameters['model']}, {row.variant}" if "extra_memory" in row.values else None
-
-
 def draw_memory(rows: Sequence[Row], figure) -> str:
     """Peak memory of a prefill beyond the bare model's, as a share of that, against T."""
     lines, most = [], 0.0
-    for name, found in _grouped(rows, _extra).items():
+    measured = [row for row in rows if "extra_memory" in row.values]
+    for name, found in _grouped(measured, lambda row: f"{row.parameters['model']}, {row.variant}").items():
         points = [(row.parameters["tokens"], *[row.values["extra_memory"]] * 3) for row in found]
         ours = name.endswith("patched")
         lines.append(Line(name, SHADES[len(lines) % 3] if ours else RELEASED, points))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from ..arguments import check_type
 from ..errors import ArgumentError, FileAccessError
@@ -14,9 +15,6 @@ from .files import export_adapter
 from .fingerprints import hub_id
 from .record import identity_of
 from .wrappers import unwrap
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def push_to_hub(

@@ -47,14 +47,8 @@ def add_command(commands) -> None:
     train.add_argument("data", metavar="DATA", nargs="+", help="JSONL files")
     train.add_argument("--output", metavar="DIR", required=True, help="where the run is kept")
     train.add_argument("--evaluate", metavar="FILE", action="append", default=[], help="a held-out file (repeatable)")
-    _add_adapter(train.add_argument_group("adapter"))
-    _add_episodes(train.add_argument_group("episodes"))
-    _add_recipe(train.add_argument_group("recipe"))
-    _add_machine(train.add_argument_group("machine and record"))
-    train.set_defaults(command=_train)
 
-
-def _add_adapter(group) -> None:
+    group = train.add_argument_group("adapter")
     group.add_argument("--adapter", metavar="DIR", help="train on from this adapter (a directory or hub id)")
     group.add_argument("--strategy", choices=("tsw", "ssw", "msw"), help="every token, segments, several states (tsw)")
     group.add_argument("--granularity", choices=GRANULARITIES[1:], help="of ssw (message_mean)")
@@ -67,8 +61,7 @@ def _add_adapter(group) -> None:
     group.add_argument("--output-init", choices=OUTPUT_INITS, help=f"({_CONFIG.output_init})")
     group.add_argument("--state-update-mode", choices=STATE_UPDATE_MODES, help=f"({_CONFIG.state_update_mode})")
 
-
-def _add_episodes(group) -> None:
+    group = train.add_argument_group("episodes")
     _option(group, "--write-length", int, "N", "the most tokens of a write context")
     _option(group, "--read-length", int, "N", "the most tokens of a read part with its answer")
     _option(group, "--over-long", OVER_LONG, "", "what to do with an example beyond that; nothing is cut")
@@ -76,8 +69,7 @@ def _add_episodes(group) -> None:
     _option(group, "--state-only-probability", float, "P", "of showing the last user turn alone")
     _option(group, "--no-memory-probability", float, "P", "of reading an empty memory, without a gradient")
 
-
-def _add_recipe(group) -> None:
+    group = train.add_argument_group("recipe")
     group.add_argument("--steps", type=int, metavar="N", help="optimizer steps (as many as --epochs take)")
     _option(group, "--epochs", float, "N", "passes over the data")
     _option(group, "--batch-size", int, "N", "episodes a device and forward")
@@ -90,8 +82,7 @@ def _add_recipe(group) -> None:
     _option(group, "--gate-target", float, "X", "its target")
     _option(group, "--seed", int, "N", "")
 
-
-def _add_machine(group) -> None:
+    group = train.add_argument_group("machine and record")
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the backbone (%(default)s)")
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, one more forward")
     group.add_argument("--reentrant", action="store_true", help="torch's older kind of gradient checkpointing")
@@ -108,6 +99,7 @@ def _add_machine(group) -> None:
     group.add_argument("--report-to", choices=REPORTERS, action="append", default=[], help="besides log.jsonl")
     group.add_argument("--json", action="store_true", help="the result as one JSON object")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="say nothing on the way")
+    train.set_defaults(command=_train)
 
 
 def _option(group, flag: str, kind, metavar: str, text: str) -> None:

@@ -88,7 +88,8 @@ def heat_map_lines(snapshots: Sequence[Snapshot], style: str = "ascii", width: i
 
 def _side_by_side(titles: list[str], pictures: list[list[str]], style: str, width: int) -> list[str]:
     """Pictures under their titles, as many on a line as fit."""
-    drawn = max(_cells(picture, style) for picture in pictures)
+    # Escape sequences take no room in the terminal.
+    drawn = max(picture[0].count("▀") if style == "colour" else len(picture[0]) for picture in pictures)
     column = max(drawn, *map(len, titles)) + 2
     fitting = max(1, (width + 2) // column)
     lines = []
@@ -97,11 +98,6 @@ def _side_by_side(titles: list[str], pictures: list[list[str]], style: str, widt
         lines += ["".join(title.ljust(column) for title in titles[part]).rstrip()]
         lines += [(" " * (column - drawn)).join(row).rstrip() for row in zip(*pictures[part])]
     return lines
-
-
-def _cells(picture: list[str], style: str) -> int:
-    """How wide a picture is in the terminal, where escape sequences take no room."""
-    return picture[0].count("▀") if style == "colour" else len(picture[0])
 
 
 def png_size(snapshots: Sequence[Snapshot]) -> tuple[int, int]:

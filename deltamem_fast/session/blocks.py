@@ -64,10 +64,6 @@ class Chat:
     header: Block
 
 
-def _says_something(message: Message) -> bool:
-    return bool(str(message.get("content") or "").strip() or message.get("tool_calls"))
-
-
 class _SystemInUser:
     """A tokenizer whose chat template gets a system message at the beginning of the first user's."""
 
@@ -145,7 +141,8 @@ class Renderer:
         written = [place for place, owner in enumerate(owners) if owner >= 0]
         numbers = {owners[place] for place in written}
         # Some templates leave out a message without content: an answer that is empty.
-        empty = [place for place, message in enumerate(messages) if not _says_something(message)]
+        said = [str(message.get("content") or "").strip() or message.get("tool_calls") for message in messages]
+        empty = [place for place, something in enumerate(said) if not something]
         shown = list(range(len(messages)))
         if len(numbers) == len(messages) - len(empty):
             shown = [place for place in shown if place not in empty]

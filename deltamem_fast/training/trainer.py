@@ -216,7 +216,9 @@ class DeltaMemTrainer(Trainer):
             return
         step = self.state.global_step
         figures = {name: float(logs[name]) for name in ("learning_rate", "grad_norm") if name in logs}
-        figures["epoch"] = round(step * self._episodes_a_step() / len(self.train_dataset.examples), 6)
+        args = self.args
+        episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        figures["epoch"] = round(step * episodes / len(self.train_dataset.examples), 6)
         super().log(flat(self._record_step(step, figures)), start_time)
         # Every checkpoint would hold them all; log.jsonl is the record.
         self.state.log_history.clear()
@@ -256,9 +258,6 @@ class DeltaMemTrainer(Trainer):
     def _record(self, entry: dict) -> None:
         if self.is_world_process_zero() and self.episode_log is not None:
             self.episode_log.write(entry)
-
-    def _episodes_a_step(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     # --- evaluation
 

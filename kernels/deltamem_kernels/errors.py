@@ -1,7 +1,5 @@
 """The errors of both packages: each is a DeltaMemError, and the built-in error that fits."""
 
-from __future__ import annotations
-
 
 class DeltaMemError(Exception):
     """What these packages refuse, or could not do; the message names the argument or the file."""

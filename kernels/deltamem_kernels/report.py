@@ -150,36 +150,28 @@ def launches(case: Case, warp: int) -> list:
     base = torch.empty(batch, case.length, 4096, dtype=case.dtype, **meta)
     weight = torch.empty(4096, rule.read_width, dtype=case.dtype, **meta)
     reads = torch.empty(batch, case.length, rule.read_width, **meta)
+    every, norm_weight = 64 if case.checkpoints else 0, weight[:, 0] if case.mask else None
     with recording(warp) as found:
         # Scan, then what a decoded token and a whole prompt take.
-        scan(x, bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
-             checkpoint_every=64 if case.checkpoints else 0)  # fmt: skip
+        scan(x, bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots, checkpoint_every=every)
         step_mask = torch.empty(rows, dtype=torch.bool, **meta) if case.mask else None
         step(tokens(rows), bias, state, rule, mask=step_mask, slots=slots)
         if not case.packed:
             read(x, state, rule, mask=mask)
-        steer(base, reads, weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
-        steer(base[:1, :1], reads[:1, :1], weight, 2.0, norm_weight=weight[:, 0] if case.mask else None)
+        steer(base, reads, weight, 2.0, norm_weight=norm_weight)
+        steer(base[:1, :1], reads[:1, :1], weight, 2.0, norm_weight=norm_weight)
         head_launches(case, rule)
         if case.backward:
-            gradient_launches(case, rule, x, bias, state, mask, cu_seqlens, slots, base, reads, weight)
+            d_checkpoints = state.new_empty(case.length // every, *state.shape[1:]) if every else None
+            scan_backward(
+                reads, torch.empty_like(state), x, bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
+                d_checkpoints=d_checkpoints, checkpoint_every=every,
+            )  # fmt: skip
+            if not case.packed:
+                read_backward(reads, x, state, rule, mask=mask)
+            # Weights of a float32 model on rows of another, where heads are several.
+            steer_backward(base, reads, weight.float() if case.heads > 1 else weight, 2.0, norm_weight=norm_weight)
     return found
-
-
-def gradient_launches(
-    case: Case, rule: DeltaRule, x, bias, state, mask, cu_seqlens, slots, base, reads, weight
-) -> None:
-    """The gradients of scan, read and steer; weights of a float32 model on rows of another, where heads are several."""
-    every = 64 if case.checkpoints else 0
-    d_checkpoints = state.new_empty(case.length // every, *state.shape[1:]) if every else None
-    scan_backward(
-        reads, torch.empty_like(state), x, bias, state, rule, mask=mask, cu_seqlens=cu_seqlens, slots=slots,
-        d_checkpoints=d_checkpoints, checkpoint_every=every,
-    )  # fmt: skip
-    if not case.packed:
-        read_backward(reads, x, state, rule, mask=mask)
-    norm_weight = weight[:, 0] if case.mask else None
-    steer_backward(base, reads, weight.float() if case.heads > 1 else weight, 2.0, norm_weight=norm_weight)
 
 
 def head_launches(case: Case, rule: DeltaRule) -> None:
