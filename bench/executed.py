@@ -89,7 +89,7 @@ def collect(rows: list[Row]) -> Result:
     return results.collect(rows, "cpu", {}, device=f"PTX emulator, sm_{TARGET}")
 
 
-def differences(committed: Result | None, rows: list[Row], tolerance: float = TOLERANCE) -> list[str]:
+def differences(committed: Result | None, rows: list[Row]) -> list[str]:
     """Figures of ``rows`` that are not those of a committed result, in words. Of another Triton's they may differ."""
     if committed is None:
         return ["no result of the emulator is committed"]
@@ -103,7 +103,7 @@ def differences(committed: Result | None, rows: list[Row], tolerance: float = TO
             continue
         for name in COUNTED:
             before, after = old[row.key].values[name], row.values[name]
-            if abs(after - before) > tolerance * before:
+            if abs(after - before) > TOLERANCE * before:
                 found.append(f"{row.name} {parameters(row)}: {name.replace('_', ' ')} {before:,.0f} → {after:,.0f}")
     return found
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from deltamem_fast import MemoryState, forget, patch_model, revise, unpatch_model
+from deltamem_fast.memory.figures import norm_of
 from deltamem_fast.recall.chats import ask, tell
 from deltamem_fast.recall.task import Fact, changed, draw_facts, user
 from deltamem_fast.recall.weights import STRATEGIES, find_weights, load_backbone
@@ -58,7 +59,7 @@ def measure(model: nn.Module, tokenizer, strategy: str, episodes: int = EPISODES
         for memory, facts, new in zip(memories, drawn, newer):
             apply(model, tokenizer, memory, fact=facts[0], new=new)
         values = _shares(model, tokenizer, memories, drawn, newer)
-        values["norm_left"] = _norm(memories) / _norm(told)
+        values["norm_left"] = math.hypot(*map(norm_of, memories)) / math.hypot(*map(norm_of, told))
         parameters = {"operator": name, "number": number, "facts": FACTS, "memories": episodes}
         rows.append(counted(f"operators/{strategy}", parameters, **{k: round(v, 4) for k, v in values.items()}))
     return rows
@@ -78,11 +79,6 @@ def _shares(model, tokenizer, memories, drawn: Sequence[list[Fact]], newer: Sequ
         "revised": share(answers[:1], [newer]),
         "others": share(answers[1:], others),
     }
-
-
-def _norm(memories: Sequence[MemoryState]) -> float:
-    squares = (float(state.double().square().sum()) for memory in memories for _, state in memory.items())
-    return math.sqrt(math.fsum(squares))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

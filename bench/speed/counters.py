@@ -167,28 +167,23 @@ def rows(plan) -> Iterator[Row]:
             yield absent("counters", why_not(text, status), case.parameters)
 
 
-def watched(case: Case, device: str = "cuda") -> None:
-    """Launch one case twice, the second time between the profiler's start and stop."""
-    with torch.no_grad():
-        torch.manual_seed(0)
-        (call,) = problems.calls(case, device, 1)
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
-
-
+@torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
-    """Run the cases named; the exit status is 2 for anything else."""
+    """Launch each case named twice, the second time between the profiler's start and stop; exit status 2 for others."""
     try:
         cases = [case_of(text) for text in (sys.argv[1:] if arguments is None else arguments)]
     except ValueError as error:
         print(f"bench.speed.counters: error: {error}", file=sys.stderr)
         return 2
     for case in cases:
-        watched(case)
+        torch.manual_seed(0)
+        (call,) = problems.calls(case, "cuda", 1)
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
     return 0
 
 

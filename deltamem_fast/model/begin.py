@@ -14,7 +14,7 @@ from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..memory.state import MemoryState
 from ..memory.watch import current_capture, current_record
 from ..notices import warn_once
-from .cache import Fed, adopt, check_rows, expect
+from .cache import adopt, check_rows, expect
 from .call import Bridge, MemoryCall
 from .checkpointing import is_sharded
 from .sequences import sequence_starts
@@ -113,8 +113,7 @@ def begin(
             segment_ids = torch.zeros(batch, length, dtype=torch.int64, device=tokens.device)
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
     state, rows = memory, batch
-    fed: Fed | None = None
-    held: int | None = None
+    fed = held = None
     cu_seqlens = sequence_starts(kwargs, cache, token_mask, batch, length)
 
     if cu_seqlens is not None:

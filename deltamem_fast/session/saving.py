@@ -54,7 +54,8 @@ def save(
     directory = snapshots.as_target(directory)
     content, tensors = contents(model, now, settings, with_cache=with_cache)
     _check_can_be_loaded(model, content, tensors)
-    return commit(directory, content, tensors, known=known, overwrite=overwrite)
+    write = {"state": lambda path: save_tensors(tensors, path, {"format": FORMAT})}
+    return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write, known=known, overwrite=overwrite)
 
 
 def _check_can_be_loaded(model: nn.Module, content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -77,19 +78,6 @@ def _check_can_be_loaded(model: nn.Module, content: dict[str, Any], tensors: dic
                 f"session: its memory of layer {name.removeprefix('memory.')} holds NaN or Inf, which is not saved; "
                 "restore an earlier snapshot, or memory.zero_()"
             )
-
-
-def commit(
-    directory: str | os.PathLike,
-    content: dict[str, Any],
-    tensors: dict[str, torch.Tensor],
-    *,
-    known: dict[str, int] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write ``contents`` of a session into a directory, atomically."""
-    write = {"state": lambda path: save_tensors(tensors, path, {"format": FORMAT})}
-    return snapshots.commit(directory, FORMAT, FORMAT_VERSION, content, write, known=known, overwrite=overwrite)
 
 
 def contents(

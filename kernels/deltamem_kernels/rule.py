@@ -93,7 +93,7 @@ class ScanOutput(NamedTuple):
 def check_shape(name: str, tensor: torch.Tensor | None, *allowed: tuple[int, ...]) -> None:
     """Raises: ValueError unless the tensor has one of the shapes, or is None."""
     if tensor is not None and tuple(tensor.shape) not in allowed:
-        raise ArgumentError(f"{name}: got shape {_shape(tensor)}, allowed {' or '.join(str([*s]) for s in allowed)}")
+        raise ArgumentError(f"{name}: got shape {[*tensor.shape]}, allowed {' or '.join(str([*s]) for s in allowed)}")
 
 
 def check_dtype(name: str, tensor: torch.Tensor | None, words: str, *allowed: torch.dtype) -> None:
@@ -120,10 +120,6 @@ def check_slots(slots: torch.Tensor, states: int) -> None:
             raise ArgumentIndexError(f"slots: got {wrong}, allowed −1 to {states - 1}")
 
 
-def _shape(tensor: torch.Tensor) -> str:
-    return str(list(tensor.shape))
-
-
 def check_arguments(
     projections: torch.Tensor,
     gate_bias: torch.Tensor | None,
@@ -145,7 +141,7 @@ def check_arguments(
     tokens = projections.shape[:-1]
     if projections.ndim not in (2, 3) or projections.shape[-1] != rule.width:
         raise ArgumentError(
-            f"projections: got shape {_shape(projections)}, allowed [..., {rule.width}] with one or two leading "
+            f"projections: got shape {[*projections.shape]}, allowed [..., {rule.width}] with one or two leading "
             f"dimensions (q, k, v and gates of rank {rule.rank}, {rule.heads} head(s))"
         )
     if not projections.dtype.is_floating_point:
@@ -157,10 +153,10 @@ def check_arguments(
     if cu_seqlens is not None:
         if projections.ndim != 3 or tokens[0] != 1:
             raise ArgumentError(
-                f"projections: got shape {_shape(projections)} with cu_seqlens, allowed [1, T, {rule.width}]"
+                f"projections: got shape {[*projections.shape]} with cu_seqlens, allowed [1, T, {rule.width}]"
             )
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
-            raise ArgumentError(f"cu_seqlens: got shape {_shape(cu_seqlens)}, allowed [N + 1]")
+            raise ArgumentError(f"cu_seqlens: got shape {[*cu_seqlens.shape]}, allowed [N + 1]")
         check_dtype("cu_seqlens", cu_seqlens, "int32 or int64", torch.int32, torch.int64)
         sequences = cu_seqlens.numel() - 1
     check_shape("mask", mask, tuple(tokens))
@@ -174,7 +170,7 @@ def check_arguments(
         rows = "any" if slots is not None else sequences
         if state.ndim != 4 or tuple(state.shape[1:]) != (rule.heads, rule.rank, rule.rank):
             allowed = f"[{rows}, {rule.heads}, {rule.rank}, {rule.rank}]"
-            raise ArgumentError(f"state: got shape {_shape(state)}, allowed {allowed}")
+            raise ArgumentError(f"state: got shape {[*state.shape]}, allowed {allowed}")
         if slots is None and state.shape[0] != sequences:
             raise ArgumentError(f"state: got {state.shape[0]} rows for {sequences} sequences; give slots to map them")
         check_dtype("state", state, "float32 (the reference also takes float64)", torch.float32, torch.float64)

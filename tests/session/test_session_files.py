@@ -656,14 +656,14 @@ def test_snapshots_belong_to_their_session(told):
 
 def test_one_session_is_not_saved_in_two_threads_at_once(told, tmp_path, monkeypatch):
     session = MemorySession(told[0].model, told[0].tokenizer)
-    started, go_on, commit = threading.Event(), threading.Event(), saving.commit
+    started, go_on, commit = threading.Event(), threading.Event(), saving.snapshots.commit
 
     def slow(*arguments, **options):
         started.set()
         assert go_on.wait(30)
         return commit(*arguments, **options)
 
-    monkeypatch.setattr(saving, "commit", slow)
+    monkeypatch.setattr(saving.snapshots, "commit", slow)
     thread = threading.Thread(target=session.save, args=(tmp_path,))
     thread.start()
     assert started.wait(30)

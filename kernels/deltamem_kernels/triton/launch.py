@@ -279,11 +279,6 @@ def narrow_reads(width: int, *weights: torch.Tensor | None) -> bool:
     return bfloat16 and width <= 8 and not interpreted()
 
 
-def float32_only(name: str, tensor: torch.Tensor | None) -> None:
-    """Raises: TypeError unless the tensor is float32 (the reference alone takes float64)."""
-    check_dtype(name, tensor, "float32", torch.float32)
-
-
 def half_or_single(name: str, tensor: torch.Tensor | None) -> None:
     """Raises: TypeError unless the tensor is bfloat16, float16 or float32, or None."""
     check_dtype(name, tensor, "bfloat16, float16 or float32", torch.bfloat16, torch.float16, torch.float32)
@@ -297,7 +292,7 @@ def check_tokens(
     check_device(projections)
     check_reach("projections", projections, 1)
     half_or_single("projections", projections)
-    float32_only("state", state)
+    check_dtype("state", state, "float32", torch.float32)  # the reference alone takes float64
     if gate_bias is not None:
         check_reach("gate_bias", gate_bias, 1)
     return sequences
