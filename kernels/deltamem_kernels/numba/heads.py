@@ -237,7 +237,16 @@ def _run_decode(
     )  # fmt: skip
 
 
-def steer_heads_(packed, reads, layout, steering, cos=None, sin=None, *, check=True) -> None:
+def steer_heads_(
+    packed: torch.Tensor,
+    reads: torch.Tensor,
+    layout: HeadLayout,
+    steering: Steering,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    *,
+    check: bool = True,
+) -> None:
     """``reference.heads.steer_heads_`` on a CPU: same arguments, results and errors."""
     if check:
         check_heads(packed, layout, steering, cos, sin, reads.shape[-1])
@@ -255,9 +264,22 @@ def workspace(kept: dict, counter: torch.Tensor | None) -> dict:
 
 
 def decode_(
-    packed, gate_bias, state, rule, layout, steering, cos=None, sin=None, *,
-    mask=None, slots=None, skipped=None, frozen=False, check=True, workspace=None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    packed: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    layout: HeadLayout,
+    steering: Steering,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    skipped: torch.Tensor | None = None,
+    frozen: bool = False,
+    check: bool = True,
+    workspace: dict | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``reference.heads.decode_`` on a CPU: same arguments, results and errors."""
     if check:
         check_heads(packed, layout, steering, cos, sin, rule.read_width, rule)
@@ -275,7 +297,20 @@ def decode_(
 
 
 def prefill_(
-    packed, length, gate_bias, state, rule, layout, steering, cos, sin, *, mask, skipped, frozen, workspace
+    packed: torch.Tensor,
+    length: int,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    layout: HeadLayout,
+    steering: Steering,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    *,
+    mask: torch.Tensor | None,
+    skipped: torch.Tensor,
+    frozen: bool,
+    workspace: dict | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """A prompt in one call: ``decode_`` for T tokens a row → its reads [B · T, H·r] and Δo, see ``_steer_rows``.
 
@@ -294,7 +329,15 @@ def prefill_(
     )  # fmt: skip
 
 
-def delta(reads, weight, scale, dtype, *, norm_weight=None, eps=1e-6) -> torch.Tensor:
+def delta(
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
     """``reference.heads.delta``; float32 without a norm in one operation."""
     if norm_weight is not None or not reads.dtype == weight.dtype == dtype == torch.float32 or reads.ndim != 2:
         return reference_heads.delta(reads, weight, scale, dtype, norm_weight=norm_weight, eps=eps)

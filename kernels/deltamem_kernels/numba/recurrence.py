@@ -275,7 +275,15 @@ read_op.register_autograd(_backward_of_read, setup_context=_setup_read)
 
 
 def scan(
-    projections, gate_bias, state, rule, *, mask=None, cu_seqlens=None, slots=None, checkpoint_every=0
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor | None,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
 ) -> ScanOutput:
     """``reference.recurrence.scan`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
     check_arguments(
@@ -290,7 +298,16 @@ def scan(
     return ScanOutput(reads, final, skipped, saved if checkpoint_every else None)
 
 
-def step(projections, gate_bias, state, rule, *, mask=None, slots=None, skipped=None) -> torch.Tensor:
+def step(
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    skipped: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``reference.recurrence.step`` on a CPU: same arguments, results and errors."""
     check_arguments(projections, gate_bias, state, rule, mask=mask, slots=slots)
     if skipped is None:
@@ -300,7 +317,14 @@ def step(projections, gate_bias, state, rule, *, mask=None, slots=None, skipped=
     return _step(projections, gate_bias, state, rule, mask, slots, skipped)
 
 
-def read(projections, state, rule, *, mask=None, slots=None) -> torch.Tensor:
+def read(
+    projections: torch.Tensor,
+    state: torch.Tensor,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``reference.recurrence.read`` in float32 on a CPU: same arguments, results and errors. Differentiable."""
     check_arguments(projections, None, state, rule, mask=mask, slots=slots)
     if needs_operator(projections, state):
@@ -309,7 +333,15 @@ def read(projections, state, rule, *, mask=None, slots=None) -> torch.Tensor:
 
 
 @reference.full_precision
-def steer(base, reads, weight, scale, *, norm_weight=None, eps=1e-6) -> torch.Tensor:
+def steer(
+    base: torch.Tensor,
+    reads: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
     """``reference.recurrence.steer``: same arguments, results and errors. Differentiable.
 
     A base in the sum's own dtype is the addend of one matmul: Δ is never written by itself, nor is its gradient.
