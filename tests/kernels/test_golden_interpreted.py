@@ -43,9 +43,8 @@ PAIRS = [(case, ATTENTIONS[n % 2]) for n, case in enumerate(CASES) if case not i
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("first", (0, 1))
-def test_golden_cases_interpreted(first):
-    check(PAIRS[first::2])
+def test_golden_cases_interpreted():
+    check(PAIRS)
 
 
 @pytest.mark.soak
