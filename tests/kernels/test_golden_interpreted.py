@@ -36,6 +36,7 @@ ALIKE = (
     "qwen3_no_lambda_scalar_gates",
     "qwen3_read_only_carry",
     "qwen3_ssw_sentence",
+    "qwen3_tsw",  # its prompt is that of qwen3_tsw_grad, its decode that of qwen3_tsw_bf16
     "qwen3_tsw_left_padded",
     "smollm3_tsw",
 )
