@@ -47,7 +47,7 @@ browser:
 	|| echo "no Chromium, and none could be installed: the tests of the inspection's page will be skipped"
 
 test: setup browser
-	$(BIN)/python -m pytest -m "not gpu and not soak" -n $(JOBS) --dist loadgroup -q
+	$(BIN)/python -m pytest -m "not gpu and not soak" -n $(JOBS) --dist loadgroup --no-loadscope-reorder -q
 
 # transformers' own tests of every model, on a bare and a patched Qwen3 and Llama; two minutes. pip fetches them.
 test-transformers: setup

@@ -1,4 +1,5 @@
 import hashlib
+import math
 import os
 
 import pytest
@@ -23,8 +24,10 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
     # The longest first, so that no worker is left with one at the end.
-    long = ("interpret", "compile_ahead", "emulated")
+    long = ("interpret", "compile_ahead", "emulated", "xdist_group")
     items.sort(key=lambda item: not any(map(item.get_closest_marker, long)))
+    # Before them numba's loops, one rank after the other, so that no two workers compile the same.
+    items.sort(key=lambda item: item.callspec.indices["rank"] if item.get_closest_marker("compiles") else math.inf)
     # What takes a minute to compile comes first there, too.
     slow = (
         "test_scan_gradient[300",

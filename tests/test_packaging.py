@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -45,30 +44,26 @@ def run(*command, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A wheel built from the tree, a source distribution, and a wheel built from that."""
+    """A wheel built from the tree, and one built from a source distribution."""
     pytest.importorskip("build")
     place = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", place / "sdist", ROOT)
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", place / "wheel", ROOT)
-    (sdist,), (wheel,) = (place / "sdist").iterdir(), (place / "wheel").iterdir()
-    with tarfile.open(sdist) as archive:
-        archive.extractall(place / "unpacked", filter="data")
-    (source,) = (place / "unpacked").iterdir()
-    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", place / "again", source)
-    (again,) = (place / "again").iterdir()
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", place / "sdist", ROOT)  # and a wheel from that
+    (wheel,), (again,) = (place / "wheel").iterdir(), (place / "sdist").glob("*.whl")
     return {"wheel": wheel, "sdist": again}
 
 
-@pytest.mark.parametrize("kind", ("wheel", "sdist"))
-def test_installed(built, kind, tmp_path):
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", built[kind])
+def test_installed(built, tmp_path):
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", built["wheel"])
     assert run(sys.executable, "-c", USE, tmp_path / "site", cwd=tmp_path).strip() == "works"
 
 
 def test_contents(built):
     with zipfile.ZipFile(built["wheel"]) as wheel, zipfile.ZipFile(built["sdist"]) as again:
         names = set(wheel.namelist())
-        assert names == set(again.namelist())
+        # Byte for byte, so that one of them is installed for both.
+        sums, sums_again = ({file.filename: file.CRC for file in archive.infolist()} for archive in (wheel, again))
+        assert sums == sums_again
         entry_points = wheel.read(f"deltamem_fast-{__version__}.dist-info/entry_points.txt").decode()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "deltamem_fast").rglob("*.py")}
     modules |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}

@@ -1,10 +1,10 @@
 """python -m bench.memory bank runs small, and says no where something is wrong or misses its target."""
 
+import contextlib
 import importlib
+import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,12 @@ def bench(monkeypatch):
 def small(tmp_path_factory):
     """Output, JSON and folder of a run with few users."""
     directory = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "bench.memory", "bank", "--users", "600", "--ids", "40",
-               "--output", str(directory / "out"), "--directory", str(directory / "bank")]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    arguments = ["--users", "600", "--ids", "40", "--output", directory / "out", "--directory", directory / "bank"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.syspath_prepend(str(ROOT))
+        assert importlib.import_module("bench.memory.__main__").main(["bank", *map(str, arguments)]) == 0
     (path,) = (directory / "out").iterdir()
-    return result.stdout, json.loads(path.read_text(encoding="utf-8")), directory
+    return printed.getvalue(), json.loads(path.read_text(encoding="utf-8")), directory
 
 
 def test_rows(small):

@@ -121,6 +121,7 @@ def suite(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n    soak: x\n")
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer to import than all of these tests
 
     def run(tests, seconds=60):
         (tmp_path / "test_some.py").write_text(tests)

@@ -1,5 +1,7 @@
 """The packed row on a CPU: numba's ``steer_heads_`` and ``decode_`` against the reference in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +22,9 @@ LAYOUTS = st.builds(
     q=st.integers(1, 4), k=st.integers(1, 2), v=st.integers(1, 2), dim=st.sampled_from([2, 8, 12, 16]),
     share=st.sampled_from(["none", "half", "all"]),
 )  # fmt: skip
+RANKS = (8, 1, 3, 12)  # for each the loops are compiled
 RULES = st.builds(
-    DeltaRule, rank=st.sampled_from([1, 3, 8, 12]), heads=st.integers(1, 3),
+    DeltaRule, rank=st.sampled_from(RANKS), heads=st.integers(1, 3),
     mode=st.sampled_from(["standard", "lambda_outside", "no_lambda"]), row_gates=st.booleans(),
     coupled=st.booleans(), normalize=st.booleans(),
 )  # fmt: skip
@@ -79,13 +82,16 @@ def test_steer_heads(layout, width, which, normed, raws, batch, length, one_tabl
         assert torch.equal(rows[..., layout.width :], before[..., layout.width :])
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.compiles
+@pytest.mark.parametrize("rank", RANKS)
+@settings(max_examples=15, deadline=None)
 @given(
     rule=RULES, layout=LAYOUTS, which=WHICH, normed=st.booleans(), raws=st.sampled_from([0, 1, 4]),
     batch=st.integers(1, 4), masked=st.booleans(), slotted=st.booleans(), frozen=st.booleans(), broken=st.booleans(),
     seed=st.integers(0, 99),
 )  # fmt: skip
-def test_decode(rule, layout, which, normed, raws, batch, masked, slotted, frozen, broken, seed):
+def test_decode(rank, rule, layout, which, normed, raws, batch, masked, slotted, frozen, broken, seed):
+    rule = dataclasses.replace(rule, rank=rank)
     packed, steering, *tables = problem(
         layout, rule.read_width, which, normed, raws, (batch,), 1 + (batch - 1) * (seed % 2), rule.width, seed
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The gradients of the CPU backend against autograd of the reference in float64, and what they cost in memory."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from deltamem_kernels.numba.backward import backward_loops
 from deltamem_kernels.numba.machine import changed
 from deltamem_kernels.numba.rows import row_loop, turn_loop
 
+RANKS = (8, 1, 3)  # for each the loops are compiled
 RULES = st.builds(
     DeltaRule,
-    rank=st.sampled_from([1, 3, 8]),
+    rank=st.sampled_from(sorted(RANKS)),
     heads=st.integers(1, 3),
     mode=st.sampled_from(["standard", "lambda_outside", "no_lambda"]),
     row_gates=st.booleans(),
@@ -95,12 +97,15 @@ def check_gradients(tensors, rule, seed=0, **arguments):
     return ours
 
 
-@examples
+@pytest.mark.compiles
+@pytest.mark.parametrize("rank", (*RANKS, pytest.param(12, marks=pytest.mark.soak)))
+@settings(examples, max_examples=14)
 @given(
     rule=RULES, dtype=DTYPES, seed=SEEDS, batch=st.integers(0, 3), length=st.integers(0, 150), masked=st.booleans(),
     every=st.integers(0, 4), broken=st.booleans(), with_state=st.booleans(),
 )  # fmt: skip
-def test_rows(rule, dtype, seed, batch, length, masked, every, broken, with_state):
+def test_rows(rank, rule, dtype, seed, batch, length, masked, every, broken, with_state):
+    rule = dataclasses.replace(rule, rank=rank)
     x, bias, state = problem(rule, batch, length, seed, dtype)
     make = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, length, generator=make) > 0.3 if masked else None

@@ -114,7 +114,7 @@ def test_rows_permute_and_strides_do_not_matter(check_bits, rule, seed, length):
 
 
 @pytest.mark.parametrize("normalize", (True, False))
-@pytest.mark.parametrize("rank", (1, 8, 16))
+@pytest.mark.parametrize("rank", (1, 8, 12))
 def test_orthonormal_keys_recall_exactly(check, rank, normalize):
     check.check_recall(rank, normalize, None)
 
@@ -165,28 +165,6 @@ def test_reference_gradients(mode, coupled, row_gates):
     assert torch.autograd.gradcheck(run, (x, bias, state))
 
 
-@examples
-@given(rule=RULES, seed=SEEDS, length=st.integers(1, 12))
-def test_numba_gradients_are_the_references(rule, seed, length):
-    make = torch.Generator().manual_seed(seed)
-    leaves = [
-        torch.randn(2, length, rule.width, generator=make),
-        torch.randn(rule.bias_width, generator=make),
-        torch.randn(2, rule.heads, rule.rank, rule.rank, generator=make),
-    ]
-    mask = torch.rand(2, length, generator=make) > 0.2
-    grads = []
-    for backend in (reference, numba_backend):
-        ours = [leaf.clone().requires_grad_() for leaf in leaves]
-        out = backend.scan(*ours, rule, mask=mask)
-        loss = (
-            out.reads.sin() * torch.arange(out.reads.numel()).reshape(out.reads.shape)
-        ).sum() + out.state.square().sum()
-        grads.append(torch.autograd.grad(loss, ours))
-    for theirs, ours in zip(*grads):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5
-
-
 def test_zero_raw_vectors_have_finite_gradients():
     rule = DeltaRule(4)
     x = torch.zeros(1, 3, rule.width, requires_grad=True)
@@ -198,14 +176,14 @@ def test_zero_raw_vectors_have_finite_gradients():
 def test_a_gate_that_bfloat16_would_saturate_stays_contracting():
     # The same key and alternating values: along the key the map has eigenvalue 1 − 2β, close to −1, so S grows
     # towards 1 / (2 (1 − β)) = 1491; with β rounded to 1 it would grow by 1 a token, for ever.
-    rule, steps = DeltaRule(4), 40_000
+    rule, steps = DeltaRule(3), 40_000
     x = torch.zeros(1, steps, rule.width)
-    x[..., 4:8] = torch.tensor([1.0, 0.5, -0.5, 1.0])
-    x[..., 8:12] = torch.tensor([1.0, -1.0]).repeat(steps // 2)[None, :, None]
-    x[..., 12:] = 8.0
+    x[..., 3:6] = torch.tensor([1.0, 0.5, -0.5])
+    x[..., 6:9] = torch.tensor([1.0, -1.0]).repeat(steps // 2)[None, :, None]
+    x[..., 9:] = 8.0
     assert torch.sigmoid(torch.tensor(8.0).bfloat16()) == 1.0
-    out = numba_backend.scan(x.bfloat16(), torch.zeros(4), None, rule, checkpoint_every=1000)
-    norms = out.checkpoints.flatten(2).norm(dim=-1)[0] / 2  # four equal rows
+    out = numba_backend.scan(x.bfloat16(), torch.zeros(3), None, rule, checkpoint_every=1000)
+    norms = out.checkpoints.flatten(2).norm(dim=-1)[0] / 3**0.5  # three equal rows
     assert norms.max() < 1 / (2 * (1 - torch.sigmoid(torch.tensor(8.0)))) * 1.01
     assert norms[-1] - norms[-10] < 1e-2 * norms[-1]
 

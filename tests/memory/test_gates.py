@@ -14,7 +14,7 @@ IDS = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(3))
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
 CONFIGS = {
     "tsw": DeltaMemConfig(),
-    "msw": DeltaMemConfig.msw(heads=2, rank=4),
+    "msw": DeltaMemConfig.msw(heads=2, rank=3),
     "scalar-uncoupled": DeltaMemConfig(rankwise_gates=False, couple_lambda=False),
 }
 

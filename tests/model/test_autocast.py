@@ -12,7 +12,7 @@ from deltamem_fast.training.setup import prepare_for_inference, prepare_for_trai
 
 IDS = torch.randint(3, 128, (2, 8), generator=torch.Generator().manual_seed(3))
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]] * 2)
-CONFIGS = {"tsw": DeltaMemConfig(), "ssw": DeltaMemConfig.ssw(), "msw": DeltaMemConfig.msw(heads=2, rank=4)}
+CONFIGS = {"tsw": DeltaMemConfig(), "ssw": DeltaMemConfig.ssw(), "msw": DeltaMemConfig.msw(heads=2, rank=3)}
 
 
 def patched(config=None, dtype=torch.float32, **changes):

@@ -20,7 +20,7 @@ SEGMENTS = torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 1, 1, -1], [0, 0, 1, 1, 1, 1, 
 CONFIGS = {
     "tsw": DeltaMemConfig(),
     "ssw": DeltaMemConfig.ssw(),
-    "msw": DeltaMemConfig.msw(heads=2, rank=4),
+    "msw": DeltaMemConfig.msw(heads=2, rank=3),
     "loud": DeltaMemConfig(
         delta_heads=("q", "k", "v", "o"), couple_lambda=False, delta_o_rmsnorm=True, trainable_delta_scale=True
     ),

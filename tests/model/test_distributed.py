@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import multiprocessing
 import os
 import socket
 import traceback
@@ -22,7 +23,7 @@ from deltamem_fast.training.setup import prepare_for_training
 pytestmark = pytest.mark.xdist_group("distributed")  # one worker starts the processes, once
 WORLD = 2
 STEPS = 3
-CONFIGS = {"tsw": DeltaMemConfig(), "ssw": DeltaMemConfig.ssw(), "msw": DeltaMemConfig.msw(heads=2, rank=4)}
+CONFIGS = {"tsw": DeltaMemConfig(), "ssw": DeltaMemConfig.ssw(), "msw": DeltaMemConfig.msw(heads=2, rank=3)}
 
 
 class Step(nn.Module):
@@ -171,7 +172,9 @@ def results(request, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, path, [case for case in CASES if case in wanted]), nprocs=WORLD)
+    multiprocessing.set_forkserver_preload(["transformers.models.qwen3.modeling_qwen3", "deltamem_fast.training.setup"])
+    cases = [case for case in CASES if case in wanted]
+    torch.multiprocessing.start_processes(worker, (port, path, cases), nprocs=WORLD, start_method="forkserver")
     return path
 
 

@@ -71,7 +71,7 @@ def oracle_of(model, config, family, **changes):
     return exact
 
 
-@pytest.mark.parametrize("config", (None, EVERYTHING, DeltaMemConfig.msw(heads=3, rank=4)), ids=("qo", "all", "msw"))
+@pytest.mark.parametrize("config", (None, EVERYTHING, DeltaMemConfig.msw(heads=3, rank=3)), ids=("qo", "all", "msw"))
 @pytest.mark.parametrize("backend", ("numba", "reference"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_as_the_generic_path(family, backend, config):

@@ -15,9 +15,9 @@ from deltamem_kernels.rule import DeltaRule
 BACKENDS = (reference, numba_backend)
 RULES = [
     DeltaRule(8),
-    DeltaRule(4, 2, "standard", False, False, False),
-    DeltaRule(4, 3, "lambda_outside", True, False),
-    DeltaRule(4, 1, "no_lambda", True, True, False),
+    DeltaRule(3, 2, "standard", False, False, False),
+    DeltaRule(3, 3, "lambda_outside", True, False),
+    DeltaRule(3, 1, "no_lambda", True, True, False),
 ]
 IDS = torch.arange(3, 15).repeat(3, 1)
 
@@ -88,8 +88,8 @@ def test_a_token_that_would_leave_inf_is_a_masked_token(backend, rule):
 @pytest.mark.parametrize("place", (0, -1))
 def test_gate_biases_that_are_not_finite(backend, value, place):
     """NaN: no token is written. ±Inf is a gate that is open or shut for good, and finite."""
-    rule = DeltaRule(4, 2, coupled=False)
-    x, bias, state = problem(rule, 9)[0], torch.zeros(rule.bias_width), torch.ones(2, 2, 4, 4)
+    rule = DeltaRule(3, 2, coupled=False)
+    x, bias, state = problem(rule, 9)[0], torch.zeros(rule.bias_width), torch.ones(2, 2, 3, 3)
     x = x.clamp(-9, 9)
     bias[place] = value
     out = backend.scan(x, bias, state, rule)

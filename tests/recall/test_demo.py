@@ -113,19 +113,21 @@ def test_same_seed_same_figures_and_text(untrained, tmp_path, monkeypatch):
         figures, snapshots = run_demo(
             weights=untrained, seed=seed, questions=2, output=tmp_path, strategy="msw", backend="reference"
         )
-        return figures | {"timings": None}, snapshots, figures
+        return figures | {"timings": None, "files": None}, snapshots, figures
 
     first, snapshots, whole = run(3)
-    assert first == run(3)[0] and first["story"] != run(4)[0]["story"]
+    assert first["story"] != run(4)[0]["story"]
     assert first["backend"] == "reference" and first["adapter"]["heads"] == 2
     text = format_demo(whole, snapshots)
     for expected in (*CHECKS.values(), "memory, ssw", "empty memory", "layer 1 head 1", "heatmap.png", "2 questions"):
         assert expected in text
     assert all(line == line.rstrip() for line in text.splitlines())
     monkeypatch.setattr(demo, "installed", lambda package: False)
-    without, snapshots, whole = run(3)
-    assert without["files"]["heat_map"] is None
-    assert "No picture: matplotlib is not installed" in format_demo(whole, snapshots)
+    again, snapshots, without = run(3)
+    assert again == first
+    files = whole["files"]
+    assert files["heat_map"] is not None and without["files"] == files | {"heat_map": None}
+    assert "No picture: matplotlib is not installed" in format_demo(without, snapshots)
 
 
 def test_a_broken_promise_fails_loudly(untrained, tmp_path, capsys, monkeypatch):

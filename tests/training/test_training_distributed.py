@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,27 +47,23 @@ def command(place, output, accumulate=1, **flags):
     return ["train", str(place / "model"), str(place / "d.jsonl"), *pairs, "--no-progress", "--cpu"]
 
 
-def ranks(rank):
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-
-
 def two_processes(mode, *commands, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    base = os.environ | environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    base |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+    base = os.environ | environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    base |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    base |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     arguments = [sys.executable, WORKER, mode, *map(json.dumps, commands)]
-    processes = [
-        subprocess.Popen(arguments, env=base | ranks(rank), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
+    worker = subprocess.Popen(
+        arguments, env=base, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        output = worker.communicate(timeout=300)[0]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in outputs)
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)
+    assert worker.returncode == 0, output[-6000:]
 
 
 def evaluation(output):
