@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("bank_bench")  # what its tests share is made once
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

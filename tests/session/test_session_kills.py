@@ -161,6 +161,8 @@ REAL = """
 import sys
 from deltamem_fast import MemorySession, patch_model
 from deltamem_fast.recall.weights import find_weights, load_backbone
+
+pytestmark = pytest.mark.xdist_group("session_kills")  # what its tests share is made once
 weights = find_weights()
 model, tokenizer = load_backbone(weights.backbone)
 patch_model(model, weights.adapters["msw"])

@@ -9,6 +9,8 @@ from session_support import everything, recall_model
 from deltamem_fast import MemorySession
 from deltamem_fast.recall.task import draw_facts
 
+pytestmark = pytest.mark.xdist_group("sessions_interleaved")  # what its tests share is made once
+
 SESSIONS, TURNS = 64, 3
 
 
