@@ -18,6 +18,8 @@ from deltamem_fast.recall.task import changed, draw_facts
 from deltamem_fast.session.saving import FORMAT, FORMAT_VERSION, contents
 from deltamem_fast.storage import snapshots
 
+pytestmark = pytest.mark.xdist_group("session_kills")  # what its tests share is made once
+
 WORKER = Path(__file__).parent / "snapshot_worker.py"
 TURNS = 50
 
@@ -162,7 +164,6 @@ import sys
 from deltamem_fast import MemorySession, patch_model
 from deltamem_fast.recall.weights import find_weights, load_backbone
 
-pytestmark = pytest.mark.xdist_group("session_kills")  # what its tests share is made once
 weights = find_weights()
 model, tokenizer = load_backbone(weights.backbone)
 patch_model(model, weights.adapters["msw"])
