@@ -80,8 +80,7 @@ def write_page(
         apart = distance(memory, other, row).to_dict()["rows"]
         data["other"] = {"name": other_name, "figures": apart, "state": _packed(_stacked(other, row))}
     if trace is not None:
-        same = list(trace.layers) == list(memory) and same_bits(_stacked(memory, row), trace.initial)  # NaN included
-        if begin and not same:
+        if begin and not _starts_from(trace, memory, row):
             raise ArgumentError(
                 "trace: did not start from this memory; leave the memory out to show what the text left"
             )
@@ -132,6 +131,10 @@ def _trace_data(trace: Trace, begin: bool) -> dict:
         "held": [0, length] if trace.states is None else list(range(length + 1)),
         "states": _packed(states),
     }
+
+
+def _starts_from(trace: Trace, memory: MemoryState, row: int) -> bool:
+    return list(trace.layers) == list(memory) and same_bits(_stacked(memory, row), trace.initial)  # NaN included
 
 
 def _stacked(memory: MemoryState, row: int) -> torch.Tensor:

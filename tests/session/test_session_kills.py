@@ -163,7 +163,6 @@ REAL = """
 import sys
 from deltamem_fast import MemorySession, patch_model
 from deltamem_fast.recall.weights import find_weights, load_backbone
-
 weights = find_weights()
 model, tokenizer = load_backbone(weights.backbone)
 patch_model(model, weights.adapters["msw"])

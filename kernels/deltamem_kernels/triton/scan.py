@@ -151,9 +151,18 @@ def scan(
 
 
 def scan_with_flags(
-    projections, gate_bias, state, rule: DeltaRule, *,
-    mask=None, cu_seqlens=None, slots=None, checkpoint_every=0, chunk=None, says=True,
-) -> tuple[ScanOutput, torch.Tensor | None]:  # fmt: skip
+    projections: torch.Tensor,
+    gate_bias: torch.Tensor,
+    state: torch.Tensor | None,
+    rule: DeltaRule,
+    *,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    checkpoint_every: int = 0,
+    chunk: int | None = None,
+    says: bool = True,
+) -> tuple[ScanOutput, torch.Tensor | None]:
     """``scan``, and if it ``says`` so the tokens' flags, uint8 [B, T], as ``scan_backward`` takes them.
 
     1: the token was written. 2: it was not, because it or the state after it is not finite. 0: it is masked.
