@@ -208,6 +208,16 @@ def test_readmes_shares_are_the_newest_results():
     assert f"of 16 facts it answers {seen}, from the memory {ours}" in text
 
 
+@pytest.mark.parametrize("page", [README, ROOT / "docs/compatibility.md"], ids=name_of)
+def test_the_tests_said_to_pass_on_a_gpu_are_the_newest_results(page):
+    files = (ROOT / "bench/results").glob("nvidia-*.json")
+    newest = max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["time"])
+    (counts,) = (row["values"] for row in rows_of(newest) if row["name"] == "tests")
+    passed, run = counts["passed"], counts["passed"] + counts["failed"] + counts["skipped"]
+    said = re.findall(r"(\d+) of the (\d+) tests for a GPU passed", " ".join(page.read_text(encoding="utf-8").split()))
+    assert said == [(str(passed), str(run))]
+
+
 def test_the_figures_of_the_gradient_are_the_results():
     page = ROOT / "docs/training.md"
     (link,) = re.findall(r"\(\.\./(bench/results/[^)]*\.json)\)", page.read_text(encoding="utf-8"))
