@@ -26,6 +26,13 @@ def test_kernels_interpreted_with_more_examples(monkeypatch):
 
 @pytest.mark.soak
 @pytest.mark.interpret
+def test_kernels_interpreted_by_triton_as_it_is(monkeypatch):
+    monkeypatch.setenv("DELTAMEM_PLAIN_INTERPRETER", "1")
+    check("not soak", 120)
+
+
+@pytest.mark.soak
+@pytest.mark.interpret
 def test_kernels_interpreted_at_far_addresses():
     check("soak", 4)
 

@@ -13,14 +13,7 @@ from deltamem_kernels.triton import scan_backward as kernel
 
 # Tokens of a chunk (0: one), of a block, of a part: several of each, and none of several.
 WAYS = [(0, (2, 2)), (0, (4, 1)), (2, (2, 1)), (4, (2, 2)), (4, (4, 2))]
-
-
-def thorough(*values):
-    """A case of a product, of which the others are enough for make test."""
-    return pytest.param(*values, marks=pytest.mark.thorough)
-
-
-ONE_WAY = [WAYS[1], thorough(WAYS[3])]
+TOKENS_AND_CHUNKS = [WAYS[1], WAYS[3]]
 
 
 @given(RULES, DTYPES, st.sampled_from(WAYS), SEEDS, st.integers(1, 2), st.integers(1, 9), st.booleans(), st.booleans())
@@ -31,16 +24,14 @@ def test_equals_autograd(rule, dtype, way, seed, batch, length, masked, from_zer
 
 
 @pytest.mark.parametrize("mode", ["standard", "lambda_outside", "no_lambda"])
-@pytest.mark.parametrize(
-    ("coupled", "row_gates"), [(True, True), (False, False), thorough(True, False), thorough(False, True)]
-)
+@pytest.mark.parametrize(("coupled", "row_gates"), [(True, True), (False, False), (True, False), (False, True)])
 def test_gates(mode, coupled, row_gates):
     rule = DeltaRule(3, 2, mode, row_gates, coupled)
     x, bias, state, mask = properties.random_problem(rule, 1, 5, seed=7, masked=True)
     properties.check_scan_gradient(rule, x, bias, state, 2, (2, 1), mask=mask)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8, thorough(16), 17, thorough(64)])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64])
 def test_ranks(rank):
     rule = DeltaRule(rank)
     x, bias, state, _ = properties.random_problem(rule, 1, 4, torch.bfloat16, seed=rank)
@@ -52,7 +43,7 @@ def test_ranks(rank):
     properties.check_read_gradient(rule, x, state)
 
 
-@pytest.mark.parametrize("rank", [2, thorough(8)])
+@pytest.mark.parametrize("rank", [2, 8])
 def test_blocks_and_parts_as_they_are(rank):
     rule = DeltaRule(rank)
     x, bias, state, mask = properties.random_problem(rule, 1, 35, torch.bfloat16, seed=rank, masked=True)
@@ -63,12 +54,12 @@ def test_blocks_and_parts_as_they_are(rank):
 def test_lengths(length):
     rule = DeltaRule(2)
     x, bias, state, _ = properties.random_problem(rule, 2, length, seed=length)
-    for way in WAYS[1::2]:
+    for way in TOKENS_AND_CHUNKS:
         properties.check_scan_gradient(rule, x, bias, state, *way, checkpoint_every=3)
     properties.check_read_gradient(rule, x, state)
 
 
-@pytest.mark.parametrize("way", ONE_WAY)
+@pytest.mark.parametrize("way", TOKENS_AND_CHUNKS)
 def test_bits(way):
     rule = DeltaRule(4, 2)
     properties.check_gradient_bits(rule, *properties.random_problem(rule, 2, 5, seed=3, masked=True), *way)
@@ -81,20 +72,15 @@ def test_masked_is_removed(rule, seed, spacing):
     properties.check_masked_gradient(rule, *problem, spacing=spacing)
 
 
-@pytest.mark.parametrize("way", WAYS[1::2])
+@pytest.mark.parametrize("way", TOKENS_AND_CHUNKS)
 def test_not_finite(way):
     rule = DeltaRule(3, 2)
     x, bias, state, _ = properties.random_problem(rule, 2, 5, torch.float16, seed=4)
     properties.check_not_finite_gradient(rule, x, bias, state, *way)
 
 
-@pytest.mark.parametrize(
-    ("way", "lengths"),
-    [
-        (WAYS[1], [0, 4, 1, 0, 3]), (WAYS[3], [5]), (WAYS[3], [0]),
-        thorough(WAYS[3], [0, 4, 1, 0, 3]), thorough(WAYS[1], [5]), thorough(WAYS[1], [0]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("lengths", [[0, 4, 1, 0, 3], [5], [0]])
+@pytest.mark.parametrize("way", TOKENS_AND_CHUNKS)
 def test_packed(way, lengths):
     rule = DeltaRule(2, 2)
     x, bias, _, mask = properties.random_problem(rule, 1, sum(lengths), seed=6, masked=True)
@@ -115,7 +101,7 @@ def test_tokens_of_no_sequence_get_zero():
     assert not d_x[:, 4:].any() and torch.isfinite(d_x).all() and expected.any()
 
 
-@pytest.mark.parametrize("way", ONE_WAY)
+@pytest.mark.parametrize("way", TOKENS_AND_CHUNKS)
 def test_slots(way):
     """Two sequences from one slot add up; one without a slot gets nothing, and no other slot does."""
     rule = DeltaRule(3)
