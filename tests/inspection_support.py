@@ -18,7 +18,7 @@ CHAT = [
 ]
 CONFIGS = {
     "tsw": DeltaMemConfig.tsw(),
-    "msw": DeltaMemConfig.msw(3, rank=4),
+    "msw": DeltaMemConfig.msw(3, rank=8),
     "ssw": DeltaMemConfig.ssw("sentence_mean"),
     "message": DeltaMemConfig.ssw("message_mean", rank=3),
     "uncoupled": DeltaMemConfig(couple_lambda=False, rankwise_gates=False),

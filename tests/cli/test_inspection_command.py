@@ -87,7 +87,7 @@ def test_a_file_is_told_without_a_model(files, capsys):
         names["adapter_fingerprint"][:12],
         names["backbone_name"],
         "2 conversations",
-        "rank 4",
+        "rank 8",
     ):
         assert text in out
     assert str(report(memory, 1)) in inspect(capsys, path, "--row", "1")
@@ -118,7 +118,7 @@ def test_pictures_and_page_of_files(files, tmp_path, capsys):
     for part in (
         "Inside alice.safetensors",
         '["Conversation","1 of 0 to 1"]',
-        '["Memory","3 layers, 3 heads, rank 4"]',
+        '["Memory","3 layers, 3 heads, rank 8"]',
     ):
         assert part in text
     assert json.loads(re.search(r'"name":("[^"]*")', text).group(1)) == "bob" and a.read_bytes() == before
@@ -181,7 +181,7 @@ def test_a_read_only_memory_says_so(files, tmp_path, capsys):
     memory.save(tmp_path / "frozen.safetensors")
     given = ["--model", files / "model", "--adapter", files / "adapter", "--text", "The dog."]
     out = inspect(capsys, tmp_path / "frozen.safetensors", *given)
-    assert "1 conversation, rank 4, read-only" in out
+    assert "1 conversation, rank 8, read-only" in out
     assert "the text writes nothing" in out and "Wrote most (gate × error): nothing" in out
 
 

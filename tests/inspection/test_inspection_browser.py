@@ -171,7 +171,7 @@ def test_a_layer_is_chosen_by_mouse_select_and_keys(browser, story):
             assert page.locator("#overview tr.chosen input").is_checked()
             assert f"layer {layer}, head {head}" in page.locator("#map-state .map").get_attribute("aria-label")
             ours, theirs = (m[layer][0, head, 1, 2].item() for m in (memory, other))
-            assert value_at(page, 1, 2, 4) == [near(ours), near(theirs), near(ours - theirs)]
+            assert value_at(page, 1, 2, 8) == [near(ours), near(theirs), near(ours - theirs)]
             seen.add(tuple(shown(page)))
 
         page.locator("#overview tbody tr").nth(5).locator("td").nth(3).click()
@@ -281,12 +281,12 @@ def test_the_scrubber_shows_the_state_after_each_token(browser, story):
         step = page.locator("#step")
         assert (step.input_value(), step.get_attribute("max")) == ("0", str(len(found)))
         assert page.locator("#step-name").inner_text() == "before the text"
-        assert value_at(page, 3, 1, 4)[0] == near(memory[0][0, 0, 3, 1])
+        assert value_at(page, 3, 1, 8)[0] == near(memory[0][0, 0, 3, 1])
         before = shown(page)
         step.focus()
         for _ in range(4):
             page.keyboard.press("ArrowRight")
-        assert value_at(page, 3, 1, 4) == [
+        assert value_at(page, 3, 1, 8) == [
             near(x) for x in (found.states[3, 0, 0, 3, 1], other[0][0, 0, 3, 1],
                               found.states[3, 0, 0, 3, 1] - other[0][0, 0, 3, 1])
         ]  # fmt: skip
@@ -297,7 +297,7 @@ def test_the_scrubber_shows_the_state_after_each_token(browser, story):
         assert page.locator("#map-state figcaption").inner_text() == "after token 3"
 
         page.locator("#tokens .token").nth(8).click()
-        assert step.input_value() == "9" and value_at(page, 0, 0, 4)[0] == near(found.states[8, 0, 0, 0, 0])
+        assert step.input_value() == "9" and value_at(page, 0, 0, 8)[0] == near(found.states[8, 0, 0, 0, 0])
         page.locator("#tokens .token").nth(8).focus()
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
@@ -305,7 +305,7 @@ def test_the_scrubber_shows_the_state_after_each_token(browser, story):
         page.locator("#layer").select_option("1")
         step.focus()
         page.keyboard.press("End")
-        assert value_at(page, 2, 2, 4)[0] == near(found.final[1, 0, 2, 2])
+        assert value_at(page, 2, 2, 8)[0] == near(found.final[1, 0, 2, 2])
         page.keyboard.press("Home")
         assert shown(page) != before and page.locator("#tokens [aria-selected=true]").count() == 0
 

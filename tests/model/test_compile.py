@@ -34,8 +34,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def patched(backend):
-    return loud_adapter(patch_model(tiny_model(num_hidden_layers=2), backend=backend))
+def patched(backend, layers=1):
+    """A patched model; tracing takes the time of its layers, and two are two of the same."""
+    return loud_adapter(patch_model(tiny_model(num_hidden_layers=layers), backend=backend))
 
 
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
@@ -43,7 +44,7 @@ def patched(backend):
 def test_decode_with_a_static_cache(backend, compiler):
     if (backend, compiler) == ("reference", "inductor"):
         pytest.skip("the reference is not meant to be fast; aot_eager shows that it traces")
-    model = patched(backend)
+    model = patched(backend, layers=2)
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     ours, theirs = StaticCache(config=model.config, max_cache_len=20), DynamicCache(config=model.config)
     model(IDS[:, :6], past_key_values=ours)
@@ -162,7 +163,7 @@ def test_moved_weights_in_a_compiled_region():
     model = patched("numba")
     run = torch.compile(model, fullgraph=True, backend="aot_eager")
     first = run(IDS[:, :6], use_cache=False).logits
-    other = loud_adapter(patch_model(tiny_model(num_hidden_layers=2, seed=3)), seed=4)
+    other = loud_adapter(patch_model(tiny_model(num_hidden_layers=1, seed=3)), seed=4)
     model.load_state_dict(other.state_dict())
     expected = other(IDS[:, :6], use_cache=False).logits
     assert relative_error(run(IDS[:, :6], use_cache=False).logits, expected) < 1e-5
