@@ -2,7 +2,7 @@
 
 It runs a kernel operation by operation on NumPy arrays, of a few elements each in these tests, so that nearly all the
 time goes into what surrounds them: patching triton.language at every call of a device function, and making types. A
-part that an installed Triton does not have stays as it is. DELTAMEM_PLAIN_INTERPRETER=1 (make soak sets it) changes nothing.
+part that an installed Triton does not have stays as it is. Under DELTAMEM_PLAIN_INTERPRETER=1 (make soak) all does.
 """
 
 import functools
