@@ -149,9 +149,12 @@ class DeltaMemory(nn.Module):
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of q, k, v, β (and λ) as one matrix [W, d], and the gates' biases; differentiable."""
-        rows, bias = ([getattr(self, n) for n in names] for names in (self.row_names, self.gate_bias_names))
-        # One bias is copied, too: a backend may hand it to NumPy, which would pin a storage that FSDP wants to free.
-        return torch.cat(rows), torch.cat(bias)
+        return torch.cat([getattr(self, name) for name in self.row_names]), self.gate_bias()
+
+    def gate_bias(self) -> torch.Tensor:
+        """The bias of β (and λ) as one vector, a copy; differentiable."""
+        # One alone is copied, too: a backend may hand it to NumPy, which would pin a storage that FSDP wants to free.
+        return torch.cat([getattr(self, name) for name in self.gate_bias_names])
 
     def project(self, hidden_states: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw projections [..., W] of hidden states [..., d], in their dtype, and the gates' biases as stored.

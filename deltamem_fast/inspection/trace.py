@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..adapter.layer import DeltaMemory
 from ..adapter.record import identity_of, is_disabled
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..arguments import check_choice
@@ -169,7 +168,7 @@ def trace(
         )
 
     layers = sorted(found[0])
-    bias = [_gate_bias(identity.memories[layer]) for layer in layers]
+    bias = [identity.memories[layer].gate_bias().detach().float().cpu() for layer in layers]
     start = torch.cat([initial[layer] for layer in layers])
     length = ids.shape[1]
     seen = replay(
@@ -191,11 +190,6 @@ def trace(
         memory=after,
         **vars(seen),
     )
-
-
-def _gate_bias(memory: DeltaMemory) -> torch.Tensor:
-    parts = [getattr(memory, name) for name in memory.gate_bias_names]
-    return torch.cat([part.detach().float().cpu() for part in parts])
 
 
 # --- tokens as text
