@@ -106,7 +106,7 @@ def test_architecture_names_the_way_of_a_token():
 def test_architecture_shows_the_contracts_that_the_linter_checks():
     linter = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     layers = [contract["layers"] for contract in linter["contracts"] if contract["type"] == "layers"]
-    text = " ".join((ROOT / "docs/architecture.md").read_text(encoding="utf-8").split())
+    text = in_one_line(ROOT / "docs/architecture.md")
     assert layers
     for order in layers:
         assert f"`{' > '.join(order).replace('deltamem_fast.', '')}`" in text
@@ -189,19 +189,25 @@ def test_the_commands_page_shows_the_story_as_it_is_printed(printed):
 # --- figures that stand in a sentence
 
 
-def rows_of(path) -> list[dict]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+def result_of(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def newest_rows(directory: str, pattern: str) -> list[dict]:
+    return max(map(result_of, (ROOT / directory).glob(pattern)), key=lambda result: result["time"])["rows"]
+
+
+def in_one_line(page) -> str:
+    return " ".join(page.read_text(encoding="utf-8").split())
 
 
 def test_readmes_shares_are_the_newest_results():
-    files = (ROOT / "bench/results/recall").glob("*.json")
-    newest = max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["time"])
     share = {
         (row["name"], row["parameters"].get("facts")): f"{row['values']['share']:.0%}".replace("%", " %")
-        for row in rows_of(newest)
+        for row in newest_rows("bench/results/recall", "*.json")
         if row["name"].startswith("facts/") and "share" in row["values"]
     }
-    text = " ".join(README.read_text(encoding="utf-8").split())
+    text = in_one_line(README)
     found, ours = share["facts/bm25 top 1", 32], share["facts/msw-r8", 32]
     assert f"of 32 facts told, BM25 answers {found}, this memory {ours}" in text
     seen, ours = share["facts/full context", 16], share["facts/msw-r8", 16]
@@ -210,19 +216,18 @@ def test_readmes_shares_are_the_newest_results():
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs/compatibility.md"], ids=name_of)
 def test_the_tests_said_to_pass_on_a_gpu_are_the_newest_results(page):
-    files = (ROOT / "bench/results").glob("nvidia-*.json")
-    newest = max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["time"])
-    (counts,) = (row["values"] for row in rows_of(newest) if row["name"] == "tests")
+    rows = newest_rows("bench/results", "nvidia-*.json")
+    (counts,) = (row["values"] for row in rows if row["name"] == "tests")
     passed, run = counts["passed"], counts["passed"] + counts["failed"] + counts["skipped"]
-    said = re.findall(r"(\d+) of the (\d+) tests for a GPU passed", " ".join(page.read_text(encoding="utf-8").split()))
+    said = re.findall(r"(\d+) of the (\d+) tests for a GPU passed", in_one_line(page))
     assert said == [(str(passed), str(run))]
 
 
 def test_the_figures_of_the_gradient_are_the_results():
     page = ROOT / "docs/training.md"
     (link,) = re.findall(r"\(\.\./(bench/results/[^)]*\.json)\)", page.read_text(encoding="utf-8"))
-    rows = {(row["name"], row["parameters"]["tokens"]): row for row in rows_of(ROOT / link)}
-    text = " ".join(page.read_text(encoding="utf-8").split())
+    rows = {(row["name"], row["parameters"]["tokens"]): row for row in result_of(ROOT / link)["rows"]}
+    text = in_one_line(page)
     ours, theirs = rows["scan-gradient/numba", 8192], rows["scan-gradient/per-token", 8192]
     low, middle, high = ours["ratios"]["per-token"]
     assert f"take {ours['p50'] * 1e3:.2f} ms where the per-token PyTorch scan takes {theirs['p50']:.2f} s" in text
