@@ -24,6 +24,7 @@ from .identity import new_token
 from .layer import DeltaMemory
 from .record import identity_of, record_of
 from .released_file import read_released
+from .shipped import SHIPPED
 from .wrappers import unwrap
 
 RELEASED_NAME = "delta_mem_adapter.pt"
@@ -59,7 +60,7 @@ def read_adapter(adapter) -> AdapterSource:
     """Read what ``patch_model`` was given.
 
     Args:
-        adapter: a directory, a hub id, a DeltaMemConfig, or None.
+        adapter: a directory, a name of ``SHIPPED``, a hub id, a DeltaMemConfig, or None.
 
     Raises:
         TypeError: of another type.
@@ -89,6 +90,8 @@ def _directory_of(adapter: str | os.PathLike) -> Path:
     if path.is_dir():
         return path
     name = os.fspath(adapter)
+    if name in SHIPPED:
+        return SHIPPED[name]
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise FileMissingError(f"adapter: got {name!r}, which is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapter.shipped import SHIPPED
 from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
+from ..model.known import is_known
 from ..model.loading import device_for
 from ..model.threads import check_threads
 from ..recall.weights import find_weights
@@ -159,14 +161,12 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
     shipped = arguments.model is None
     if shipped and arguments.adapter is not None:
         raise ArgumentError("--adapter: given without MODEL, which it belongs to")
-    if not shipped and arguments.strategy is not None:
-        raise ArgumentError(
-            "--strategy: given with MODEL, allowed for the shipped adapters alone; --adapter names yours"
-        )
     model, adapter = arguments.model, arguments.adapter
     if shipped:
         found = find_weights()
         model, adapter = str(found.backbone), str(found.adapters[arguments.strategy or STRATEGY])
+    elif arguments.strategy is not None:
+        adapter = _shipped_adapter(arguments)
     texts = {name: getattr(arguments, name) for name in OPTIONS}
     options = {
         name: read_option(name, text, f"--{name.replace('_', '-')}") for name, text in texts.items() if text is not None
@@ -195,6 +195,19 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
         options=options,
         threads=check_threads(arguments.threads),
     )
+
+
+def _shipped_adapter(arguments: argparse.Namespace) -> str:
+    """The name of the shipped adapter that ``--strategy`` means for MODEL."""
+    name = f"{arguments.model}/{arguments.strategy}"
+    if arguments.adapter is not None:
+        raise ArgumentError("--strategy: given with --adapter, which names another; allowed one of them")
+    if not is_known(arguments.model) or name not in SHIPPED:
+        raise ArgumentError(
+            f"--strategy: got {arguments.strategy!r} with MODEL {arguments.model}, allowed for the shipped adapters "
+            f"alone (without MODEL, or {', '.join(SHIPPED)}); --adapter names yours"
+        )
+    return name
 
 
 def _check_load(arguments: argparse.Namespace) -> None:

@@ -39,10 +39,10 @@ def add_command(commands) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    chat.add_argument("model", metavar="MODEL", nargs="?", help="a chat model's directory or hub id")
+    chat.add_argument("model", metavar="MODEL", nargs="?", help="a chat model's directory or hub id, or smollm2")
 
     model = chat.add_argument_group("model")
-    model.add_argument("--adapter", metavar="DIR", help="a directory or hub id (default: fresh, untrained parameters)")
+    model.add_argument("--adapter", metavar="DIR", help="a directory or hub id (smollm2's own; else fresh parameters)")
     model.add_argument("--strategy", choices=tuple(STRATEGIES), help=f"of the shipped adapters ({STRATEGY})")
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as saved)")
     model.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")

@@ -19,8 +19,8 @@ def add_command(commands) -> None:
         "patches it, and says how each layer's attention runs (fast: the fused forward; generic: the class's own, "
         "with the reason).",
     )
-    info.add_argument("model", metavar="MODEL", nargs="?", help="a model's directory or hub id")
-    info.add_argument("--adapter", help="an adapter's directory or hub id (default: fresh parameters)")
+    info.add_argument("model", metavar="MODEL", nargs="?", help="a model's directory or hub id, or smollm2")
+    info.add_argument("--adapter", help="a directory or hub id (default: smollm2's own; else fresh parameters)")
     info.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
     info.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
     info.add_argument("--json", action="store_true", help="one JSON object")

@@ -33,7 +33,7 @@ def add_command(commands) -> None:
     given.add_argument("--text", help="a text, one user message if the model has a chat template")
     given.add_argument("--text-file", metavar="FILE", help="a file that holds the text, UTF-8")
     inspect.add_argument("--tokens", action="store_true", help="the text's figures token by token")
-    inspect.add_argument("--model", help="a model's directory or hub id (default: the demo's, if MEMORY is of it)")
+    inspect.add_argument("--model", help="a model's directory, hub id, or smollm2 (the demo's, if MEMORY is of it)")
     inspect.add_argument("--adapter", help="the adapter's directory or hub id; goes with --model")
     inspect.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
     inspect.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")

@@ -43,7 +43,7 @@ def add_command(commands) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("model", metavar="MODEL", help="the backbone: a directory or hub id")
+    train.add_argument("model", metavar="MODEL", help="the backbone: a directory or hub id, or smollm2")
     train.add_argument("data", metavar="DATA", nargs="+", help="JSONL files")
     train.add_argument("--output", metavar="DIR", required=True, help="where the run is kept")
     train.add_argument("--evaluate", metavar="FILE", action="append", default=[], help="a held-out file (repeatable)")

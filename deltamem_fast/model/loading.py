@@ -16,6 +16,7 @@ from torch import nn
 from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import read_adapter
+from ..adapter.shipped import shipped_for
 from ..display import shortened
 from ..errors import (
     ArgumentError,
@@ -26,12 +27,14 @@ from ..errors import (
     MissingPackageError,
     StateError,
 )
+from .known import KNOWN, is_known, known_directory
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZED = ("4bit", "8bit")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 # What transformers quantises with.
 _QUANTIZERS = ("bitsandbytes", "accelerate")
+_ALLOWED = f"a model's directory or hub id, or {', '.join(KNOWN)}"
 _LONG = 240  # characters of another library's error
 
 
@@ -52,24 +55,24 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def found_model(name: str, argument: str = "MODEL") -> str:
-    """A directory with a model in it, or what may be a hub id.
+    """A directory with a model in it, a name of ``KNOWN``, or what may be a hub id.
 
     Raises:
-        FileNotFoundError, ValueError: neither.
+        FileNotFoundError, ValueError: none of them.
     """
     if not name or "\0" in name:
-        raise ArgumentError(f"{argument}: got {name!r}, allowed a model's directory or hub id")
+        raise ArgumentError(f"{argument}: got {name!r}, allowed {_ALLOWED}")
     try:
         directory = Path(name).expanduser()
         is_directory = directory.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a home that nobody has
-        raise ArgumentError(f"{argument}: got {name!r}, allowed a model's directory or hub id ({error})") from error
+        raise ArgumentError(f"{argument}: got {name!r}, allowed {_ALLOWED} ({error})") from error
     if is_directory:
         if not (directory / "config.json").is_file():
             raise FileMissingError(f"{argument}: {name}: no model there (no config.json)")
         return str(directory)
     if directory.exists():
-        raise ArgumentError(f"{argument}: {name}: a file, allowed a model's directory or hub id")
+        raise ArgumentError(f"{argument}: {name}: a file, allowed {_ALLOWED}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileMissingError(f"{argument}: {name}: no such directory")
     return name
@@ -101,7 +104,7 @@ def load_patched(
     What can be wrong is told in the order of its cost: device, backend, name and adapter before anything is loaded.
 
     Args:
-        adapter: a directory or hub id, or None = fresh parameters.
+        adapter: a directory or hub id, or None = the shipped one of a model in ``KNOWN``, of others fresh parameters.
         device: where the model is put.
         backend: of the memory, see ``patch_model``.
         options: others of ``load_model``.
@@ -114,6 +117,7 @@ def load_patched(
     device = usable_device(device)
     resolve_backend(backend, device.type)
     found_model(name, argument)
+    adapter = shipped_for(name) if adapter is None and is_known(name) else adapter
     read_adapter(adapter)
     model, tokenizer = load_model(name, argument, device=device, **options)
     return patch_model(model, adapter, backend=backend), tokenizer
@@ -135,7 +139,7 @@ def load_model(
     """A causal language model, frozen and in eval mode, and its tokenizer. Code that lies beside them is not run.
 
     Args:
-        name: a directory or hub id.
+        name: a directory or hub id, or a name of ``KNOWN``.
         argument: what errors call ``name``.
         device: where the model is put, as torch names it; None = where it is loaded to.
         dtype: one of ``DTYPES``; ``auto`` = as saved.
@@ -151,13 +155,15 @@ def load_model(
             missing; the message names it.
     """
     device = None if device is None else usable_device(device)
-    name = found_model(name, argument)
+    known, name = is_known(name), found_model(name, argument)
     if quantize is not None:
         require(_QUANTIZERS, "--quantize")
     if attention == "flash_attention_2":
         require(("flash_attn",), "--attention flash_attention_2")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if known:
+        name = known_directory(name, argument, local=local)
     found, common = None, {"trust_remote_code": False, "local_files_only": local}
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if attention is not None:

@@ -1,0 +1,101 @@
+"""Episodes: somebody tells facts between small talk, and asks for them in contexts of their own."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from .facts import NAMES, Fact, changed, draw_facts
+
+TALK = Path(__file__).with_name("talk.jsonl")
+# What may stand before a statement; the test has others.
+OPENINGS = ("", "", "", "", "Also, ", "You should know that ", "I wanted to say that ", "Well, ", "One more thing: ")
+NEW_OPENINGS = ("By the way, ", "Just so you know, ", "I forgot to mention that ")
+ACKNOWLEDGED = ("Got it.", "Okay, noted.", "Thanks for telling me.", "I will remember that.", "That's good to know!")
+HELD_OUT_TALK = 5  # every fifth exchange is the test's
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer as a sentence, and the value that it must name, without an article."""
+
+    text: str
+    answer: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Messages that are told, and what is asked afterwards, each in a context of its own."""
+
+    told: list[dict[str, str]]
+    questions: list[Question]
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    """One message of a chat."""
+    return {"role": role, "content": content}
+
+
+@functools.cache
+def small_talk(held_out: bool) -> tuple[tuple[str, str], ...]:
+    """Exchanges without a fact: requests, and what the frozen model itself answered to them."""
+    lines = [json.loads(line) for line in TALK.read_text(encoding="utf-8").splitlines()]
+    pairs = [(line["user"], line["assistant"]) for line in lines]
+    return tuple(pair for i, pair in enumerate(pairs) if (i % HELD_OUT_TALK == 0) is held_out)
+
+
+def talk(random: Random, *, held_out: bool) -> list[dict[str, str]]:
+    """One exchange without a fact in it."""
+    asked, answered = random.choice(small_talk(held_out))
+    return [message("user", asked), message("assistant", answered)]
+
+
+def opened(random: Random, sentence: str, openings: Sequence[str]) -> str:
+    """The sentence behind one of ``openings``."""
+    opening, first = random.choice(openings), sentence.partition(" ")[0].removesuffix("'s")
+    if opening and first != "I" and first not in NAMES:
+        sentence = sentence[0].lower() + sentence[1:]
+    return opening + sentence
+
+
+def draw_episode(
+    random: Random, count: int, *, held_out: bool = False, new_words: bool = False, talks: float = 0.5,
+    updates: float = 0.15, questions: int | None = None,
+) -> Episode:  # fmt: skip
+    """``count`` facts in messages of one to three sentences, and questions for them.
+
+    Args:
+        held_out: names, values and small talk that training lacks.
+        new_words: statements and questions in words that training lacks.
+        talks: exchanges of small talk per message, on average.
+        updates: share of the facts whose value a later sentence overwrites.
+        questions: how many, of which no fact has two before each has one; None = one for each fact.
+    """
+    openings = NEW_OPENINGS if new_words else OPENINGS
+    facts = draw_facts(random, count, held_out=held_out)
+    sentences = [opened(random, fact.statement(random, new=new_words), openings) for fact in facts]
+    holds: list[Fact] = list(facts)
+    for place in range(count):
+        if random.random() < updates:
+            holds[place] = changed(random, facts[place], held_out=held_out)
+            sentences.append(holds[place].update(random))
+    told: list[dict[str, str]] = []
+    while sentences:
+        if random.random() < talks / (1 + talks):
+            told += talk(random, held_out=held_out)
+            continue
+        size = random.choice((1, 1, 2, 3))
+        told.append(message("user", " ".join(sentences[:size])))
+        del sentences[:size]
+        if random.random() < 0.3:
+            told.append(message("assistant", random.choice(ACKNOWLEDGED)))
+    if random.random() < talks / (1 + talks):
+        told += talk(random, held_out=held_out)
+    random.shuffle(holds)
+    asked = [holds[i % count] for i in range(count if questions is None else questions)]
+    return Episode(told, [Question(f.question(random, new=new_words), f.answer(), f.bare_value) for f in asked])

@@ -1,0 +1,456 @@
+"""What people tell: facts about themselves, their kin and people they name, in sentences as they would say them.
+
+A sentence is a template. ``{S}`` is the subject that begins it and ``{s}`` the same inside it ("My brother", "my
+brother"), ``{o}`` its object ("me"), ``{P}`` and ``{p}`` are its possessives, ``{v}`` is the value, and ``[am|is]`` is
+the verb for "I" and "you", then for everybody else.
+
+Every fifth name and value is held out: the test alone has them. So are, of each relation, the sentences in ``new_``
+fields, whose wording training lacks, among them questions of a kind that it lacks altogether: no question of training
+is put as a request ("Remind me …").
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+HELD_OUT_EVERY = 5
+_VERB = re.compile(r"\[([^|\]]*)\|([^\]]*)\]")
+
+
+def split(words: str, separator: str = "|") -> tuple[str, ...]:
+    """The words of a list that is written as one string."""
+    return tuple(word.strip() for word in words.replace("\n", " ").split(separator) if word.strip())
+
+
+def part(values: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
+    """Those of ``values`` that are held out, or the others."""
+    return tuple(value for i, value in enumerate(values) if (i % HELD_OUT_EVERY == 0) is held_out)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One thing that can be said of somebody: its values, and the templates of its sentences.
+
+    Attributes:
+        values: what ``{v}`` can be.
+        statements, updates, questions, answer: of training. An update overwrites an earlier value.
+        new_statements, new_questions: of the test alone.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    statements: tuple[str, ...]
+    updates: tuple[str, ...]
+    questions: tuple[str, ...]
+    answer: str
+    new_statements: tuple[str, ...]
+    new_questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom a fact is about: as the user says it, and as the answer does; each as subject and as possessive."""
+
+    said: str
+    said_of: str
+    answered: str
+    answered_of: str
+    first_person: bool = False
+
+
+ME = Subject("I", "my", "you", "your", first_person=True)
+
+
+def named(name: str) -> Subject:
+    """Somebody with a name."""
+    return Subject(name, f"{name}'s", name, f"{name}'s")
+
+
+def kin(who: str) -> Subject:
+    """One of the user's people: "brother" is "my brother", and "your brother" in the answer."""
+    return Subject(f"my {who}", f"my {who}'s", f"your {who}", f"your {who}'s")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Somebody, a relation, and its value."""
+
+    subject: Subject
+    relation: Relation
+    value: str
+
+    @property
+    def bare_value(self) -> str:
+        """The value without an article: what an answer must name."""
+        return self.value.removeprefix("a ").removeprefix("an ")
+
+    def statement(self, random: Random, *, new: bool = False) -> str:
+        """A sentence that states it; ``new``: in words that training lacks."""
+        return self._say(random.choice(self.relation.new_statements if new else self.relation.statements))
+
+    def update(self, random: Random) -> str:
+        """A sentence that overwrites an earlier value."""
+        return self._say(random.choice(self.relation.updates))
+
+    def question(self, random: Random, *, new: bool = False) -> str:
+        """A question for it; ``new``: in words, and of a kind, that training lacks."""
+        return self._say(random.choice(self.relation.new_questions if new else self.relation.questions))
+
+    def answer(self) -> str:
+        """The sentence that answers it."""
+        return self._say(self.relation.answer, answered=True)
+
+    def _say(self, template: str, answered: bool = False) -> str:
+        subject = self.subject
+        who, of = (subject.answered, subject.answered_of) if answered else (subject.said, subject.said_of)
+        text = _VERB.sub(lambda found: found[1 if subject.first_person else 2], template)
+        text = text.format(S=_capital(who), s=who, o="me" if who == "I" else who, P=_capital(of), p=of, v=self.value)
+        return _capital(text)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def draw_facts(random: Random, count: int, *, held_out: bool) -> list[Fact]:
+    """``count`` facts, no two of one subject and relation; in a third of the draws few relations, many subjects."""
+    relations = list(RELATIONS)
+    if random.random() < 1 / 3:
+        relations = random.sample(relations, max(2, count // 2))
+    names = random.sample(part(NAMES, held_out), min(4, 1 + count))
+    people = [*map(named, names), *map(kin, random.sample(KIN, 2))]
+    facts: list[Fact] = []
+    taken: set[tuple[str, str]] = set()
+    while len(facts) < count:
+        subject = ME if random.random() < 0.35 else random.choice(people)
+        relation = random.choice(relations)
+        key = (subject.said, relation.name)
+        if key not in taken:
+            taken.add(key)
+            facts.append(Fact(subject, relation, random.choice(part(relation.values, held_out))))
+        elif len(taken) >= len(relations) * (1 + len(people)):
+            relations = list(RELATIONS)
+    return facts
+
+
+def changed(random: Random, fact: Fact, *, held_out: bool) -> Fact:
+    """The same of the same person with another value."""
+    values = [value for value in part(fact.relation.values, held_out) if value != fact.value]
+    return Fact(fact.subject, fact.relation, random.choice(values))
+
+
+NAMES = split(
+    """Anna|Ben|Clara|David|Emma|Felix|Grace|Henry|Isla|Jack|Kate|Leo|Maria|Noah|Olivia|Paul|Rosa|Sam|Tara|Victor
+    |Wendy|Yusuf|Zoe|Alice|Boris|Chloe|Diego|Elena|Frank|Greta|Hugo|Ivy|Jonas|Karen|Lucas|Mia|Nora|Oscar|Petra|Quinn
+    |Robert|Sofia|Thomas|Ursula|Vera|Walter|Xenia|Adam|Bella|Carlos|Diana|Erik|Fiona|George|Hannah|Igor|Julia|Kevin
+    |Laura|Martin|Nina|Omar|Peter|Rachel|Simon|Tina|Una|Vincent|William|Amy|Bruno|Cora|Daniel|Eva|Fred|Gina|Harold|Irene
+    |James|Kim|Linda|Max|Nadia|Oliver|Paula|Ralph|Sarah|Tom|Violet|Will|Ada|Brian|Carmen|Dennis|Ella|Fatima|Gary|Helen
+    |Ian|Judy|Karl|Lily|Marcus|Naomi|Otto|Pia|Ruth|Stefan|Tessa|Uma|Viktor|Wanda"""
+)
+KIN = split("brother|sister|mother|father|boss|neighbour|cousin|aunt|uncle|friend|colleague|grandmother")
+
+CITIES = split(
+    """Paris|London|Berlin|Madrid|Rome|Vienna|Oslo|Prague|Dublin|Lisbon|Athens|Warsaw|Budapest|Tokyo|Boston|Chicago
+    |Seattle|Denver|Dallas|Toronto|Sydney|Moscow|Cairo|Delhi|Mumbai|Bangkok|Singapore|Amsterdam|Brussels|Zurich|Geneva
+    |Hamburg|Munich|Barcelona|Milan|Venice|Florence|Naples|Helsinki|Stockholm|Copenhagen|Edinburgh|Glasgow|Manchester
+    |Montreal|Vancouver|Houston|Portland|Miami|Nairobi|Lima|Havana|Santiago|Istanbul|Dubai"""
+)
+COUNTRIES = split(
+    """Spain|Italy|Greece|Portugal|Norway|Sweden|Japan|China|India|Brazil|Mexico|Canada|Egypt|Kenya|Morocco|Turkey
+    |Iceland|Ireland|Scotland|France|Germany|Austria|Switzerland|Poland|Croatia|Thailand|Vietnam|Australia|Peru|Chile
+    |Argentina|Cuba|Jamaica|Nepal|Indonesia|Denmark|Finland|Hungary|Romania|Russia"""
+)
+JOBS = split(
+    """a nurse|a teacher|a lawyer|a baker|a farmer|a pilot|a chef|a dentist|a carpenter|a plumber|a painter|a writer
+    |a journalist|a photographer|a librarian|a mechanic|a gardener|a tailor|a barber|a waiter|a surgeon|a pharmacist
+    |a biologist|a chemist|a translator|a musician|a dancer|a firefighter|a judge|a banker|a cashier|a driver|a sailor
+    |a soldier|a butcher|a fisherman|a programmer|a designer|a geologist|a secretary|an architect|an engineer
+    |an accountant|an actor|an electrician"""
+)
+PETS = split(
+    """a cat|a dog|a parrot|a rabbit|a hamster|a turtle|a snake|a goldfish|a horse|a pony|a goat|a sheep|a chicken
+    |a duck|a goose|a lizard|a frog|a mouse|a rat|a spider|a pig|a donkey|a pigeon|a peacock|a fox|a monkey|a llama
+    |a camel|a crow|an owl"""
+)
+PET_NAMES = split(
+    """Biscuit|Pepper|Shadow|Ginger|Lucky|Rocky|Buddy|Daisy|Coco|Oreo|Simba|Tiger|Bandit|Cookie|Honey|Maple|Misty|Pumpkin
+    |Rusty|Smokey|Snowball|Sunny|Whiskers|Ziggy|Bubbles|Cinnamon|Domino|Freckles|Hazel|Jasper|Marble|Muffin|Nugget
+    |Patches|Peanut|Pickles|Socks|Spot|Toffee|Waffles"""
+)
+FOODS = split(
+    """pizza|sushi|pasta|rice|curry|soup|salad|pancakes|waffles|dumplings|tacos|burritos|lasagna|risotto|noodles|steak
+    |salmon|shrimp|lobster|bread|cheese|chocolate|ice cream|apple pie|cheesecake|mushrooms|potatoes|tomatoes|spinach
+    |broccoli|carrots|pumpkin|avocado|mangoes|strawberries|cherries|bananas|peaches|oranges|grapes"""
+)
+DRINKS = split(
+    """coffee|green tea|black tea|milk|orange juice|apple juice|lemonade|water|hot chocolate|red wine|white wine|beer
+    |cider|champagne|whiskey|tomato juice|ginger ale|soda|mint tea|cocoa"""
+)
+COLORS = split(
+    """red|blue|green|yellow|purple|orange|pink|black|white|brown|gray|silver|gold|turquoise|violet|crimson|navy|olive
+    |beige|maroon"""
+)
+MONTHS = split("January|February|March|April|May|June|July|August|September|October|November|December")
+DATES = tuple(
+    f"{month} {day}" for day in (3, 8, 12, 17, 21, 26, 30) for month in MONTHS if (month, day) != ("February", 30)
+)
+CARS = split(
+    """a Toyota|a Volvo|a Ford|a Honda|a Tesla|a Fiat|a Jeep|a Porsche|a Renault|a Mazda|a Nissan|a Subaru|a Skoda|a Kia
+    |a Lexus|a Peugeot|a Bentley|a Ferrari|a BMW|a Mercedes|a van|a truck|a motorcycle|a scooter|an Audi"""
+)
+HOBBIES = split(
+    """painting|swimming|hiking|fishing|knitting|chess|gardening|photography|cycling|running|dancing|singing|cooking
+    |baking|sewing|climbing|surfing|skiing|sailing|archery|tennis|golf|football|basketball|volleyball|yoga|boxing
+    |fencing|juggling|pottery|woodworking|calligraphy|astronomy|birdwatching|camping|bowling|karate|badminton|rowing
+    |skating"""
+)
+INSTRUMENTS = split(
+    """piano|violin|guitar|cello|flute|trumpet|drums|harp|clarinet|saxophone|trombone|banjo|ukulele|accordion|organ|oboe
+    |tuba|mandolin|harmonica|viola"""
+)
+LANGUAGES = split(
+    """Spanish|French|German|Italian|Portuguese|Russian|Chinese|Japanese|Korean|Arabic|Hindi|Turkish|Greek|Polish|Dutch
+    |Swedish|Norwegian|Danish|Finnish|Hungarian|Czech|Hebrew|Persian|Thai|Vietnamese|Swahili|Latin|Irish|Welsh
+    |Ukrainian"""
+)
+ALLERGIES = split(
+    """peanuts|eggs|wheat|soy|shellfish|pollen|dust|bees|wool|latex|penicillin|aspirin|walnuts|almonds|sesame|mustard
+    |celery|garlic|kiwi|gluten"""
+)
+PLACES = split(
+    """kitchen|garage|garden|cellar|attic|bathroom|bedroom|office|hallway|drawer|closet|basement|balcony|car|mailbox
+    |library|fridge|toolbox|backpack|suitcase|desk|shed|laundry room|living room|glove box"""
+)
+DAYS = split("Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday")
+TIMES = split(
+    """seven|eight|nine|ten|eleven|noon|half past one|half past two|half past three|half past four|half past five
+    |half past six|half past seven|half past eight|half past nine|half past ten|two|three|four|five|six|midnight"""
+)
+NUMBERS = tuple(str(number) for number in range(11, 99))
+THINGS = split(
+    """a telescope|a laptop|a bicycle|a tent|a camera|a sofa|a guitar|a microscope|a lamp|a carpet|a printer|a watch
+    |a necklace|a ring|a mirror|a bookshelf|a kayak|a drone|a tablet|a blender|a sewing machine|a fountain pen|a globe
+    |a clock|a vase|a suitcase|a hammock|a grill|a jacket|a hat|a scarf|a mattress|a heater|a fan|an umbrella"""
+)
+
+RELATIONS = (
+    Relation(
+        "city", CITIES,
+        ("{S} [live|lives] in {v}.", "{P} home is in {v}.", "{S} [have|has] a flat in {v}.",
+         "{S} [am|is] based in {v}."),
+        ("{S} moved to {v} last week.", "{S} [have|has] just moved to {v}."),
+        ("Where [do|does] {s} live?", "Which city [do|does] {s} live in?", "What city [am|is] {s} based in?"),
+        "{S} [live|lives] in {v}.",
+        ("{S} [rent|rents] a small place in {v}.", "The city where {s} [live|lives] is {v}."),
+        ("Remind me which city {s} [live|lives] in.", "Tell me the city {p} home is in."),
+    ),
+    Relation(
+        "birthplace", CITIES,
+        ("{S} was born in {v}.", "{S} [come|comes] from {v}.", "{P} birthplace is {v}.", "{S} grew up in {v}."),
+        ("I was wrong, {s} was born in {v}.", "No, {p} birthplace is {v}."),
+        ("Where was {s} born?", "Where [do|does] {s} come from?", "What is {p} birthplace?"),
+        "{S} [were|was] born in {v}.",
+        ("{S} first saw the light of day in {v}.", "{P} childhood was spent in {v}."),
+        ("Remind me where {s} was born.", "Tell me {p} place of birth."),
+    ),
+    Relation(
+        "job", JOBS,
+        ("{S} [work|works] as {v}.", "{S} [am|is] {v}.", "{P} job: {v}.", "{S} [earn|earns] a living as {v}."),
+        ("{S} [work|works] as {v} now.", "{S} changed jobs and [am|is] {v} now."),
+        ("What [do|does] {s} do for a living?", "What is {p} job?", "What [do|does] {s} work as?"),
+        "{S} [work|works] as {v}.",
+        ("By profession {s} [am|is] {v}.", "{S} [have|has] been {v} for years."),
+        ("Remind me of {p} profession.", "Tell me what {s} [do|does] at work."),
+    ),
+    Relation(
+        "pet", PETS,
+        ("{S} [have|has] {v} at home.", "{P} pet is {v}.", "{S} [keep|keeps] {v}.", "{S} [own|owns] {v}."),
+        ("{S} [have|has] {v} instead now.", "{P} pet is {v} now."),
+        ("What pet [do|does] {s} have?", "Which animal [do|does] {s} keep?", "What animal is {p} pet?"),
+        "{S} [have|has] {v}.",
+        ("The animal in {p} house is {v}.", "{S} [share|shares] the house with {v}."),
+        ("Remind me what animal {s} [have|has].", "Tell me which pet lives with {o}."),
+    ),
+    Relation(
+        "pet name", PET_NAMES,
+        ("{P} dog is called {v}.", "{P} dog's name is {v}.", "{S} named the dog {v}.",
+         "{S} [have|has] a dog called {v}."),
+        ("{P} new dog is called {v}.", "{S} renamed the dog {v}."),
+        ("What is {p} dog called?", "What is the name of {p} dog?", "What name did {s} give the dog?"),
+        "{P} dog is called {v}.",
+        ("The dog at {p} place answers to {v}.", "{S} [call|calls] the dog {v}."),
+        ("Remind me of {p} dog's name.", "Tell me how {s} [call|calls] the dog."),
+    ),
+    Relation(
+        "food", FOODS,
+        ("{P} favourite food is {v}.", "{S} [love|loves] {v}.", "{S} [like|likes] {v} best.",
+         "{S} could eat {v} every day."),
+        ("{P} favourite food is {v} now.", "Lately {s} [prefer|prefers] {v}."),
+        ("What is {p} favourite food?", "What food [do|does] {s} like best?", "What [do|does] {s} love to eat?"),
+        "{P} favourite food is {v}.",
+        ("Nothing tastes better to {o} than {v}.", "{P} dish of choice is {v}."),
+        ("Remind me which dish {s} [enjoy|enjoys] most.", "Tell me {p} favourite dish."),
+    ),
+    Relation(
+        "drink", DRINKS,
+        ("{P} favourite drink is {v}.", "{S} always [order|orders] {v}.", "{S} [drink|drinks] {v} every day.",
+         "{S} usually [drink|drinks] {v}."),
+        ("{P} favourite drink is {v} now.", "{S} [drink|drinks] {v} these days."),
+        ("What is {p} favourite drink?", "What [do|does] {s} usually drink?", "What drink [do|does] {s} order?"),
+        "{P} favourite drink is {v}.",
+        ("In a bar {s} [ask|asks] for {v}.", "{P} glass is usually filled with {v}."),
+        ("Remind me what {s} [like|likes] to drink.", "Tell me which drink {s} [prefer|prefers]."),
+    ),
+    Relation(
+        "color", COLORS,
+        ("{P} favourite color is {v}.", "{S} [like|likes] the color {v} best.", "{S} painted the house {v}.",
+         "{S} [wear|wears] only {v}."),
+        ("{P} favourite color is {v} now.", "{S} [like|likes] {v} better now."),
+        ("What is {p} favourite color?", "Which color [do|does] {s} like best?", "What color [do|does] {s} like?"),
+        "{P} favourite color is {v}.",
+        ("Of all colors {s} [prefer|prefers] {v}.", "The color {s} [love|loves] is {v}."),
+        ("Remind me which color {s} [prefer|prefers].", "Tell me the color that {s} [love|loves]."),
+    ),
+    Relation(
+        "birthday", DATES,
+        ("{P} birthday is on {v}.", "{S} was born on {v}.", "Every year {s} [celebrate|celebrates] on {v}.",
+         "{P} birthday: {v}."),
+        ("No, {p} birthday is on {v}.", "I got it wrong, {p} birthday is {v}."),
+        ("When is {p} birthday?", "What date is {p} birthday?", "On which day is {p} birthday?"),
+        "{P} birthday is on {v}.",
+        ("On {v} {s} [turn|turns] a year older.", "{P} cake and candles come on {v}."),
+        ("Remind me of {p} birthday.", "Tell me the date of {p} birthday."),
+    ),
+    Relation(
+        "car", CARS,
+        ("{S} [drive|drives] {v}.", "The vehicle {s} [own|owns] is {v}.", "{P} vehicle is {v}.",
+         "{S} [go|goes] to work in {v}."),
+        ("{S} bought {v} and [drive|drives] it now.", "{S} [drive|drives] {v} now."),
+        ("What [do|does] {s} drive?", "What vehicle [do|does] {s} have?", "Which car [do|does] {s} drive?"),
+        "{S} [drive|drives] {v}.",
+        ("In {p} garage stands {v}.", "{S} [park|parks] {v} in front of the house."),
+        ("Remind me what {s} [drive|drives].", "Tell me which vehicle {s} [use|uses]."),
+    ),
+    Relation(
+        "hobby", HOBBIES,
+        ("{P} hobby is {v}.", "{S} [spend|spends] weekends on {v}.", "{S} [enjoy|enjoys] {v}.",
+         "{S} [am|is] really into {v}."),
+        ("{P} new hobby is {v}.", "{S} took up {v} instead."),
+        ("What is {p} hobby?", "What [do|does] {s} do at weekends?", "What [do|does] {s} enjoy doing?"),
+        "{P} hobby is {v}.",
+        ("After work {s} [have|has] only {v} in mind.", "{P} free time belongs to {v}."),
+        ("Remind me what {s} [do|does] in free time.", "Tell me about {p} pastime."),
+    ),
+    Relation(
+        "instrument", INSTRUMENTS,
+        ("{S} [play|plays] the {v}.", "{P} instrument is the {v}.", "{S} [practise|practises] the {v} every day.",
+         "{S} [take|takes] lessons on the {v}."),
+        ("{S} [play|plays] the {v} now.", "{S} switched to the {v}."),
+        ("What instrument [do|does] {s} play?", "Which instrument [do|does] {s} practise?", "What is {p} instrument?"),
+        "{S} [play|plays] the {v}.",
+        ("In the orchestra {s} [sit|sits] at the {v}.", "You can hear {o} on the {v}."),
+        ("Remind me which instrument {s} [play|plays].", "Tell me what {s} [play|plays] in the band."),
+    ),
+    Relation(
+        "language", LANGUAGES,
+        ("{S} [am|is] learning {v}.", "{S} [study|studies] {v}.", "{S} [take|takes] {v} lessons.",
+         "{S} [speak|speaks] {v}."),
+        ("{S} [am|is] learning {v} now.", "{S} switched to learning {v}."),
+        ("What language [am|is] {s} learning?", "Which language [do|does] {s} study?",
+         "What language [do|does] {s} speak?"),
+        "{S} [are|is] learning {v}.",
+        ("{P} language course is {v}.", "{S} [read|reads] books in {v}."),
+        ("Remind me which language {s} [am|is] learning.", "Tell me {p} new language."),
+    ),
+    Relation(
+        "allergy", ALLERGIES,
+        ("{S} [am|is] allergic to {v}.", "{S} [have|has] an allergy to {v}.", "{S} must avoid {v}.",
+         "{P} allergy is {v}."),
+        ("It turned out that {s} [am|is] allergic to {v}.", "The doctor says {s} [am|is] allergic to {v}."),
+        ("What [am|is] {s} allergic to?", "Which allergy [do|does] {s} have?", "What must {s} avoid?"),
+        "{S} [are|is] allergic to {v}.",
+        ("{S} [get|gets] a rash from {v}.", "Even a little of {v} makes {o} ill."),
+        ("Remind me of {p} allergy.", "Tell me what {s} cannot stand for health reasons."),
+    ),
+    Relation(
+        "keys", PLACES,
+        ("{S} left the keys in the {v}.", "{P} keys are in the {v}.", "{S} [keep|keeps] the keys in the {v}.",
+         "{S} put the keys in the {v}."),
+        ("{S} moved the keys to the {v}.", "{P} keys are in the {v} now."),
+        ("Where are {p} keys?", "Where did {s} leave the keys?", "Where did {s} put the keys?"),
+        "{P} keys are in the {v}.",
+        ("{S} [hide|hides] the keys in the {v}.", "You find {p} keys in the {v}."),
+        ("Remind me where {p} keys are.", "Tell me where to look for {p} keys."),
+    ),
+    Relation(
+        "meeting", DAYS,
+        ("{P} meeting is on {v}.", "{S} [have|has] a meeting on {v}.", "{P} appointment is on {v}.",
+         "{S} [see|sees] the doctor on {v}."),
+        ("{P} meeting was moved to {v}.", "{P} meeting is on {v} now."),
+        ("When is {p} meeting?", "Which day is {p} meeting?", "On what day [do|does] {s} have an appointment?"),
+        "{P} meeting is on {v}.",
+        ("{P} calendar has a meeting on {v}.", "{S} [am|is] expected at the office on {v}."),
+        ("Remind me of the day of {p} meeting.", "Tell me which day {p} meeting is."),
+    ),
+    Relation(
+        "train", TIMES,
+        ("{P} train leaves at {v}.", "{S} [take|takes] the train at {v}.", "{P} bus goes at {v}.",
+         "{S} [have|has] to leave at {v}."),
+        ("{P} train leaves at {v} now.", "The time changed: {p} train leaves at {v}."),
+        ("When does {p} train leave?", "At what time [do|does] {s} have to leave?", "What time is {p} train?"),
+        "{P} train leaves at {v}.",
+        ("{S} must be at the station at {v}.", "{P} ticket says {v}."),
+        ("Remind me when {p} train goes.", "Tell me the time of {p} train."),
+    ),
+    Relation(
+        "room", NUMBERS,
+        ("{P} room number is {v}.", "{S} [stay|stays] in room {v}.", "{S} [have|has] room {v}.",
+         "{P} room is number {v}."),
+        ("{S} moved to room {v}.", "{P} room number is {v} now."),
+        ("What is {p} room number?", "Which room [do|does] {s} have?", "What room [am|is] {s} in?"),
+        "{P} room number is {v}.",
+        ("You can knock for {o} at room {v}.", "{P} door has the number {v}."),
+        ("Remind me of {p} room number.", "Tell me the number on {p} door."),
+    ),
+    Relation(
+        "age", NUMBERS,
+        ("{S} [am|is] {v} years old.", "{P} age is {v}.", "{S} just turned {v}.", "{S} [am|is] {v}."),
+        ("{S} [am|is] {v} years old now.", "No, {s} [am|is] {v} years old."),
+        ("How old [am|is] {s}?", "What is {p} age?", "How many years old [am|is] {s}?"),
+        "{S} [are|is] {v} years old.",
+        ("There were {v} candles on {p} cake.", "{S} [have|has] lived for {v} years."),
+        ("Remind me how old {s} [am|is].", "Tell me {p} age."),
+    ),
+    Relation(
+        "holiday", COUNTRIES,
+        ("{S} [am|is] going to {v} in summer.", "{S} [plan|plans] a trip to {v}.", "{P} next holiday is in {v}.",
+         "{S} booked a flight to {v}."),
+        ("{P} plans changed: {s} [am|is] going to {v}.", "{S} [am|is] going to {v} instead."),
+        ("Where [am|is] {s} going on holiday?", "Which country [do|does] {s} plan to visit?",
+         "Where is {p} next holiday?"),
+        "{S} [are|is] going to {v}.",
+        ("{P} suitcase is packed for {v}.", "{S} will spend the summer in {v}."),
+        ("Remind me where {p} next trip goes.", "Tell me {p} holiday destination."),
+    ),
+    Relation(
+        "purchase", THINGS,
+        ("{S} bought {v}.", "{S} got {v} as a present.", "{P} new possession is {v}.", "{S} ordered {v}."),
+        ("{S} returned it and bought {v}.", "{S} exchanged it for {v}."),
+        ("What did {s} buy?", "What did {s} get?", "What new thing [do|does] {s} have?"),
+        "{S} bought {v}.",
+        ("{S} came home from the shop with {v}.", "{P} money went into {v}."),
+        ("Remind me what {s} bought.", "Tell me about {p} purchase."),
+    ),
+    Relation(
+        "partner", NAMES,
+        ("{P} partner is called {v}.", "{S} [am|is] married to {v}.", "{P} partner's name is {v}.",
+         "{S} [live|lives] together with {v}."),
+        ("{P} new partner is called {v}.", "{S} [am|is] with {v} now."),
+        ("What is {p} partner called?", "Who [am|is] {s} married to?", "What is the name of {p} partner?"),
+        "{P} partner is called {v}.",
+        ("{S} said yes to {v}.", "The love of {p} life is {v}."),
+        ("Remind me of {p} partner's name.", "Tell me who {s} [am|is] with."),
+    ),
+)  # fmt: skip

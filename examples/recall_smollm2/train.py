@@ -1,0 +1,290 @@
+"""Training of one adapter: answers from memory, and silence of the memory where it has nothing to say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, patch_model, save_adapter
+from deltamem_fast.storage.files import write_json
+from deltamem_fast.training.setup import prepare_for_training
+
+from .halves import LowerOutputs, detached_layers, upper_layers
+from .pool import COUNTS, Asked, Encoder, Pool, Told
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+WARMUP = 50  # steps
+LOGGED = 20  # steps of a line in the log
+CHECKED = 100  # steps between looks at held-out episodes
+TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How an adapter is trained.
+
+    Attributes:
+        steps: in all.
+        lr: AdamW's; warmed up, constant, then linearly down to a fiftieth.
+        decay: the last share of the steps, in which the rate goes down, and every other step tells a text without a
+            fact behind the facts. Until then a run does not depend on ``steps``, and can be prolonged.
+        divergence_weight: of KL(frozen ‖ with memory) on such text.
+        few_until: the steps up to which an episode tells one fact, at most two, and at most four; then up to eight.
+        pool: episodes of each count.
+        clip: of the gradient's norm.
+        seed: of weights and data.
+        save_every: steps between checkpoints.
+    """
+
+    steps: int = 1000
+    lr: float = 3e-3
+    decay: float = 0.4
+    divergence_weight: float = 3.0
+    few_until: tuple[int, int, int] = (40, 150, 450)
+    pool: int = 600
+    clip: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+
+
+class Trainee:
+    """A patched model in training, its lower layers' outputs kept.
+
+    Args:
+        model: patched with an adapter whose lowest layer is not 0, or 0: then nothing is kept but embeddings.
+    """
+
+    def __init__(self, model: nn.Module, config: DeltaMemConfig):
+        self.model, self.config = model, config
+        first = min(config.target_layers, default=0)
+        self.lower = LowerOutputs(model, first, torch.float16 if model.dtype == torch.float32 else None)
+        self.first = first
+
+    def write(self, rows: Sequence[Told], memory: MemoryState) -> None:
+        """Tell each memory its row, in a context of its own; the writes are on the graph."""
+        hidden, mask = self.lower([row.ids for row in rows])
+        with upper_layers(self.model, self.first), detached_layers(self.model):
+            self.model.model(
+                inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **self._segments(rows, mask)
+            )
+
+    def answer(self, rows: Sequence[Asked], memory: MemoryState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy of the answers' tokens by their weights, and which values are likeliest throughout.
+
+        Args:
+            memory: is read, and not written.
+
+        Returns:
+            A float32 scalar on the graph, and bool [values].
+        """
+        hidden, mask = self.lower([row.ids for row in rows])
+        device = hidden.device
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(device)
+        weights = nn.utils.rnn.pad_sequence([torch.tensor(row.weights) for row in rows], batch_first=True).to(device)
+        with upper_layers(self.model, self.first):
+            found = self.model.model(
+                inputs_embeds=hidden, attention_mask=mask, memory=memory.read_only(), use_cache=False
+            ).last_hidden_state
+        row, place = (weights[:, 1:] > 0).nonzero(as_tuple=True)
+        logits = self.model.lm_head(found[row, place]).float()
+        targets, weights = ids[row, place + 1], weights[row, place + 1]
+        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+        valued = weights == 1
+        # A value's tokens stand side by side; the first of each begins a new one.
+        begins = valued & ~F.pad(valued[:-1], (1, 0))
+        of = begins.cumsum(0)[valued] - 1
+        wrong = torch.zeros(int(begins.sum()), device=device)
+        wrong.index_add_(0, of, (logits.detach().argmax(-1) != targets)[valued].float())
+        return loss, wrong == 0
+
+    def divergence(self, rows: Sequence[Told], memory: MemoryState, random: Random) -> torch.Tensor:
+        """KL(frozen model ‖ with memory) per token, nats, of texts that are written behind what the memory holds."""
+        hidden, mask = self.lower([row.ids for row in rows])
+        row, place = mask.nonzero(as_tuple=True)
+        kept = random.sample(range(len(row)), len(row) // TEXT_SHARE)
+        row, place = row[kept], place[kept]
+
+        def log_probabilities(**arguments) -> torch.Tensor:
+            found = self.model.model(inputs_embeds=hidden, attention_mask=mask, use_cache=False, **arguments)
+            return self.model.lm_head(found.last_hidden_state[row, place]).float().log_softmax(-1)
+
+        with upper_layers(self.model, self.first):
+            with torch.no_grad(), memory_disabled(self.model):
+                wanted = log_probabilities()
+            found = log_probabilities(memory=memory, **self._segments(rows, mask))
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+
+    def _segments(self, rows: Sequence[Told], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.config.segmented:
+            return {}
+        segments = [torch.tensor(row.segments) for row in rows]
+        return {"segment_ids": nn.utils.rnn.pad_sequence(segments, True, -1).to(mask.device)}
+
+
+def facts_of(step: int, options: TrainOptions) -> int:
+    """How many facts a step's episodes tell: few first, or most steps would pass before anything is learnt."""
+    allowed = COUNTS[: 1 + sum(step >= until for until in options.few_until)]
+    return Random(f"facts {options.seed} {step}").choice(allowed)
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """Of a step, counted from 0: linear warm-up, constant, linear decay."""
+    left = (options.steps - step) / (options.decay * options.steps)
+    return options.lr * min((step + 1) / WARMUP, max(0.02, min(1.0, left)))
+
+
+def has_system(step: int, options: TrainOptions) -> bool:
+    """Whether a step's contexts begin with the default system message, which is half of a short context's tokens."""
+    share = 0.5 if step >= (1 - options.decay) * options.steps else 0.2
+    return Random(f"system {options.seed} {step}").random() < share
+
+
+def settles(step: int, options: TrainOptions) -> bool:
+    """Whether a step reads ordinary text, too."""
+    return step % 2 == 1 and step >= (1 - options.decay) * options.steps
+
+
+def step_losses(
+    trainee: Trainee, pool: Pool, step: int, options: TrainOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Loss of the answers, which values were right, and the divergence on text, or None in steps without one."""
+    told, asked = zip(*pool.step(step, facts_of(step, options), has_system(step, options)))
+    memory = MemoryState.zeros(trainee.model, len(told))
+    trainee.write(told, memory)
+    divergence = None
+    if settles(step, options):
+        divergence = trainee.divergence(pool.texts(step, len(told)), memory, Random(step))
+    answer, right = trainee.answer(asked, memory)
+    return answer, right, divergence
+
+
+@torch.no_grad()
+def held_out_right(trainee: Trainee, pool: Pool) -> float:
+    """The share of right values, answers given up to them, of names and values that training lacks; 2 and 4 facts."""
+    found = []
+    for count in (2, 4):
+        told, asked = zip(*[pool.episode(count, place, True) for place in range(24)])
+        memory = MemoryState.zeros(trainee.model, len(told))
+        trainee.write(told, memory)
+        found.append(trainee.answer(asked, memory)[1].float().mean().item())
+    return sum(found) / len(found)
+
+
+def train(
+    model: nn.Module, tokenizer, config: DeltaMemConfig, options: TrainOptions, output: Path,
+    seconds: float = math.inf,
+) -> bool:  # fmt: skip
+    """Train, or go on with, an adapter; ``output`` gets checkpoint, log, and the adapter as it then is.
+
+    Args:
+        model: frozen and not patched, on its device.
+        seconds: after which it stops, with a checkpoint.
+
+    Returns:
+        Whether all steps are done.
+
+    Raises:
+        ValueError: ``output`` holds a run with other options.
+    """
+    torch.manual_seed(options.seed)
+    prepare_for_training(patch_model(model, config))
+    trainee, encoder = Trainee(model, config), Encoder(tokenizer, config)
+    pool = Pool(encoder, options.pool, options.seed)
+    checked = Pool(encoder, 24, options.seed, held_out=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    output.mkdir(parents=True, exist_ok=True)
+    first, spent = _resume(output / CHECKPOINT, config, options, trained, optimizer)
+    if not first:
+        (output / LOG).write_text("")
+    began, sums, step = time.monotonic() - spent, _Sums(), first
+    for step in range(first, options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        answer, right, divergence = step_losses(trainee, pool, step, options)
+        loss = answer if divergence is None else answer + options.divergence_weight * divergence
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), options.clip, error_if_nonfinite=True)
+        optimizer.step()
+        sums.add(answer, right, divergence)
+        done, now = step + 1, time.monotonic() - began
+        stopped = now - spent > seconds
+        if done % LOGGED == 0:
+            entry = {"step": done, **sums.means(), "seconds": round(now)}
+            if done % CHECKED == 0:
+                entry["held_out"] = round(held_out_right(trainee, checked), 4)
+            with (output / LOG).open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(f"{output.name}: {entry}", file=sys.stderr, flush=True)
+        if done % options.save_every == 0 or stopped or done == options.steps:
+            _save(output / CHECKPOINT, done, now, config, options, trained, optimizer)
+        if stopped:
+            break
+    model.eval()
+    write_json(output / "training.json", {"steps": step + 1, "options": asdict(options)}, private=False)
+    save_adapter(model, output)
+    return step + 1 >= options.steps
+
+
+class _Sums:
+    """Means of the steps since the last look; one wait for the device a look."""
+
+    def __init__(self):
+        self.answers, self.rights, self.divergences = [], [], []
+
+    def add(self, answer: torch.Tensor, right: torch.Tensor, divergence: torch.Tensor | None) -> None:
+        self.answers.append(answer.detach())
+        self.rights.append(right)
+        if divergence is not None:
+            self.divergences.append(divergence.detach())
+
+    def means(self) -> dict[str, float]:
+        found = {
+            "answer_loss": torch.stack(self.answers).mean().item(),
+            "right": torch.cat(self.rights).float().mean().item(),
+        }
+        if self.divergences:
+            found["divergence"] = torch.stack(self.divergences).mean().item()
+        self.__init__()
+        return {name: round(value, 4) for name, value in found.items()}
+
+
+def _identity(config: DeltaMemConfig, options: TrainOptions) -> str:
+    """What a run must have in common with its checkpoint; its length may change."""
+    free = asdict(replace(options, steps=0, save_every=0))
+    return json.dumps({"config": config.to_dict(), "options": free}, sort_keys=True)
+
+
+def _save(
+    path: Path, done: int, seconds: float, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer
+) -> None:
+    state = {
+        "step": done, "seconds": seconds, "identity": _identity(config, options), "optimizer": optimizer.state_dict(),
+        "adapter": {name: p.detach() for name, p in trained.items()},
+    }  # fmt: skip
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def _resume(path: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer) -> tuple[int, float]:
+    if not path.is_file():
+        return 0, 0.0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["identity"] != _identity(config, options):
+        raise ValueError(f"output: {path} is of a run with {state['identity']}; remove it, or give the same options")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(state["adapter"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"]
