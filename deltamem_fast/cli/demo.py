@@ -13,6 +13,7 @@ from random import Random
 from deltamem_kernels.dispatch import BACKENDS
 
 from ..display import style_of, terminal_columns
+from ..errors import DeltaMemError
 from ..model.loading import device_for
 from ..model.threads import HELP, check_threads, fitting_threads
 from ..recall.weights import STRATEGIES, find_weights, load_backbone
@@ -46,6 +47,7 @@ def add_command(commands) -> None:
     demo.add_argument("--weights", metavar="DIR", help="backbone and adapters (default: the shipped ones)")
     demo.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
     demo.add_argument("--threads", type=int, metavar="N", help=HELP)
+    demo.add_argument("--no-talk", dest="talk", action="store_false", help="leave out the second act, with smollm2")
     demo.set_defaults(command=_run)
 
 
@@ -70,14 +72,42 @@ def _prove(arguments: argparse.Namespace) -> int:
         say=say,
     )
     say("")
-    if arguments.json:
+    text = (
+        "" if arguments.json else format_demo(figures, snapshots, style=style_of(sys.stdout), width=terminal_columns())
+    )
+    if text:
+        print(text, flush=True)
+    if arguments.talk:
+        figures["talk"] = _talk(arguments, say)
+        if text:
+            print(f"\n{_talk_text(figures['talk'])}")
+    if not text:
         print(json.dumps(figures, indent=2))
-    else:
-        print(format_demo(figures, snapshots, style=style_of(sys.stdout), width=terminal_columns()))
     failed = failed_checks(figures)
     for text in failed:
         print(f"deltamem: demo: DOES NOT HOLD: {text}", file=sys.stderr)
     return DOES_NOT_HOLD if failed else HOLDS
+
+
+def _talk(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict:
+    """The second act's figures, or why there is none: the model is downloaded, or installed, and need not be."""
+    from ..recall.talk import run_talk
+
+    try:
+        device = device_for(arguments.backend)
+        return run_talk(backend=arguments.backend, device=device, threads=check_threads(arguments.threads), say=say)
+    except DeltaMemError as error:
+        return {"absent": str(error).removeprefix("MODEL: ")}
+    finally:
+        say("")
+
+
+def _talk_text(figures: dict) -> str:
+    from ..recall.talk import format_talk
+
+    if "absent" in figures:
+        return f"The second act, with a real chat model, is left out: {figures['absent']}"
+    return format_talk(figures, terminal_columns())
 
 
 def _converse(arguments: argparse.Namespace) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from .facts import NAMES, Fact, changed, draw_facts
+from .facts import NAMES, RELATIONS, Fact, Words, changed, draw_facts, part
 
 TALK = Path(__file__).with_name("talk.jsonl")
 # What may stand before a statement; the test has others.
@@ -43,10 +44,16 @@ def message(role: str, content: str) -> dict[str, str]:
 
 @functools.cache
 def small_talk(held_out: bool) -> tuple[tuple[str, str], ...]:
-    """Exchanges without a fact: requests, and what the frozen model itself answered to them."""
+    """Exchanges without a fact: requests, and what the frozen model itself answered to them.
+
+    Those of training name no place, language or person that is held out.
+    """
+    values = {value for relation in RELATIONS for value in part(relation.values, held_out=True) if value[0].isupper()}
+    refused = re.compile(rf"\b({'|'.join(map(re.escape, values))})\b")
     lines = [json.loads(line) for line in TALK.read_text(encoding="utf-8").splitlines()]
     pairs = [(line["user"], line["assistant"]) for line in lines]
-    return tuple(pair for i, pair in enumerate(pairs) if (i % HELD_OUT_TALK == 0) is held_out)
+    chosen = [pair for i, pair in enumerate(pairs) if (i % HELD_OUT_TALK == 0) is held_out]
+    return tuple(pair for pair in chosen if held_out or not refused.search(" ".join(pair)))
 
 
 def talk(random: Random, *, held_out: bool) -> list[dict[str, str]]:
@@ -65,7 +72,8 @@ def opened(random: Random, sentence: str, openings: Sequence[str]) -> str:
 
 def draw_episode(
     random: Random, count: int, *, held_out: bool = False, new_words: bool = False, talks: float = 0.5,
-    updates: float = 0.15, questions: int | None = None,
+    updates: float = 0.15, questions: int | None = None, relations: int | None = None,
+    words: Words | None = None,
 ) -> Episode:  # fmt: skip
     """``count`` facts in messages of one to three sentences, and questions for them.
 
@@ -74,10 +82,11 @@ def draw_episode(
         new_words: statements and questions in words that training lacks.
         talks: exchanges of small talk per message, on average.
         updates: share of the facts whose value a later sentence overwrites.
+        relations, words: see ``draw_facts``.
         questions: how many, of which no fact has two before each has one; None = one for each fact.
     """
     openings = NEW_OPENINGS if new_words else OPENINGS
-    facts = draw_facts(random, count, held_out=held_out)
+    facts = draw_facts(random, count, held_out=held_out, relations=relations, words=words)
     sentences = [opened(random, fact.statement(random, new=new_words), openings) for fact in facts]
     holds: list[Fact] = list(facts)
     for place in range(count):

@@ -114,11 +114,54 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def draw_facts(random: Random, count: int, *, held_out: bool) -> list[Fact]:
-    """``count`` facts, no two of one subject and relation; in a third of the draws few relations, many subjects."""
-    relations = list(RELATIONS)
+@dataclass(frozen=True)
+class Words:
+    """Words that can stand for a value: nonsense as a city or a pet, but what a memory must be able to pass on.
+
+    A few hundred values are learnt by heart, each for itself; thousands are not, and what passes them on passes on
+    values that training lacks.
+
+    Attributes:
+        lower, capital: of small letters, and with a capital one.
+    """
+
+    lower: tuple[str, ...]
+    capital: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer, most: int = 4000) -> Words:
+        """The ``most`` frequent of each kind that are one token behind a space, but for those in held-out values."""
+        every = [value for relation in RELATIONS for value in part(relation.values, held_out=True)]
+        refused = {word.lower() for text in (*every, *part(NAMES, held_out=True)) for word in text.split()}
+        # Byte-pair merges come in the order of their frequency, and their ids with them.
+        tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        words = [token[1:] for token, _ in tokens if re.fullmatch(r"Ġ[A-Za-z][a-z]{2,}", token)]
+        words = [word for word in words if word.lower() not in refused]
+        lower, capital = ([w for w in words if w.islower() is small][:most] for small in (True, False))
+        return cls(tuple(lower), tuple(capital))
+
+    def instead_of(self, value: str, random: Random) -> str:
+        """A word of the kind of ``value``: with an article, or a capital letter; numbers and dates stay."""
+        if any(letter.isdigit() for letter in value) or value in (*DAYS, *TIMES):
+            return value
+        if value.startswith(("a ", "an ")):
+            word = random.choice(self.lower)
+            return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+        return random.choice(self.capital if value[0].isupper() else self.lower)
+
+
+def draw_facts(
+    random: Random, count: int, *, held_out: bool, relations: int | None = None, words: Words | None = None
+) -> list[Fact]:
+    """``count`` facts, no two of one subject and relation; in a third of the draws few relations, many subjects.
+
+    Args:
+        relations: only the first so many of ``RELATIONS``.
+        words: half of the values are of these.
+    """
+    every = relations = list(RELATIONS[:relations])
     if random.random() < 1 / 3:
-        relations = random.sample(relations, max(2, count // 2))
+        relations = random.sample(relations, min(len(relations), max(2, count // 2)))
     names = random.sample(part(NAMES, held_out), min(4, 1 + count))
     people = [*map(named, names), *map(kin, random.sample(KIN, 2))]
     facts: list[Fact] = []
@@ -129,9 +172,12 @@ def draw_facts(random: Random, count: int, *, held_out: bool) -> list[Fact]:
         key = (subject.said, relation.name)
         if key not in taken:
             taken.add(key)
-            facts.append(Fact(subject, relation, random.choice(part(relation.values, held_out))))
+            value = random.choice(part(relation.values, held_out))
+            if words is not None and random.random() < 0.5:
+                value = words.instead_of(value, random)
+            facts.append(Fact(subject, relation, value))
         elif len(taken) >= len(relations) * (1 + len(people)):
-            relations = list(RELATIONS)
+            relations = every
     return facts
 
 

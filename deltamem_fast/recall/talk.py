@@ -1,0 +1,147 @@
+"""The demo's second act: a real chat model is told five things, its context is thrown away, and it is asked.
+
+SmolLM2-135M-Instruct with the adapter that lies in the package. Walter, Diana and all the values below occur in none of
+the adapter's training texts. The story is always the same; what is answered is printed, right or wrong.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..adapter.record import memory_disabled
+from ..display import columns
+from ..memory.operators import forget, ingest, retrieve, revise
+from ..memory.state import MemoryState
+from ..model.loading import load_patched
+from ..model.threads import fitting_threads
+
+MODEL = "smollm2"
+TOKENS = 24  # of an answer
+
+
+@dataclass(frozen=True)
+class Said:
+    """Something that is told, and the question that asks for it; ``value`` is what a right answer names."""
+
+    statement: str
+    question: str
+    value: str
+
+
+TOLD = (
+    Said("My sister lives in Vienna.", "Where does my sister live?", "Vienna"),
+    Said("I work as a mechanic.", "What do I do for a living?", "mechanic"),
+    Said("Walter has a turtle at home.", "What pet does Walter have?", "turtle"),
+    Said("My favourite color is orange.", "What is my favourite color?", "orange"),
+    Said("Diana plays the trumpet.", "What instrument does Diana play?", "trumpet"),
+)
+REVISED = Said("My sister moved to Athens last week.", TOLD[0].question, "Athens")
+FORGOTTEN = TOLD[2]
+
+
+def run_talk(
+    *,
+    backend: str = "auto",
+    device: Any = "cpu",
+    threads: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Tell, ask, revise and forget; the figures, ready for JSON.
+
+    Args:
+        backend, device: see ``load_patched``.
+        threads: of PyTorch on a CPU; None = as many as fit the model.
+        say: told what is being done.
+
+    Raises:
+        ValueError, OSError, ImportError: the model cannot be had; the message says how it could.
+    """
+    say(f"loading {MODEL}")
+    model, tokenizer = load_patched(MODEL, None, device=device, backend=backend, quiet=True)
+    started = time.perf_counter()
+    with fitting_threads(model, threads):
+        memory = MemoryState.zeros(model)
+        for said in TOLD:
+            say(f"{MODEL}: {said.statement}")
+            ingest(model, tokenizer, memory, said.statement, progress=False)
+        asked = _asked(model, tokenizer, TOLD, say, memory=memory, empty=MemoryState.zeros(model), unpatched=None)
+        revise(model, tokenizer, memory, REVISED.statement, replaces=TOLD[0].statement, progress=False)
+        now = (REVISED, *TOLD[1:])
+        revised = _asked(model, tokenizer, now, say, memory=memory)
+        forget(model, tokenizer, memory, FORGOTTEN.statement)
+        forgotten = _asked(model, tokenizer, now, say, memory=memory)
+    return {
+        "model": MODEL,
+        "memory_bytes": sum(state.nbytes for _, state in memory.items()),
+        "told": [said.statement for said in TOLD],
+        "asked": asked,
+        "revision": REVISED.statement,
+        "revised": revised,
+        "forgotten": FORGOTTEN.statement,
+        "after_forgetting": forgotten,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _asked(
+    model: nn.Module, tokenizer, told, say: Callable[[str], None], **memories: MemoryState | None
+) -> list[dict[str, Any]]:
+    """One row a question: ``question``, ``truth``, and under each name what was answered; None: the bare model."""
+    rows = []
+    for said in told:
+        say(f"{MODEL}: {said.question}")
+        row = {"question": said.question, "truth": said.value}
+        for name, memory in memories.items():
+            row[name] = _answer(model, tokenizer, said.question, memory)
+        rows.append(row | {"right": {name: names(row[name], said.value) for name in memories}})
+    return rows
+
+
+def _answer(model: nn.Module, tokenizer, question: str, memory: MemoryState | None) -> str:
+    options = {"max_new_tokens": TOKENS, "do_sample": False}
+    if memory is not None:
+        return retrieve(model, tokenizer, memory, question, **options)
+    with memory_disabled(model):
+        return retrieve(model, tokenizer, MemoryState.zeros(model), question, **options)
+
+
+def names(answer: str, value: str) -> bool:
+    """Whether an answer names the value, as a word, in whatever case."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer, re.IGNORECASE) is not None
+
+
+def format_talk(figures: dict[str, Any], width: int = 80) -> str:
+    """The figures as text, no line wider than ``width`` but for questions that are."""
+    lines = [f"And {figures['model']}, a chat model of 135 M parameters, told in sentences:"]
+    lines += [f"  {text}" for text in figures["told"]]
+    for title, rows in (
+        ("Asked, each in a fresh context:", figures["asked"]),
+        (f"Told then: {figures['revision']}", figures["revised"]),
+        (f"Forgotten: {figures['forgotten']}", figures["after_forgetting"]),
+    ):
+        lines += ["", title, *(f"  {line}" for line in _lines(rows, width - 2))]
+    shares = {name: sum(row["right"][name] for row in figures["asked"]) for name in figures["asked"][0]["right"]}
+    right = "; ".join(f"{TITLES[name]} {count} of {len(figures['asked'])}" for name, count in shares.items())
+    return "\n".join([*lines, "", f"Right at first: {right}; {figures['seconds']:.1f} s"])
+
+
+TITLES = {"memory": "memory", "empty": "empty memory", "unpatched": "not patched"}
+
+
+def _lines(rows: list[dict[str, Any]], width: int) -> list[str]:
+    shown = [name for name in TITLES if name in rows[0]]
+    longest = max(len(row["question"]) for row in rows)
+    room = max(12, (width - longest) // len(shown) - 2)
+    cells = [[row["question"], *(_cut(row[name], room) for name in shown)] for row in rows]
+    return columns([["", *(TITLES[name] for name in shown)], *cells], left=range(1 + len(shown)))
+
+
+def _cut(text: str, room: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= room else text[: room - 1] + "…"

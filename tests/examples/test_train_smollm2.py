@@ -1,0 +1,265 @@
+"""examples/recall_smollm2: what is told and asked, what stays held out, and a short training on a stand-in."""
+
+import importlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from support import tiny_model
+from tokenizers_for_tests import default_system_tokenizer
+
+from deltamem_fast import DeltaMemConfig, MemoryState, patch_model
+from deltamem_fast.training.setup import prepare_for_training
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield
+
+
+def example(name):
+    return importlib.import_module(f"examples.recall_smollm2.{name}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return default_system_tokenizer()
+
+
+def stand_in(tokenizer):
+    return tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=3).requires_grad_(False)
+
+
+# The reference backend is plain PyTorch: no loops are compiled for these ranks.
+CONFIGS = {
+    "msw": DeltaMemConfig.msw(2, rank=4, base_slice_ref_width=4, target_layers=(1, 2), alpha=8.0, output_init="zero"),
+    "ssw": DeltaMemConfig.ssw(
+        "sentence_mean", rank=4, base_slice_ref_width=4, target_layers=(1, 2), alpha=8.0, output_init="zero"
+    ),
+}
+
+
+# --- facts
+
+
+def said_in_training(episodes, words=None):
+    """Everything that is told, asked and answered in many episodes of training."""
+    for seed in range(600):
+        found = episodes.draw_episode(Random(seed), 1 + seed % 8, words=words)
+        yield from (message["content"] for message in found.told)
+        yield from (text for q in found.questions for text in (q.text, q.answer))
+
+
+def test_held_out_names_and_values_are_never_said_in_training():
+    episodes, facts = example("episodes"), example("facts")
+    held_out = {v for r in facts.RELATIONS for v in facts.part(r.values, True)} | set(facts.part(facts.NAMES, True))
+    # A number or a color can be part of small talk, and a word of a longer value; those are no names.
+    held_out = {value for value in held_out if value[0].isupper() and len(value) > 3 and value not in facts.DAYS}
+    allowed = {v for r in facts.RELATIONS for v in facts.part(r.values, False)} | set(facts.part(facts.NAMES, False))
+    held_out -= allowed  # a name that is another relation's value
+    text = "\n".join(text for text in said_in_training(episodes) if "\n" not in text and len(text) < 300)
+    assert len(held_out) > 60
+    assert not [value for value in held_out if re.search(rf"\b{re.escape(value)}\b", text)]
+
+
+def test_questions_of_the_test_are_of_a_kind_that_training_lacks():
+    facts = example("facts")
+    for relation in facts.RELATIONS:
+        trained = {*relation.statements, *relation.updates, *relation.questions, relation.answer}
+        assert not trained & {*relation.new_statements, *relation.new_questions}, relation.name
+        assert not any(q.startswith(("Remind", "Tell")) for q in relation.questions), relation.name
+        assert all(q.startswith(("Remind", "Tell")) for q in relation.new_questions), relation.name
+
+
+def test_every_answer_names_its_value_and_the_value_was_told():
+    draw = example("episodes").draw_episode
+    for seed in range(200):
+        found = draw(Random(seed), 1 + seed % 8, talks=0.0)
+        told = " ".join(message["content"] for message in found.told)
+        for question in found.questions:
+            assert question.value in question.answer and question.value in told
+
+
+def test_words_leave_held_out_values_out(tokenizer):
+    facts = example("facts")
+    words = facts.Words(("lamp", "ocean"), ("Lantern",))
+    assert words.instead_of("a nurse", Random(0)) in ("a lamp", "an ocean")
+    assert words.instead_of("Oslo", Random(0)) == "Lantern"
+    assert words.instead_of("March 3", Random(0)) == "March 3" and words.instead_of("noon", Random(0)) == "noon"
+
+    class Vocabulary:
+        @staticmethod
+        def get_vocab():
+            return {"Ġlamp": 9, "ĠParis": 3, "ĠLantern": 4, "lamp": 5, "Ġx1": 6, "Ġnurse": 7}
+
+    found = facts.Words.of(Vocabulary)
+    assert found == facts.Words(("lamp",), ("Lantern",))  # Paris and nurse are held out
+
+
+# --- tokens
+
+
+def test_what_counts_of_an_answer_is_its_value(tokenizer):
+    pool, episodes = example("pool"), example("episodes")
+    encoder = pool.Encoder(tokenizer, CONFIGS["msw"])
+    questions = [
+        episodes.Question("Where do I live?", "You live in Oslo.", "Oslo"),
+        episodes.Question("What is my job?", "You work as a nurse.", "nurse"),
+    ]
+    for system in (True, False):
+        found = encoder.asked(questions, system=system)
+        text = tokenizer.decode(found.ids)
+        assert text.startswith("<|im_start|>system" if system else "<|im_start|>user\nWhere do I live?")
+        valued = [i for i, w in zip(found.ids, found.weights) if w == 1.0]
+        assert tokenizer.decode(valued).replace(" ", "") == "Oslonurse"
+        counted = [i for i, w in zip(found.ids, found.weights) if w]
+        assert tokenizer.decode(counted, skip_special_tokens=True) == "You live in Oslo.You work as a nurse."
+        assert sum(i == tokenizer.eos_token_id for i in counted) == 2
+    chat = [m for q in questions for m in (episodes.message("user", q.text), episodes.message("assistant", q.answer))]
+    assert encoder.asked(questions).ids == encoder.ids(encoder.render(chat))
+
+
+def test_segments_go_with_their_tokens(tokenizer):
+    pool, episodes = example("pool"), example("episodes")
+    encoder = pool.Encoder(tokenizer, CONFIGS["ssw"])
+    chat = [episodes.message("user", "I live in Oslo. Ben has a cat.")]
+    whole, short = encoder.told(chat), encoder.told(chat, system=False)
+    assert max(whole.segments) == max(short.segments) == 1
+    assert whole.ids[-len(short.ids) :] == short.ids and whole.segments[-len(short.ids) :] == short.segments
+    assert set(whole.segments[: -len(short.ids)]) == {-1}
+
+
+# --- the halves of a model
+
+
+def test_upper_layers_on_kept_outputs_are_the_whole_model(tokenizer):
+    halves = example("halves")
+    model = patch_model(stand_in(tokenizer), CONFIGS["msw"], backend="reference")
+    lower = halves.LowerOutputs(model, 1)
+    rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    memories = [MemoryState.zeros(model, 2) for _ in range(2)]
+    with torch.no_grad():
+        hidden, mask = lower(rows)
+        with halves.upper_layers(model, 1):
+            upper = model(inputs_embeds=hidden, attention_mask=mask, memory=memories[0], use_cache=False).logits
+        ids = torch.tensor([rows[0], rows[1] + [0, 0]])
+        whole = model(ids, attention_mask=mask, memory=memories[1], use_cache=False).logits
+    assert mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    torch.testing.assert_close(upper[mask], whole[mask], rtol=0, atol=1e-5)
+    for layer, state in memories[0].items():
+        torch.testing.assert_close(state, memories[1][layer], rtol=0, atol=1e-6)
+    assert lower.bytes == 8 * 64 * 4
+    again, _ = lower(rows[::-1])
+    assert torch.equal(again[1], hidden[0]) and lower.bytes == 8 * 64 * 4
+
+
+def test_layers_are_put_back_after_an_error(tokenizer):
+    halves = example("halves")
+    model = stand_in(tokenizer)
+    before, norm = model.model.layers, model.model.norm
+    with pytest.raises(KeyError), halves.upper_layers(model, 1), halves.detached_layers(model):
+        raise KeyError
+    assert model.model.layers is before and model.model.norm is norm
+    assert not any(layer._forward_hooks for layer in before)
+
+
+def test_telling_detached_has_the_writes_gradient(tokenizer):
+    """Where nothing is read while telling, leaving the layers' graph out changes no gradient."""
+    halves, episodes, pool, train = (example(name) for name in ("halves", "episodes", "pool", "train"))
+    found = []
+    for detached in (True, False):
+        model = patch_model(stand_in(tokenizer), replace(CONFIGS["msw"], output_init="zero"), backend="reference")
+        prepare_for_training(model)
+        with torch.no_grad():  # only the last layer reads, so nothing that is written depends on a read
+            torch.manual_seed(0)
+            model.model.layers[2].self_attn.delta_memory.delta_o_proj.normal_()
+        trainee = train.Trainee(model, CONFIGS["msw"])
+        encoder = pool.Encoder(tokenizer, CONFIGS["msw"])
+        told = encoder.told([episodes.message("user", "I live in Oslo.")])
+        memory = MemoryState.zeros(model)
+        if detached:
+            trainee.write([told], memory)
+        else:
+            hidden, mask = trainee.lower([told.ids])
+            with halves.upper_layers(model, 1):
+                model.model(inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False)
+        loss, _ = trainee.answer([encoder.asked([episodes.Question("Where?", "In Oslo.", "Oslo")])], memory)
+        loss.backward()
+        found.append(model.model.layers[2].self_attn.delta_memory.memory_v_proj.grad.clone())
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+# --- a run
+
+
+def short(train, **changes):
+    return replace(train.TrainOptions(steps=4, pool=8, decay=0.5, save_every=2), **changes)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer rows and statements: the stand-in learns nothing anyway."""
+    for name, changes in {
+        "pool": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}},
+        "train": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}, "LOGGED": 2, "CHECKED": 2, "LEVELS": ((4, (1,)), (22, (1, 2)))},
+        "start": {"STATEMENTS": 24, "TALKS": 2},
+    }.items():
+        for key, value in changes.items():
+            monkeypatch.setattr(example(name), key, value)
+
+
+@pytest.mark.parametrize("strategy", CONFIGS)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tmp_path, small, monkeypatch):
+    train = example("train")
+    monkeypatch.setattr(train, "PROMOTED", 0.0)
+    config = CONFIGS[strategy]
+    options = short(train)
+    assert train.train(stand_in(tokenizer), tokenizer, config, options, tmp_path / "whole")
+    assert not train.train(stand_in(tokenizer), tokenizer, config, options, tmp_path / "parts", seconds=0.0)
+    assert json.loads((tmp_path / "parts/training.json").read_text())["steps"] == 1
+    assert train.train(stand_in(tokenizer), tokenizer, config, options, tmp_path / "parts")
+    name = "delta_mem_adapter.safetensors"
+    from safetensors.torch import load_file
+
+    whole, parts = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+    assert all(torch.equal(whole[key], parts[key]) for key in whole) and whole.keys() == parts.keys()
+    log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [2, 4] and log[1]["level"] == 1 and "divergence" in log[1]
+    patched = patch_model(stand_in(tokenizer), tmp_path / "whole", backend="reference")
+    assert patched is not None
+
+
+def test_a_run_with_other_options_is_refused(tokenizer, tmp_path, small):
+    train = example("train")
+    train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train), tmp_path / "run", seconds=0.0)
+    with pytest.raises(ValueError, match=r"^output: .*checkpoint\.pt is of a run with "):
+        train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train, seed=1), tmp_path / "run")
+
+
+def test_the_start_opens_gates_at_values(tokenizer, small):
+    start, pool, episodes = example("start"), example("pool"), example("episodes")
+    model = patch_model(stand_in(tokenizer), CONFIGS["msw"], backend="reference")
+    encoder = pool.Encoder(tokenizer, CONFIGS["msw"])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    start.structured_start(model, encoder, episodes.OPENINGS)
+    changed = {name.split(".")[-1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"memory_q_proj", "memory_v_proj", "beta_proj", "beta_bias"}
+    ids, places = start._statement(encoder, Random(5), ("",))
+    hidden = []
+    memory = model.model.layers[1].self_attn
+    hook = memory.register_forward_pre_hook(start._kept_by(hidden), with_kwargs=True)
+    with torch.no_grad():
+        model.model(torch.tensor([ids]), use_cache=False)
+        hook.remove()
+        logits = hidden[0] @ memory.delta_memory.beta_proj.T + memory.delta_memory.beta_bias
+    chosen = torch.tensor([i in places for i in range(len(ids))])
+    assert logits[chosen].mean() > logits[~chosen].mean() + 1
