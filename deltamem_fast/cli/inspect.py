@@ -7,13 +7,15 @@ import json
 import os
 from pathlib import Path
 
-from ..display import counted, number, printable, without_surrogates
-from ..errors import ArgumentError, FileMissingError
+from ..display import counted, number, printable
+from ..errors import ArgumentError
 from ..memory.figures import distance, report, rows_of
 from ..memory.file import MemoryContent, read_memory
 from ..memory.state import MemoryState
+from ..model.known import is_known
 from ..model.loading import DTYPES, load_model, load_patched
-from ..storage.files import as_path, naming_files
+from ..storage.files import as_path
+from .given import add_text, given_text
 
 TOP = 8
 
@@ -29,9 +31,7 @@ def add_command(commands) -> None:
     )
     inspect.add_argument("memory", metavar="MEMORY", help="a memory file (safetensors)")
     inspect.add_argument("other", metavar="OTHER", nargs="?", help="another one, to compare with")
-    given = inspect.add_mutually_exclusive_group()
-    given.add_argument("--text", help="a text, one user message if the model has a chat template")
-    given.add_argument("--text-file", metavar="FILE", help="a file that holds the text, UTF-8")
+    add_text(inspect)
     inspect.add_argument("--tokens", action="store_true", help="the text's figures token by token")
     inspect.add_argument("--model", help="a model's directory, hub id, or smollm2 (the demo's, if MEMORY is of it)")
     inspect.add_argument("--adapter", help="the adapter's directory or hub id; goes with --model")
@@ -111,18 +111,9 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
         return None
     if arguments.adapter is not None and arguments.model is None:
         raise ArgumentError("--adapter: given without --model, which it belongs to")
-    if arguments.model is not None and arguments.adapter is None:
+    if arguments.model is not None and arguments.adapter is None and not is_known(arguments.model):
         raise ArgumentError("--model: given without --adapter; a memory fits one adapter only")
-    if arguments.text is not None:
-        return without_surrogates(arguments.text)
-    path = as_path(arguments.text_file, "--text-file")
-    if not path.exists():
-        raise FileMissingError(f"--text-file: {path}: no such file")
-    try:
-        with naming_files("--text-file", path):  # a pipe is as good as a file
-            return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"--text-file: {path}: not UTF-8: {error}") from error
+    return given_text(arguments)
 
 
 # --- the model for a text

@@ -6,33 +6,31 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, patch_model, save_adapter
+from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, save_adapter
 from deltamem_fast.storage.files import write_json
 from deltamem_fast.training.setup import prepare_for_training
 
 from .episodes import OPENINGS
-from .halves import LowerOutputs, detached_layers, upper_layers
-from .pool import ROWS, Asked, Encoder, Pool, Told
+from .pool import ROWS, Encoder, Pool
 from .start import structured_start
+from .trainee import Trainee
 
 # What episodes are made of, level by level: relations, and counts of facts. With all of it from the start nothing is
 # learnt in hundreds of steps: what a memory can pass on is found where few kinds of values pull in one direction.
 LEVELS = ((4, (1,)), (22, (1,)), (22, (1, 2)), (22, (1, 2, 4)), (22, (1, 2, 4, 8)))
 PROMOTED = 0.6  # the share of right values over the last steps at which the next level comes
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+# The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
+CHECKPOINT, CONSTANT, LOG = "checkpoint.pt", "constant.pt", "log.jsonl"
 WARMUP = 50  # steps
 LOGGED = 20  # steps of a line in the log
 CHECKED = 40  # steps between looks at held-out episodes
-TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
 
 
 @dataclass(frozen=True)
@@ -61,80 +59,6 @@ class TrainOptions:
     save_every: int = 50
 
 
-class Trainee:
-    """A patched model in training, its lower layers' outputs kept.
-
-    Args:
-        model: patched with an adapter whose lowest layer is not 0, or 0: then nothing is kept but embeddings.
-    """
-
-    def __init__(self, model: nn.Module, config: DeltaMemConfig):
-        self.model, self.config = model, config
-        first = min(config.target_layers, default=0)
-        self.lower = LowerOutputs(model, first, torch.float16 if model.dtype == torch.float32 else None)
-        self.first = first
-
-    def write(self, rows: Sequence[Told], memory: MemoryState) -> None:
-        """Tell each memory its row, in a context of its own; the writes are on the graph."""
-        hidden, mask = self.lower([row.ids for row in rows])
-        with upper_layers(self.model, self.first), detached_layers(self.model):
-            self.model.model(
-                inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **self._segments(rows, mask)
-            )
-
-    def answer(self, rows: Sequence[Asked], memory: MemoryState) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy of the answers' tokens by their weights, and which values are likeliest throughout.
-
-        Args:
-            memory: is read, and not written.
-
-        Returns:
-            A float32 scalar on the graph, and bool [values].
-        """
-        hidden, mask = self.lower([row.ids for row in rows])
-        device = hidden.device
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(device)
-        weights = nn.utils.rnn.pad_sequence([torch.tensor(row.weights) for row in rows], batch_first=True).to(device)
-        with upper_layers(self.model, self.first):
-            found = self.model.model(
-                inputs_embeds=hidden, attention_mask=mask, memory=memory.read_only(), use_cache=False
-            ).last_hidden_state
-        row, place = (weights[:, 1:] > 0).nonzero(as_tuple=True)
-        logits = self.model.lm_head(found[row, place]).float()
-        targets, weights = ids[row, place + 1], weights[row, place + 1]
-        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
-        valued = weights == 1
-        # A value's tokens stand side by side; the first of each begins a new one.
-        begins = valued & ~F.pad(valued[:-1], (1, 0))
-        of = begins.cumsum(0)[valued] - 1
-        wrong = torch.zeros(int(begins.sum()), device=device)
-        wrong.index_add_(0, of, (logits.detach().argmax(-1) != targets)[valued].float())
-        return loss, wrong == 0
-
-    def divergence(self, rows: Sequence[Told], memory: MemoryState, random: Random) -> torch.Tensor:
-        """KL(frozen model ‖ with memory) per token, nats, of texts that are written behind what the memory holds."""
-        hidden, mask = self.lower([row.ids for row in rows])
-        row, place = mask.nonzero(as_tuple=True)
-        kept = random.sample(range(len(row)), len(row) // TEXT_SHARE)
-        row, place = row[kept], place[kept]
-
-        def log_probabilities(**arguments) -> torch.Tensor:
-            found = self.model.model(inputs_embeds=hidden, attention_mask=mask, use_cache=False, **arguments)
-            return self.model.lm_head(found.last_hidden_state[row, place]).float().log_softmax(-1)
-
-        with upper_layers(self.model, self.first):
-            with torch.no_grad(), memory_disabled(self.model):
-                wanted = log_probabilities()
-            found = log_probabilities(memory=memory, **self._segments(rows, mask))
-        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
-
-    def _segments(self, rows: Sequence[Told], mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not self.config.segmented:
-            return {}
-        segments = [torch.tensor(row.segments) for row in rows]
-        return {"segment_ids": nn.utils.rnn.pad_sequence(segments, True, -1).to(mask.device)}
-
-
 def drawn_of(step: int, level: int, options: TrainOptions) -> tuple[int, int, bool]:
     """Of a step: how many relations, how many facts, and whether contexts begin with the default system message.
 
@@ -142,19 +66,24 @@ def drawn_of(step: int, level: int, options: TrainOptions) -> tuple[int, int, bo
     """
     relations, counts = LEVELS[level]
     random = Random(f"{options.seed} {step}")
-    share = 0.5 if step >= (1 - options.decay) * options.steps else 0.2
+    share = 0.5 if step >= constant_steps(options) else 0.2
     return relations, random.choice(counts), random.random() < share
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
     """Of a step, counted from 0: linear warm-up, constant, linear decay."""
-    left = (options.steps - step) / (options.decay * options.steps)
+    left = (options.steps - step) / (options.steps - constant_steps(options))
     return options.lr * min((step + 1) / WARMUP, max(0.02, min(1.0, left)))
+
+
+def constant_steps(options: TrainOptions) -> int:
+    """The steps before the last share, which do not depend on how many there are in all."""
+    return int((1 - options.decay) * options.steps)
 
 
 def settles(step: int, options: TrainOptions) -> bool:
     """Whether a step reads ordinary text, too."""
-    return step % 2 == 1 and step >= (1 - options.decay) * options.steps
+    return step % 2 == 1 and step >= constant_steps(options)
 
 
 def step_losses(
@@ -232,7 +161,7 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
     output.mkdir(parents=True, exist_ok=True)
-    first, spent, level = _resume(output / CHECKPOINT, config, options, trained, optimizer)
+    first, spent, level = _resume(output, config, options, trained, optimizer)
     if not first:
         structured_start(model, encoder, OPENINGS, options.seed)
         (output / LOG).write_text("")
@@ -260,6 +189,8 @@ def train(
             with (output / LOG).open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             print(f"{output.name}: {entry}", file=sys.stderr, flush=True)
+        if done == constant_steps(options):
+            _save(output / CONSTANT, (done, now, level), config, options, trained, optimizer)
         if done % options.save_every == 0 or stopped or done == options.steps:
             _save(output / CHECKPOINT, (done, now, level), config, options, trained, optimizer)
         if stopped:
@@ -303,18 +234,27 @@ def _save(
     path: Path, place: tuple[int, float, int], config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer
 ) -> None:
     state = {
-        "place": place, "identity": _identity(config, options), "optimizer": optimizer.state_dict(),
-        "adapter": {name: p.detach() for name, p in trained.items()},
+        "place": place, "steps": options.steps, "identity": _identity(config, options),
+        "optimizer": optimizer.state_dict(), "adapter": {name: p.detach() for name, p in trained.items()},
     }  # fmt: skip
     torch.save(state, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
 
 
-def _resume(path: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer):
+def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer):
     """Steps done, seconds and level, as a checkpoint has them, which is loaded; zeros without one."""
+    path = output / CHECKPOINT
+    if not path.is_file():
+        path = output / CONSTANT
     if not path.is_file():
         return 0, 0.0, 0
     state = torch.load(path, map_location="cpu", weights_only=True)
+    lengths = replace(options, steps=state["steps"]), options
+    if state["steps"] != options.steps and state["place"][0] > min(map(constant_steps, lengths)):
+        path = output / CONSTANT
+        if not path.is_file():
+            raise ValueError(f"output: {output} has no {CONSTANT}, from which a run of other steps could go on")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != _identity(config, options):
         raise ValueError(f"output: {path} is of a run with {state['identity']}; remove it, or give the same options")
     with torch.no_grad():

@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tiny_model
 from tokenizers_for_tests import default_system_tokenizer
 
@@ -228,14 +229,22 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     assert json.loads((tmp_path / "parts/training.json").read_text())["steps"] == 1
     assert train.train(stand_in(tokenizer), tokenizer, config, options, tmp_path / "parts")
     name = "delta_mem_adapter.safetensors"
-    from safetensors.torch import load_file
-
     whole, parts = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
     assert all(torch.equal(whole[key], parts[key]) for key in whole) and whole.keys() == parts.keys()
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [2, 4] and log[1]["level"] == 1 and "divergence" in log[1]
     patched = patch_model(stand_in(tokenizer), tmp_path / "whole", backend="reference")
     assert patched is not None
+
+
+def test_a_finished_run_is_prolonged_from_its_last_step_at_the_full_rate(tokenizer, tmp_path, small):
+    train, config = example("train"), CONFIGS["msw"]
+    for steps in (4, 6):
+        assert train.train(stand_in(tokenizer), tokenizer, config, short(train, steps=steps), tmp_path / "grown")
+    assert train.train(stand_in(tokenizer), tokenizer, config, short(train, steps=6), tmp_path / "at once")
+    name = "delta_mem_adapter.safetensors"
+    grown, at_once = (load_file(tmp_path / run / name) for run in ("grown", "at once"))
+    assert all(torch.equal(grown[key], at_once[key]) for key in at_once)
 
 
 def test_a_run_with_other_options_is_refused(tokenizer, tmp_path, small):

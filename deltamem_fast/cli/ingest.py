@@ -1,0 +1,71 @@
+"""``deltamem ingest``: write a text into a memory file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..display import counted
+from ..errors import ArgumentError
+from ..memory.operators import ingest
+from ..memory.state import MemoryState
+from ..model.loading import DTYPES, load_patched
+from ..storage.files import as_path
+from .given import add_text, given_text
+
+
+def add_command(commands) -> None:
+    """Add ``ingest`` to argparse's ``commands``."""
+    parser = commands.add_parser(
+        "ingest",
+        help="write a text into a memory file",
+        description="Tells a text to the memory in a file, in pieces of whole sentences, without answering. The file "
+        "is made if there is none; one that is there is written further, wholly or not at all.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model's directory or hub id, or smollm2")
+    parser.add_argument("memory", metavar="MEMORY", help="a memory file (safetensors) of one conversation")
+    add_text(parser, required=True)
+    parser.add_argument("--adapter", help="a directory or hub id; needed, but for smollm2")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
+    parser.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from ..model.known import is_known
+    from ..model.threads import fitting_threads
+
+    if arguments.adapter is None and not is_known(arguments.model):
+        raise ArgumentError("--adapter: not given; fresh parameters remember nothing of use")
+    path, text = as_path(arguments.memory, "MEMORY"), given_text(arguments)
+    options = {"dtype": arguments.dtype, "device": arguments.device}
+    model, tokenizer = load_patched(arguments.model, arguments.adapter, **options)
+    memory = _opened(path, model)
+    with fitting_threads(model):
+        found = ingest(model, tokenizer, memory, text)
+    memory.save(path)
+    if arguments.json:
+        print(
+            json.dumps({"memory": str(path), "tokens": found.tokens, "pieces": found.pieces, "skipped": found.skipped})
+        )
+    else:
+        print(f"wrote {counted(found.tokens, 'token')} in {counted(found.pieces, 'piece')} into {path}")
+    return 0
+
+
+def _opened(path, model) -> MemoryState:
+    """The memory in a file, or an empty one where there is none.
+
+    Raises:
+        ValueError, OSError: the file holds no memory of this model and adapter, or one of several conversations.
+    """
+    if not path.exists():
+        return MemoryState.zeros(model)
+    try:
+        memory = MemoryState.load(path, model)
+    except ValueError as error:
+        raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
+    if memory.batch_size != 1:
+        raise ArgumentError(f"MEMORY: {path}: has {memory.batch_size} conversations, allowed one")
+    return memory

@@ -1,0 +1,91 @@
+"""A patched model in training: what is told and asked, as losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled
+
+from .halves import LowerOutputs, detached_layers, upper_layers
+from .pool import Asked, Told
+
+TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
+
+
+class Trainee:
+    """A patched model in training, its lower layers' outputs kept.
+
+    Args:
+        model: patched with an adapter whose lowest layer is not 0, or 0: then nothing is kept but embeddings.
+    """
+
+    def __init__(self, model: nn.Module, config: DeltaMemConfig):
+        self.model, self.config = model, config
+        first = min(config.target_layers, default=0)
+        self.lower = LowerOutputs(model, first, torch.float16 if model.dtype == torch.float32 else None)
+        self.first = first
+
+    def write(self, rows: Sequence[Told], memory: MemoryState) -> None:
+        """Tell each memory its row, in a context of its own; the writes are on the graph."""
+        hidden, mask = self.lower([row.ids for row in rows])
+        with upper_layers(self.model, self.first), detached_layers(self.model):
+            self.model.model(
+                inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **self._segments(rows, mask)
+            )
+
+    def answer(self, rows: Sequence[Asked], memory: MemoryState) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy of the answers' tokens by their weights, and which values are likeliest throughout.
+
+        Args:
+            memory: is read, and not written.
+
+        Returns:
+            A float32 scalar on the graph, and bool [values].
+        """
+        hidden, mask = self.lower([row.ids for row in rows])
+        device = hidden.device
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(device)
+        weights = nn.utils.rnn.pad_sequence([torch.tensor(row.weights) for row in rows], batch_first=True).to(device)
+        with upper_layers(self.model, self.first):
+            found = self.model.model(
+                inputs_embeds=hidden, attention_mask=mask, memory=memory.read_only(), use_cache=False
+            ).last_hidden_state
+        row, place = (weights[:, 1:] > 0).nonzero(as_tuple=True)
+        logits = self.model.lm_head(found[row, place]).float()
+        targets, weights = ids[row, place + 1], weights[row, place + 1]
+        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+        valued = weights == 1
+        # A value's tokens stand side by side; the first of each begins a new one.
+        begins = valued & ~F.pad(valued[:-1], (1, 0))
+        of = begins.cumsum(0)[valued] - 1
+        wrong = torch.zeros(int(begins.sum()), device=device)
+        wrong.index_add_(0, of, (logits.detach().argmax(-1) != targets)[valued].float())
+        return loss, wrong == 0
+
+    def divergence(self, rows: Sequence[Told], memory: MemoryState, random: Random) -> torch.Tensor:
+        """KL(frozen model ‖ with memory) per token, nats, of texts that are written behind what the memory holds."""
+        hidden, mask = self.lower([row.ids for row in rows])
+        row, place = mask.nonzero(as_tuple=True)
+        kept = random.sample(range(len(row)), len(row) // TEXT_SHARE)
+        row, place = row[kept], place[kept]
+
+        def log_probabilities(**arguments) -> torch.Tensor:
+            found = self.model.model(inputs_embeds=hidden, attention_mask=mask, use_cache=False, **arguments)
+            return self.model.lm_head(found.last_hidden_state[row, place]).float().log_softmax(-1)
+
+        with upper_layers(self.model, self.first):
+            with torch.no_grad(), memory_disabled(self.model):
+                wanted = log_probabilities()
+            found = log_probabilities(memory=memory, **self._segments(rows, mask))
+        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+
+    def _segments(self, rows: Sequence[Told], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.config.segmented:
+            return {}
+        segments = [torch.tensor(row.segments) for row in rows]
+        return {"segment_ids": nn.utils.rnn.pad_sequence(segments, True, -1).to(mask.device)}
