@@ -8,7 +8,8 @@ import sys
 from deltamem_kernels.dispatch import BACKENDS
 
 from ..chat.options import CONTEXT_TURNS, HISTORY, OPTIONS, STRATEGY, read_arguments
-from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED, require
+from ..model.libraries import require
+from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED
 from ..model.threads import HELP
 from ..recall.weights import STRATEGIES
 

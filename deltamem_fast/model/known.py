@@ -18,6 +18,7 @@ from ..errors import FileFormatError, FileMissingError, MissingPackageError
 from ..notices import logger
 from ..storage.files import make_directory, naming_files
 from ..storage.locks import HAS_LOCKS, closed_afterwards, lock_until, open_lock
+from .libraries import require, told
 
 _PATIENCE = 600.0  # seconds that another process may take to convert
 _APPLICATION = "deltamem-fast"
@@ -153,8 +154,6 @@ def _publish(target: Path, make: Callable[[Path], None]) -> None:
 
 def _convert(name: str, known: KnownModel, source: Path, folder: Path, argument: str) -> None:
     """The GGUF file's weights as bfloat16 safetensors, with configuration and tokenizer; by transformers."""
-    from .loading import require, told  # here: loading knows this module
-
     require(("gguf",), f"{argument}: {name}")
     import torch
     import transformers

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,9 @@ from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import read_adapter
 from ..adapter.shipped import shipped_for
-from ..display import shortened
-from ..errors import (
-    ArgumentError,
-    DeltaMemError,
-    FileAccessError,
-    FileFormatError,
-    FileMissingError,
-    MissingPackageError,
-    StateError,
-)
+from ..errors import ArgumentError, FileMissingError
 from .known import KNOWN, is_known, known_directory
+from .libraries import bars, one_line, require, told
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZED = ("4bit", "8bit")
@@ -35,7 +25,6 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 # What transformers quantises with.
 _QUANTIZERS = ("bitsandbytes", "accelerate")
 _ALLOWED = f"a model's directory or hub id, or {', '.join(KNOWN)}"
-_LONG = 240  # characters of another library's error
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -186,17 +175,6 @@ def load_model(
     return model.eval().requires_grad_(False), found
 
 
-def require(packages: tuple[str, ...], what: str) -> None:
-    """Raise ImportError, naming the first of ``packages`` that cannot be imported."""
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise MissingPackageError(
-                f"{what}: needs the package {package}, which cannot be imported here ({error}); pip install {package}"
-            ) from error
-
-
 def _quantization(quantize: str, computes: torch.dtype | None):
     from transformers import BitsAndBytesConfig
 
@@ -205,40 +183,3 @@ def _quantization(quantize: str, computes: torch.dtype | None):
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
-
-
-@contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """What libraries with errors of every kind raise inside, as one of ours in one line, behind ``what``."""
-    try:
-        yield
-    except DeltaMemError as error:
-        raise type(error)(f"{what}: {one_line(error)}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise StateError(f"{what}: out of memory ({one_line(error)})") from error
-    except ImportError as error:
-        raise MissingPackageError(f"{what}: {one_line(error)}") from error
-    except OSError as error:
-        raise FileAccessError(f"{what}: {one_line(error)}") from error
-    except Exception as error:
-        raise FileFormatError(f"{what}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """What another library's error says, its type where that is not a built-in sentence of its own, in one line."""
-    text = " ".join(str(error).split())
-    if not text or isinstance(error, LookupError | AttributeError):
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return shortened(text, _LONG)
-
-
-@contextlib.contextmanager
-def bars(*, hidden: bool) -> Iterator[None]:
-    """transformers' progress bars, or none while something is loaded inside."""
-    from transformers.utils import logging as library
-
-    with contextlib.ExitStack() as afterwards:
-        if hidden and library.is_progress_bar_enabled():
-            library.disable_progress_bar()
-            afterwards.callback(library.enable_progress_bar)
-        yield

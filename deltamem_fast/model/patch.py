@@ -33,8 +33,8 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
 
     Args:
         model: Qwen3, SmolLM3, or any decoder whose attention has ``q_proj`` and ``o_proj``.
-        adapter: a directory or hub id (released format or ours), a DeltaMemConfig (fresh parameters), or None =
-            ``DeltaMemConfig()``, the released recipe.
+        adapter: a directory or hub id (released format or ours), the name of a shipped one (``smollm2/msw``), a
+            DeltaMemConfig (fresh parameters), or None = ``DeltaMemConfig()``, the released recipe.
         backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
             ``numba`` or ``reference``.
 

@@ -52,7 +52,7 @@ def draw_test(count: int, questions: int, *, new_words: bool, seed: int = 0) -> 
 @torch.no_grad()
 def tell(model: nn.Module, encoder: Encoder, rows: Sequence[Told], memory: MemoryState) -> None:
     """Write a text to each row of a memory, in a context of its own, as ``ingest`` does."""
-    device = memory.device
+    device = model.device
     inputs = {"input_ids": padded([row.ids for row in rows], encoder.tokenizer.pad_token_id).to(device)}
     inputs["attention_mask"] = padded([[1] * len(row.ids) for row in rows], 0).to(device)
     if encoder.config.segmented:

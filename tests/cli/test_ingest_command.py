@@ -42,6 +42,7 @@ def test_mistakes_leave_the_file_as_it_was(places, tmp_path, capsys):
     model = patch_model(AutoModelForCausalLM.from_pretrained(places[0]), places[1])
     MemoryState.zeros(model, 2).save(path)
     before = path.read_bytes()
+    capsys.readouterr()
     for more, said in (
         (("--text", FIRST), "MEMORY: .* has 2 conversations, allowed one"),
         (("--text-file", str(tmp_path / "none")), "--text-file: .* no such file"),

@@ -88,6 +88,7 @@ class FakeInput(list):
 def test_json_is_one_object_and_what_does_not_hold_is_said(untrained, tmp_path, capsys):
     random_state = torch.get_rng_state()
     command = ["demo", "--weights", str(untrained), "--output", str(tmp_path / "out"), "--questions", "8", "--json"]
+    command.append("--no-talk")
     assert main(command) == 1
     assert torch.equal(torch.get_rng_state(), random_state)
     out, err = capsys.readouterr()
@@ -140,7 +141,7 @@ def test_a_broken_promise_fails_loudly(untrained, tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(demo, "unpatch_model", leave_a_trace)
     monkeypatch.setattr(demo.MemoryState, "load", lambda path, model: demo.MemoryState.zeros(model))
-    command = ["demo", "--weights", str(untrained), "--output", str(tmp_path), "--questions", "1"]
+    command = ["demo", "--weights", str(untrained), "--output", str(tmp_path), "--questions", "1", "--no-talk"]
     assert main(command) == 1
     out, err = capsys.readouterr()
     for name in ("unpatched_bit_identical", "saved_equals_loaded"):
