@@ -51,7 +51,7 @@ def error_of(capsys) -> str:
         (["EMPTY"], "no model there (no config.json)"),
         (["MODEL", "--adapter", "/no/such"], "adapter: got '/no/such'"),
         (["MODEL", "--adapter", "EMPTY"], "delta_mem_config.json: no such file"),
-        (["MODEL", "--strategy", "tsw"], "--strategy: given with MODEL"),
+        (["MODEL", "--strategy", "tsw"], "--strategy: got 'tsw' with MODEL"),
         (["--adapter", "x"], "--adapter: given without MODEL"),
         (["--device", "nonsense"], "device: got 'nonsense'"),
         (["--device", "cuda:99"], "device: got 'cuda:99'"),

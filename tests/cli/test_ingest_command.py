@@ -53,6 +53,6 @@ def test_mistakes_leave_the_file_as_it_was(places, tmp_path, capsys):
         assert told.count("\n") == 1 and re.search(said, told), told
     assert main(["ingest", str(places[0]), str(path), "--text", FIRST]) == 2
     assert "--adapter: not given" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command(places, path)
+    assert command(places, path) == 2
+    assert "one of the arguments --text --text-file is required" in capsys.readouterr().err
     assert path.read_bytes() == before

