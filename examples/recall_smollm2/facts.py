@@ -151,12 +151,14 @@ class Words:
 
 
 def draw_facts(
-    random: Random, count: int, *, held_out: bool, relations: int | None = None, words: Words | None = None
-) -> list[Fact]:
+    random: Random, count: int, *, held_out: bool, known_values: bool = False, relations: int | None = None,
+    words: Words | None = None,
+) -> list[Fact]:  # fmt: skip
     """``count`` facts, no two of one subject and relation; in a third of the draws few relations, many subjects.
 
     Args:
         relations: only the first so many of ``RELATIONS``.
+        known_values: the values are those of training all the same.
         words: half of the values are of these.
     """
     every = relations = list(RELATIONS[:relations])
@@ -172,7 +174,7 @@ def draw_facts(
         key = (subject.said, relation.name)
         if key not in taken:
             taken.add(key)
-            value = random.choice(part(relation.values, held_out))
+            value = random.choice(part(relation.values, held_out and not known_values))
             if words is not None and random.random() < 0.5:
                 value = words.instead_of(value, random)
             facts.append(Fact(subject, relation, value))

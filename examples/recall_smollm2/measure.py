@@ -35,18 +35,17 @@ class Answer:
         return names(self.answer, self.value)
 
 
-def draw_test(count: int, questions: int, *, new_words: bool, seed: int = 0) -> list[Episode]:
-    """Episodes of ``count`` facts with held-out names and values, each fact asked for once: ``questions`` or more.
+def draw_test(
+    count: int, questions: int, *, new_words: bool, known_values: bool = False, seed: int = 0
+) -> list[Episode]:
+    """Episodes of ``count`` facts with held-out names, each fact asked for once: ``questions`` or more.
 
     Args:
         new_words: statements and questions in words, and of a kind, that training lacks.
+        known_values: values that training has; otherwise held-out ones, too.
     """
-    return [
-        draw_episode(
-            Random(f"test {seed} {count} {i}"), count, held_out=True, new_words=new_words, talks=0.0, updates=0.0
-        )
-        for i in range(-(-questions // count))
-    ]
+    options = {"held_out": True, "new_words": new_words, "known_values": known_values, "talks": 0.0, "updates": 0.0}
+    return [draw_episode(Random(f"test {seed} {count} {i}"), count, **options) for i in range(-(-questions // count))]
 
 
 @torch.no_grad()
