@@ -164,9 +164,9 @@ def train(
     first, spent, level = _resume(output, config, options, trained, optimizer)
     if not first:
         structured_start(model, encoder, OPENINGS, options.seed)
-        (output / LOG).write_text("")
         whole = estimate(trainee, pool, options) / 60
         print(f"{output.name}: {options.steps} steps, about {whole:.0f} minutes on {model.device}", file=sys.stderr)
+    _cut(output / LOG, first)
     began, sums, step = time.monotonic() - spent, _Sums(), first
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
@@ -199,6 +199,12 @@ def train(
     write_json(output / "training.json", {"steps": step + 1, "options": asdict(options)}, private=False)
     save_adapter(model, output)
     return step + 1 >= options.steps
+
+
+def _cut(log: Path, steps: int) -> None:
+    """Leave of a log what was written up to a step: a run may go on from before its last one."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= steps), encoding="utf-8")
 
 
 class _Sums:
