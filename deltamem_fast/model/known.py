@@ -95,7 +95,12 @@ def known_directory(name: str, argument: str = "MODEL", *, local: bool = False) 
 def _from_hub(known: KnownModel, local: bool) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(known.hub_id, allow_patterns=list(_FILES), local_files_only=local)
+    directory = Path(snapshot_download(known.hub_id, allow_patterns=list(_FILES), local_files_only=local))
+    # Without a connection the cache's copy is given, whatever of it there is.
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise FileMissingError(f"{name} is not in the hub's cache")
+    return str(directory)
 
 
 def _installed(known: KnownModel) -> Path | None:

@@ -61,16 +61,31 @@ def test_a_directory_of_that_name_comes_first(tmp_path, monkeypatch):
         load_model("smollm2")
 
 
-def test_the_hub_comes_before_the_package(package, conversions, monkeypatch):
-    asked = []
+@pytest.fixture
+def snapshot(package, tmp_path, monkeypatch):
+    """The hub's copy of the model ``pretended``, and what it was asked for."""
+    folder, asked = tmp_path / "snapshot", []
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
 
     def snapshot_download(hub_id, **options):
         asked.append((hub_id, options["local_files_only"]))
-        return "/from/the/hub"
+        return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert known_directory("pretended") == "/from/the/hub"
-    assert known_directory("pretended", local=True) == "/from/the/hub"
+    return folder, asked
+
+
+def test_half_a_copy_in_the_hubs_cache_is_none(snapshot, conversions):
+    (snapshot[0] / "model.safetensors").unlink()
+    assert known_directory("pretended") != str(snapshot[0]) and len(conversions) == 1
+
+
+def test_the_hub_comes_before_the_package(snapshot, conversions):
+    folder, asked = snapshot
+    assert known_directory("pretended") == str(folder)
+    assert known_directory("pretended", local=True) == str(folder)
     assert asked == [("owner/pretended", False), ("owner/pretended", True)] and not conversions
 
 
