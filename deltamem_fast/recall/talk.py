@@ -145,9 +145,10 @@ TITLES = {"memory": "memory", "empty": "empty memory", "unpatched": "not patched
 def _lines(rows: list[dict[str, Any]], width: int) -> list[str]:
     shown = [name for name in TITLES if name in rows[0]]
     longest = max(len(row["question"]) for row in rows)
-    room = max(12, (width - longest) // len(shown) - 2)
-    cells = [[row["question"], *(_cut(row[name], room) for name in shown)] for row in rows]
-    return columns([["", *(TITLES[name] for name in shown)], *cells], left=range(1 + len(shown)))
+    room = max(12, (width - longest - 7) // len(shown) - 2)
+    right = ["yes" if row["right"]["memory"] else "no" for row in rows]
+    cells = [[row["question"], mark, *(_cut(row[name], room) for name in shown)] for row, mark in zip(rows, right)]
+    return columns([["", "right", *(TITLES[name] for name in shown)], *cells], left=range(2 + len(shown)))
 
 
 def _cut(text: str, room: int) -> str:

@@ -1,6 +1,7 @@
 """The demo's second act: the story on a stand-in, what is printed of it, and, where it is installed, on SmolLM2."""
 
 import os
+import re
 
 import pytest
 from support import loud_adapter, tiny_model
@@ -36,6 +37,9 @@ def test_the_story_has_all_its_parts(stand_in):
     assert [row["memory"] for row in figures["asked"]] != [row["empty"] for row in figures["asked"]]
     text = format_talk(figures, 100)
     assert max(map(len, text.splitlines())) <= 100 and text.count("Told then: ") == 1
+    assert len(re.findall(r"\?  +no ", text)) == 15 and "  yes " not in text
+    figures["asked"][2]["right"]["memory"] = True
+    assert len(re.findall(r"\?  +yes ", format_talk(figures, 100))) == 1
     assert "Right at first: memory 0 of 5; empty memory 0 of 5; not patched 0 of 5" in text
 
 
