@@ -418,10 +418,8 @@ def _device(result: Result) -> str:
 def _smollm2_rows(found: Found) -> Iterator[list[str]]:
     """SmolLM2's recall of four facts, by strategy, beside what it answers with all in sight and with nothing."""
     rows = [row for result in found.smollm2 for row in result.rows]
-    at = {"facts": 4, "new": "values of training"}
-    every = [(variant, row) for variant, row in _curve(rows, "facts") if row.parameters["facts"] == 4]
-    shares = {variant: row.values["share"] for variant, row in every if variant in ("context", "bare")}
-    shares |= {variant: row.values["share"] for variant, row in every if row.parameters == at}
+    at = {"facts": 4, "new": "new values"}
+    shares = {variant: row.values["share"] for variant, row in _curve(rows, "facts") if row.parameters == at}
     if "context" in shares and "bare" in shares:
         named = {name.upper(): share for name, share in shares.items() if name in ("tsw", "ssw", "msw")}
         told = ", ".join(f"{name} {plots.percent(share)}" for name, share in named.items())

@@ -1,5 +1,6 @@
 """How a chat begins: models, adapters, options, and what is told in one line when something is wrong with them."""
 
+import argparse
 import sys
 
 import pytest
@@ -201,3 +202,17 @@ def test_quantised_weights_are_asked_of_transformers(tiny, monkeypatch, quantize
     assert asked["dtype"] == torch.bfloat16 and asked["device_map"] == {"": torch.device("cpu")}
     if quantize == "4bit":
         assert config.bnb_4bit_compute_dtype == torch.bfloat16 and config.bnb_4bit_quant_type == "nf4"
+
+
+def test_a_known_models_adapter_is_the_shipped_one():
+    parser = argparse.ArgumentParser()
+    command.add_command(parser.add_subparsers())
+    for given, adapter in (
+        (["smollm2"], "smollm2/msw"),
+        (["smollm2", "--strategy", "msw"], "smollm2/msw"),
+        (["smollm2", "--adapter", "other/one"], "other/one"),
+    ):
+        opening = options.read_arguments(parser.parse_args(["chat", *given]))
+        assert opening.loading["adapter"] == adapter and opening.name == "smollm2"
+    with pytest.raises(ValueError, match="--strategy: given with --adapter"):
+        options.read_arguments(parser.parse_args(["chat", "smollm2", "--strategy", "msw", "--adapter", "x"]))
