@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapter.shipped import SHIPPED, shipped_for
+from ..adapter.shipped import SHIPPED
 from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
-from ..model.known import is_known
+from ..model.known import default_adapter, is_known
 from ..model.loading import device_for
 from ..model.threads import check_threads
 from ..recall.weights import find_weights
@@ -167,8 +167,8 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
         model, adapter = str(found.backbone), str(found.adapters[arguments.strategy or STRATEGY])
     elif arguments.strategy is not None:
         adapter = _shipped_adapter(arguments)
-    elif adapter is None and is_known(model):
-        adapter = shipped_for(model)
+    elif adapter is None:
+        adapter = default_adapter(model)
     texts = {name: getattr(arguments, name) for name in OPTIONS}
     options = {
         name: read_option(name, text, f"--{name.replace('_', '-')}") for name, text in texts.items() if text is not None

@@ -1,11 +1,13 @@
-"""A text that a command is given, as an argument or in a file."""
+"""What several commands are given: a text, as an argument or in a file, and a memory file."""
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
+from ..memory.state import MemoryState
 from ..storage.files import as_path, naming_files
 
 
@@ -32,3 +34,15 @@ def given_text(arguments: argparse.Namespace) -> str:
             return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"--text-file: {path}: not UTF-8: {error}") from error
+
+
+def given_memory(path: str | os.PathLike, model) -> MemoryState:
+    """The memory in the file MEMORY, for a patched model.
+
+    Raises:
+        ValueError, OSError: the file holds no memory of this model and adapter.
+    """
+    try:
+        return MemoryState.load(path, model)
+    except ValueError as error:
+        raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error

@@ -11,7 +11,7 @@ from ..memory.operators import ingest
 from ..memory.state import MemoryState
 from ..model.loading import DTYPES, load_patched
 from ..storage.files import as_path
-from .given import add_text, given_text
+from .given import add_text, given_memory, given_text
 
 
 def add_command(commands) -> None:
@@ -33,10 +33,10 @@ def add_command(commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..model.known import is_known
+    from ..model.known import default_adapter
     from ..model.threads import fitting_threads
 
-    if arguments.adapter is None and not is_known(arguments.model):
+    if arguments.adapter is None and default_adapter(arguments.model) is None:
         raise ArgumentError("--adapter: not given; fresh parameters remember nothing of use")
     path, text = as_path(arguments.memory, "MEMORY"), given_text(arguments)
     options = {"dtype": arguments.dtype, "device": arguments.device}
@@ -62,10 +62,7 @@ def _opened(path, model) -> MemoryState:
     """
     if not path.exists():
         return MemoryState.zeros(model)
-    try:
-        memory = MemoryState.load(path, model)
-    except ValueError as error:
-        raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
+    memory = given_memory(path, model)
     if memory.batch_size != 1:
         raise ArgumentError(f"MEMORY: {path}: has {memory.batch_size} conversations, allowed one")
     return memory

@@ -12,10 +12,10 @@ from ..errors import ArgumentError
 from ..memory.figures import distance, report, rows_of
 from ..memory.file import MemoryContent, read_memory
 from ..memory.state import MemoryState
-from ..model.known import is_known
+from ..model.known import default_adapter
 from ..model.loading import DTYPES, load_model, load_patched
 from ..storage.files import as_path
-from .given import add_text, given_text
+from .given import add_text, given_memory, given_text
 
 TOP = 8
 
@@ -111,7 +111,7 @@ def _text_of(arguments: argparse.Namespace) -> str | None:
         return None
     if arguments.adapter is not None and arguments.model is None:
         raise ArgumentError("--adapter: given without --model, which it belongs to")
-    if arguments.model is not None and arguments.adapter is None and not is_known(arguments.model):
+    if arguments.model is not None and arguments.adapter is None and default_adapter(arguments.model) is None:
         raise ArgumentError("--model: given without --adapter; a memory fits one adapter only")
     return given_text(arguments)
 
@@ -128,10 +128,7 @@ def _trace(arguments: argparse.Namespace, file: MemoryContent, text: str):
     else:
         options = {"dtype": arguments.dtype, "device": arguments.device}
         model, tokenizer = load_patched(arguments.model, arguments.adapter, "--model", **options)
-    try:
-        memory = MemoryState.load(file.path, model)
-    except ValueError as error:
-        raise ArgumentError(f"MEMORY: {str(error).removeprefix('path: ')}") from error
+    memory = given_memory(file.path, model)
     with fitting_threads(model):
         return trace(model, tokenizer, text, memory.select([arguments.row or 0]))
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter.shipped import shipped_for
 from ..errors import FileFormatError, FileMissingError, MissingPackageError
 from ..notices import logger
 from ..storage.files import make_directory, naming_files
@@ -61,6 +62,11 @@ KNOWN = {
 def is_known(name: str) -> bool:
     """Whether ``name`` is one of ``KNOWN``, and no directory here is called so."""
     return name in KNOWN and not Path(name).is_dir()
+
+
+def default_adapter(name: str) -> str | None:
+    """The shipped adapter of a model that is known by ``name``; None: of others, which have none."""
+    return shipped_for(name) if is_known(name) else None
 
 
 def known_directory(name: str, argument: str = "MODEL", *, local: bool = False) -> str:

@@ -14,9 +14,8 @@ from torch import nn
 from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import read_adapter
-from ..adapter.shipped import shipped_for
 from ..errors import ArgumentError, FileMissingError
-from .known import KNOWN, is_known, known_directory
+from .known import KNOWN, default_adapter, is_known, known_directory
 from .libraries import bars, one_line, require, told
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -106,7 +105,7 @@ def load_patched(
     device = usable_device(device)
     resolve_backend(backend, device.type)
     found_model(name, argument)
-    adapter = shipped_for(name) if adapter is None and is_known(name) else adapter
+    adapter = default_adapter(name) if adapter is None else adapter
     read_adapter(adapter)
     model, tokenizer = load_model(name, argument, device=device, **options)
     return patch_model(model, adapter, backend=backend), tokenizer
