@@ -23,7 +23,7 @@ from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.adapter.shipped import SHIPPED
 from deltamem_fast.model.loading import load_model
 from deltamem_fast.recall.talk import names
-from examples.recall_smollm2.episodes import Question, draw_episode, message
+from examples.recall_smollm2.episodes import Question, draw_episode, message, talk
 from examples.recall_smollm2.facts import Fact, changed, draw_facts
 from examples.recall_smollm2.measure import CONDITIONS, ROWS, answers, draw_test, recalled, share, tell
 from examples.recall_smollm2.pool import Encoder, Told
@@ -170,7 +170,7 @@ class Measure:
             self.progress(f"{self.name}: perplexity, {memory}: {by:.4f} ± {error:.4f}")
 
     def operators(self) -> Iterator[Row]:
-        """Of four facts the first is forgotten, revised, or flooded by others; what is answered then."""
+        """Of four facts the first is forgotten, revised, flooded by others, or contradicted; what is answered then."""
         random = Random("operators")
         drawn = [draw_facts(random, OPERATED, held_out=True) for _ in range(-(-self.questions // OPERATED))]
         newer = [changed(random, facts[0], held_out=True) for facts in drawn]
@@ -183,6 +183,11 @@ class Measure:
             other = draw_episode(Random(f"flood {i}"), 8, held_out=False, talks=0.0, updates=0.0)
             tell(self.model, self.encoder, [self.encoder.told(other.told)], memory)
 
+        def poison(memory: MemoryState, i: int) -> None:
+            own = Random(f"poison {i}")
+            chat = [*talk(own, held_out=True), message("user", newer[i].statement(own)), *talk(own, held_out=True)]
+            tell(self.model, self.encoder, [self.encoder.told(chat)], memory)
+
         update = [new.update(Random(str(i))) for i, new in enumerate(newer)]
         for name, apply in {
             "nothing": lambda memory, i: None,
@@ -192,6 +197,7 @@ class Measure:
                 self.model, tokenizer, memory, update[i], replaces=said[i][0]
             ),
             "eight facts about others": flood,
+            "another value, said amid other talk": poison,
         }.items():
             rows = []
             for i in range(len(drawn)):

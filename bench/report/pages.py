@@ -366,7 +366,8 @@ def smollm2(found: Found) -> str:
         "operators": (
             "Forgetting, revising, crowding",
             "Of four facts told in one message the first is forgotten, revised, forgotten and revised, or eight facts "
-            "about others are told after them. Right answers.",
+            "about others are told after them, or somebody says another value of it between two exchanges about "
+            "something else. Right answers: its old value, the new one, and the other three facts.",
             lambda: _operator_shares(rows),
         ),
     }

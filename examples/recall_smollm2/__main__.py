@@ -26,9 +26,13 @@ ALPHA = 64.0
 def adapter_config(strategy: str, first_layer: int, layers: int) -> DeltaMemConfig:
     """r 8 on the layers from ``first_layer`` on; ``ssw`` writes once a sentence, ``msw`` has four states.
 
-    Outputs start at zero: what is written and read has a start of its own (start.py).
+    All parameters have a start of their own (start.py). Nothing decays: what a token writes under one key leaves what
+    stands under others as it is (``no_lambda``), so that a fact outlives the text behind it.
     """
-    changes = {"target_layers": tuple(range(first_layer, layers)), "alpha": ALPHA, "output_init": "zero"}
+    changes = {
+        "target_layers": tuple(range(first_layer, layers)), "alpha": ALPHA, "output_init": "zero",
+        "state_update_mode": "no_lambda",
+    }  # fmt: skip
     if strategy == "ssw":
         return DeltaMemConfig.ssw("sentence_mean", **changes)
     return DeltaMemConfig.preset(strategy, **changes)

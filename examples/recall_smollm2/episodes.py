@@ -31,10 +31,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Episode:
-    """Messages that are told, and what is asked afterwards, each in a context of its own."""
+    """Messages that are told, in one context or in several, and what is asked afterwards, each in one of its own."""
 
-    told: list[dict[str, str]]
+    contexts: list[list[dict[str, str]]]
     questions: list[Question]
+
+    @property
+    def told(self) -> list[dict[str, str]]:
+        """All messages that are told."""
+        return [told for context in self.contexts for told in context]
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -73,7 +78,7 @@ def opened(random: Random, sentence: str, openings: Sequence[str]) -> str:
 def draw_episode(
     random: Random, count: int, *, held_out: bool = False, new_words: bool = False, talks: float = 0.5,
     updates: float = 0.15, questions: int | None = None, relations: int | None = None,
-    words: Words | None = None, known_values: bool = False,
+    words: Words | None = None, known_values: bool = False, contexts: int = 1,
 ) -> Episode:  # fmt: skip
     """``count`` facts in messages of one to three sentences, and questions for them.
 
@@ -83,6 +88,7 @@ def draw_episode(
         talks: exchanges of small talk per message, on average.
         updates: share of the facts whose value a later sentence overwrites.
         known_values, relations, words: see ``draw_facts``.
+        contexts: the sentences are told in so many, as evenly as they go; ``count`` at most.
         questions: how many, of which no fact has two before each has one; None = one for each fact.
     """
     openings = NEW_OPENINGS if new_words else OPENINGS
@@ -93,7 +99,17 @@ def draw_episode(
         if random.random() < updates:
             holds[place] = changed(random, facts[place], held_out=held_out)
             sentences.append(holds[place].update(random))
+    ends = [len(sentences) * (i + 1) // contexts for i in range(contexts)]
+    told = [_told(random, sentences[a:b], talks, held_out) for a, b in zip([0, *ends], ends)]
+    random.shuffle(holds)
+    asked = [holds[i % count] for i in range(count if questions is None else questions)]
+    return Episode(told, [Question(f.question(random, new=new_words), f.answer(), f.bare_value) for f in asked])
+
+
+def _told(random: Random, sentences: list[str], talks: float, held_out: bool) -> list[dict[str, str]]:
+    """Messages of one to three of the sentences, and small talk between them."""
     told: list[dict[str, str]] = []
+    sentences = list(sentences)
     while sentences:
         if random.random() < talks / (1 + talks):
             told += talk(random, held_out=held_out)
@@ -105,6 +121,4 @@ def draw_episode(
             told.append(message("assistant", random.choice(ACKNOWLEDGED)))
     if random.random() < talks / (1 + talks):
         told += talk(random, held_out=held_out)
-    random.shuffle(holds)
-    asked = [holds[i % count] for i in range(count if questions is None else questions)]
-    return Episode(told, [Question(f.question(random, new=new_words), f.answer(), f.bare_value) for f in asked])
+    return told

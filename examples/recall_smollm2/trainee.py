@@ -30,8 +30,12 @@ class Trainee:
         self.lower = LowerOutputs(model, first, torch.float16 if model.dtype == torch.float32 else None)
         self.first = first
 
-    def write(self, rows: Sequence[Told], memory: MemoryState) -> None:
-        """Tell each memory its row, in a context of its own; the writes are on the graph."""
+    def tell(self, rows: Sequence[Sequence[Told]], memory: MemoryState) -> None:
+        """Tell each memory its row's contexts, one after another; the writes are on the graph."""
+        for contexts in zip(*rows, strict=True):
+            self._write(contexts, memory)
+
+    def _write(self, rows: Sequence[Told], memory: MemoryState) -> None:
         hidden, mask = self.lower([row.ids for row in rows])
         with upper_layers(self.model, self.first), detached_layers(self.model):
             self.model.model(

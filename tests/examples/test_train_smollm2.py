@@ -96,8 +96,9 @@ def test_every_answer_names_its_value_and_the_value_was_told():
             assert question.value in question.answer and question.value in told
 
 
-def test_words_leave_held_out_values_out(tokenizer):
+def test_words_leave_held_out_values_out(monkeypatch):
     facts = example("facts")
+    monkeypatch.setattr(facts, "PAIRED", 0.0)
     words = facts.Words(("lamp", "ocean"), ("Lantern",))
     assert words.instead_of("a nurse", Random(0)) in ("a lamp", "an ocean")
     assert words.instead_of("Oslo", Random(0)) == "Lantern"
@@ -106,10 +107,19 @@ def test_words_leave_held_out_values_out(tokenizer):
     class Vocabulary:
         @staticmethod
         def get_vocab():
-            return {"Ġlamp": 9, "ĠParis": 3, "ĠLantern": 4, "lamp": 5, "Ġx1": 6, "Ġnurse": 7}
+            return {"Ġlamp": 9, "ĠParis": 3, "ĠLantern": 4, "lamp": 5, "Ġx1": 6, "Ġnurse": 7, "ing": 1}
 
     found = facts.Words.of(Vocabulary)
-    assert found == facts.Words(("lamp",), ("Lantern",))  # Paris and nurse are held out
+    # Paris and nurse are held out.
+    assert (found.lower, found.capital, found.pieces) == (("lamp",), ("Lantern",), ("ing", "lamp"))
+    assert {"paris", "nurse"} <= found.refused
+
+
+def test_some_words_have_several_tokens_and_none_is_a_held_out_value(monkeypatch):
+    facts = example("facts")
+    words = facts.Words(("lamp",), ("Lan",), pieces=("tern", "cet"), refused=frozenset({"lancet"}))
+    drawn = {words.instead_of("Oslo", Random(seed)) for seed in range(200)}
+    assert drawn == {"Lan", "Lantern", "Lan Lan"}
 
 
 # --- tokens
@@ -194,7 +204,7 @@ def test_telling_detached_has_the_writes_gradient(tokenizer):
         told = encoder.told([episodes.message("user", "I live in Oslo.")])
         memory = MemoryState.zeros(model)
         if detached:
-            trainee.write([told], memory)
+            trainee.tell([[told]], memory)
         else:
             hidden, mask = trainee.lower([told.ids])
             with halves.upper_layers(model, 1):
@@ -219,7 +229,7 @@ def small(monkeypatch):
     for name, changes in {
         "pool": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}},
         "train": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}, "LOGGED": 2, "CHECKED": 2, "LEVELS": ((4, (1,)), (22, (1, 2)))},
-        "start": {"STATEMENTS": 24, "TALKS": 2},
+        "hidden": {"FACTS": 48, "TALKS": 4},
     }.items():
         for key, value in changes.items():
             monkeypatch.setattr(example(name), key, value)
@@ -262,21 +272,55 @@ def test_a_run_with_other_options_is_refused(tokenizer, tmp_path, small):
         train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train, seed=1), tmp_path / "run")
 
 
-def test_the_start_opens_gates_at_values(tokenizer, small):
-    start, pool, episodes = example("start"), example("pool"), example("episodes")
-    model = patch_model(stand_in(tokenizer), CONFIGS["msw"], backend="reference")
-    encoder = pool.Encoder(tokenizer, CONFIGS["msw"])
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    start.structured_start(model, encoder, episodes.OPENINGS)
-    changed = {name.split(".")[-1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {"memory_q_proj", "memory_v_proj", "beta_proj", "beta_bias"}
-    ids, places = start._statement(encoder, Random(5), ("",))
-    hidden = []
-    memory = model.model.layers[1].self_attn
-    hook = memory.register_forward_pre_hook(start._kept_by(hidden), with_kwargs=True)
+@pytest.mark.parametrize("strategy", CONFIGS)
+def test_the_start_writes_values_reads_facts_and_shuts_out_the_rest(strategy, tokenizer, monkeypatch):
+    """On a stand-in of random weights: each part of the start does what it is there for, on states of its own."""
+    start, hidden, pool, facts = (example(name) for name in ("start", "hidden", "pool", "facts"))
+    for key, value in {"FACTS": 400, "TALKS": 12}.items():
+        monkeypatch.setattr(hidden, key, value)
+    model = patch_model(stand_in(tokenizer), CONFIGS[strategy], backend="reference")
+    encoder, words = pool.Encoder(tokenizer, CONFIGS[strategy]), facts.Words.of(tokenizer)
+    start.structured_start(model, encoder, words)
+    seen = hidden.hidden_states(model, encoder, words, Random("start 0"))[0]
+    memory = model.model.layers[1].self_attn.delta_memory
+    writing, answering = torch.stack(seen.writing), torch.stack(seen.answering)
+    written, read = torch.cat(seen.written), torch.cat(seen.read)
+
+    def gates(states):
+        return torch.sigmoid(states @ memory.beta_proj.T + memory.beta_bias).mean()
+
+    def directions(states, projection):
+        heads = torch.tanh(states @ projection.T).unflatten(-1, (-1, 4))
+        return torch.nn.functional.normalize(heads, dim=-1)
+
     with torch.no_grad():
-        model.model(torch.tensor([ids]), use_cache=False)
-        hook.remove()
-        logits = hidden[0] @ memory.delta_memory.beta_proj.T + memory.delta_memory.beta_bias
-    chosen = torch.tensor([i in places for i in range(len(ids))])
-    assert logits[chosen].mean() > logits[~chosen].mean() + 1
+        assert gates(writing) > 0.6 and gates(written) < 0.4
+        keys = directions(writing, memory.memory_k_proj)[seen.pairs]
+        queries = directions(answering, memory.memory_q_proj)
+        agreed = torch.einsum("nhi,mhi->nm", keys, queries)
+        own = agreed.diagonal().mean()
+        other = (agreed.sum() - agreed.diagonal().sum()) / (agreed.numel() - len(agreed))
+        assert own > other + 0.1
+        # What neither states nor answers keeps to directions of its own.
+        assert directions(written, memory.memory_k_proj)[..., 0].mean() > keys[..., 0].mean() + 0.3
+        assert directions(read, memory.memory_q_proj)[..., 1].mean() > queries[..., 1].mean() + 0.3
+        assert not memory.memory_k_proj.unflatten(0, (-1, 4))[:, 1].any()
+        assert not memory.memory_q_proj.unflatten(0, (-1, 4))[:, 0].any()
+        passed_on = writing @ memory.memory_v_proj.T @ memory.delta_o_proj.T
+        rows = model.lm_head.weight - model.lm_head.weight.mean(0)
+        logits = passed_on @ (rows * model.model.norm.weight).T
+        values = torch.tensor(seen.values)
+        wanted = logits.gather(1, values[:, None])
+        assert (wanted - logits.mean(1, keepdim=True)).mean() > 3 * logits.std() / 4
+
+
+def test_facts_are_told_in_as_many_contexts_as_asked(tokenizer):
+    episodes, pool = example("episodes"), example("pool")
+    for contexts in (1, 2, 4):
+        found = episodes.draw_episode(Random(3), 4, contexts=contexts, talks=0.0, updates=0.0)
+        assert len(found.contexts) == contexts and all(found.contexts)
+        assert found.told == [message for context in found.contexts for message in context]
+    drawn = pool.Pool(pool.Encoder(tokenizer, CONFIGS["msw"]), 12, 0)
+    for step in range(3):
+        rows = drawn.step(step, 22, 4, False)
+        assert {len(told) for told, _ in rows} == {pool.CONTEXTS[4][step]}

@@ -1,0 +1,150 @@
+"""What the start is computed from: a frozen model's hidden states where values are written, answered, and neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import torch
+from torch import nn
+
+from deltamem_fast import memory_disabled
+from deltamem_fast.adapter.record import record_of
+
+from .episodes import OPENINGS, Question, message, opened, talk
+from .facts import Fact, Words, draw_facts
+from .pool import Encoder, Told
+
+FACTS, TALKS, TALK_TOKENS = 3200, 120, 96
+ASKED = 0.5  # of the facts are asked for
+SYSTEM = 0.3  # of the contexts begin with the default system message
+OTHERS = 6  # hidden states of an answer's chat, beside those that answer
+ROWS = 64  # of one batch
+
+
+@dataclass
+class Seen:
+    """Inputs of one layer's attention, float32 [d] or [N, d] each, on the CPU.
+
+    Attributes:
+        writing: each is what writes a token of a value; in SSW its segment's mean, which writes all of it.
+        values: the token id that each of ``writing`` is to pass on; in SSW the value's first.
+        answering: of the tokens of answers before a value's.
+        pairs: places in ``writing``, one for each of ``answering``.
+        written, read: what else writes, and what else reads.
+    """
+
+    writing: list[torch.Tensor] = field(default_factory=list)
+    values: list[int] = field(default_factory=list)
+    answering: list[torch.Tensor] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+    written: list[torch.Tensor] = field(default_factory=list)
+    read: list[torch.Tensor] = field(default_factory=list)
+
+
+def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Random) -> list[Seen]:
+    """Those of each layer that has a memory: of a few thousand statements, questions for half of them, and small talk.
+
+    Args:
+        model: patched; its memory is not read.
+        words: most values are of these, so that what passes them on is not made for a few.
+    """
+    layers = [Seen() for _ in record_of(model).attentions]
+    facts: list[Fact] = []
+    told: list[tuple[Told, list[list[int]]]] = []
+    while len(facts) < FACTS:
+        some = draw_facts(random, random.choice((1, 1, 2, 3)), held_out=False, words=words)
+        told.append(_statements(encoder, random, some))
+        facts += some
+    writers: list[list[int]] = []  # of each fact, its places in ``writing``
+    for (row, values), hidden in zip(told, _inputs(model, [row.ids for row, _ in told])):
+        for tokens in values:
+            writers.append(_add_value(layers, hidden, row, tokens))
+        used = {token for tokens in values for token in tokens}
+        for seen, states in zip(layers, hidden):
+            seen.written.append(_others(states, row.segments, used))
+            seen.read.append(states[3::5])
+    texts = [encoder.told(talk(random, held_out=False)) for _ in range(TALKS)]
+    for row, hidden in zip(texts, _inputs(model, [row.ids[:TALK_TOKENS] for row in texts])):
+        segments = None if row.segments is None else row.segments[:TALK_TOKENS]
+        for seen, states in zip(layers, hidden):
+            seen.written.append(_others(states, segments, set()))
+            seen.read.append(states[::2])
+    asked = [
+        encoder.asked([Question(f.question(random), f.answer(), f.bare_value)], system=random.random() < SYSTEM)
+        for f in facts[: int(len(facts) * ASKED)]
+    ]
+    for row, places, hidden in zip(asked, writers, _inputs(model, [row.ids for row in asked])):
+        values = [i for i, weight in enumerate(row.weights) if weight == 1]
+        # One segment writes all of a value; tokens, one each, unless the answer cuts the value otherwise.
+        places = places * len(values) if encoder.config.segmented else places
+        others = [i for i in range(len(row.ids)) if i + 1 not in values]
+        others = random.sample(others, min(OTHERS, len(others)))
+        for seen, states in zip(layers, hidden):
+            if len(values) == len(places):
+                seen.answering += [states[i - 1] for i in values]
+                seen.pairs += places
+            seen.read.append(states[others])
+    return layers
+
+
+def _statements(encoder: Encoder, random: Random, facts: Sequence[Fact]) -> tuple[Told, list[list[int]]]:
+    """A message in which facts are stated, and of each the places of its value's tokens."""
+    sentences = [opened(random, fact.statement(random), OPENINGS) for fact in facts]
+    messages, system = [message("user", " ".join(sentences))], random.random() < SYSTEM
+    text = encoder.render(messages)
+    text = text if system else text[len(encoder.system) :]
+    offsets = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    values, end = [], 0
+    for fact, sentence in zip(facts, sentences):
+        begin = text.index(sentence, end)
+        end = begin + len(sentence)
+        start = text.rindex(fact.bare_value, begin, end)
+        stop = start + len(fact.bare_value)
+        values.append([i for i, (a, b) in enumerate(offsets) if b > start and a < stop])
+    return encoder.told(messages, system=system), values
+
+
+def _add_value(layers: list[Seen], hidden: torch.Tensor, row: Told, tokens: list[int]) -> list[int]:
+    """Add what writes a value, whose tokens stand at these places of a row; returns its places in ``writing``."""
+    first, writers = len(layers[0].writing), [[token] for token in tokens]
+    if row.segments is not None:
+        of = row.segments[tokens[0]]
+        writers = [[i for i, segment in enumerate(row.segments) if segment == of]]
+    for seen, states in zip(layers, hidden):
+        seen.writing += [states[writer].mean(0) for writer in writers]
+        seen.values += [row.ids[token] for token in tokens][: len(writers)]
+    return list(range(first, first + len(writers)))
+
+
+def _others(states: torch.Tensor, segments: list[int] | None, used: set[int]) -> torch.Tensor:
+    """What else than these tokens a row writes, [n, d]: each token, or the mean of each segment without one of them."""
+    if segments is None:
+        return states[[i for i in range(len(states)) if i not in used]]
+    left = {segment for segment in segments if segment >= 0} - {segments[i] for i in used}
+    of = torch.tensor(segments)
+    return torch.stack([states[of == segment].mean(0) for segment in sorted(left)]) if left else states[:0]
+
+
+@torch.no_grad()
+def _inputs(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+    """Of each row in turn, the inputs of all attentions that have a memory, float32 [layers, tokens, d]."""
+    attentions = record_of(model).attentions.values()
+    found: dict[nn.Module, torch.Tensor] = {}
+
+    def keep(module: nn.Module, arguments: tuple, named: dict) -> None:
+        found[module] = arguments[0] if arguments else named["hidden_states"]
+
+    hooks = [attention.register_forward_pre_hook(keep, with_kwargs=True) for attention in attentions]
+    try:
+        with memory_disabled(model):
+            for begin in range(0, len(rows), ROWS):
+                some = [torch.tensor(row) for row in rows[begin : begin + ROWS]]
+                # Right padding: under a causal mask no real token sees it.
+                model.model(nn.utils.rnn.pad_sequence(some, batch_first=True).to(model.device), use_cache=False)
+                states = torch.stack([found[attention] for attention in attentions], 1).float().cpu()
+                yield from (of_row[:, : len(row)] for of_row, row in zip(states, some))
+    finally:
+        for hook in hooks:
+            hook.remove()
