@@ -76,7 +76,7 @@ def rows():
 def test_every_part_is_measured(rows):
     kinds = [row.kind for row in rows]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
-        "facts": (3 + 1 + 1 + 1) * 2, "distance": 2, "perplexity": 3, "operators": 5
+        "facts": (3 + 1 + 1 + 1) * 2, "distance": 2, "perplexity": 3, "operators": 6
     }  # fmt: skip
     assert all(row.status == "measured" for row in rows)
     facts = {(row.variant, *row.parameters.values()): row.values for row in rows if row.kind == "facts"}
