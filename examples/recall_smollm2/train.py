@@ -21,8 +21,8 @@ from .pool import ROWS, Encoder, Pool
 from .start import structured_start
 from .trainee import Trainee
 
-# What episodes are made of, level by level: relations, and counts of facts. With all of it from the start nothing is
-# learnt in hundreds of steps: what a memory can pass on is found where few kinds of values pull in one direction.
+# What episodes are made of, level by level: relations, and counts of facts. One fact at first: what a memory passes on
+# is learnt sooner where no other fact is in the way.
 LEVELS = ((22, (1,)), (22, (1, 2)), (22, (1, 2, 4)), (22, (1, 2, 4, 8)))
 PROMOTED = 0.6  # the share of right values over the last steps at which the next level comes
 # The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
