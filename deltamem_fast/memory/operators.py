@@ -167,11 +167,12 @@ def forget(
     The text is told to an empty memory, for the keys k and gates β of its tokens (one that knows it shuts its gates).
     Each token then erases here where it would have been written::
 
-        S ← S − diag(1 − (1 − β)ⁿ) (S k) kᵀ
+        S ← S − diag(1 − (1 − β)ᵐ) (S k) kᵀ,    m = n min(1, 4 β / (the head's widest gate in the text))²
 
-    which is what n tellings' erasing comes to, n = ``strength``. Nothing decays, no value is written; a token whose
-    gate is shut erases nothing. (SSW: one erasure for each segment, by its mean.) Keys are shared: what other texts
-    wrote under the same keys goes, too. `python -m bench.memory operators` measures how much.
+    which is what m tellings' erasing comes to: n = ``strength`` for what the text states, and next to nothing for words
+    between whose gates are nearly shut. Nothing decays, no value is written. (SSW: one erasure for each segment, by its
+    mean.) Keys are shared: what other texts wrote under the same keys goes, too. `python -m bench.memory operators`
+    measures how much.
 
     Args:
         model: patched.

@@ -24,6 +24,7 @@ Text = str | Sequence[Message]
 
 WRITE_TOKENS = 8192  # the write budget of the released recipe
 TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # see bench/memory/operators.py
+STATES = 4.0  # a token whose gate is open a quarter as wide as a text's widest counts as stating something
 
 
 def checked_text(text: Text) -> Text:
@@ -150,7 +151,10 @@ def _erased(layer, projections: torch.Tensor, segment_ids, state: torch.Tensor, 
     valid, _ = valid_tokens(projections, present)
     projections = torch.where(valid.unsqueeze(-1), projections, 0.0)
     _, keys, _, _, _, beta = split_projections(projections, bias.float(), layer.rule)
-    shares = (1 - (1 - beta) ** strength) * valid[:, :, None, None]
+    # Hundreds of nearly shut gates, each opened ``strength`` times as far, would erase everything.
+    widest = (beta * valid[:, :, None, None]).amax((1, 3), keepdim=True).clamp(min=1e-30)
+    times = strength * (STATES * beta / widest).clamp(max=1).square()
+    shares = (1 - (1 - beta) ** times) * valid[:, :, None, None]
     for key, share in zip(keys.unbind(1), shares.unbind(1)):
         key = key.unsqueeze(-2)
         state = state - (share * (state * key).sum(-1)).unsqueeze(-1) * key

@@ -77,8 +77,8 @@ def opened(random: Random, sentence: str, openings: Sequence[str]) -> str:
 
 def draw_episode(
     random: Random, count: int, *, held_out: bool = False, new_words: bool = False, talks: float = 0.5,
-    updates: float = 0.15, questions: int | None = None, relations: int | None = None,
-    words: Words | None = None, known_values: bool = False, contexts: int = 1,
+    updates: float = 0.15, questions: int | None = None, words: Words | None = None,
+    known_values: bool = False, contexts: int = 1,
 ) -> Episode:  # fmt: skip
     """``count`` facts in messages of one to three sentences, and questions for them.
 
@@ -87,12 +87,12 @@ def draw_episode(
         new_words: statements and questions in words that training lacks.
         talks: exchanges of small talk per message, on average.
         updates: share of the facts whose value a later sentence overwrites.
-        known_values, relations, words: see ``draw_facts``.
+        known_values, words: see ``draw_facts``.
         contexts: the sentences are told in so many, as evenly as they go; ``count`` at most.
         questions: how many, of which no fact has two before each has one; None = one for each fact.
     """
     openings = NEW_OPENINGS if new_words else OPENINGS
-    facts = draw_facts(random, count, held_out=held_out, known_values=known_values, relations=relations, words=words)
+    facts = draw_facts(random, count, held_out=held_out, known_values=known_values, words=words)
     sentences = [opened(random, fact.statement(random, new=new_words), openings) for fact in facts]
     holds: list[Fact] = list(facts)
     for place in range(count):

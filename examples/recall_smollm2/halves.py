@@ -65,11 +65,15 @@ class LowerOutputs:
         model: patched, with no memory below ``first``.
         first: the first layer that has one.
         dtype: of what is kept; None = the model's.
+        kept: what is kept already, by its token ids; it grows. None = nothing yet.
     """
 
-    def __init__(self, model: nn.Module, first: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self, model: nn.Module, first: int, dtype: torch.dtype | None = None,
+        kept: dict[tuple[int, ...], torch.Tensor] | None = None,
+    ):  # fmt: skip
         self.model, self.first, self.dtype = model, first, dtype
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}
+        self._kept = {} if kept is None else kept
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs of layer ``first``, [B, T, hidden], of rows padded on the right, and their mask, bool [B, T]."""
@@ -91,8 +95,3 @@ class LowerOutputs:
             found = self.model.model(ids, use_cache=False).last_hidden_state
         for key, hidden in zip(keys, found):
             self._kept[key] = hidden[: len(key)].to(self.dtype or hidden.dtype, copy=True)
-
-    @property
-    def bytes(self) -> int:
-        """Of what is kept."""
-        return sum(hidden.nbytes for hidden in self._kept.values())

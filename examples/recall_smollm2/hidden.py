@@ -1,4 +1,6 @@
-"""What the start is computed from: a frozen model's hidden states where values are written, answered, and neither."""
+"""What the start is computed from: a frozen model's hidden states where values are written, answered, and neither,
+and how its output answers to what is added to them.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from deltamem_fast.adapter.record import record_of
 
 from .episodes import OPENINGS, Question, message, opened, talk
 from .facts import Fact, Words, draw_facts
-from .pool import Encoder, Told
+from .pool import Asked, Encoder, Told
 
 FACTS, TALKS, TALK_TOKENS = 3200, 120, 96
-ASKED = 0.5  # of the facts are asked for
+ASKED = 0.4  # of the facts are asked for
 SYSTEM = 0.3  # of the contexts begin with the default system message
 OTHERS = 6  # hidden states of an answer's chat, beside those that answer
 ROWS = 64  # of one batch
@@ -32,6 +34,8 @@ class Seen:
         values: the token id that each of ``writing`` is to pass on; in SSW the value's first.
         answering: of the tokens of answers before a value's.
         pairs: places in ``writing``, one for each of ``answering``.
+        answers: the token ids of answers' values.
+        gradients: of their logits, less the mean of all logits, by the attention's output at the tokens before them.
         written, read: what else writes, and what else reads.
     """
 
@@ -39,6 +43,8 @@ class Seen:
     values: list[int] = field(default_factory=list)
     answering: list[torch.Tensor] = field(default_factory=list)
     pairs: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    gradients: list[torch.Tensor] = field(default_factory=list)
     written: list[torch.Tensor] = field(default_factory=list)
     read: list[torch.Tensor] = field(default_factory=list)
 
@@ -75,8 +81,9 @@ def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Rand
         encoder.asked([Question(f.question(random), f.answer(), f.bare_value)], system=random.random() < SYSTEM)
         for f in facts[: int(len(facts) * ASKED)]
     ]
-    for row, places, hidden in zip(asked, writers, _inputs(model, [row.ids for row in asked])):
-        values = [i for i, weight in enumerate(row.weights) if weight == 1]
+    answered = _inputs(model, [row.ids for row in asked], [_before_values(row) for row in asked], layers)
+    for row, places, hidden in zip(asked, writers, answered):
+        values = [i + 1 for i in _before_values(row)]
         # One segment writes all of a value; tokens, one each, unless the answer cuts the value otherwise.
         places = places * len(values) if encoder.config.segmented else places
         others = [i for i in range(len(row.ids)) if i + 1 not in values]
@@ -87,6 +94,10 @@ def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Rand
                 seen.pairs += places
             seen.read.append(states[others])
     return layers
+
+
+def _before_values(row: Asked) -> list[int]:
+    return [i - 1 for i, weight in enumerate(row.weights) if weight == 1]
 
 
 def _statements(encoder: Encoder, random: Random, facts: Sequence[Fact]) -> tuple[Told, list[list[int]]]:
@@ -127,14 +138,19 @@ def _others(states: torch.Tensor, segments: list[int] | None, used: set[int]) ->
     return torch.stack([states[of == segment].mean(0) for segment in sorted(left)]) if left else states[:0]
 
 
-@torch.no_grad()
-def _inputs(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
-    """Of each row in turn, the inputs of all attentions that have a memory, float32 [layers, tokens, d]."""
-    attentions = record_of(model).attentions.values()
+def _inputs(
+    model: nn.Module, rows: Sequence[Sequence[int]], before: Sequence[list[int]] = (), layers: Sequence[Seen] = ()
+) -> Iterator[torch.Tensor]:
+    """Of each row in turn, the inputs of all attentions that have a memory, float32 [layers, tokens, d].
+
+    Args:
+        before: places in each row; the tokens behind them and their gradients are added to ``layers``.
+    """
+    attentions = list(record_of(model).attentions.values())
     found: dict[nn.Module, torch.Tensor] = {}
 
     def keep(module: nn.Module, arguments: tuple, named: dict) -> None:
-        found[module] = arguments[0] if arguments else named["hidden_states"]
+        found[module] = (arguments[0] if arguments else named["hidden_states"]).detach()
 
     hooks = [attention.register_forward_pre_hook(keep, with_kwargs=True) for attention in attentions]
     try:
@@ -142,9 +158,43 @@ def _inputs(model: nn.Module, rows: Sequence[Sequence[int]]) -> Iterator[torch.T
             for begin in range(0, len(rows), ROWS):
                 some = [torch.tensor(row) for row in rows[begin : begin + ROWS]]
                 # Right padding: under a causal mask no real token sees it.
-                model.model(nn.utils.rnn.pad_sequence(some, batch_first=True).to(model.device), use_cache=False)
+                ids = nn.utils.rnn.pad_sequence(some, batch_first=True).to(model.device)
+                if before:
+                    places = [(row, i) for row, all_of in enumerate(before[begin : begin + ROWS]) for i in all_of]
+                    _add_gradients(model, attentions, layers, ids, torch.tensor(places).T)
+                else:
+                    with torch.no_grad():
+                        model.model(ids, use_cache=False)
                 states = torch.stack([found[attention] for attention in attentions], 1).float().cpu()
                 yield from (of_row[:, : len(row)] for of_row, row in zip(states, some))
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _add_gradients(
+    model: nn.Module, attentions: Sequence[nn.Module], layers: Sequence[Seen], ids: torch.Tensor, places: torch.Tensor
+) -> None:  # fmt: skip
+    """Run the frozen model on ``ids``, and add what ``Seen.gradients`` is to each layer; ``places``: int64 [2, N]."""
+    row, place = places
+    embedding = model.get_output_embeddings().weight.detach()
+    # What is added there is nothing; its gradient is wanted.
+    nothing = [embedding.new_zeros(len(row), embedding.shape[1], requires_grad=True) for _ in attentions]
+
+    def added(change: torch.Tensor):
+        def add(module: nn.Module, arguments: tuple, output: tuple) -> tuple:
+            return output[0].index_put((row, place), change, accumulate=True), *output[1:]
+
+        return add
+
+    hooks = [attention.register_forward_hook(added(change)) for attention, change in zip(attentions, nothing)]
+    try:
+        output = model.model(ids, use_cache=False).last_hidden_state[row, place]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens = ids[row, place + 1]
+    logits = (output * (embedding[tokens] - embedding.mean(0))).sum()
+    for seen, gradient in zip(layers, torch.autograd.grad(logits, nothing)):
+        seen.answers += tokens.tolist()
+        seen.gradients += gradient.float().cpu()

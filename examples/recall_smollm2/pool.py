@@ -18,7 +18,7 @@ CONTEXTS = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 4)}  # in which they are
 ROWS = {1: 32, 2: 24, 4: 16, 8: 10}
 QUESTIONS = {1: 1, 2: 2, 4: 3, 8: 4}
 OTHER = 0.1  # what a token of an answer counts that is not its value's
-TEXT_TOKENS = 64
+TEXT_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -100,35 +100,32 @@ class Pool:
         self.words = None if held_out else Words.of(encoder.tokenizer)
 
     @functools.cache  # noqa: B019 (a pool lives as long as its run)
-    def episode(
-        self, relations: int, count: int, place: int, system: bool, contexts: int = 1
-    ) -> tuple[list[Told], Asked]:
+    def episode(self, count: int, place: int, system: bool, contexts: int = 1) -> tuple[list[Told], Asked]:
         """An episode.
 
         Args:
-            relations: of ``RELATIONS``, the first so many.
             count: facts.
             place: below ``size``.
             system: with the default system message.
             contexts: in which the facts are told.
         """
-        random = Random(f"{self.seed} {self.held_out} {relations} {count} {place}")
+        random = Random(f"{self.seed} {self.held_out} {count} {place}")
         updates = 0.0 if self.held_out else 0.1
         found: Episode = draw_episode(
             random, count, held_out=self.held_out, talks=0.0, updates=updates, questions=QUESTIONS[count],
-            relations=relations, words=self.words, contexts=contexts,
+            words=self.words, contexts=contexts,
         )  # fmt: skip
         told = [self.encoder.told(context, system=system) for context in found.contexts]
         return told, self.encoder.asked(found.questions, system=system)
 
-    def step(self, step: int, relations: int, count: int, system: bool) -> list[tuple[list[Told], Asked]]:
+    def step(self, step: int, count: int, system: bool) -> list[tuple[list[Told], Asked]]:
         """The episodes of a step, all of ``count`` facts told in as many contexts."""
         ways = len(CONTEXTS[count])
         contexts = CONTEXTS[count][step % ways]
         # An episode is always told in the same contexts: what the lower layers make of it is kept.
         allowed = range(step % ways, self.size, ways)
         places = Random(f"{self.seed} {step}").sample(allowed, min(ROWS[count], len(allowed)))
-        return [self.episode(relations, count, place, system, contexts) for place in places]
+        return [self.episode(count, place, system, contexts) for place in places]
 
     def texts(self, step: int, rows: int) -> list[Told]:
         """Texts of a step that state no fact: small talk as a chat, or its answer alone as plain text."""

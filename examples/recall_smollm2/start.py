@@ -3,8 +3,10 @@
 From random projections nothing is learnt for hundreds of steps, and what is learnt then are the values of training,
 each by heart. So the start is computed from the backbone's hidden states, layer by layer:
 
-- values and outputs: a reduced-rank regression of a value's direction in the output layer on the hidden state that
-  writes it. Each layer takes other components, so that together they pass on any word, seen in training or not;
+- values and outputs: a reduced-rank regression, on the hidden state that writes a value, of the direction that raises
+  the logit of its token. That is the output layer's row through a linear response of the layers above, which is fitted
+  to gradients: in upper layers the row itself points elsewhere (cosine 0.1 to 0.3). Each layer takes other components,
+  so that together they pass on any word, seen in training or not;
 - keys and queries: canonical correlations between the hidden states that write a value and those that answer with it.
   What the two share is whom and what a fact is about;
 - of each head's two directions that are left, keys have one where nothing is stated, and queries the other where
@@ -14,13 +16,13 @@ each by heart. So the start is computed from the backbone's hidden states, layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltamem_fast import memory_disabled
 from deltamem_fast.adapter.record import record_of
 
 from .facts import Words
@@ -32,41 +34,59 @@ MOST = 8000  # about so many hidden states of what states and answers nothing ar
 OPEN, SHUT = 2.0, -5.0
 # Of the mean variance, added to it: hidden states have directions with hardly any. Correlations fit noise sooner.
 RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
-KEY, NULL = 0.3, 2.0  # standard deviation of a key's components; its null direction where nothing is stated
+KEY, NULL = 0.1, 1.0  # standard deviation of a key's components; its null direction where nothing is stated
 KINDS = 4  # of keys, at least: where there are fewer heads, layers have different ones
-LOGIT = 28.0  # what a value that is passed on without any loss adds to its token's logit, all layers together
+LOGIT = 300.0  # what a value that is passed on without any loss would add to its token's, were all of it linear
+RESPONSE_RIDGE = 0.3
 
 
-def structured_start(model: nn.Module, encoder: Encoder, words: Words, seed: int = 0) -> None:
-    """Set a patched model's fresh parameters as above: two minutes on two CPU cores for SmolLM2."""
-    layers = hidden_states(model, encoder, words, Random(f"start {seed}"))
-    wanted = _output_rows(model)
-    length = LOGIT / (wanted.norm(dim=1).mean().item() / _size(model, encoder))
-    wanted = F.normalize(wanted, dim=1)
+def structured_start(
+    model: nn.Module, encoder: Encoder, words: Words, seed: int = 0, kept: dict[bool, list[Seen]] | None = None
+) -> None:
+    """Set a patched model's fresh parameters as above: five minutes on two CPU cores for SmolLM2.
+
+    Args:
+        kept: what was computed for another adapter on the same layers, by whether segments write; it grows.
+    """
+    kept = {} if kept is None else kept
+    segmented = encoder.config.segmented
+    if segmented not in kept:
+        kept[segmented] = hidden_states(model, encoder, words, Random(f"start {seed}"))
+    set_parameters(model, kept[segmented])
+
+
+def set_parameters(model: nn.Module, layers: Sequence[Seen]) -> None:
+    """Set a patched model's parameters by what was seen in each of its layers."""
+    rows = output_rows(model)
+    responses = [response_of(seen, rows) for seen in layers]
+    length = LOGIT / sum(gain for _, gain in responses)
     for place, (attention, seen) in enumerate(zip(record_of(model).attentions.values(), layers)):
         memory = attention.delta_memory
-        _set_values(memory, seen, wanted, length, place, len(layers))
+        _set_values(memory, seen, F.normalize(rows @ responses[place][0], dim=1), length, place, len(layers))
         _set_keys(memory, seen, place)
         _set_gates(memory, seen)
 
 
-def _output_rows(model: nn.Module) -> torch.Tensor:
+def output_rows(model: nn.Module) -> torch.Tensor:
     """What last norm and output layer multiply a hidden state by, but for its size: float64 [V, d], centred."""
     rows = model.get_output_embeddings().weight.detach().double().cpu()
     return (rows - rows.mean(0)) * model.model.norm.weight.detach().double().cpu()
 
 
-@torch.no_grad()
-def _size(model: nn.Module, encoder: Encoder) -> float:
-    """The size by which the last norm divides, a hidden state's root mean square: of a chat's median token."""
-    found: list[torch.Tensor] = []
-    hook = model.model.norm.register_forward_pre_hook(lambda norm, arguments: found.append(arguments[0]))
-    try:
-        with memory_disabled(model):
-            model.model(torch.tensor([encoder.ids(encoder.system)], device=model.device), use_cache=False)
-    finally:
-        hook.remove()
-    return found[0].float().square().mean(-1).sqrt().median().item()
+def response_of(seen: Seen, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """What rows of the output layer are multiplied by to raise their logits in this layer, and by how much they do.
+
+    A ridge regression of the gradients on their tokens' rows, towards a multiple of the identity.
+
+    Returns:
+        float64 [d, d]; the mean growth of a token's logit by a unit vector in its direction.
+    """
+    given, gradients = rows[torch.tensor(seen.answers)], torch.stack(seen.gradients).double()
+    same = torch.eye(rows.shape[1], dtype=torch.float64)
+    same = same * (given * gradients).sum() / given.square().sum()
+    rest = given.T @ (gradients - given @ same) / len(given)
+    found = same + torch.linalg.solve(_second_moment(given, RESPONSE_RIDGE), rest)
+    return found, (F.normalize(given @ found, dim=1) * gradients).sum(1).mean().item()
 
 
 def _without(ways: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -111,6 +131,9 @@ def _set_values(
     chosen = chosen[there]
     rows = _without((weights @ ways[chosen].T / strength[chosen]).T, writing.mean(0))
     columns = (ways[chosen] * strength[chosen, None]).T * length / (memory.config.alpha / rank)
+    # Adam moves all numbers by as much: both shall have the same size.
+    balance = (rows.square().mean() / columns.square().mean()) ** 0.25
+    rows, columns = rows / balance, columns * balance
     memory.memory_v_proj.zero_()
     memory.memory_v_proj[there] = rows.to(memory.memory_v_proj)
     memory.delta_o_proj.zero_()

@@ -19,15 +19,17 @@ from deltamem_fast.training.setup import prepare_for_training
 
 from .pool import ROWS, Encoder, Pool
 from .start import structured_start
-from .trainee import Trainee
+from .trainee import Kept, Trainee
 
-# What episodes are made of, level by level: relations, and counts of facts. One fact at first: what a memory passes on
-# is learnt sooner where no other fact is in the way.
-LEVELS = ((22, (1,)), (22, (1, 2)), (22, (1, 2, 4)), (22, (1, 2, 4, 8)))
-PROMOTED = 0.6  # the share of right values over the last steps at which the next level comes
+# How many facts episodes have, level by level. One at first: what a memory passes on is learnt sooner where no other
+# fact is in the way.
+LEVELS = ((1,), (1, 2), (1, 2, 4), (1, 2, 4, 8))
+PROMOTED = 0.5  # the share of right values over the last steps at which the next level comes
 # The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
 CHECKPOINT, CONSTANT, LOG = "checkpoint.pt", "constant.pt", "log.jsonl"
 WARMUP = 50  # steps
+# Of the rate, where it is not all of it: keys and queries start as numbers of a tenth the size of the others.
+RATES = {"memory_q_proj": 0.15, "memory_k_proj": 0.15}
 LOGGED = 20  # steps of a line in the log
 CHECKED = 40  # steps between looks at held-out episodes
 
@@ -51,22 +53,21 @@ class TrainOptions:
     steps: int = 1000
     lr: float = 3e-3
     decay: float = 0.4
-    divergence_weight: float = 3.0
+    divergence_weight: float = 10.0
     pool: int = 2000
     clip: float = 1.0
     seed: int = 0
     save_every: int = 50
 
 
-def drawn_of(step: int, level: int, options: TrainOptions) -> tuple[int, int, bool]:
-    """Of a step: how many relations, how many facts, and whether contexts begin with the default system message.
+def drawn_of(step: int, level: int, options: TrainOptions) -> tuple[int, bool]:
+    """Of a step: how many facts, and whether contexts begin with the default system message.
 
     That is half of a short context's tokens, so most steps do without; in the last share, half of them.
     """
-    relations, counts = LEVELS[level]
     random = Random(f"{options.seed} {step}")
     share = 0.5 if step >= constant_steps(options) else 0.2
-    return relations, random.choice(counts), random.random() < share
+    return random.choice(LEVELS[level]), random.random() < share
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -81,7 +82,7 @@ def constant_steps(options: TrainOptions) -> int:
 
 
 def settles(step: int, options: TrainOptions) -> bool:
-    """Whether a step reads ordinary text, too."""
+    """Whether a step tells ordinary text behind the facts, too."""
     return step % (2 if step >= constant_steps(options) else 4) == 1
 
 
@@ -94,7 +95,11 @@ def step_losses(
     trainee.tell(told, memory)
     divergence = None
     if settles(step, options):
-        divergence = trainee.divergence(pool.texts(step, len(told)), memory, Random(step))
+        # Behind every other row's facts; the other rows' are asked for at once.
+        texted = range(0, len(told), 2)
+        memories = memory.select(texted), memory.select(range(1, len(told), 2))
+        divergence = trainee.divergence(pool.texts(step, len(texted)), memories[0], Random(step))
+        memory, asked = MemoryState.cat(memories), asked[0::2] + asked[1::2]
     answer, right = trainee.answer(asked, memory)
     return answer, right, divergence
 
@@ -103,9 +108,8 @@ def step_losses(
 def held_out_right(trainee: Trainee, pool: Pool, level: int) -> float:
     """The share of right values, answers given up to them, of names and values that training lacks."""
     found = []
-    relations, counts = LEVELS[level]
-    for count in counts:
-        told, asked = zip(*[pool.episode(relations, count, place, True) for place in range(pool.size)])
+    for count in LEVELS[level]:
+        told, asked = zip(*[pool.episode(count, place, True) for place in range(pool.size)])
         memory = MemoryState.zeros(trainee.model, len(told))
         trainee.tell(told, memory)
         found.append(trainee.answer(asked, memory)[1].float().mean().item())
@@ -117,12 +121,11 @@ def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
 
     An overestimate where levels of fewer facts take long. The parameters stay as they are.
     """
-    relations, counts = LEVELS[-1]
     first, again = [], []
-    for count in counts:
+    for count in LEVELS[-1]:
         for times in (first, again):
             began = time.monotonic()
-            told, asked = zip(*pool.step(0, relations, count, True))
+            told, asked = zip(*pool.step(0, count, True))
             memory = MemoryState.zeros(trainee.model, len(told))
             trainee.tell(told, memory)
             loss, right = trainee.answer(asked, memory)
@@ -130,20 +133,21 @@ def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
             right.tolist()  # waits for the device
             times.append(time.monotonic() - began)
     trainee.model.zero_grad()
-    lower = sum((a - b) * options.pool / ROWS[count] for a, b, count in zip(first, again, counts))
-    # Half of the last share's steps read a text, too, which costs about as much as another context.
-    return lower + options.steps * (1 + options.decay / 4) * sum(again) / len(again)
+    lower = sum((a - b) * options.pool / ROWS[count] for a, b, count in zip(first, again, LEVELS[-1]))
+    # A quarter of the steps, and half of the last share's, read a text, too, which costs about half as much.
+    return lower + options.steps * (1.125 + options.decay / 8) * sum(again) / len(again)
 
 
 def train(
     model: nn.Module, tokenizer, config: DeltaMemConfig, options: TrainOptions, output: Path,
-    seconds: float = math.inf,
+    seconds: float = math.inf, kept: Kept | None = None,
 ) -> bool:  # fmt: skip
     """Train, or go on with, an adapter; ``output`` gets checkpoint, log, and the adapter as it then is.
 
     Args:
         model: frozen and not patched, on its device.
         seconds: after which it stops, with a checkpoint.
+        kept: see ``Trainee``; what one adapter's training has computed of the frozen model serves the next one's.
 
     Returns:
         Whether all steps are done.
@@ -154,22 +158,29 @@ def train(
     torch.manual_seed(options.seed)
     encoder = Encoder(tokenizer, config)
     prepare_for_training(patch_model(model, config))
-    trainee = Trainee(model, config)
+    kept = Kept() if kept is None else kept
+    trainee = Trainee(model, config, kept)
     pool = Pool(encoder, options.pool, options.seed)
     checked = Pool(encoder, 24, options.seed, held_out=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(RATES.get(name.rpartition(".")[2], 1.0), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": of_one_rate, "factor": factor} for factor, of_one_rate in groups.items()],
+        lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98),
+    )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     first, spent, level = _resume(output, config, options, trained, optimizer)
     if not first:
-        structured_start(model, encoder, pool.words, options.seed)
+        structured_start(model, encoder, pool.words, options.seed, kept.seen)
         whole = estimate(trainee, pool, options) / 60
         print(f"{output.name}: {options.steps} steps, about {whole:.0f} minutes on {model.device}", file=sys.stderr)
     _cut(output / LOG, first)
     began, sums, step = time.monotonic() - spent, _Sums(), first
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options)
+            group["lr"] = learning_rate(step, options) * group["factor"]
         answer, right, divergence = step_losses(trainee, pool, step, level, options)
         loss = answer if divergence is None else answer + options.divergence_weight * divergence
         optimizer.zero_grad()

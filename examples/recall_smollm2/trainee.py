@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from random import Random
 
 import torch
@@ -12,23 +13,41 @@ from torch import nn
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled
 
 from .halves import LowerOutputs, detached_layers, upper_layers
+from .hidden import Seen
 from .pool import Asked, Told
 
 TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
 
 
+@dataclass
+class Kept:
+    """What was computed of a frozen model, for adapters on the same layers.
+
+    Attributes:
+        lower, frozen: by token ids, what it makes of them: below the memory, and, of texts, at its end.
+        seen: what training starts from; see ``structured_start``.
+    """
+
+    lower: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    frozen: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    seen: dict[bool, list[Seen]] = field(default_factory=dict)
+
+
 class Trainee:
-    """A patched model in training, its lower layers' outputs kept.
+    """A patched model in training; what the frozen model makes of token sequences is kept.
 
     Args:
         model: patched with an adapter whose lowest layer is not 0, or 0: then nothing is kept but embeddings.
+        kept: what another Trainee of the same backbone and lowest layer had kept; it grows. None = nothing yet.
     """
 
-    def __init__(self, model: nn.Module, config: DeltaMemConfig):
+    def __init__(self, model: nn.Module, config: DeltaMemConfig, kept: Kept | None = None):
         self.model, self.config = model, config
-        first = min(config.target_layers, default=0)
-        self.lower = LowerOutputs(model, first, torch.float16 if model.dtype == torch.float32 else None)
-        self.first = first
+        kept = Kept() if kept is None else kept
+        self.first = min(config.target_layers, default=0)
+        dtype = torch.float16 if model.dtype == torch.float32 else None
+        self.lower = LowerOutputs(model, self.first, dtype, kept.lower)
+        self._frozen = kept.frozen
 
     def tell(self, rows: Sequence[Sequence[Told]], memory: MemoryState) -> None:
         """Tell each memory its row's contexts, one after another; the writes are on the graph."""
@@ -78,15 +97,30 @@ class Trainee:
         kept = random.sample(range(len(row)), len(row) // TEXT_SHARE)
         row, place = row[kept], place[kept]
 
-        def log_probabilities(**arguments) -> torch.Tensor:
-            found = self.model.model(inputs_embeds=hidden, attention_mask=mask, use_cache=False, **arguments)
-            return self.model.lm_head(found.last_hidden_state[row, place]).float().log_softmax(-1)
+        def log_probabilities(states: torch.Tensor) -> torch.Tensor:
+            return self.model.lm_head(states[row, place]).float().log_softmax(-1)
 
+        with torch.no_grad():
+            wanted = log_probabilities(self._frozen_outputs(rows, hidden, mask))
         with upper_layers(self.model, self.first):
-            with torch.no_grad(), memory_disabled(self.model):
-                wanted = log_probabilities()
-            found = log_probabilities(memory=memory, **self._segments(rows, mask))
+            found = self.model.model(
+                inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **self._segments(rows, mask)
+            )
+        found = log_probabilities(found.last_hidden_state)
         return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+
+    def _frozen_outputs(self, rows: Sequence[Told], hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the frozen model makes of texts, [B, T, hidden], computed once each and kept in the model's dtype."""
+        keys = [tuple(row.ids) for row in rows]
+        missing = [i for i, key in enumerate(keys) if key not in self._frozen]
+        if missing:
+            with upper_layers(self.model, self.first), memory_disabled(self.model):
+                found = self.model.model(
+                    inputs_embeds=hidden[missing], attention_mask=mask[missing], use_cache=False
+                ).last_hidden_state
+            for i, states in zip(missing, found):
+                self._frozen[keys[i]] = states[: len(keys[i])].clone()
+        return nn.utils.rnn.pad_sequence([self._frozen[key] for key in keys], batch_first=True)
 
     def _segments(self, rows: Sequence[Told], mask: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.config.segmented:

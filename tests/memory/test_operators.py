@@ -229,7 +229,8 @@ def test_forget_is_the_erasure_that_it_says(strategy):
             for t in range(key.shape[1]):
                 for head in range(adapter.rule.heads):
                     k, state = key[0, t, head], wanted[layer][0, head]
-                    share = 1 - (1 - beta[0, t, head]) ** 3
+                    open_share = (4 * beta[0, t, head] / beta[0, :, head].max()).clamp(max=1)
+                    share = 1 - (1 - beta[0, t, head]) ** (3 * open_share**2)
                     state -= torch.outer(share * (state @ k), k)
     forget(model, tokenizer, memory, sentence, strength=3)
     for layer in memory:
@@ -255,6 +256,29 @@ def test_forget_writes_nothing_and_strength_grades_it():
     addresses = [state.data_ptr() for _, state in full.items()]
     forget(model, tokenizer, full, TEXT)
     assert [state.data_ptr() for _, state in full.items()] == addresses
+
+
+def test_forgetting_leaves_what_nearly_shut_gates_point_to():
+    """A thousand tokens' gates of 0.01 beside one that is open erase next to nothing, whatever their keys."""
+    from deltamem_fast.memory.telling import _erased
+
+    model, _ = tiny()
+    adapter = identity_of(model).memories[0]
+    rule = adapter.rule
+    torch.manual_seed(0)
+    state = torch.randn(1, rule.heads, rule.rank, rule.rank)
+    _, bias = adapter.stacked()
+    projections = torch.randn(1, 1001, adapter.stacked()[0].shape[0])
+    size = rule.heads * rule.rank
+    gates = slice(3 * size, 3 * size + rule.gate_width)
+    projections[..., gates] = -4.6 - bias[: rule.gate_width].float()
+    shut = _erased(adapter, projections[:, :1000], None, state, 8.0)
+    projections[:, 1000, gates] += 7.6
+    opened = _erased(adapter, projections, None, state, 8.0)
+    key = torch.nn.functional.normalize(projections[0, 1000, size : size + rule.rank].tanh(), dim=0)
+    assert (shut - state).norm() > 0.9 * state.norm()  # alone, they are what the text states
+    assert opened.norm() > 0.5 * state.norm()
+    assert (opened[0, 0] @ key).norm() < 0.01 * (state[0, 0] @ key).norm()
 
 
 # --- decay, zero_
