@@ -17,17 +17,11 @@ from deltamem_fast.recall.task import Fact
 from deltamem_fast.recall.tokenizer import build_tokenizer
 
 pytest.importorskip("bm25s")
-ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = {
     "tsw-r8": DeltaMemConfig.tsw(),
     "ssw-r8": DeltaMemConfig.ssw("sentence_mean"),
     "msw-r8": DeltaMemConfig.msw(heads=2),
 }
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 def recall(name):

@@ -19,11 +19,6 @@ HEAD = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def bench(name):
     return importlib.import_module(f"bench.{name}")
 

@@ -2,22 +2,12 @@
 
 import importlib
 import math
-from pathlib import Path
 
 import pytest
 from support import loud_adapter, tiny_model
 from tokenizers_for_tests import default_system_tokenizer
 
 from deltamem_fast import DeltaMemConfig, patch_model
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield
 
 
 def bench(name):

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shutil
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -16,15 +15,7 @@ from deltamem_fast.recall.tokenizer import build_tokenizer
 from deltamem_fast.recall.weights import SHIPPED, load_backbone
 from deltamem_fast.training import ExampleFiles, TrainingOptions, build_episode, read_log
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.xdist_group("train_recall")  # what is trained is trained once
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield
 
 
 def example(name):

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -15,15 +14,6 @@ from tokenizers_for_tests import default_system_tokenizer
 
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, patch_model
 from deltamem_fast.training.setup import prepare_for_training
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield
 
 
 def example(name):

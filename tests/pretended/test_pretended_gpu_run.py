@@ -2,8 +2,6 @@
 runs here once, at tiny sizes, and where a GPU would refuse it, it fails."""
 
 import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +13,10 @@ import pretended_cuda
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.triton.launch import interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not interpreted(), reason="test_bench_gpu.py runs it in a process of its own")
 
 
 def bench(name):
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     return importlib.import_module(f"bench.{name}")
 
 
