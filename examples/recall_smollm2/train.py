@@ -17,6 +17,11 @@ from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, save_adapter
 from deltamem_fast.storage.files import write_json
 from deltamem_fast.training.setup import prepare_for_training
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from .pool import ROWS, Encoder, Pool
 from .start import structured_start
 from .trainee import Kept, Trainee
@@ -28,8 +33,6 @@ PROMOTED = 0.5  # the share of right values over the last steps at which the nex
 # The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
 CHECKPOINT, CONSTANT, LOG = "checkpoint.pt", "constant.pt", "log.jsonl"
 WARMUP = 50  # steps
-# Of the rate, where it is not all of it: keys and queries start as numbers of a tenth the size of the others.
-RATES = {"memory_q_proj": 0.15, "memory_k_proj": 0.15}
 LOGGED = 20  # steps of a line in the log
 CHECKED = 40  # steps between looks at held-out episodes
 
@@ -41,8 +44,8 @@ class TrainOptions:
     Attributes:
         steps: in all.
         lr: AdamW's; warmed up, constant, then linearly down to a fiftieth.
-        decay: the last share of the steps, in which the rate goes down, and every other step, not every fourth, tells a
-            text without a fact behind the facts. Until then a run does not depend on ``steps``, and can be prolonged.
+        decay: the last share of the steps, in which the rate goes down. Until then a run does not depend on ``steps``,
+            and can be prolonged.
         divergence_weight: of KL(frozen ‖ with memory) on such text.
         pool: episodes of each count.
         clip: of the gradient's norm.
@@ -81,9 +84,12 @@ def constant_steps(options: TrainOptions) -> int:
     return int((1 - options.decay) * options.steps)
 
 
-def settles(step: int, options: TrainOptions) -> bool:
-    """Whether a step tells ordinary text behind the facts, too."""
-    return step % (2 if step >= constant_steps(options) else 4) == 1
+def settles(step: int) -> bool:
+    """Whether a step tells ordinary text behind the facts, too: every other one does.
+
+    Every fourth has a divergence four times as large when as many values are right, whatever its weight.
+    """
+    return step % 2 == 1
 
 
 def step_losses(
@@ -94,7 +100,7 @@ def step_losses(
     memory = MemoryState.zeros(trainee.model, len(told))
     trainee.tell(told, memory)
     divergence = None
-    if settles(step, options):
+    if settles(step):
         # Behind every other row's facts; the other rows' are asked for at once.
         texted = range(0, len(told), 2)
         memories = memory.select(texted), memory.select(range(1, len(told), 2))
@@ -134,8 +140,8 @@ def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
             times.append(time.monotonic() - began)
     trainee.model.zero_grad()
     lower = sum((a - b) * options.pool / ROWS[count] for a, b, count in zip(first, again, LEVELS[-1]))
-    # A quarter of the steps, and half of the last share's, read a text, too, which costs about half as much.
-    return lower + options.steps * (1.125 + options.decay / 8) * sum(again) / len(again)
+    # Every other step reads a text, too, which costs about half as much.
+    return lower + options.steps * 1.25 * sum(again) / len(again)
 
 
 def train(
@@ -163,13 +169,7 @@ def train(
     pool = Pool(encoder, options.pool, options.seed)
     checked = Pool(encoder, 24, options.seed, held_out=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in trained.items():
-        groups.setdefault(RATES.get(name.rpartition(".")[2], 1.0), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": of_one_rate, "factor": factor} for factor, of_one_rate in groups.items()],
-        lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98),
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
     output.mkdir(parents=True, exist_ok=True)
     first, spent, level = _resume(output, config, options, trained, optimizer)
     if not first:
@@ -180,7 +180,7 @@ def train(
     began, sums, step = time.monotonic() - spent, _Sums(), first
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options) * group["factor"]
+            group["lr"] = learning_rate(step, options)
         answer, right, divergence = step_losses(trainee, pool, step, level, options)
         loss = answer if divergence is None else answer + options.divergence_weight * divergence
         optimizer.zero_grad()
@@ -206,9 +206,22 @@ def train(
         if stopped:
             break
     model.eval()
-    write_json(output / "training.json", {"steps": step + 1, "options": asdict(options)}, private=False)
+    about = {"steps": step + 1, "options": asdict(options), "device": _device(model), "peak_bytes": _peak_bytes()}
+    write_json(output / "training.json", about, private=False)
     save_adapter(model, output)
     return step + 1 >= options.steps
+
+
+def _device(model: nn.Module) -> str:
+    device = model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+
+
+def _peak_bytes() -> int | None:
+    """Of the process's memory on the CPU, other trainings before this one included; None where it is not known."""
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cut(log: Path, steps: int) -> None:
