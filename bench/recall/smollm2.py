@@ -98,21 +98,19 @@ class Measure:
     def distance(self) -> Iterator[Row]:
         """Recall of two facts behind which real text was told, in contexts of their own of up to 256 tokens."""
         episodes = draw_test(2, self.questions, new_words=False, seed=1)
+        memory = MemoryState.zeros(self.model, len(episodes))
+        tell(self.model, self.encoder, [self.encoder.told(episode.told) for episode in episodes], memory)
+        told = 0
         for tokens in DISTANCES:
             parameters = {"facts": 2, "distance": tokens}
             if tokens and self.text is None:
                 yield absent(f"distance/{self.name}", NO_ESSAYS, parameters)
                 continue
-            right: list[bool] = []
-            for first in range(0, len(episodes), ROWS):
-                part = episodes[first : first + ROWS]
-                memory = MemoryState.zeros(self.model, len(part))
-                tell(self.model, self.encoder, [self.encoder.told(e.told) for e in part], memory)
-                for piece in range(0, tokens, TEXT_TOKENS):
-                    size = min(TEXT_TOKENS, tokens - piece)
-                    rows = [self._essay(first + i, piece, size) for i in range(len(part))]
-                    tell(self.model, self.encoder, rows, memory)
-                right += self._asked(memory, [e.questions for e in part])
+            for piece in range(told, tokens, TEXT_TOKENS):
+                size = min(TEXT_TOKENS, tokens - piece)
+                tell(self.model, self.encoder, [self._essay(i, piece, size) for i in range(len(episodes))], memory)
+            told = tokens
+            right = self._asked(memory, [episode.questions for episode in episodes])
             yield self._point(f"distance/{self.name}", parameters, right)
             self.progress(f"{self.name}: distance {tokens}: {sum(right) / len(right):.3f}")
 
