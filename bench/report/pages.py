@@ -379,8 +379,9 @@ def smollm2(found: Found) -> str:
         "shipped adapters is told facts in sentences as people say them, with names that no training text has; their "
         "context is thrown away, and each is asked for in a context of its own. The answer is free; it is right if it "
         "names the value. In percent ± standard error. *bare* sees the question alone, *context* all that was told. "
-        "*New values* occur in no training text, *new phrasings* are statements and questions in words, and of a kind, "
-        "that training lacks. Where not said otherwise values are new.",
+        "*New values* occur in no training text. *New phrasings* are statements in words that training lacks, and "
+        "requests (“Remind me …”), which it lacks, too; some share a clause with a question of training. "
+        "Where not said otherwise values are new.",
         "\n\n".join(dict.fromkeys(map(results.heading, found.smollm2))),
         *(
             part

@@ -122,11 +122,11 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
     layers = identity_of(model).memories
     with memory.all_or_nothing():
         for index in memory:
-            state = memory[index]
+            told = []
             for piece, projections in zip(pieces, found):
                 segments = None if piece.segments is None else piece.segments.to(device)
-                state = _erased(layers[index], projections[index], segments, state, strength)
-            memory.put(index, state, in_place=True)
+                told.append(_keys_and_gates(layers[index], projections[index], segments))
+            memory.put(index, _erased(memory[index], told, strength), in_place=True)
     return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
 
 
@@ -141,8 +141,8 @@ def check_ready(model: nn.Module, memory) -> None:
     memory.check_whole()
 
 
-def _erased(layer, projections: torch.Tensor, segment_ids, state: torch.Tensor, strength: float) -> torch.Tensor:
-    """One layer's state [1, H, r, r] after the tokens of one piece have erased."""
+def _keys_and_gates(layer, projections: torch.Tensor, segment_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one piece's tokens, or segments, keys and gates β, each [1, T, H, r]; β is 0 where nothing is to be erased."""
     present = None
     if segment_ids is not None:
         projections, present, _ = segment_means(projections, segment_ids, None)
@@ -151,11 +151,19 @@ def _erased(layer, projections: torch.Tensor, segment_ids, state: torch.Tensor, 
     valid, _ = valid_tokens(projections, present)
     projections = torch.where(valid.unsqueeze(-1), projections, 0.0)
     _, keys, _, _, _, beta = split_projections(projections, bias.float(), layer.rule)
+    return keys, beta * valid[:, :, None, None]
+
+
+def _erased(
+    state: torch.Tensor, told: Sequence[tuple[torch.Tensor, torch.Tensor]], strength: float
+) -> torch.Tensor:  # fmt: skip
+    """One layer's state [1, H, r, r] after the tokens of all pieces, as ``_keys_and_gates`` has them, have erased."""
     # Hundreds of nearly shut gates, each opened ``strength`` times as far, would erase everything.
-    widest = (beta * valid[:, :, None, None]).amax((1, 3), keepdim=True).clamp(min=1e-30)
-    times = strength * (STATES * beta / widest).clamp(max=1).square()
-    shares = (1 - (1 - beta) ** times) * valid[:, :, None, None]
-    for key, share in zip(keys.unbind(1), shares.unbind(1)):
-        key = key.unsqueeze(-2)
-        state = state - (share * (state * key).sum(-1)).unsqueeze(-1) * key
+    widest = torch.cat([beta for _, beta in told], 1).amax((1, 3), keepdim=True).clamp(min=1e-30)
+    for keys, beta in told:
+        times = strength * (STATES * beta / widest).clamp(max=1).square()
+        shares = 1 - (1 - beta) ** times
+        for key, share in zip(keys.unbind(1), shares.unbind(1)):
+            key = key.unsqueeze(-2)
+            state = state - (share * (state * key).sum(-1)).unsqueeze(-1) * key
     return state

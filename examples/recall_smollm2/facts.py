@@ -5,8 +5,8 @@ brother"), ``{o}`` its object ("me"), ``{P}`` and ``{p}`` are its possessives, `
 the verb for "I" and "you", then for everybody else.
 
 Every fifth name and value is held out: the test alone has them. So are, of each relation, the sentences in ``new_``
-fields, whose wording training lacks, among them questions of a kind that it lacks altogether: no question of training
-is put as a request ("Remind me …").
+fields, whose wording training lacks. No question of training is put as a request ("Remind me …"), as all of these are;
+behind "Do you know" it can have the same clause.
 """
 
 from __future__ import annotations

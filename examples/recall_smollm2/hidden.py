@@ -27,7 +27,7 @@ ROWS = 64  # of one batch
 
 @dataclass
 class Seen:
-    """Inputs of one layer's attention, float32 [d] or [N, d] each, on the CPU.
+    """What one layer's attention sees and does; hidden states, its inputs, are float32 [d] or [N, d], on the CPU.
 
     Attributes:
         writing: each is what writes a token of a value; in SSW its segment's mean, which writes all of it.
@@ -35,7 +35,8 @@ class Seen:
         answering: of the tokens of answers before a value's.
         pairs: places in ``writing``, one for each of ``answering``.
         answers: the token ids of answers' values.
-        gradients: of their logits, less the mean of all logits, by the attention's output at the tokens before them.
+        gradients: float32 [d] each, by the attention's output at the token before: of its logit, less the mean of all,
+            and of those of the value's tokens behind it.
         written, read: what else writes, and what else reads.
     """
 
@@ -50,7 +51,7 @@ class Seen:
 
 
 def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Random) -> list[Seen]:
-    """Those of each layer that has a memory: of a few thousand statements, questions for half of them, and small talk.
+    """Those of each layer that has a memory: of a few thousand statements, questions for some of them, and small talk.
 
     Args:
         model: patched; its memory is not read.

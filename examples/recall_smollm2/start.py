@@ -37,7 +37,7 @@ RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
 KEY, NULL = 0.1, 1.0  # standard deviation of a key's components; its null direction where nothing is stated
 KINDS = 4  # of keys, at least: where there are fewer heads, layers have different ones
 LOGIT = 150.0  # what a value that is passed on without any loss would add to its token's, were all of it linear
-RESPONSE_RIDGE = 0.3
+RESPONSE_RIDGE = 0.3  # of the mean variance of the output layer's rows
 
 
 def structured_start(

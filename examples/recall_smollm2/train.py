@@ -46,7 +46,7 @@ class TrainOptions:
         lr: AdamW's; warmed up, constant, then linearly down to a fiftieth.
         decay: the last share of the steps, in which the rate goes down. Until then a run does not depend on ``steps``,
             and can be prolonged.
-        divergence_weight: of KL(frozen ‖ with memory) on such text.
+        divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
         pool: episodes of each count.
         clip: of the gradient's norm.
         seed: of weights and data.

@@ -201,7 +201,7 @@ def test_forget_takes_the_fact_and_leaves_the_others(strategy, left_most, kept_l
 
 @pytest.mark.parametrize("strategy", tuple(CONFIGS))
 def test_forget_is_the_erasure_that_it_says(strategy):
-    """S ← S − diag(1 − (1 − β)ⁿ) (S k) kᵀ, token by token, keys and gates as with an empty memory."""
+    """S ← S − diag(1 − (1 − β)ᵐ) (S k) kᵀ, token by token, keys and gates as with an empty memory."""
     from deltamem_fast.memory.watch import capture_projections
     from deltamem_fast.text.segments import segment_ids_from_messages
     from deltamem_kernels.reference.recurrence import split_projections
@@ -260,7 +260,7 @@ def test_forget_writes_nothing_and_strength_grades_it():
 
 def test_forgetting_leaves_what_nearly_shut_gates_point_to():
     """A thousand tokens' gates of 0.01 beside one that is open erase next to nothing, whatever their keys."""
-    from deltamem_fast.memory.telling import _erased
+    from deltamem_fast.memory.telling import _erased, _keys_and_gates
 
     model, _ = tiny()
     adapter = identity_of(model).memories[0]
@@ -272,9 +272,9 @@ def test_forgetting_leaves_what_nearly_shut_gates_point_to():
     size = rule.heads * rule.rank
     gates = slice(3 * size, 3 * size + rule.gate_width)
     projections[..., gates] = -4.6 - bias[: rule.gate_width].float()
-    shut = _erased(adapter, projections[:, :1000], None, state, 8.0)
     projections[:, 1000, gates] += 7.6
-    opened = _erased(adapter, projections, None, state, 8.0)
+    told = [_keys_and_gates(adapter, piece, None) for piece in projections.split([500, 501], 1)]  # in two pieces
+    shut, opened = _erased(state, told[:1], 8.0), _erased(state, told, 8.0)
     key = torch.nn.functional.normalize(projections[0, 1000, size : size + rule.rank].tanh(), dim=0)
     assert (shut - state).norm() > 0.9 * state.norm()  # alone, they are what the text states
     assert opened.norm() > 0.5 * state.norm()

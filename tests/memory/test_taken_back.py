@@ -100,14 +100,14 @@ def test_decay_and_zero_in_the_middle(model, memory, monkeypatch):
 
 
 def test_forget_in_the_middle_of_its_erasing(model, tokenizer, memory, monkeypatch):
-    before, erased = seen(memory), telling._erased
+    before, told = seen(memory), telling._keys_and_gates
 
     def second(adapter, *arguments):
         if adapter.layer_idx == 1:
             raise KeyboardInterrupt
-        return erased(adapter, *arguments)
+        return told(adapter, *arguments)
 
-    monkeypatch.setattr(telling, "_erased", second)
+    monkeypatch.setattr(telling, "_keys_and_gates", second)
     with pytest.raises(KeyboardInterrupt):
         forget(model, tokenizer, memory, TEXT)
     assert seen(memory) == before
