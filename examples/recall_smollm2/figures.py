@@ -51,9 +51,8 @@ def parts(layers: Sequence[Seen]) -> tuple[list[Seen], list[Seen]]:
     return fitted, others
 
 
-def response_figures(fitted: Seen, others: Seen, rows: torch.Tensor) -> tuple[float, float]:
+def response_figures(response: torch.Tensor, others: Seen, rows: torch.Tensor) -> tuple[float, float]:
     """Mean cosine of a logit's gradient with the token's row of the output layer, and with that row's response."""
-    response, _ = start.response_of(fitted, rows)
     given, gradients = rows[torch.tensor(others.answers)], torch.stack(others.gradients).double()
     own, found = (F.cosine_similarity(ways, gradients).mean().item() for ways in (given, given @ response))
     return own, found
@@ -123,7 +122,7 @@ def table(model: nn.Module, layers: Sequence[Seen]) -> list[str]:
     for index, memory, first, second in zip(memories[0].config.target_layers, memories, fitted, others):
         response, _ = start.response_of(first, rows)
         responses.append(F.normalize(rows @ response, dim=1))
-        figures = *response_figures(first, second, rows), *key_figures(memory, second)
+        figures = *response_figures(response, second, rows), *key_figures(memory, second)
         lines.append([str(index), *(f"{figure:.2f}" for figure in figures)])
     known = set(fitted[0].values)
     found = columns(lines)

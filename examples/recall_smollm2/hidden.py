@@ -71,13 +71,13 @@ def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Rand
         used = {token for tokens in values for token in tokens}
         for seen, states in zip(layers, hidden):
             seen.written.append(_others(states, row.segments, used))
-            seen.read.append(states[3::5])
+            seen.read.append(states[3::5].clone())
     texts = [encoder.told(talk(random, held_out=False)) for _ in range(TALKS)]
     for row, hidden in zip(texts, _inputs(model, [row.ids[:TALK_TOKENS] for row in texts])):
         segments = None if row.segments is None else row.segments[:TALK_TOKENS]
         for seen, states in zip(layers, hidden):
             seen.written.append(_others(states, segments, set()))
-            seen.read.append(states[::2])
+            seen.read.append(states[::2].clone())
     asked = [
         encoder.asked([Question(f.question(random), f.answer(), f.bare_value)], system=random.random() < SYSTEM)
         for f in facts[: int(len(facts) * ASKED)]
@@ -91,7 +91,7 @@ def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Rand
         others = random.sample(others, min(OTHERS, len(others)))
         for seen, states in zip(layers, hidden):
             if len(values) == len(places):
-                seen.answering += [states[i - 1] for i in values]
+                seen.answering += [states[i - 1].clone() for i in values]  # not a view of the whole batch
                 seen.pairs += places
             seen.read.append(states[others])
     return layers

@@ -266,14 +266,20 @@ def test_a_run_with_other_options_is_refused(tokenizer, tmp_path, small):
         train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train, seed=1), tmp_path / "run")
 
 
+def to_start(strategy, tokenizer, monkeypatch, facts, talks):
+    """A patched stand-in, its encoder and words; hidden states are of so many facts and talks."""
+    monkeypatch.setattr(example("hidden"), "FACTS", facts)
+    monkeypatch.setattr(example("hidden"), "TALKS", talks)
+    model = patch_model(stand_in(tokenizer), CONFIGS[strategy], backend="reference")
+    encoder = example("pool").Encoder(tokenizer, CONFIGS[strategy])
+    return model, encoder, example("facts").Words.of(tokenizer)
+
+
 @pytest.mark.parametrize("strategy", CONFIGS)
 def test_the_start_writes_values_reads_facts_and_shuts_out_the_rest(strategy, tokenizer, monkeypatch):
     """On a stand-in of random weights: each part of the start does what it is there for, on states of its own."""
-    start, hidden, pool, facts = (example(name) for name in ("start", "hidden", "pool", "facts"))
-    for key, value in {"FACTS": 240, "TALKS": 8}.items():
-        monkeypatch.setattr(hidden, key, value)
-    model = patch_model(stand_in(tokenizer), CONFIGS[strategy], backend="reference")
-    encoder, words = pool.Encoder(tokenizer, CONFIGS[strategy]), facts.Words.of(tokenizer)
+    start, hidden = example("start"), example("hidden")
+    model, encoder, words = to_start(strategy, tokenizer, monkeypatch, 240, 8)
     start.structured_start(model, encoder, words)
     seen = hidden.hidden_states(model, encoder, words, Random("start 0"))[0]
     memory = model.model.layers[1].self_attn.delta_memory
@@ -349,12 +355,9 @@ def test_a_frozen_models_response_is_found_from_gradients():
 
 @pytest.mark.parametrize("strategy", CONFIGS)
 def test_figures_of_the_start_are_of_statements_that_it_was_not_fitted_to(strategy, tokenizer, monkeypatch):
-    figures, hidden, pool, facts = (example(name) for name in ("figures", "hidden", "pool", "facts"))
-    for key, value in {"FACTS": 120, "TALKS": 4}.items():
-        monkeypatch.setattr(hidden, key, value)
-    model = patch_model(stand_in(tokenizer), CONFIGS[strategy], backend="reference")
-    encoder = pool.Encoder(tokenizer, CONFIGS[strategy])
-    layers = hidden.hidden_states(model, encoder, facts.Words.of(tokenizer), Random(0))
+    figures, hidden = example("figures"), example("hidden")
+    model, encoder, words = to_start(strategy, tokenizer, monkeypatch, 120, 4)
+    layers = hidden.hidden_states(model, encoder, words, Random(0))
     for seen, fitted, others in zip(layers, *figures.parts(layers)):
         for name in ("writing", "values", "answering", "answers", "gradients"):
             whole = [*getattr(fitted, name), *getattr(others, name)]
