@@ -162,24 +162,24 @@ def revise(
 def forget(
     model: nn.Module, tokenizer, memory: MemoryState, text: Text, *, strength: float | None = None
 ) -> WriteResult:
-    """Erase what a text's keys point to, in place, and write nothing.
+    """Erase what a text has written, in place, and write nothing.
 
-    The text is told to an empty memory, for the keys k and gates β of its tokens (one that knows it shuts its gates).
-    Each token then erases here where it would have been written::
+    The text is told to an empty memory, for the keys k, values v and gates β of its tokens (one that knows it shuts its
+    gates). Each token then erases here what points to its own value under its key::
 
-        S ← S − diag(1 − (1 − β)ᵐ) (S k) kᵀ,    m = n min(1, 4 β / (the head's widest gate in the text))²
+        S ← S − diag(1 − (1 − β)ᵐ) max(0, v̂ᵀ S k) v̂ kᵀ,    v̂ = v / ‖v‖,    m = n min(1, 4 β / widest)²
 
-    which is what m tellings' erasing comes to: n = ``strength`` for what the text states, and next to nothing for words
-    between whose gates are nearly shut. Nothing decays, no value is written. (SSW: one erasure for each segment, by its
-    mean.) Keys are shared: what other texts wrote under the same keys goes, too. `python -m bench.memory operators`
-    measures how much.
+    where ``widest`` is the head's widest gate in the text: n = ``strength`` tellings' erasing for what the text states,
+    and next to nothing for words between whose gates are nearly shut. Nothing decays, no value is written. (SSW: one
+    erasure for each segment, by its mean.) Keys are shared, values are alike: some of what other texts wrote goes, too.
+    `python -m bench.memory operators` measures how much.
 
     Args:
         model: patched.
         tokenizer: of the model.
         memory: of one conversation.
         text: what to forget, as it was said; see ``ingest``.
-        strength: n, 0 or more; None = 8, and 2 for SSW, whose gates are open wider.
+        strength: n, 0 or more; None = 16, and 4 for SSW, whose gates are open wider.
 
     Returns:
         How many tokens were told, and how many (token, layer) pairs of them had no finite key and erased nothing.

@@ -1,11 +1,13 @@
-"""A text told to a memory: checked and in encoded pieces, what came of it, and erasing what its keys point to."""
+"""A text told to a memory: checked and in encoded pieces, what came of it, and erasing what it writes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deltamem_kernels.reference.recurrence import split_projections, valid_tokens
@@ -23,7 +25,7 @@ from .watch import capture_projections
 Text = str | Sequence[Message]
 
 WRITE_TOKENS = 8192  # the write budget of the released recipe
-TOKEN_STRENGTH, SEGMENT_STRENGTH = 8.0, 2.0  # see bench/memory/operators.py
+TOKEN_STRENGTH, SEGMENT_STRENGTH = 16.0, 4.0  # see bench/memory/operators.py
 STATES = 4.0  # a token whose gate is open a quarter as wide as a text's widest counts as stating something
 
 
@@ -125,7 +127,7 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
             told = []
             for piece, projections in zip(pieces, found):
                 segments = None if piece.segments is None else piece.segments.to(device)
-                told.append(_keys_and_gates(layers[index], projections[index], segments))
+                told.append(writes_of(layers[index], projections[index], segments))
             memory.put(index, _erased(memory[index], told, strength), in_place=True)
     return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
 
@@ -141,8 +143,20 @@ def check_ready(model: nn.Module, memory) -> None:
     memory.check_whole()
 
 
-def _keys_and_gates(layer, projections: torch.Tensor, segment_ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one piece's tokens, or segments, keys and gates β, each [1, T, H, r]; β is 0 where nothing is to be erased."""
+class Writes(NamedTuple):
+    """What the tokens of a text, or its segments, write: each float32 [B, T, H, r]; a gate is 0 where nothing is."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    gates: torch.Tensor
+
+
+def writes_of(layer, projections: torch.Tensor, segment_ids: torch.Tensor | None) -> Writes:
+    """What a layer's raw projections, [B, T, W], write.
+
+    Args:
+        segment_ids: int64 [B, T], −1 = not written, for an adapter that writes segments; None = each token is written.
+    """
     present = None
     if segment_ids is not None:
         projections, present, _ = segment_means(projections, segment_ids, None)
@@ -150,20 +164,21 @@ def _keys_and_gates(layer, projections: torch.Tensor, segment_ids) -> tuple[torc
     projections = projections.float()
     valid, _ = valid_tokens(projections, present)
     projections = torch.where(valid.unsqueeze(-1), projections, 0.0)
-    _, keys, _, _, _, beta = split_projections(projections, bias.float(), layer.rule)
-    return keys, beta * valid[:, :, None, None]
+    _, keys, values, _, _, beta = split_projections(projections, bias.float(), layer.rule)
+    return Writes(keys, values, beta * valid[:, :, None, None])
 
 
-def _erased(
-    state: torch.Tensor, told: Sequence[tuple[torch.Tensor, torch.Tensor]], strength: float
-) -> torch.Tensor:  # fmt: skip
-    """One layer's state [1, H, r, r] after the tokens of all pieces, as ``_keys_and_gates`` has them, have erased."""
+def _erased(state: torch.Tensor, told: Sequence[Writes], strength: float) -> torch.Tensor:
+    """One layer's state [1, H, r, r] after what all pieces of a text write has been erased."""
     # Hundreds of nearly shut gates, each opened ``strength`` times as far, would erase everything.
-    widest = torch.cat([beta for _, beta in told], 1).amax((1, 3), keepdim=True).clamp(min=1e-30)
-    for keys, beta in told:
-        times = strength * (STATES * beta / widest).clamp(max=1).square()
-        shares = 1 - (1 - beta) ** times
-        for key, share in zip(keys.unbind(1), shares.unbind(1)):
+    widest = torch.cat([piece.gates for piece in told], 1).amax((1, 3), keepdim=True).clamp(min=1e-30)
+    for piece in told:
+        times = strength * (STATES * piece.gates / widest).clamp(max=1).square()
+        shares = 1 - (1 - piece.gates) ** times
+        ways = F.normalize(piece.values, dim=-1)
+        for key, way, share in zip(piece.keys.unbind(1), ways.unbind(1), shares.unbind(1)):
+            # Facts share keys, in eight dimensions they must: what else stands under the key stays.
             key = key.unsqueeze(-2)
-            state = state - (share * (state * key).sum(-1)).unsqueeze(-1) * key
+            written = ((state * key).sum(-1) * way).sum(-1, keepdim=True).clamp(min=0) * way
+            state = state - (share * written).unsqueeze(-1) * key
     return state

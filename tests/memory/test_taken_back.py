@@ -100,14 +100,14 @@ def test_decay_and_zero_in_the_middle(model, memory, monkeypatch):
 
 
 def test_forget_in_the_middle_of_its_erasing(model, tokenizer, memory, monkeypatch):
-    before, told = seen(memory), telling._keys_and_gates
+    before, told = seen(memory), telling.writes_of
 
     def second(adapter, *arguments):
         if adapter.layer_idx == 1:
             raise KeyboardInterrupt
         return told(adapter, *arguments)
 
-    monkeypatch.setattr(telling, "_keys_and_gates", second)
+    monkeypatch.setattr(telling, "writes_of", second)
     with pytest.raises(KeyboardInterrupt):
         forget(model, tokenizer, memory, TEXT)
     assert seen(memory) == before
