@@ -5,8 +5,8 @@ brother"), ``{o}`` its object ("me"), ``{P}`` and ``{p}`` are its possessives, `
 the verb for "I" and "you", then for everybody else.
 
 Every fifth name and value is held out: the test alone has them. So are, of each relation, the sentences in ``new_``
-fields, whose wording training lacks. No question of training is put as a request ("Remind me …"), as all of these are;
-behind "Do you know" it can have the same clause.
+fields, whose wording training lacks: they share no three words in a row with its sentences. No question of training is
+put as a request ("Remind me …"), as all of these are.
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ class Relation:
     answer: str
     new_statements: tuple[str, ...]
     new_questions: tuple[str, ...]
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All of them."""
+        asked = *self.questions, self.answer, *self.new_questions
+        return *self.statements, *self.updates, *self.new_statements, *asked
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,18 @@ class Fact:
         return _capital(text)
 
 
+def place_of(value: str, text: str, begin: int, end: int) -> tuple[int, int]:
+    """Where a value stands for the last time in a part of a text, as a word or words; its first letter and its end.
+
+    Raises:
+        ValueError: it does not.
+    """
+    found = [*re.finditer(rf"(?<!\w){re.escape(value)}(?!\w)", text[begin:end])]
+    if not found:
+        raise ValueError(f"value: {value!r} does not stand in {text[begin:end]!r}")
+    return begin + found[-1].start(), begin + found[-1].end()
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -126,7 +144,7 @@ class Words:
     Attributes:
         lower, capital: of small letters, and with a capital one.
         pieces: that can stand behind one, so that a value of several tokens is passed on token by token.
-        refused: what held-out values consist of, in small letters.
+        refused: what held-out values, and sentences without their values, consist of, in small letters.
     """
 
     lower: tuple[str, ...]
@@ -138,7 +156,10 @@ class Words:
     def of(cls, tokenizer, most: int = 4000) -> Words:
         """The ``most`` frequent of each kind that are one token behind a space, but for those in held-out values."""
         every = [value for relation in RELATIONS for value in part(relation.values, held_out=True)]
-        refused = frozenset(word.lower() for text in (*every, *part(NAMES, held_out=True)) for word in text.split())
+        refused = {word.lower() for text in (*every, *part(NAMES, held_out=True)) for word in text.split()}
+        # A value that is a word of its own sentence has no place of its own in it.
+        templates = [text for relation in RELATIONS for text in relation.templates]
+        refused = frozenset(refused | set(re.findall(r"[a-z]+", " ".join(templates).lower())))
         # Byte-pair merges come in the order of their frequency, and their ids with them.
         tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = [token[1:] for token, _ in tokens if re.fullmatch(r"Ġ[A-Za-z][a-z]{2,}", token)]
@@ -187,7 +208,8 @@ def draw_facts(
         key = (subject.said, relation.name)
         if key not in taken:
             taken.add(key)
-            value = random.choice(part(relation.values, held_out and not known_values))
+            values = part(relation.values, held_out and not known_values)
+            value = random.choice([value for value in values if value != subject.said])
             if words is not None and random.random() < WORDS:
                 value = words.instead_of(value, random)
             facts.append(Fact(subject, relation, value))
@@ -268,8 +290,8 @@ HOBBIES = split(
     |skating"""
 )
 INSTRUMENTS = split(
-    """piano|violin|guitar|cello|flute|trumpet|drums|harp|clarinet|saxophone|trombone|banjo|ukulele|accordion|organ|oboe
-    |tuba|mandolin|harmonica|viola"""
+    """piano|violin|guitar|cello|flute|trumpet|bagpipes|harp|clarinet|saxophone|trombone|banjo|ukulele|accordion|organ
+    |oboe|tuba|mandolin|harmonica|viola"""
 )
 LANGUAGES = split(
     """Spanish|French|German|Italian|Portuguese|Russian|Chinese|Japanese|Korean|Arabic|Hindi|Turkish|Greek|Polish|Dutch
@@ -307,8 +329,8 @@ RELATIONS = (
          "Do you know where {s} [live|lives]?", "In which city is {p} home?", "Where is {p} flat?",
          "What town [do|does] {s} call home?"),
         "{S} [live|lives] in {v}.",
-        ("{S} [rent|rents] a small place in {v}.", "The city where {s} [live|lives] is {v}."),
-        ("Remind me which city {s} [live|lives] in.", "Tell me the city {p} home is in."),
+        ("{S} [rent|rents] a small place in {v}.", "The city of {v} is home to {o}."),
+        ("Remind me of {p} city.", "Tell me the town {s} [go|goes] home to."),
     ),
     Relation(
         "birthplace", CITIES,
@@ -321,13 +343,13 @@ RELATIONS = (
          "Where is {p} family from?"),
         "{S} [were|was] born in {v}.",
         ("{S} first saw the light of day in {v}.", "{P} childhood was spent in {v}."),
-        ("Remind me where {s} was born.", "Tell me {p} place of birth."),
+        ("Remind me of the town of {p} birth.", "Tell me {p} place of birth."),
     ),
     Relation(
         "job", JOBS,
-        ("{S} [work|works] as {v}.", "{S} [am|is] {v}.", "{P} job: {v}.", "{S} [earn|earns] a living as {v}.",
-         "{S} found work as {v}.", "{S} trained to be {v}, and that is {p} job.", "{S} got hired as {v}.",
-         "In {p} work as {v}, {s} [meet|meets] many people."),
+        ("{S} [work|works] as {v}.", "{S} [am|is] {v}.", "{P} trade is that of {v}.",
+         "{S} [earn|earns] a living as {v}.", "{S} found work as {v}.", "{S} trained to be {v}, and that is {p} job.",
+         "{S} got hired as {v}.", "In {p} work as {v}, {s} [meet|meets] many people."),
         ("{S} [work|works] as {v} now.", "{S} changed jobs and [am|is] {v} now."),
         ("What [do|does] {s} do for a living?", "What is {p} job?", "What [do|does] {s} work as?",
          "Do you know what {p} job is?", "What kind of work [do|does] {s} do?", "How [do|does] {s} earn a living?",
@@ -347,7 +369,7 @@ RELATIONS = (
          "Which pet [do|does] {s} own?"),
         "{S} [have|has] {v}.",
         ("The animal in {p} house is {v}.", "{S} [share|shares] the house with {v}."),
-        ("Remind me what animal {s} [have|has].", "Tell me which pet lives with {o}."),
+        ("Name the animal that belongs to {o}.", "Tell me the kind of pet at {p} place."),
     ),
     Relation(
         "pet name", PET_NAMES,
@@ -360,12 +382,12 @@ RELATIONS = (
          "Which name does {p} dog have?", "By what name does {p} puppy go?"),
         "{P} dog is called {v}.",
         ("The dog at {p} place answers to {v}.", "{S} [call|calls] the dog {v}."),
-        ("Remind me of {p} dog's name.", "Tell me how {s} [call|calls] the dog."),
+        ("Remind me of the name on {p} dog's collar.", "Tell me how {s} [call|calls] the dog."),
     ),
     Relation(
         "food", FOODS,
         ("{P} favourite food is {v}.", "{S} [love|loves] {v}.", "{S} [like|likes] {v} best.",
-         "{S} could eat {v} every day.", "When hungry, {s} [want|wants] {v}.", "Give {o} {v} and all is well.",
+         "{S} could eat {v} every day.", "When hungry, {s} [want|wants] {v}.", "With {v}, {s} [am|is] always happy.",
          "{S} cannot resist {v}.", "For dinner {s} [choose|chooses] {v} whenever possible."),
         ("{P} favourite food is {v} now.", "Lately {s} [prefer|prefers] {v}."),
         ("What is {p} favourite food?", "What food [do|does] {s} like best?", "What [do|does] {s} love to eat?",
@@ -378,15 +400,15 @@ RELATIONS = (
     Relation(
         "drink", DRINKS,
         ("{P} favourite drink is {v}.", "{S} always [order|orders] {v}.", "{S} [drink|drinks] {v} every day.",
-         "{S} usually [drink|drinks] {v}.", "When thirsty, {s} [take|takes] {v}.", "With meals {s} [take|takes] {v}.",
-         "{S} cannot start the day without {v}.", "At breakfast {s} [have|has] {v}."),
+         "{S} usually [drink|drinks] {v}.", "When thirsty, {s} [reach|reaches] for {v}.",
+         "With meals {s} [have|has] {v}.", "{S} cannot start the day without {v}.", "At breakfast {s} [have|has] {v}."),
         ("{P} favourite drink is {v} now.", "{S} [drink|drinks] {v} these days."),
         ("What is {p} favourite drink?", "What [do|does] {s} usually drink?", "What drink [do|does] {s} order?",
          "Do you know what {s} [drink|drinks]?", "Which drink is {p} favourite?",
          "What [do|does] {s} have at breakfast?", "What [do|does] {s} drink every day?"),
         "{P} favourite drink is {v}.",
         ("In a bar {s} [ask|asks] for {v}.", "{P} glass is usually filled with {v}."),
-        ("Remind me what {s} [like|likes] to drink.", "Tell me which drink {s} [prefer|prefers]."),
+        ("Remind me of {p} usual beverage.", "Tell me which drink {s} [prefer|prefers]."),
     ),
     Relation(
         "color", COLORS,
@@ -399,40 +421,41 @@ RELATIONS = (
          "Do you know {p} favourite color?", "What color did {s} choose?", "Which color [do|does] {s} wear?",
          "What is the color {s} [like|likes] most?"),
         "{P} favourite color is {v}.",
-        ("Of all colors {s} [prefer|prefers] {v}.", "The color {s} [love|loves] is {v}."),
+        ("Of all colors {s} [prefer|prefers] {v}.", "No color pleases {o} more than {v}."),
         ("Remind me which color {s} [prefer|prefers].", "Tell me the color that {s} [love|loves]."),
     ),
     Relation(
         "birthday", DATES,
         ("{P} birthday is on {v}.", "{S} was born on {v}.", "Every year {s} [celebrate|celebrates] on {v}.",
-         "{P} birthday: {v}.", "It was on {v} that {s} was born.", "{P} party is on {v}, on the birthday itself.",
-         "{S} [have|has] a birthday on {v}.", "The date of {p} birth is {v}."),
+         "{P} birthday falls on {v}.", "It was on {v} that {s} was born.",
+         "{P} party is on {v}, on the birthday itself.", "{S} [have|has] a birthday on {v}.",
+         "The date of {p} birth is {v}."),
         ("No, {p} birthday is on {v}.", "I got it wrong, {p} birthday is {v}."),
         ("When is {p} birthday?", "What date is {p} birthday?", "On which day is {p} birthday?",
          "Do you know when {p} birthday is?", "When was {s} born?", "When [do|does] {s} celebrate?",
          "What is the date of {p} birth?"),
         "{P} birthday is on {v}.",
         ("On {v} {s} [turn|turns] a year older.", "{P} cake and candles come on {v}."),
-        ("Remind me of {p} birthday.", "Tell me the date of {p} birthday."),
+        ("Remind me of {p} birthday.", "Tell me on what date to congratulate {o}."),
     ),
     Relation(
         "car", CARS,
         ("{S} [drive|drives] {v}.", "The vehicle {s} [own|owns] is {v}.", "{P} vehicle is {v}.",
-         "{S} [go|goes] to work in {v}.", "{S} got behind the wheel of {v}.", "{P} new car is {v}.",
-         "Each morning {s} [start|starts] {v} and [leave|leaves].", "{S} [travel|travels] everywhere in {v}."),
+         "{S} [use|uses] {v} to get to work.", "{S} got behind the wheel of {v}.", "{P} new vehicle is {v}.",
+         "Each morning {s} [start|starts] {v} and [leave|leaves].", "{S} [get|gets] everywhere with {v}."),
         ("{S} bought {v} and [drive|drives] it now.", "{S} [drive|drives] {v} now."),
         ("What [do|does] {s} drive?", "What vehicle [do|does] {s} have?", "Which car [do|does] {s} drive?",
          "Do you know what {s} [drive|drives]?", "What kind of car is {p} vehicle?", "What car [do|does] {s} own?",
-         "In what [do|does] {s} go to work?"),
+         "What [do|does] {s} use to get to work?"),
         "{S} [drive|drives] {v}.",
         ("In {p} garage stands {v}.", "{S} [park|parks] {v} in front of the house."),
-        ("Remind me what {s} [drive|drives].", "Tell me which vehicle {s} [use|uses]."),
+        ("Remind me of {p} make of car.", "Tell me which vehicle {s} [use|uses]."),
     ),
     Relation(
         "hobby", HOBBIES,
         ("{P} hobby is {v}.", "{S} [spend|spends] weekends on {v}.", "{S} [enjoy|enjoys] {v}.",
          "{S} [am|is] really into {v}.", "It is {v} that {s} [do|does] to relax.",
-         "On Sundays {s} [go|goes] for {v}.", "{S} started with {v} as a child.",
+         "On Sundays it is {v} for {o}.", "{S} started with {v} as a child.",
          "What {s} [like|likes] doing is {v}."),
         ("{P} new hobby is {v}.", "{S} took up {v} instead."),
         ("What is {p} hobby?", "What [do|does] {s} do at weekends?", "What [do|does] {s} enjoy doing?",
@@ -446,7 +469,7 @@ RELATIONS = (
         "instrument", INSTRUMENTS,
         ("{S} [play|plays] the {v}.", "{P} instrument is the {v}.", "{S} [practise|practises] the {v} every day.",
          "{S} [take|takes] lessons on the {v}.", "The {v} is what {s} [play|plays].",
-         "{S} learned the {v} at school.", "{S} [own|owns] an old {v} and [play|plays] it well.",
+         "{S} learned the {v} at school.", "{S} bought the {v} second-hand and [play|plays] well.",
          "{S} gave a concert on the {v}."),
         ("{S} [play|plays] the {v} now.", "{S} switched to the {v}."),
         ("What instrument [do|does] {s} play?", "Which instrument [do|does] {s} practise?", "What is {p} instrument?",
@@ -454,13 +477,13 @@ RELATIONS = (
          "What instrument did {s} learn?", "What [do|does] {s} play?"),
         "{S} [play|plays] the {v}.",
         ("In the orchestra {s} [sit|sits] at the {v}.", "You can hear {o} on the {v}."),
-        ("Remind me which instrument {s} [play|plays].", "Tell me what {s} [play|plays] in the band."),
+        ("Remind me of {p} musical instrument.", "Name the instrument in {p} hands."),
     ),
     Relation(
         "language", LANGUAGES,
         ("{S} [am|is] learning {v}.", "{S} [study|studies] {v}.", "{S} [take|takes] {v} lessons.",
          "{S} [speak|speaks] {v}.", "At school {s} [take|takes] {v}.", "Every evening {s} [practise|practises] {v}.",
-         "{S} can talk in {v} already.", "{P} teacher speaks {v} with {o}."),
+         "{S} can hold a conversation in {v}.", "{P} teacher speaks {v} with {o}."),
         ("{S} [am|is] learning {v} now.", "{S} switched to learning {v}."),
         ("What language [am|is] {s} learning?", "Which language [do|does] {s} study?",
          "What language [do|does] {s} speak?", "Do you know what language {s} [am|is] learning?",
@@ -468,13 +491,13 @@ RELATIONS = (
          "In what language [do|does] {s} take lessons?"),
         "{S} [are|is] learning {v}.",
         ("{P} language course is {v}.", "{S} [read|reads] books in {v}."),
-        ("Remind me which language {s} [am|is] learning.", "Tell me {p} new language."),
+        ("Remind me which foreign tongue {s} [know|knows].", "Tell me {p} new language."),
     ),
     Relation(
         "allergy", ALLERGIES,
         ("{S} [am|is] allergic to {v}.", "{S} [have|has] an allergy to {v}.", "{S} must avoid {v}.",
          "{P} allergy is {v}.", "{S} cannot have any {v} because of an allergy.",
-         "The allergy {s} [have|has] is to {v}.", "No {v} for {o}, because of an allergy.",
+         "The allergy {s} [have|has] is to {v}.", "Because of an allergy {s} cannot eat or touch {v}.",
          "{S} [react|reacts] badly to {v}."),
         ("It turned out that {s} [am|is] allergic to {v}.", "The doctor says {s} [am|is] allergic to {v}."),
         ("What [am|is] {s} allergic to?", "Which allergy [do|does] {s} have?", "What must {s} avoid?",
@@ -488,28 +511,28 @@ RELATIONS = (
         "keys", PLACES,
         ("{S} left the keys in the {v}.", "{P} keys are in the {v}.", "{S} [keep|keeps] the keys in the {v}.",
          "{S} put the keys in the {v}.", "The {v} is where {p} keys are.", "{P} keys were last seen in the {v}.",
-         "{S} forgot the keys in the {v}.", "If you need {p} keys, go to the {v}."),
+         "{S} forgot the keys in the {v}.", "If you need {p} keys, they lie in the {v}."),
         ("{S} moved the keys to the {v}.", "{P} keys are in the {v} now."),
         ("Where are {p} keys?", "Where did {s} leave the keys?", "Where did {s} put the keys?",
          "Do you know where {p} keys are?", "In what place are {p} keys?", "Where [do|does] {s} keep the keys?",
          "Where were {p} keys last seen?"),
         "{P} keys are in the {v}.",
-        ("{S} [hide|hides] the keys in the {v}.", "You find {p} keys in the {v}."),
-        ("Remind me where {p} keys are.", "Tell me where to look for {p} keys."),
+        ("The {v} holds {p} keys.", "Look in the {v} for {p} keys."),
+        ("Remind me of the spot with {p} keys.", "Tell me where to look for {p} keys."),
     ),
     Relation(
         "meeting", DAYS,
         ("{P} meeting is on {v}.", "{S} [have|has] a meeting on {v}.", "{P} appointment is on {v}.",
          "{S} [see|sees] the doctor on {v}.", "On {v} {s} [have|has] to be at a meeting.",
-         "Come {v}, {s} [have|has] a meeting.", "They invited {o} to a meeting on {v}.",
+         "When {v} comes, {s} [have|has] a meeting.", "They invited {o} to a meeting on {v}.",
          "{S} [meet|meets] the team on {v}."),
         ("{P} meeting was moved to {v}.", "{P} meeting is on {v} now."),
         ("When is {p} meeting?", "Which day is {p} meeting?", "On what day [do|does] {s} have an appointment?",
          "Do you know when {p} meeting is?", "On which day is {p} meeting?", "What day is {p} appointment?",
          "When [do|does] {s} have a meeting?"),
         "{P} meeting is on {v}.",
-        ("{P} calendar has a meeting on {v}.", "{S} [am|is] expected at the office on {v}."),
-        ("Remind me of the day of {p} meeting.", "Tell me which day {p} meeting is."),
+        ("{P} calendar keeps {v} free for the meeting.", "{S} [am|is] expected at the office on {v}."),
+        ("Remind me of the day of {p} meeting.", "Name the weekday of {p} meeting."),
     ),
     Relation(
         "train", TIMES,
@@ -522,7 +545,7 @@ RELATIONS = (
          "What time [do|does] {s} have to leave?"),
         "{P} train leaves at {v}.",
         ("{S} must be at the station at {v}.", "{P} ticket says {v}."),
-        ("Remind me when {p} train goes.", "Tell me the time of {p} train."),
+        ("Remind me of {p} time of departure.", "Tell me the time of {p} train."),
     ),
     Relation(
         "room", NUMBERS,
@@ -535,7 +558,7 @@ RELATIONS = (
          "What is the number of {p} room?"),
         "{P} room number is {v}.",
         ("You can knock for {o} at room {v}.", "{P} door has the number {v}."),
-        ("Remind me of {p} room number.", "Tell me the number on {p} door."),
+        ("Remind me at which door to knock for {o}.", "Tell me the number on {p} door."),
     ),
     Relation(
         "age", NUMBERS,
@@ -547,13 +570,13 @@ RELATIONS = (
          "Do you know how old {s} [am|is]?", "What age [am|is] {s}?", "What age did {s} reach?",
          "How many years [have|has] {s} lived?"),
         "{S} [are|is] {v} years old.",
-        ("There were {v} candles on {p} cake.", "{S} [have|has] lived for {v} years."),
-        ("Remind me how old {s} [am|is].", "Tell me {p} age."),
+        ("There were {v} candles on {p} cake.", "{P} passport counts {v} years."),
+        ("Remind me how many candles {p} cake needs.", "Tell me {p} age."),
     ),
     Relation(
         "holiday", COUNTRIES,
         ("{S} [am|is] going to {v} in summer.", "{S} [plan|plans] a trip to {v}.", "{P} next holiday is in {v}.",
-         "{S} booked a flight to {v}.", "It is {v} where {s} [go|goes] on holiday.",
+         "{S} booked a flight to {v}.", "It is {v} that {s} [visit|visits] on holiday.",
          "{S} [want|wants] to see {v} this year.", "{P} vacation will be in {v}.",
          "In August {s} [fly|flies] to {v}."),
         ("{P} plans changed: {s} [am|is] going to {v}.", "{S} [am|is] going to {v} instead."),
@@ -576,19 +599,20 @@ RELATIONS = (
          "What is {p} new possession?"),
         "{S} bought {v}.",
         ("{S} came home from the shop with {v}.", "{P} money went into {v}."),
-        ("Remind me what {s} bought.", "Tell me about {p} purchase."),
+        ("Remind me of {p} last purchase.", "Name the thing {s} spent money on."),
     ),
     Relation(
         "partner", NAMES,
         ("{P} partner is called {v}.", "{S} [am|is] married to {v}.", "{P} partner's name is {v}.",
          "{S} [live|lives] together with {v}.", "It is {v} that {s} [am|is] married to.",
-         "{S} met {v} and got married.", "{S} and {v} are a couple.", "{P} wedding with {v} was last year."),
+         "{S} met {v} and got married.", "Since May {s} [am|is] together with {v}.",
+         "{P} wedding to {v} was last year."),
         ("{P} new partner is called {v}.", "{S} [am|is] with {v} now."),
         ("What is {p} partner called?", "Who [am|is] {s} married to?", "What is the name of {p} partner?",
          "Do you know who {p} partner is?", "What is the name of the person {s} [live|lives] with?",
          "Who did {s} marry?", "Who is {p} partner?"),
         "{P} partner is called {v}.",
         ("{S} said yes to {v}.", "The love of {p} life is {v}."),
-        ("Remind me of {p} partner's name.", "Tell me who {s} [am|is] with."),
+        ("Remind me of {p} spouse.", "Tell me whom {s} [love|loves]."),
     ),
 )  # fmt: skip

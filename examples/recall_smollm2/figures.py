@@ -37,23 +37,34 @@ def parts(layers: Sequence[Seen]) -> tuple[list[Seen], list[Seen]]:
         told = seen.pairs[answered]
         # In SSW several tokens of an answer have one segment.
         answered = seen.pairs.index(told)
+        # Those behind the last pair are not asked for.
+        asked = max(seen.pairs) + 1
+        rest = asked + int(FITTED * (len(seen.writing) - asked))
+        given = int(FITTED * len(seen.answers))
         first = replace(
-            seen, writing=seen.writing[:told], values=seen.values[:told], answering=seen.answering[:answered],
-            pairs=seen.pairs[:answered], answers=seen.answers[:answered], gradients=seen.gradients[:answered],
+            seen, writing=seen.writing[:told] + seen.writing[asked:rest],
+            values=seen.values[:told] + seen.values[asked:rest], answering=seen.answering[:answered],
+            pairs=seen.pairs[:answered], answers=seen.answers[:given], gradients=seen.gradients[:given],
         )  # fmt: skip
         second = replace(
-            seen, writing=seen.writing[told:], values=seen.values[told:], answering=seen.answering[answered:],
-            pairs=[place - told for place in seen.pairs[answered:]], answers=seen.answers[answered:],
-            gradients=seen.gradients[answered:],
+            seen, writing=seen.writing[told:asked] + seen.writing[rest:],
+            values=seen.values[told:asked] + seen.values[rest:], answering=seen.answering[answered:],
+            pairs=[place - told for place in seen.pairs[answered:]], answers=seen.answers[given:],
+            gradients=seen.gradients[given:],
         )  # fmt: skip
         fitted.append(first)
         others.append(second)
     return fitted, others
 
 
-def response_figures(response: torch.Tensor, others: Seen, rows: torch.Tensor) -> tuple[float, float]:
-    """Mean cosine of a logit's gradient with the token's row of the output layer, and with that row's response."""
-    given, gradients = rows[torch.tensor(others.answers)], torch.stack(others.gradients).double()
+def response_figures(response: torch.Tensor, fitted: Seen, others: Seen, rows: torch.Tensor) -> tuple[float, float]:
+    """Mean cosine of a logit's gradient with the token's row of the output layer, and with that row's response.
+
+    Of tokens that no fitted answer has.
+    """
+    places = [i for i, token in enumerate(others.answers) if token not in set(fitted.answers)]
+    given = rows[torch.tensor([others.answers[i] for i in places])]
+    gradients = torch.stack([others.gradients[i] for i in places]).double()
     own, found = (F.cosine_similarity(ways, gradients).mean().item() for ways in (given, given @ response))
     return own, found
 
@@ -122,7 +133,7 @@ def table(model: nn.Module, layers: Sequence[Seen]) -> list[str]:
     for index, memory, first, second in zip(memories[0].config.target_layers, memories, fitted, others):
         response, _ = start.response_of(first, rows)
         responses.append(F.normalize(rows @ response, dim=1))
-        figures = *response_figures(response, second, rows), *key_figures(memory, second)
+        figures = *response_figures(response, first, second, rows), *key_figures(memory, second)
         lines.append([str(index), *(f"{figure:.2f}" for figure in figures)])
     known = set(fitted[0].values)
     found = columns(lines)

@@ -16,11 +16,15 @@ from deltamem_fast import memory_disabled
 
 
 @contextlib.contextmanager
-def upper_layers(model: nn.Module, first: int) -> Iterator[None]:
-    """Inside, the decoder of ``model`` consists of its layers from ``first`` on: ``inputs_embeds`` is their input."""
+def upper_layers(model: nn.Module, first: int, stop: int | None = None) -> Iterator[None]:
+    """Inside, the decoder of ``model`` consists of its layers from ``first`` on: ``inputs_embeds`` is their input.
+
+    Args:
+        stop: the first one that is left out again; None = all are there.
+    """
     decoder = model.model
     layers = decoder.layers
-    decoder.layers = nn.ModuleList(layers[first:])
+    decoder.layers = nn.ModuleList(layers[first:stop])
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from deltamem_fast import memory_disabled
 from deltamem_fast.adapter.record import record_of
 
 from .episodes import OPENINGS, Question, message, opened, talk
-from .facts import Fact, Words, draw_facts
+from .facts import Fact, Words, draw_facts, place_of
 from .pool import Asked, Encoder, Told
 
 FACTS, TALKS, TALK_TOKENS = 3200, 120, 96
@@ -112,8 +112,7 @@ def _statements(encoder: Encoder, random: Random, facts: Sequence[Fact]) -> tupl
     for fact, sentence in zip(facts, sentences):
         begin = text.index(sentence, end)
         end = begin + len(sentence)
-        start = text.rindex(fact.bare_value, begin, end)
-        stop = start + len(fact.bare_value)
+        start, stop = place_of(fact.bare_value, text, begin, end)
         values.append([i for i, (a, b) in enumerate(offsets) if b > start and a < stop])
     return encoder.told(messages, system=system), values
 

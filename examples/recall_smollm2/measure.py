@@ -82,15 +82,12 @@ def answers(
     return [encoder.tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in found]
 
 
-def recalled(
-    model: nn.Module, encoder: Encoder, episodes: Sequence[Episode], condition: str, between: Sequence[Told] = ()
-) -> list[Answer]:
+def recalled(model: nn.Module, encoder: Encoder, episodes: Sequence[Episode], condition: str) -> list[Answer]:
     """The answers to all questions, each asked in a context of its own.
 
     Args:
         condition: ``memory``; an ``empty memory``; the ``bare`` model, which sees the question alone; the bare model
             that has what was told in its ``context``.
-        between: texts that are told behind the facts, one an episode.
     """
     found: list[Answer] = []
     for first in range(0, len(episodes), ROWS):
@@ -100,8 +97,6 @@ def recalled(
             memory = MemoryState.zeros(model, len(part))
         if condition == "memory":
             tell(model, encoder, [encoder.told(episode.told) for episode in part], memory)
-            if between:
-                tell(model, encoder, between[first : first + ROWS], memory)
         asked = [(row, question) for row, episode in enumerate(part) for question in episode.questions]
         for start in range(0, len(asked), ROWS):
             some = asked[start : start + ROWS]

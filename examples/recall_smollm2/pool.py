@@ -10,7 +10,7 @@ from random import Random
 from deltamem_fast import DeltaMemConfig, segment_ids_from_messages
 
 from .episodes import Episode, Question, draw_episode, message, talk
-from .facts import Words
+from .facts import Words, place_of
 
 COUNTS = (1, 2, 4, 8)  # facts of an episode
 CONTEXTS = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 4)}  # in which they are told
@@ -78,8 +78,7 @@ class Encoder:
             header = self.ids(self.render(chat, prompt=True)[len(before) :])
             chat.append(message("assistant", question.answer))
             found = self.tokenizer(question.answer, add_special_tokens=False, return_offsets_mapping=True)
-            start = question.answer.index(question.value)
-            stop = start + len(question.value)
+            start, stop = place_of(question.value, question.answer, 0, len(question.answer))
             ids += header + found["input_ids"] + end
             weights += [0.0] * len(header)
             weights += [1.0 if b > start and a < stop else OTHER for a, b in found["offset_mapping"]]
@@ -121,9 +120,10 @@ class Pool:
     def step(self, step: int, count: int, system: bool) -> list[tuple[list[Told], Asked]]:
         """The episodes of a step, all of ``count`` facts told in as many contexts."""
         ways = len(CONTEXTS[count])
-        contexts = CONTEXTS[count][step % ways]
+        turn = step // 2 % ways  # every other step tells a text, too: each number of contexts has both
+        contexts = CONTEXTS[count][turn]
         # An episode is always told in the same contexts: what the lower layers make of it is kept.
-        allowed = range(step % ways, self.size, ways)
+        allowed = range(turn, self.size, ways)
         places = Random(f"{self.seed} {step}").sample(allowed, min(ROWS[count], len(allowed)))
         return [self.episode(count, place, system, contexts) for place in places]
 

@@ -35,6 +35,10 @@ OPEN, SHUT = 2.0, -5.0
 # Of the mean variance, added to it: hidden states have directions with hardly any. Correlations fit noise sooner.
 RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
 KEY, NULL = 0.1, 1.0  # standard deviation of a key's components; its null direction where nothing is stated
+# A head's first components have nothing of facts: in keys one where nothing is stated, in queries one where nothing is
+# answered; the others are for facts.
+NULL_KEY, NULL_QUERY = 0, 1
+NULLS = 2
 KINDS = 4  # of keys, at least: where there are fewer heads, layers have different ones
 LOGIT = 150.0  # what a value that is passed on without any loss would add to its token's, were all of it linear
 RESPONSE_RIDGE = 0.3  # of the mean variance of the output layer's rows
@@ -157,16 +161,16 @@ def _set_keys(memory: nn.Module, seen: Seen, place: int) -> None:
     across = (keys - keys.mean(0)).T @ (answering - answering.mean(0)) / len(keys)
     left, _, right = torch.linalg.svd(a @ across @ b)
     for projection, ways, mean, null, direction in (
-        (memory.memory_k_proj, (a @ left).T, keys.mean(0), _indicator(writing, _some(seen.written)), 0),
-        (memory.memory_q_proj, (b @ right.T).T, answering.mean(0), _indicator(answering, _some(seen.read)), 1),
+        (memory.memory_k_proj, (a @ left).T, keys.mean(0), _indicator(writing, _some(seen.written)), NULL_KEY),
+        (memory.memory_q_proj, (b @ right.T).T, answering.mean(0), _indicator(answering, _some(seen.read)), NULL_QUERY),
     ):
         ways = _without(ways, mean)
         found = torch.zeros(heads, rank, len(mean), dtype=torch.float64)
         found[:, direction] = NULL * null
         kinds = max(heads, KINDS)
         for head in range(heads):
-            components = ways[(head + place) % kinds :: kinds][: rank - 2]
-            found[head, 2 : 2 + len(components)] = KEY * components
+            components = ways[(head + place) % kinds :: kinds][: rank - NULLS]
+            found[head, NULLS : NULLS + len(components)] = KEY * components
         projection.copy_(found.flatten(0, 1))
 
 

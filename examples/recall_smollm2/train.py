@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -47,6 +48,7 @@ class TrainOptions:
         decay: the last share of the steps, in which the rate goes down. Until then a run does not depend on ``steps``,
             and can be prolonged.
         divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
+        overlap_weight: of the mean squared cosine of the keys under which a step's facts are written.
         pool: episodes of each count.
         clip: of the gradient's norm.
         seed: of weights and data.
@@ -57,6 +59,7 @@ class TrainOptions:
     lr: float = 3e-3
     decay: float = 0.4
     divergence_weight: float = 10.0
+    overlap_weight: float = 3.0
     pool: int = 2000
     clip: float = 1.0
     seed: int = 0
@@ -92,13 +95,33 @@ def settles(step: int) -> bool:
     return step % 2 == 1
 
 
-def step_losses(
-    trainee: Trainee, pool: Pool, step: int, level: int, options: TrainOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss of the answers, which values were right, and the divergence on text, or None in steps without one."""
+@dataclass(frozen=True)
+class StepLosses:
+    """What a step comes to; float32 scalars on the graph but for ``right``.
+
+    Attributes:
+        answer: of the answers; see ``Trainee.answer``.
+        right: bool, which values were likeliest.
+        overlap: of the keys; see overlap.py.
+        divergence: on text; None in steps without one.
+    """
+
+    answer: torch.Tensor
+    right: torch.Tensor
+    overlap: torch.Tensor
+    divergence: torch.Tensor | None
+
+    def total(self, options: TrainOptions) -> torch.Tensor:
+        """What is minimized."""
+        found = self.answer + options.overlap_weight * self.overlap
+        return found if self.divergence is None else found + options.divergence_weight * self.divergence
+
+
+def step_losses(trainee: Trainee, pool: Pool, step: int, level: int, options: TrainOptions) -> StepLosses:
+    """Tell a step's facts, ask for them, and, in every other step, tell a text behind them."""
     told, asked = zip(*pool.step(step, *drawn_of(step, level, options)))
     memory = MemoryState.zeros(trainee.model, len(told))
-    trainee.tell(told, memory)
+    overlap = trainee.tell(told, memory)
     divergence = None
     if settles(step):
         # Behind every other row's facts; the other rows' are asked for at once.
@@ -106,8 +129,7 @@ def step_losses(
         memories = memory.select(texted), memory.select(range(1, len(told), 2))
         divergence = trainee.divergence(pool.texts(step, len(texted)), memories[0], Random(step))
         memory, asked = MemoryState.cat(memories), asked[0::2] + asked[1::2]
-    answer, right = trainee.answer(asked, memory)
-    return answer, right, divergence
+    return StepLosses(*trainee.answer(asked, memory), overlap, divergence)
 
 
 @torch.no_grad()
@@ -171,23 +193,22 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
     output.mkdir(parents=True, exist_ok=True)
-    first, spent, level = _resume(output, config, options, trained, optimizer)
+    first, spent, level, found = _resume(output, config, options, trained, optimizer)
     if not first:
         structured_start(model, encoder, pool.words, options.seed, kept.seen)
         whole = estimate(trainee, pool, options) / 60
         print(f"{output.name}: {options.steps} steps, about {whole:.0f} minutes on {model.device}", file=sys.stderr)
     _cut(output / LOG, first)
-    began, sums, step = time.monotonic() - spent, _Sums(), first
+    began, sums, done = time.monotonic() - spent, _Sums(found), first
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-        answer, right, divergence = step_losses(trainee, pool, step, level, options)
-        loss = answer if divergence is None else answer + options.divergence_weight * divergence
+        losses = step_losses(trainee, pool, step, level, options)
         optimizer.zero_grad()
-        loss.backward()
+        losses.total(options).backward()
         nn.utils.clip_grad_norm_(trained.values(), options.clip, error_if_nonfinite=True)
         optimizer.step()
-        sums.add(answer, right, divergence)
+        sums.add(losses)
         done, now = step + 1, time.monotonic() - began
         stopped = now - spent > seconds
         if done % LOGGED == 0:
@@ -200,16 +221,21 @@ def train(
                 file.write(json.dumps(entry) + "\n")
             print(f"{output.name}: {entry}", file=sys.stderr, flush=True)
         if done == constant_steps(options):
-            _save(output / CONSTANT, (done, now, level), config, options, trained, optimizer)
+            _save(output / CONSTANT, (done, now, level, sums.found), config, options, trained, optimizer)
         if done % options.save_every == 0 or stopped or done == options.steps:
-            _save(output / CHECKPOINT, (done, now, level), config, options, trained, optimizer)
+            _save(output / CHECKPOINT, (done, now, level, sums.found), config, options, trained, optimizer)
         if stopped:
             break
     model.eval()
-    about = {"steps": step + 1, "options": asdict(options), "device": _device(model), "peak_bytes": _peak_bytes()}
+    about = {
+        "steps": done,
+        "options": asdict(options),
+        "device": _device(model),
+        "peak_bytes": _peak_bytes(model.device),
+    }
     write_json(output / "training.json", about, private=False)
     save_adapter(model, output)
-    return step + 1 >= options.steps
+    return done >= options.steps
 
 
 def _device(model: nn.Module) -> str:
@@ -217,8 +243,10 @@ def _device(model: nn.Module) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
 
 
-def _peak_bytes() -> int | None:
-    """Of the process's memory on the CPU, other trainings before this one included; None where it is not known."""
+def _peak_bytes(device: torch.device) -> int | None:
+    """Of the process's memory on the device, other trainings before this one included; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -233,22 +261,18 @@ def _cut(log: Path, steps: int) -> None:
 class _Sums:
     """Means of the steps since the last look; one wait for the device a look."""
 
-    def __init__(self):
-        self.answers, self.rights, self.divergences = [], [], []
+    def __init__(self, found: dict[str, list[torch.Tensor]] | None = None):
+        self.found = {"answer_loss": [], "right": [], "overlap": [], "divergence": []} if found is None else found
 
-    def add(self, answer: torch.Tensor, right: torch.Tensor, divergence: torch.Tensor | None) -> None:
-        self.answers.append(answer.detach())
-        self.rights.append(right)
-        if divergence is not None:
-            self.divergences.append(divergence.detach())
+    def add(self, losses: StepLosses) -> None:
+        self.found["answer_loss"].append(losses.answer.detach())
+        self.found["right"].append(losses.right.float())
+        self.found["overlap"].append(losses.overlap.detach())
+        if losses.divergence is not None:
+            self.found["divergence"].append(losses.divergence.detach())
 
     def means(self) -> dict[str, float]:
-        found = {
-            "answer_loss": torch.stack(self.answers).mean().item(),
-            "right": torch.cat(self.rights).float().mean().item(),
-        }
-        if self.divergences:
-            found["divergence"] = torch.stack(self.divergences).mean().item()
+        found = {name: torch.hstack(each).mean().item() for name, each in self.found.items() if each}
         self.__init__()
         return {name: round(value, 4) for name, value in found.items()}
 
@@ -260,7 +284,12 @@ def _identity(config: DeltaMemConfig, options: TrainOptions) -> str:
 
 
 def _save(
-    path: Path, place: tuple[int, float, int], config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer
+    path: Path,
+    place: tuple[int, float, int, dict[str, list[torch.Tensor]]],
+    config: DeltaMemConfig,
+    options: TrainOptions,
+    trained: dict,
+    optimizer,
 ) -> None:
     state = {
         "place": place, "steps": options.steps, "identity": _identity(config, options),
@@ -271,12 +300,12 @@ def _save(
 
 
 def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer):
-    """Steps done, seconds and level, as a checkpoint has them, which is loaded; zeros without one."""
+    """Steps done, seconds, level and sums, as a checkpoint has them, which is loaded; zeros without one."""
     path = output / CHECKPOINT
     if not path.is_file():
         path = output / CONSTANT
     if not path.is_file():
-        return 0, 0.0, 0
+        return 0, 0.0, 0, None
     state = torch.load(path, map_location="cpu", weights_only=True)
     lengths = replace(options, steps=state["steps"]), options
     if state["steps"] != options.steps and state["place"][0] > min(map(constant_steps, lengths)):
@@ -284,6 +313,10 @@ def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained
         if not path.is_file():
             raise ValueError(f"output: {output} has no {CONSTANT}, from which a run of other steps could go on")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["steps"] != options.steps and state["place"][0] > constant_steps(options):
+        done = state["place"][0]
+        enough = (n for n in itertools.count(options.steps) if constant_steps(replace(options, steps=n)) >= done)
+        raise ValueError(f"steps: got {options.steps}, allowed {next(enough)} or more: {path} is of step {done}")
     if state["identity"] != _identity(config, options):
         raise ValueError(f"output: {path} is of a run with {state['identity']}; remove it, or give the same options")
     with torch.no_grad():

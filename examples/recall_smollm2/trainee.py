@@ -14,6 +14,7 @@ from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled
 
 from .halves import LowerOutputs, detached_layers, upper_layers
 from .hidden import Seen
+from .overlap import Overlap
 from .pool import Asked, Told
 
 TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
@@ -44,22 +45,31 @@ class Trainee:
     def __init__(self, model: nn.Module, config: DeltaMemConfig, kept: Kept | None = None):
         self.model, self.config = model, config
         kept = Kept() if kept is None else kept
-        self.first = min(config.target_layers, default=0)
+        self.first, self.last = min(config.target_layers, default=0), max(config.target_layers, default=0)
         dtype = torch.float16 if model.dtype == torch.float32 else None
         self.lower = LowerOutputs(model, self.first, dtype, kept.lower)
         self._frozen = kept.frozen
 
-    def tell(self, rows: Sequence[Sequence[Told]], memory: MemoryState) -> None:
-        """Tell each memory its row's contexts, one after another; the writes are on the graph."""
-        for contexts in zip(*rows, strict=True):
-            self._write(contexts, memory)
+    def tell(self, rows: Sequence[Sequence[Told]], memory: MemoryState) -> torch.Tensor:
+        """Tell each memory its row's contexts, one after another; the writes are on the graph.
 
-    def _write(self, rows: Sequence[Told], memory: MemoryState) -> None:
+        Returns:
+            The overlap of the keys, a float32 scalar on the graph; see overlap.py.
+        """
+        overlap = Overlap(self.model)
+        for contexts in zip(*rows, strict=True):
+            self._write(contexts, memory, overlap)
+        return overlap.mean()
+
+    def _write(self, rows: Sequence[Told], memory: MemoryState, overlap: Overlap) -> None:
         hidden, mask = self.lower([row.ids for row in rows])
-        with upper_layers(self.model, self.first), detached_layers(self.model):
-            self.model.model(
-                inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **self._segments(rows, mask)
-            )
+        segments = self._segments(rows, mask)
+        with (
+            overlap.counted(mask, segments.get("segment_ids")),
+            upper_layers(self.model, self.first, self.last + 1),  # what is above writes nothing
+            detached_layers(self.model),
+        ):
+            self.model.model(inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **segments)
 
     def answer(self, rows: Sequence[Asked], memory: MemoryState) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy of the answers' tokens by their weights, and which values are likeliest throughout.
