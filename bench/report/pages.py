@@ -380,7 +380,7 @@ def smollm2(found: Found) -> str:
         "context is thrown away, and each is asked for in a context of its own. The answer is free; it is right if it "
         "names the value. In percent ± standard error. *bare* sees the question alone, *context* all that was told. "
         "*New values* occur in no training text. *New phrasings* are statements in words that training lacks, and "
-        "requests (“Remind me …”), which it lacks, too; some share a clause with a question of training. "
+        "requests (“Remind me …”), which it lacks, too. "
         "Where not said otherwise values are new.",
         "\n\n".join(dict.fromkeys(map(results.heading, found.smollm2))),
         *(

@@ -320,7 +320,7 @@ def _forget(chat: Chat, rest: str) -> None:
         told = chat.session.forget(rest, messages=messages)
     after = norm_of(chat.session.memory)
     left = f"{after / before:.0%} of the state's norm is left" if before else "the memory was empty"
-    lines = [f"Erased where its keys point to: {left}."]
+    lines = [f"Erased, as far as it is told from others: {left}."]
     session = chat.session
     if messages:
         gone = f"; {counted(told.turns, 'turn')} left the context" if told.turns else ""

@@ -169,9 +169,9 @@ def forget(
 
         S ← S − diag(1 − (1 − β)ᵐ) max(0, v̂ᵀ S k) v̂ kᵀ,    v̂ = v / ‖v‖,    m = n min(1, 4 β / widest)²
 
-    where ``widest`` is the head's widest gate in the text: n = ``strength`` tellings' erasing for what the text states,
-    and next to nothing for words between whose gates are nearly shut. Nothing decays, no value is written. (SSW: one
-    erasure for each segment, by its mean.) Keys are shared, values are alike: some of what other texts wrote goes, too.
+    where ``widest`` is the head's widest gate in the text: (1 − β)ⁿ, n = ``strength``, is left of what the text states,
+    and words between, whose gates are nearly shut, erase next to nothing. Nothing decays, no value is written. (SSW:
+    one erasure for each segment, by its mean.) Keys are shared and values alike: some of what other texts wrote goes.
     `python -m bench.memory operators` measures how much.
 
     Args:

@@ -356,7 +356,7 @@ class MemoryState:
             raise
 
     def forget(self, model, tokenizer, text, *, strength: float | None = None):
-        """Erase what a text's keys point to, in place, and write nothing. See ``operators.forget``.
+        """Erase what a text has written, in place, and write nothing. See ``operators.forget``.
 
         Returns:
             A ``WriteResult``.

@@ -160,11 +160,10 @@ def writes_of(layer, projections: torch.Tensor, segment_ids: torch.Tensor | None
     present = None
     if segment_ids is not None:
         projections, present, _ = segment_means(projections, segment_ids, None)
-    _, bias = layer.stacked()
     projections = projections.float()
     valid, _ = valid_tokens(projections, present)
     projections = torch.where(valid.unsqueeze(-1), projections, 0.0)
-    _, keys, values, _, _, beta = split_projections(projections, bias.float(), layer.rule)
+    _, keys, values, _, _, beta = split_projections(projections, layer.gate_bias().float(), layer.rule)
     return Writes(keys, values, beta * valid[:, :, None, None])
 
 

@@ -302,7 +302,7 @@ class MemorySession:
     def forget(
         self, text: str | Sequence[Message], *, strength: float | None = None, messages: bool = False
     ) -> Forgotten:
-        """Erase from the memory what a text's keys point to; see ``operators.forget``.
+        """Erase from the memory what a text has written; see ``operators.forget``.
 
         Turns that are still in the context are told under memories from before them, which forget it, too; the words
         themselves are still in sight until they leave or ``drop_context`` is called.

@@ -5,8 +5,8 @@ brother"), ``{o}`` its object ("me"), ``{P}`` and ``{p}`` are its possessives, `
 the verb for "I" and "you", then for everybody else.
 
 Every fifth name and value is held out: the test alone has them. So are, of each relation, the sentences in ``new_``
-fields, whose wording training lacks: they share no three words in a row with its sentences. No question of training is
-put as a request ("Remind me …"), as all of these are.
+fields, whose wording training lacks: they share no three words in a row (with "my brother" counted as one) with the
+relation's own of training. All questions of the test are requests ("Remind me …", "Tell me …"); none of training is.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ class Relation:
     new_questions: tuple[str, ...]
 
     @property
-    def templates(self) -> tuple[str, ...]:
-        """All of them."""
-        asked = *self.questions, self.answer, *self.new_questions
-        return *self.statements, *self.updates, *self.new_statements, *asked
+    def trained(self) -> tuple[str, ...]:
+        """All templates of training."""
+        return *self.statements, *self.updates, *self.questions, self.answer
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Words:
     Attributes:
         lower, capital: of small letters, and with a capital one.
         pieces: that can stand behind one, so that a value of several tokens is passed on token by token.
-        refused: what held-out values, and sentences without their values, consist of, in small letters.
+        refused: what held-out values, sentences without their values, and names consist of, in small letters.
     """
 
     lower: tuple[str, ...]
@@ -154,12 +153,12 @@ class Words:
 
     @classmethod
     def of(cls, tokenizer, most: int = 4000) -> Words:
-        """The ``most`` frequent of each kind that are one token behind a space, but for those in held-out values."""
+        """The ``most`` frequent of each kind that are one token behind a space, but for those that are ``refused``."""
         every = [value for relation in RELATIONS for value in part(relation.values, held_out=True)]
-        refused = {word.lower() for text in (*every, *part(NAMES, held_out=True)) for word in text.split()}
+        refused = {word.lower() for text in (*every, *NAMES) for word in text.split()}
         # A value that is a word of its own sentence has no place of its own in it.
-        templates = [text for relation in RELATIONS for text in relation.templates]
-        refused = frozenset(refused | set(re.findall(r"[a-z]+", " ".join(templates).lower())))
+        sentences = [text for relation in RELATIONS for text in relation.trained]
+        refused = frozenset(refused | set(re.findall(r"[a-z]+", " ".join(sentences + list(KIN)).lower())))
         # Byte-pair merges come in the order of their frequency, and their ids with them.
         tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = [token[1:] for token, _ in tokens if re.fullmatch(r"Ġ[A-Za-z][a-z]{2,}", token)]
@@ -220,7 +219,7 @@ def draw_facts(
 
 def changed(random: Random, fact: Fact, *, held_out: bool) -> Fact:
     """The same of the same person with another value."""
-    values = [value for value in part(fact.relation.values, held_out) if value != fact.value]
+    values = [value for value in part(fact.relation.values, held_out) if value not in (fact.value, fact.subject.said)]
     return Fact(fact.subject, fact.relation, random.choice(values))
 
 
@@ -330,7 +329,7 @@ RELATIONS = (
          "What town [do|does] {s} call home?"),
         "{S} [live|lives] in {v}.",
         ("{S} [rent|rents] a small place in {v}.", "The city of {v} is home to {o}."),
-        ("Remind me of {p} city.", "Tell me the town {s} [go|goes] home to."),
+        ("Remind me of {p} city of residence.", "Tell me the town {s} [go|goes] home to."),
     ),
     Relation(
         "birthplace", CITIES,
@@ -343,7 +342,7 @@ RELATIONS = (
          "Where is {p} family from?"),
         "{S} [were|was] born in {v}.",
         ("{S} first saw the light of day in {v}.", "{P} childhood was spent in {v}."),
-        ("Remind me of the town of {p} birth.", "Tell me {p} place of birth."),
+        ("Remind me of {p} native town.", "Tell me {p} place of birth."),
     ),
     Relation(
         "job", JOBS,
@@ -356,7 +355,7 @@ RELATIONS = (
          "What is {p} occupation?"),
         "{S} [work|works] as {v}.",
         ("By profession {s} [am|is] {v}.", "{S} [have|has] been {v} for years."),
-        ("Remind me of {p} profession.", "Tell me what {s} [do|does] at work."),
+        ("Remind me of {p} profession.", "Tell me the work {s} [am|is] paid for."),
     ),
     Relation(
         "pet", PETS,
@@ -369,7 +368,7 @@ RELATIONS = (
          "Which pet [do|does] {s} own?"),
         "{S} [have|has] {v}.",
         ("The animal in {p} house is {v}.", "{S} [share|shares] the house with {v}."),
-        ("Name the animal that belongs to {o}.", "Tell me the kind of pet at {p} place."),
+        ("Remind me of the species of {p} pet.", "Tell me the kind of pet at {p} place."),
     ),
     Relation(
         "pet name", PET_NAMES,
@@ -382,7 +381,7 @@ RELATIONS = (
          "Which name does {p} dog have?", "By what name does {p} puppy go?"),
         "{P} dog is called {v}.",
         ("The dog at {p} place answers to {v}.", "{S} [call|calls] the dog {v}."),
-        ("Remind me of the name on {p} dog's collar.", "Tell me how {s} [call|calls] the dog."),
+        ("Remind me of the name on {p} dog's collar.", "Tell me what {s} [call|calls] the dog."),
     ),
     Relation(
         "food", FOODS,
@@ -436,7 +435,7 @@ RELATIONS = (
          "What is the date of {p} birth?"),
         "{P} birthday is on {v}.",
         ("On {v} {s} [turn|turns] a year older.", "{P} cake and candles come on {v}."),
-        ("Remind me of {p} birthday.", "Tell me on what date to congratulate {o}."),
+        ("Remind me of {p} birthday.", "Tell me on what date to wish {o} a happy birthday."),
     ),
     Relation(
         "car", CARS,
@@ -449,7 +448,7 @@ RELATIONS = (
          "What [do|does] {s} use to get to work?"),
         "{S} [drive|drives] {v}.",
         ("In {p} garage stands {v}.", "{S} [park|parks] {v} in front of the house."),
-        ("Remind me of {p} make of car.", "Tell me which vehicle {s} [use|uses]."),
+        ("Remind me of {p} car.", "Tell me which vehicle {s} [use|uses]."),
     ),
     Relation(
         "hobby", HOBBIES,
@@ -463,7 +462,7 @@ RELATIONS = (
          "How [do|does] {s} spend weekends?"),
         "{P} hobby is {v}.",
         ("After work {s} [have|has] only {v} in mind.", "{P} free time belongs to {v}."),
-        ("Remind me what {s} [do|does] in free time.", "Tell me about {p} pastime."),
+        ("Remind me of {p} leisure activity.", "Tell me about {p} pastime."),
     ),
     Relation(
         "instrument", INSTRUMENTS,
@@ -476,8 +475,8 @@ RELATIONS = (
          "Do you know what instrument {s} [play|plays]?", "On which instrument [do|does] {s} take lessons?",
          "What instrument did {s} learn?", "What [do|does] {s} play?"),
         "{S} [play|plays] the {v}.",
-        ("In the orchestra {s} [sit|sits] at the {v}.", "You can hear {o} on the {v}."),
-        ("Remind me of {p} musical instrument.", "Name the instrument in {p} hands."),
+        ("In the orchestra {s} [am|is] the one with the {v}.", "You can hear {o} on the {v}."),
+        ("Remind me of {p} musical instrument.", "Tell me the instrument {s} [perform|performs] on."),
     ),
     Relation(
         "language", LANGUAGES,
@@ -490,7 +489,7 @@ RELATIONS = (
          "Which language [do|does] {s} practise?", "What [am|is] {s} studying?",
          "In what language [do|does] {s} take lessons?"),
         "{S} [are|is] learning {v}.",
-        ("{P} language course is {v}.", "{S} [read|reads] books in {v}."),
+        ("{P} language course is in {v}.", "{S} [read|reads] books in {v}."),
         ("Remind me which foreign tongue {s} [know|knows].", "Tell me {p} new language."),
     ),
     Relation(
@@ -504,8 +503,8 @@ RELATIONS = (
          "Do you know what {s} [am|is] allergic to?", "What is {p} allergy?", "What [do|does] {s} react badly to?",
          "To what [do|does] {s} have an allergy?"),
         "{S} [are|is] allergic to {v}.",
-        ("{S} [get|gets] a rash from {v}.", "Even a little of {v} makes {o} ill."),
-        ("Remind me of {p} allergy.", "Tell me what {s} cannot stand for health reasons."),
+        ("{S} [get|gets] a rash from {v}.", "Even a trace of {v} makes {o} ill."),
+        ("Remind me of {p} allergy.", "Tell me what {s} cannot tolerate for health reasons."),
     ),
     Relation(
         "keys", PLACES,
@@ -517,7 +516,7 @@ RELATIONS = (
          "Do you know where {p} keys are?", "In what place are {p} keys?", "Where [do|does] {s} keep the keys?",
          "Where were {p} keys last seen?"),
         "{P} keys are in the {v}.",
-        ("The {v} holds {p} keys.", "Look in the {v} for {p} keys."),
+        ("The {v} holds {p} keys.", "The place to look for {p} keys is the {v}."),
         ("Remind me of the spot with {p} keys.", "Tell me where to look for {p} keys."),
     ),
     Relation(
@@ -531,8 +530,8 @@ RELATIONS = (
          "Do you know when {p} meeting is?", "On which day is {p} meeting?", "What day is {p} appointment?",
          "When [do|does] {s} have a meeting?"),
         "{P} meeting is on {v}.",
-        ("{P} calendar keeps {v} free for the meeting.", "{S} [am|is] expected at the office on {v}."),
-        ("Remind me of the day of {p} meeting.", "Name the weekday of {p} meeting."),
+        ("{P} calendar keeps {v} free for the meeting.", "{S} [am|is] expected at the meeting on {v}."),
+        ("Remind me of the day of {p} meeting.", "Tell me the weekday of {p} meeting."),
     ),
     Relation(
         "train", TIMES,
@@ -544,7 +543,7 @@ RELATIONS = (
          "Do you know when {p} train leaves?", "At what time is {p} train?", "When does {p} bus go?",
          "What time [do|does] {s} have to leave?"),
         "{P} train leaves at {v}.",
-        ("{S} must be at the station at {v}.", "{P} ticket says {v}."),
+        ("{S} must be at the station at {v}.", "{P} train ticket says {v}."),
         ("Remind me of {p} time of departure.", "Tell me the time of {p} train."),
     ),
     Relation(
@@ -557,7 +556,7 @@ RELATIONS = (
          "Do you know {p} room number?", "In which room [do|does] {s} stay?", "What number is {p} room?",
          "What is the number of {p} room?"),
         "{P} room number is {v}.",
-        ("You can knock for {o} at room {v}.", "{P} door has the number {v}."),
+        ("You can knock for {o} at the door of room {v}.", "{P} door has the number {v}."),
         ("Remind me at which door to knock for {o}.", "Tell me the number on {p} door."),
     ),
     Relation(
@@ -570,7 +569,7 @@ RELATIONS = (
          "Do you know how old {s} [am|is]?", "What age [am|is] {s}?", "What age did {s} reach?",
          "How many years [have|has] {s} lived?"),
         "{S} [are|is] {v} years old.",
-        ("There were {v} candles on {p} cake.", "{P} passport counts {v} years."),
+        ("There were {v} candles on {p} cake.", "{P} birth was {v} years ago."),
         ("Remind me how many candles {p} cake needs.", "Tell me {p} age."),
     ),
     Relation(
@@ -599,7 +598,7 @@ RELATIONS = (
          "What is {p} new possession?"),
         "{S} bought {v}.",
         ("{S} came home from the shop with {v}.", "{P} money went into {v}."),
-        ("Remind me of {p} last purchase.", "Name the thing {s} spent money on."),
+        ("Remind me of {p} last purchase.", "Tell me about the thing {s} spent money on."),
     ),
     Relation(
         "partner", NAMES,
@@ -612,7 +611,7 @@ RELATIONS = (
          "Do you know who {p} partner is?", "What is the name of the person {s} [live|lives] with?",
          "Who did {s} marry?", "Who is {p} partner?"),
         "{P} partner is called {v}.",
-        ("{S} said yes to {v}.", "The love of {p} life is {v}."),
+        ("{S} exchanged rings with {v}.", "The love of {p} life is {v}."),
         ("Remind me of {p} spouse.", "Tell me whom {s} [love|loves]."),
     ),
 )  # fmt: skip

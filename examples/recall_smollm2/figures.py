@@ -62,7 +62,8 @@ def response_figures(response: torch.Tensor, fitted: Seen, others: Seen, rows: t
 
     Of tokens that no fitted answer has.
     """
-    places = [i for i, token in enumerate(others.answers) if token not in set(fitted.answers)]
+    known = set(fitted.answers)
+    places = [i for i, token in enumerate(others.answers) if token not in known]
     given = rows[torch.tensor([others.answers[i] for i in places])]
     gradients = torch.stack([others.gradients[i] for i in places]).double()
     own, found = (F.cosine_similarity(ways, gradients).mean().item() for ways in (given, given @ response))

@@ -4,7 +4,8 @@ and how its output answers to what is added to them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -48,6 +49,23 @@ class Seen:
     gradients: list[torch.Tensor] = field(default_factory=list)
     written: list[torch.Tensor] = field(default_factory=list)
     read: list[torch.Tensor] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def attention_inputs(
+    attentions: Sequence[nn.Module], see: Callable[[nn.Module, torch.Tensor], object]
+) -> Iterator[None]:
+    """Inside, ``see`` is given each attention that runs, and its input [B, T, d], off the graph."""
+
+    def hook(attention: nn.Module, arguments: tuple, named: dict) -> None:
+        see(attention, (arguments[0] if arguments else named["hidden_states"]).detach())
+
+    hooks = [attention.register_forward_pre_hook(hook, with_kwargs=True) for attention in attentions]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Random) -> list[Seen]:
@@ -148,28 +166,19 @@ def _inputs(
     """
     attentions = list(record_of(model).attentions.values())
     found: dict[nn.Module, torch.Tensor] = {}
-
-    def keep(module: nn.Module, arguments: tuple, named: dict) -> None:
-        found[module] = (arguments[0] if arguments else named["hidden_states"]).detach()
-
-    hooks = [attention.register_forward_pre_hook(keep, with_kwargs=True) for attention in attentions]
-    try:
-        with memory_disabled(model):
-            for begin in range(0, len(rows), ROWS):
-                some = [torch.tensor(row) for row in rows[begin : begin + ROWS]]
-                # Right padding: under a causal mask no real token sees it.
-                ids = nn.utils.rnn.pad_sequence(some, batch_first=True).to(model.device)
-                if before:
-                    places = [(row, i) for row, all_of in enumerate(before[begin : begin + ROWS]) for i in all_of]
-                    _add_gradients(model, attentions, layers, ids, torch.tensor(places).T)
-                else:
-                    with torch.no_grad():
-                        model.model(ids, use_cache=False)
-                states = torch.stack([found[attention] for attention in attentions], 1).float().cpu()
-                yield from (of_row[:, : len(row)] for of_row, row in zip(states, some))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attention_inputs(attentions, found.__setitem__), memory_disabled(model):
+        for begin in range(0, len(rows), ROWS):
+            some = [torch.tensor(row) for row in rows[begin : begin + ROWS]]
+            # Right padding: under a causal mask no real token sees it.
+            ids = nn.utils.rnn.pad_sequence(some, batch_first=True).to(model.device)
+            if before:
+                places = [(row, i) for row, all_of in enumerate(before[begin : begin + ROWS]) for i in all_of]
+                _add_gradients(model, attentions, layers, ids, torch.tensor(places).T)
+            else:
+                with torch.no_grad():
+                    model.model(ids, use_cache=False)
+            states = torch.stack([found[attention] for attention in attentions], 1).float().cpu()
+            yield from (of_row[:, : len(row)] for of_row, row in zip(states, some))
 
 
 def _add_gradients(

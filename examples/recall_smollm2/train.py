@@ -1,4 +1,4 @@
-"""Training of one adapter: answers from memory, and silence of the memory where it has nothing to say."""
+"""Training of one adapter: answers from memory, keys that keep facts apart, silence where there is nothing to say."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ PROMOTED = 0.5  # the share of right values over the last steps at which the nex
 # The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
 CHECKPOINT, CONSTANT, LOG = "checkpoint.pt", "constant.pt", "log.jsonl"
 WARMUP = 50  # steps
+VERSION = 2  # of facts and losses: a run of another one is not gone on with
 LOGGED = 20  # steps of a line in the log
 CHECKED = 40  # steps between looks at held-out episodes
 
@@ -48,7 +49,9 @@ class TrainOptions:
         decay: the last share of the steps, in which the rate goes down. Until then a run does not depend on ``steps``,
             and can be prolonged.
         divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
-        overlap_weight: of the mean squared cosine of the keys under which a step's facts are written.
+        overlap_weight: of what the keys of a step's facts have in common, and of text's; see pointing.py.
+        noise_weight: of what queries have beside their null direction, on that small talk.
+        quiet_from: the step from which on noise counts: queries find keys first.
         pool: episodes of each count.
         clip: of the gradient's norm.
         seed: of weights and data.
@@ -60,6 +63,8 @@ class TrainOptions:
     decay: float = 0.4
     divergence_weight: float = 10.0
     overlap_weight: float = 3.0
+    noise_weight: float = 3.0
+    quiet_from: int = 200
     pool: int = 2000
     clip: float = 1.0
     seed: int = 0
@@ -102,19 +107,23 @@ class StepLosses:
     Attributes:
         answer: of the answers; see ``Trainee.answer``.
         right: bool, which values were likeliest.
-        overlap: of the keys; see overlap.py.
-        divergence: on text; None in steps without one.
+        overlap: of the keys; see pointing.py.
+        divergence, noise: on text; None in steps without one.
     """
 
     answer: torch.Tensor
     right: torch.Tensor
     overlap: torch.Tensor
     divergence: torch.Tensor | None
+    noise: torch.Tensor | None
 
-    def total(self, options: TrainOptions) -> torch.Tensor:
-        """What is minimized."""
+    def total(self, step: int, options: TrainOptions) -> torch.Tensor:
+        """What is minimized in a step."""
         found = self.answer + options.overlap_weight * self.overlap
-        return found if self.divergence is None else found + options.divergence_weight * self.divergence
+        if self.divergence is not None:
+            found = found + options.divergence_weight * self.divergence
+            found = found + options.noise_weight * self.noise * (step >= options.quiet_from)
+        return found
 
 
 def step_losses(trainee: Trainee, pool: Pool, step: int, level: int, options: TrainOptions) -> StepLosses:
@@ -122,14 +131,14 @@ def step_losses(trainee: Trainee, pool: Pool, step: int, level: int, options: Tr
     told, asked = zip(*pool.step(step, *drawn_of(step, level, options)))
     memory = MemoryState.zeros(trainee.model, len(told))
     overlap = trainee.tell(told, memory)
-    divergence = None
+    divergence = noise = None
     if settles(step):
         # Behind every other row's facts; the other rows' are asked for at once.
         texted = range(0, len(told), 2)
         memories = memory.select(texted), memory.select(range(1, len(told), 2))
-        divergence = trainee.divergence(pool.texts(step, len(texted)), memories[0], Random(step))
+        divergence, noise = trainee.text(pool.texts(step, len(texted)), memories[0], Random(step))
         memory, asked = MemoryState.cat(memories), asked[0::2] + asked[1::2]
-    return StepLosses(*trainee.answer(asked, memory), overlap, divergence)
+    return StepLosses(*trainee.answer(asked, memory), overlap, divergence, noise)
 
 
 @torch.no_grad()
@@ -181,7 +190,7 @@ def train(
         Whether all steps are done.
 
     Raises:
-        ValueError: ``output`` holds a run with other options.
+        ValueError: ``output`` holds a run with other options, or one whose rate began to fall behind ``steps``.
     """
     torch.manual_seed(options.seed)
     encoder = Encoder(tokenizer, config)
@@ -205,7 +214,7 @@ def train(
             group["lr"] = learning_rate(step, options)
         losses = step_losses(trainee, pool, step, level, options)
         optimizer.zero_grad()
-        losses.total(options).backward()
+        losses.total(step, options).backward()
         nn.utils.clip_grad_norm_(trained.values(), options.clip, error_if_nonfinite=True)
         optimizer.step()
         sums.add(losses)
@@ -227,6 +236,8 @@ def train(
         if stopped:
             break
     model.eval()
+    if first >= options.steps and (output / "training.json").is_file():
+        return True
     about = {
         "steps": done,
         "options": asdict(options),
@@ -261,8 +272,10 @@ def _cut(log: Path, steps: int) -> None:
 class _Sums:
     """Means of the steps since the last look; one wait for the device a look."""
 
+    NAMES = ("answer_loss", "right", "overlap", "divergence", "noise")
+
     def __init__(self, found: dict[str, list[torch.Tensor]] | None = None):
-        self.found = {"answer_loss": [], "right": [], "overlap": [], "divergence": []} if found is None else found
+        self.found = {name: [] for name in self.NAMES} if found is None else found
 
     def add(self, losses: StepLosses) -> None:
         self.found["answer_loss"].append(losses.answer.detach())
@@ -270,6 +283,7 @@ class _Sums:
         self.found["overlap"].append(losses.overlap.detach())
         if losses.divergence is not None:
             self.found["divergence"].append(losses.divergence.detach())
+            self.found["noise"].append(losses.noise.detach())
 
     def means(self) -> dict[str, float]:
         found = {name: torch.hstack(each).mean().item() for name, each in self.found.items() if each}
@@ -280,7 +294,7 @@ class _Sums:
 def _identity(config: DeltaMemConfig, options: TrainOptions) -> str:
     """What a run must have in common with its checkpoint; its length may change."""
     free = asdict(replace(options, steps=0, save_every=0))
-    return json.dumps({"config": config.to_dict(), "options": free}, sort_keys=True)
+    return json.dumps({"version": VERSION, "config": config.to_dict(), "options": free}, sort_keys=True)
 
 
 def _save(
@@ -307,20 +321,23 @@ def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained
     if not path.is_file():
         return 0, 0.0, 0, None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    lengths = replace(options, steps=state["steps"]), options
-    if state["steps"] != options.steps and state["place"][0] > min(map(constant_steps, lengths)):
+    if state["steps"] != options.steps and state["place"][0] > constant_steps(replace(options, steps=state["steps"])):
         path = output / CONSTANT
         if not path.is_file():
             raise ValueError(f"output: {output} has no {CONSTANT}, from which a run of other steps could go on")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["steps"] != options.steps and state["place"][0] > constant_steps(options):
-        done = state["place"][0]
-        enough = (n for n in itertools.count(options.steps) if constant_steps(replace(options, steps=n)) >= done)
-        raise ValueError(f"steps: got {options.steps}, allowed {next(enough)} or more: {path} is of step {done}")
+    if json.loads(state["identity"]).get("version") != VERSION:
+        raise ValueError(f"output: {path} is of another version of this training; remove it")
     if state["identity"] != _identity(config, options):
         raise ValueError(f"output: {path} is of a run with {state['identity']}; remove it, or give the same options")
+    done = state["place"][0]
+    if state["steps"] != options.steps and done > constant_steps(options):
+        enough = (n for n in itertools.count(options.steps) if constant_steps(replace(options, steps=n)) >= done)
+        raise ValueError(f"steps: got {options.steps}, allowed {next(enough)} or more: {path} is of step {done}")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(state["adapter"][name])
     optimizer.load_state_dict(state["optimizer"])
-    return state["place"]
+    _, spent, level, found = state["place"]
+    device = next(iter(trained.values())).device
+    return done, spent, level, {name: [each.to(device) for each in sums] for name, sums in found.items()}

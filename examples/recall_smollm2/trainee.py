@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled
+from deltamem_fast.adapter.record import identity_of
 
 from .halves import LowerOutputs, detached_layers, upper_layers
 from .hidden import Seen
-from .overlap import Overlap
+from .pointing import Noise, Overlap
 from .pool import Asked, Told
 
 TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
@@ -45,7 +46,8 @@ class Trainee:
     def __init__(self, model: nn.Module, config: DeltaMemConfig, kept: Kept | None = None):
         self.model, self.config = model, config
         kept = Kept() if kept is None else kept
-        self.first, self.last = min(config.target_layers, default=0), max(config.target_layers, default=0)
+        layers = identity_of(model).memories
+        self.first, self.last = min(layers), max(layers)
         dtype = torch.float16 if model.dtype == torch.float32 else None
         self.lower = LowerOutputs(model, self.first, dtype, kept.lower)
         self._frozen = kept.frozen
@@ -54,7 +56,7 @@ class Trainee:
         """Tell each memory its row's contexts, one after another; the writes are on the graph.
 
         Returns:
-            The overlap of the keys, a float32 scalar on the graph; see overlap.py.
+            The overlap of the keys, a float32 scalar on the graph; see pointing.py.
         """
         overlap = Overlap(self.model)
         for contexts in zip(*rows, strict=True):
@@ -100,8 +102,13 @@ class Trainee:
         wrong.index_add_(0, of, (logits.detach().argmax(-1) != targets)[valued].float())
         return loss, wrong == 0
 
-    def divergence(self, rows: Sequence[Told], memory: MemoryState, random: Random) -> torch.Tensor:
-        """KL(frozen model ‖ with memory) per token, nats, of texts that are written behind what the memory holds."""
+    def text(self, rows: Sequence[Told], memory: MemoryState, random: Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tell texts behind what a memory holds.
+
+        Returns:
+            KL(frozen model ‖ with memory) per token, nats, and the noise of the queries (see pointing.py); float32
+            scalars on the graph.
+        """
         hidden, mask = self.lower([row.ids for row in rows])
         row, place = mask.nonzero(as_tuple=True)
         kept = random.sample(range(len(row)), len(row) // TEXT_SHARE)
@@ -112,12 +119,14 @@ class Trainee:
 
         with torch.no_grad():
             wanted = log_probabilities(self._frozen_outputs(rows, hidden, mask))
-        with upper_layers(self.model, self.first):
+        noise = Noise(self.model)
+        with noise.counted(mask), upper_layers(self.model, self.first):
             found = self.model.model(
                 inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **self._segments(rows, mask)
             )
         found = log_probabilities(found.last_hidden_state)
-        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+        divergence = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+        return divergence, noise.mean()
 
     def _frozen_outputs(self, rows: Sequence[Told], hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What the frozen model makes of texts, [B, T, hidden], computed once each and kept in the model's dtype."""

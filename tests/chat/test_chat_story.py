@@ -57,7 +57,7 @@ def test_the_operators():
     assert "What was typed stays in typed, this line too." in have(chat, f"/forget --messages {TOLD}")
     assert TOLD not in str(chat.session.messages)
     have(chat, "/reset")
-    assert have(chat, "/forget The rain sang.") == "Erased where its keys point to: the memory was empty."
+    assert have(chat, "/forget The rain sang.") == "Erased, as far as it is told from others: the memory was empty."
 
 
 def test_ingest(tmp_path, monkeypatch):

@@ -1,9 +1,7 @@
-"""Keys that keep facts apart, as a loss.
+"""Where keys and queries point, as losses: keys keep facts apart, queries find nothing where nothing is asked.
 
 While a memory holds one fact, answers are best where all keys are one. So training lets them grow alike, and then what
-is told next overwrites, and what is forgotten takes the others with it. This loss is the mean squared product of two
-keys that are written under, over their components for facts (least where they point everywhere alike), and what they
-have of the two null directions that start.py leaves to text without facts.
+is told next overwrites, and what is forgotten takes the others with it.
 """
 
 from __future__ import annotations
@@ -16,8 +14,10 @@ from torch import nn
 
 from deltamem_fast.adapter.record import record_of
 from deltamem_fast.memory.telling import writes_of
+from deltamem_kernels.reference.recurrence import split_projections
 
-from .start import NULLS
+from .hidden import attention_inputs
+from .start import NULL_QUERY, NULLS
 
 
 class Overlap:
@@ -36,11 +36,10 @@ class Overlap:
             segments: int64 [B, T], −1 = not written, or None.
         """
 
-        def add(attention: nn.Module, arguments: tuple, named: dict) -> None:
-            memory, hidden = attention.delta_memory, arguments[0] if arguments else named["hidden_states"]
+        def add(attention: nn.Module, hidden: torch.Tensor) -> None:
+            memory = attention.delta_memory
+            writes = writes_of(memory, memory.project(hidden)[0], segments)
             # The key projection alone is to keep facts apart.
-            projections = nn.functional.linear(hidden.detach(), memory.stacked()[0])
-            writes = writes_of(memory, projections, segments)
             weights = writes.gates.detach().mean(-1).square()
             if segments is None:
                 weights = weights * mask[..., None]
@@ -48,18 +47,42 @@ class Overlap:
             known = self._moments.get(attention)
             self._moments[attention] = found if known is None else (known[0] + found[0], known[1] + found[1])
 
-        hooks = [attention.register_forward_pre_hook(add, with_kwargs=True) for attention in self._attentions]
-        try:
+        with attention_inputs(self._attentions, add):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def mean(self) -> torch.Tensor:
-        """1 / (r − 2) at the least, 1 at most, of all layers and heads; a float32 scalar on the graph."""
+        """The mean squared product of two keys, over their components for facts, and what they have of the others.
+
+        1 / (r − 2) at the least, 1 at most, of all layers and heads; a float32 scalar on the graph.
+        """
         each = []
         for sums, weights in self._moments.values():
             moments = sums / weights[:, None, None]  # [H, r, r], of trace 1
             null = moments.diagonal(dim1=1, dim2=2)[:, :NULLS].sum(1)
             each.append(moments[:, NULLS:, NULLS:].square().sum((1, 2)) + null)
         return torch.stack(each).mean()
+
+
+class Noise:
+    """What queries have beside their null direction, where no key is: in text, a read of what does not matter to it."""
+
+    def __init__(self, model: nn.Module):
+        self._attentions = list(record_of(model).attentions.values())
+        self._each: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def counted(self, mask: torch.Tensor) -> Iterator[None]:
+        """Inside, forwards' queries count; ``mask``: bool [B, T], True = a real token."""
+
+        def add(attention: nn.Module, hidden: torch.Tensor) -> None:
+            memory = attention.delta_memory
+            projections, bias = memory.project(hidden[mask])
+            queries = split_projections(projections.float()[None], bias.float(), memory.rule)[0]
+            self._each.append(1 - queries[..., NULL_QUERY].square().mean())
+
+        with attention_inputs(self._attentions, add):
+            yield
+
+    def mean(self) -> torch.Tensor:
+        """The share of a query's square, 0 to 1, of all layers and heads; a float32 scalar on the graph."""
+        return torch.stack(self._each).mean()
