@@ -24,6 +24,8 @@ FIRST_LAYER, LAST_LAYER = 16, 25
 # A correction is scaled by alpha / rank. The attention's outputs in SmolLM2's upper layers have norms of 30 to 190; by
 # the released recipe's 16 it takes a hundred steps more until a correction is felt among them.
 ALPHA = 64.0
+# The step from which on queries are kept quiet in text: at first they have to find their keys.
+QUIET_FROM = {"msw": 200, "tsw": 100, "ssw": 100}
 
 
 def adapter_config(strategy: str, layers: range) -> DeltaMemConfig:
@@ -73,7 +75,7 @@ def _train(strategy: str, options: argparse.Namespace, kept: Kept) -> bool:
     if not 0 <= options.first_layer <= options.last_layer:
         raise ValueError(f"--first-layer: got {options.first_layer}, allowed 0 to {options.last_layer}, the last one")
     config = adapter_config(strategy, range(options.first_layer, options.last_layer + 1))
-    run = TrainOptions(steps=options.steps, seed=options.seed)
+    run = TrainOptions(steps=options.steps, seed=options.seed, quiet_from=QUIET_FROM[strategy])
     return train(model, tokenizer, config, run, options.output / f"{strategy}-r8", options.seconds, kept)
 
 

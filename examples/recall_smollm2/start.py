@@ -71,6 +71,18 @@ def set_parameters(model: nn.Module, layers: Sequence[Seen]) -> None:
         _set_gates(memory, seen)
 
 
+@torch.no_grad()
+def clear_nulls(model: nn.Module) -> None:
+    """Leave keys nothing of the queries' null direction, and queries nothing of the keys': 0 after training, too.
+
+    Then a query that points there reads exactly nothing, whatever the memory holds.
+    """
+    for attention in record_of(model).attentions.values():
+        memory = attention.delta_memory
+        for projection, component in ((memory.memory_k_proj, NULL_QUERY), (memory.memory_q_proj, NULL_KEY)):
+            projection.unflatten(0, (-1, memory.config.rank))[:, component] = 0
+
+
 def output_rows(model: nn.Module) -> torch.Tensor:
     """What last norm and output layer multiply a hidden state by, but for its size: float64 [V, d], centred."""
     rows = model.get_output_embeddings().weight.detach().double().cpu()

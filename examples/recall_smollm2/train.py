@@ -24,7 +24,7 @@ except ImportError:  # Windows
     resource = None
 
 from .pool import ROWS, Encoder, Pool
-from .start import structured_start
+from .start import clear_nulls, structured_start
 from .trainee import Kept, Trainee
 
 # How many facts episodes have, level by level. One at first: what a memory passes on is learnt sooner where no other
@@ -63,7 +63,7 @@ class TrainOptions:
     decay: float = 0.4
     divergence_weight: float = 10.0
     overlap_weight: float = 3.0
-    noise_weight: float = 3.0
+    noise_weight: float = 6.0
     quiet_from: int = 200
     pool: int = 2000
     clip: float = 1.0
@@ -217,6 +217,7 @@ def train(
         losses.total(step, options).backward()
         nn.utils.clip_grad_norm_(trained.values(), options.clip, error_if_nonfinite=True)
         optimizer.step()
+        clear_nulls(model)
         sums.add(losses)
         done, now = step + 1, time.monotonic() - began
         stopped = now - spent > seconds

@@ -283,7 +283,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [2, 4] and log[1]["level"] == 1 and "divergence" in log[1]
     patched = patch_model(stand_in(tokenizer), tmp_path / "whole", backend="reference")
-    assert patched is not None
+    memory = patched.model.layers[1].self_attn.delta_memory
+    for projection, null in ((memory.memory_k_proj, 1), (memory.memory_q_proj, 0)):
+        rows = projection.unflatten(0, (-1, 4))
+        assert not rows[:, null].any() and rows[:, 1 - null].all()
 
 
 def test_a_finished_run_is_prolonged_from_its_last_step_at_the_full_rate(tokenizer, tmp_path, small):
