@@ -25,7 +25,7 @@ FIRST_LAYER, LAST_LAYER = 16, 25
 # the released recipe's 16 it takes a hundred steps more until a correction is felt among them.
 ALPHA = 64.0
 # The step from which on queries are kept quiet in text: at first they have to find their keys.
-QUIET_FROM = {"msw": 200, "tsw": 100, "ssw": 100}
+QUIET_FROM = {"msw": 300, "tsw": 150, "ssw": 150}
 
 
 def adapter_config(strategy: str, layers: range) -> DeltaMemConfig:

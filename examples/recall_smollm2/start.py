@@ -34,6 +34,7 @@ MOST = 8000  # about so many hidden states of what states and answers nothing ar
 OPEN, SHUT = 2.0, -5.0
 # Of the mean variance, added to it: hidden states have directions with hardly any. Correlations fit noise sooner.
 RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
+QUIET = 0.2  # what is left of the rest of queries beside their null direction, once they find their keys
 KEY, NULL = 0.1, 1.0  # standard deviation of a key's components; its null direction where nothing is stated
 # A head's first components have nothing of facts: in keys one where nothing is stated, in queries one where nothing is
 # answered; the others are for facts.
@@ -81,6 +82,18 @@ def clear_nulls(model: nn.Module) -> None:
         memory = attention.delta_memory
         for projection, component in ((memory.memory_k_proj, NULL_QUERY), (memory.memory_q_proj, NULL_KEY)):
             projection.unflatten(0, (-1, memory.config.rank))[:, component] = 0
+
+
+@torch.no_grad()
+def quieten(model: nn.Module) -> None:
+    """Make all that queries have beside their null direction smaller.
+
+    A query has length 1: one that asks has nothing there and stays as it is, and in text, where the null direction is
+    strong, the rest is what is read of facts that do not matter to it.
+    """
+    for attention in record_of(model).attentions.values():
+        memory = attention.delta_memory
+        memory.memory_q_proj.unflatten(0, (-1, memory.config.rank))[:, NULLS:] *= QUIET
 
 
 def output_rows(model: nn.Module) -> torch.Tensor:

@@ -24,7 +24,7 @@ except ImportError:  # Windows
     resource = None
 
 from .pool import ROWS, Encoder, Pool
-from .start import clear_nulls, structured_start
+from .start import clear_nulls, quieten, structured_start
 from .trainee import Kept, Trainee
 
 # How many facts episodes have, level by level. One at first: what a memory passes on is learnt sooner where no other
@@ -51,7 +51,7 @@ class TrainOptions:
         divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
         overlap_weight: of what the keys of a step's facts have in common, and of text's; see pointing.py.
         noise_weight: of what queries have beside their null direction, on that small talk.
-        quiet_from: the step from which on noise counts: queries find keys first.
+        quiet_from: the step at which queries are quietened, and from which on noise counts: they find keys first.
         pool: episodes of each count.
         clip: of the gradient's norm.
         seed: of weights and data.
@@ -64,7 +64,7 @@ class TrainOptions:
     divergence_weight: float = 10.0
     overlap_weight: float = 3.0
     noise_weight: float = 6.0
-    quiet_from: int = 200
+    quiet_from: int = 300
     pool: int = 2000
     clip: float = 1.0
     seed: int = 0
@@ -212,6 +212,8 @@ def train(
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
+        if step == options.quiet_from:
+            quieten(model)
         losses = step_losses(trainee, pool, step, level, options)
         optimizer.zero_grad()
         losses.total(step, options).backward()

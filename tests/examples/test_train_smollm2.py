@@ -499,6 +499,18 @@ def test_noise_is_what_queries_have_beside_the_null_direction(tokenizer):
     assert memory.memory_q_proj.grad.any() and not memory.memory_k_proj.grad.any()
 
 
+def test_quietened_queries_keep_their_null_direction_and_ask_the_same(tokenizer):
+    start = example("start")
+    model = patch_model(stand_in(tokenizer), CONFIGS["msw"], backend="reference")
+    start.clear_nulls(model)
+    memory = model.model.layers[1].self_attn.delta_memory
+    before = memory.memory_q_proj.detach().clone()
+    start.quieten(model)
+    rows = memory.memory_q_proj.unflatten(0, (-1, 4)) / before.unflatten(0, (-1, 4))
+    torch.testing.assert_close(rows[:, 1], torch.ones_like(rows[:, 1]))
+    torch.testing.assert_close(rows[:, 2:], torch.full_like(rows[:, 2:], start.QUIET))
+
+
 def test_what_is_minimized_has_all_parts_with_their_weights():
     train = example("train")
     options = train.TrainOptions(divergence_weight=10.0, overlap_weight=3.0, noise_weight=5.0, quiet_from=7)
