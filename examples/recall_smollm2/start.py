@@ -34,7 +34,7 @@ MOST = 8000  # about so many hidden states of what states and answers nothing ar
 OPEN, SHUT = 2.0, -5.0
 # Of the mean variance, added to it: hidden states have directions with hardly any. Correlations fit noise sooner.
 RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
-QUIET = 0.2  # what is left of the rest of queries beside their null direction, once they find their keys
+QUIET = 0.2  # the longest that rows of the query projection are for facts, once queries find their keys
 KEY, NULL = 0.1, 1.0  # standard deviation of a key's components; its null direction where nothing is stated
 # A head's first components have nothing of facts: in keys one where nothing is stated, in queries one where nothing is
 # answered; the others are for facts.
@@ -86,14 +86,15 @@ def clear_nulls(model: nn.Module) -> None:
 
 @torch.no_grad()
 def quieten(model: nn.Module) -> None:
-    """Make all that queries have beside their null direction smaller.
+    """Shorten what queries are made of beside their null direction, where it is longer than ``QUIET``.
 
-    A query has length 1: one that asks has nothing there and stays as it is, and in text, where the null direction is
+    A query has length 1: one that asks has nothing in the null direction and stays as it is, and in text, where that is
     strong, the rest is what is read of facts that do not matter to it.
     """
     for attention in record_of(model).attentions.values():
         memory = attention.delta_memory
-        memory.memory_q_proj.unflatten(0, (-1, memory.config.rank))[:, NULLS:] *= QUIET
+        rows = memory.memory_q_proj.unflatten(0, (-1, memory.config.rank))[:, NULLS:]
+        rows *= (QUIET / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
 
 
 def output_rows(model: nn.Module) -> torch.Tensor:

@@ -51,7 +51,7 @@ class TrainOptions:
         divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
         overlap_weight: of what the keys of a step's facts have in common, and of text's; see pointing.py.
         noise_weight: of what queries have beside their null direction, on that small talk.
-        quiet_from: the step at which queries are quietened, and from which on noise counts: they find keys first.
+        quiet_from: the step from which on queries are quietened and noise counts: they find keys first.
         pool: episodes of each count.
         clip: of the gradient's norm.
         seed: of weights and data.
@@ -212,7 +212,7 @@ def train(
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-        if step == options.quiet_from:
+        if step >= options.quiet_from:
             quieten(model)
         losses = step_losses(trainee, pool, step, level, options)
         optimizer.zero_grad()
