@@ -55,7 +55,8 @@ def _card(model, run: Path, name: str) -> str:
     layers = config.target_layers
     about_run = read_json(run / "training.json")
     peak = about_run.get("peak_bytes")
-    taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, of a process that trained several"
+    since = f"from step {about_run['peak_from']} on" if about_run["peak_from"] else "what training starts from included"
+    taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, {since}"
     log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)

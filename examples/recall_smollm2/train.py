@@ -246,6 +246,7 @@ def train(
         "options": asdict(options),
         "device": _device(model),
         "peak_bytes": _peak_bytes(model.device),
+        "peak_from": first,
     }
     write_json(output / "training.json", about, private=False)
     save_adapter(model, output)
@@ -258,7 +259,7 @@ def _device(model: nn.Module) -> str:
 
 
 def _peak_bytes(device: torch.device) -> int | None:
-    """Of the process's memory on the device, other trainings before this one included; None where it is not known."""
+    """Of this process's memory on the device, since it began; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
