@@ -170,8 +170,9 @@ def forget(
         S ← S − diag(1 − (1 − β)ᵐ) max(0, v̂ᵀ S k) v̂ kᵀ,    v̂ = v / ‖v‖,    m = n min(1, 4 β / widest)²
 
     where ``widest`` is the head's widest gate in the text: (1 − β)ⁿ, n = ``strength``, is left of what the text states,
-    and words between, whose gates are nearly shut, erase next to nothing. Nothing decays, no value is written. (SSW:
-    one erasure for each segment, by its mean.) Keys are shared and values alike: some of what other texts wrote goes.
+    and words between, whose gates are nearly shut, erase next to nothing; nor does what the chat template puts around
+    the text, which every text writes. Nothing decays, no value is written. (SSW: one erasure for each segment, by its
+    mean, the template's part of it included.) Keys are shared and values alike: some of what others wrote goes, too.
     `python -m bench.memory operators` measures how much.
 
     Args:
@@ -179,7 +180,8 @@ def forget(
         tokenizer: of the model.
         memory: of one conversation.
         text: what to forget, as it was said; see ``ingest``.
-        strength: n, 0 or more; None = 16, and 4 for SSW, whose gates are open wider.
+        strength: n, 0 or more; None = as many as leave a tenth under the text's widest gates,
+            three tenths in SSW, whose segments write of everything in them.
 
     Returns:
         How many tokens were told, and how many (token, layer) pairs of them had no finite key and erased nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,12 +21,15 @@ from ..errors import ArgumentError
 from ..text.cutting import pieces_of
 from ..text.encode import check_known, encode_text, says_something
 from ..text.messages import Message, plain_content, plain_messages
+from ..text.segments import own_tokens
 from .watch import capture_projections
 
 Text = str | Sequence[Message]
 
 WRITE_TOKENS = 8192  # the write budget of the released recipe
-TOKEN_STRENGTH, SEGMENT_STRENGTH = 16.0, 4.0  # see bench/memory/operators.py
+# What forgetting leaves of what a text states unless told otherwise; see bench/memory/operators.py.
+TOKEN_LEFT, SEGMENT_LEFT = 0.1, 0.3
+MOST_STRENGTH = 64.0  # of that, however narrow a text's widest gate is
 STATES = 4.0  # a token whose gate is open a quarter as wide as a text's widest counts as stating something
 
 
@@ -43,10 +47,17 @@ def checked_text(text: Text) -> Text:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids [1, T] of a text on the CPU, and their segments where the adapter writes segments."""
+    """A text on the CPU.
+
+    Attributes:
+        ids: int64 [1, T].
+        segments: int64 [1, T], where the adapter writes segments.
+        own: bool [1, T], which tokens are the text's own and not its chat template's; None = all.
+    """
 
     ids: torch.Tensor
     segments: torch.Tensor | None
+    own: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[1]
@@ -57,8 +68,12 @@ class Encoded:
         return {"input_ids": self.ids.to(device)} | segments
 
 
-def encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int) -> list[Encoded]:
-    """A text in pieces of at most ``tokens`` tokens."""
+def encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int, *, own: bool = False) -> list[Encoded]:
+    """A text in pieces of at most ``tokens`` tokens.
+
+    Args:
+        own: find out which tokens are the text's own, unless segments are written.
+    """
     config = identity_of(model).config
     check_tokenizer(tokenizer)
 
@@ -68,7 +83,10 @@ def encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int) -> list
     def encode(part: Text, name: str) -> Encoded:
         ids, segments = encode_text(tokenizer, part, config, name)
         check_known(model, ids[0].tolist())
-        return Encoded(ids, segments)
+        if not own or segments is not None or getattr(tokenizer, "chat_template", None) is None:
+            return Encoded(ids, segments)
+        messages = [{"role": "user", "content": part}] if isinstance(part, str) else part
+        return Encoded(ids, segments, own_tokens(tokenizer, messages))
 
     found = [encoded for _, encoded in pieces_of(text, tokens, count, encode) if len(encoded)]
     if not found:
@@ -111,12 +129,11 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
     """``operators.forget`` of a MemoryState; same arguments, result and errors."""
     check_ready(model, memory)
     memory.check_writable()
-    config = identity_of(model).config
-    if strength is None:
-        strength = SEGMENT_STRENGTH if config.segmented else TOKEN_STRENGTH
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < 1e9:
+    number = isinstance(strength, int | float) and not isinstance(strength, bool)
+    if strength is not None and not (number and 0 <= strength < 1e9):
         raise ArgumentError(f"strength: got {shown(strength)}, allowed a number, 0 or more (less than 1e9)")
-    pieces = encoded_pieces(model, tokenizer, checked_text(text), WRITE_TOKENS)
+    pieces = encoded_pieces(model, tokenizer, checked_text(text), WRITE_TOKENS, own=True)
+    left = SEGMENT_LEFT if identity_of(model).config.segmented else TOKEN_LEFT
     scratch, device = type(memory).zeros(model), input_device(model)
     with capture_projections() as found:
         for piece in pieces:
@@ -127,8 +144,13 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
             told = []
             for piece, projections in zip(pieces, found):
                 segments = None if piece.segments is None else piece.segments.to(device)
-                told.append(writes_of(layers[index], projections[index], segments))
-            memory.put(index, _erased(memory[index], told, strength), in_place=True)
+                writes = writes_of(layers[index], projections[index], segments)
+                # What the template writes stands in every text's memory: without it, others are not read either.
+                if piece.own is not None:
+                    writes = writes._replace(gates=writes.gates * piece.own.to(device)[..., None, None])
+                told.append(writes)
+            times = _strength(told, left) if strength is None else strength
+            memory.put(index, _erased(memory[index], told, times), in_place=True)
     return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
 
 
@@ -167,7 +189,13 @@ def writes_of(layer, projections: torch.Tensor, segment_ids: torch.Tensor | None
     return Writes(keys, values, beta * valid[:, :, None, None])
 
 
-def _erased(state: torch.Tensor, told: Sequence[Writes], strength: float) -> torch.Tensor:
+def _strength(told: Sequence[Writes], left: float) -> torch.Tensor:
+    """How many tellings leave so much under the widest gates, a token's channels averaged: float32 [1, 1, H, 1]."""
+    widest = torch.cat([piece.gates for piece in told], 1).mean(3, keepdim=True).amax(1, keepdim=True)
+    return (math.log(left) / torch.log1p(-widest.clamp(1e-6, 1 - left))).clamp(max=MOST_STRENGTH)
+
+
+def _erased(state: torch.Tensor, told: Sequence[Writes], strength: float | torch.Tensor) -> torch.Tensor:
     """One layer's state [1, H, r, r] after what all pieces of a text write has been erased."""
     # Hundreds of nearly shut gates, each opened ``strength`` times as far, would erase everything.
     widest = torch.cat([piece.gates for piece in told], 1).amax((1, 3), keepdim=True).clamp(min=1e-30)

@@ -148,6 +148,27 @@ def segment_ids_under(
     return as_row(input_ids), as_row([number_of.get(owner, -1) for owner in owners])
 
 
+def own_tokens(tokenizer, messages: Sequence[Mapping]) -> torch.Tensor | None:
+    """Which tokens of a chat are its messages' contents, and not what the chat template puts around them.
+
+    Returns:
+        bool [1, T]; None where it cannot be known: the tokenizer gives no offsets, or the template hides the contents.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+
+    def render(conversation, add_generation_prompt=False):
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+    messages = [dict(message) for message in messages]
+    with refused_by_template("messages"):
+        text = render(messages)
+    spans = [block.content for block in _blocks(render, messages, text) if block.content is not None]
+    _, starts = tokenize(tokenizer, text)
+    own = [any(begin <= start < end for begin, end in spans) for start in starts]
+    return torch.tensor([own]) if any(own) else None
+
+
 def as_row(ids: Sequence[int]) -> torch.Tensor:
     """Ids as int64 [1, T], on the CPU."""
     return torch.tensor([ids], dtype=torch.int64, device="cpu")

@@ -215,7 +215,14 @@ def test_forget_is_the_erasure_that_it_says(strategy):
     sentence = "She took the train."
     extra = {}
     ids = tokenizer.apply_chat_template([user(sentence)], tokenize=True, return_dict=False)
+    rendered = tokenizer.apply_chat_template([user(sentence)], tokenize=False)
+    offsets = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    begin = rendered.index(sentence)
+    # Not the template's: every text writes those.
+    own = [i for i, (start, _) in enumerate(offsets) if begin <= start < begin + len(sentence)]
+    assert 0 < len(own) < len(ids)
     if config.segmented:
+        own = [0]
         _, extra["segment_ids"] = segment_ids_from_messages(
             tokenizer, [user(sentence)], config.memory_write_granularity
         )
@@ -227,10 +234,10 @@ def test_forget_is_the_erasure_that_it_says(strategy):
                 projections = segment_means(projections, extra["segment_ids"], None)[0][:, :1]
             bias = adapter.stacked()[1].double()
             _, key, value, _, _, beta = split_projections(projections.double(), bias, adapter.rule)
-            for t in range(key.shape[1]):
+            for t in own:
                 for head in range(adapter.rule.heads):
                     k, state = key[0, t, head], wanted[layer][0, head]
-                    open_share = (4 * beta[0, t, head] / beta[0, :, head].max()).clamp(max=1)
+                    open_share = (4 * beta[0, t, head] / beta[0, own, head].max()).clamp(max=1)
                     share = 1 - (1 - beta[0, t, head]) ** (3 * open_share**2)
                     way = value[0, t, head] / value[0, t, head].norm()
                     state -= torch.outer(share * (way @ state @ k).clamp(min=0) * way, k)
@@ -285,6 +292,23 @@ def test_forgetting_leaves_what_nearly_shut_gates_point_to():
     key, value = last.keys[0, 0, 0], last.values[0, 0, 0]
     assert (opened[0, 0] @ key @ value).abs() < 0.01 * (state[0, 0] @ key @ value)
     assert relative_error(opened[0, 0] @ key, other[0, 0, 0]) < 0.1
+
+
+def test_own_tokens_are_the_messages_contents():
+    from deltamem_fast.text.segments import own_tokens
+
+    _, tokenizer = tiny()
+    chat = [user("Ada keeps goats."), {"role": "assistant", "content": "I see."}, user("She took the train.")]
+    own = own_tokens(tokenizer, chat)
+    ids = torch.tensor(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
+    assert own.shape == (1, len(ids))
+    said = tokenizer.decode(ids[own[0]], skip_special_tokens=False)
+    assert said.split() == "Ada keeps goats.I see.She took the train.".split()
+
+    class Slow:
+        is_fast = False
+
+    assert own_tokens(Slow(), chat) is None
 
 
 # --- decay, zero_
