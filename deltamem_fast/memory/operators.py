@@ -170,9 +170,10 @@ def forget(
         S ← S − diag(1 − (1 − β)ᵐ) max(0, v̂ᵀ S k) v̂ kᵀ,    v̂ = v / ‖v‖,    m = n min(1, 4 β / widest)²
 
     where ``widest`` is the head's widest gate in the text: (1 − β)ⁿ, n = ``strength``, is left of what the text states,
-    and words between, whose gates are nearly shut, erase next to nothing; nor does what the chat template puts around
-    the text, which every text writes. Nothing decays, no value is written. (SSW: one erasure for each segment, by its
-    mean, the template's part of it included.) Keys are shared and values alike: some of what others wrote goes, too.
+    and words between, whose gates are nearly shut, erase next to nothing. What the chat template puts around the text,
+    which every text writes, erases nothing, where it can be told apart (the tokenizer gives offsets, the messages have
+    contents). Nothing decays, no value is written. (SSW: one erasure for each segment, by its mean, the template's part
+    of it included.) Keys are shared and values alike: some of what others wrote goes, too.
     `python -m bench.memory operators` measures how much.
 
     Args:

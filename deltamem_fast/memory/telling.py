@@ -29,7 +29,7 @@ Text = str | Sequence[Message]
 WRITE_TOKENS = 8192  # the write budget of the released recipe
 # What forgetting leaves of what a text states unless told otherwise; see bench/memory/operators.py.
 TOKEN_LEFT, SEGMENT_LEFT = 0.1, 0.3
-MOST_STRENGTH = 64.0  # of that, however narrow a text's widest gate is
+MOST_STRENGTH = 64.0  # tellings at most, however narrow a text's widest gate is
 STATES = 4.0  # a token whose gate is open a quarter as wide as a text's widest counts as stating something
 
 
@@ -86,7 +86,7 @@ def encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int, *, own:
         if not own or segments is not None or getattr(tokenizer, "chat_template", None) is None:
             return Encoded(ids, segments)
         messages = [{"role": "user", "content": part}] if isinstance(part, str) else part
-        return Encoded(ids, segments, own_tokens(tokenizer, messages))
+        return Encoded(ids, segments, own_tokens(tokenizer, messages, ids))
 
     found = [encoded for _, encoded in pieces_of(text, tokens, count, encode) if len(encoded)]
     if not found:

@@ -148,11 +148,15 @@ def segment_ids_under(
     return as_row(input_ids), as_row([number_of.get(owner, -1) for owner in owners])
 
 
-def own_tokens(tokenizer, messages: Sequence[Mapping]) -> torch.Tensor | None:
+def own_tokens(tokenizer, messages: Sequence[Mapping], input_ids: torch.Tensor) -> torch.Tensor | None:
     """Which tokens of a chat are its messages' contents, and not what the chat template puts around them.
 
+    Args:
+        input_ids: int64 [1, T], the chat's.
+
     Returns:
-        bool [1, T]; None where it cannot be known: the tokenizer gives no offsets, or the template hides the contents.
+        bool [1, T]; None where it cannot be known: the tokenizer gives no offsets, or other ids with them, or the
+        template hides the contents.
     """
     if not getattr(tokenizer, "is_fast", False):
         return None
@@ -164,9 +168,11 @@ def own_tokens(tokenizer, messages: Sequence[Mapping]) -> torch.Tensor | None:
     with refused_by_template("messages"):
         text = render(messages)
     spans = [block.content for block in _blocks(render, messages, text) if block.content is not None]
-    _, starts = tokenize(tokenizer, text)
+    ids, starts = tokenize(tokenizer, text)
+    if ids != input_ids[0].tolist():
+        return None
     own = [any(begin <= start < end for begin, end in spans) for start in starts]
-    return torch.tensor([own]) if any(own) else None
+    return torch.tensor([own], device="cpu") if any(own) else None
 
 
 def as_row(ids: Sequence[int]) -> torch.Tensor:

@@ -64,7 +64,10 @@ class Overlap:
 
 
 class Noise:
-    """What queries have beside their null direction, where no key is: in text, a read of what does not matter to it."""
+    """What queries have beside their null direction, where no key is: in text, a read of what does not matter to it.
+
+    The query projection alone gets a gradient.
+    """
 
     def __init__(self, model: nn.Module):
         self._attentions = list(record_of(model).attentions.values())

@@ -55,7 +55,9 @@ def _card(model, run: Path, name: str) -> str:
     layers = config.target_layers
     about_run = read_json(run / "training.json")
     peak = about_run.get("peak_bytes")
-    since = f"from step {about_run['peak_from']} on" if about_run["peak_from"] else "what training starts from included"
+    since = (
+        f"from step {first} on" if (first := about_run.get("peak_from")) else "adapters that it trained before included"
+    )
     taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, {since}"
     log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     memories = identity_of(model).memories.values()

@@ -73,23 +73,27 @@ def set_parameters(model: nn.Module, layers: Sequence[Seen]) -> None:
 
 
 @torch.no_grad()
-def clear_nulls(model: nn.Module) -> None:
+def clear_nulls(model: nn.Module, *, gradients: bool = False) -> None:
     """Leave keys nothing of the queries' null direction, and queries nothing of the keys': 0 after training, too.
 
     Then a query that points there reads exactly nothing, whatever the memory holds.
+
+    Args:
+        gradients: of the gradients, not of the parameters.
     """
     for attention in record_of(model).attentions.values():
         memory = attention.delta_memory
         for projection, component in ((memory.memory_k_proj, NULL_QUERY), (memory.memory_q_proj, NULL_KEY)):
-            projection.unflatten(0, (-1, memory.config.rank))[:, component] = 0
+            rows = projection.grad if gradients else projection
+            rows.unflatten(0, (-1, memory.config.rank))[:, component] = 0
 
 
 @torch.no_grad()
 def quieten(model: nn.Module) -> None:
     """Shorten what queries are made of beside their null direction, where it is longer than ``QUIET``.
 
-    A query has length 1: one that asks has nothing in the null direction and stays as it is, and in text, where that is
-    strong, the rest is what is read of facts that do not matter to it.
+    A query has length 1: one that asks has hardly anything in the null direction and stays nearly as it is; in text,
+    where that is strong, the rest is what is read of facts that do not matter to it.
     """
     for attention in record_of(model).attentions.values():
         memory = attention.delta_memory

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, save_adapter
-from deltamem_fast.storage.files import write_json
+from deltamem_fast.storage.files import read_json, write_json
 from deltamem_fast.training.setup import prepare_for_training
 
 try:
@@ -32,7 +32,7 @@ from .trainee import Kept, Trainee
 LEVELS = ((1,), (1, 2), (1, 2, 4), (1, 2, 4, 8))
 PROMOTED = 0.5  # the share of right values over the last steps at which the next level comes
 # The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
-CHECKPOINT, CONSTANT, LOG = "checkpoint.pt", "constant.pt", "log.jsonl"
+CHECKPOINT, CONSTANT, LOG, ABOUT = "checkpoint.pt", "constant.pt", "log.jsonl", "training.json"
 WARMUP = 50  # steps
 VERSION = 2  # of facts and losses: a run of another one is not gone on with
 LOGGED = 20  # steps of a line in the log
@@ -49,7 +49,7 @@ class TrainOptions:
         decay: the last share of the steps, in which the rate goes down. Until then a run does not depend on ``steps``,
             and can be prolonged.
         divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
-        overlap_weight: of what the keys of a step's facts have in common, and of text's; see pointing.py.
+        overlap_weight: of what the keys of a step's facts have in common, and of the null directions; see pointing.py.
         noise_weight: of what queries have beside their null direction, on that small talk.
         quiet_from: the step from which on queries are quietened and noise counts: they find keys first.
         pool: episodes of each count.
@@ -190,7 +190,8 @@ def train(
         Whether all steps are done.
 
     Raises:
-        ValueError: ``output`` holds a run with other options, or one whose rate began to fall behind ``steps``.
+        ValueError: ``output`` holds a run of another version or with other options, or one past the step at which the
+            rate falls when there are ``steps``.
     """
     torch.manual_seed(options.seed)
     encoder = Encoder(tokenizer, config)
@@ -212,16 +213,17 @@ def train(
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-        if step >= options.quiet_from:
-            quieten(model)
         losses = step_losses(trainee, pool, step, level, options)
         optimizer.zero_grad()
         losses.total(step, options).backward()
+        clear_nulls(model, gradients=True)  # else they would shorten the others when clipped
         nn.utils.clip_grad_norm_(trained.values(), options.clip, error_if_nonfinite=True)
         optimizer.step()
         clear_nulls(model)
-        sums.add(losses)
         done, now = step + 1, time.monotonic() - began
+        if done >= options.quiet_from:
+            quieten(model)
+        sums.add(losses)
         stopped = now - spent > seconds
         if done % LOGGED == 0:
             entry = {"step": done, "level": level, **sums.means(), "seconds": round(now)}
@@ -239,7 +241,7 @@ def train(
         if stopped:
             break
     model.eval()
-    if first >= options.steps and (output / "training.json").is_file():
+    if first >= options.steps and _is_written(output, first):
         return True
     about = {
         "steps": done,
@@ -248,9 +250,16 @@ def train(
         "peak_bytes": _peak_bytes(model.device),
         "peak_from": first,
     }
-    write_json(output / "training.json", about, private=False)
+    # Last, so that the file is there for a whole adapter only.
+    (output / ABOUT).unlink(missing_ok=True)
     save_adapter(model, output)
+    write_json(output / ABOUT, about, private=False)
     return done >= options.steps
+
+
+def _is_written(output: Path, steps: int) -> bool:
+    """Whether the adapter of a run's last step lies there."""
+    return (output / ABOUT).is_file() and read_json(output / ABOUT)["steps"] == steps
 
 
 def _device(model: nn.Module) -> str:
@@ -325,13 +334,13 @@ def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained
     if not path.is_file():
         return 0, 0.0, 0, None
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if json.loads(state["identity"]).get("version") != VERSION:
+        raise ValueError(f"output: {path} is of another version of this training; remove it")
     if state["steps"] != options.steps and state["place"][0] > constant_steps(replace(options, steps=state["steps"])):
         path = output / CONSTANT
         if not path.is_file():
             raise ValueError(f"output: {output} has no {CONSTANT}, from which a run of other steps could go on")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    if json.loads(state["identity"]).get("version") != VERSION:
-        raise ValueError(f"output: {path} is of another version of this training; remove it")
     if state["identity"] != _identity(config, options):
         raise ValueError(f"output: {path} is of a run with {state['identity']}; remove it, or give the same options")
     done = state["place"][0]

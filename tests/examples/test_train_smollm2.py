@@ -276,9 +276,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     about = (tmp_path / "parts/training.json").read_bytes()
     assert json.loads(about)["steps"] == 4
-    # It is finished already.
+    # It is finished already; and once more, as if its adapter had not been written.
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     assert (tmp_path / "parts/training.json").read_bytes() == about
+    (tmp_path / "parts/training.json").write_text('{"steps": 1}')
+    assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
+    assert json.loads((tmp_path / "parts/training.json").read_text())["steps"] == 4
     assert same(tmp_path / "whole", tmp_path / "parts")
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [2, 4] and log[1]["level"] == 1 and "divergence" in log[1]
@@ -287,6 +290,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     for projection, null in ((memory.memory_k_proj, 1), (memory.memory_q_proj, 0)):
         rows = projection.unflatten(0, (-1, 4))
         assert not rows[:, null].any() and rows[:, 1 - null].all()
+    lengths = memory.memory_q_proj.unflatten(0, (-1, 4))[:, 2:].norm(dim=-1)
+    assert lengths.max() < 1.0001 * example("start").QUIET
 
 
 def test_a_finished_run_is_prolonged_from_its_last_step_at_the_full_rate(tokenizer, tmp_path, small):

@@ -294,13 +294,30 @@ def test_forgetting_leaves_what_nearly_shut_gates_point_to():
     assert relative_error(opened[0, 0] @ key, other[0, 0, 0]) < 0.1
 
 
+@pytest.mark.parametrize("widest", (0.05, 0.5, 0.9))
+def test_so_much_is_left_under_the_widest_gate_unless_a_strength_is_given(widest):
+    from deltamem_fast.memory.telling import Writes, _erased, _strength
+
+    torch.manual_seed(0)
+    keys, values = (torch.nn.functional.normalize(torch.randn(1, 5, 2, 4), dim=-1) for _ in range(2))
+    gates = torch.full((1, 5, 2, 4), widest / 1000)
+    gates[:, 3] = widest
+    told = [Writes(keys, values, gates)]
+    state = torch.einsum("bhi,bhj->bhij", values[:, 3], keys[:, 3])
+    left = torch.einsum("bhij,bhi,bhj->bh", _erased(state, told, _strength(told, 0.1)), values[:, 3], keys[:, 3])
+    torch.testing.assert_close(left, torch.full((1, 2), 0.1), rtol=0.01, atol=0)
+    gates *= 1e-3  # the most that is done
+    assert torch.equal(_strength(told, 0.1), torch.full((1, 1, 2, 1), 64.0))
+
+
 def test_own_tokens_are_the_messages_contents():
     from deltamem_fast.text.segments import own_tokens
 
     _, tokenizer = tiny()
     chat = [user("Ada keeps goats."), {"role": "assistant", "content": "I see."}, user("She took the train.")]
-    own = own_tokens(tokenizer, chat)
     ids = torch.tensor(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
+    own = own_tokens(tokenizer, chat, ids[None])
+    assert own_tokens(tokenizer, chat, ids[None, 1:]) is None
     assert own.shape == (1, len(ids))
     said = tokenizer.decode(ids[own[0]], skip_special_tokens=False)
     assert said.split() == "Ada keeps goats.I see.She took the train.".split()
@@ -308,7 +325,7 @@ def test_own_tokens_are_the_messages_contents():
     class Slow:
         is_fast = False
 
-    assert own_tokens(Slow(), chat) is None
+    assert own_tokens(Slow(), chat, ids[None]) is None
 
 
 # --- decay, zero_
