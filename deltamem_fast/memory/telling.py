@@ -19,7 +19,7 @@ from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..arguments import check_text, check_tokenizer, shown
 from ..errors import ArgumentError
 from ..text.cutting import pieces_of
-from ..text.encode import check_known, encode_text, says_something
+from ..text.encode import as_chat, check_known, encode_text, says_something
 from ..text.messages import Message, plain_content, plain_messages
 from ..text.segments import own_tokens
 from .watch import capture_projections
@@ -83,10 +83,8 @@ def encoded_pieces(model: nn.Module, tokenizer, text: Text, tokens: int, *, own:
     def encode(part: Text, name: str) -> Encoded:
         ids, segments = encode_text(tokenizer, part, config, name)
         check_known(model, ids[0].tolist())
-        if not own or segments is not None or getattr(tokenizer, "chat_template", None) is None:
-            return Encoded(ids, segments)
-        messages = [{"role": "user", "content": part}] if isinstance(part, str) else part
-        return Encoded(ids, segments, own_tokens(tokenizer, messages, ids))
+        chat = as_chat(tokenizer, part, name) if own and segments is None else None
+        return Encoded(ids, segments, None if chat is None else own_tokens(tokenizer, chat, ids))
 
     found = [encoded for _, encoded in pieces_of(text, tokens, count, encode) if len(encoded)]
     if not found:

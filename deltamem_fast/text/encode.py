@@ -40,6 +40,23 @@ def says_something(messages: Sequence[Message]) -> bool:
     )
 
 
+def as_chat(tokenizer, text: str | Sequence[Message], name: str = "text") -> list[Message] | None:
+    """A text's messages, a string as a user's; None: a string for a tokenizer without a chat template.
+
+    Raises:
+        ValueError: ``text`` is neither a string nor a list of messages, or there is no chat template for messages.
+    """
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if isinstance(text, str):
+        if not has_template:
+            return None
+        text = [{"role": "user", "content": text}]
+    text = plain_messages(text, name)
+    if not has_template:
+        raise ArgumentError("tokenizer: has no chat template, which messages need; allowed with it: a string")
+    return text
+
+
 def encode_text(
     tokenizer, text: str | Sequence[Message], config: DeltaMemConfig, name: str = "text"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -51,17 +68,12 @@ def encode_text(
         ValueError: ``text`` is neither a string nor a list of messages, there is no chat template for messages, or
             the template refuses them.
     """
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if isinstance(text, str):
-        if not has_template:
-            return _encode_plain(tokenizer, text, config)
-        text = [{"role": "user", "content": text}]
-    text = plain_messages(text, name)
-    if not has_template:
-        raise ArgumentError("tokenizer: has no chat template, which messages need; allowed with it: a string")
+    chat = as_chat(tokenizer, text, name)
+    if chat is None:
+        return _encode_plain(tokenizer, text, config)
     if config.segmented:
-        return segment_ids_from_messages(tokenizer, text, config.memory_write_granularity)
-    return as_row(chat_ids(tokenizer, text, name)), None
+        return segment_ids_from_messages(tokenizer, chat, config.memory_write_granularity)
+    return as_row(chat_ids(tokenizer, chat, name)), None
 
 
 def _encode_plain(tokenizer, text: str, config: DeltaMemConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
