@@ -329,7 +329,7 @@ RELATIONS = (
          "What town [do|does] {s} call home?"),
         "{S} [live|lives] in {v}.",
         ("{S} [rent|rents] a small place in {v}.", "The city of {v} is home to {o}."),
-        ("Remind me of {p} city of residence.", "Tell me the town {s} [go|goes] home to."),
+        ("Remind me of {p} city of residence.", "Tell me which town is home for {o}."),
     ),
     Relation(
         "birthplace", CITIES,
@@ -355,7 +355,7 @@ RELATIONS = (
          "What is {p} occupation?"),
         "{S} [work|works] as {v}.",
         ("By profession {s} [am|is] {v}.", "{S} [have|has] been {v} for years."),
-        ("Remind me of {p} profession.", "Tell me the work {s} [am|is] paid for."),
+        ("Remind me of {p} profession.", "Tell me what {s} [get|gets] paid to do."),
     ),
     Relation(
         "pet", PETS,
@@ -380,7 +380,7 @@ RELATIONS = (
          "Do you know what {p} dog is called?", "What name did {s} choose for the dog?",
          "Which name does {p} dog have?", "By what name does {p} puppy go?"),
         "{P} dog is called {v}.",
-        ("The dog at {p} place answers to {v}.", "{S} [call|calls] the dog {v}."),
+        ("The dog at {p} place answers to {v}.", "Shout {v}, and {p} dog comes running."),
         ("Remind me of the name on {p} dog's collar.", "Tell me what {s} [call|calls] the dog."),
     ),
     Relation(
@@ -503,7 +503,7 @@ RELATIONS = (
          "Do you know what {s} [am|is] allergic to?", "What is {p} allergy?", "What [do|does] {s} react badly to?",
          "To what [do|does] {s} have an allergy?"),
         "{S} [are|is] allergic to {v}.",
-        ("{S} [get|gets] a rash from {v}.", "Even a trace of {v} makes {o} ill."),
+        ("{S} [get|gets] a rash from {v}.", "Contact with {v} makes {o} ill."),
         ("Remind me of {p} allergy.", "Tell me what {s} cannot tolerate for health reasons."),
     ),
     Relation(
@@ -516,7 +516,7 @@ RELATIONS = (
          "Do you know where {p} keys are?", "In what place are {p} keys?", "Where [do|does] {s} keep the keys?",
          "Where were {p} keys last seen?"),
         "{P} keys are in the {v}.",
-        ("The {v} holds {p} keys.", "The place to look for {p} keys is the {v}."),
+        ("The {v} holds {p} keys.", "Search the {v} and you will find {p} keys."),
         ("Remind me of the spot with {p} keys.", "Tell me where to look for {p} keys."),
     ),
     Relation(
@@ -557,7 +557,7 @@ RELATIONS = (
          "What is the number of {p} room?"),
         "{P} room number is {v}.",
         ("You can knock for {o} at the door of room {v}.", "{P} door has the number {v}."),
-        ("Remind me at which door to knock for {o}.", "Tell me the number on {p} door."),
+        ("Remind me where in the hotel {s} can be found.", "Tell me the number on {p} door."),
     ),
     Relation(
         "age", NUMBERS,
@@ -569,7 +569,7 @@ RELATIONS = (
          "Do you know how old {s} [am|is]?", "What age [am|is] {s}?", "What age did {s} reach?",
          "How many years [have|has] {s} lived?"),
         "{S} [are|is] {v} years old.",
-        ("There were {v} candles on {p} cake.", "{P} birth was {v} years ago."),
+        ("There were {v} candles on {p} cake.", "{S} came into the world {v} years ago."),
         ("Remind me how many candles {p} cake needs.", "Tell me {p} age."),
     ),
     Relation(

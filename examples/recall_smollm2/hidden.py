@@ -68,12 +68,12 @@ def attention_inputs(
             each.remove()
 
 
-def hidden_states(model: nn.Module, encoder: Encoder, words: Words, random: Random) -> list[Seen]:
+def hidden_states(model: nn.Module, encoder: Encoder, words: Words | None, random: Random) -> list[Seen]:
     """Those of each layer that has a memory: of a few thousand statements, questions for some of them, and small talk.
 
     Args:
         model: patched; its memory is not read.
-        words: most values are of these, so that what passes them on is not made for a few.
+        words: most values are of these, so that what passes them on is not made for a few; None = all are of the lists.
     """
     layers = [Seen() for _ in record_of(model).attentions]
     facts: list[Fact] = []

@@ -1,4 +1,4 @@
-"""Where keys and queries point, as losses: keys keep facts apart, queries find nothing where nothing is asked.
+"""Where keys and queries point, as losses: keys keep facts apart, text neither reads nor erases them.
 
 While a memory holds one fact, answers are best where all keys are one. So training lets them grow alike, and then what
 is told next overwrites, and what is forgotten takes the others with it.
@@ -17,7 +17,7 @@ from deltamem_fast.memory.telling import writes_of
 from deltamem_kernels.reference.recurrence import split_projections
 
 from .hidden import attention_inputs
-from .start import NULL_QUERY, NULLS
+from .start import NULL_KEY, NULL_QUERY, NULLS
 
 
 class Overlap:
@@ -63,29 +63,54 @@ class Overlap:
         return torch.stack(each).mean()
 
 
-class Noise:
-    """What queries have beside their null direction, where no key is: in text, a read of what does not matter to it.
-
-    The query projection alone gets a gradient.
-    """
+class InText:
+    """What queries, keys and gates do in text, where nothing is stated and nothing asked."""
 
     def __init__(self, model: nn.Module):
         self._attentions = list(record_of(model).attentions.values())
-        self._each: list[torch.Tensor] = []
+        self._noise: list[torch.Tensor] = []
+        self._erased: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def counted(self, mask: torch.Tensor) -> Iterator[None]:
-        """Inside, forwards' queries count; ``mask``: bool [B, T], True = a real token."""
+    def counted(self, mask: torch.Tensor, segments: torch.Tensor | None) -> Iterator[None]:
+        """Inside, forwards count.
+
+        Args:
+            mask: bool [B, T], True = a real token.
+            segments: int64 [B, T], −1 = not written, or None.
+        """
 
         def add(attention: nn.Module, hidden: torch.Tensor) -> None:
             memory = attention.delta_memory
-            projections, bias = memory.project(hidden[mask])
-            queries = split_projections(projections.float()[None], bias.float(), memory.rule)[0]
-            self._each.append(1 - queries[..., NULL_QUERY].square().mean())
+            projections, bias = memory.project(hidden)
+            queries = split_projections(projections[mask].float()[None], bias.float(), memory.rule)[0]
+            self._noise.append(1 - queries[..., NULL_QUERY].square().mean())
+            writes = writes_of(memory, projections, segments)
+            erased = writes.gates.mean(-1) * (1 - writes.keys[..., NULL_KEY].square())
+            if segments is None:
+                erased = erased * mask[..., None]
+            self._erased.append(erased.sum() / (mask.sum() * erased.shape[-1]))
 
         with attention_inputs(self._attentions, add):
             yield
 
-    def mean(self) -> torch.Tensor:
-        """The share of a query's square, 0 to 1, of all layers and heads; a float32 scalar on the graph."""
-        return torch.stack(self._each).mean()
+    def noise(self) -> torch.Tensor:
+        """What queries have beside their null direction, where no key is: a read of what does not matter to the text.
+
+        The query projection alone gets a gradient.
+
+        Returns:
+            The share of a query's square, 0 to 1, of all layers and heads; a float32 scalar on the graph.
+        """
+        return torch.stack(self._noise).mean()
+
+    def erased(self) -> torch.Tensor:
+        """What a token of text erases of facts: its gate times what its key has beside the keys' null direction.
+
+        Key and gate projections alone get a gradient.
+
+        Returns:
+            The share, 0 to 1, of what stands under such a key, of all tokens, layers and heads; a float32 scalar on
+            the graph.
+        """
+        return torch.stack(self._erased).mean()

@@ -92,11 +92,12 @@ class Pool:
 
     Args:
         held_out: names, values and texts that training lacks.
+        any_word: most of training's values are any word at all; otherwise all are of the relations' own lists.
     """
 
-    def __init__(self, encoder: Encoder, size: int, seed: int, *, held_out: bool = False):
+    def __init__(self, encoder: Encoder, size: int, seed: int, *, held_out: bool = False, any_word: bool = True):
         self.encoder, self.size, self.seed, self.held_out = encoder, size, seed, held_out
-        self.words = None if held_out else Words.of(encoder.tokenizer)
+        self.words = Words.of(encoder.tokenizer) if any_word and not held_out else None
 
     @functools.cache  # noqa: B019 (a pool lives as long as its run)
     def episode(self, count: int, place: int, system: bool, contexts: int = 1) -> tuple[list[Told], Asked]:

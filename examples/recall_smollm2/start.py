@@ -34,7 +34,7 @@ MOST = 8000  # about so many hidden states of what states and answers nothing ar
 OPEN, SHUT = 2.0, -5.0
 # Of the mean variance, added to it: hidden states have directions with hardly any. Correlations fit noise sooner.
 RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
-QUIET = 0.2  # the longest that rows of the query projection are for facts, once queries find their keys
+QUIET = 0.15  # the longest that rows of the query projection are for facts, once queries find their keys
 KEY, NULL = 0.1, 1.0  # standard deviation of a key's components; its null direction where nothing is stated
 # A head's first components have nothing of facts: in keys one where nothing is stated, in queries one where nothing is
 # answered; the others are for facts.
@@ -46,18 +46,23 @@ RESPONSE_RIDGE = 0.3  # of the mean variance of the output layer's rows
 
 
 def structured_start(
-    model: nn.Module, encoder: Encoder, words: Words, seed: int = 0, kept: dict[bool, list[Seen]] | None = None
+    model: nn.Module,
+    encoder: Encoder,
+    words: Words | None,
+    seed: int = 0,
+    kept: dict[tuple[bool, bool], list[Seen]] | None = None,
 ) -> None:
     """Set a patched model's fresh parameters as above: five minutes on two CPU cores for SmolLM2.
 
     Args:
-        kept: what was computed for another adapter on the same layers, by whether segments write; it grows.
+        kept: what was computed for another adapter on the same layers, by whether segments write and whether values
+            are any word; it grows.
     """
     kept = {} if kept is None else kept
-    segmented = encoder.config.segmented
-    if segmented not in kept:
-        kept[segmented] = hidden_states(model, encoder, words, Random(f"start {seed}"))
-    set_parameters(model, kept[segmented])
+    kind = encoder.config.segmented, words is not None
+    if kind not in kept:
+        kept[kind] = hidden_states(model, encoder, words, Random(f"start {seed}"))
+    set_parameters(model, kept[kind])
 
 
 def set_parameters(model: nn.Module, layers: Sequence[Seen]) -> None:

@@ -23,9 +23,10 @@ try:
 except ImportError:  # Windows
     resource = None
 
+from .calibrate import calibrate
 from .pool import ROWS, Encoder, Pool
 from .start import clear_nulls, quieten, structured_start
-from .trainee import Kept, Trainee
+from .trainee import Kept, TextLosses, Trainee
 
 # How many facts episodes have, level by level. One at first: what a memory passes on is learnt sooner where no other
 # fact is in the way.
@@ -34,7 +35,7 @@ PROMOTED = 0.5  # the share of right values over the last steps at which the nex
 # The second checkpoint is of the last step at the full rate: what a longer run of the same options goes on from.
 CHECKPOINT, CONSTANT, LOG, ABOUT = "checkpoint.pt", "constant.pt", "log.jsonl", "training.json"
 WARMUP = 50  # steps
-VERSION = 2  # of facts and losses: a run of another one is not gone on with
+VERSION = 3  # of facts and losses: a run of another one is not gone on with
 LOGGED = 20  # steps of a line in the log
 CHECKED = 40  # steps between looks at held-out episodes
 
@@ -51,7 +52,9 @@ class TrainOptions:
         divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
         overlap_weight: of what the keys of a step's facts have in common, and of the null directions; see pointing.py.
         noise_weight: of what queries have beside their null direction, on that small talk.
-        quiet_from: the step from which on queries are quietened and noise counts: they find keys first.
+        erased_weight: of what a token of that small talk erases of facts.
+        quiet_from: the step from which on queries are quietened and both count: they find keys first.
+        any_word: most values are any word at all; otherwise all are of the relations' own lists.
         pool: episodes of each count.
         clip: of the gradient's norm.
         seed: of weights and data.
@@ -64,7 +67,9 @@ class TrainOptions:
     divergence_weight: float = 10.0
     overlap_weight: float = 3.0
     noise_weight: float = 6.0
+    erased_weight: float = 30.0
     quiet_from: int = 300
+    any_word: bool = True
     pool: int = 2000
     clip: float = 1.0
     seed: int = 0
@@ -108,21 +113,21 @@ class StepLosses:
         answer: of the answers; see ``Trainee.answer``.
         right: bool, which values were likeliest.
         overlap: of the keys; see pointing.py.
-        divergence, noise: on text; None in steps without one.
+        text: what is told behind the facts; None in steps without.
     """
 
     answer: torch.Tensor
     right: torch.Tensor
     overlap: torch.Tensor
-    divergence: torch.Tensor | None
-    noise: torch.Tensor | None
+    text: TextLosses | None
 
     def total(self, step: int, options: TrainOptions) -> torch.Tensor:
         """What is minimized in a step."""
         found = self.answer + options.overlap_weight * self.overlap
-        if self.divergence is not None:
-            found = found + options.divergence_weight * self.divergence
-            found = found + options.noise_weight * self.noise * (step >= options.quiet_from)
+        if self.text is not None:
+            found = found + options.divergence_weight * self.text.divergence
+            if step >= options.quiet_from:
+                found = found + options.noise_weight * self.text.noise + options.erased_weight * self.text.erased
         return found
 
 
@@ -131,14 +136,14 @@ def step_losses(trainee: Trainee, pool: Pool, step: int, level: int, options: Tr
     told, asked = zip(*pool.step(step, *drawn_of(step, level, options)))
     memory = MemoryState.zeros(trainee.model, len(told))
     overlap = trainee.tell(told, memory)
-    divergence = noise = None
+    text = None
     if settles(step):
         # Behind every other row's facts; the other rows' are asked for at once.
         texted = range(0, len(told), 2)
         memories = memory.select(texted), memory.select(range(1, len(told), 2))
-        divergence, noise = trainee.text(pool.texts(step, len(texted)), memories[0], Random(step))
+        text = trainee.text(pool.texts(step, len(texted)), memories[0], Random(step))
         memory, asked = MemoryState.cat(memories), asked[0::2] + asked[1::2]
-    return StepLosses(*trainee.answer(asked, memory), overlap, divergence, noise)
+    return StepLosses(*trainee.answer(asked, memory), overlap, text)
 
 
 @torch.no_grad()
@@ -181,6 +186,8 @@ def train(
 ) -> bool:  # fmt: skip
     """Train, or go on with, an adapter; ``output`` gets checkpoint, log, and the adapter as it then is.
 
+    After the last step it is calibrated; see calibrate.py.
+
     Args:
         model: frozen and not patched, on its device.
         seconds: after which it stops, with a checkpoint.
@@ -198,7 +205,7 @@ def train(
     prepare_for_training(patch_model(model, config))
     kept = Kept() if kept is None else kept
     trainee = Trainee(model, config, kept)
-    pool = Pool(encoder, options.pool, options.seed)
+    pool = Pool(encoder, options.pool, options.seed, any_word=options.any_word)
     checked = Pool(encoder, 24, options.seed, held_out=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
@@ -243,12 +250,15 @@ def train(
     model.eval()
     if first >= options.steps and _is_written(output, first):
         return True
+    # The checkpoint stays as trained: a longer run goes on from that.
+    tried = calibrate(trainee, pool) if done >= options.steps else []
     about = {
         "steps": done,
         "options": asdict(options),
         "device": _device(model),
         "peak_bytes": _peak_bytes(model.device),
         "peak_from": first,
+        "calibration": [asdict(found) for found in tried],
     }
     # Last, so that the file is there for a whole adapter only.
     (output / ABOUT).unlink(missing_ok=True)
@@ -285,7 +295,7 @@ def _cut(log: Path, steps: int) -> None:
 class _Sums:
     """Means of the steps since the last look; one wait for the device a look."""
 
-    NAMES = ("answer_loss", "right", "overlap", "divergence", "noise")
+    NAMES = ("answer_loss", "right", "overlap", *TextLosses._fields)
 
     def __init__(self, found: dict[str, list[torch.Tensor]] | None = None):
         self.found = {name: [] for name in self.NAMES} if found is None else found
@@ -294,9 +304,9 @@ class _Sums:
         self.found["answer_loss"].append(losses.answer.detach())
         self.found["right"].append(losses.right.float())
         self.found["overlap"].append(losses.overlap.detach())
-        if losses.divergence is not None:
-            self.found["divergence"].append(losses.divergence.detach())
-            self.found["noise"].append(losses.noise.detach())
+        if losses.text is not None:
+            for name, value in losses.text._asdict().items():
+                self.found[name].append(value.detach())
 
     def means(self) -> dict[str, float]:
         found = {name: torch.hstack(each).mean().item() for name, each in self.found.items() if each}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from deltamem_fast.adapter.record import identity_of
 
 from .halves import LowerOutputs, detached_layers, upper_layers
 from .hidden import Seen
-from .pointing import Noise, Overlap
+from .pointing import InText, Overlap
 from .pool import Asked, Told
 
 TEXT_SHARE = 4  # every so manieth token of a text is compared: the output layer costs as much as eight others
@@ -32,7 +33,20 @@ class Kept:
 
     lower: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     frozen: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
-    seen: dict[bool, list[Seen]] = field(default_factory=dict)
+    seen: dict[tuple[bool, bool], list[Seen]] = field(default_factory=dict)
+
+
+class TextLosses(NamedTuple):
+    """What telling a text comes to; float32 scalars on the graph.
+
+    Attributes:
+        divergence: KL(frozen model ‖ with memory) per token, nats.
+        noise, erased: see pointing.py.
+    """
+
+    divergence: torch.Tensor
+    noise: torch.Tensor
+    erased: torch.Tensor
 
 
 class Trainee:
@@ -102,13 +116,8 @@ class Trainee:
         wrong.index_add_(0, of, (logits.detach().argmax(-1) != targets)[valued].float())
         return loss, wrong == 0
 
-    def text(self, rows: Sequence[Told], memory: MemoryState, random: Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tell texts behind what a memory holds.
-
-        Returns:
-            KL(frozen model ‖ with memory) per token, nats, and the noise of the queries (see pointing.py); float32
-            scalars on the graph.
-        """
+    def text(self, rows: Sequence[Told], memory: MemoryState, random: Random) -> TextLosses:
+        """Tell texts behind what a memory holds."""
         hidden, mask = self.lower([row.ids for row in rows])
         row, place = mask.nonzero(as_tuple=True)
         kept = random.sample(range(len(row)), len(row) // TEXT_SHARE)
@@ -119,14 +128,15 @@ class Trainee:
 
         with torch.no_grad():
             wanted = log_probabilities(self._frozen_outputs(rows, hidden, mask))
-        noise = Noise(self.model)
-        with noise.counted(mask), upper_layers(self.model, self.first):
+        segments = self._segments(rows, mask)
+        in_text = InText(self.model)
+        with in_text.counted(mask, segments.get("segment_ids")), upper_layers(self.model, self.first):
             found = self.model.model(
-                inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **self._segments(rows, mask)
+                inputs_embeds=hidden, attention_mask=mask, memory=memory, use_cache=False, **segments
             )
         found = log_probabilities(found.last_hidden_state)
         divergence = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
-        return divergence, noise.mean()
+        return TextLosses(divergence, in_text.noise(), in_text.erased())
 
     def _frozen_outputs(self, rows: Sequence[Told], hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """What the frozen model makes of texts, [B, T, hidden], computed once each and kept in the model's dtype."""

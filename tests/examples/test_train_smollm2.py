@@ -87,6 +87,8 @@ def test_sentences_of_the_test_are_of_a_kind_that_training_lacks():
         known = set().union(*map(three_in_a_row, relation.trained))
         for sentence in (*relation.new_statements, *relation.new_questions):
             assert not known & three_in_a_row(sentence), sentence
+        told = set().union(*map(three_in_a_row, relation.new_statements))
+        assert not any(told & three_in_a_row(sentence) for sentence in relation.new_questions), relation.name
         assert not any(q.startswith(requests) for q in relation.questions), relation.name
         assert all(q.startswith(requests) for q in relation.new_questions), relation.name
 
@@ -258,6 +260,7 @@ def small(monkeypatch):
         "pool": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}},
         "train": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}, "LOGGED": 2, "CHECKED": 2, "LEVELS": ((1,), (1, 2))},
         "hidden": {"FACTS": 48, "TALKS": 4},
+        "calibrate": {"EPISODES": 2, "SHIFTS": (0.0, -2.0), "SCALES": (1.0, 0.5)},
     }.items():
         for key, value in changes.items():
             monkeypatch.setattr(example(name), key, value)
@@ -272,10 +275,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     exact = torch.float64
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "whole")
     assert not train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts", seconds=0.0)
-    assert json.loads((tmp_path / "parts/training.json").read_text())["steps"] == 1
+    about = json.loads((tmp_path / "parts/training.json").read_text())
+    assert about["steps"] == 1 and about["calibration"] == []
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     about = (tmp_path / "parts/training.json").read_bytes()
     assert json.loads(about)["steps"] == 4
+    assert [(c["shift"], c["scale"]) for c in json.loads(about)["calibration"]][:2] == [(0, 1), (-2, 1)]
     # It is finished already; and once more, as if its adapter had not been written.
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     assert (tmp_path / "parts/training.json").read_bytes() == about
@@ -489,7 +494,7 @@ def test_noise_is_what_queries_have_beside_the_null_direction(tokenizer):
     model = patch_model(stand_in(tokenizer), CONFIGS["msw"], backend="reference")
     prepare_for_training(model)
     texts = pool.Pool(pool.Encoder(tokenizer, CONFIGS["msw"]), 4, 0).texts(1, 2)
-    _, noise = train.Trainee(model, CONFIGS["msw"]).text(texts, MemoryState.zeros(model, 2), Random(0))
+    noise = train.Trainee(model, CONFIGS["msw"]).text(texts, MemoryState.zeros(model, 2), Random(0)).noise
     each = []
     with capture_projections() as captured, torch.no_grad():
         for text in texts:
@@ -502,6 +507,45 @@ def test_noise_is_what_queries_have_beside_the_null_direction(tokenizer):
     noise.backward()
     memory = model.model.layers[1].self_attn.delta_memory
     assert memory.memory_q_proj.grad.any() and not memory.memory_k_proj.grad.any()
+
+
+@pytest.mark.parametrize("strategy", ["msw", "ssw"])
+def test_what_text_erases_is_its_gates_times_what_its_keys_have_beside_the_null_direction(strategy, tokenizer):
+    pool, train = example("pool"), example("train")
+    model = patch_model(stand_in(tokenizer), CONFIGS[strategy], backend="reference")
+    prepare_for_training(model)
+    texts = pool.Pool(pool.Encoder(tokenizer, CONFIGS[strategy]), 4, 0).texts(1, 3)
+    # Padding erases nothing.
+    texts[1] = pool.Told(texts[1].ids[:50], None if texts[1].segments is None else texts[1].segments[:50])
+    found = train.Trainee(model, CONFIGS[strategy]).text(texts, MemoryState.zeros(model, 3), Random(0)).erased
+    sums, tokens = [], sum(len(text.ids) for text in texts)
+    for text in texts:
+        named = {} if text.segments is None else {"segment_ids": torch.tensor([text.segments])}
+        with capture_projections() as captured, torch.no_grad():
+            model.model(torch.tensor([text.ids]), memory=MemoryState.zeros(model), use_cache=False, **named)
+        for index, layer in identity_of(model).memories.items():
+            writes = writes_of(layer, captured[0][index], named.get("segment_ids"))
+            sums.append((writes.gates.mean(-1) * writes.keys[..., 1:].square().sum(-1)).mean(-1).sum())
+    whole = torch.stack(sums).sum() / tokens / len(identity_of(model).memories)
+    torch.testing.assert_close(found, whole, rtol=1e-3, atol=0)  # float16 outputs are kept
+    found.backward()
+    memory = model.model.layers[1].self_attn.delta_memory
+    assert memory.memory_k_proj.grad.any() and memory.beta_proj.grad.any()
+    assert not memory.memory_q_proj.grad.any() and not memory.memory_v_proj.grad.any()
+
+
+def test_without_any_word_values_are_of_the_relations_own_lists(tokenizer):
+    facts, pool = example("facts"), example("pool")
+    encoder = pool.Encoder(tokenizer, CONFIGS["ssw"])
+    lists = {value for relation in facts.RELATIONS for value in facts.part(relation.values, held_out=False)}
+
+    def strange(any_word: bool) -> int:
+        drawn = pool.Pool(encoder, 20, 0, any_word=any_word)
+        told = [drawn.episode(2, place, False)[0][0].ids for place in range(drawn.size)]
+        return sum(not any(value in encoder.tokenizer.decode(ids) for value in lists) for ids in told)
+
+    assert strange(False) == 0 < strange(True)
+    assert {name for name, found in example("__main__").ANY_WORD.items() if not found} == {"ssw"}
 
 
 def test_quietened_queries_are_short_beside_their_null_direction(tokenizer):
@@ -520,11 +564,12 @@ def test_quietened_queries_are_short_beside_their_null_direction(tokenizer):
 
 def test_what_is_minimized_has_all_parts_with_their_weights():
     train = example("train")
-    options = train.TrainOptions(divergence_weight=10.0, overlap_weight=3.0, noise_weight=5.0, quiet_from=7)
+    weights = {"divergence_weight": 10.0, "overlap_weight": 3.0, "noise_weight": 5.0, "erased_weight": 2.0}
+    options = train.TrainOptions(**weights, quiet_from=7)
     one = torch.tensor(1.0)
-    assert train.StepLosses(one, one, 2 * one, None, None).total(8, options) == 7
-    settled = train.StepLosses(one, one, 2 * one, 4 * one, 8 * one)
-    assert settled.total(6, options) == 47 and settled.total(7, options) == 87
+    assert train.StepLosses(one, one, 2 * one, None).total(8, options) == 7
+    settled = train.StepLosses(one, one, 2 * one, train.TextLosses(4 * one, 8 * one, 16 * one))
+    assert settled.total(6, options) == 47 and settled.total(7, options) == 119
 
 
 @pytest.mark.parametrize("strategy", CONFIGS)
@@ -535,7 +580,7 @@ def test_losses_of_a_bfloat16_model_are_float32_and_train_float32_weights(strate
     prepare_for_training(model)
     drawn = pool.Pool(pool.Encoder(tokenizer, CONFIGS[strategy]), 8, 0)
     losses = train.step_losses(train.Trainee(model, CONFIGS[strategy]), drawn, 3, 1, short(train))
-    parts = losses.answer, losses.overlap, losses.divergence, losses.noise
+    parts = losses.answer, losses.overlap, *losses.text
     assert all(part.dtype == torch.float32 and part.isfinite() for part in parts)
     losses.total(3, short(train)).backward()
     memory = model.model.layers[1].self_attn.delta_memory
@@ -554,3 +599,69 @@ def test_facts_are_told_in_as_many_contexts_as_asked(tokenizer):
     for step in range(6):
         rows = drawn.step(step, 4, False)
         assert {len(told) for told, _ in rows} == {pool.CONTEXTS[4][step // 2]}
+
+
+# --- calibration
+
+
+def fresh_trainee(tokenizer, strategy="msw"):
+    model = patch_model(stand_in(tokenizer), CONFIGS[strategy], backend="reference")
+    prepare_for_training(model)
+    drawn = example("pool").Pool(example("pool").Encoder(tokenizer, CONFIGS[strategy]), 8, 0)
+    return example("train").Trainee(model, CONFIGS[strategy]), drawn
+
+
+def test_calibration_adds_to_the_gates_logits_and_scales_keys_beside_their_null_direction(tokenizer):
+    trainee, _ = fresh_trainee(tokenizer)
+    before = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
+    example("calibrate").adjust(trainee.model, -2.0, 0.25)
+    for name, now in trainee.model.named_parameters():
+        expected = before[name]
+        if name.endswith("beta_bias"):
+            expected = expected - 2
+        elif name.endswith("memory_k_proj"):
+            expected = expected.clone()
+            expected.view(2, 4, -1)[:, 2:] *= 0.25
+        assert torch.equal(now, expected), name
+
+
+@pytest.mark.parametrize(("peak", "tried"), [((-2.0, 0.5), 8), ((0.0, 1.0), 8), ((-4.0, 0.125), 8)])
+def test_the_best_setting_is_found_and_set(peak, tried, tokenizer, monkeypatch):
+    calibrate = example("calibrate")
+    trainee, drawn = fresh_trainee(tokenizer)
+    memory = trainee.model.model.layers[2].self_attn.delta_memory
+    bias, rows = memory.beta_bias.detach().clone(), memory.memory_k_proj.detach().clone()
+
+    def of_setting(trainee, pool):
+        """As if recall were best at ``peak``: near it, and less behind text."""
+        shift = (memory.beta_bias - bias).mean().item()
+        scale = (memory.memory_k_proj[2] / rows[2]).mean().item()
+        right = 1 - 0.1 * abs(shift - peak[0]) - 0.2 * abs(scale - peak[1])
+        return right, right / 2
+
+    monkeypatch.setattr(calibrate, "recall", of_setting)
+    found = calibrate.calibrate(trainee, drawn)
+    assert len(found) == tried and {f.scale for f in found if f.shift != peak[0]} == {1.0}
+    assert (calibrate.best(found).shift, calibrate.best(found).scale) == peak
+    torch.testing.assert_close(memory.beta_bias, bias + peak[0])
+    torch.testing.assert_close(memory.memory_k_proj[2:4], rows[2:4] * peak[1])
+
+
+@pytest.mark.parametrize("strategy", CONFIGS)
+def test_calibration_counts_right_values_at_once_and_behind_text(strategy, tokenizer, monkeypatch):
+    """What is asked at once and behind text is right as ``answer`` has it; text changes the memory, asking does not."""
+    calibrate, train = example("calibrate"), example("train")
+    trainee, drawn = fresh_trainee(tokenizer, strategy)
+    states = []
+
+    def answer(self, rows, memory):
+        states.append([state.clone() for _, state in memory.items()])
+        right = torch.zeros(len(rows), dtype=torch.bool)
+        right[: len(rows) // (1 if len(states) % 2 else 2)] = True
+        return torch.tensor(0.0), right
+
+    monkeypatch.setattr(train.Trainee, "answer", answer)
+    assert calibrate.recall(trainee, drawn) == (1.0, 0.5)
+    assert len(states) == 2 * len(example("pool").COUNTS)
+    for near, far in zip(states[::2], states[1::2]):
+        assert all(a.any() and not torch.equal(a, b) for a, b in zip(near, far))
