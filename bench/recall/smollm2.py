@@ -230,14 +230,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write, part by part; with fewer questions, or other adapters, they are kept out of docs/results."""
+    """Measure and write, part by part; with fewer questions, or adapters of one's own, it stays out of docs/results."""
     if options.questions < 1:
         raise ValueError(f"--questions: got {options.questions}, allowed 1 or more")
     progress = commands.progress()
     model, tokenizer = load_model(MODEL, dtype="float32", quiet=True)
     found = essays()
     text = None if found is None else tokenizer(found, add_special_tokens=False)["input_ids"]
-    quick = options.questions < QUESTIONS or options.adapter != list(SHIPPED)
+    quick = options.questions < QUESTIONS or not set(options.adapter) <= set(SHIPPED)
+    whole = options.adapter == list(SHIPPED)
     arguments = {"quick": quick, "questions": options.questions}
     size = sum(p.numel() for p in model.parameters())
     for part in PARTS if options.only is None else (options.only,):
@@ -246,7 +247,9 @@ def run(options: argparse.Namespace) -> int:
             patch_model(model, adapter)
             measure = Measure(model, tokenizer, adapter.rpartition("/")[2], options.questions, text, progress)
             # What sees no memory is the same under every adapter.
-            rows += measure.part(part, CONDITIONS if place == 0 else CONDITIONS[:1])
+            rows += measure.part(part, CONDITIONS if whole and place == 0 else CONDITIONS[:1])
             unpatch_model(model)
-        print(results.write(options.output / part, results.collect(rows, "cpu", arguments, parameters=size)))
+        # A result of some of the adapters does not stand for that of all.
+        name = part if whole else "-".join([part, *(Path(adapter).name for adapter in options.adapter)])
+        print(results.write(options.output / name, results.collect(rows, "cpu", arguments, parameters=size)))
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..instrument import machine, results
 from ..instrument.results import Result
+from ..instrument.rows import Row
 
 PICTURES = machine.ROOT / "docs" / "results" / "plots"
 
@@ -23,7 +24,7 @@ class Found:
     bank: Result | None = None
     recall: Result | None = None
     released: Result | None = None
-    smollm2: Sequence[Result] = ()  # one a part
+    smollm2: Sequence[Result] = ()  # one a part, and one a part of adapters that were measured by themselves
     pictures: Path = PICTURES  # a page shows those that are there
 
 
@@ -37,3 +38,11 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     parts = [results.latest(folder) for folder in sorted((directory / "smollm2").glob("*"))]
     single = {name: results.latest(directory / name) for name in names}
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
+
+
+def smollm2_rows(found: Found) -> list[Row]:
+    """The rows of all SmolLM2's results; of two of one name and parameters the newer one, in the older one's place."""
+    rows = {}
+    for result in sorted(found.smollm2, key=lambda result: result.head["time"]):
+        rows |= {(row.name, tuple(sorted(row.parameters.items()))): row for row in result.rows}
+    return list(rows.values())

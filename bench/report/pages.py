@@ -18,7 +18,7 @@ from ..instrument.targets import TARGETS, Target
 from ..recall.released import NAME as RELEASED
 from ..recall.targets import GOALS
 from . import plots
-from .found import Found
+from .found import Found, smollm2_rows
 
 NOT_YET = "not measured yet"
 SPEED = {
@@ -348,7 +348,7 @@ def _text_ratios(rows: Sequence[Row]) -> str:
 
 def smollm2(found: Found) -> str:
     """What a real chat model remembers of sentences."""
-    rows = [row for result in found.smollm2 for row in result.rows]
+    rows = smollm2_rows(found)
     if not rows:
         return _page("SmolLM2", f"What SmolLM2 remembers (`make recall-smollm2`): {NOT_YET}.")
     parts = {
@@ -419,7 +419,7 @@ def _device(result: Result) -> str:
 
 def _smollm2_rows(found: Found) -> Iterator[list[str]]:
     """SmolLM2's recall of four facts, by strategy, beside what it answers with all in sight and with nothing."""
-    rows = [row for result in found.smollm2 for row in result.rows]
+    rows = smollm2_rows(found)
     at = {"facts": 4, "new": "new values"}
     shares = {variant: row.values["share"] for variant, row in _curve(rows, "facts") if row.parameters == at}
     if "context" in shares and "bare" in shares:

@@ -1,9 +1,11 @@
 """bench.recall released and smollm2: what is measured, on stand-ins, and what the pages make of it."""
 
+import argparse
 import importlib
 import math
 
 import pytest
+import torch
 from support import loud_adapter, tiny_model
 from tokenizers_for_tests import default_system_tokenizer
 
@@ -112,3 +114,68 @@ def test_the_pages_show_every_figure(rows):
     assert [line[0].split(": ")[0][-11:] for line in lines] == ["one forward", " two chunks"]
     assert lines[1][1] == "deltamem-fast 90 %, released code 40 %"
     assert pages.NOT_YET in pages.smollm2(bench("report.found").Found())
+
+
+def test_of_rows_measured_twice_the_page_has_the_newer_one_in_the_older_ones_place(rows):
+    pages, results = bench("report.pages"), bench("instrument.results")
+    make = bench("instrument.rows").counted
+    at = {"facts": 4, "new": "new values"}
+
+    def measured(time, *shares):
+        head = dict.fromkeys(results.KEYS) | {
+            "device": "a CPU",
+            "cores": 2,
+            "threads": 2,
+            "time": time,
+            "arguments": {},
+        }
+        rows = [make(f"facts/{name}", at, share=share, error=0.01, asked=8) for name, share in shares]
+        return results.Result(head, rows)
+
+    whole = measured("2026-01-01", ("tsw", 0.1), ("bare", 0.0), ("context", 0.9), ("ssw", 0.2))
+    alone = measured("2026-01-02", ("tsw", 0.4), ("msw", 0.6))
+    for parts in ((whole, alone), (alone, whole)):
+        found = bench("report.found").Found(smollm2=parts)
+        (line,) = pages._smollm2_rows(found)
+        assert line[1] == "TSW 40 %, SSW 20 %, MSW 60 %; all in sight 90 %, nothing 0 %"
+
+
+@pytest.mark.parametrize(
+    ("adapters", "questions", "folder", "conditions", "quick"),
+    [
+        ([], 128, "facts", [4, 1], False),
+        (["smollm2/msw"], 128, "facts-msw", [1], False),
+        (["smollm2/tsw"], 2, "facts-tsw", [1], True),
+        (["elsewhere/mine"], 128, "facts-mine", [1], True),
+    ],
+)
+def test_some_adapters_are_measured_by_themselves(
+    adapters, questions, folder, conditions, quick, monkeypatch, tmp_path, capsys
+):  # fmt: skip
+    """Into a folder of their own, without what sees no memory; fewer questions and others' adapters are left out."""
+    smollm2, results = bench("recall.smollm2"), bench("instrument.results")
+    monkeypatch.setattr(smollm2, "SHIPPED", {"smollm2/tsw": None, "smollm2/msw": None})
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(smollm2, "load_model", lambda *args, **named: (model, None))
+    monkeypatch.setattr(smollm2, "essays", lambda: None)
+    for name in ("patch_model", "unpatch_model"):
+        monkeypatch.setattr(smollm2, name, lambda *args: None)
+    asked = []
+
+    class Measure:
+        def __init__(self, model, tokenizer, name, *rest):
+            self.name = name
+
+        def part(self, part, conditions):
+            asked.append(len(conditions))
+            return [bench("instrument.rows").counted(f"{part}/{self.name}", {"facts": 1}, share=1.0)]
+
+    monkeypatch.setattr(smollm2, "Measure", Measure)
+    parser = argparse.ArgumentParser()
+    smollm2.add_arguments(parser)
+    named = ["--only", "facts", "--questions", str(questions), *(["--adapter", *adapters] if adapters else [])]
+    options = parser.parse_args(named)
+    options.output = tmp_path
+    assert smollm2.run(options) == 0 and asked == conditions
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
+    assert (results.latest(tmp_path / folder) is None) is quick
