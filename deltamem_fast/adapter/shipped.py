@@ -6,7 +6,7 @@ from pathlib import Path
 
 _DATA = Path(__file__).parent.parent / "data"
 # Name → directory. A name is that of its model, then the write strategy.
-SHIPPED = {f"smollm2/{strategy}": _DATA / "smollm2" / f"{strategy}-r8" for strategy in ("tsw", "msw")}
+SHIPPED = {f"smollm2/{strategy}": _DATA / "smollm2" / f"{strategy}-r8" for strategy in ("tsw", "ssw", "msw")}
 
 
 def shipped_for(model: str) -> str | None:
