@@ -44,5 +44,8 @@ def smollm2_rows(found: Found) -> list[Row]:
     """The rows of all SmolLM2's results; of two of one name and parameters the newer one, in the older one's place."""
     rows = {}
     for result in sorted(found.smollm2, key=lambda result: result.head["time"]):
-        rows |= {(row.name, tuple(sorted(row.parameters.items()))): row for row in result.rows}
+        for row in result.rows:
+            key = row.name, tuple(sorted(row.parameters.items()))
+            if row.status == "measured" or key not in rows:  # what could not be measured again stays
+                rows[key] = row
     return list(rows.values())

