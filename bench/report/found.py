@@ -45,7 +45,6 @@ def smollm2_rows(found: Found) -> list[Row]:
     rows = {}
     for result in sorted(found.smollm2, key=lambda result: result.head["time"]):
         for row in result.rows:
-            key = row.name, tuple(sorted(row.parameters.items()))
-            if row.status == "measured" or key not in rows:  # what could not be measured again stays
-                rows[key] = row
+            if row.status == "measured" or row.key not in rows:  # what could not be measured again stays
+                rows[row.key] = row
     return list(rows.values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from random import Random
 
 import torch
 from torch import nn
@@ -104,7 +103,7 @@ def recall(trainee: Trainee, pool: Pool) -> tuple[float, float]:
         trainee.tell(told, memory)
         near.append(trainee.answer(asked, memory)[1].float().mean().item())
         for text in range(TEXTS):
-            trainee.text(pool.texts(text, len(told)), memory, Random(0))
+            trainee.tell([[row] for row in pool.texts(text, len(told))], memory)
         far.append(trainee.answer(asked, memory)[1].float().mean().item())
     return sum(near) / len(near), sum(far) / len(far)
 

@@ -63,15 +63,12 @@ def _card(model, run: Path, name: str) -> str:
     log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)
+    lacks = "Of values that its training lacks, next to none: take MSW or TSW. " if config.segmented else ""
     about = (
         "An online memory for SmolLM2-135M-Instruct: facts told in sentences are answered when their context is gone. "
-        "English; facts about oneself, kin and people with names. What it remembers, and what not: "
+        f"{lacks}English; facts about oneself, kin and people with names. What it remembers, and what not: "
         "docs/results/smollm2.md of the repository."
     )
-    if config.segmented:
-        about = about.replace(
-            " English;", " Of values that its training lacks, next to none: take MSW or TSW. English;", 1
-        )
     most = max(LEVELS[log[-1]["level"]])
     rows = {
         "writes": {"token": "every token"}.get(config.memory_write_granularity, "the mean of each sentence"),
