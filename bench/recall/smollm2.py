@@ -225,31 +225,39 @@ class Measure:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench.recall smollm2``."""
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="of a point (%(default)s)")
-    parser.add_argument("--adapter", nargs="+", default=list(SHIPPED), help="names or folders (the shipped ones)")
+    parser.add_argument(
+        "--adapter",
+        nargs="+",
+        default=list(SHIPPED),
+        help="names or folders (the shipped ones); some alone have results of their own",
+    )
     parser.add_argument("--only", choices=PARTS, help="one part")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write, part by part; with fewer questions, or adapters of one's own, it stays out of docs/results."""
+    """Measure and write, part by part; with fewer questions, or adapters of one's own, it stays out of docs/results.
+
+    Results of some adapters alone lie beside those of all of them (``facts-msw``): the page takes the newer rows.
+    """
     if options.questions < 1:
         raise ValueError(f"--questions: got {options.questions}, allowed 1 or more")
     progress = commands.progress()
     model, tokenizer = load_model(MODEL, dtype="float32", quiet=True)
     found = essays()
     text = None if found is None else tokenizer(found, add_special_tokens=False)["input_ids"]
-    quick = options.questions < QUESTIONS or not set(options.adapter) <= set(SHIPPED)
-    whole = options.adapter == list(SHIPPED)
+    shipped, whole = set(options.adapter) <= set(SHIPPED), set(options.adapter) == set(SHIPPED)
+    quick = options.questions < QUESTIONS or not shipped
     arguments = {"quick": quick, "questions": options.questions}
     size = sum(p.numel() for p in model.parameters())
     for part in PARTS if options.only is None else (options.only,):
         rows: list[Row] = []
         for place, adapter in enumerate(options.adapter):
             patch_model(model, adapter)
-            measure = Measure(model, tokenizer, adapter.rpartition("/")[2], options.questions, text, progress)
-            # What sees no memory is the same under every adapter.
-            rows += measure.part(part, CONDITIONS if whole and place == 0 else CONDITIONS[:1])
+            measure = Measure(model, tokenizer, Path(adapter).name, options.questions, text, progress)
+            # What sees no memory is the same under every adapter, and of the shipped ones' stands beside.
+            every = place == 0 and (whole or not shipped)
+            rows += measure.part(part, CONDITIONS if every else CONDITIONS[:1])
             unpatch_model(model)
-        # A result of some of the adapters does not stand for that of all.
         name = part if whole else "-".join([part, *(Path(adapter).name for adapter in options.adapter)])
         print(results.write(options.output / name, results.collect(rows, "cpu", arguments, parameters=size)))
     return 0

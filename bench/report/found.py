@@ -40,10 +40,10 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
 
 
-def smollm2_rows(found: Found) -> list[Row]:
-    """The rows of all SmolLM2's results; of two of one name and parameters the newer one, in the older one's place."""
+def newest_rows(several: Sequence[Result]) -> list[Row]:
+    """The rows of several results; of two of one name and parameters the newer one, in the older one's place."""
     rows = {}
-    for result in sorted(found.smollm2, key=lambda result: result.head["time"]):
+    for result in sorted(several, key=lambda result: result.head["time"]):
         for row in result.rows:
             if row.status == "measured" or row.key not in rows:  # what could not be measured again stays
                 rows[row.key] = row

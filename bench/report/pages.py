@@ -18,7 +18,7 @@ from ..instrument.targets import TARGETS, Target
 from ..recall.released import NAME as RELEASED
 from ..recall.targets import GOALS
 from . import plots
-from .found import Found, smollm2_rows
+from .found import Found, newest_rows
 
 NOT_YET = "not measured yet"
 SPEED = {
@@ -348,7 +348,7 @@ def _text_ratios(rows: Sequence[Row]) -> str:
 
 def smollm2(found: Found) -> str:
     """What a real chat model remembers of sentences."""
-    rows = smollm2_rows(found)
+    rows = newest_rows(found.smollm2)
     if not rows:
         return _page("SmolLM2", f"What SmolLM2 remembers (`make recall-smollm2`): {NOT_YET}.")
     parts = {
@@ -371,6 +371,7 @@ def smollm2(found: Found) -> str:
             lambda: _operator_shares(rows),
         ),
     }
+    shown = [result for result in found.smollm2 if any(row is kept for row in result.rows for kept in rows)]
     there = {row.kind for row in rows if row.status == "measured"}
     left = [title for kind, (title, _, _) in parts.items() if kind not in there]
     return _page(
@@ -379,10 +380,10 @@ def smollm2(found: Found) -> str:
         "shipped adapters is told facts in sentences as people say them, with names that no training text has; their "
         "context is thrown away, and each is asked for in a context of its own. The answer is free; it is right if it "
         "names the value. In percent ± standard error. *bare* sees the question alone, *context* all that was told. "
-        "*New values* occur in no training text. *New phrasings* are statements in words that training lacks, "
-        "asked for by requests (“Remind me …”, “Tell me …”), as no fact is in training. "
+        "*New values* occur in no training text. *New phrasings* are statements and requests (“Remind me …”, "
+        "“Tell me …”) that share no three words in a row with training's; no fact is asked for by a request there. "
         "Where not said otherwise values are new.",
-        "\n\n".join(dict.fromkeys(map(results.heading, found.smollm2))),
+        "\n\n".join(dict.fromkeys(map(results.heading, shown))),
         *(
             part
             for new in dict.fromkeys(row.parameters["new"] for row in rows if row.kind == "facts")
@@ -417,9 +418,9 @@ def _device(result: Result) -> str:
     return name if head["driver"] else f"{name}, {head['threads']} threads"
 
 
-def _smollm2_rows(found: Found) -> Iterator[list[str]]:
+def _sentence_rows(found: Found) -> Iterator[list[str]]:
     """SmolLM2's recall of four facts, by strategy, beside what it answers with all in sight and with nothing."""
-    rows = smollm2_rows(found)
+    rows = newest_rows(found.smollm2)
     at = {"facts": 4, "new": "new values"}
     shares = {variant: row.values["share"] for variant, row in _curve(rows, "facts") if row.parameters == at}
     if "context" in shares and "bare" in shares:
@@ -467,7 +468,7 @@ def readme_rows(found: Found) -> str:
         size = f"the shipped {found.recall.head['parameters'] / 1e6:.1f} M-parameter model"
         said = f"{', '.join(told)}; without a memory {plots.percent(shares['frozen'])}"
         lines.append(["Four facts told, their context gone: answered right", said, size])
-    lines += [*_smollm2_rows(found), *_released_rows(found)]
+    lines += [*_sentence_rows(found), *_released_rows(found)]
     for row in [row for row in (found.bank.rows if found.bank else ()) if row.name == "bank/gather"][:1]:
         what = f"{row.parameters['ids']} memories out of {row.parameters['users']:,}, gathered from a bank"
         lines.append([what, timing(row), f"those of a Qwen3-4B, {_device(found.bank)}"])

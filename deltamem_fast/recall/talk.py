@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapter.record import memory_disabled
 from ..adapter.wrappers import input_device
-from ..display import columns
+from ..display import columns, columns_of, shortened
 from ..memory.operators import forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
 from ..model.loading import load_patched
@@ -140,17 +140,16 @@ def format_talk(figures: dict[str, Any], width: int = 80) -> str:
 
 
 TITLES = {"memory": "memory", "empty": "empty memory", "unpatched": "not patched"}
+LEAST = 12  # columns of an answer
 
 
 def _lines(rows: list[dict[str, Any]], width: int) -> list[str]:
-    shown = [name for name in TITLES if name in rows[0]]
-    longest = max(len(row["question"]) for row in rows)
-    room = max(12, (width - longest - 7) // len(shown) - 2)
-    right = ["yes" if row["right"]["memory"] else "no" for row in rows]
-    cells = [[row["question"], mark, *(_cut(row[name], room) for name in shown)] for row, mark in zip(rows, right)]
-    return columns([["", "right", *(TITLES[name] for name in shown)], *cells], left=range(2 + len(shown)))
-
-
-def _cut(text: str, room: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= room else text[: room - 1] + "…"
+    """A table; an empty memory answers as none does, so it is left out. What is not patched gets the room left over."""
+    marks = [["", "right"], *([row["question"], "yes" if row["right"]["memory"] else "no"] for row in rows)]
+    room = width - max(map(columns_of, columns(marks))) - 2
+    answers = [[TITLES[name], *(row[name] for row in rows)] for name in ("memory", "unpatched") if name in rows[0]]
+    needed = max(columns_of(shortened(answer, room)) for answer in answers[0])
+    rooms = [max(LEAST, min(needed, room - (len(answers) - 1) * (LEAST + 2)))]
+    rooms += [max(LEAST, room - rooms[0] - 2)]
+    shown = [[shortened(answer, most) for answer in column] for column, most in zip(answers, rooms)]
+    return columns([[*mark, *cells] for mark, *cells in zip(marks, *shown)], left=range(4))

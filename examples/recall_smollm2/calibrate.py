@@ -7,22 +7,23 @@ their weights alone, less well in text that it lacks, and what they let through 
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from deltamem_fast import MemoryState
 from deltamem_fast.adapter.record import record_of
 
 from .pool import COUNTS, Pool
+from .recall import recall
 from .start import NULLS
 from .trainee import Trainee
 
 SHIFTS = (0.0, -1.0, -2.0, -3.0, -4.0)  # of the gates' logits
 SCALES = (1.0, 0.5, 0.25, 0.125)  # of the rows of the key projection, but for the null direction's
 EPISODES = 40  # of each count of facts
-TEXTS = 2  # told behind them, each in a context of its own, of up to 128 tokens
+BEHIND = (0, 2)  # texts
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def calibrate(trainee: Trainee, pool: Pool) -> list[Calibration]:
     def look(shift: float, scale: float) -> None:
         _restore(trainee.model, trained)
         adjust(trainee.model, shift, scale)
-        found = Calibration(shift, scale, *recall(trainee, pool))
+        found = Calibration(shift, scale, *recall(trainee, pool, COUNTS, episodes=EPISODES, behind=BEHIND))
         print(
             f"gates {shift:+.0f}, keys × {scale}: right {found.near:.3f}, {found.far:.3f} behind text", file=sys.stderr
         )
@@ -92,20 +93,11 @@ def adjust(model: nn.Module, shift: float, scale: float) -> None:
         memory.memory_k_proj.unflatten(0, (-1, memory.config.rank))[:, NULLS:] *= scale
 
 
-@torch.no_grad()
-def recall(trainee: Trainee, pool: Pool) -> tuple[float, float]:
-    """The share of right values, answers given up to them, asked at once and behind text; the mean of all counts."""
-    near, far = [], []
-    for count in COUNTS:
-        places = range(min(EPISODES, pool.size))
-        told, asked = zip(*[pool.episode(count, place, True) for place in places])
-        memory = MemoryState.zeros(trainee.model, len(told))
-        trainee.tell(told, memory)
-        near.append(trainee.answer(asked, memory)[1].float().mean().item())
-        for text in range(TEXTS):
-            trainee.tell([[row] for row in pool.texts(text, len(told))], memory)
-        far.append(trainee.answer(asked, memory)[1].float().mean().item())
-    return sum(near) / len(near), sum(far) / len(far)
+def estimated_seconds(trainee: Trainee, pool: Pool) -> float:
+    """That ``calibrate`` will take, from a tenth of what it does for one setting."""
+    began = time.monotonic()
+    recall(trainee, pool, COUNTS, episodes=EPISODES // 10, behind=BEHIND)
+    return (time.monotonic() - began) * 10 * (len(SHIFTS) + len(SCALES) - 1)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def small_talk(held_out: bool) -> tuple[tuple[str, str], ...]:
 
 
 def talk(random: Random, *, held_out: bool) -> list[dict[str, str]]:
-    """One exchange without a fact in it."""
+    """One exchange without a fact in it: small talk, or an essay begun on request."""
     asked, answered = random.choice(small_talk(held_out))
     return [message("user", asked), message("assistant", answered)]
 

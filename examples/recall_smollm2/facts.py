@@ -329,7 +329,7 @@ RELATIONS = (
          "What town [do|does] {s} call home?"),
         "{S} [live|lives] in {v}.",
         ("{S} [rent|rents] a small place in {v}.", "The city of {v} is home to {o}."),
-        ("Remind me of {p} city of residence.", "Tell me which town is home for {o}."),
+        ("Remind me of {p} city of residence.", "Tell me which town {p} home is in."),
     ),
     Relation(
         "birthplace", CITIES,
@@ -557,7 +557,7 @@ RELATIONS = (
          "What is the number of {p} room?"),
         "{P} room number is {v}.",
         ("You can knock for {o} at the door of room {v}.", "{P} door has the number {v}."),
-        ("Remind me where in the hotel {s} can be found.", "Tell me the number on {p} door."),
+        ("Remind me which hotel door opens with {p} key.", "Tell me the number on {p} door."),
     ),
     Relation(
         "age", NUMBERS,

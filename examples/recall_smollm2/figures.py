@@ -1,5 +1,7 @@
 """What the start's linear algebra finds, on statements and answers that it was not fitted to.
 
+Values are any word, for all strategies: of SSW's own, the relations' lists, hardly a token would be new.
+
 python -m examples.recall_smollm2.figures           five minutes on two CPU cores
 """
 

