@@ -95,9 +95,9 @@ def adjust(model: nn.Module, shift: float, scale: float) -> None:
 
 def estimated_seconds(trainee: Trainee, pool: Pool) -> float:
     """That ``calibrate`` will take, from a tenth of what it does for one setting."""
-    began = time.monotonic()
-    recall(trainee, pool, COUNTS, episodes=EPISODES // 10, behind=BEHIND)
-    return (time.monotonic() - began) * 10 * (len(SHIFTS) + len(SCALES) - 1)
+    began, episodes = time.monotonic(), max(1, EPISODES // 10)
+    recall(trainee, pool, COUNTS, episodes=episodes, behind=BEHIND)
+    return (time.monotonic() - began) * EPISODES / episodes * (len(SHIFTS) + len(SCALES) - 1)
 
 
 @torch.no_grad()

@@ -329,7 +329,7 @@ RELATIONS = (
          "What town [do|does] {s} call home?"),
         "{S} [live|lives] in {v}.",
         ("{S} [rent|rents] a small place in {v}.", "The city of {v} is home to {o}."),
-        ("Remind me of {p} city of residence.", "Tell me which town {p} home is in."),
+        ("Remind me of {p} city of residence.", "Tell me which town {p} home stands in."),
     ),
     Relation(
         "birthplace", CITIES,

@@ -69,7 +69,7 @@ def attention_inputs(
 
 
 def hidden_states(model: nn.Module, encoder: Encoder, words: Words | None, random: Random) -> list[Seen]:
-    """Those of each layer that has a memory: of a few thousand statements, questions for some of them, and text without.
+    """Those of each layer that has a memory: of a few thousand statements, questions for some of them, and other text.
 
     Args:
         model: patched; its memory is not read.

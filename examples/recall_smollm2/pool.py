@@ -129,7 +129,7 @@ class Pool:
         return [self.episode(count, place, system, contexts) for place in places]
 
     def texts(self, step: int, rows: int) -> list[Told]:
-        """Texts of a step that state no fact: small talk or an essay's beginning, as a chat, or its answer as plain text."""
+        """Texts of a step without a fact: small talk or an essay's beginning, as a chat or its answer as plain text."""
         random = Random(f"text {self.seed} {step}")
         return [self._text(random) for _ in range(rows)]
 

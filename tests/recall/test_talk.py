@@ -41,12 +41,12 @@ def test_the_story_has_all_its_parts(stand_in):
     figures["asked"][2]["right"]["memory"] = True
     assert len(re.findall(r"\?  +yes ", format_talk(figures, 100))) == 1
     for row in figures["asked"]:
-        row["memory"] = f"It is {row['truth']}, you said."
+        row["memory"] = f"It's {row['truth']}, you said."
     for width in (80, 120):  # an answer from the memory is shown whole, what it is compared with as far as it fits
         text = format_talk(figures, width)
         assert max(map(len, text.splitlines())) <= width
         assert all(row["memory"] in text for row in figures["asked"])
-    assert "Right at first: memory 0 of 5; empty memory 0 of 5; not patched 0 of 5" in text
+    assert "Right at first: memory 1 of 5; empty memory 0 of 5; not patched 0 of 5" in text
 
 
 def test_what_is_right_names_the_value():
