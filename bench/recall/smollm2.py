@@ -243,6 +243,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--questions: got {options.questions}, allowed 1 or more")
     progress = commands.progress()
     model, tokenizer = load_model(MODEL, dtype="float32", quiet=True)
+    for adapter in options.adapter:  # one that cannot be used is found before minutes are spent on the others
+        patch_model(model, adapter)
+        unpatch_model(model)
     found = essays()
     text = None if found is None else tokenizer(found, add_special_tokens=False)["input_ids"]
     shipped, whole = set(options.adapter) <= set(SHIPPED), set(options.adapter) == set(SHIPPED)

@@ -144,6 +144,37 @@ def test_of_rows_measured_twice_the_page_has_the_newer_one_in_the_older_ones_pla
         assert "2026-01-01" in text and "2026-01-02" in text and "2025-12-31" not in text
 
 
+def stand_ins(monkeypatch):
+    """In the model's and the measurements' place; returns a list that gets how many conditions each was asked for."""
+    smollm2, asked = bench("recall.smollm2"), []
+    monkeypatch.setattr(smollm2, "SHIPPED", {"smollm2/tsw": None, "smollm2/msw": None})
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(smollm2, "load_model", lambda *args, **named: (model, None))
+    monkeypatch.setattr(smollm2, "essays", lambda: None)
+    for name in ("patch_model", "unpatch_model"):
+        monkeypatch.setattr(smollm2, name, lambda *args: None)
+
+    class Measure:
+        def __init__(self, model, tokenizer, name, *rest):
+            self.name = name
+
+        def part(self, part, conditions):
+            asked.append(len(conditions))
+            return [bench("instrument.rows").counted(f"{part}/{self.name}", {"facts": 1}, share=1.0)]
+
+    monkeypatch.setattr(smollm2, "Measure", Measure)
+    return asked
+
+
+def run(output, *arguments):
+    """The command's exit status."""
+    parser = argparse.ArgumentParser()
+    bench("recall.smollm2").add_arguments(parser)
+    options = parser.parse_args(arguments)
+    options.output = output
+    return bench("recall.smollm2").run(options)
+
+
 @pytest.mark.parametrize(
     ("adapters", "questions", "folder", "conditions", "quick"),
     [
@@ -161,29 +192,23 @@ def test_some_adapters_are_measured_by_themselves(
 
     Fewer questions and others' adapters stay out of the pages.
     """
-    smollm2, results = bench("recall.smollm2"), bench("instrument.results")
-    monkeypatch.setattr(smollm2, "SHIPPED", {"smollm2/tsw": None, "smollm2/msw": None})
-    model = torch.nn.Linear(1, 1)
-    monkeypatch.setattr(smollm2, "load_model", lambda *args, **named: (model, None))
-    monkeypatch.setattr(smollm2, "essays", lambda: None)
-    for name in ("patch_model", "unpatch_model"):
-        monkeypatch.setattr(smollm2, name, lambda *args: None)
-    asked = []
-
-    class Measure:
-        def __init__(self, model, tokenizer, name, *rest):
-            self.name = name
-
-        def part(self, part, conditions):
-            asked.append(len(conditions))
-            return [bench("instrument.rows").counted(f"{part}/{self.name}", {"facts": 1}, share=1.0)]
-
-    monkeypatch.setattr(smollm2, "Measure", Measure)
-    parser = argparse.ArgumentParser()
-    smollm2.add_arguments(parser)
+    asked = stand_ins(monkeypatch)
     named = ["--only", "facts", "--questions", str(questions), *(["--adapter", *adapters] if adapters else [])]
-    options = parser.parse_args(named)
-    options.output = tmp_path
-    assert smollm2.run(options) == 0 and asked == conditions
+    assert run(tmp_path, *named) == 0 and asked == conditions
     assert [path.name for path in tmp_path.iterdir()] == [folder]
-    assert (results.latest(tmp_path / folder) is None) is quick
+    assert (bench("instrument.results").latest(tmp_path / folder) is None) is quick
+
+
+def test_all_adapters_are_looked_at_before_the_first_is_measured(monkeypatch, tmp_path):
+    smollm2, asked = bench("recall.smollm2"), stand_ins(monkeypatch)
+    patched = smollm2.patch_model
+
+    def patch_model(model, adapter):
+        if adapter == "nowhere":
+            raise ValueError("adapter: got 'nowhere'")
+        return patched(model, adapter)
+
+    monkeypatch.setattr(smollm2, "patch_model", patch_model)
+    with pytest.raises(ValueError, match="nowhere"):
+        run(tmp_path, "--only", "facts", "--adapter", "smollm2/msw", "nowhere")
+    assert not asked and not list(tmp_path.iterdir())
