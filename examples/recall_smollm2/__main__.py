@@ -60,12 +60,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=TrainOptions.steps, help="of each; may grow later (%(default)s)")
     parser.add_argument("--first-layer", type=int, default=FIRST_LAYER, help="that has a memory (%(default)s)")
     parser.add_argument("--last-layer", type=int, default=LAST_LAYER, help="and all between (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of steps, then stop; the same command goes on")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of an adapter's steps, then stop; the same command goes on"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps: got {options.steps}, allowed 1 or more")
+    if not options.seconds > 0:
+        parser.error(f"--seconds: got {options.seconds}, allowed more than 0")
     try:
         kept = Kept()
         return 0 if all(_train(name, options, kept) for name in options.only) else 1

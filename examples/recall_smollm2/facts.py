@@ -557,7 +557,7 @@ RELATIONS = (
          "What is the number of {p} room?"),
         "{P} room number is {v}.",
         ("You can knock for {o} at the door of room {v}.", "{P} door has the number {v}."),
-        ("Remind me which hotel door opens with {p} key.", "Tell me the number on {p} door."),
+        ("Remind me which hotel door {p} key opens.", "Tell me the number on {p} door."),
     ),
     Relation(
         "age", NUMBERS,

@@ -19,6 +19,9 @@ from .pool import Encoder, Told
 CONDITIONS = ("memory", "empty memory", "bare", "context")
 TOKENS = 24  # of an answer, at most
 ROWS = 64  # of one batch
+# With what was told in messages of their own before the question, the bare model answers less: of 64 questions each
+# 0.45 instead of 0.53 of one fact, 0.17 instead of 0.44 of four.
+IN_SIGHT = "Here is what I have told you:\n{told}\n\nAnswer this: {question}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def recalled(model: nn.Module, encoder: Encoder, episodes: Sequence[Episode], co
 
     Args:
         condition: ``memory``; an ``empty memory``; the ``bare`` model, which sees the question alone; the bare model
-            that has what was told in its ``context``.
+            that has what was told in its ``context``, in the question's message.
     """
     found: list[Answer] = []
     for first in range(0, len(episodes), ROWS):
@@ -100,8 +103,11 @@ def recalled(model: nn.Module, encoder: Encoder, episodes: Sequence[Episode], co
         asked = [(row, question) for row, episode in enumerate(part) for question in episode.questions]
         for start in range(0, len(asked), ROWS):
             some = asked[start : start + ROWS]
-            seen = [part[row].told if condition == "context" else [] for row, _ in some]
-            chats = [[*told, message("user", question.text)] for told, (_, question) in zip(seen, some)]
+            texts = [question.text for _, question in some]
+            if condition == "context":
+                told = [" ".join(said["content"] for said in part[row].told) for row, _ in some]
+                texts = [IN_SIGHT.format(told=said, question=text) for said, text in zip(told, texts)]
+            chats = [[message("user", text)] for text in texts]
             picked = None if memory is None else memory.select([row for row, _ in some])
             texts = answers(model, encoder, chats, picked)
             found += [Answer(question.text, text, question.value) for (_, question), text in zip(some, texts)]

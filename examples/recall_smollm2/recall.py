@@ -16,7 +16,7 @@ from .trainee import Trainee
 def recall(
     trainee: Trainee, pool: Pool, counts: Sequence[int], *, episodes: int | None = None, behind: Sequence[int] = (0,)
 ) -> list[float]:
-    """The share of values that are likeliest throughout, for each number of texts that are told behind the facts.
+    """The share of values whose every token is the likeliest, for each number of texts that are told behind the facts.
 
     Args:
         counts: how many facts episodes have; the share is the mean of theirs.

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,8 +22,9 @@ from deltamem_fast.model.known import KNOWN
 from deltamem_fast.model.loading import load_model
 from deltamem_fast.storage.files import read_json, write_text
 
+from .__main__ import adapter_config
 from .calibrate import Calibration, best
-from .train import CONSTANT, LEVELS, LOG
+from .train import ABOUT, CONSTANT, LEVELS, LOG, LOGGED
 
 RUNS = Path(__file__).with_name("runs")
 
@@ -30,19 +32,27 @@ RUNS = Path(__file__).with_name("runs")
 def ship(run: Path, name: str) -> Path:
     """Write the adapter of a run to where the package has it; returns the folder.
 
+    All of the run is read before anything is written.
+
     Raises:
-        OSError, ValueError: the run has no adapter, or no checkpoint of its last step at the full rate.
+        OSError, ValueError: the run has no adapter, or another strategy's, no line in its log, no checkpoint of its
+            last step at the full rate, or was finished before this version.
     """
+    about, log = _about(run), _log(run)
+    state = torch.load(run / CONSTANT, map_location="cpu", weights_only=True)
     model, _ = load_model(name.partition("/")[0], dtype="bfloat16", tokenizer=False, quiet=True)
     patch_model(model, run)
-    target = SHIPPED[name]
+    config = identity_of(model).config
+    layers = range(min(config.target_layers), max(config.target_layers) + 1)
+    if config != adapter_config(name.partition("/")[2], layers):
+        raise ValueError(f"NAME: got {name}, but the adapter in {run} is of another strategy or configuration")
+    target, card = SHIPPED[name], _card(model, about, log, name)
     save_adapter(model, target)
-    shutil.copy(run / "training.json", target / "training.json")
-    write_text(target / "README.md", _card(model, run, name), private=False)
+    shutil.copy(run / ABOUT, target / ABOUT)
+    write_text(target / "README.md", card, private=False)
     kept = RUNS / target.name
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / LOG, kept / LOG)
-    state = torch.load(run / CONSTANT, map_location="cpu", weights_only=True)
     # Half the size; an optimizer takes its moments in its parameters' dtype again.
     for moments in state["optimizer"]["state"].values():
         for key in ("exp_avg", "exp_avg_sq"):
@@ -51,16 +61,27 @@ def ship(run: Path, name: str) -> Path:
     return target
 
 
-def _card(model, run: Path, name: str) -> str:
+def _about(run: Path) -> dict[str, Any]:
+    found = read_json(run / ABOUT)
+    for key in ("steps", "device", "peak_bytes", "peak_from", "calibration", "calibration_seconds"):
+        if key not in found:
+            raise ValueError(f"RUN: {run / ABOUT} lacks {key}; remove the file and run the training's command again")
+    return found
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    if not found:
+        raise ValueError(f"RUN: {run / LOG} is empty, allowed a run of {LOGGED} steps or more")
+    return found
+
+
+def _card(model, about_run: dict[str, Any], log: list[dict[str, Any]], name: str) -> str:
     config = identity_of(model).config
     layers = config.target_layers
-    about_run = read_json(run / "training.json")
-    peak = about_run.get("peak_bytes")
-    since = (
-        f"from step {first} on" if (first := about_run.get("peak_from")) else "adapters that it trained before included"
-    )
+    peak, first = about_run["peak_bytes"], about_run["peak_from"]
+    since = f"from step {first} on" if first else "adapters that it trained before included"
     taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, {since}"
-    log = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
     seconds = log[-1]["seconds"] + about_run["calibration_seconds"]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)
@@ -79,7 +100,7 @@ def _card(model, run: Path, name: str) -> str:
         "layers": f"{min(layers)} to {max(layers)}",
         "parameters": f"{used:,}",
         "memory of a conversation": f"{4 * len(layers) * config.num_state_heads * config.rank**2:,} bytes",
-        "trained": f"{about_run['steps']} steps, {seconds / 60:.0f} minutes on {about_run['device']}",
+        "trained": f"{about_run['steps']} steps, {seconds / 60:.0f} minutes on {about_run['device']} and the start's",
         "memory that training took": taken,
         "values right at the end, in training": f"{log[-1]['right']:.2f} (answers given up to them, "
         f"{'1 fact' if most == 1 else f'1 to {most} facts'})",

@@ -147,8 +147,8 @@ def step_losses(trainee: Trainee, pool: Pool, step: int, level: int, options: Tr
     return StepLosses(*trainee.answer(asked, memory), overlap, text)
 
 
-def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
-    """Seconds that all steps and what comes behind them will take.
+def estimate(trainee: Trainee, pool: Pool, options: TrainOptions, first: int = 0) -> float:
+    """Seconds that the steps from ``first`` on and what comes behind them will take.
 
     From two steps of each size of the last level: the first runs the lower layers, too. An overestimate where levels of
     fewer facts take long. The parameters stay as they are.
@@ -167,7 +167,7 @@ def estimate(trainee: Trainee, pool: Pool, options: TrainOptions) -> float:
     trainee.model.zero_grad()
     lower = sum((a - b) * options.pool / ROWS[count] for a, b, count in zip(first, again, LEVELS[-1]))
     # Every other step reads a text, too, which costs about half as much.
-    steps = options.steps * 1.25 * sum(again) / len(again)
+    steps = (options.steps - first) * 1.25 * sum(again) / len(again)
     return lower + steps + estimated_seconds(trainee, pool)
 
 
@@ -204,8 +204,10 @@ def train(
     first, spent, level, found = _resume(output, config, options, trained, optimizer)
     if not first:
         structured_start(model, encoder, pool.words, options.seed, kept.seen)
-        whole = estimate(trainee, pool, options) / 60
-        print(f"{output.name}: {options.steps} steps, about {whole:.0f} minutes on {model.device}", file=sys.stderr)
+    if first < options.steps:
+        minutes = estimate(trainee, pool, options, first) / 60
+        steps = f"{options.steps - first} steps" + (f" after {first}" if first else "")
+        print(f"{output.name}: {steps}, about {minutes:.0f} minutes on {model.device}", file=sys.stderr)
     _cut(output / LOG, first)
     began, sums, done = time.monotonic() - spent, _Sums(found), first
     for step in range(first, options.steps):
@@ -245,7 +247,7 @@ def train(
     trained_at, tried = time.monotonic(), []
     if done >= options.steps:
         if done >= options.quiet_from:
-            quieten(model)  # the checkpoint may be of a looser bound
+            quieten(model)  # QUIET is not part of what a run must keep: the checkpoint may be of a looser bound
         tried = calibrate(trainee, pool)
     about = {
         "steps": done,
@@ -294,7 +296,10 @@ class _Sums:
     NAMES = ("answer_loss", "right", "overlap", *TextLosses._fields)
 
     def __init__(self, found: dict[str, list[torch.Tensor]] | None = None):
-        self.found = {name: [] for name in self.NAMES} if found is None else found
+        self.found = self._nothing() if found is None else found
+
+    def _nothing(self) -> dict[str, list[torch.Tensor]]:
+        return {name: [] for name in self.NAMES}
 
     def add(self, losses: StepLosses) -> None:
         self.found["answer_loss"].append(losses.answer.detach())
@@ -306,7 +311,7 @@ class _Sums:
 
     def means(self) -> dict[str, float]:
         found = {name: torch.hstack(each).mean().item() for name, each in self.found.items() if each}
-        self.__init__()
+        self.found = self._nothing()
         return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -314,6 +319,12 @@ def _identity(config: DeltaMemConfig, options: TrainOptions) -> str:
     """What a run must have in common with its checkpoint; its length may change."""
     free = asdict(replace(options, steps=0, save_every=0))
     return json.dumps({"version": VERSION, "config": config.to_dict(), "options": free}, sort_keys=True)
+
+
+def _differing(theirs: str, ours: str) -> str:
+    """What of two runs' identities differs: ``seed 0 (now 1)``."""
+    theirs, ours = (each["config"] | each["options"] for each in map(json.loads, (theirs, ours)))
+    return ", ".join(f"{k} {theirs.get(k)} (now {v})" for k, v in ours.items() if theirs.get(k) != v)
 
 
 def _save(
@@ -348,7 +359,10 @@ def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained
             raise ValueError(f"output: {output} has no {CONSTANT}, from which a run of other steps could go on")
         state = torch.load(path, map_location="cpu", weights_only=True)
     if state["identity"] != _identity(config, options):
-        raise ValueError(f"output: {path} is of a run with {state['identity']}; remove it, or give the same options")
+        raise ValueError(
+            f"output: {path} is of a run with {_differing(state['identity'], _identity(config, options))}; "
+            "remove it, or give the same options"
+        )
     done = state["place"][0]
     if state["steps"] != options.steps and done > constant_steps(options):
         enough = (n for n in itertools.count(options.steps) if constant_steps(replace(options, steps=n)) >= done)

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import math
+import re
+from random import Random
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from support import loud_adapter, tiny_model
 from tokenizers_for_tests import default_system_tokenizer
 
 from deltamem_fast import DeltaMemConfig, patch_model
+from deltamem_fast.adapter.shipped import SHIPPED
 
 
 def bench(name):
@@ -108,8 +111,9 @@ def test_the_pages_show_every_figure(rows):
     page = pages.released(found)
     assert "| sdpa, two chunks | 90.0 ± 1.0 | 40.0 ± 1.0 |" in page and "2e9a67c" in page
     text = pages.smollm2(found)
-    for title in ("bare", "empty memory", "context", "ssw", "ssw", "forget, then revise (ssw)", "live memory"):
-        assert title in text, title
+    for line in ("bare", "empty memory", "context", "ssw", "forget, then revise (ssw)"):
+        assert re.search(rf"^\| {re.escape(line)} \| \d+\.\d ± ", text, re.MULTILINE), line
+    assert "| live memory |" in text and "| perplexity of essays ÷ frozen, filled memory | ≤ 1.01 | " in text
     lines = list(pages._released_rows(found))
     assert [line[0].split(": ")[0][-11:] for line in lines] == ["one forward", " two chunks"]
     assert lines[1][1] == "deltamem-fast 90 %, released code 40 %"
@@ -142,6 +146,46 @@ def test_of_rows_measured_twice_the_page_has_the_newer_one_in_the_older_ones_pla
         # Nothing of the oldest is left on the page: it is not said what that was measured on.
         text = pages.smollm2(found)
         assert "2026-01-01" in text and "2026-01-02" in text and "2025-12-31" not in text
+
+
+def test_goals_are_of_the_least_of_few_facts_against_the_context():
+    pages, make = bench("report.pages"), bench("instrument.rows").counted
+    rows = [
+        make(f"facts/{name}", {"facts": count, "new": new}, share=share, error=0.01)
+        for name, new, shares in (
+            ("msw", "new values", (0.9, 0.6, 0.5, 0.1)),
+            ("msw", "new values and phrasings", (0.4, 0.4, 0.2, 0.1)),
+            ("tsw", "new values", (0.5, 0.5, 0.5, 0.5)),
+            ("context", "new values", (0.5, 0.4, 0.4, 0.3)),
+        )
+        for count, share in zip((1, 2, 4, 8), shares)
+    ]
+    rows.append(make("perplexity/msw", {"memory": "filled"}, ratio=1.0085, error=0.001))
+    lines = pages._sentence_goals(rows).splitlines()
+    assert lines[0] == "|  | goal | TSW | MSW |"
+    assert lines[2].endswith("| ≥ 1 | 1.00 | 1.25 |") and lines[3].endswith("| ≥ 0.75 |  | 0.50 |")
+    assert lines[4] == "| perplexity of essays ÷ frozen, filled memory | ≤ 1.01 |  | 1.0085 |"
+
+
+def test_what_the_page_shows_was_measured_on_the_adapters_that_are_shipped():
+    found = bench("report.found").find()
+    kept = {id(row) for row in bench("report.found").newest_rows(found.smollm2)}
+    seen = set()
+    for result in found.smollm2:
+        for row in result.rows:
+            if id(row) in kept and (name := f"smollm2/{row.variant}") in SHIPPED:
+                digest = bench("recall.figures").weights_digest(SHIPPED[name])
+                assert result.head["weights"][row.variant] == digest, (name, row.name)
+                seen.add(name)
+    assert seen == set(SHIPPED)
+
+
+def test_the_flood_is_about_nobody_that_was_told_of():
+    smollm2, facts = bench("recall.smollm2"), importlib.import_module("examples.recall_smollm2.facts")
+    for seed in range(20):
+        told = facts.draw_facts(Random(seed), 4, held_out=True)
+        others = smollm2.facts_about_others(Random(seed), told, 8)
+        assert len(others) == 8 and not {f.subject.said for f in others} & {f.subject.said for f in told}
 
 
 def stand_ins(monkeypatch):
@@ -186,7 +230,7 @@ def run(output, *arguments):
     ],
 )
 def test_some_adapters_are_measured_by_themselves(
-    adapters, questions, folder, conditions, quick, monkeypatch, tmp_path, capsys
+    adapters, questions, folder, conditions, quick, monkeypatch, tmp_path
 ):  # fmt: skip
     """Into a folder of their own; what sees no memory stands beside shipped ones already, and not beside others.
 

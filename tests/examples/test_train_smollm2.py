@@ -286,7 +286,7 @@ def test_a_finished_run_is_prolonged_from_its_last_step_at_the_full_rate(tokeniz
 def test_a_run_with_other_options_is_refused(tokenizer, tmp_path, small):
     train = example("train")
     train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train), tmp_path / "run", seconds=0.0)
-    with pytest.raises(ValueError, match=r"^output: .*checkpoint\.pt is of a run with "):
+    with pytest.raises(ValueError, match=r"^output: .*checkpoint\.pt is of a run with seed 0 \(now 1\); remove it, "):
         train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train, seed=1), tmp_path / "run")
 
 
