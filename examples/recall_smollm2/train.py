@@ -244,11 +244,8 @@ def train(
     if first >= options.steps and _is_written(output, first):
         return True
     # The checkpoint stays as trained: a longer run goes on from that.
-    trained_at, tried = time.monotonic(), []
-    if done >= options.steps:
-        if done >= options.quiet_from:
-            quieten(model)  # QUIET is not part of what a run must keep: the checkpoint may be of a looser bound
-        tried = calibrate(trainee, pool)
+    trained_at = time.monotonic()
+    tried = calibrate(trainee, pool) if done >= options.steps else []
     about = {
         "steps": done,
         "options": asdict(options),

@@ -1,8 +1,7 @@
-"""examples/recall_smollm2: the two numbers that are chosen after the last step, and the recall they are chosen by."""
+"""examples/recall_smollm2: the numbers that are chosen after the last step, and the recall they are chosen by."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from smollm2_for_tests import CONFIGS, example, fewer, fresh_trainee, short, stand_in
 from tokenizers_for_tests import default_system_tokenizer
 
@@ -14,81 +13,95 @@ def tokenizer():
     return default_system_tokenizer()
 
 
-def test_calibration_adds_to_the_gates_logits_and_scales_keys_beside_their_null_direction(tokenizer):
+def test_a_setting_is_added_to_the_gates_logits_and_scales_what_is_beside_the_null_directions(tokenizer):
     trainee, _ = fresh_trainee(tokenizer)
     before = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
-    example("calibrate").adjust(trainee.model, -2.0, 0.25)
+    example("calibrate").adjust(trainee.model, example("calibrate").Setting(-2.0, 0.25, 0.5))
     for name, now in trainee.model.named_parameters():
-        expected = before[name]
+        expected = before[name].clone()
         if name.endswith("beta_bias"):
-            expected = expected - 2
-        elif name.endswith("memory_k_proj"):
-            expected = expected.clone()
-            expected.view(2, 4, -1)[:, 2:] *= 0.25
+            expected -= 2
+        for projection, scale in (("memory_k_proj", 0.25), ("memory_q_proj", 0.5)):
+            if name.endswith(projection):
+                expected.view(2, 4, -1)[:, 2:] *= scale
         assert torch.equal(now, expected), name
 
 
-@pytest.mark.parametrize("peak", [(-2.0, 0.5), (0.0, 1.0), (-4.0, 0.125)])
-def test_the_best_setting_is_found_and_set(peak, tokenizer, monkeypatch):
+@pytest.mark.parametrize("shift", [-2.0, 0.0, -4.0])
+@pytest.mark.parametrize(("keys", "queries"), [(0.5, 0.8), (1.0, 1.0), (0.125, 0.6)])
+def test_the_most_right_setting_that_is_quiet_is_found_and_set(shift, keys, queries, tokenizer, monkeypatch):
     calibrate = example("calibrate")
     trainee, drawn = fresh_trainee(tokenizer)
     memory = trainee.model.model.layers[2].self_attn.delta_memory
-    bias, rows = memory.beta_bias.detach().clone(), memory.memory_k_proj.detach().clone()
+    before = {name: p.detach().clone() for name, p in memory.named_parameters()}
 
-    def of_setting(*_, **__):
-        """As if recall were best at ``peak``: near it, and less behind text."""
-        shift = (memory.beta_bias - bias).mean().item()
-        scale = (memory.memory_k_proj[2] / rows[2]).mean().item()
-        right = 1 - 0.1 * abs(shift - peak[0]) - 0.2 * abs(scale - peak[1])
-        return [right, right / 2]
+    def as_if(*_):
+        """Recall is best at ``shift`` and ``keys`` and with long queries, which are quiet from ``queries`` on."""
+        now = (memory.beta_bias - before["beta_bias"]).mean().item()
+        k = (memory.memory_k_proj[2] / before["memory_k_proj"][2]).mean().item()
+        q = (memory.memory_q_proj[2] / before["memory_q_proj"][2]).mean().item()
+        right = 1 - 0.1 * abs(now - shift) - 0.2 * abs(k - keys) + 0.1 * q
+        return right, right / 2, calibrate.DIVERGENCE * (1 + q - queries - 1e-4)
 
-    monkeypatch.setattr(calibrate, "recall", of_setting)
+    monkeypatch.setattr(calibrate, "recall_and_divergence", as_if)
     found = calibrate.calibrate(trainee, drawn)
-    assert [f.shift for f in found[:5]] == [0, -1, -2, -3, -4] and {f.scale for f in found[:5]} == {1.0}
-    assert [(f.shift, f.scale) for f in found[5:]] == [(peak[0], scale) for scale in (0.5, 0.25, 0.125)]
-    assert (calibrate.best(found).shift, calibrate.best(found).scale) == peak
-    torch.testing.assert_close(memory.beta_bias, bias + peak[0])
-    torch.testing.assert_close(memory.memory_k_proj[2:4], rows[2:4] * peak[1])
+    setting = calibrate.Setting(shift, keys, queries)
+    assert calibrate.chosen(found).setting == setting
+    assert [f.setting for f in found[:5]] == [calibrate.Setting(each) for each in (0, -1, -2, -3, -4)]
+    assert [f.setting for f in found[5:8]] == [calibrate.Setting(shift, each) for each in (0.5, 0.25, 0.125)]
+    tried = [each for each in (0.9, 0.8, 0.7, 0.6) if each >= queries]
+    assert [f.setting for f in found[8:]] == [calibrate.Setting(shift, keys, each) for each in tried]
+    torch.testing.assert_close(memory.beta_bias, before["beta_bias"] + shift)
+    torch.testing.assert_close(memory.memory_k_proj[2:4], before["memory_k_proj"][2:4] * keys)
+    torch.testing.assert_close(memory.memory_q_proj[2:4], before["memory_q_proj"][2:4] * queries)
 
 
-def test_of_equally_good_settings_the_first_is_taken():
+def test_of_settings_the_most_right_quiet_one_is_chosen_of_equals_the_first_and_the_quietest_if_none_is_quiet():
     calibrate = example("calibrate")
-    found = [
-        calibrate.Calibration(-shift, 1.0, *right) for shift, right in enumerate([(0, 0), (0.75, 0.25), (0.25, 0.75)])
-    ]
-    assert calibrate.best(found) is found[1]
+
+    def tried(near, far, divergence):
+        return calibrate.Tried(calibrate.Setting(), near, far, calibrate.DIVERGENCE * divergence)
+
+    found = [tried(0.2, 0.2, 0.1), tried(0.75, 0.25, 0.5), tried(0.25, 0.75, 0.4), tried(0.9, 0.9, 1.1)]
+    assert calibrate.chosen(found) is found[1]
+    assert calibrate.chosen([tried(0.9, 0.9, 3), (quietest := tried(0.1, 0.1, 2))]) is quietest
 
 
-def test_a_finished_run_has_a_calibrated_and_quiet_adapter_and_the_checkpoint_as_trained(
-    tokenizer, tmp_path, monkeypatch
-):
-    train, start = example("train"), example("start")
+def test_the_divergence_is_of_text_that_is_read_behind_facts(tokenizer, monkeypatch):
+    """An empty memory has none; what is told of text changes nothing."""
+    calibrate = example("calibrate")
+    trainee, drawn = fresh_trainee(tokenizer)
+    with torch.no_grad():
+        for name, parameter in trainee.model.named_parameters():
+            if name.endswith("delta_o_proj"):
+                parameter.normal_()
+    near, far, divergence = calibrate.recall_and_divergence(trainee, drawn, 3)
+    assert 0 <= near <= 1 and 0 <= far <= 1 and divergence > 1e-3
+    monkeypatch.setattr(type(trainee), "tell", lambda self, rows, memory: None)
+    assert calibrate.recall_and_divergence(trainee, drawn, 3)[2] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_finished_run_has_the_calibrated_adapter_and_the_checkpoint_as_trained(tokenizer, tmp_path, monkeypatch):
+    train = example("train")
     fewer(monkeypatch)
-    asked = []
+    looks = []
 
-    def second_is_best(*_, **__):
-        """The first look is the estimate's; then come gates as trained, and narrower ones."""
-        asked.append(None)
-        return [1.0, 1.0] if len(asked) == 3 else [0.0, 0.0]
+    def second_is_best(*_):
+        """The first two looks are the estimate's; then come gates as trained, and narrower ones; queries are loud."""
+        looks.append(None)
+        right = float(len(looks) == 4)
+        return right, right, 1.0 if len(looks) < 6 else 0.0
 
-    monkeypatch.setattr(example("calibrate"), "recall", second_is_best)
-    config, path = CONFIGS["msw"], tmp_path / "delta_mem_adapter.safetensors"
-    assert train.train(stand_in(tokenizer), tokenizer, config, short(train), tmp_path)
+    monkeypatch.setattr(example("calibrate"), "recall_and_divergence", second_is_best)
+    assert train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train), tmp_path)
+    assert len(looks) == 6
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["adapter"]
-    shipped = dict(patch_model(stand_in(tokenizer), tmp_path, backend="reference").named_parameters())
+    calibrated = dict(patch_model(stand_in(tokenizer), tmp_path, backend="reference").named_parameters())
     for name, trained in kept.items():
-        torch.testing.assert_close(shipped[name], trained - 2 if name.endswith("beta_bias") else trained)
-
-    def longest():
-        rows = [v.unflatten(0, (-1, 4))[:, 2:] for k, v in load_file(path).items() if "memory_q_proj" in k]
-        return max(each.norm(dim=-1).max() for each in rows)
-
-    # The bound on queries was a looser one when the checkpoint was written.
-    (tmp_path / "training.json").unlink()
-    assert start.QUIET / 2 < longest() < 1.0001 * start.QUIET
-    monkeypatch.setattr(start, "QUIET", start.QUIET / 2)
-    assert train.train(stand_in(tokenizer), tokenizer, config, short(train), tmp_path)
-    assert longest() < 1.0001 * start.QUIET
+        expected = trained - 2 if name.endswith("beta_bias") else trained.clone()
+        if name.endswith("memory_q_proj"):
+            expected.view(2, 4, -1)[:, 2:] *= 0.8
+        torch.testing.assert_close(calibrated[name], expected)
 
 
 @pytest.mark.parametrize("strategy", CONFIGS)

@@ -250,7 +250,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     about = (tmp_path / "parts/training.json").read_bytes()
     assert json.loads(about)["steps"] == 4
-    assert [(c["shift"], c["scale"]) for c in json.loads(about)["calibration"]][:2] == [(0, 1), (-2, 1)]
+    settings = [list(tried["setting"].values()) for tried in json.loads(about)["calibration"]]
+    assert settings[:2] == [[0, 1, 1], [-2, 1, 1]]
     # It is finished already; and once more, as if its adapter had not been written.
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     assert (tmp_path / "parts/training.json").read_bytes() == about
