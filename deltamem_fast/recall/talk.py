@@ -1,7 +1,8 @@
 """The demo's second act: a real chat model is told five things, its context is thrown away, and it is asked.
 
-SmolLM2-135M-Instruct with the adapter that lies in the package. Walter and Diana occur in none of its training
-texts; the cities, jobs and so on do (docs/results/smollm2.md says how it fares with others). The story is always the
+SmolLM2-135M-Instruct with the adapter that lies in the package. None of the sentences is one of its training, and
+Walter and Diana occur nowhere in that; the cities, jobs and so on do, and the questions are asked as there
+(docs/results/smollm2.md says how it fares with others). The story is always the
 same; what is answered is printed, right or wrong.
 """
 
@@ -40,13 +41,13 @@ class Said:
 
 
 TOLD = (
-    Said("My sister lives in Oslo.", "Where does my sister live?", "Oslo"),
-    Said("I work as a teacher.", "What do I do for a living?", "teacher"),
-    Said("Walter has a rabbit at home.", "What pet does Walter have?", "rabbit"),
-    Said("My favourite color is green.", "What is my favourite color?", "green"),
-    Said("Diana plays the violin.", "What instrument does Diana play?", "violin"),
+    Said("My sister has settled in Oslo.", "Where does my sister live?", "Oslo"),
+    Said("These days I earn my money as a teacher.", "What do I do for a living?", "teacher"),
+    Said("Walter keeps a rabbit in his garden.", "What pet does Walter have?", "rabbit"),
+    Said("No color beats green, if you ask me.", "What is my favourite color?", "green"),
+    Said("Diana has played the violin since she was six.", "What instrument does Diana play?", "violin"),
 )
-REVISED = Said("My sister moved to Boston last week.", TOLD[0].question, "Boston")
+REVISED = Said("My sister has left for Boston.", TOLD[0].question, "Boston")
 FORGOTTEN = TOLD[2]
 
 

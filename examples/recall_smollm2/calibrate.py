@@ -112,9 +112,10 @@ def _most_right(tried: Sequence[Tried]) -> Tried:
 
 
 def chosen(tried: Sequence[Tried]) -> Tried:
-    """The one with most right values of those that are quiet; where none is, the quietest. Of equals the first."""
-    quiet = [found for found in tried if found.divergence <= DIVERGENCE]
-    return _most_right(quiet) if quiet else min(tried, key=lambda found: found.divergence)
+    """Of gates and keys the most right, of equals the first; of queries with these the first quiet, or the last."""
+    best = _most_right([found for found in tried if found.setting.queries == QUERIES[0]]).setting
+    of_queries = [found for found in tried if replace(found.setting, queries=best.queries) == best]
+    return next((found for found in of_queries if found.divergence <= DIVERGENCE), of_queries[-1])
 
 
 @torch.no_grad()

@@ -147,8 +147,8 @@ def step_losses(trainee: Trainee, pool: Pool, step: int, level: int, options: Tr
     return StepLosses(*trainee.answer(asked, memory), overlap, text)
 
 
-def estimate(trainee: Trainee, pool: Pool, options: TrainOptions, first: int = 0) -> float:
-    """Seconds that the steps from ``first`` on and what comes behind them will take.
+def estimate(trainee: Trainee, pool: Pool, options: TrainOptions, done: int = 0) -> float:
+    """Seconds that the steps behind the ``done`` ones take, and what comes after the last.
 
     From two steps of each size of the last level: the first runs the lower layers, too. An overestimate where levels of
     fewer facts take long. The parameters stay as they are.
@@ -167,7 +167,7 @@ def estimate(trainee: Trainee, pool: Pool, options: TrainOptions, first: int = 0
     trainee.model.zero_grad()
     lower = sum((a - b) * options.pool / ROWS[count] for a, b, count in zip(first, again, LEVELS[-1]))
     # Every other step reads a text, too, which costs about half as much.
-    steps = (options.steps - first) * 1.25 * sum(again) / len(again)
+    steps = (options.steps - done) * 1.25 * sum(again) / len(again)
     return lower + steps + estimated_seconds(trainee, pool)
 
 

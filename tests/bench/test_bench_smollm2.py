@@ -193,6 +193,7 @@ def stand_ins(monkeypatch):
     smollm2, asked = bench("recall.smollm2"), []
     monkeypatch.setattr(smollm2, "SHIPPED", {"smollm2/tsw": None, "smollm2/msw": None})
     model = torch.nn.Linear(1, 1)
+    model.name_or_path = "cache/smollm2-abc"
     monkeypatch.setattr(smollm2, "load_model", lambda *args, **named: (model, None))
     monkeypatch.setattr(smollm2, "essays", lambda: None)
     for name in ("patch_model", "unpatch_model"):

@@ -56,15 +56,17 @@ def test_the_most_right_setting_that_is_quiet_is_found_and_set(shift, keys, quer
     torch.testing.assert_close(memory.memory_q_proj[2:4], before["memory_q_proj"][2:4] * queries)
 
 
-def test_of_settings_the_most_right_quiet_one_is_chosen_of_equals_the_first_and_the_quietest_if_none_is_quiet():
+def test_of_equally_right_gates_the_first_are_chosen_and_of_queries_the_first_that_is_quiet():
     calibrate = example("calibrate")
 
-    def tried(near, far, divergence):
-        return calibrate.Tried(calibrate.Setting(), near, far, calibrate.DIVERGENCE * divergence)
+    def tried(shift, queries, near, far, divergence):
+        setting = calibrate.Setting(shift, queries=queries)
+        return calibrate.Tried(setting, near, far, calibrate.DIVERGENCE * divergence)
 
-    found = [tried(0.2, 0.2, 0.1), tried(0.75, 0.25, 0.5), tried(0.25, 0.75, 0.4), tried(0.9, 0.9, 1.1)]
-    assert calibrate.chosen(found) is found[1]
-    assert calibrate.chosen([tried(0.9, 0.9, 3), (quietest := tried(0.1, 0.1, 2))]) is quietest
+    found = [tried(0, 1, 0.2, 0.2, 0.1), tried(-1, 1, 0.75, 0.25, 3), tried(-2, 1, 0.25, 0.75, 0.9)]
+    assert calibrate.chosen(found) is found[1]  # loud, but no other queries were tried
+    found += [tried(-1, 0.9, 0.5, 0.4, 2), tried(-1, 0.8, 0.4, 0.3, 1), tried(-1, 0.7, 0.45, 0.3, 0.5)]
+    assert calibrate.chosen(found) is found[4] and calibrate.chosen(found[:4]) is found[3]
 
 
 def test_the_divergence_is_of_text_that_is_read_behind_facts(tokenizer, monkeypatch):

@@ -15,6 +15,7 @@ from deltamem_fast import MemoryState, memory_disabled, patch_model
 from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.memory.telling import writes_of
 from deltamem_fast.memory.watch import capture_projections
+from deltamem_fast.recall import talk
 from deltamem_fast.training.setup import prepare_for_training
 
 
@@ -78,6 +79,20 @@ def test_sentences_of_the_test_are_of_a_kind_that_training_lacks():
         assert not any(told & three_in_a_row(sentence) for sentence in relation.new_questions), relation.name
         assert not any(q.startswith(requests) for q in relation.questions), relation.name
         assert all(q.startswith(requests) for q in relation.new_questions), relation.name
+
+
+def test_the_demos_sentences_are_none_of_trainings():
+    facts = example("facts")
+    subjects = facts.ME, facts.kin("sister"), facts.named("Walter"), facts.named("Diana")
+    said = {
+        facts.Fact(subject, relation, value)._say(text)
+        for relation in facts.RELATIONS
+        for text in (*relation.statements, *relation.updates)
+        for value in relation.values
+        for subject in subjects
+    }
+    assert "Diana plays the violin." in said and "My sister moved to Boston last week." in said
+    assert not said & {told.statement for told in (*talk.TOLD, talk.REVISED)}
 
 
 def test_every_answer_names_its_value_and_the_value_was_told():
