@@ -63,7 +63,7 @@ def ship(run: Path, name: str) -> Path:
 
 def _about(run: Path) -> dict[str, Any]:
     found = read_json(run / ABOUT)
-    for key in ("steps", "device", "peak_bytes", "peak_from", "calibration", "calibration_seconds"):
+    for key in ("steps", "device", "peak_bytes", "calibration", "calibration_seconds"):
         if key not in found:
             raise ValueError(f"RUN: {run / ABOUT} lacks {key}; remove the file and run the training's command again")
     return found
@@ -79,9 +79,8 @@ def _log(run: Path) -> list[dict[str, Any]]:
 def _card(model, about_run: dict[str, Any], log: list[dict[str, Any]], name: str) -> str:
     config = identity_of(model).config
     layers = config.target_layers
-    peak, first = about_run["peak_bytes"], about_run["peak_from"]
-    since = f"from step {first} on" if first else "adapters that it trained before included"
-    taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, {since}"
+    peak = about_run["peak_bytes"]
+    taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, what the process did before included"
     seconds = log[-1]["seconds"] + about_run["calibration_seconds"]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)

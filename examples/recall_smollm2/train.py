@@ -201,7 +201,7 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
     output.mkdir(parents=True, exist_ok=True)
-    first, spent, level, found = _resume(output, config, options, trained, optimizer)
+    first, spent, level, found, peak = _resume(output, config, options, trained, optimizer)
     if not first:
         structured_start(model, encoder, pool.words, options.seed, kept.seen)
     if first < options.steps:
@@ -235,9 +235,11 @@ def train(
                 file.write(json.dumps(entry) + "\n")
             print(f"{output.name}: {entry}", file=sys.stderr, flush=True)
         if done == constant_steps(options):
-            _save(output / CONSTANT, (done, now, level, sums.found), config, options, trained, optimizer)
+            peak = _larger(peak, _peak_bytes(model.device))
+            _save(output / CONSTANT, (done, now, level, sums.found), peak, config, options, trained, optimizer)
         if done % options.save_every == 0 or stopped or done == options.steps:
-            _save(output / CHECKPOINT, (done, now, level, sums.found), config, options, trained, optimizer)
+            peak = _larger(peak, _peak_bytes(model.device))
+            _save(output / CHECKPOINT, (done, now, level, sums.found), peak, config, options, trained, optimizer)
         if stopped:
             break
     model.eval()
@@ -250,8 +252,7 @@ def train(
         "steps": done,
         "options": asdict(options),
         "device": _device(model),
-        "peak_bytes": _peak_bytes(model.device),
-        "peak_from": first,
+        "peak_bytes": _larger(peak, _peak_bytes(model.device)),
         "calibration": [asdict(found) for found in tried],
         "calibration_seconds": round(time.monotonic() - trained_at),
     }
@@ -279,6 +280,10 @@ def _peak_bytes(device: torch.device) -> int | None:
     if resource is None:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _larger(peak: int | None, other: int | None) -> int | None:
+    return max(filter(None, (peak, other)), default=None)
 
 
 def _cut(log: Path, steps: int) -> None:
@@ -327,13 +332,14 @@ def _differing(theirs: str, ours: str) -> str:
 def _save(
     path: Path,
     place: tuple[int, float, int, dict[str, list[torch.Tensor]]],
+    peak: int | None,
     config: DeltaMemConfig,
     options: TrainOptions,
     trained: dict,
     optimizer,
 ) -> None:
     state = {
-        "place": place, "steps": options.steps, "identity": _identity(config, options),
+        "place": place, "peak_bytes": peak, "steps": options.steps, "identity": _identity(config, options),
         "optimizer": optimizer.state_dict(), "adapter": {name: p.detach() for name, p in trained.items()},
     }  # fmt: skip
     torch.save(state, path.with_suffix(".new"))
@@ -341,12 +347,12 @@ def _save(
 
 
 def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer):
-    """Steps done, seconds, level and sums, as a checkpoint has them, which is loaded; zeros without one."""
+    """Steps done, seconds, level, sums and peak, as a checkpoint has them, which is loaded; nothing without one."""
     path = output / CHECKPOINT
     if not path.is_file():
         path = output / CONSTANT
     if not path.is_file():
-        return 0, 0.0, 0, None
+        return 0, 0.0, 0, None, None
     state = torch.load(path, map_location="cpu", weights_only=True)
     if json.loads(state["identity"]).get("version") != VERSION:
         raise ValueError(f"output: {path} is of another version of this training; remove it")
@@ -370,4 +376,5 @@ def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained
     optimizer.load_state_dict(state["optimizer"])
     _, spent, level, found = state["place"]
     device = next(iter(trained.values())).device
-    return done, spent, level, {name: [each.to(device) for each in sums] for name, sums in found.items()}
+    sums = {name: [each.to(device) for each in kept] for name, kept in found.items()}
+    return done, spent, level, sums, state.get("peak_bytes")

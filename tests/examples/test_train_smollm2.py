@@ -265,6 +265,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     about = (tmp_path / "parts/training.json").read_bytes()
     assert json.loads(about)["steps"] == 4
+    # The most that any of a run's processes took, whichever calibrates.
+    state = torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)
+    assert json.loads(about)["peak_bytes"] >= state["peak_bytes"] > 1e8
+    torch.save(state | {"peak_bytes": 10**15}, tmp_path / "parts/checkpoint.pt")
     settings = [list(tried["setting"].values()) for tried in json.loads(about)["calibration"]]
     assert settings[:2] == [[0, 1, 1], [-2, 1, 1]]
     # It is finished already; and once more, as if its adapter had not been written.
@@ -273,6 +277,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     (tmp_path / "parts/training.json").write_text('{"steps": 1}')
     assert train.train(stand_in(tokenizer, exact), tokenizer, config, options, tmp_path / "parts")
     assert json.loads((tmp_path / "parts/training.json").read_text())["steps"] == 4
+    assert json.loads((tmp_path / "parts/training.json").read_text())["peak_bytes"] == 10**15
     assert same(tmp_path / "whole", tmp_path / "parts")
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [2, 4] and log[1]["level"] == 1 and "divergence" in log[1]
