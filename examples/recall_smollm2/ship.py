@@ -23,7 +23,6 @@ from deltamem_fast.model.loading import load_model
 from deltamem_fast.storage.files import read_json, write_text
 
 from .__main__ import adapter_config
-from .calibrate import Setting, Tried, chosen
 from .train import ABOUT, CONSTANT, LEVELS, LOG, LOGGED
 
 RUNS = Path(__file__).with_name("runs")
@@ -113,8 +112,8 @@ def _card(model, about_run: dict[str, Any], log: list[dict[str, Any]], name: str
 def _calibrated(tried: list[dict]) -> str:
     if not tried:
         return "no"
-    found = chosen([Tried(**each | {"setting": Setting(**each["setting"])}) for each in tried]).setting
-    return f"gates {found.shift:+.0f}, keys × {found.keys:g}, queries × {found.queries:g} (calibrate.py)"
+    found = tried[-1]["setting"]
+    return f"gates {found['shift']:+.0f}, keys × {found['keys']:g}, queries × {found['queries']:g} (calibrate.py)"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,7 +34,7 @@ MOST = 8000  # about so many hidden states of what states and answers nothing ar
 OPEN, SHUT = 2.0, -5.0
 # Of the mean variance, added to it: hidden states have directions with hardly any. Correlations fit noise sooner.
 RIDGE, CORRELATION_RIDGE, INDICATOR_RIDGE = 0.03, 0.3, 0.003
-QUIET = 0.125  # the longest that rows of the query projection are for facts, once queries find their keys
+QUIET = 0.15  # the longest that rows of the query projection are for facts, once queries find their keys
 KEY, NULL = 0.1, 1.0  # standard deviation of a key's components; its null direction where nothing is stated
 # A head's first components have nothing of facts: in keys one where nothing is stated, in queries one where nothing is
 # answered; the others are for facts.
