@@ -45,7 +45,7 @@ def fewer(monkeypatch):
         "pool": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}},
         "train": {"ROWS": {1: 4, 2: 3, 4: 2, 8: 2}, "LOGGED": 2, "CHECKED": 2, "LEVELS": ((1,), (1, 2))},
         "hidden": {"FACTS": 48, "TALKS": 4},
-        "calibrate": {"EPISODES": 2, "SHIFTS": (0.0, -2.0), "KEYS": (1.0, 0.5), "QUERIES": (1.0, 0.8)},
+        "calibrate": {"EPISODES": 2, "SHIFTS": (0.0, -2.0), "KEYS": (1.0, 0.5)},
     }.items():
         for key, value in changes.items():
             monkeypatch.setattr(example(name), key, value)

@@ -27,60 +27,36 @@ def test_a_setting_is_added_to_the_gates_logits_and_scales_what_is_beside_the_nu
         assert torch.equal(now, expected), name
 
 
-@pytest.mark.parametrize("shift", [-2.0, 0.0, -4.0])
-@pytest.mark.parametrize(("keys", "queries"), [(0.5, 0.8), (1.0, 1.0), (0.125, 0.6)])
-def test_the_most_right_setting_that_is_quiet_is_found_and_set(shift, keys, queries, tokenizer, monkeypatch):
+@pytest.mark.parametrize(("shift", "keys"), [(-2.0, 0.5), (0.0, 1.0), (-4.0, 0.125)])
+def test_the_most_right_gates_and_keys_are_found_and_set_with_shorter_queries(shift, keys, tokenizer, monkeypatch):
     calibrate = example("calibrate")
     trainee, drawn = fresh_trainee(tokenizer)
     memory = trainee.model.model.layers[2].self_attn.delta_memory
     before = {name: p.detach().clone() for name, p in memory.named_parameters()}
 
-    def as_if(*_):
-        """Recall is best at ``shift`` and ``keys`` and with long queries, which are quiet from ``queries`` on."""
+    def as_if(*_, **__):
+        """Recall is best at ``shift`` and ``keys``, less behind text, and suffers from shorter queries."""
         now = (memory.beta_bias - before["beta_bias"]).mean().item()
         k = (memory.memory_k_proj[2] / before["memory_k_proj"][2]).mean().item()
         q = (memory.memory_q_proj[2] / before["memory_q_proj"][2]).mean().item()
-        right = 1 - 0.1 * abs(now - shift) - 0.2 * abs(k - keys) + 0.1 * q
-        return right, right / 2, calibrate.DIVERGENCE * (1 + q - queries - 1e-4)
+        right = q - 0.1 * abs(now - shift) - 0.2 * abs(k - keys)
+        return [right, right / 2]
 
-    monkeypatch.setattr(calibrate, "recall_and_divergence", as_if)
-    found = calibrate.calibrate(trainee, drawn)
-    setting = calibrate.Setting(shift, keys, queries)
-    assert calibrate.chosen(found).setting == setting
-    assert [f.setting for f in found[:5]] == [calibrate.Setting(each) for each in (0, -1, -2, -3, -4)]
-    assert [f.setting for f in found[5:8]] == [calibrate.Setting(shift, each) for each in (0.5, 0.25, 0.125)]
-    tried = [each for each in (0.9, 0.8, 0.7, 0.6) if each >= queries]
-    assert [f.setting for f in found[8:]] == [calibrate.Setting(shift, keys, each) for each in tried]
+    monkeypatch.setattr(calibrate, "recall", as_if)
+    found = [tried.setting for tried in calibrate.calibrate(trainee, drawn)]
+    assert found[:5] == [calibrate.Setting(each) for each in (0, -1, -2, -3, -4)]
+    assert found[5:8] == [calibrate.Setting(shift, each) for each in (0.5, 0.25, 0.125)]
+    assert found[8:] == [calibrate.Setting(shift, keys, calibrate.QUERIES)]
     torch.testing.assert_close(memory.beta_bias, before["beta_bias"] + shift)
     torch.testing.assert_close(memory.memory_k_proj[2:4], before["memory_k_proj"][2:4] * keys)
-    torch.testing.assert_close(memory.memory_q_proj[2:4], before["memory_q_proj"][2:4] * queries)
+    torch.testing.assert_close(memory.memory_q_proj[2:4], before["memory_q_proj"][2:4] * calibrate.QUERIES)
 
 
-def test_of_equally_right_gates_the_first_are_chosen_and_of_queries_the_first_that_is_quiet():
+def test_of_equally_right_settings_the_first_is_the_best():
     calibrate = example("calibrate")
-
-    def tried(shift, queries, near, far, divergence):
-        setting = calibrate.Setting(shift, queries=queries)
-        return calibrate.Tried(setting, near, far, calibrate.DIVERGENCE * divergence)
-
-    found = [tried(0, 1, 0.2, 0.2, 0.1), tried(-1, 1, 0.75, 0.25, 3), tried(-2, 1, 0.25, 0.75, 0.9)]
-    assert calibrate.chosen(found) is found[1]  # loud, but no other queries were tried
-    found += [tried(-1, 0.9, 0.5, 0.4, 2), tried(-1, 0.8, 0.4, 0.3, 1), tried(-1, 0.7, 0.45, 0.3, 0.5)]
-    assert calibrate.chosen(found) is found[4] and calibrate.chosen(found[:4]) is found[3]
-
-
-def test_the_divergence_is_of_text_that_is_read_behind_facts(tokenizer, monkeypatch):
-    """An empty memory has none; what is told of text changes nothing."""
-    calibrate = example("calibrate")
-    trainee, drawn = fresh_trainee(tokenizer)
-    with torch.no_grad():
-        for name, parameter in trainee.model.named_parameters():
-            if name.endswith("delta_o_proj"):
-                parameter.normal_()
-    near, far, divergence = calibrate.recall_and_divergence(trainee, drawn, 3)
-    assert 0 <= near <= 1 and 0 <= far <= 1 and divergence > 1e-3
-    monkeypatch.setattr(type(trainee), "tell", lambda self, rows, memory: None)
-    assert calibrate.recall_and_divergence(trainee, drawn, 3)[2] == pytest.approx(0, abs=1e-6)
+    every = [calibrate.Setting(-shift) for shift in range(3)]
+    rights = (0.1, 0.1), (0.75, 0.25), (0.25, 0.75)
+    assert calibrate.most_right([calibrate.Tried(each, *right) for each, right in zip(every, rights)]) is every[1]
 
 
 def test_a_finished_run_has_the_calibrated_adapter_and_the_checkpoint_as_trained(tokenizer, tmp_path, monkeypatch):
@@ -88,13 +64,12 @@ def test_a_finished_run_has_the_calibrated_adapter_and_the_checkpoint_as_trained
     fewer(monkeypatch)
     looks = []
 
-    def second_is_best(*_):
-        """The first two looks are the estimate's; then come gates as trained, and narrower ones; queries are loud."""
+    def narrower_is_best(*_, **__):
+        """The first two looks are the estimate's; then come gates as trained, and narrower ones."""
         looks.append(None)
-        right = float(len(looks) == 4)
-        return right, right, 1.0 if len(looks) < 6 else 0.0
+        return [float(len(looks) == 4)] * 2
 
-    monkeypatch.setattr(example("calibrate"), "recall_and_divergence", second_is_best)
+    monkeypatch.setattr(example("calibrate"), "recall", narrower_is_best)
     assert train.train(stand_in(tokenizer), tokenizer, CONFIGS["msw"], short(train), tmp_path)
     assert len(looks) == 6
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["adapter"]
@@ -102,7 +77,7 @@ def test_a_finished_run_has_the_calibrated_adapter_and_the_checkpoint_as_trained
     for name, trained in kept.items():
         expected = trained - 2 if name.endswith("beta_bias") else trained.clone()
         if name.endswith("memory_q_proj"):
-            expected.view(2, 4, -1)[:, 2:] *= 0.8
+            expected.view(2, 4, -1)[:, 2:] *= example("calibrate").QUERIES
         torch.testing.assert_close(calibrated[name], expected)
 
 
