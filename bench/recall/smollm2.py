@@ -40,6 +40,7 @@ QUESTIONS = 128  # of a point
 FACTS = (1, 2, 4, 8)
 DISTANCES = (0, 64, 256, 1024)  # tokens, behind two facts
 TEXTS, TEXT_TOKENS = 48, 256  # of the perplexity
+SEGMENT = 32  # tokens of an essay
 OPERATED = 4  # facts
 FLOOD = 8  # facts about others
 # What of the test training lacks, besides the names: nothing, the values, or also the phrasings.
@@ -126,7 +127,7 @@ class Measure:
     def _essay(self, row: int, offset: int, size: int) -> Told:
         start = (7919 * row) % (len(self.text) - max(DISTANCES)) + offset
         ids = list(self.text[start : start + size])
-        return Told(ids, [i // 32 for i in range(size)] if self.encoder.config.segmented else None)
+        return Told(ids, [i // SEGMENT for i in range(size)] if self.encoder.config.segmented else None)
 
     def _asked(self, memory: MemoryState, questions: Sequence[Sequence[Question]]) -> list[bool]:
         asked = [(row, question) for row, every in enumerate(questions) for question in every]
@@ -154,13 +155,22 @@ class Measure:
                 with memory_disabled(self.model):
                     logits = self.model(ids, use_cache=False).logits
             else:
-                segments = {}
-                if self.encoder.config.segmented:
-                    segments["segment_ids"] = torch.arange(TEXT_TOKENS).div(32, rounding_mode="floor").expand_as(ids)
-                logits = self.model(ids, memory=state, use_cache=False, **segments).logits
+                logits = self._logits(ids, state)
             each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
             found += [[loss, TEXT_TOKENS - 1] for loss in each.tolist()]
         return torch.tensor(found, dtype=torch.float64)
+
+    def _logits(self, ids: torch.Tensor, memory: MemoryState) -> torch.Tensor:
+        """Of a text with a memory: float [B, T, vocabulary]. What segments write is read by later forwards only."""
+        if not self.encoder.config.segmented:
+            return self.model(ids, memory=memory, use_cache=False).logits
+        found, cache = [], None
+        for place, piece in enumerate(ids.split(SEGMENT, dim=1)):
+            segments = torch.full_like(piece, place)
+            output = self.model(piece, memory=memory, past_key_values=cache, use_cache=True, segment_ids=segments)
+            cache = output.past_key_values
+            found.append(output.logits)
+        return torch.cat(found, 1)
 
     def perplexities(self) -> Iterator[Row]:
         """Perplexity of real text with each memory ÷ that of the frozen model."""

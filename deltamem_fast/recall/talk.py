@@ -1,8 +1,8 @@
 """The demo's second act: a real chat model is told five things, its context is thrown away, and it is asked.
 
-SmolLM2-135M-Instruct with the adapter that lies in the package. None of the sentences is one of its training, and
-Walter and Diana occur nowhere in that; the cities, jobs and so on do, and the questions are asked as there
-(docs/results/smollm2.md says how it fares with others). The story is always the
+SmolLM2-135M-Instruct with the adapter that lies in the package. Nothing is said as in training, where Walter and Diana
+do not occur at all; cities, jobs and so on do, and the questions are asked as there (docs/results/smollm2.md says how
+it fares with others). The story is always the
 same; what is answered is printed, right or wrong.
 """
 
@@ -47,7 +47,7 @@ TOLD = (
     Said("No color beats green, if you ask me.", "What is my favourite color?", "green"),
     Said("Diana has played the violin since she was six.", "What instrument does Diana play?", "violin"),
 )
-REVISED = Said("My sister has left for Boston.", TOLD[0].question, "Boston")
+REVISED = Said("My sister has left Oslo, and Boston is her home now.", TOLD[0].question, "Boston")
 FORGOTTEN = TOLD[2]
 
 

@@ -25,7 +25,7 @@ from .trainee import Trainee
 
 SHIFTS = (0.0, -1.0, -2.0, -3.0, -4.0)  # of the gates' logits
 KEYS = (1.0, 0.5, 0.25, 0.125)  # of the rows of the key projection, but for the null direction's
-QUERIES = 0.8  # of the rows of the query projection, likewise
+QUERIES = 0.8  # of the rows of the query projection, likewise: README.md says what 1, 0.9 and others gave
 EPISODES = 40  # of each count of facts
 BEHIND = (0, 2)  # texts
 

@@ -25,6 +25,7 @@ from deltamem_fast.storage.files import read_json, write_text
 from .__main__ import adapter_config
 from .train import ABOUT, CONSTANT, LEVELS, LOG, LOGGED
 
+AGAIN = "remove the file and run the training's command again"
 RUNS = Path(__file__).with_name("runs")
 
 
@@ -62,9 +63,11 @@ def ship(run: Path, name: str) -> Path:
 
 def _about(run: Path) -> dict[str, Any]:
     found = read_json(run / ABOUT)
-    for key in ("steps", "device", "peak_bytes", "calibration", "calibration_seconds"):
+    for key in ("steps", "device", "peak_bytes", "peak_from", "calibration", "calibration_seconds"):
         if key not in found:
-            raise ValueError(f"RUN: {run / ABOUT} lacks {key}; remove the file and run the training's command again")
+            raise ValueError(f"RUN: {run / ABOUT} lacks {key}; {AGAIN}")
+    if any(tried.keys() != {"setting", "near", "far"} for tried in found["calibration"]):
+        raise ValueError(f"RUN: {run / ABOUT} is of another version's calibration; {AGAIN}")
     return found
 
 
@@ -78,8 +81,9 @@ def _log(run: Path) -> list[dict[str, Any]]:
 def _card(model, about_run: dict[str, Any], log: list[dict[str, Any]], name: str) -> str:
     config = identity_of(model).config
     layers = config.target_layers
-    peak = about_run["peak_bytes"]
-    taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, what the process did before included"
+    peak, first = about_run["peak_bytes"], about_run["peak_from"]
+    since = f"from step {first} on" if first else "with what the process had trained before"
+    taken = "not measured yet" if peak is None else f"{peak / 1e9:.0f} GB, {since}"
     seconds = log[-1]["seconds"] + about_run["calibration_seconds"]
     memories = identity_of(model).memories.values()
     used = sum(memory.get_parameter(key).numel() for memory in memories for key in memory.used_names)

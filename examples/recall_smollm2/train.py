@@ -201,7 +201,7 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98))
     output.mkdir(parents=True, exist_ok=True)
-    first, spent, level, found, peak = _resume(output, config, options, trained, optimizer)
+    first, spent, level, found, (peak, peak_from) = _resume(output, config, options, trained, optimizer)
     if not first:
         structured_start(model, encoder, pool.words, options.seed, kept.seen)
     if first < options.steps:
@@ -236,10 +236,12 @@ def train(
             print(f"{output.name}: {entry}", file=sys.stderr, flush=True)
         if done == constant_steps(options):
             peak = _larger(peak, _peak_bytes(model.device))
-            _save(output / CONSTANT, (done, now, level, sums.found), peak, config, options, trained, optimizer)
+            place = done, now, level, sums.found
+            _save(output / CONSTANT, place, (peak, peak_from), config, options, trained, optimizer)
         if done % options.save_every == 0 or stopped or done == options.steps:
             peak = _larger(peak, _peak_bytes(model.device))
-            _save(output / CHECKPOINT, (done, now, level, sums.found), peak, config, options, trained, optimizer)
+            place = done, now, level, sums.found
+            _save(output / CHECKPOINT, place, (peak, peak_from), config, options, trained, optimizer)
         if stopped:
             break
     model.eval()
@@ -253,6 +255,7 @@ def train(
         "options": asdict(options),
         "device": _device(model),
         "peak_bytes": _larger(peak, _peak_bytes(model.device)),
+        "peak_from": peak_from,
         "calibration": [asdict(found) for found in tried],
         "calibration_seconds": round(time.monotonic() - trained_at),
     }
@@ -332,14 +335,14 @@ def _differing(theirs: str, ours: str) -> str:
 def _save(
     path: Path,
     place: tuple[int, float, int, dict[str, list[torch.Tensor]]],
-    peak: int | None,
+    peak: tuple[int | None, int],
     config: DeltaMemConfig,
     options: TrainOptions,
     trained: dict,
     optimizer,
 ) -> None:
     state = {
-        "place": place, "peak_bytes": peak, "steps": options.steps, "identity": _identity(config, options),
+        "place": place, "peak": peak, "steps": options.steps, "identity": _identity(config, options),
         "optimizer": optimizer.state_dict(), "adapter": {name: p.detach() for name, p in trained.items()},
     }  # fmt: skip
     torch.save(state, path.with_suffix(".new"))
@@ -347,12 +350,12 @@ def _save(
 
 
 def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained: dict, optimizer):
-    """Steps done, seconds, level, sums and peak, as a checkpoint has them, which is loaded; nothing without one."""
+    """A checkpoint, which is loaded: steps done, seconds, level, sums, and peak with the step that it is from."""
     path = output / CHECKPOINT
     if not path.is_file():
         path = output / CONSTANT
     if not path.is_file():
-        return 0, 0.0, 0, None, None
+        return 0, 0.0, 0, None, (None, 0)
     state = torch.load(path, map_location="cpu", weights_only=True)
     if json.loads(state["identity"]).get("version") != VERSION:
         raise ValueError(f"output: {path} is of another version of this training; remove it")
@@ -377,4 +380,4 @@ def _resume(output: Path, config: DeltaMemConfig, options: TrainOptions, trained
     _, spent, level, found = state["place"]
     device = next(iter(trained.values())).device
     sums = {name: [each.to(device) for each in kept] for name, kept in found.items()}
-    return done, spent, level, sums, state.get("peak_bytes")
+    return done, spent, level, sums, state.get("peak", (None, done))

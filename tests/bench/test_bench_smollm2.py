@@ -59,7 +59,13 @@ def rows():
     loud_adapter(model)
     text = tokenizer("Ada went to the market; then she took the train home. " * 60, add_special_tokens=False)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"FACTS": (1, 2), "DISTANCES": (0, 40), "TEXTS": 16, "TEXT_TOKENS": 32}.items():
+        for name, value in {
+            "FACTS": (1, 2),
+            "DISTANCES": (0, 40),
+            "TEXTS": 16,
+            "TEXT_TOKENS": 32,
+            "SEGMENT": 8,
+        }.items():
             patch.setattr(smollm2, name, value)
         patch.setattr(importlib.import_module("examples.recall_smollm2.measure"), "TOKENS", 4)
         measure = smollm2.Measure(model, tokenizer, "ssw", 4, text["input_ids"], lambda said: None)
@@ -83,7 +89,8 @@ def test_every_part_is_measured(rows):
 def test_an_empty_memory_leaves_text_as_it_is(rows):
     ratios = {row.parameters["memory"]: row.values["ratio"] for row in rows if row.kind == "perplexity"}
     assert ratios["empty"] == 1.0
-    assert ratios["filled"] != 1.0 and all(math.isfinite(ratio) for ratio in ratios.values())
+    # What segments of a text write is read by later ones of it.
+    assert ratios["filled"] != 1.0 != ratios["live"] and all(math.isfinite(ratio) for ratio in ratios.values())
 
 
 def test_without_essays_their_rows_say_so():
@@ -169,13 +176,16 @@ def test_goals_are_of_the_least_of_few_facts_against_the_context():
 
 def test_what_the_page_shows_was_measured_on_the_adapters_that_are_shipped():
     found = bench("report.found").find()
-    kept = {id(row) for row in bench("report.found").newest_rows(found.smollm2)}
+    rows = bench("report.found").newest_rows(found.smollm2)
+    kept = {id(row) for row in rows if row.status == "measured"}
     seen = set()
     for result in found.smollm2:
         for row in result.rows:
+            # Without a name of the model it would be a row of earlier tests.
+            assert id(row) not in kept or result.head.get("model"), row.name
             if id(row) in kept and (name := f"smollm2/{row.variant}") in SHIPPED:
                 digest = bench("recall.figures").weights_digest(SHIPPED[name])
-                assert result.head["weights"][row.variant] == digest, (name, row.name)
+                assert result.head["weights"].get(row.variant) == digest, (name, row.name)
                 seen.add(name)
     assert seen == set(SHIPPED)
 

@@ -46,7 +46,9 @@ def test_a_run_is_shipped_with_its_card_its_log_and_what_goes_on_from_it(run):
     assert {m["exp_avg"].dtype for m in state["optimizer"]["state"].values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("what", ["another strategy", "an older version", "no log", "no checkpoint"])
+@pytest.mark.parametrize(
+    "what", ["another strategy", "an older version", "an older calibration", "no log", "no checkpoint"]
+)
 def test_what_does_not_fit_is_refused_before_anything_is_written(what, run, capsys):
     ship, name, error = example("ship"), "smollm2/msw", f"RUN: {run / 'log.jsonl'} is empty"
     if what == "another strategy":
@@ -56,6 +58,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(what, run, caps
         del about["calibration_seconds"]
         (run / "training.json").write_text(json.dumps(about))
         error = f"RUN: {run / 'training.json'} lacks calibration_seconds"
+    elif what == "an older calibration":
+        about = json.loads((run / "training.json").read_text())
+        about["calibration"][0] = {"shift": 0.0, "scale": 1.0, "near": 0.5, "far": 0.5}
+        (run / "training.json").write_text(json.dumps(about))
+        error = f"RUN: {run / 'training.json'} is of another version's calibration"
     elif what == "no log":
         (run / "log.jsonl").write_text("")
     else:

@@ -93,6 +93,11 @@ def test_the_demos_sentences_are_none_of_trainings():
     }
     assert "Diana plays the violin." in said and "My sister moved to Boston last week." in said
     assert not said & {told.statement for told in (*talk.TOLD, talk.REVISED)}
+    assert {"Walter", "Diana"} <= set(facts.part(facts.NAMES, held_out=True))
+    asked = {
+        facts.Fact(s, r, r.values[0])._say(text) for r in facts.RELATIONS for text in r.questions for s in subjects
+    }
+    assert {told.question for told in talk.TOLD} <= asked
 
 
 def test_every_answer_names_its_value_and_the_value_was_told():
@@ -267,8 +272,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
     assert json.loads(about)["steps"] == 4
     # The most that any of a run's processes took, whichever calibrates.
     state = torch.load(tmp_path / "parts/checkpoint.pt", weights_only=True)
-    assert json.loads(about)["peak_bytes"] >= state["peak_bytes"] > 1e8
-    torch.save(state | {"peak_bytes": 10**15}, tmp_path / "parts/checkpoint.pt")
+    assert json.loads(about)["peak_bytes"] >= state["peak"][0] > 1e8 and json.loads(about)["peak_from"] == 0
+    torch.save(state | {"peak": (10**15, 0)}, tmp_path / "parts/checkpoint.pt")
     settings = [list(tried["setting"].values()) for tried in json.loads(about)["calibration"]]
     assert settings[:2] == [[0, 1, 1], [-2, 1, 1]]
     # It is finished already; and once more, as if its adapter had not been written.
@@ -287,7 +292,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(strategy, tokenizer, tm
         rows = projection.unflatten(0, (-1, 4))
         assert not rows[:, null].any() and rows[:, 1 - null].all()
     lengths = memory.memory_q_proj.unflatten(0, (-1, 4))[:, 2:].norm(dim=-1)
-    assert lengths.max() < 1.0001 * example("start").QUIET
+    assert lengths.max() < 1.0001 * example("calibrate").QUERIES * example("start").QUIET
 
 
 def test_a_finished_run_is_prolonged_from_its_last_step_at_the_full_rate(tokenizer, tmp_path, small):
