@@ -2,8 +2,8 @@
 
 Gates' biases are −4.5 to −7.4, and Adam moves a parameter by its rate: training hardly moves them. It shuts gates in
 text by their weights alone, less well in text that it lacks, and what they let through there is written over facts.
-Queries read of facts in text that does not need them, too; a little shorter beside their null direction they do so
-less, and answers hardly suffer.
+Queries read facts in text that does not need them, too; a little shorter beside their null direction they do so less.
+Answers at once hardly suffer from that, answers behind text do; README.md has the figures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .trainee import Trainee
 
 SHIFTS = (0.0, -1.0, -2.0, -3.0, -4.0)  # of the gates' logits
 KEYS = (1.0, 0.5, 0.25, 0.125)  # of the rows of the key projection, but for the null direction's
-QUERIES = 0.8  # of the rows of the query projection, likewise: README.md says what 1, 0.9 and others gave
+QUERIES = 0.8  # of the rows of the query projection, likewise
 EPISODES = 40  # of each count of facts
 BEHIND = (0, 2)  # texts
 
