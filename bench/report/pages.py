@@ -323,7 +323,8 @@ def released(found: Found) -> str:
     )
 
 
-SENTENCES = {"tsw": "TSW", "ssw": "SSW", "msw": "MSW"}  # SmolLM2's adapters, in the order of all tables
+# SmolLM2's adapters, in the order of all tables.
+SENTENCES = {name.removesuffix("-r8"): title for name, (title, _) in plots.STRATEGIES.items()}
 
 
 def _in_order(rows: Iterable[Row]) -> list[Row]:
@@ -377,6 +378,16 @@ def _text_ratios(rows: Sequence[Row]) -> str:
     ))  # fmt: skip
 
 
+def _measured_on(several: Iterable[Result], rows: Iterable[Row]) -> Iterator[str]:
+    """What was measured on and with which weights, a line for each result that has one of the measured ``rows``."""
+    kept = {id(row) for row in rows if row.status == "measured"}
+    for result in several:
+        if own := {row.variant for row in result.rows if id(row) in kept}:
+            weights = [f"{name} {digest}" for name, digest in result.head.get("weights", {}).items() if name in own]
+            model = result.head.get("model")
+            yield results.heading(result) + (f"; weights {model}, {', '.join(weights)}" if model else "")
+
+
 def smollm2(found: Found) -> str:
     """What a real chat model remembers of sentences."""
     rows = _in_order(newest_rows(found.smollm2))
@@ -402,16 +413,6 @@ def smollm2(found: Found) -> str:
             lambda: _operator_shares(rows),
         ),
     }
-    kept = {id(row) for row in rows if row.status == "measured"}
-    heads: dict[str, None] = {}
-    for result in found.smollm2:
-        own = dict.fromkeys(row.variant for row in result.rows if id(row) in kept)
-        model = result.head.get("model")
-        weights = ", ".join(
-            f"{name} {digest}" for name, digest in result.head.get("weights", {}).items() if name in own
-        )
-        if own:
-            heads[results.heading(result) + (f"; weights {model}, {weights}" if model else "")] = None
     there = {row.kind for row in rows if row.status == "measured"}
     left = [title for kind, (title, _, _) in parts.items() if kind not in there]
     return _page(
@@ -424,7 +425,7 @@ def smollm2(found: Found) -> str:
         "training. *New phrasings* are statements and requests (“Remind me …”, “Tell me …”) that share no three words "
         "in a row with training's of the same relation; training has no requests. Where not said otherwise values are "
         "new.",
-        "\n\n".join(heads),
+        "\n\n".join(dict.fromkeys(_measured_on(found.smollm2, rows))),
         *(("## Goals", goals) if (goals := _sentence_goals(rows)) else ()),
         *(
             part

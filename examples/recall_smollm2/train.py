@@ -234,14 +234,14 @@ def train(
             with (output / LOG).open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             print(f"{output.name}: {entry}", file=sys.stderr, flush=True)
-        if done == constant_steps(options):
+        due = {
+            CONSTANT: done == constant_steps(options),
+            CHECKPOINT: done % options.save_every == 0 or stopped or done == options.steps,
+        }
+        for name in (name for name, is_due in due.items() if is_due):
             peak = _larger(peak, _peak_bytes(model.device))
             place = done, now, level, sums.found
-            _save(output / CONSTANT, place, (peak, peak_from), config, options, trained, optimizer)
-        if done % options.save_every == 0 or stopped or done == options.steps:
-            peak = _larger(peak, _peak_bytes(model.device))
-            place = done, now, level, sums.found
-            _save(output / CHECKPOINT, place, (peak, peak_from), config, options, trained, optimizer)
+            _save(output / name, place, (peak, peak_from), config, options, trained, optimizer)
         if stopped:
             break
     model.eval()
