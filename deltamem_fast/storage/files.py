@@ -37,6 +37,17 @@ _LEFTOVER = re.compile(r"\.(.+)\.(?:([0-9a-f]{16})|[a-z0-9_]{8})\.tmp", re.DOTAL
 _SHOWN = 120  # characters of a path that is too long
 
 
+def state_home() -> Path:
+    """Where this user's programs keep what is to stay: XDG_STATE_HOME if that is an absolute path, else
+    ``~/.local/state``.
+
+    Raises:
+        RuntimeError: there is no home.
+    """
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+
+
 def as_path(path: str | os.PathLike, name: str, *, expand: bool = True) -> Path:
     """A path that a user gave, ``~`` expanded if ``expand``.
 

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from .stops import overlap
+
 THINK, END_THINK = "<think>", "</think>"
 
 
@@ -127,7 +129,7 @@ class TextStream:
             before, self._waiting = self._waiting[:place], self._waiting[place + len(mark) :]
             yield from self._say(before.rstrip())
             self.thinks = not self.thinks
-        certain = len(self._waiting) - _beginning(self._waiting, mark)
+        certain = len(self._waiting) - overlap(self._waiting, mark)
         text = self._waiting[:certain]
         keep = len(text.rstrip())
         self._waiting = self._waiting[keep:]
@@ -140,8 +142,3 @@ class TextStream:
         if text:
             setattr(self, kind, said + text)
             yield text, self.thinks
-
-
-def _beginning(text: str, mark: str) -> int:
-    """How many characters at the end of ``text`` may be the beginning of ``mark``."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)

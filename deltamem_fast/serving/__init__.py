@@ -1,0 +1,1 @@
+"""The HTTP endpoint: chat completions as OpenAI's clients ask for them, each with a memory of its user's."""

@@ -1,0 +1,76 @@
+"""In front of every route: who may ask, and how much may be sent."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from .contract import error_body
+from .metrics import Metrics
+
+_OPEN = ("/health",)
+
+
+class Guard:
+    """ASGI middleware: a bearer token, the size of a body, and a count of what was answered.
+
+    Args:
+        app: what is guarded.
+        key: the token that requests must have; None: none is needed.
+        body: bytes of a request at most.
+    """
+
+    def __init__(self, app: Any, key: str | None, body: int, metrics: Metrics):
+        self.app, self._key, self._body, self._metrics = app, key, body, metrics
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answer a request, or hand it on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+
+        async def telling(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._checked(scope, receive, telling)
+        finally:
+            # By the route's pattern: a path has a user's id in it. What no route has matched is one name for all.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(time.monotonic() - began)
+
+    async def _checked(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        headers = dict(scope["headers"])
+        if self._key is not None and scope["path"] not in _OPEN:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+                told = error_body(401, "authorization: allowed the bearer token that the server was started with")
+                await JSONResponse(told, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                return
+        said = headers.get(b"content-length", b"0")
+        if said.isdigit() and int(said) > self._body:
+            await JSONResponse(error_body(413, self._too_large(int(said))), 413)(scope, receive, send)
+            return
+        found = 0
+
+        async def counting() -> dict[str, Any]:
+            nonlocal found
+            message = await receive()
+            found += len(message.get("body", b""))
+            if found > self._body:
+                raise HTTPException(413, self._too_large(found))
+            return message
+
+        await self.app(scope, counting, send)
+
+    def _too_large(self, found: int) -> str:
+        return f"body: got {found:,} bytes and maybe more, allowed {self._body:,}"
