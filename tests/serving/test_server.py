@@ -1,0 +1,316 @@
+"""The server over loopback, with OpenAI's client: answers, streams, memories, and every refusal."""
+
+import json
+import threading
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+import torch
+from serving_support import NAME, chat, engine_of, greedy, listening, row_of, served_model
+from support import relative_error
+
+from deltamem_fast import MemoryState, forget
+from deltamem_fast.serving.rows import answer_rows, answer_rows_from
+
+KEY = "a-token-for-tests"
+
+
+@pytest.fixture(scope="module")
+def served():
+    return served_model()
+
+
+@pytest.fixture
+def engine(served, tmp_path):
+    with engine_of(*served, tmp_path / "users.bank", waiting=8, tokens=200, answer=8, body=40_000) as engine:
+        yield engine
+
+
+@pytest.fixture
+def address(engine):
+    with listening(engine, KEY) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def ask(client, messages, memory_id=None, memory="write", **more):
+    body = {"memory": memory} | ({} if memory_id is None else {"memory_id": memory_id})
+    return client.chat.completions.create(model=NAME, messages=messages, extra_body=body, **more)
+
+
+def http(address, method, path, data=None, key=KEY):
+    """(status, body, headers) of a request."""
+    request = urllib.request.Request(address + path, data, method=method)
+    request.add_header("Content-Type", "application/json")
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read(), response.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), error.headers
+
+
+def test_turns_are_those_of_a_replay_and_versions_tell_of_each(served, engine, client):
+    model, tokenizer = served
+    memory, version, messages = MemoryState.zeros(model), 0, []
+    for said in ("My dog is called Rex.", "Where did Ada go?", "What is the name of my dog?"):
+        messages += [{"role": "user", "content": said}]
+        row = row_of(model, tokenizer, messages, 8)
+        memory = answer_rows_from(model, [row], memory, bool(version), greedy(model, tokenizer), write=True)
+        found = ask(client, messages, "ada")
+        assert found.choices[0].message.content == row.answer
+        assert found.choices[0].finish_reason == row.finish
+        assert found.usage.prompt_tokens == len(row.prompt) and found.usage.completion_tokens == row.tokens
+        told = found.model_extra["memory"]
+        assert (told["id"], told["mode"], told["loaded"]) == ("ada", "write", version)
+        assert told["version"] > version
+        version = told["version"]
+        messages += [{"role": "assistant", "content": row.answer}]
+    kept = engine.bank.gather(["ada"])
+    assert kept.bank_rows[0][1] == version
+    assert all(torch.equal(kept[i], memory[i]) for i in kept)
+    read = ask(client, chat("Ada?"), "ada", "read")
+    assert read.model_extra["memory"] == {"id": "ada", "mode": "read", "loaded": version, "version": version}
+    row = row_of(model, tokenizer, chat("Ada?"), 8)
+    answer_rows_from(model, [row], kept, True, greedy(model, tokenizer), write=False)
+    assert read.choices[0].message.content == row.answer
+
+
+def test_without_a_memory_id_nothing_is_kept(served, engine, client):
+    model, tokenizer = served
+    found = ask(client, chat("My dog is called Rex."))
+    assert found.model_extra["memory"] is None and len(engine.bank) == 0
+    row = row_of(model, tokenizer, chat("My dog is called Rex."), 8)
+    answer_rows_from(model, [row], MemoryState.zeros(model), False, greedy(model, tokenizer), write=True)
+    assert found.choices[0].message.content == row.answer
+    bare = row_of(model, tokenizer, chat("My dog is called Rex."), 8)
+    answer_rows(model, [bare], greedy(model, tokenizer))
+    found = ask(client, chat("My dog is called Rex."), "ada", "none")
+    assert found.choices[0].message.content == bare.answer and len(engine.bank) == 0
+    assert found.model_extra["memory"] == {"id": "ada", "mode": "none", "loaded": 0, "version": 0}
+
+
+def test_a_stream_says_the_same_piece_by_piece(engine, client):
+    whole = ask(client, chat("My dog is called Rex."), "whole")
+    pieces, last = [], None
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    for chunk in ask(client, chat("My dog is called Rex."), "streamed", **options):
+        if chunk.choices:
+            pieces.append(chunk.choices[0].delta.content or "")
+            if chunk.choices[0].finish_reason:
+                last = chunk
+        else:
+            usage = chunk.usage
+    assert "".join(pieces) == whole.choices[0].message.content and len([p for p in pieces if p]) > 1
+    assert last.choices[0].finish_reason == whole.choices[0].finish_reason and usage == whole.usage
+    both = engine.bank.gather(["whole", "streamed"])
+    assert last.model_extra["memory"]["version"] == both.bank_rows[1][1]
+    assert all(relative_error(both[i][1], both[i][0]) < 1e-6 for i in both)
+
+
+def test_requests_that_fit_go_together(engine, client):
+    users = [f"user-{n}" for n in range(6)]
+    gate, began = threading.Event(), threading.Event()
+    engine.call(lambda: (began.set(), gate.wait(20)), "gate")  # the worker waits, so that they come together
+    assert began.wait(20)
+    found = {}
+    threads = [
+        threading.Thread(target=lambda name=name: found.update({name: ask(client, chat("The market."), name)}))
+        for name in users
+    ]
+    for thread in threads:
+        thread.start()
+    while len(engine.queue) < len(users):
+        threading.Event().wait(0.01)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert len({found[name].choices[0].message.content for name in users}) == 1
+    kept = engine.bank.gather(users)
+    assert all(version for _, version, _ in kept.bank_rows)
+    assert all(relative_error(kept[i], kept[i][:1].expand_as(kept[i])) < 1e-5 for i in kept)
+    page = engine.metrics.page().decode()
+    assert "deltamem_batch_rows_sum 6.0" in page and "deltamem_batch_rows_count 1.0" in page
+
+
+def test_a_memory_that_moves_on_meanwhile_is_a_conflict(engine, client, address):
+    ask(client, chat("My dog is called Rex."), "ada")
+    elsewhere = engine.bank.gather(["ada"])
+
+    def move_on(piece, thinking):
+        if not moved:
+            moved.append(engine.bank.commit(["ada"], elsewhere))
+
+    moved = []
+    original = engine.chat
+    for stream in (False, True):
+        moved.clear()
+        engine.chat = lambda request, say, peer: original(request, lambda *it: (move_on(*it), say(*it)), peer)
+        with pytest.raises(openai.APIError, match="moved on, so nothing was written") as caught:
+            told = ask(client, chat("Where did Ada go?"), "ada", stream=stream)
+            list(told if stream else ())
+        if not stream:
+            assert isinstance(caught.value, openai.ConflictError) and caught.value.status_code == 409
+        engine.chat = original
+    assert engine.bank.gather(["ada"]).bank_rows == elsewhere.bank_rows
+    assert b"deltamem_memory_conflicts_total 2.0" in http(address, "GET", "/metrics")[1]
+    assert ask(client, chat("Where did Ada go?"), "ada").model_extra["memory"]["loaded"] == elsewhere.bank_rows[0][1]
+
+
+def test_who_hangs_up_leaves_nothing(engine, client):
+    ask(client, chat("My dog is called Rex."), "ada")
+    before = engine.bank.gather(["ada"]).bank_rows
+    heard, go = threading.Event(), threading.Event()
+    original = engine.chat
+
+    def slow(request, say, peer):
+        def wait(*piece):
+            say(*piece)
+            heard.set()
+            go.wait(20)
+
+        return original(request, wait, peer)
+
+    engine.chat = slow
+    stream = ask(client, chat("Where did Ada go?"), "ada", stream=True)
+    iterator = iter(stream)
+    next(iterator)
+    assert heard.wait(20)
+    stream.response.close()
+    engine.chat = original
+    threading.Event().wait(0.3)  # until the server has seen it
+    go.set()
+    # The next turn comes after it, and finds the memory as it was.
+    assert ask(client, chat("Ada?"), "ada").model_extra["memory"]["loaded"] == before[0][1]
+
+
+def test_a_memory_is_listed_taken_away_and_brought_back(served, engine, client, address):
+    model, tokenizer = served
+    for name in ("ada", "ben/home", "ada 2"):
+        ask(client, chat("My dog is called Rex."), name)
+    status, body, _ = http(address, "GET", "/v1/memories?prefix=ada&limit=1")
+    listed = json.loads(body)
+    assert status == 200 and listed["total"] == 3
+    assert [(entry["id"], entry["bytes"] > 0) for entry in listed["data"]] == [("ada", True)]
+    status, file, headers = http(address, "GET", "/v1/memories/ben%2Fhome")
+    assert status == 200 and headers["content-type"] == "application/octet-stream"
+    status, body, _ = http(address, "PUT", "/v1/memories/copy", file)
+    assert status == 200 and json.loads(body)["id"] == "copy"
+    kept = engine.bank.gather(["copy", "ben/home"])
+    assert all(torch.equal(kept[i][0], kept[i][1]) for i in kept)
+    status, body, _ = http(address, "PUT", "/v1/memories/copy", file)
+    assert status == 409 and b"moved on" in body
+    assert http(address, "PUT", "/v1/memories/copy?overwrite=true", file)[0] == 200
+    status, body, _ = http(address, "PUT", "/v1/memories/other", file[:-9])
+    assert status == 400 and b"body: " in body and b"/tmp" not in body and "other" not in engine.bank
+    wanted = engine.bank.gather(["ada"])
+    told = int(forget(model, tokenizer, wanted, "My dog is called Rex."))
+    status, body, _ = http(
+        address, "POST", "/v1/forget", json.dumps({"memory_id": "ada", "text": "My dog is called Rex."}).encode()
+    )
+    found = engine.bank.gather(["ada"])
+    assert status == 200
+    assert json.loads(body) == {"id": "ada", "tokens": told, "version": found.bank_rows[0][1]}
+    assert all(torch.equal(found[i], wanted[i]) for i in found)
+    assert http(address, "DELETE", "/v1/memories/ben%2Fhome")[:2] == (200, b'{"id":"ben/home","deleted":true}')
+    for method, path, data in (
+        ("DELETE", "/v1/memories/ben%2Fhome", None),
+        ("GET", "/v1/memories/nobody", None),
+        ("POST", "/v1/forget", b'{"memory_id": "nobody", "text": "Rex."}'),
+    ):
+        status, body, _ = http(address, method, path, data)
+        assert status == 404 and b"allowed one that is in the bank" in body, (path, body)
+    assert "ben/home" not in engine.bank and "nobody" not in engine.bank
+
+
+def test_mistakes_are_named_and_nothing_is_kept(engine, client, address):
+    def told(kind, status, said, messages=None, **more):
+        with pytest.raises(kind, match=said) as caught:
+            ask(client, chat("Hi.") if messages is None else messages, **({"memory_id": "ada"} | more))
+        assert caught.value.status_code == status and caught.value.body["code"] == status
+
+    bad, large = openai.BadRequestError, openai.APIStatusError
+    told(bad, 400, "memory: got 'both'", memory="both")
+    told(bad, 400, "memory_id: got '' of 0 bytes, allowed 1 to 512 bytes", memory_id="")
+    told(bad, 400, "tools: got .*not supported here", tools=[{"type": "function", "function": {"name": "f"}}])
+    told(bad, 400, "messages: got 'assistant' at the end", chat("Hi.", "Hello."))
+    told(bad, 400, "messages.1.: got role 'system'", [*chat("Hi."), {"role": "system", "content": "Be kind!"}])
+    told(bad, 400, "messages.0.: got role 'wizard'", [{"role": "wizard", "content": "Hi."}])
+    told(bad, 400, "messages.0.: got a content part of type 'image_url'", [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}
+    ])  # fmt: skip
+    told(large, 413, "messages: got .* tokens and 190 of the answer, allowed 200 together", max_tokens=190)
+    told(large, 413, "messages: got .* tokens, allowed 200 together", chat("Where did Ada go? " * 60))
+    told(large, 413, "body: got .* bytes and maybe more, allowed 40,000", chat("Where did Ada go? " * 4000))
+    with pytest.raises(openai.NotFoundError, match="model: got 'other', allowed 'tiny'"):
+        client.chat.completions.create(model="other", messages=chat("Hi."))
+    chosen = {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}
+    with pytest.raises(bad, match="chat_template: a template is a program"):
+        client.chat.completions.create(model=NAME, messages=chat("Hi."), extra_body=chosen)
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="another", max_retries=0) as stranger:
+        with pytest.raises(openai.AuthenticationError, match="authorization: allowed the bearer token"):
+            ask(stranger, chat("Hi."), "ada")
+    for path in ("/v1/memories", "/metrics", "/docs", "/openapi.json"):
+        assert http(address, "GET", path, key=None)[0] == 401
+    assert http(address, "GET", "/health", key=None)[0] == 200
+    for data in (b"", b"{", b"[" * 30_000, b'{"model": "\xff"}'):
+        status, body, _ = http(address, "POST", "/v1/chat/completions", data)
+        assert status == 400 and json.loads(body)["error"]["message"].startswith("body: "), body
+    assert http(address, "GET", "/v1/memories?limit=0")[0] == 400
+    assert http(address, "GET", "/nowhere")[0] == 404
+    assert len(engine.bank) == 0
+    assert json.loads(http(address, "GET", "/v1/models")[1])["data"][0]["id"] == NAME
+
+
+def test_chunked_bodies_are_counted_too(address):
+    import http.client
+
+    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", iter([b" " * 10_000] * 5), headers, encode_chunked=True)
+    response = connection.getresponse()
+    assert response.status == 413 and b"allowed 40,000" in response.read()
+
+
+def test_as_many_wait_as_may(engine, client):
+    gate, began = threading.Event(), threading.Event()
+    engine.call(lambda: (began.set(), gate.wait(20)), "gate")
+    assert began.wait(20)
+    threads = [threading.Thread(target=ask, args=(client, chat("Hi."), f"user-{n}")) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    while len(engine.queue) < 8:
+        threading.Event().wait(0.01)
+    with pytest.raises(openai.RateLimitError, match="queue: 8 requests wait") as caught:
+        ask(client, chat("Hi."), "late")
+    assert caught.value.response.headers["retry-after"] == "1"
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert len(engine.bank) == 8 and "late" not in engine.bank
+
+
+def test_an_error_in_the_model_is_told_and_the_next_is_answered(served, engine, client, caplog):
+    model, _ = served
+    original = model.generate
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("secret of another's prompt")
+
+    model.generate = broken
+    try:
+        with pytest.raises(openai.InternalServerError, match="server: RuntimeError; its log says more") as caught:
+            ask(client, chat("Hi."), "ada")
+    finally:
+        model.generate = original
+    assert "secret" not in str(caught.value) and "secret" in caplog.text
+    assert "ada" not in engine.bank
+    assert ask(client, chat("Hi."), "ada").choices[0].message.content is not None
