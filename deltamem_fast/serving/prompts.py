@@ -59,9 +59,14 @@ class Prompt:
         return len(self.whole)
 
     @property
+    def all_blocks(self) -> tuple[Block, ...]:
+        """All blocks but the header."""
+        return (self.preamble, *self.earlier, *self.new)
+
+    @property
     def whole(self) -> Block:
         """All of it as one block."""
-        return joined((self.preamble, *self.earlier, *self.new, self.header))
+        return joined((*self.all_blocks, self.header))
 
     def forwards(self, known: bool) -> Forwards:
         """How it goes through the model; ``known``: the memory has read what stands before the new messages."""
