@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import re
 
@@ -14,6 +13,7 @@ from ..errors import ArgumentError
 from ..model.libraries import require
 from ..model.loading import DTYPES
 from ..model.threads import HELP, check_threads
+from ..serving.hosts import is_loopback
 
 KEY = "DELTAMEM_API_KEY"
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -86,7 +86,7 @@ def checked_key(host: str) -> str | None:
         ValueError: there is none, and ``host`` is not of this machine alone; or it is none that a header can have.
     """
     key = os.environ.get(KEY) or None
-    if key is None and not _is_loopback(host):
+    if key is None and not is_loopback(host):
         raise ArgumentError(
             f"--host: got {host!r}, which others can reach, without a token in {KEY}; allowed without one: 127.0.0.1, "
             "::1, localhost"
@@ -94,10 +94,3 @@ def checked_key(host: str) -> str | None:
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise ArgumentError(f"{KEY}: allowed a token of visible ASCII characters, without spaces")
     return key
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -1,4 +1,8 @@
-"""In front of every route: who may ask, and how much may be sent."""
+"""In front of every route: who may ask, and how much may be sent.
+
+A page in a browser can send requests to a server on loopback, too. Without a token only those are answered that a page
+of another site cannot send unasked: with this machine's name in ``Host``, and JSON as JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from .contract import error_body
+from .hosts import is_loopback, without_port
 from .metrics import Metrics
 
 _OPEN = ("/health",)
@@ -56,6 +61,16 @@ class Guard:
                 told = error_body(401, "authorization: allowed the bearer token that the server was started with")
                 await JSONResponse(told, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._key is None and not is_loopback(without_port(host)):
+            told = f"host: got {host!r:.80}, allowed localhost or an address of loopback: the server has no token"
+            await JSONResponse(error_body(403, told), 403)(scope, receive, send)
+            return
+        kind = headers.get(b"content-type", b"").decode("latin-1")
+        if scope["method"] == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
+            told = error_body(415, f"content-type: got {kind!r:.80}, allowed application/json")
+            await JSONResponse(told, 415)(scope, receive, send)
+            return
         said = headers.get(b"content-length", b"0")
         if said.isdigit() and int(said) > self._body:
             await JSONResponse(error_body(413, self._too_large(int(said))), 413)(scope, receive, send)

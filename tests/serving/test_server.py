@@ -270,6 +270,28 @@ def test_mistakes_are_named_and_nothing_is_kept(engine, client, address):
     assert json.loads(http(address, "GET", "/v1/models")[1])["data"][0]["id"] == NAME
 
 
+def test_without_a_token_no_page_of_another_site_is_answered(engine):
+    with listening(engine) as address:
+        body = json.dumps({"model": NAME, "memory_id": "ada", "messages": chat("Hi.")}).encode()
+        port = address.rpartition(":")[2]
+        for headers, status, said in (
+            ({"Host": f"evil.example:{port}"}, 403, b"host: got 'evil.example"),
+            ({"Host": f"127.0.0.1.evil.example:{port}"}, 403, b"host: got "),
+            ({"Content-Type": "text/plain"}, 415, b"content-type: got 'text/plain', allowed application/json"),
+            ({"Host": f"localhost:{port}"}, 200, b'"choices"'),
+            ({"Host": f"[::1]:{port}", "Content-Type": "application/json; charset=utf-8"}, 200, b'"choices"'),
+        ):
+            request = urllib.request.Request(f"{address}/v1/chat/completions", body, method="POST")
+            for name, value in ({"Content-Type": "application/json"} | headers).items():
+                request.add_header(name, value)
+            try:
+                with urllib.request.urlopen(request) as response:
+                    found = response.status, response.read()
+            except urllib.error.HTTPError as error:
+                found = error.code, error.read()
+            assert found[0] == status and said in found[1], (headers, found)
+
+
 def test_chunked_bodies_are_counted_too(address):
     import http.client
 
