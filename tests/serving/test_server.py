@@ -1,9 +1,11 @@
 """The server over loopback, with OpenAI's client: answers, streams, memories, and every refusal."""
 
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import openai
 import pytest
@@ -82,6 +84,18 @@ def test_turns_are_those_of_a_replay_and_versions_tell_of_each(served, engine, c
     row = row_of(model, tokenizer, chat("Ada?"), 8)
     answer_rows_from(model, [row], kept, True, greedy(model, tokenizer), write=False)
     assert read.choices[0].message.content == row.answer
+
+
+def test_the_page_asks_as_it_says(engine, client, address):
+    page = Path(__file__).parents[2] / "docs/serving.md"
+    code = re.search(r"^```py\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)[1]
+    for shown, here in (("http://127.0.0.1:8000", address), ('"none"', f'"{KEY}"'), ('"smollm2"', f'"{NAME}"')):
+        assert shown in code
+        code = code.replace(shown, here)
+    ask(client, chat("Ada lives in Lisbon."), "ada")
+    names = {}
+    exec(code, names)
+    assert names["found"].memory["version"] == engine.bank.gather(["ada"]).bank_rows[0][1]
 
 
 def test_without_a_memory_id_nothing_is_kept(served, engine, client):
