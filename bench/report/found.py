@@ -25,6 +25,9 @@ class Found:
     recall: Result | None = None
     released: Result | None = None
     smollm2: Sequence[Result] = ()  # one a part, and one a part of adapters that were measured by themselves
+    load: Result | None = None
+    kills: Result | None = None
+    vllm: Result | None = None
     pictures: Path = PICTURES  # a page shows those that are there
 
 
@@ -37,6 +40,7 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     names = ("emulated", "operators", "sessions", "bank", "recall", "released")
     parts = [results.latest(folder) for folder in sorted((directory / "smollm2").glob("*"))]
     single = {name: results.latest(directory / name) for name in names}
+    single |= {name: results.latest(directory / "serving" / name) for name in ("load", "kills", "vllm")}
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
 
 

@@ -182,6 +182,28 @@ def memory(found: Found) -> str:
     )
 
 
+def serving(found: Found) -> str:
+    """What servers take, and whether a memory is lost or crossed."""
+    load = (
+        "Clients that ask without a pause, each with a memory of its own, the newest turn sent along, answers of 16 "
+        "tokens at most, float32. `distance`: of a memory to that of a replay of its turns, each by itself and beside "
+        "nobody, relative, the largest."
+    )
+    kills = (
+        "Users whose turns interleave on the small backbone, while the server is killed (SIGKILL) and started again: "
+        "`repeated` turns were cut off and had again, `unacknowledged` ones were kept though their answer never came. "
+        "Each memory is at the version of the last turn, and is that of its replay."
+    )
+    vllm = "Throughput with the memory and without it, side by side in one run."
+    return _page(
+        "Serving",
+        "`python -m bench.serving load` and `kills` measure.",
+        *_section("Many clients", load, found.load, markdown_table),
+        *_section("Kills", kills, found.kills, markdown_table),
+        *_section("vLLM", vllm, found.vllm, markdown_table),
+    )
+
+
 # --- recall
 
 
@@ -445,7 +467,7 @@ def smollm2(found: Found) -> str:
 
 
 PAGES = {"speed.md": speed, "kernels.md": kernels, "memory.md": memory, "recall.md": recall}
-PAGES |= {"smollm2.md": smollm2, "released.md": released}
+PAGES |= {"smollm2.md": smollm2, "released.md": released, "serving.md": serving}
 
 
 def written(found: Found) -> dict[str, str]:

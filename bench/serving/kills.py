@@ -15,7 +15,7 @@ from . import replay
 from .clients import Server, Turn, User, refused, sayings
 from .process import ServerProcess
 
-DIRECTORY = results.DIRECTORY / "serving-kills"
+DIRECTORY = results.DIRECTORY / "serving" / "kills"
 CLOSE = 1e-4  # of a memory to its replay: batches round otherwise than one row
 
 

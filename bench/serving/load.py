@@ -16,7 +16,7 @@ from .clients import Server, User, refused, sayings
 from .kills import CLOSE
 from .process import ServerProcess
 
-DIRECTORY = results.DIRECTORY / "serving"
+DIRECTORY = results.DIRECTORY / "serving" / "load"
 DTYPE = "float32"  # in which a batch's memories can be compared with those of one row
 
 
