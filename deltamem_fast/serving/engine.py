@@ -165,7 +165,7 @@ class Engine:
         with self._rendering:
             prompt = rendered(self.tokenizer, self._granularity, request.messages, template)
         check_known(self.model, prompt.whole.ids)
-        row = Row(prompt, self._most(request, len(prompt)), request.stops, say)
+        row = Row(prompt, self._most(request, len(prompt)), request.stops, say, rendering=self._rendering)
         owner = ("memory", request.memory_id) if request.memory_id is not None else ("user", request.user or peer)
         alone = request.seed is not None and request.sampling["do_sample"]
         fits = None if alone else (request.memory, *sorted(request.sampling.items()))

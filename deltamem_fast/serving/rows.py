@@ -35,6 +35,7 @@ class Row:
         stops: texts that end it.
         say: is called with each piece, and whether it is thinking.
         gone: says whether nobody waits for it any more.
+        rendering: is held while the tokenizer is used, which is not for several threads.
         finish: how it ended: ``stop`` or ``length``; None: it has not, or was gone.
     """
 
@@ -43,6 +44,7 @@ class Row:
     stops: tuple[str, ...] = ()
     say: Callable[[str, bool], None] = lambda piece, thinking: None
     gone: Callable[[], bool] = lambda: False
+    rendering: contextlib.AbstractContextManager = field(default_factory=contextlib.nullcontext)
     finish: str | None = None
     answer: str = ""
     thinking: str = ""
@@ -54,7 +56,8 @@ class Row:
     def begin(self) -> None:
         """Before the first token."""
         tokenizer = self.prompt.renderer.tokenizer
-        self._stream = TextStream(tokenizer, tokenizer.decode(list(self.prompt.header.ids)))
+        with self.rendering:
+            self._stream = TextStream(tokenizer, tokenizer.decode(list(self.prompt.header.ids)))
         self._text = StoppedText(self.stops)
 
     def add(self, token: int, ends: Sequence[int]) -> None:
@@ -83,6 +86,11 @@ class Row:
         """The answer as a message."""
         thought = {"reasoning_content": self.thinking} if self.thinking else {}
         return {"role": "assistant", "content": self.answer, **thought}
+
+    def block(self) -> Block:
+        """The answer as the chat template shows it to later turns."""
+        with self.rendering:
+            return self.prompt.answer(self.message())
 
     def _tell(self, piece: str, thinking: bool) -> None:
         if not thinking:
@@ -145,7 +153,7 @@ def answer_rows_from(
     batch.take_back()
     for blocks in zip(*(part.after for part in parts), strict=True):
         batch.write(blocks)
-    batch.write([row.prompt.answer(row.message()) for row in rows])
+    batch.write([row.block() for row in rows])
     return batch.memory
 
 
