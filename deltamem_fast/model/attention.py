@@ -21,14 +21,16 @@ from deltamem_kernels.rule import DeltaRule
 from ..adapter.layer import DeltaMemory
 from ..memory.state import written
 from .call import MemoryCall
+from .projections import projections_of, sizes_in
 from .update import advance
 
 
 class SteeredAttention:
     """An attention module seen through its corrected projections.
 
-    The class's own forward runs with this as ``self``: q_proj, k_proj, v_proj and o_proj add their correction,
-    everything else is the module's. Nothing is stored on the module, so threads and recomputation do not meet.
+    The class's own forward runs with this as ``self``: its linears (``projections.Projections``) add their heads'
+    corrections, everything else is the module's. Nothing is stored on the module, so threads and recomputation do not
+    meet.
     """
 
     def __init__(self, module: nn.Module, layer: DeltaMemory, reads: torch.Tensor):
@@ -38,13 +40,17 @@ class SteeredAttention:
 
     def __getattr__(self, name: str):
         value = getattr(self._module, name)
-        head = name[0] if name in ("q_proj", "k_proj", "v_proj", "o_proj") else None
-        if head is None or head not in self._layer.config.delta_heads:
-            return value
         layer, reads = self._layer, self._reads
+        heads = projections_of(type(self._module)).heads.get(name, "")
+        if not any(head in layer.config.delta_heads for head in heads):
+            return value
 
         def corrected(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-            return layer.correct(head, value(x, *args, **kwargs), reads)
+            out = value(x, *args, **kwargs)
+            if len(heads) == 1:
+                return layer.correct(heads, out, reads)
+            parts = zip(heads, out.split(sizes_in(self._module, value, heads), -1))
+            return torch.cat([layer.correct(h, p, reads) if h in layer.config.delta_heads else p for h, p in parts], -1)
 
         return corrected
 
@@ -106,7 +112,8 @@ def fused_forward(
         kwargs["sliding_window"] = getattr(owner, "sliding_window", None)
     out, attention_weights = interface(
         attention, query, key, value, attention_mask,
-        dropout=attention.attention_dropout if attention.training else 0.0, scaling=attention.scaling, **kwargs,
+        dropout=getattr(attention, "attention_dropout", 0.0) if attention.training else 0.0,  # LFM2 has none
+        scaling=attention.scaling, **kwargs,
     )  # fmt: skip
     out = _project_out(attention, layer, out.reshape(batch * length, -1), reads, addend)
     return out.view(batch, length, -1), attention_weights
@@ -187,8 +194,8 @@ def _in_place(
 def _project_out(
     attention: nn.Module, layer: DeltaMemory, out: torch.Tensor, reads: torch.Tensor, addend: torch.Tensor | None
 ) -> torch.Tensor:
-    """o_proj of ``out`` [B · T, …] plus Δo."""
-    parameters = attention._modules["o_proj"]._parameters
+    """The last linear of ``out`` [B · T, …] plus Δo."""
+    parameters = attention._modules[layer.weights.output]._parameters
     weight, bias = parameters["weight"], parameters["bias"]
     if "o" not in layer.config.delta_heads:
         return F.linear(out, weight, bias)
