@@ -7,6 +7,7 @@ import pytest
 import torch
 from backbones import BACKBONES, BY_NAME, SHARED, WINDOWS, gemma3_with_images, tiny
 from support import loud_adapter, relative_error
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltamem_fast import (
     DeltaMemConfig,
@@ -66,9 +67,30 @@ def test_a_family_works(family):
     assert list(after) == list(state) and all(torch.equal(after[key], state[key]) for key in state)
 
 
+@pytest.fixture
+def told(monkeypatch):
+    """The plain arguments that each call of an attention function got, by name."""
+    get, found = ALL_ATTENTION_FUNCTIONS.get_interface, []
+
+    def get_interface(*args, **kwargs):
+        function = get(*args, **kwargs)
+
+        def attention(*args, **kwargs):
+            found.append({name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)})
+            return function(*args, **kwargs)
+
+        return attention
+
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", get_interface)
+    return found
+
+
 @pytest.mark.parametrize("family", FAST)
-def test_the_fused_forward_is_the_classs_own(family):
-    """Against the generic path, which runs the class's own forward: a padded prompt, then a token at a time."""
+def test_the_fused_forward_is_the_classs_own(family, told):
+    """Against the generic path, which runs the class's own forward: a padded prompt, then a token at a time.
+
+    What it tells the attention is the same, too: of a window, the mask says the same unless the kernel makes its own.
+    """
     fast = loud_adapter(patch_model(BY_NAME[family].make(), ALL_HEADS))
     generic = copy.deepcopy(fast)
     for attention in generic._delta_memory_patch.attentions.values():
@@ -87,6 +109,7 @@ def test_the_fused_forward_is_the_classs_own(family):
                 logits.append(out.logits)
         assert {place.path for place in layer_paths(model).values()} == {"fast" if model is fast else "generic"}
         found.append((torch.cat(logits, 1), memory_state(out.past_key_values)))
+    assert told and told[: len(told) // 2] == told[len(told) // 2 :]
     (ours, state), (theirs, expected) = found
     assert relative_error(ours, theirs) < 1e-5
     assert all(relative_error(state[i], expected[i]) < 1e-5 and expected[i].norm() > 0 for i in expected)
