@@ -48,11 +48,19 @@ class SteeredAttention:
         def corrected(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
             out = value(x, *args, **kwargs)
             if len(heads) == 1:
-                return layer.correct(heads, out, reads)
+                return _corrected(layer, heads, out, reads)
             parts = zip(heads, out.split(sizes_in(self._module, value, heads), -1))
             return torch.cat([layer.correct(h, p, reads) if h in layer.config.delta_heads else p for h, p in parts], -1)
 
         return corrected
+
+
+def _corrected(layer: DeltaMemory, head: str, output: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+    """A head's output [..., n] plus its correction; n may be what this process has of it (tensor parallelism)."""
+    shard = layer.weights.shards.get(head)
+    # Of a head that this process has a part of, all may have been gathered, by FSDP or by the linear itself.
+    gathered = shard is None or output.shape[-1] == getattr(layer, f"delta_{head}_proj").shape[0]
+    return layer.correct(head, output, reads, None if gathered else shard.part)
 
 
 def attention_forward(self, *args, memory: MemoryCall | None = None, **kwargs):

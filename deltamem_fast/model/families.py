@@ -15,6 +15,7 @@ from torch import nn
 from ..adapter.layer import DeltaMemory
 from .packing import can_pack, fills_its_storage
 from .projections import projections_of
+from .tensor_parallel import is_distributed
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def why_generic(attention: nn.Module, layer: DeltaMemory, hooks: bool = True) ->
         norm = f"{kind.__module__}.{kind.__name__.removesuffix('Attention')}RMSNorm"
         if type(part) is not nn.Linear if name in projections.names else found != norm:
             return f"{name} is a {found}"
+        if is_distributed(part._parameters.get("weight")):
+            return f"{name} is spread over processes"
         if "forward" in vars(part) or (hooks and (part._forward_hooks or part._forward_pre_hooks)):
             return f"{name} has hooks"
         weight = part._parameters.get("weight")

@@ -19,6 +19,7 @@ from ..config import DELTA_HEADS, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .attention import attention_forward
 from .cache import why_no_cache
+from .checkpointing import is_sharded
 from .families import why_generic
 from .files import install_files
 from .finite import broken_rows
@@ -26,6 +27,7 @@ from .generation import generation_overrides
 from .patched_forward import decoder_forward, outer_forward, patched_call, positional_names, with_signature
 from .projections import ProjectionRows, query_linear, rows_of
 from .signatures import cache_name, why_not_handed_on
+from .tensor_parallel import group_of, is_distributed, of_the_first, why_unknown
 from .weights import LayerPath, LayerWeights
 
 
@@ -43,6 +45,8 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
     nothing of the memory. PEFT's wrapper does: its ``save_pretrained`` writes the adapter beside PEFT's (one that was
     put around a patched model not if it is given ``state_dict=``).
+
+    Of a model that tensor parallelism has spread over processes each has to call it, with the same ``adapter``.
 
     Raises:
         ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the
@@ -112,8 +116,11 @@ def _check_model(outer: nn.Module, model: nn.Module) -> None:
             f"model: got a {type(model).__name__}, allowed a model of transformers (or one in PEFT's or "
             "torch.compile's wrapper); if one is in it, patch that one"
         )
-    if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
-        raise ArgumentError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
+    if getattr(model, "_tp_size", None) not in (None, 1) and not any(map(is_distributed, model.parameters())):
+        raise UnsupportedError(
+            "model: sharded by tensor parallelism into plain tensors (transformers before 5.17), of which nothing says "
+            "what rows they are; not supported. Take a newer transformers, or load it without tp_plan"
+        )
 
 
 def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.Module]:
@@ -176,6 +183,12 @@ def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
             f"model: the decoder layer {type(layer).__name__} {reason}, so the memory cannot be handed to {name}; such "
             "models are not supported"
         )
+    for part in rows_of(attention).values():
+        if (reason := why_unknown(part.linear_weight)) and not is_sharded(model):  # FSDP gathers it for the forward
+            raise UnsupportedError(
+                f"model: {name}.{part.name} {reason}, so that it cannot be told which rows are here; allowed: rows or "
+                "columns over one dimension; not supported"
+            )
     if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
         raise ArgumentError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
@@ -195,10 +208,13 @@ def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend
     for name, attention in attentions.items():
         memory = build(attention, computing_device(query_linear(attention)))
         if staged is None:
-            rows = rows_of(attention)
+            rows, base = rows_of(attention), {}
             if source.config.output_init.startswith("base_slice"):
                 _refuse_unreadable(name, rows, source.config)
-            memory.reset_parameters({head: part.weight for head, part in rows.items()})
+                base = {head: rows[head].weight for head in source.config.delta_heads}
+            memory.reset_parameters(base)
+            if (group := group_of(part.linear_weight for part in rows.values())) is not None:
+                of_the_first(memory.parameters(), group)
         else:
             with torch.no_grad():
                 for key, parameter in memory.named_parameters():
@@ -221,7 +237,7 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 def _refuse_unreadable(name: str, rows: dict[str, ProjectionRows], config: DeltaMemConfig) -> None:
     for head in config.delta_heads:
-        part, weight = f"{name}.{rows[head].name}", rows[head].weight
+        part, weight = f"{name}.{rows[head].name}", rows[head].linear_weight
         if weight is None:
             reason = f"{part} has no weight"
         elif weight.device.type == "meta":

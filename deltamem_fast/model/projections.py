@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import DELTA_HEADS
+from .tensor_parallel import whole
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,17 @@ class ProjectionRows:
     size: int
 
     @property
+    def linear_weight(self) -> torch.Tensor | None:
+        """What the linear holds, or None."""
+        return getattr(self.linear, "weight", None)
+
+    @property
     def weight(self) -> torch.Tensor | None:
-        """Weight [size, in] of one that is stored as [out, in]; else the linear's whole weight, as it is, or None."""
-        weight = getattr(self.linear, "weight", None)
+        """Weight [size, in] of one that is stored as [out, in]; else the linear's whole weight, as it is, or None.
+
+        Of one that is spread over processes (tensor parallelism) each has to ask for it.
+        """
+        weight = whole(self.linear_weight)
         if weight is None or self.size == self.linear.out_features or weight.shape[0] != self.linear.out_features:
             return weight
         return weight.narrow(0, self.first, self.size)

@@ -18,7 +18,8 @@ from ..adapter.layer import DeltaMemory, refuse_pickling
 from .call import MemoryCall
 from .families import LlamaShape, bypassed_functions, parts_of, shape_of, why_generic, why_unpackable
 from .packing import PackedRows
-from .projections import projections_of, sizes_in
+from .projections import projections_of, rows_of, sizes_in
+from .tensor_parallel import Shard, shard_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class LayerWeights:
         heads: of q, k and v.
         shape: the attention's data.
         output: the name of its last linear.
+        shards: of each head of which this process has a part: that part (tensor parallelism).
         kept: where a backend keeps what it has made of the layer's weights.
     """
 
@@ -55,6 +57,7 @@ class LayerWeights:
         self.heads: tuple[int, ...] = (0, 0, 0)
         self.shape: LlamaShape | None = None
         self.output = "o_proj"
+        self.shards: dict[str, Shard] = {}
         self.kept: dict = {}
         self._layouts: dict[int, HeadLayout] = {}
         self._steering: Steering | None = None
@@ -88,6 +91,8 @@ class LayerWeights:
                 known from there are packed: others may be somebody's for the length of a forward (FSDP's gathered
                 weights, functional_call's).
         """
+        shards = {head: shard_of(part.linear_weight) for head, part in rows_of(attention).items()}
+        self.shards = {head: shard for head, shard in shards.items() if shard is not None}
         if self.plain:
             self.unpack()
             return

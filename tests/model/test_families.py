@@ -36,11 +36,20 @@ def outputs(model, **given):
     return logits, model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
 
 
+@torch.no_grad()
+def in_two_parts(model):
+    first = model(input_ids=IDS[:, :7], use_cache=True)
+    return model(input_ids=IDS[:, 7:], past_key_values=first.past_key_values).logits
+
+
 @pytest.mark.parametrize("family", WORK)
 def test_a_family_works(family):
     model = BY_NAME[family].make()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     bare, told = outputs(model)
+    parts = relative_error(in_two_parts(model)[:, -1], bare[:, -1]) < 1e-5
+    # LFM2 of transformers 5.10 forgets its convolutions' state where a second part has several tokens.
+    assert parts or family.startswith("LFM2")
     patch_model(model, DeltaMemConfig(output_init="zero"))
     memory = MemoryState.zeros(model)
     for given in ({}, {"memory": memory}):
@@ -58,7 +67,7 @@ def test_a_family_works(family):
         padded = model(input_ids=padded, attention_mask=(padded != 0).long(), use_cache=True)
     assert relative_error(whole.logits, bare) > 1e-3
     written = memory_state(whole.past_key_values)
-    for out in (second, padded):
+    for out in (second, padded) if parts else (padded,):
         assert relative_error(out.logits[:, -1], whole.logits[:, -1]) < 1e-4
         assert all(relative_error(state, written[i]) < 1e-4 for i, state in memory_state(out.past_key_values).items())
     unpatch_model(model)
