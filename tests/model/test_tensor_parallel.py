@@ -109,8 +109,12 @@ def fresh(path):
     patch_model(model, CONFIGS["all heads"], backend="reference")
     adapter = {n: p.detach().clone() for n, p in model.named_parameters() if ".delta_memory." in n}
     model.save_pretrained(path / "saved beside")  # every process has to; one writes
-    if torch.distributed.get_rank() == 0:
-        save_adapter(model, path / "saved alone")  # needs no other process
+    memory = MemoryState.zeros(model)
+    with torch.no_grad():
+        model(input_ids=IDS[1:], memory=memory, use_cache=False)
+    if torch.distributed.get_rank() == 0:  # these need no other process
+        save_adapter(model, path / "saved alone")
+        memory.save(path / "memory.safetensors")
     return adapter
 
 
@@ -210,6 +214,16 @@ def test_a_fresh_adapter_is_the_same_in_all_processes(found):
         saved = read_weights(path / directory)
         assert len(saved) == len(ours)
         assert all(torch.equal(saved[name.replace(".delta_memory.", ".")], value) for name, value in ours.items())
+
+
+def test_a_memory_goes_from_several_processes_to_one(found):
+    _, path = found
+    alone = patch_model(tiny("Qwen3ForCausalLM"), path / "saved alone", backend="reference")
+    memory, loaded = MemoryState.zeros(alone), MemoryState.load(path / "memory.safetensors", alone)
+    with torch.no_grad():
+        alone(input_ids=IDS[1:], memory=memory, use_cache=False)
+        alone(input_ids=IDS[:1], memory=loaded.clone(), use_cache=False)  # which checks that it is the same adapter
+    assert all(relative_error(loaded[i], memory[i]) < 1e-5 for i in memory)
 
 
 def test_what_cannot_be_told_is_refused(found):
