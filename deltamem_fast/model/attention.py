@@ -21,6 +21,7 @@ from deltamem_kernels.rule import DeltaRule
 from ..adapter.layer import DeltaMemory
 from ..memory.state import written
 from .call import MemoryCall
+from .paged import paged_update
 from .projections import projections_of, sizes_in
 from .update import advance
 
@@ -110,7 +111,10 @@ def fused_forward(
     query, key, value = _heads(packed, batch, length, weights.heads, attention.head_dim)
     cache = past_key_values if cache is None else cache  # its name since transformers 5.24
     if cache is not None:
-        key, value = cache.update(key, value, attention.layer_idx)
+        if call.cu_seqlens is None:
+            key, value = cache.update(key, value, attention.layer_idx)
+        else:  # continuous batching's: packed sequences have no other
+            key, value = paged_update(attention, cache, key, value, kwargs)
     family = sys.modules[type(attention).__module__]
     interface = family.ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, family.eager_attention_forward
