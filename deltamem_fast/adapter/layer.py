@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import torch
@@ -174,17 +174,23 @@ class DeltaMemory(nn.Module):
         # c is one number a head and Δ is linear in the reads: no need for another pass over Δ.
         return reads * (torch.sigmoid(raw.float()) * self.config.delta_scale_max)
 
-    def correct(self, head: str, output: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+    def correct(
+        self, head: str, output: torch.Tensor, reads: torch.Tensor, part: Callable[..., tuple] | None = None
+    ) -> torch.Tensor:
         """``output`` of projection ``head`` plus its correction.
 
         Args:
             head: one of the configuration's ``delta_heads``.
             output: [..., out], the projection's output.
             reads: float32 [..., H·r].
+            part: makes of reads, times c_h, and the head's weight those of the rows that ``output`` is of.
         """
+        reads, weight = self._scaled(head, reads), getattr(self, f"delta_{head}_proj")
+        if part is not None:
+            reads, weight = part(reads, weight)
         norm = self.delta_o_rmsnorm_weight if head == "o" and self.config.delta_o_rmsnorm else None
         return operations(self.backend, output.device).steer(
-            output, self._scaled(head, reads), getattr(self, f"delta_{head}_proj"), self.config.scale,
+            output, reads, weight, self.config.scale,
             norm_weight=norm, eps=self.config.delta_o_rmsnorm_eps,
         )  # fmt: skip
 

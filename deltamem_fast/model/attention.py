@@ -21,14 +21,17 @@ from deltamem_kernels.rule import DeltaRule
 from ..adapter.layer import DeltaMemory
 from ..memory.state import written
 from .call import MemoryCall
+from .paged import paged_update
+from .projections import projections_of, sizes_in
 from .update import advance
 
 
 class SteeredAttention:
     """An attention module seen through its corrected projections.
 
-    The class's own forward runs with this as ``self``: q_proj, k_proj, v_proj and o_proj add their correction,
-    everything else is the module's. Nothing is stored on the module, so threads and recomputation do not meet.
+    The class's own forward runs with this as ``self``: its linears (``projections.Projections``) add their heads'
+    corrections, everything else is the module's. Nothing is stored on the module, so threads and recomputation do not
+    meet.
     """
 
     def __init__(self, module: nn.Module, layer: DeltaMemory, reads: torch.Tensor):
@@ -38,15 +41,27 @@ class SteeredAttention:
 
     def __getattr__(self, name: str):
         value = getattr(self._module, name)
-        head = name[0] if name in ("q_proj", "k_proj", "v_proj", "o_proj") else None
-        if head is None or head not in self._layer.config.delta_heads:
-            return value
         layer, reads = self._layer, self._reads
+        heads = projections_of(type(self._module)).heads.get(name, "")
+        if not any(head in layer.config.delta_heads for head in heads):
+            return value
 
         def corrected(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-            return layer.correct(head, value(x, *args, **kwargs), reads)
+            out = value(x, *args, **kwargs)
+            if len(heads) == 1:
+                return _corrected(layer, heads, out, reads)
+            parts = zip(heads, out.split(sizes_in(self._module, value, heads), -1))
+            return torch.cat([layer.correct(h, p, reads) if h in layer.config.delta_heads else p for h, p in parts], -1)
 
         return corrected
+
+
+def _corrected(layer: DeltaMemory, head: str, output: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+    """A head's output [..., n] plus its correction; n may be what this process has of it (tensor parallelism)."""
+    shard = layer.weights.shards.get(head)
+    # Of a head that this process has a part of, all may have been gathered, by FSDP or by the linear itself.
+    gathered = shard is None or output.shape[-1] == getattr(layer, f"delta_{head}_proj").shape[0]
+    return layer.correct(head, output, reads, None if gathered else shard.part)
 
 
 def attention_forward(self, *args, memory: MemoryCall | None = None, **kwargs):
@@ -96,7 +111,10 @@ def fused_forward(
     query, key, value = _heads(packed, batch, length, weights.heads, attention.head_dim)
     cache = past_key_values if cache is None else cache  # its name since transformers 5.24
     if cache is not None:
-        key, value = cache.update(key, value, attention.layer_idx)
+        if call.cu_seqlens is None:
+            key, value = cache.update(key, value, attention.layer_idx)
+        else:  # continuous batching's: packed sequences have no other
+            key, value = paged_update(attention, cache, key, value, kwargs)
     family = sys.modules[type(attention).__module__]
     interface = family.ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, family.eager_attention_forward
@@ -106,7 +124,8 @@ def fused_forward(
         kwargs["sliding_window"] = getattr(owner, "sliding_window", None)
     out, attention_weights = interface(
         attention, query, key, value, attention_mask,
-        dropout=attention.attention_dropout if attention.training else 0.0, scaling=attention.scaling, **kwargs,
+        dropout=getattr(attention, "attention_dropout", 0.0) if attention.training else 0.0,  # LFM2 has none
+        scaling=attention.scaling, **kwargs,
     )  # fmt: skip
     out = _project_out(attention, layer, out.reshape(batch * length, -1), reads, addend)
     return out.view(batch, length, -1), attention_weights
@@ -187,8 +206,8 @@ def _in_place(
 def _project_out(
     attention: nn.Module, layer: DeltaMemory, out: torch.Tensor, reads: torch.Tensor, addend: torch.Tensor | None
 ) -> torch.Tensor:
-    """o_proj of ``out`` [B · T, …] plus Δo."""
-    parameters = attention._modules["o_proj"]._parameters
+    """The last linear of ``out`` [B · T, …] plus Δo."""
+    parameters = attention._modules[layer.weights.output]._parameters
     weight, bias = parameters["weight"], parameters["bias"]
     if "o" not in layer.config.delta_heads:
         return F.linear(out, weight, bias)

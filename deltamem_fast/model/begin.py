@@ -17,6 +17,7 @@ from ..notices import warn_once
 from .cache import adopt, check_rows, expect
 from .call import Bridge, MemoryCall
 from .checkpointing import is_sharded
+from .paged import is_paged
 from .sequences import sequence_starts
 from .signatures import given_cache
 
@@ -98,7 +99,10 @@ def begin(
         raise ArgumentError(f"input_ids: got shape {list(tokens.shape[:2])}, allowed one row and one token, or more")
     cache = kwargs.get(cache_name)
     if cache is not None and (isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache)):
-        raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
+        if memory is not None and kwargs.get("cu_seq_lens_q") is not None and is_paged(cache):
+            cache = None  # of continuous batching: it keeps sequences apart by itself, and the memory is its requests'
+        else:
+            raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
     if memory is not None:
         check_type(memory, "memory", MemoryState, "a MemoryState")
         _check_memory(memory, identity)

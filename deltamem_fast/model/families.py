@@ -14,8 +14,8 @@ from torch import nn
 
 from ..adapter.layer import DeltaMemory
 from .packing import can_pack, fills_its_storage
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+from .projections import projections_of
+from .tensor_parallel import is_distributed
 
 
 @dataclass(frozen=True)
@@ -23,36 +23,59 @@ class LlamaShape:
     """What tells one Llama-shaped attention from another.
 
     Attributes:
-        norms: it has q_norm and k_norm, RMS norms over a head, before RoPE.
+        norms: its RMS norms over a head of q and of k, before RoPE; empty = it has none.
         rope: the attribute that says whether this layer has RoPE; "" = every layer has.
         window: where the sliding window stands: ``module``, ``config``, or "" = there is none.
     """
 
-    norms: bool = False
+    norms: tuple[str, ...] = ()
     rope: str = ""
     window: str = ""
 
 
+_QK_NORM = ("q_norm", "k_norm")
 SHAPES = {
-    "transformers.models.llama.modeling_llama.LlamaAttention": LlamaShape(),
-    "transformers.models.mistral.modeling_mistral.MistralAttention": LlamaShape(window="config"),
-    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention": LlamaShape(window="module"),
-    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention": LlamaShape(norms=True, window="module"),
-    "transformers.models.smollm3.modeling_smollm3.SmolLM3Attention": LlamaShape(rope="use_rope", window="module"),
+    f"transformers.models.{name}": shape
+    for name, shape in {
+        "gemma.modeling_gemma.GemmaAttention": LlamaShape(),
+        "granite.modeling_granite.GraniteAttention": LlamaShape(),
+        "granitemoe.modeling_granitemoe.GraniteMoeAttention": LlamaShape(),
+        "lfm2.modeling_lfm2.Lfm2Attention": LlamaShape(norms=("q_layernorm", "k_layernorm")),
+        "lfm2_moe.modeling_lfm2_moe.Lfm2MoeAttention": LlamaShape(norms=("q_layernorm", "k_layernorm")),
+        "llama.modeling_llama.LlamaAttention": LlamaShape(),
+        "ministral.modeling_ministral.MinistralAttention": LlamaShape(window="module"),
+        "mistral.modeling_mistral.MistralAttention": LlamaShape(window="config"),
+        "mixtral.modeling_mixtral.MixtralAttention": LlamaShape(window="config"),
+        "phi3.modeling_phi3.Phi3Attention": LlamaShape(window="config"),
+        "phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalAttention": LlamaShape(window="config"),
+        "qwen2.modeling_qwen2.Qwen2Attention": LlamaShape(window="module"),
+        "qwen3.modeling_qwen3.Qwen3Attention": LlamaShape(norms=_QK_NORM, window="module"),
+        "qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": LlamaShape(norms=_QK_NORM, window="module"),
+        "smollm3.modeling_smollm3.SmolLM3Attention": LlamaShape(rope="use_rope", window="module"),
+    }.items()
 }
 
 
-# The names that the forward of such an attention uses. One that uses another computes something else.
+# The names that the forward of such an attention uses, beside those of its parts and of the attribute that says
+# whether it has RoPE. One that uses another computes something else.
 _FORWARD_NAMES = frozenset(
     "ALL_ATTENTION_FUNCTIONS _attn_implementation apply_rotary_pos_emb attention_dropout config contiguous "
-    "eager_attention_forward get_interface getattr head_dim k_norm k_proj layer_idx o_proj q_norm q_proj reshape "
-    "scaling shape sliding_window training transpose update use_rope v_proj view".split()
+    "eager_attention_forward get_interface getattr head_dim layer_idx reshape scaling shape sliding_window training "
+    "transpose update view".split()
 )
+_FUSED_NAMES = frozenset({"num_attention_heads", "num_key_value_heads"})  # where one linear's output is cut
 
 
 def parts_of(attention: nn.Module) -> tuple[str, ...]:
+    """The names of an attention's linears and norms."""
     shape = shape_of(attention)
-    return (*PROJECTIONS, "q_norm", "k_norm") if shape is not None and shape.norms else PROJECTIONS
+    return projections_of(type(attention)).names + (() if shape is None else shape.norms)
+
+
+def _known_names(attention: nn.Module) -> frozenset[str]:
+    shape, projections = shape_of(attention), projections_of(type(attention))
+    found = _FORWARD_NAMES.union(parts_of(attention), [shape.rope] if shape.rope else ())
+    return found if len(projections.inputs) == 3 else found | _FUSED_NAMES
 
 
 def shape_of(attention: nn.Module) -> LlamaShape | None:
@@ -69,22 +92,24 @@ def why_generic(attention: nn.Module, layer: DeltaMemory, hooks: bool = True) ->
     for owner, name in bypassed_functions(attention):
         if _is_replaced(owner, name):
             return f"{getattr(owner, '__name__', owner)}.{name} was replaced"
-    unknown = set(inspect.unwrap(kind.forward).__code__.co_names) - _FORWARD_NAMES
+    unknown = set(inspect.unwrap(kind.forward).__code__.co_names) - _known_names(attention)
     if unknown:
         return f"the forward of this version's {kind.__name__} uses {', '.join(sorted(unknown))}"
-    parameters = []
+    projections, parameters = projections_of(kind), []
     for name in parts_of(attention):
         part = attention._modules.get(name)
         found = f"{type(part).__module__}.{type(part).__qualname__}"
         norm = f"{kind.__module__}.{kind.__name__.removesuffix('Attention')}RMSNorm"
-        if type(part) is not nn.Linear if name in PROJECTIONS else found != norm:
+        if type(part) is not nn.Linear if name in projections.names else found != norm:
             return f"{name} is a {found}"
+        if is_distributed(part._parameters.get("weight")):
+            return f"{name} is spread over processes"
         if "forward" in vars(part) or (hooks and (part._forward_hooks or part._forward_pre_hooks)):
             return f"{name} has hooks"
         weight = part._parameters.get("weight")
         if weight is None:
             return f"{name} has no weight of its own"
-        if name in PROJECTIONS and tuple(weight.shape) != (part.out_features, part.in_features):
+        if name in projections.names and tuple(weight.shape) != (part.out_features, part.in_features):
             return f"{name} has a weight of shape {list(weight.shape)}"
         parameters += [(f"{name}.{key}", value) for key, value in part._parameters.items() if value is not None]
     parameters += list(layer._parameters.items())
@@ -97,9 +122,9 @@ def why_generic(attention: nn.Module, layer: DeltaMemory, hooks: bool = True) ->
         if value.device.type == "meta":
             return f"{name} is offloaded"
         if value.dtype != first.dtype or value.device != first.device:
-            return f"{name} is {value.dtype} on {value.device}, q_proj {first.dtype} on {first.device}"
-    if shape.norms and attention.q_norm.variance_epsilon != attention.k_norm.variance_epsilon:
-        return "q_norm and k_norm have different variance_epsilon"
+            return f"{name} is {value.dtype} on {value.device}, {projections.inputs[0]} {first.dtype} on {first.device}"
+    if len({getattr(attention, name).variance_epsilon for name in shape.norms}) > 1:
+        return f"{' and '.join(shape.norms)} have different variance_epsilon"
     if attention.head_dim % 2:
         return f"a head of {attention.head_dim} numbers has no halves for RoPE"
     if first.shape[1] * first.element_size() % 64:
@@ -108,7 +133,7 @@ def why_generic(attention: nn.Module, layer: DeltaMemory, hooks: bool = True) ->
     if len({id(value) for _, value in parameters}) < len(parameters):
         return "two of its weights are one parameter"
     packed = layer.weights.ours() if layer.weights is not None else set()
-    rows = [(name, value) for name, value in parameters if name.partition(".")[0] in PROJECTIONS[:3]]
+    rows = [(name, value) for name, value in parameters if name.partition(".")[0] in projections.inputs]
     return next(filter(None, (why_unpackable(name, value, packed) for name, value in rows)), "")
 
 
@@ -120,7 +145,7 @@ def bypassed_functions(attention: nn.Module) -> list[tuple[object, str]]:
     family = sys.modules[kind.__module__]
     found = [(kind, "forward"), (family, "apply_rotary_pos_emb"), (family, "rotate_half")]
     found += [(nn.Linear, "forward"), (nn.Linear, "__call__"), (nn.Module, "_call_impl"), (F, "linear")]
-    if shape.norms and (norm := attention._modules.get("q_norm")) is not None:
+    if shape.norms and (norm := attention._modules.get(shape.norms[0])) is not None:
         found += [(type(norm), "forward"), (type(norm), "__call__")]
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import inspect
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from ..arguments import check_type
 from ..errors import ArgumentError, UnsupportedError
 from ..memory.state import MemoryState, taken_back
 from ..notices import logger, warn_once
+from . import continuous
 from .begin import NOT_WRITTEN, LastSegments, PromptsMask, generating
 from .cache import cut_short
 from .signatures import cache_name, given_cache
@@ -36,10 +38,7 @@ class WatchedCriteria(StoppingCriteriaList):
         return stop
 
 
-_NO_BATCHING = (
-    "generate_batch: continuous batching packs many requests into one row and pages their keys and values; a memory "
-    "does not follow that yet. Use generate"
-)
+_PAGED = "cache_implementation: got 'paged', allowed others: continuous batching is generate_batch's"
 _ONE_SEGMENT = (
     "generate: got no segment_ids, and the adapter writes segments ({granularity}): the prompt is written as one "
     "segment. Pass segment_ids (see segment_ids_from_messages), or segment_ids=-1 to write nothing of it"
@@ -61,6 +60,9 @@ _NO_CACHE = (
 _watching: contextvars.ContextVar[WatchedCriteria | None] = contextvars.ContextVar("deltamem_watching", default=None)
 
 
+_CONTINUOUS = ("generate_batch", "init_continuous_batching")
+
+
 def generation_overrides(model) -> dict:
     """Instance methods that replace the model's own: name → function of (self, …)."""
     if not hasattr(type(model), "prepare_inputs_for_generation"):
@@ -69,19 +71,19 @@ def generation_overrides(model) -> dict:
         "generate": _generate,
         "prepare_inputs_for_generation": _prepare_inputs_for_generation,
         "_get_stopping_criteria": _get_stopping_criteria,
-        **{name: _refusing(name) for name in ("generate_batch", "init_continuous_batching") if hasattr(model, name)},
+        **{name: _with_original(name) for name in _CONTINUOUS if hasattr(model, name)},
     }
 
 
-def _refusing(name: str):
-    """A method that raises for continuous batching, and calls the model's own while its memory is disabled."""
+def _with_original(name: str):
+    """The method ``name`` of ``continuous``, which gets the model's own."""
+    function = getattr(continuous, name)
 
-    def refuse(self, *args, **kwargs):
-        if is_disabled(self):
-            return _original(self, name)(*args, **kwargs)
-        raise UnsupportedError(_NO_BATCHING)
+    @functools.wraps(function)
+    def method(self, *args, **kwargs):
+        return function(self, *args, original=_original(self, name), **kwargs)
 
-    return refuse
+    return method
 
 
 def _original(self, name: str):
@@ -194,7 +196,7 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
             "has written cannot be taken back"
         )
     if settings["cache_implementation"] == "paged":
-        raise UnsupportedError(_NO_BATCHING)
+        raise UnsupportedError(_PAGED)
     if kwargs.get("token_mask") is not None:
         raise ArgumentError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
     if memory is not None:

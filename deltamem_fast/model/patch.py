@@ -19,12 +19,15 @@ from ..config import DELTA_HEADS, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from .attention import attention_forward
 from .cache import why_no_cache
+from .checkpointing import is_sharded
 from .families import why_generic
 from .files import install_files
 from .finite import broken_rows
 from .generation import generation_overrides
 from .patched_forward import decoder_forward, outer_forward, patched_call, positional_names, with_signature
+from .projections import ProjectionRows, query_linear, rows_of
 from .signatures import cache_name, why_not_handed_on
+from .tensor_parallel import group_of, is_distributed, of_the_first, why_unknown
 from .weights import LayerPath, LayerWeights
 
 
@@ -32,7 +35,8 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     """Give a decoder from transformers a δ-mem memory; returns the same model.
 
     Args:
-        model: Qwen3, SmolLM3, or any decoder whose attention has ``q_proj`` and ``o_proj``.
+        model: Qwen3, SmolLM3, or any decoder whose attention has ``q_proj`` and ``o_proj``, or others that are known
+            (``projections.OTHERS``). docs/backbones.md has the list.
         adapter: a directory or hub id (released format or ours), the name of a shipped one (``smollm2/msw``), a
             DeltaMemConfig (fresh parameters), or None = ``DeltaMemConfig()``, the released recipe.
         backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
@@ -41,6 +45,8 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
     nothing of the memory. PEFT's wrapper does: its ``save_pretrained`` writes the adapter beside PEFT's (one that was
     put around a patched model not if it is given ``state_dict=``).
+
+    Of a model that tensor parallelism has spread over processes each has to call it, with the same ``adapter``.
 
     Raises:
         ValueError: the model is patched already, has no such attention, the adapter does not fit it, or the
@@ -58,7 +64,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     source = read_adapter(adapter)
     decoder = decoder_of(model)
     attentions = _find_attentions(model, source.config)
-    device = computing_device(next(iter(attentions.values())).q_proj)
+    device = computing_device(query_linear(next(iter(attentions.values()))))
     if device.type != "meta":
         resolve_backend(backend, device.type)
         # Imported now: what fails does so here, and not in the middle of a forward.
@@ -110,12 +116,11 @@ def _check_model(outer: nn.Module, model: nn.Module) -> None:
             f"model: got a {type(model).__name__}, allowed a model of transformers (or one in PEFT's or "
             "torch.compile's wrapper); if one is in it, patch that one"
         )
-    if getattr(model, "tp_size", None) not in (None, 1) or getattr(model, "_tp_size", None) not in (None, 1):
-        raise ArgumentError("model: sharded by tensor parallelism, which is not supported yet; load it without tp_plan")
-
-
-def _is_linear(module) -> bool:
-    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
+    if getattr(model, "_tp_size", None) not in (None, 1) and not any(map(is_distributed, model.parameters())):
+        raise UnsupportedError(
+            "model: sharded by tensor parallelism into plain tensors (transformers before 5.17), of which nothing says "
+            "what rows they are; not supported. Take a newer transformers, or load it without tp_plan"
+        )
 
 
 def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.Module]:
@@ -124,14 +129,13 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
         name: module
         for name, module in model.named_modules()
         if name.split(".")[-1] in config.target_modules
-        and _is_linear(getattr(module, "q_proj", None))
-        and _is_linear(getattr(module, "o_proj", None))
         and getattr(module, "layer_idx", None) is not None
+        and {"q", "o"} <= rows_of(module).keys()
     }
     if not found:
         raise ArgumentError(
             f"model: {type(model).__name__} has no attention named {' or '.join(config.target_modules)} with q_proj "
-            "and o_proj, which the adapter corrects"
+            "and o_proj (or others that are known by its class), which the adapter corrects"
         )
     indices = [module.layer_idx for module in found.values()]
     if len(set(indices)) != len(indices):
@@ -151,7 +155,7 @@ def _find_attentions(model: nn.Module, config: DeltaMemConfig) -> dict[str, nn.M
         raise UnsupportedError(f"model: {type(decoder).__name__} {reason}; such models are not supported")
     for name, module in found.items():
         for head in config.delta_heads:
-            if not _is_linear(getattr(module, f"{head}_proj", None)):
+            if head not in rows_of(module):
                 raise ArgumentError(f"delta_heads: the adapter corrects {head}, but {name} has no {head}_proj")
     return found
 
@@ -179,14 +183,20 @@ def _check_attention(model: nn.Module, name: str, attention: nn.Module) -> None:
             f"model: the decoder layer {type(layer).__name__} {reason}, so the memory cannot be handed to {name}; such "
             "models are not supported"
         )
+    for part in rows_of(attention).values():
+        if (reason := why_unknown(part.linear_weight)) and not is_sharded(model):  # FSDP gathers it for the forward
+            raise UnsupportedError(
+                f"model: {name}.{part.name} {reason}, so that it cannot be told which rows are here; allowed: rows or "
+                "columns over one dimension; not supported"
+            )
     if "forward" in vars(attention) and not hasattr(attention, "_hf_hook"):
         raise ArgumentError(f"model: {name} has a forward of its own set on the instance; undo that before patching")
 
 
 def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend: str) -> dict[str, DeltaMemory]:
     def build(attention: nn.Module, device: torch.device) -> DeltaMemory:
-        query, found = attention.q_proj, {head: getattr(attention, f"{head}_proj", None) for head in DELTA_HEADS}
-        sizes = {head: part.out_features if _is_linear(part) else 0 for head, part in found.items()}
+        query, rows = query_linear(attention), rows_of(attention)
+        sizes = {head: rows[head].size if head in rows else 0 for head in DELTA_HEADS}
         place = {"device": device, "dtype": computing_dtype(model, query.weight)}
         return DeltaMemory(source.config, query.in_features, sizes, attention.layer_idx, backend, **place)
 
@@ -196,12 +206,15 @@ def _build_memories(model: nn.Module, attentions, source: AdapterSource, backend
         staged = stage_weights({n: build(a, torch.device("meta")) for n, a in attentions.items()}, source)
     memories = {}
     for name, attention in attentions.items():
-        memory = build(attention, computing_device(attention.q_proj))
+        memory = build(attention, computing_device(query_linear(attention)))
         if staged is None:
-            base = {head: getattr(getattr(attention, f"{head}_proj", None), "weight", None) for head in DELTA_HEADS}
+            rows, base = rows_of(attention), {}
             if source.config.output_init.startswith("base_slice"):
-                _refuse_unreadable(name, base, source.config)
+                _refuse_unreadable(name, rows, source.config)
+                base = {head: rows[head].weight for head in source.config.delta_heads}
             memory.reset_parameters(base)
+            if (group := group_of(part.linear_weight for part in rows.values())) is not None:
+                of_the_first(memory.parameters(), group)
         else:
             with torch.no_grad():
                 for key, parameter in memory.named_parameters():
@@ -222,12 +235,15 @@ def _is_plain(weight: torch.Tensor) -> bool:
     return weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
-def _refuse_unreadable(name: str, base: dict[str, torch.Tensor | None], config: DeltaMemConfig) -> None:
+def _refuse_unreadable(name: str, rows: dict[str, ProjectionRows], config: DeltaMemConfig) -> None:
     for head in config.delta_heads:
-        if base[head].device.type == "meta":
-            reason = f"the weight of {name}.{head}_proj is offloaded"
-        elif not _is_plain(base[head]):
-            reason = f"{name}.{head}_proj is quantised ({base[head].dtype})"
+        part, weight = f"{name}.{rows[head].name}", rows[head].linear_weight
+        if weight is None:
+            reason = f"{part} has no weight"
+        elif weight.device.type == "meta":
+            reason = f"the weight of {part} is offloaded"
+        elif not _is_plain(weight):
+            reason = f"{part} is quantised ({weight.dtype})"
         else:
             continue
         raise ArgumentError(

@@ -16,8 +16,10 @@ from deltamem_kernels.layout import HeadLayout, Steering
 
 from ..adapter.layer import DeltaMemory, refuse_pickling
 from .call import MemoryCall
-from .families import PROJECTIONS, LlamaShape, bypassed_functions, parts_of, shape_of, why_generic, why_unpackable
+from .families import LlamaShape, bypassed_functions, parts_of, shape_of, why_generic, why_unpackable
 from .packing import PackedRows
+from .projections import projections_of, rows_of, sizes_in
+from .tensor_parallel import Shard, shard_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class LayerWeights:
         first_memory_row: where the memory's rows begin.
         heads: of q, k and v.
         shape: the attention's data.
+        output: the name of its last linear.
+        shards: of each head of which this process has a part: that part (tensor parallelism).
         kept: where a backend keeps what it has made of the layer's weights.
     """
 
@@ -52,6 +56,8 @@ class LayerWeights:
         self.first_memory_row = 0
         self.heads: tuple[int, ...] = (0, 0, 0)
         self.shape: LlamaShape | None = None
+        self.output = "o_proj"
+        self.shards: dict[str, Shard] = {}
         self.kept: dict = {}
         self._layouts: dict[int, HeadLayout] = {}
         self._steering: Steering | None = None
@@ -85,6 +91,8 @@ class LayerWeights:
                 known from there are packed: others may be somebody's for the length of a forward (FSDP's gathered
                 weights, functional_call's).
         """
+        shards = {head: shard_of(part.linear_weight) for head, part in rows_of(attention).items()}
+        self.shards = {head: shard for head, shard in shards.items() if shard is not None}
         if self.plain:
             self.unpack()
             return
@@ -92,20 +100,23 @@ class LayerWeights:
             reason = why_generic(attention, layer, hooks=False)  # they come and go; ``applies`` looks
             rows = [layer._parameters.get(name) for name in layer.row_names]
             gates = [layer._parameters.get(name) for name in layer.gate_bias_names]
-            bias, first = None, 0
+            bias, first, projections = None, 0, projections_of(type(attention))
             if not reason:
-                projections = [attention._modules[name] for name in PROJECTIONS[:3]]
-                rows = [projection._parameters["weight"] for projection in projections] + rows
-                biases = [projection._parameters["bias"] for projection in projections]
-                first = sum(projection.out_features for projection in projections)
-                self.heads = tuple(projection.out_features // attention.head_dim for projection in projections)
+                linears = [attention._modules[name] for name in projections.inputs]
+                rows = [linear._parameters["weight"] for linear in linears] + rows
+                biases = [linear._parameters["bias"] for linear in linears]
+                sizes = [linear.out_features for linear in linears]
+                first = sum(sizes)
+                outputs = sizes if len(linears) == 3 else sizes_in(attention, linears[0], "qkv")
+                self.heads = tuple(size // attention.head_dim for size in outputs)
                 if any(b is not None for b in biases):
-                    sizes = [projection.out_features for projection in projections]
                     bias = [size if b is None else b for size, b in zip(sizes, biases)] + [layer.rule.width]
             used = [part for part in (*rows, *gates, *(bias or ())) if not isinstance(part, int)]
             if trusted:  # also what is not packed now: the reason may go
                 own = [
-                    p for name in PROJECTIONS for p in getattr(attention._modules.get(name), "_parameters", {}).values()
+                    part
+                    for name in projections.names
+                    for part in getattr(attention._modules.get(name), "_parameters", {}).values()
                 ]
                 self.know(part for part in (*used, *own) if part is not None)
             elif not all(any(part is known() for known in self._known) for part in used):
@@ -120,7 +131,7 @@ class LayerWeights:
             self.rows = _packed(self.rows, rows)
             self.bias = _packed(self.bias, bias)
             self.gate_bias = _packed(self.gate_bias, gates)
-            self.shape = shape_of(attention)
+            self.shape, self.output = shape_of(attention), projections.output
             self._layouts, self._steering, self.kept = {}, None, {}
             self._remember(attention, layer)
 
@@ -238,7 +249,7 @@ class LayerWeights:
         if found is None:
             parameters, config, norms = layer._parameters, layer.config, self.shape.norms
             heads = config.delta_heads
-            q_norm = attention._modules["q_norm"] if norms else None
+            q_norm, k_norm = (attention._modules[name] for name in norms) if norms else (None, None)
             found = self._steering = Steering(
                 q=parameters["delta_q_proj"] if "q" in heads else None,
                 k=parameters["delta_k_proj"] if "k" in heads else None,
@@ -248,7 +259,7 @@ class LayerWeights:
                 scale_raw=parameters["delta_scale_raw"] if config.trainable_delta_scale else None,
                 scale_max=config.delta_scale_max,
                 q_norm=q_norm._parameters["weight"] if norms else None,
-                k_norm=attention._modules["k_norm"]._parameters["weight"] if norms else None,
+                k_norm=k_norm._parameters["weight"] if norms else None,
                 eps=q_norm.variance_epsilon if norms else 1e-6,
             )
         return found

@@ -10,6 +10,7 @@ from ..adapter.record import PatchRecord, record_of
 from ..adapter.wrappers import unwrap
 from ..errors import ArgumentError
 from ..model.patch import computing_dtype
+from ..model.projections import query_linear
 
 
 def prepare_for_training(model: nn.Module) -> nn.Module:
@@ -53,7 +54,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
     _refuse_sharded(record)
     with torch.no_grad(), torch.inference_mode(False):
         for attention in record.attentions.values():
-            _cast(attention.delta_memory, computing_dtype(inner, attention.q_proj.weight))
+            _cast(attention.delta_memory, computing_dtype(inner, query_linear(attention).weight))
             attention.delta_memory.weights.plain = False
     record.pack()
     return model.eval()

@@ -342,11 +342,9 @@ def test_what_cannot_be_right_raises(qwen, arguments, kind, message):
         generate(qwen, **arguments)
 
 
-def test_assisted_decoding_and_batches_raise(qwen):
+def test_assisted_decoding_and_cropping_raise(qwen):
     with pytest.raises(NotImplementedError, match="assisted"):
         generate(qwen, IDS[:1], assistant_model=tiny_model())
-    with pytest.raises(NotImplementedError, match="generate_batch"):
-        qwen.generate_batch([[1, 2]])
     cache = dynamic(qwen)
     run(qwen, IDS, past_key_values=cache)
     with pytest.raises(NotImplementedError, match="crop"):
