@@ -101,3 +101,8 @@ def generate(llm, batch: list[list[int]], tokens: int, **sampling) -> list[list[
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, **sampling)
     out = llm.generate([{"prompt_token_ids": ids} for ids in batch], params, use_tqdm=False)
     return [list(each.outputs[0].token_ids) for each in out]
+
+
+def counted(llm, name: str) -> int:
+    """A counter of an engine's, by its name after ``vllm:``."""
+    return sum(int(metric.value) for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
