@@ -40,6 +40,14 @@ def prompts(count: int, seed: int = 0, shortest: int = 3, longest: int = 90, sha
     return [first + torch.randint(3, 256, (length,), generator=generator).tolist() for length in lengths]
 
 
+def rounds(seed: int) -> list[list[list[int]]]:
+    """Batches of prompts, one after another: new ones, ones that share their beginning, old ones, old ones longer."""
+    first = prompts(3, seed=seed)
+    shared = prompts(4, seed=seed + 1, shared=2 * BLOCK + 5)
+    longer = [ids + more for ids, more in zip(shared, prompts(2, seed=seed + 2))]
+    return [first, shared, [*longer, *first[:2], *prompts(2, seed=seed + 3)], shared[::-1]]
+
+
 class Expected:
     """What transformers generates greedily from a patched checkpoint, one prompt after another."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.vllm.engines import BLOCK, Expected, counted, engine, generate, prompts
+from tests.vllm.engines import BLOCK, Expected, counted, engine, generate, prompts, rounds
 
 TOKENS = 24
 
@@ -10,14 +10,6 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def expected(qwen3):
     return Expected(qwen3)
-
-
-def rounds(seed: int) -> list[list[list[int]]]:
-    """Batches of prompts, one after another: new ones, ones that share their beginning, old ones, old ones longer."""
-    first = prompts(3, seed=seed)
-    shared = prompts(4, seed=seed + 1, shared=2 * BLOCK + 5)
-    longer = [ids + more for ids, more in zip(shared, prompts(2, seed=seed + 2))]
-    return [first, shared, [*longer, *first[:2], *prompts(2, seed=seed + 3)], shared[::-1]]
 
 
 def check_rounds(llm, expected, seed: int) -> None:
