@@ -17,6 +17,7 @@ def advance_blocks(
     cache: torch.Tensor,
     rule: DeltaRule,
     plan: Plan,
+    table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Read, then write, every token of a batch; the states move on in the cache.
 
@@ -27,42 +28,55 @@ def advance_blocks(
         cache: float32 [blocks, H, r, r], of any strides; written.
         rule: of the recurrence.
         plan: of this step.
+        table: float32 [slots, H, r, r], the states that the plan's sequences start from or read; None: of none.
 
     Returns:
         reads, float32 [T, H·r].
     """
-    steps, spans = plan.steps, plan.spans
-    if spans is None and steps is not None and steps.tokens is None and len(steps.targets) == len(projections):
-        return _step(operators, projections, gate_bias, cache, rule, steps)
+    steps, spans, frozen = plan.steps, plan.spans, plan.frozen
+    if (
+        spans is None
+        and frozen is None
+        and steps is not None
+        and steps.tokens is None
+        and len(steps.targets) == len(projections)
+    ):
+        return _step(operators, projections, gate_bias, cache, rule, steps, table)
     reads = torch.zeros(len(projections), rule.read_width, dtype=torch.float32, device=projections.device)
     if steps is not None:
         places = slice(0, len(steps.targets)) if steps.tokens is None else steps.tokens
-        reads[places] = _step(operators, projections[places], gate_bias, cache, rule, steps)
+        reads[places] = _step(operators, projections[places], gate_bias, cache, rule, steps, table)
     if spans is not None:
-        found = _scan(operators, projections[spans.tokens], gate_bias, cache, rule, spans, plan.block)
+        found = _scan(operators, projections[spans.tokens], gate_bias, cache, rule, spans, table, plan.block)
         if spans.kept is None:
             reads[spans.tokens] = found
         else:
             reads[spans.tokens[spans.kept]] = found[spans.kept]
+    if frozen is not None and table is not None:
+        rows = projections[frozen.tokens]
+        reads[frozen.tokens] = operators.read(rows[:, None], table, rule, slots=frozen.slots)[:, 0]
     return reads
 
 
-def _initial(cache: torch.Tensor, sources: torch.Tensor, fresh: torch.Tensor | None) -> torch.Tensor:
-    """The states [N, H, r, r] that sequences resume from, a copy."""
-    state = cache.index_select(0, sources)
-    # Not times 0: a block that nobody has written may hold anything.
-    return state if fresh is None else state.masked_fill_(fresh, 0.0)
+def _initial(cache: torch.Tensor, rows: Steps | Spans, table: torch.Tensor | None) -> torch.Tensor:
+    """The states [N, H, r, r] that sequences start or resume from, a copy."""
+    state = cache.index_select(0, rows.sources)
+    if rows.fresh is not None:
+        state.masked_fill_(rows.fresh, 0.0)  # not times 0: a block that nobody has written may hold anything
+    if rows.begun is not None:
+        state.index_copy_(0, rows.begun.places, table.index_select(0, rows.begun.slots))
+    return state
 
 
-def _step(operators, projections, gate_bias, cache, rule: DeltaRule, steps: Steps) -> torch.Tensor:
-    state = _initial(cache, steps.sources, steps.fresh)
+def _step(operators, projections, gate_bias, cache, rule: DeltaRule, steps: Steps, table) -> torch.Tensor:
+    state = _initial(cache, steps, table)
     reads = operators.step(projections, gate_bias, state, rule)
     cache.index_copy_(0, steps.targets, state)
     return reads
 
 
-def _scan(operators, projections, gate_bias, cache, rule: DeltaRule, spans: Spans, block: int) -> torch.Tensor:
-    state = _initial(cache, spans.sources, spans.fresh)
+def _scan(operators, projections, gate_bias, cache, rule: DeltaRule, spans: Spans, table, block: int) -> torch.Tensor:
+    state = _initial(cache, spans, table)
     out = operators.scan(
         projections[None], gate_bias, state, rule,
         mask=spans.mask, cu_seqlens=spans.cu_seqlens, checkpoint_every=block,

@@ -8,6 +8,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from .given import salt_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class StateSpec(FullAttentionSpec):
@@ -36,6 +38,11 @@ class StateManager(FullAttentionManager):
         return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
 
     def cache_blocks(self, request, *args, **kwargs) -> None:
+        """Nothing, for a request whose salt does not name the memory that it started from: it keeps them for itself."""
+        params = request.sampling_params
+        salt = None if params is None else salt_of(params.extra_args)
+        if salt is not None and request.cache_salt != salt:
+            return
         before = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(request, *args, **kwargs)
         after = self.num_cached_block.get(request.request_id, 0)
@@ -46,5 +53,5 @@ class StateManager(FullAttentionManager):
 
 def register_spec() -> None:
     """Make ``StateSpec`` known, after vLLM's own: its registry fills itself only while it is empty."""
-    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # which fills it
     KVCacheSpecRegistry.register(StateSpec, StateManager, uniform_type_base_spec=FullAttentionSpec)

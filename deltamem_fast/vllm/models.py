@@ -15,6 +15,7 @@ from ..adapter.files import AdapterSource, canonical_name, stage_weights
 from ..adapter.layer import DeltaMemory
 from ..errors import UnsupportedError
 from .linears import give_memory, projected_sizes
+from .requests import Requests
 from .settings import adapter_of
 from .states import OPERATOR, States
 
@@ -46,11 +47,12 @@ def _make_states(source: AdapterSource, vllm_config: VllmConfig, prefix: str) ->
     """The states of each layer that the adapter is for, by the attention's name in the model."""
     config = source.config
     count = vllm_config.model_config.hf_text_config.num_hidden_layers
-    layers = config.target_layers or range(count)
+    layers = sorted(config.target_layers) or range(count)
     if len(config.target_modules) != 1:
         raise UnsupportedError(f"target_modules: the adapter has {config.target_modules}, allowed in vLLM: one name")
     names = [f"model.layers.{layer}.{config.target_modules[0]}" for layer in layers]
-    return {name: States(maybe_prefix(prefix, f"{name}.delta_memory"), config.rule, vllm_config) for name in names}
+    requests = Requests(config.rule)
+    return {name: States(maybe_prefix(prefix, f"{name}.delta_memory"), requests, vllm_config) for name in names}
 
 
 def _attach(model: nn.Module, source: AdapterSource, states: dict[str, States], vllm_config: VllmConfig) -> None:

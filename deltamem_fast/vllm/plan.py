@@ -1,8 +1,10 @@
 """Where the states of a batch of sequences are read and written in a paged cache; made once a step for all layers.
 
 A cache of blocks of n tokens has one state a block: block b of a sequence holds the state after its last token that
-has been written there. A sequence whose tokens [start, end) come next resumes from block (start − 1) // n, or from
-zeros at start 0, and leaves one state in every block that these tokens touch.
+has been written there. A sequence whose tokens [start, end) come next resumes from block (start − 1) // n, or, at start
+0, from zeros or a state of a table, and leaves one state in every block that these tokens touch.
+
+A sequence may also read one state of the table alone, and write nothing, or read nothing either.
 """
 
 from __future__ import annotations
@@ -13,6 +15,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+WRITES, READS, NOTHING = range(3)  # what a sequence does with its memory
+
+
+class Begun(NamedTuple):
+    """Sequences that start from a state of the table: their places among those of a step, and that state's row."""
+
+    places: torch.Tensor
+    slots: torch.Tensor
+
+
+class Frozen(NamedTuple):
+    """Tokens that read a state of the table: their places among the batch's, and that state's row (−1: zeros)."""
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+
 
 class Steps(NamedTuple):
     """Sequences of which one token comes.
@@ -22,12 +40,14 @@ class Steps(NamedTuple):
         sources, targets: int64 [N], the blocks that their states are read from and written to.
         fresh: bool [N, 1, 1, 1], True where a sequence starts here, so that its source counts for nothing; None:
             nowhere.
+        begun: those of them that start from a state of the table; None: there are none.
     """
 
     tokens: torch.Tensor | None
     sources: torch.Tensor
     targets: torch.Tensor
     fresh: torch.Tensor | None
+    begun: Begun | None
 
 
 class Spans(NamedTuple):
@@ -41,7 +61,7 @@ class Spans(NamedTuple):
         mask: bool [1, T], False at the masked tokens; None: there are none.
         kept: int64, the packed tokens that are none of the masked; None: all.
         cu_seqlens: int32 [N + 1].
-        sources, fresh: as of ``Steps``.
+        sources, fresh, begun: as of ``Steps``.
         targets: int64 [M], the blocks that states are written to.
         picked: int64 [M], which state each takes: of the checkpoints, then of the last states.
         saved: how many checkpoints there are.
@@ -53,6 +73,7 @@ class Spans(NamedTuple):
     cu_seqlens: torch.Tensor
     sources: torch.Tensor
     fresh: torch.Tensor | None
+    begun: Begun | None
     targets: torch.Tensor
     picked: torch.Tensor
     saved: int
@@ -65,15 +86,24 @@ class Plan:
     Attributes:
         block: tokens of a block.
         steps, spans: the sequences of one and of several tokens; None: there are none.
+        frozen: tokens of sequences that only read; None: there are none.
     """
 
     block: int
     steps: Steps | None
     spans: Spans | None
+    frozen: Frozen | None = None
 
 
 def make_plan(
-    starts: np.ndarray, bounds: np.ndarray, table: np.ndarray, block: int, device: torch.device | str = "cpu"
+    starts: np.ndarray,
+    bounds: np.ndarray,
+    table: np.ndarray,
+    block: int,
+    device: torch.device | str = "cpu",
+    *,
+    uses: np.ndarray | None = None,
+    slots: np.ndarray | None = None,
 ) -> Plan:
     """Plan one step.
 
@@ -84,17 +114,34 @@ def make_plan(
         table: int [N, M], the cache's blocks of each sequence.
         block: tokens of a block.
         device: of the cache.
+        uses: int [N], ``WRITES``, ``READS`` or ``NOTHING``; None: all write.
+        slots: int [N], which of the table's states each starts from, or reads; −1, or None: zeros.
     """
     lengths = np.diff(bounds)
-    one, several = np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1)
+    writes = np.ones(len(lengths), bool) if uses is None else uses == WRITES
+    one, several = np.flatnonzero((lengths == 1) & writes), np.flatnonzero((lengths > 1) & writes)
     return Plan(
         block,
-        _steps(one, starts, bounds, table, block, device) if len(one) else None,
-        _spans(several, starts, bounds, table, block, device) if len(several) else None,
+        _steps(one, starts, bounds, table, block, device, slots) if len(one) else None,
+        _spans(several, starts, bounds, table, block, device, slots) if len(several) else None,
+        None if uses is None else _frozen(np.flatnonzero((lengths > 0) & (uses == READS)), bounds, slots, device),
     )
 
 
-def _steps(rows, starts, bounds, table, block: int, device) -> Steps:
+def _frozen(rows, bounds, slots, device) -> Frozen | None:
+    if not len(rows):
+        return None
+    tokens = np.concatenate([np.arange(bounds[row], bounds[row + 1]) for row in rows])
+    found = np.full(len(rows), -1) if slots is None else slots[rows]
+    return Frozen(_tensor(tokens, device), _tensor(np.repeat(found, bounds[rows + 1] - bounds[rows]), device))
+
+
+def _begun(rows, start, slots, device) -> Begun | None:
+    places = [] if slots is None else np.flatnonzero((start == 0) & (slots[rows] >= 0))
+    return Begun(_tensor(places, device), _tensor(slots[rows][places], device)) if len(places) else None
+
+
+def _steps(rows, starts, bounds, table, block: int, device, slots) -> Steps:
     places, start = bounds[rows], starts[rows]
     in_order = len(rows) == bounds[-1]
     fresh = start == 0
@@ -103,10 +150,11 @@ def _steps(rows, starts, bounds, table, block: int, device) -> Steps:
         _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
         _tensor(table[rows, start // block], device),
         _fresh(fresh, device),
+        _begun(rows, start, slots, device),
     )
 
 
-def _spans(rows, starts, bounds, table, block: int, device) -> Spans:
+def _spans(rows, starts, bounds, table, block: int, device, slots) -> Spans:
     tokens, kept, targets, picked, ends = [], [], [], [], [0]
     saved = 0
     last = []  # (place among the sequences, block) of those that end inside a block
@@ -139,6 +187,7 @@ def _spans(rows, starts, bounds, table, block: int, device) -> Spans:
         torch.tensor(ends, dtype=torch.int32, device=device),
         _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
         _fresh(start == 0, device),
+        _begun(rows, start, slots, device),
         _tensor(np.concatenate(targets), device),
         _tensor(np.concatenate(picked), device),
         saved,

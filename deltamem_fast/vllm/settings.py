@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "delta_mem_adapter"
+_HERE = __name__.rpartition(".")[0]
 
 
 def adapter_of(vllm_config: VllmConfig) -> AdapterSource:
@@ -63,7 +64,14 @@ def check_config(vllm_config: VllmConfig) -> None:
 
 def _only(name: str, given: Any, allowed: Any) -> None:
     if given != allowed:
-        raise UnsupportedError(f"{name}: got {given!r}, allowed {allowed!r} with a delta-mem adapter; others are untested")
+        raise UnsupportedError(
+            f"{name}: got {given!r}, allowed {allowed!r} with a delta-mem adapter; others are untested"
+        )
+
+
+def processor_name(shape: tuple[int, int, int, int], v2: bool) -> str:
+    """The logits processor that follows requests with memories of a shape [L, H, r, r]; see ``requests``."""
+    return "NoRows" if v2 else f"Rows_{'_'.join(map(str, shape))}"
 
 
 class MemoryModelConfig:
@@ -80,3 +88,10 @@ class MemoryModelConfig:
         config = adapter_of(vllm_config).config
         if isinstance(vllm_config.additional_config, dict):
             vllm_config.additional_config["delta_mem"] = config.to_dict()
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        layers = len(config.target_layers) or model.hf_text_config.num_hidden_layers
+        shape = layers, config.num_state_heads, config.rank, config.rank
+        processor = f"{_HERE}.requests:{processor_name(shape, vllm_config.use_v2_model_runner)}"
+        model.logits_processors = [*(model.logits_processors or []), processor]
+        if not parallel.worker_extension_cls:
+            parallel.worker_extension_cls = f"{_HERE}.worker.MemoryWorker"

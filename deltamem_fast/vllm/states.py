@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -16,9 +17,11 @@ from deltamem_kernels.rule import DeltaRule
 from ..errors import UnsupportedError
 from .advance import advance_blocks
 from .cache import StateSpec
-from .plan import Plan, make_plan
+from .plan import NOTHING, READS, WRITES, Plan, make_plan
+from .requests import Requests
 
 OPERATOR = "deltamem_advance"
+_USES = {"write": WRITES, "read": READS, "none": NOTHING}
 
 
 class States(nn.Module, AttentionLayerBase):
@@ -27,15 +30,20 @@ class States(nn.Module, AttentionLayerBase):
     Attributes:
         name: the layer's, unique in the model.
         rule: of the recurrence.
-        cache: float32 [blocks, H, r, r] once vLLM has bound it, before a view of nothing.
+        cache: float32 [blocks, H, r, r] once vLLM has bound it, None before.
+        requests: of the whole model, which memory each request brought along.
+        place: among the model's layers with a memory.
     """
 
     supports_dcp = False
 
-    def __init__(self, name: str, rule: DeltaRule, vllm_config: VllmConfig):
+    def __init__(self, name: str, requests: Requests, vllm_config: VllmConfig):
         super().__init__()
         self.name = name
-        self.rule = rule
+        self.rule: DeltaRule = requests.rule
+        self.requests = requests
+        self.place = len(requests.layers)
+        requests.layers.append(self)
         self.kv_cache = torch.tensor([])
         self.cache: torch.Tensor | None = None
         layers = vllm_config.compilation_config.static_forward_context
@@ -97,6 +105,8 @@ class StatesBuilder(AttentionMetadataBuilder[Plan]):
                 f"block_size: the attention's kernels split blocks of {kv_cache_spec.tokens_per_state} tokens into "
                 f"blocks of {self.block}, allowed with a delta-mem adapter: one that they take whole"
             )
+        layers = vllm_config.compilation_config.static_forward_context
+        self.requests: Requests = layers[layer_names[0]].requests
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -105,8 +115,18 @@ class StatesBuilder(AttentionMetadataBuilder[Plan]):
         bounds = found.query_start_loc_cpu.numpy()
         # Exact: it is above only where drafts were turned down, and there are none.
         starts = found.seq_lens_cpu_upper_bound.numpy()[: len(bounds) - 1] - (bounds[1:] - bounds[:-1])
-        table = found.block_table_tensor
-        return make_plan(starts, bounds, table.cpu().numpy(), self.block, table.device)
+        device = found.block_table_tensor.device
+        table = found.block_table_tensor.cpu().numpy()
+        if not self.requests.rows:
+            return make_plan(starts, bounds, table, self.block, device)
+        uses, slots = np.full(len(starts), WRITES), np.full(len(starts), -1)
+        for row, request in self.requests.rows.items():
+            if row >= len(starts) or bounds[row + 1] == bounds[row]:
+                continue
+            uses[row], slots[row] = _USES[request.given.mode], request.slot
+            request.tokens = int(starts[row] + bounds[row + 1] - bounds[row])
+            request.block = int(table[row, (request.tokens - 1) // self.block])
+        return make_plan(starts, bounds, table, self.block, device, uses=uses, slots=slots)
 
 
 def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str) -> torch.Tensor:
@@ -118,7 +138,9 @@ def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str
     if plan is None:  # a run that measures memory
         return projections.new_zeros(len(projections), layer.rule.read_width, dtype=torch.float32)
     operators = operations("auto", projections.device)
-    return advance_blocks(operators, projections, gate_bias, layer.cache, layer.rule, plan)
+    table = layer.requests.table
+    table = None if table is None else table[layer.place]
+    return advance_blocks(operators, projections, gate_bias, layer.cache, layer.rule, plan, table)
 
 
 def _empty_reads(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str) -> torch.Tensor:

@@ -20,7 +20,12 @@ CASES = {
         {},
     ),
     "some layers": ("qwen3", "DeltaMemQwen3ForCausalLM", {"target_layers": (0, 2)}, {}),
-    "two ranks": ("qwen3", "DeltaMemQwen3ForCausalLM", {"delta_heads": ("q", "k", "v", "o")}, {"tensor_parallel_size": 2}),
+    "two ranks": (
+        "qwen3",
+        "DeltaMemQwen3ForCausalLM",
+        {"delta_heads": ("q", "k", "v", "o")},
+        {"tensor_parallel_size": 2},
+    ),
     "two ranks, one head of keys": (
         "qwen3",
         "DeltaMemForCausalLM",
