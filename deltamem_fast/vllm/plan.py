@@ -1,0 +1,202 @@
+"""Where the states of a batch of sequences are read and written in a paged cache; made once a step for all layers.
+
+A cache of blocks of n tokens has one state a block: block b of a sequence holds the state after its last token that
+has been written there. A sequence whose tokens [start, end) come next resumes from block (start − 1) // n, or, at start
+0, from zeros or a state of a table, and leaves one state in every block that these tokens touch.
+
+A sequence may also read one state of the table alone, and write nothing, or read nothing either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+WRITES, READS, NOTHING = range(3)  # what a sequence does with its memory
+
+
+class Begun(NamedTuple):
+    """Sequences that start from a state of the table: their places among those of a step, and that state's row."""
+
+    places: torch.Tensor
+    slots: torch.Tensor
+
+
+class Frozen(NamedTuple):
+    """Tokens that read a state of the table: their places among the batch's, and that state's row (−1: zeros)."""
+
+    tokens: torch.Tensor
+    slots: torch.Tensor
+
+
+class Steps(NamedTuple):
+    """Sequences of which one token comes.
+
+    Attributes:
+        tokens: int64 [N], their places among the batch's tokens; None: they are all, in order.
+        sources, targets: int64 [N], the blocks that their states are read from and written to.
+        fresh: bool [N, 1, 1, 1], True where a sequence starts here, so that its source counts for nothing; None:
+            nowhere.
+        begun: those of them that start from a state of the table; None: there are none.
+    """
+
+    tokens: torch.Tensor | None
+    sources: torch.Tensor
+    targets: torch.Tensor
+    fresh: torch.Tensor | None
+    begun: Begun | None
+
+
+class Spans(NamedTuple):
+    """Sequences of which several tokens come, packed one behind another.
+
+    Each begins at a block's first token: one that resumes inside a block is preceded by masked tokens, which change
+    nothing, so that every n-th token of it is the last of a block.
+
+    Attributes:
+        tokens: int64 [T], the place of each packed token among the batch's (of a masked one: of any).
+        mask: bool [1, T], False at the masked tokens; None: there are none.
+        kept: int64, the packed tokens that are none of the masked; None: all.
+        cu_seqlens: int32 [N + 1].
+        sources, fresh, begun: as of ``Steps``.
+        targets: int64 [M], the blocks that states are written to.
+        picked: int64 [M], which state each takes: of the checkpoints, then of the last states.
+        saved: how many checkpoints there are.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    kept: torch.Tensor | None
+    cu_seqlens: torch.Tensor
+    sources: torch.Tensor
+    fresh: torch.Tensor | None
+    begun: Begun | None
+    targets: torch.Tensor
+    picked: torch.Tensor
+    saved: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step of a batch does with its states.
+
+    Attributes:
+        block: tokens of a block.
+        steps, spans: the sequences of one and of several tokens; None: there are none.
+        frozen: tokens of sequences that only read; None: there are none.
+    """
+
+    block: int
+    steps: Steps | None
+    spans: Spans | None
+    frozen: Frozen | None = None
+
+
+def make_plan(
+    starts: np.ndarray,
+    bounds: np.ndarray,
+    table: np.ndarray,
+    block: int,
+    device: torch.device | str = "cpu",
+    *,
+    uses: np.ndarray | None = None,
+    slots: np.ndarray | None = None,
+) -> Plan:
+    """Plan one step.
+
+    Args:
+        starts: int [N], how many tokens of each sequence have been written before.
+        bounds: int [N + 1], where each sequence's next tokens begin and end among the batch's. A sequence of which
+            none comes is left alone.
+        table: int [N, M], the cache's blocks of each sequence.
+        block: tokens of a block.
+        device: of the cache.
+        uses: int [N], ``WRITES``, ``READS`` or ``NOTHING``; None: all write.
+        slots: int [N], which of the table's states each starts from, or reads; −1, or None: zeros.
+    """
+    lengths = np.diff(bounds)
+    writes = np.ones(len(lengths), bool) if uses is None else uses == WRITES
+    one, several = np.flatnonzero((lengths == 1) & writes), np.flatnonzero((lengths > 1) & writes)
+    return Plan(
+        block,
+        _steps(one, starts, bounds, table, block, device, slots) if len(one) else None,
+        _spans(several, starts, bounds, table, block, device, slots) if len(several) else None,
+        None if uses is None else _frozen(np.flatnonzero((lengths > 0) & (uses == READS)), bounds, slots, device),
+    )
+
+
+def _frozen(rows, bounds, slots, device) -> Frozen | None:
+    if not len(rows):
+        return None
+    tokens = np.concatenate([np.arange(bounds[row], bounds[row + 1]) for row in rows])
+    found = np.full(len(rows), -1) if slots is None else slots[rows]
+    return Frozen(_tensor(tokens, device), _tensor(np.repeat(found, bounds[rows + 1] - bounds[rows]), device))
+
+
+def _begun(rows, start, slots, device) -> Begun | None:
+    places = [] if slots is None else np.flatnonzero((start == 0) & (slots[rows] >= 0))
+    return Begun(_tensor(places, device), _tensor(slots[rows][places], device)) if len(places) else None
+
+
+def _steps(rows, starts, bounds, table, block: int, device, slots) -> Steps:
+    places, start = bounds[rows], starts[rows]
+    in_order = len(rows) == bounds[-1]
+    fresh = start == 0
+    return Steps(
+        None if in_order else _tensor(places, device),
+        _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
+        _tensor(table[rows, start // block], device),
+        _fresh(fresh, device),
+        _begun(rows, start, slots, device),
+    )
+
+
+def _spans(rows, starts, bounds, table, block: int, device, slots) -> Spans:
+    tokens, kept, targets, picked, ends = [], [], [], [], [0]
+    saved = 0
+    last = []  # (place among the sequences, block) of those that end inside a block
+    for place, row in enumerate(rows):
+        start, begin, end = int(starts[row]), int(bounds[row]), int(bounds[row + 1])
+        lead = start % block
+        length = lead + end - begin
+        tokens += [np.full(lead, begin), np.arange(begin, end)]
+        kept.append(ends[-1] + np.arange(lead, length))
+        ends.append(ends[-1] + length)
+        first, whole = start // block, length // block
+        targets.append(table[row, first : first + whole])
+        picked.append(saved + np.arange(whole))
+        saved += whole
+        if length % block:
+            last.append((place, table[row, first + whole]))
+    targets.append(np.array([found for _, found in last], np.int64))
+    picked.append(np.array([saved + place for place, _ in last], np.int64))
+    packed = np.concatenate(tokens)
+    kept = np.concatenate(kept)
+    mask = None
+    if len(kept) < len(packed):
+        mask = np.zeros((1, len(packed)), bool)
+        mask[0, kept] = True
+    start = starts[rows]
+    return Spans(
+        _tensor(packed, device),
+        None if mask is None else torch.from_numpy(mask).to(device),
+        None if mask is None else _tensor(kept, device),
+        torch.tensor(ends, dtype=torch.int32, device=device),
+        _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
+        _fresh(start == 0, device),
+        _begun(rows, start, slots, device),
+        _tensor(np.concatenate(targets), device),
+        _tensor(np.concatenate(picked), device),
+        saved,
+    )
+
+
+def _tensor(values: np.ndarray, device) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+
+
+def _fresh(fresh: np.ndarray, device) -> torch.Tensor | None:
+    return torch.from_numpy(fresh).to(device).view(-1, 1, 1, 1) if fresh.any() else None

@@ -1,0 +1,152 @@
+"""One layer's states as a layer of vLLM's: what it caches, what a step's metadata is, and the operator that runs it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
+
+from deltamem_kernels.dispatch import operations
+from deltamem_kernels.rule import DeltaRule
+
+from ..errors import UnsupportedError
+from .advance import advance_blocks
+from .cache import StateSpec
+from .plan import NOTHING, READS, WRITES, Plan, make_plan
+from .requests import Requests
+
+OPERATOR = "deltamem_advance"
+_USES = {"write": WRITES, "read": READS, "none": NOTHING}
+
+
+class States(nn.Module, AttentionLayerBase):
+    """One layer's states in vLLM's cache.
+
+    Attributes:
+        name: the layer's, unique in the model.
+        rule: of the recurrence.
+        cache: float32 [blocks, H, r, r] once vLLM has bound it, None before.
+        requests: of the whole model, which memory each request brought along.
+        place: among the model's layers with a memory.
+    """
+
+    supports_dcp = False
+
+    def __init__(self, name: str, requests: Requests, vllm_config: VllmConfig):
+        super().__init__()
+        self.name = name
+        self.rule: DeltaRule = requests.rule
+        self.requests = requests
+        self.place = len(requests.layers)
+        requests.layers.append(self)
+        self.kv_cache = torch.tensor([])
+        self.cache: torch.Tensor | None = None
+        layers = vllm_config.compilation_config.static_forward_context
+        if name in layers:
+            raise ValueError(f"name: got {name}, which another layer has already")
+        layers[name] = self
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take what vLLM has allocated: [blocks, 1, 1, numbers] of the model's dtype."""
+        rule = self.rule
+        self.kv_cache = kv_cache
+        states = kv_cache.select(1, 0).select(1, 0).view(torch.float32)
+        self.cache = states.unflatten(1, (rule.heads, rule.rank, rule.rank))
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return StatesBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StateSpec:
+        block, dtype = vllm_config.cache_config.block_size, vllm_config.model_config.dtype
+        size = 4 * self.rule.heads * self.rule.rank**2
+        # In the keys' dtype, of which a state is so many numbers: vLLM zeroes every new block of a cache of mixed ones.
+        return StateSpec(
+            block_size=block, num_kv_heads=1, head_size=size // dtype.itemsize, head_size_v=0, dtype=dtype,
+            state_content_bytes=size, tokens_per_state=block,
+        )  # fmt: skip
+
+
+class StatesBackend(AttentionBackend):
+    """The name under which vLLM finds the builder."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "DELTA_MEM_STATES"
+
+    @staticmethod
+    def get_impl_cls():
+        raise NotImplementedError
+
+    @staticmethod
+    def get_builder_cls() -> type[StatesBuilder]:
+        return StatesBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list:
+        # A block that is split has no place for its state.
+        return [MultipleOf(1)] if kv_cache_spec is None else [kv_cache_spec.block_size]
+
+
+class StatesBuilder(AttentionMetadataBuilder[Plan]):
+    """Makes the plan of a step, once for all layers."""
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.block = kv_cache_spec.block_size
+        if self.block != kv_cache_spec.tokens_per_state:
+            raise UnsupportedError(
+                f"block_size: the attention's kernels split blocks of {kv_cache_spec.tokens_per_state} tokens into "
+                f"blocks of {self.block}, allowed with a delta-mem adapter: one that they take whole"
+            )
+        layers = vllm_config.compilation_config.static_forward_context
+        self.requests: Requests = layers[layer_names[0]].requests
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Plan:
+        found = common_attn_metadata
+        bounds = found.query_start_loc_cpu.numpy()
+        # Exact: it is above only where drafts were turned down, and there are none.
+        starts = found.seq_lens_cpu_upper_bound.numpy()[: len(bounds) - 1] - (bounds[1:] - bounds[:-1])
+        device = found.block_table_tensor.device
+        table = found.block_table_tensor.cpu().numpy()
+        if not self.requests.rows:
+            return make_plan(starts, bounds, table, self.block, device)
+        uses, slots = np.full(len(starts), WRITES), np.full(len(starts), -1)
+        for row, request in self.requests.rows.items():
+            if row >= len(starts) or bounds[row + 1] == bounds[row]:
+                continue
+            uses[row], slots[row] = _USES[request.given.mode], request.slot
+            request.tokens = int(starts[row] + bounds[row + 1] - bounds[row])
+            request.block = int(table[row, (request.tokens - 1) // self.block])
+        return make_plan(starts, bounds, table, self.block, device, uses=uses, slots=slots)
+
+
+def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str) -> torch.Tensor:
+    """Reads, float32 [T, H·r], of projections [T, W]; the states of this step's sequences move on."""
+    context = get_forward_context()
+    layer: States = context.no_compile_layers[layer_name]
+    metadata = context.attn_metadata
+    plan = metadata.get(layer_name) if isinstance(metadata, dict) else None
+    if plan is None:  # a run that measures memory
+        return projections.new_zeros(len(projections), layer.rule.read_width, dtype=torch.float32)
+    operators = operations("auto", projections.device)
+    table = layer.requests.table
+    table = None if table is None else table[layer.place]
+    return advance_blocks(operators, projections, gate_bias, layer.cache, layer.rule, plan, table)
+
+
+def _empty_reads(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str) -> torch.Tensor:
+    layer: States = get_forward_context().no_compile_layers[layer_name]
+    return projections.new_empty(projections.shape[0], layer.rule.read_width, dtype=torch.float32)
+
+
+if not hasattr(torch.ops.vllm, OPERATOR):
+    direct_register_custom_op(OPERATOR, _advance, fake_impl=_empty_reads)

@@ -1,0 +1,75 @@
+"""The paged core against the recurrence: any order of steps over any blocks is the whole sequence at once."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltamem_fast.vllm.advance import advance_blocks
+from deltamem_fast.vllm.plan import make_plan
+from deltamem_kernels.dispatch import operations
+from deltamem_kernels.rule import DeltaRule
+from tests.support import relative_error
+
+RULES = [
+    DeltaRule(rank=8),
+    DeltaRule(rank=4, heads=3, mode="lambda_outside", coupled=False, row_gates=False),
+    DeltaRule(rank=8, mode="no_lambda", normalize=True),
+]
+
+
+def whole(projections, bias, rule):
+    """The reference's reads and the state after every token, in float64, of one sequence [T, W] from zeros."""
+    state = torch.zeros(1, rule.heads, rule.rank, rule.rank, dtype=torch.float64)
+    reference = operations("reference", torch.device("cpu"))
+    out = reference.scan(projections[None].double(), bias.double(), state, rule, checkpoint_every=1)
+    return out.reads[0], out.checkpoints[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), backend=st.sampled_from(["reference", "numba"]), strided=st.booleans())
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.mode}-{rule.heads}")
+def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
+    """Sequences of any lengths, cut into steps anyhow, in a cache whose unwritten blocks hold NaN."""
+    block = data.draw(st.integers(1, 5))
+    lengths = data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    bias = torch.randn(rule.bias_width, generator=generator)
+    tokens = [torch.randn(length, rule.width, generator=generator) for length in lengths]
+    expected = [whole(each, bias, rule) for each in tokens]
+    needed = [-(-length // block) for length in lengths]
+    ids = torch.randperm(sum(needed) + 2, generator=generator).numpy()
+    table = np.zeros((len(lengths), max(needed)), np.int32)
+    for row, count in enumerate(needed):
+        table[row, :count] = ids[sum(needed[:row]) :][:count]
+    room = torch.full((len(ids), 2 if strided else 1, rule.heads, rule.rank, rule.rank), torch.nan)
+    cache = room[:, -1]
+    operators = operations(backend, torch.device("cpu"))
+
+    done = [0] * len(lengths)
+    reads = [[] for _ in lengths]
+    while any(d < length for d, length in zip(done, lengths)):
+        counts = [data.draw(st.integers(0, length - d)) for d, length in zip(done, lengths)]
+        if not any(counts):
+            counts = [min(1, length - d) for d, length in zip(done, lengths)]
+        padding = data.draw(st.integers(0, 2))
+        batch = torch.cat([each[d : d + c] for each, d, c in zip(tokens, done, counts)])
+        batch = torch.cat([batch, torch.full((padding, rule.width), torch.nan)])
+        plan = make_plan(np.array(done), np.cumsum([0, *counts]), table, block)
+        found = advance_blocks(operators, batch, bias, cache, rule, plan)
+        assert found.shape == (len(batch), rule.read_width) and found.dtype == torch.float32
+        assert not found[len(batch) - padding :].any()
+        for row, part in enumerate(found[: sum(counts)].split(counts)):
+            reads[row].append(part)
+        done = [d + c for d, c in zip(done, counts)]
+
+    for row, (wanted, states) in enumerate(expected):
+        assert relative_error(torch.cat(reads[row]), wanted) < 1e-5
+        for place in range(needed[row]):
+            last = min((place + 1) * block, lengths[row]) - 1
+            assert relative_error(cache[table[row, place]], states[last]) < 1e-5
+    untouched = [int(i) for i in ids if i not in {int(b) for r, n in enumerate(needed) for b in table[r, :n]}]
+    assert torch.isnan(cache[untouched]).all()
+    if strided:
+        assert torch.isnan(room[:, 0]).all()
