@@ -6,9 +6,9 @@ import asyncio
 import json
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,13 +18,39 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import ConflictError, DeltaMemError, FileFormatError, StateError
-from ..memory.bank import BankConflict, BankEntry
+from ..memory.bank import BankConflict, BankEntry, MemoryBank
 from ..notices import logger
 from ..storage.bank_ids import check_id
 from .contract import ChatRequest, ForgetRequest, Reply, error_body, in_words, memory_of, usage_of
-from .engine import Answered, Engine, TooLongError, unknown
 from .fair_queue import QueueFullError
 from .guard import Guard
+from .jobs import Answered, ChatJob, Limits, TooLongError, unknown
+from .metrics import Metrics
+
+
+class Engine(Protocol):
+    """What answers.
+
+    Attributes:
+        name: of the model, as requests call it.
+        waiting: requests that wait.
+    """
+
+    name: str
+    bank: MemoryBank
+    limits: Limits
+    metrics: Metrics
+    waiting: int
+
+    def chat(self, request: ChatRequest, say: Callable[[str, bool], None], peer: str) -> ChatJob:
+        """Let a request wait for its turn; see ``engine.Engine``."""
+
+    def call(self, call: Callable[[], Any], memory_id: str) -> Future[Any]:
+        """Run something while no turn of a memory is under way."""
+
+    def forget(self, memory_id: str, text: str, strength: float | None) -> tuple[int, int]:
+        """Erase from a memory what a text has written: (tokens of the text, the memory's version)."""
+
 
 _MOST_LISTED = 1000
 _MEDIA = "application/octet-stream"
@@ -61,6 +87,8 @@ def status_of(error: BaseException) -> int:
         return 503
     if isinstance(error, StateError):  # a ValueError, too
         return 503
+    if isinstance(error, NotImplementedError):
+        return 501
     return 400 if isinstance(error, ValueError | TypeError) else 500
 
 
@@ -109,7 +137,7 @@ async def _read(request: Request, kind: type[BaseModel]) -> Any:
 def _add_service(app: FastAPI, engine: Engine) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": engine.name, "waiting": len(engine.queue)}
+        return {"status": "ok", "model": engine.name, "waiting": engine.waiting}
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -3,95 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..adapter.record import identity_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
-from ..arguments import shown
-from ..errors import ArgumentError, ArgumentKeyError, StateError
+from ..errors import StateError
 from ..memory.bank import BankConflict, MemoryBank
 from ..memory.operators import forget
 from ..memory.state import MemoryState
 from ..notices import logger
 from ..storage.bank_ids import check_id
 from ..text.answering import answer_options
-from ..text.encode import check_known
-from ..text.settings import check_template
+from ..text.encode import vocabulary_size
 from .contract import ChatRequest
 from .fair_queue import FairQueue, Worker
+from .jobs import ChatJob, Intake, Limits, unknown, version_of
 from .metrics import Metrics
-from .prompts import Prompt, rendered
-from .rows import LENGTH, Row, answer_rows, answer_rows_from, can_be_padded, seeded
-
-
-class TooLongError(ArgumentError):
-    """A request's prompt and answer are longer than a request may be."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes.
-
-    Attributes:
-        rows: requests in one batch.
-        waiting: requests that may wait.
-        tokens: of prompt and answer together; None: what the model was trained for.
-        answer: tokens of an answer, where the request does not say.
-        body: bytes of a request.
-    """
-
-    rows: int = 16
-    waiting: int = 256
-    tokens: int | None = None
-    answer: int = 512
-    body: int = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What came of a request.
-
-    Attributes:
-        message: the answer.
-        finish: ``stop`` or ``length``.
-        prompt, tokens: of the prompt and of the answer.
-        loaded: the version of the memory that was read, 0: there was none.
-        version: the version that is there now.
-    """
-
-    message: dict[str, Any]
-    finish: str
-    prompt: int
-    tokens: int
-    loaded: int
-    version: int
-
-
-class ChatJob:
-    """A chat completion that waits or is under way.
-
-    Args:
-        request, prompt: what is asked.
-        owner: who takes turns with others; see ``FairQueue``.
-        fits: which go with it.
-        row: its answer while it comes.
-
-    Attributes:
-        done: is set to what came of it; cancelled: nobody waits any more, and nothing of it is kept.
-    """
-
-    def __init__(self, request: ChatRequest, prompt: Prompt, row: Row, owner: Hashable, fits: Hashable | None):
-        self.request, self.prompt, self.row, self.owner, self.fits = request, prompt, row, owner, fits
-        self.ordered = request.memory_id is not None
-        self.gone = threading.Event()
-        row.gone = self.gone.is_set
-        self.done: Future[Answered] = Future()
+from .rows import answer_rows, answer_rows_from, can_be_padded, seeded
 
 
 class CallJob:
@@ -121,22 +53,22 @@ class Engine:
     def __init__(
         self, model: nn.Module, tokenizer, bank: MemoryBank, name: str, limits: Limits, metrics: Metrics
     ):  # fmt: skip
-        if not getattr(tokenizer, "chat_template", None) or not getattr(tokenizer, "is_fast", False):
-            raise ArgumentError("tokenizer: allowed a fast tokenizer with a chat template, which shows the messages")
         self.model, self.tokenizer, self.bank, self.name = model, tokenizer, bank, name
         self.limits, self.metrics = limits, metrics
-        self._granularity = identity_of(model).config.memory_write_granularity
+        granularity = identity_of(model).config.memory_write_granularity
         trained = getattr(decoder_of(unwrap(model)).config, "max_position_embeddings", None)
-        self.tokens = limits.tokens or trained
-        if limits.tokens and trained and limits.tokens > trained:
-            raise ArgumentError(f"max_tokens: got {limits.tokens}, allowed 1 to {trained}, the model's positions")
+        self._intake = Intake(tokenizer, granularity, vocabulary_size(model), limits, trained)
         rows = limits.rows if can_be_padded(model) else 1
         if rows < limits.rows:
             logger.warning("%s sees a window of columns, padding included: each request is answered by itself", name)
-        self._rendering = threading.Lock()  # tokenizers are not for several threads
         self.queue = FairQueue(limits.waiting)
         self._worker = Worker(self.queue, self._run, rows)
         metrics.waiting.set_function(lambda: len(self.queue))
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self.queue)
 
     def close(self) -> None:
         """Take nothing more, end what is under way, and say so to those that wait."""
@@ -158,29 +90,9 @@ class Engine:
             ValueError, TypeError: naming the field.
             QueueFullError: as many wait as may.
         """
-        template = request.chat_template_kwargs or {}
-        check_template(template, "chat_template_kwargs", ArgumentError)
-        if request.memory_id is not None:
-            check_id(request.memory_id, "memory_id")
-        with self._rendering:
-            prompt = rendered(self.tokenizer, self._granularity, request.messages, template)
-        check_known(self.model, prompt.whole.ids)
-        row = Row(prompt, self._most(request, len(prompt)), request.stops, say, rendering=self._rendering)
-        owner = ("memory", request.memory_id) if request.memory_id is not None else ("user", request.user or peer)
-        alone = request.seed is not None and request.sampling["do_sample"]
-        fits = None if alone else (request.memory, *sorted(request.sampling.items()))
-        job = ChatJob(request, prompt, row, owner, fits)
+        job = self._intake.job(request, say, peer)
         self.queue.put(job)
         return job
-
-    def _most(self, request: ChatRequest, prompt: int) -> int:
-        """Tokens of a request's answer at most."""
-        room = None if self.tokens is None else self.tokens - prompt
-        if room is not None and room < (request.limit or 1):
-            asked = "" if request.limit is None else f" and {request.limit} of the answer"
-            raise TooLongError(f"messages: got {prompt} tokens{asked}, allowed {self.tokens} together")
-        most = self.limits.answer if request.limit is None else request.limit
-        return most if room is None else min(most, room)
 
     def call(self, call: Callable[[], Any], memory_id: str) -> Future[Any]:
         """Run something that needs the model or the memory at rest, in the memory's turn."""
@@ -197,12 +109,12 @@ class Engine:
             ValueError, TypeError: naming the argument.
         """
         memory = self.bank.gather([check_id(memory_id, "memory_id")])
-        if not _version(memory):
+        if not version_of(memory):
             raise unknown(memory_id)
-        with self._rendering:
+        with self._intake.rendering:
             told = forget(self.model, self.tokenizer, memory, text, strength=strength)
         self.bank.commit([memory_id], memory)
-        return int(told), _version(memory)
+        return int(told), version_of(memory)
 
     # --- answering, in the worker's thread
 
@@ -266,24 +178,14 @@ class Engine:
                     self.metrics.conflicts.inc(isinstance(error, BankConflict))
                     job.done.set_exception(error)
                     continue
-                now = _version(row)
+                now = version_of(row)
             self._tell(job, version, now)
 
     def _tell(self, job: ChatJob, loaded: int, version: int) -> None:
         row = job.row
         self.metrics.tokens.labels("prompt").inc(len(job.prompt))
         self.metrics.tokens.labels("answer").inc(row.tokens)
-        job.done.set_result(Answered(row.message(), row.finish or LENGTH, len(job.prompt), row.tokens, loaded, version))
-
-
-def unknown(memory_id: str) -> ArgumentKeyError:
-    """The error of a memory that is not there."""
-    return ArgumentKeyError(f"memory_id: got {shown(memory_id)}, allowed one that is in the bank")
-
-
-def _version(memory: MemoryState) -> int:
-    """The version that a memory of one row was gathered or committed at."""
-    return memory.bank_rows[0][1]
+        job.done.set_result(job.answered(loaded, version))
 
 
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:

@@ -18,7 +18,8 @@ from ..model.threads import fitting_threads
 from ..recall.weights import find_weights
 from ..storage.files import as_path, state_home
 from .app import make_app
-from .engine import Engine, Limits
+from .engine import Engine
+from .jobs import Limits
 from .metrics import Metrics
 
 _DEFAULT, _STRATEGY, _SMALL_WORLD = "smollm2", "msw", "small-world"

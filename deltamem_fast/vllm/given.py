@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arguments import check_choice, shown
+from ..arguments import check_choice, check_integer, shown
 from ..errors import ArgumentError
 
-STATE, MODE, KEY = "delta_mem_state", "delta_mem_mode", "delta_mem_key"
+STATE, MODE, KEY, FIRST = "delta_mem_state", "delta_mem_mode", "delta_mem_key", "delta_mem_first"
 MODES = ("write", "read", "none")
 _MOST_KEY = 200
 
@@ -31,29 +31,36 @@ class Given(NamedTuple):
         mode: ``write``: read and written, token by token. ``read``: read alone. ``none``: the bare model.
         state: float32 [L, H, r, r], what it starts from; None: zeros.
         key: under which its last state is kept until it is taken; None: nobody will.
+        first: with ``write``, how many tokens at its beginning are read alone, as with ``read``: what a memory has
+            read before, and is in sight again.
     """
 
     mode: str
     state: np.ndarray | None
     key: str | None
+    first: int = 0
 
 
-def arguments_of(state: np.ndarray | None, mode: str = "write", key: str | None = None) -> dict[str, str]:
+def arguments_of(
+    state: np.ndarray | None, mode: str = "write", key: str | None = None, first: int = 0
+) -> dict[str, str | int]:
     """A request's memory as ``extra_args`` or ``vllm_xargs`` carry it.
 
     Args:
         state: float32 [L, H, r, r], the layers that have a memory in ascending order; None: zeros.
         mode: see ``Given``.
-        key: see ``Given``; only with ``write``.
+        key, first: see ``Given``; only with ``write``.
 
     Raises:
-        ValueError: an unknown mode, a key without ``write``, a state that is not finite.
+        ValueError: an unknown mode, a key or a first token without ``write``, a state that is not finite.
     """
-    found: dict[str, str] = {MODE: mode}
+    found: dict[str, str | int] = {MODE: mode}
     if state is not None:
         found[STATE] = base64.b64encode(np.ascontiguousarray(state, "<f4").tobytes()).decode("ascii")
     if key is not None:
         found[KEY] = key
+    if first:
+        found[FIRST] = first
     check_arguments(found)
     return found
 
@@ -64,14 +71,15 @@ def salt_of(arguments: Mapping[str, Any] | None) -> str | None:
     None for one that starts from zeros and writes, as a request that says nothing does. Others have keys and values
     of their own for the same tokens; whoever starts from the same state in the same mode may share them.
     """
-    if not arguments or (STATE not in arguments and arguments.get(MODE, "write") == "write"):
+    mode, first = (arguments or {}).get(MODE, "write"), (arguments or {}).get(FIRST, 0)
+    if not arguments or (STATE not in arguments and mode == "write" and not first):
         return None
-    return _salt(arguments.get(MODE, "write"), arguments.get(STATE, ""))
+    return _salt(mode, arguments.get(STATE, ""), first)
 
 
 @functools.lru_cache(maxsize=1024)
-def _salt(mode: str, state: str) -> str:
-    return f"delta-mem:{hashlib.sha256(f'{mode}:{state}'.encode()).hexdigest()}"
+def _salt(mode: str, state: str, first: int) -> str:
+    return f"delta-mem:{hashlib.sha256(f'{mode}:{first}:{state}'.encode()).hexdigest()}"
 
 
 def check_arguments(arguments: Mapping[str, Any] | None, shape: tuple[int, int, int, int] | None = None) -> None:
@@ -84,10 +92,13 @@ def check_arguments(arguments: Mapping[str, Any] | None, shape: tuple[int, int, 
 
 def read_arguments(arguments: Mapping[str, Any] | None, shape: tuple[int, int, int, int] | None = None) -> Given | None:
     """What a request's arguments say of its memory; None: nothing. Errors as of ``check_arguments``."""
-    if not arguments or not any(name in arguments for name in (STATE, MODE, KEY)):
+    if not arguments or not any(name in arguments for name in (STATE, MODE, KEY, FIRST)):
         return None
     mode, key, state = arguments.get(MODE, "write"), arguments.get(KEY), arguments.get(STATE)
+    first = check_integer(arguments.get(FIRST, 0), FIRST, 0)
     check_choice(mode, MODE, MODES)
+    if first and mode != "write":
+        raise ArgumentError(f"{FIRST}: got {first} with {MODE} {mode!r}, allowed with 'write'")
     if key is not None and not (0 < len(key) <= _MOST_KEY and mode == "write"):
         raise ArgumentError(
             f"{KEY}: got one of {len(key)} characters with {MODE} {mode!r}, allowed 1 to {_MOST_KEY} characters, with "
@@ -95,7 +106,7 @@ def read_arguments(arguments: Mapping[str, Any] | None, shape: tuple[int, int, i
         )
     if state is not None and mode == "none":
         raise ArgumentError(f"{STATE}: got one with {MODE} 'none', allowed with 'write' and 'read'")
-    return Given(mode, None if state is None else _read_state(state, shape), key)
+    return Given(mode, None if state is None else _read_state(state, shape), key, first)
 
 
 def _read_state(text: str, shape: tuple[int, int, int, int] | None) -> np.ndarray:

@@ -104,6 +104,7 @@ def make_plan(
     *,
     uses: np.ndarray | None = None,
     slots: np.ndarray | None = None,
+    firsts: np.ndarray | None = None,
 ) -> Plan:
     """Plan one step.
 
@@ -116,16 +117,36 @@ def make_plan(
         device: of the cache.
         uses: int [N], ``WRITES``, ``READS`` or ``NOTHING``; None: all write.
         slots: int [N], which of the table's states each starts from, or reads; −1, or None: zeros.
+        firsts: int [N], of those that write the first token that is written; those before it are read alone. None: 0.
     """
+    firsts = np.zeros(len(starts), np.int64) if firsts is None else firsts
+    if uses is not None and ((starts < firsts) & (uses == WRITES)).any():
+        starts, bounds, table, uses, slots, firsts = _parted(starts, bounds, table, uses, slots, firsts)
     lengths = np.diff(bounds)
     writes = np.ones(len(lengths), bool) if uses is None else uses == WRITES
     one, several = np.flatnonzero((lengths == 1) & writes), np.flatnonzero((lengths > 1) & writes)
     return Plan(
         block,
-        _steps(one, starts, bounds, table, block, device, slots) if len(one) else None,
-        _spans(several, starts, bounds, table, block, device, slots) if len(several) else None,
+        _steps(one, starts, bounds, table, block, device, slots, firsts) if len(one) else None,
+        _spans(several, starts, bounds, table, block, device, slots, firsts) if len(several) else None,
         None if uses is None else _frozen(np.flatnonzero((lengths > 0) & (uses == READS)), bounds, slots, device),
     )
+
+
+def _parted(starts, bounds, table, uses, slots, firsts):
+    """Sequences that begin to write among these tokens, each as two: one that reads alone, and one that writes."""
+    ends = starts + np.diff(bounds)
+    begins = (uses == WRITES) & (starts < firsts)
+    cut = np.where(begins, np.minimum(firsts, ends), ends)  # a part before it, and one behind it, maybe of no token
+    rows = np.repeat(np.arange(len(starts)), 2)
+    first_parts = np.arange(len(rows)) % 2 == 0
+    parted_starts = np.where(first_parts, starts[rows], cut[rows])
+    parted_bounds = np.append(
+        np.where(first_parts, bounds[:-1][rows], bounds[:-1][rows] + (cut - starts)[rows]), bounds[-1]
+    )
+    parted_uses = np.where(first_parts & begins[rows], READS, uses[rows])
+    slots = None if slots is None else slots[rows]
+    return parted_starts, parted_bounds, table[rows], parted_uses, slots, firsts[rows]
 
 
 def _frozen(rows, bounds, slots, device) -> Frozen | None:
@@ -136,25 +157,25 @@ def _frozen(rows, bounds, slots, device) -> Frozen | None:
     return Frozen(_tensor(tokens, device), _tensor(np.repeat(found, bounds[rows + 1] - bounds[rows]), device))
 
 
-def _begun(rows, start, slots, device) -> Begun | None:
-    places = [] if slots is None else np.flatnonzero((start == 0) & (slots[rows] >= 0))
+def _begun(rows, begins, slots, device) -> Begun | None:
+    places = [] if slots is None else np.flatnonzero(begins & (slots[rows] >= 0))
     return Begun(_tensor(places, device), _tensor(slots[rows][places], device)) if len(places) else None
 
 
-def _steps(rows, starts, bounds, table, block: int, device, slots) -> Steps:
+def _steps(rows, starts, bounds, table, block: int, device, slots, firsts) -> Steps:
     places, start = bounds[rows], starts[rows]
     in_order = len(rows) == bounds[-1]
-    fresh = start == 0
+    fresh = start == firsts[rows]
     return Steps(
         None if in_order else _tensor(places, device),
         _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
         _tensor(table[rows, start // block], device),
         _fresh(fresh, device),
-        _begun(rows, start, slots, device),
+        _begun(rows, fresh, slots, device),
     )
 
 
-def _spans(rows, starts, bounds, table, block: int, device, slots) -> Spans:
+def _spans(rows, starts, bounds, table, block: int, device, slots, firsts) -> Spans:
     tokens, kept, targets, picked, ends = [], [], [], [], [0]
     saved = 0
     last = []  # (place among the sequences, block) of those that end inside a block
@@ -180,14 +201,15 @@ def _spans(rows, starts, bounds, table, block: int, device, slots) -> Spans:
         mask = np.zeros((1, len(packed)), bool)
         mask[0, kept] = True
     start = starts[rows]
+    fresh = start == firsts[rows]
     return Spans(
         _tensor(packed, device),
         None if mask is None else torch.from_numpy(mask).to(device),
         None if mask is None else _tensor(kept, device),
         torch.tensor(ends, dtype=torch.int32, device=device),
         _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
-        _fresh(start == 0, device),
-        _begun(rows, start, slots, device),
+        _fresh(fresh, device),
+        _begun(rows, fresh, slots, device),
         _tensor(np.concatenate(targets), device),
         _tensor(np.concatenate(picked), device),
         saved,

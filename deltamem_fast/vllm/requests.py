@@ -104,7 +104,7 @@ class Requests:
 
     def _keep(self, request: Request) -> None:
         key = request.given.key
-        if key is None or request.block is None:
+        if key is None or request.block is None or request.tokens <= request.given.first:
             return
         state = torch.stack([layer.cache[request.block] for layer in self.layers]).cpu()
         self._kept.pop(key, None)

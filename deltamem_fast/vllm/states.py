@@ -119,14 +119,14 @@ class StatesBuilder(AttentionMetadataBuilder[Plan]):
         table = found.block_table_tensor.cpu().numpy()
         if not self.requests.rows:
             return make_plan(starts, bounds, table, self.block, device)
-        uses, slots = np.full(len(starts), WRITES), np.full(len(starts), -1)
+        uses, slots, firsts = np.full(len(starts), WRITES), np.full(len(starts), -1), np.zeros(len(starts), np.int64)
         for row, request in self.requests.rows.items():
             if row >= len(starts) or bounds[row + 1] == bounds[row]:
                 continue
-            uses[row], slots[row] = _USES[request.given.mode], request.slot
+            uses[row], slots[row], firsts[row] = _USES[request.given.mode], request.slot, request.given.first
             request.tokens = int(starts[row] + bounds[row + 1] - bounds[row])
             request.block = int(table[row, (request.tokens - 1) // self.block])
-        return make_plan(starts, bounds, table, self.block, device, uses=uses, slots=slots)
+        return make_plan(starts, bounds, table, self.block, device, uses=uses, slots=slots, firsts=firsts)
 
 
 def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str) -> torch.Tensor:

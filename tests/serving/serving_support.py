@@ -15,7 +15,8 @@ from tokenizers_for_tests import chatml_tokenizer
 from deltamem_fast import MemoryBank, patch_model
 from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.serving.app import make_app
-from deltamem_fast.serving.engine import Engine, Limits
+from deltamem_fast.serving.engine import Engine
+from deltamem_fast.serving.jobs import Limits
 from deltamem_fast.serving.metrics import Metrics
 from deltamem_fast.serving.prompts import rendered
 from deltamem_fast.serving.rows import Row

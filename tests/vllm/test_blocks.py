@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamem_fast.vllm.advance import advance_blocks
-from deltamem_fast.vllm.plan import make_plan
+from deltamem_fast.vllm.plan import WRITES, make_plan
 from deltamem_kernels.dispatch import operations
 from deltamem_kernels.rule import DeltaRule
 from tests.support import relative_error
@@ -73,3 +73,50 @@ def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
     assert torch.isnan(cache[untouched]).all()
     if strided:
         assert torch.isnan(room[:, 0]).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), backend=st.sampled_from(["reference", "numba"]))
+@pytest.mark.parametrize("rule", RULES[:2], ids=lambda rule: f"{rule.mode}-{rule.heads}")
+def test_what_was_read_before_is_read_alone_and_what_follows_is_written(rule, data, backend):
+    """Sequences that start from states of a table, and write from their n-th token on, in any steps."""
+    block = data.draw(st.integers(1, 5))
+    lengths = data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=4))
+    firsts = [data.draw(st.integers(0, length)) for length in lengths]
+    slots = [data.draw(st.integers(-1, 2)) for _ in lengths]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    bias = torch.randn(rule.bias_width, generator=generator)
+    tokens = [torch.randn(length, rule.width, generator=generator) for length in lengths]
+    table = torch.randn(3, rule.heads, rule.rank, rule.rank, generator=generator)
+    needed = [-(-length // block) for length in lengths]
+    ids = torch.randperm(sum(needed), generator=generator).numpy()
+    blocks = np.zeros((len(lengths), max(needed)), np.int32)
+    for row, count in enumerate(needed):
+        blocks[row, :count] = ids[sum(needed[:row]) :][:count]
+    cache = torch.full((len(ids), rule.heads, rule.rank, rule.rank), torch.nan)
+    operators = operations(backend, torch.device("cpu"))
+
+    done, reads = [0] * len(lengths), [[] for _ in lengths]
+    while any(d < length for d, length in zip(done, lengths)):
+        counts = [data.draw(st.integers(0, length - d)) for d, length in zip(done, lengths)]
+        if not any(counts):
+            counts = [min(1, length - d) for d, length in zip(done, lengths)]
+        batch = torch.cat([each[d : d + c] for each, d, c in zip(tokens, done, counts)])
+        plan = make_plan(
+            np.array(done), np.cumsum([0, *counts]), blocks, block,
+            uses=np.full(len(lengths), WRITES), slots=np.array(slots), firsts=np.array(firsts),
+        )  # fmt: skip
+        found = advance_blocks(operators, batch, bias, cache, rule, plan, table)
+        for row, part in enumerate(found.split(counts)):
+            reads[row].append(part)
+        done = [d + c for d, c in zip(done, counts)]
+
+    reference = operations("reference", torch.device("cpu"))
+    for row, (length, first, slot) in enumerate(zip(lengths, firsts, slots)):
+        state = torch.zeros_like(table[:1]) if slot < 0 else table[slot : slot + 1]
+        wanted, after = reference.read(tokens[row][None, :first].double(), state.double(), rule)[0], state.double()
+        if first < length:
+            out = reference.scan(tokens[row][None, first:].double(), bias.double(), after, rule)
+            wanted, after = torch.cat([wanted, out.reads[0]]), out.state
+            assert relative_error(cache[blocks[row, (length - 1) // block]], after[0]) < 1e-5
+        assert relative_error(torch.cat(reads[row]), wanted) < 1e-5 or not wanted.any()
