@@ -66,6 +66,7 @@ setup(
     entry_points={
         "console_scripts": ["deltamem = deltamem_fast.__main__:main"],
         "vllm.general_plugins": ["deltamem_fast = deltamem_fast.vllm.plugin:register"],
+        "vllm.endpoint_plugins": ["deltamem_fast = deltamem_fast.vllm.server:MemoryEndpoint"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -17,8 +17,8 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirec
 
 from deltamem_kernels.rule import DeltaRule
 
-from ..errors import UnsupportedError
-from .given import Given, check_arguments, read_arguments
+from ..errors import ArgumentError, UnsupportedError
+from .given import KEY, Given, check_arguments, read_arguments
 
 MOST_KEPT = 4096  # last states that nobody has taken yet
 
@@ -134,6 +134,8 @@ class _Rows(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params) -> None:
         check_arguments(sampling_params.extra_args, cls.shape)
+        if sampling_params.n != 1 and KEY in (sampling_params.extra_args or {}):
+            raise ArgumentError(f"n: got {sampling_params.n}, allowed 1 with {KEY}: it cannot be that of several")
 
     def __init__(self, vllm_config, device, is_pin_memory):
         self._layers = vllm_config.compilation_config.static_forward_context

@@ -12,16 +12,20 @@ from pathlib import Path
 MARK = "generated: "
 
 
-def generated(directory: Path, architecture: str, batches: list, tokens: int, **settings) -> list:
-    """What an engine in a process of its own generates greedily from batches of prompts, one after another."""
-    job = [str(directory), architecture, batches, tokens, settings]
+def run(module: str, job: list) -> list:
+    """What a module of this package prints for a job."""
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.run_engine"], input=json.dumps(job), capture_output=True, text=True,
+        [sys.executable, "-m", f"tests.vllm.{module}"], input=json.dumps(job), capture_output=True, text=True,
         timeout=400, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     lines = [line for line in ran.stdout.splitlines() if line.startswith(MARK)]
     assert ran.returncode == 0 and lines, ran.stderr[-4000:] + ran.stdout[-4000:]
     return json.loads(lines[0].removeprefix(MARK))
+
+
+def generated(directory: Path, architecture: str, batches: list, tokens: int, **settings) -> list:
+    """What an engine in a process of its own generates greedily from batches of prompts, one after another."""
+    return run("run_engine", [str(directory), architecture, batches, tokens, settings])
 
 
 def main() -> None:

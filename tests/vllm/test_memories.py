@@ -9,6 +9,7 @@ from deltamem_fast.errors import ArgumentError
 from tests.support import relative_error
 from tests.vllm.engines import BLOCK, Expected, counted, engine, prompts
 from tests.vllm.engines import generate as plain
+from tests.vllm.run_engine import run
 
 TOKENS = 24
 
@@ -148,6 +149,22 @@ def test_a_bank_is_the_same_in_both(qwen3, expected, told, tmp_path):
         bank.commit(names, memory)
     with MemoryBank(tmp_path / "users.bank", expected.model) as bank:
         assert close(bank.gather(names), MemoryState.cat([memory for _, memory in wanted]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_processes_of_their_own(qwen3, expected, told, tmp_path, ranks, monkeypatch):
+    """The engine's core in one process, its workers in others: memories cross over, and come back."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if ranks == 2 else "nobind")
+    file = tmp_path / "told.safetensors"
+    told.save(file)
+    batches, memory, wanted = [prompts(3, seed=170 + turn, shared=BLOCK) for turn in range(2)], told.clone(), []
+    for batch in batches:
+        turns = [after(expected, ids, memory.select([row])) for row, ids in enumerate(batch)]
+        wanted.append([ids for ids, _ in turns])
+        memory = MemoryState.cat([row for _, row in turns])
+    settings = {"tensor_parallel_size": ranks, "max_num_batched_tokens": 90}
+    assert run("run_memories", [str(qwen3), settings, batches, TOKENS, str(file)]) == wanted
+    assert close(MemoryState.load(file, expected.model), memory)
 
 
 def test_a_wrong_salt_poisons_nobody(qwen3, expected, told):
