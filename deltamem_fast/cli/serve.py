@@ -16,6 +16,7 @@ from ..model.threads import HELP, check_threads
 from ..serving.hosts import is_loopback
 
 KEY = "DELTAMEM_API_KEY"
+ENGINES = ("transformers", "vllm")
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _DESCRIPTION = """\
 Chat completions over HTTP, as OpenAI's clients ask for them, with a memory for each user: a request's memory_id says
@@ -49,6 +50,10 @@ def add_command(commands) -> None:
     parser.add_argument("--name", help="of the model, as requests call it (default: the last part of MODEL)")
     parser.add_argument("--host", default="127.0.0.1", help="an address of this machine (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
+    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what answers (default: %(default)s)")
+    parser.add_argument(
+        "--engine-args", metavar="JSON", help="of vLLM's engine, such as '{\"tensor_parallel_size\": 2}'"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as saved)")
     model.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
@@ -74,9 +79,18 @@ def _serve(arguments: argparse.Namespace) -> int:
     check_integer(arguments.max_tokens, "--max-tokens", 2, or_none=True)
     check_integer(arguments.port, "--port", 0, 65_535)
     key = checked_key(arguments.host)
-    from ..serving.run import serve
-
-    return serve(arguments, key, check_threads(arguments.threads))
+    threads = check_threads(arguments.threads)
+    if arguments.engine == "vllm":
+        for name in ("device", "threads"):
+            if getattr(arguments, name) is not None:
+                raise ArgumentError(f"--{name}: given with --engine vllm, which has its own")
+        require(("vllm",), "deltamem serve --engine vllm (pip install deltamem-fast[serve,vllm])")
+        from ..vllm.serve import serve
+    else:
+        if arguments.engine_args is not None:
+            raise ArgumentError("--engine-args: given without --engine vllm, which they are for")
+        from ..serving.run import serve
+    return serve(arguments, key, threads)
 
 
 def checked_key(host: str) -> str | None:

@@ -37,28 +37,38 @@ def serve(arguments: argparse.Namespace, key: str | None, threads: int | None) -
     Raises:
         ValueError, OSError: an argument that is wrong; the message names it.
     """
-    name, loading = _choice(arguments.model, arguments.adapter)
-    name = arguments.name or name
-    limits = Limits(
-        arguments.max_batch, arguments.max_waiting, arguments.max_tokens, arguments.answer_tokens, arguments.max_body
-    )
-    listening = _listen(arguments.host, arguments.port)
-    with listening:
+    name, loading = chosen(arguments)
+    with listen(arguments.host, arguments.port) as listening:
         device = arguments.device or device_for(arguments.backend)
         loading |= {"device": device, "dtype": arguments.dtype, "backend": arguments.backend}
         model, tokenizer = load_patched(**loading)
-        path = as_path(arguments.bank, "--bank") if arguments.bank else _default_bank(name)
+        path = bank_path(arguments.bank, name)
         with MemoryBank(path, model) as bank, fitting_threads(model, threads):
-            engine = Engine(model, tokenizer, bank, name, limits, Metrics())
+            engine = Engine(model, tokenizer, bank, name, limits_of(arguments), Metrics())
             try:
-                _run(engine, key, listening, path)
+                run(engine, key, listening, path)
             finally:
                 engine.close()
     return 0
 
 
+def limits_of(arguments: argparse.Namespace) -> Limits:
+    """What is taken."""
+    given = arguments
+    return Limits(given.max_batch, given.max_waiting, given.max_tokens, given.answer_tokens, given.max_body)
+
+
+def chosen(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """What requests call the model, and what is loaded: ``name`` and ``adapter`` of ``load_patched``.
+
+    Raises:
+        ValueError: no adapter is given, and the model has none.
+    """
+    name, loading = _choice(arguments.model, arguments.adapter)
+    return arguments.name or name, loading
+
+
 def _choice(model: str | None, adapter: str | None) -> tuple[str, dict[str, Any]]:
-    """What requests call the model, and what is loaded: the first two arguments of ``load_patched``."""
     if model is None:
         if adapter is not None:
             raise ArgumentError("--adapter: given without MODEL, which it belongs to")
@@ -74,14 +84,21 @@ def _choice(model: str | None, adapter: str | None) -> tuple[str, dict[str, Any]
     return Path(model).name or model, {"name": model, "adapter": adapter}
 
 
-def _default_bank(name: str) -> Path:
+def bank_path(given: str | None, name: str) -> Path:
+    """Where the memories lie: as given, or in the state home.
+
+    Raises:
+        ValueError, OSError: that is no path, or there is no home.
+    """
+    if given:
+        return as_path(given, "--bank")
     try:
         return state_home() / "deltamem" / f"{name}.bank"
     except RuntimeError as error:
         raise FileMissingError(f"--bank: not given, and there is no home to keep it in ({error})") from error
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens, before anything is loaded.
 
     Raises:
@@ -96,7 +113,12 @@ def _listen(host: str, port: int) -> socket.socket:
         raise file_error(error, "--host, --port", f"{host}:{port}") from error
 
 
-def _run(engine: Engine, key: str | None, listening: socket.socket, path: Path) -> None:
+def run(engine: Engine, key: str | None, listening: socket.socket, path: Path) -> None:
+    """Serve an engine until a signal ends it; answers under way have half a minute then.
+
+    Args:
+        path: of the bank, which is told.
+    """
     config = uvicorn.Config(
         make_app(engine, key), log_level="warning", access_log=False, timeout_graceful_shutdown=_PATIENCE
     )

@@ -31,6 +31,7 @@ from .settings import adapter_of
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.config import VllmConfig
 
 
 def memory_model(llm: LLM) -> nn.Module:
@@ -39,7 +40,11 @@ def memory_model(llm: LLM) -> nn.Module:
     It has the adapter's weights, on the CPU, and no backbone: a bank of a model that was patched with the same adapter
     in transformers, in the same dtype, is a bank of this one.
     """
-    vllm_config = llm.llm_engine.vllm_config
+    return stand_in(llm.llm_engine.vllm_config)
+
+
+def stand_in(vllm_config: VllmConfig) -> nn.Module:
+    """``memory_model`` of an engine's configuration."""
     model_config = vllm_config.model_config
     source = adapter_of(vllm_config)
     backbone = AutoConfig.from_pretrained(
