@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from ..adapter.files import read_adapter
@@ -40,18 +42,8 @@ def serve(arguments: argparse.Namespace, key: str | None, threads: int | None) -
             "dtype": arguments.dtype,
             "max_num_seqs": limits.rows,
         } | given
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, name="deltamem-vllm", daemon=True)
-        thread.start()
-        try:
-            llm = asyncio.run_coroutine_threadsafe(_started(settings), loop).result()
-            try:
-                _serve(llm, loop, directory, name, limits, bank_path(arguments.bank, name), key, listening)
-            finally:
-                llm.shutdown()
-        finally:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+        with running(settings) as (llm, loop):
+            _serve(llm, loop, directory, name, limits, bank_path(arguments.bank, name), key, listening)
     return 0
 
 
@@ -70,6 +62,27 @@ def _serve(llm, loop, directory: str, name: str, limits, path, key: str | None, 
             run(engine, key, listening, path)
         finally:
             engine.close()
+
+
+@contextlib.contextmanager
+def running(settings: dict[str, Any]) -> Iterator[tuple[Any, asyncio.AbstractEventLoop]]:
+    """vLLM's asynchronous engine, and the loop that it runs in, of a thread of its own.
+
+    Args:
+        settings: of ``AsyncEngineArgs``.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="deltamem-vllm", daemon=True)
+    thread.start()
+    try:
+        llm = asyncio.run_coroutine_threadsafe(_started(settings), loop).result()
+        try:
+            yield llm, loop
+        finally:
+            llm.shutdown()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
 
 async def _started(settings: dict[str, Any]):

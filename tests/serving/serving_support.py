@@ -6,11 +6,10 @@ import contextlib
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import uvicorn
-from session_support import CONFIGS
-from support import loud_adapter, tiny_model
-from tokenizers_for_tests import chatml_tokenizer
 
 from deltamem_fast import MemoryBank, patch_model
 from deltamem_fast.adapter.record import identity_of
@@ -23,10 +22,15 @@ from deltamem_fast.serving.rows import Row
 from deltamem_fast.text.answering import answer_options
 
 NAME = "tiny"
+KEY = "a-token-for-tests"
 
 
 def served_model(strategy: str = "tsw", family: str = "qwen3", **changes):
     """A random model with a loud adapter, and its tokenizer."""
+    from session_support import CONFIGS
+    from support import loud_adapter, tiny_model
+    from tokenizers_for_tests import chatml_tokenizer
+
     tokenizer = chatml_tokenizer()
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = tiny_model(family, vocab_size=len(tokenizer), num_hidden_layers=2, **(special | changes))
@@ -75,3 +79,21 @@ def listening(engine: Engine, key: str | None = None):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def ask(client, messages, memory_id=None, memory="write", **more):
+    body = {"memory": memory} | ({} if memory_id is None else {"memory_id": memory_id})
+    return client.chat.completions.create(model=NAME, messages=messages, extra_body=body, **more)
+
+
+def http(address, method, path, data=None, key=KEY):
+    """(status, body, headers) of a request."""
+    request = urllib.request.Request(address + path, data, method=method)
+    request.add_header("Content-Type", "application/json")
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read(), response.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), error.headers

@@ -10,13 +10,11 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from serving_support import NAME, chat, engine_of, greedy, listening, row_of, served_model
+from serving_support import KEY, NAME, ask, chat, engine_of, greedy, http, listening, row_of, served_model
 from support import relative_error
 
 from deltamem_fast import MemoryState, forget
 from deltamem_fast.serving.rows import answer_rows, answer_rows_from
-
-KEY = "a-token-for-tests"
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +38,6 @@ def address(engine):
 def client(address):
     with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
         yield client
-
-
-def ask(client, messages, memory_id=None, memory="write", **more):
-    body = {"memory": memory} | ({} if memory_id is None else {"memory_id": memory_id})
-    return client.chat.completions.create(model=NAME, messages=messages, extra_body=body, **more)
-
-
-def http(address, method, path, data=None, key=KEY):
-    """(status, body, headers) of a request."""
-    request = urllib.request.Request(address + path, data, method=method)
-    request.add_header("Content-Type", "application/json")
-    if key is not None:
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request) as response:
-            return response.status, response.read(), response.headers
-    except urllib.error.HTTPError as error:
-        return error.code, error.read(), error.headers
 
 
 def test_turns_are_those_of_a_replay_and_versions_tell_of_each(served, engine, client):
