@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 import threading
@@ -14,7 +15,7 @@ from ..instrument.rows import Row, measured
 from . import replay
 from .clients import Server, User, refused, sayings
 from .kills import CLOSE
-from .process import ServerProcess
+from .process import ServerProcess, add_engine, engine_of, named
 
 DIRECTORY = results.DIRECTORY / "serving" / "load"
 DTYPE = "float32"  # in which a batch's memories can be compared with those of one row
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replays", type=int, default=64, help="memories that are replayed (default: %(default)s)")
     parser.add_argument("--model", default="smollm2", help="a directory, or smollm2 (default: %(default)s)")
     parser.add_argument("--adapter", help="a directory (default: the shipped one)")
+    add_engine(parser)
     parser.add_argument("--address", help="of a server that runs, instead of one that is started here")
 
 
@@ -44,18 +46,19 @@ def run(options: argparse.Namespace) -> int:
         if options.address is None:
             bank = str(Path(folder) / "users.bank")
             arguments = [options.model, "--adapter", adapter, "--bank", bank, "--dtype", DTYPE]
-            process = ServerProcess(arguments)
+            process = ServerProcess([*arguments, *engine_of(options)])
         address = options.address or process.address
         with Server(address, "") as server:
             model = json.loads(server.request("GET", "/v1/models")[1])["data"][0]["id"]
-        began = time.perf_counter()
-        ask(users, address, model, options.seconds, options.answer)
-        took = time.perf_counter() - began
-        with Server(address, model) as server:
-            files = {user.name: server.exported(user.name) for user in users[: options.replays]}
-            versions = {user.name: server.version(user.name) for user in users}
-        if process is not None:
-            process.end()
+        with process or contextlib.nullcontext():
+            began = time.perf_counter()
+            ask(users, address, model, options.seconds, options.answer)
+            took = time.perf_counter() - began
+            with Server(address, model) as server:
+                files = {user.name: server.exported(user.name) for user in users[: options.replays] if user.turns}
+                versions = {user.name: server.version(user.name) for user in users}
+            if process is not None:
+                process.end()
     row = row_of(options, users, took, versions, files, adapter)
     quick = (options.clients, options.seconds) != (64, 120.0)
     return commands.finish([row], {"quick": quick}, options.output)
@@ -87,7 +90,7 @@ def row_of(options, users: list[User], took: float, versions: dict, files: dict,
 
     model, tokenizer = load_patched(options.model, adapter, dtype=DTYPE)
     far = {}
-    for user in users[: options.replays]:
+    for user in [user for user in users[: options.replays] if user.turns]:
         wanted = replay.replayed(model, tokenizer, user.turns, options.answer)
         far[user.name] = replay.distance(replay.loaded(model, files[user.name]), wanted)
     turns = [turn for user in users for turn in user.turns]
@@ -96,8 +99,13 @@ def row_of(options, users: list[User], took: float, versions: dict, files: dict,
     errors += [f"{user.name}: at {versions[user.name]}, not {user.version}" for user in users
                if versions[user.name] != user.version]  # fmt: skip
     errors += [f"{name}: {distance:.1e} from its replay" for name, distance in far.items() if not distance <= CLOSE]
-    server = "another" if options.address else "deltamem serve"
-    parameters = {"server": server, "model": options.model, "clients": options.clients, "seconds": options.seconds}
+    server = "another" if options.address else named(options)
+    parameters = {
+        "server": server,
+        "model": Path(options.model).name,
+        "clients": options.clients,
+        "seconds": options.seconds,
+    }
     row = measured(
         "load/request", parameters, [turn.seconds for turn in turns], requests=len(turns),
         requests_per_second=len(turns) / took, tokens_per_second=tokens / took, errors=len(errors),

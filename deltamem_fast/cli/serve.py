@@ -62,6 +62,7 @@ def add_command(commands) -> None:
     limits = parser.add_argument_group("limits")
     for flag, default, told in (
         ("--max-batch", 16, "requests in one batch"),
+        ("--max-batch-tokens", 32_768, "tokens of a batch, the longest request times their number"),
         ("--max-waiting", 256, "requests that may wait; more are refused (429)"),
         ("--max-tokens", None, "tokens of prompt and answer together; more are refused (413; default: the model's)"),
         ("--answer-tokens", 512, "tokens of an answer, where the request does not say"),
@@ -74,7 +75,13 @@ def add_command(commands) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     require(PACKAGES, "deltamem serve (pip install deltamem-fast[serve])")
-    for name, least in (("max_batch", 1), ("max_waiting", 1), ("answer_tokens", 1), ("max_body", 1)):
+    for name, least in (
+        ("max_batch", 1),
+        ("max_batch_tokens", 1),
+        ("max_waiting", 1),
+        ("answer_tokens", 1),
+        ("max_body", 1),
+    ):
         check_integer(getattr(arguments, name), f"--{name.replace('_', '-')}", least)
     check_integer(arguments.max_tokens, "--max-tokens", 2, or_none=True)
     check_integer(arguments.port, "--port", 0, 65_535)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ..errors import ConflictError, DeltaMemError, FileFormatError, StateError
+from ..errors import ArgumentError, ConflictError, DeltaMemError, FileFormatError, StateError
 from ..memory.bank import BankConflict, BankEntry, MemoryBank
 from ..notices import logger
 from ..storage.bank_ids import check_id
@@ -34,6 +36,7 @@ class Engine(Protocol):
     Attributes:
         name: of the model, as requests call it.
         waiting: requests that wait.
+        sound: requests are answered.
     """
 
     name: str
@@ -41,8 +44,9 @@ class Engine(Protocol):
     limits: Limits
     metrics: Metrics
     waiting: int
+    sound: bool
 
-    def chat(self, request: ChatRequest, say: Callable[[str, bool], None], peer: str) -> ChatJob:
+    def chat(self, request: ChatRequest, say: Callable[[str, bool], None], peer: str, gone: threading.Event) -> ChatJob:
         """Let a request wait for its turn; see ``engine.Engine``."""
 
     def call(self, call: Callable[[], Any], memory_id: str) -> Future[Any]:
@@ -50,6 +54,9 @@ class Engine(Protocol):
 
     def forget(self, memory_id: str, text: str, strength: float | None) -> tuple[int, int]:
         """Erase from a memory what a text has written: (tokens of the text, the memory's version)."""
+
+    def refuse(self) -> None:
+        """Take nothing more, and say so to those that wait; what is under way goes on."""
 
 
 _MOST_LISTED = 1000
@@ -75,6 +82,8 @@ def make_app(engine: Engine, key: str | None = None) -> Guard:
 
 def status_of(error: BaseException) -> int:
     """The HTTP status that an error is told with."""
+    if not isinstance(error, DeltaMemError) or isinstance(error, FileFormatError):  # that of the bank's file
+        return 500
     if isinstance(error, QueueFullError):
         return 429
     if isinstance(error, TooLongError):
@@ -104,7 +113,7 @@ def _told(error: BaseException) -> JSONResponse:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
+        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -136,8 +145,9 @@ async def _read(request: Request, kind: type[BaseModel]) -> Any:
 
 def _add_service(app: FastAPI, engine: Engine) -> None:
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": engine.name, "waiting": engine.waiting}
+    async def health() -> JSONResponse:
+        found = {"status": "ok" if engine.sound else "broken", "model": engine.name, "waiting": engine.waiting}
+        return JSONResponse(found, 200 if engine.sound else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -160,15 +170,21 @@ def _add_chat(app: FastAPI, engine: Engine) -> None:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
 
         def hand_over(item: Any) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, item)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, and nobody waits
+                loop.call_soon_threadsafe(pieces.put_nowait, item)
 
         peer = request.client.host if request.client else ""
-        job = await run_in_threadpool(engine.chat, asked, lambda *piece: hand_over(piece), peer)
+        gone = threading.Event()
+        try:
+            job = await run_in_threadpool(engine.chat, asked, lambda *piece: hand_over(piece), peer, gone)
+        except BaseException:  # cancelled, the request may wait in the queue all the same
+            gone.set()
+            raise
         job.done.add_done_callback(lambda done: hand_over(None))
         reply = Reply(engine.name)
         if asked.stream:
             events = _stream(engine, asked, job, pieces, reply)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return _Stream(events, gone)
         # A client that hangs up does not keep its row going, nor what it wrote.
         watch = asyncio.create_task(_gone(request))
         try:
@@ -182,10 +198,10 @@ def _add_chat(app: FastAPI, engine: Engine) -> None:
                     break
         finally:
             watch.cancel()
-            job.gone.set()
+            gone.set()
         try:
             found: Answered = job.done.result()
-        except (Exception, CancelledError) as error:
+        except Exception as error:
             return _told(error)
         memory = memory_of(asked, found.loaded, found.version)
         usage = usage_of(found.prompt, found.tokens)
@@ -201,29 +217,26 @@ async def _gone(request: Request) -> None:
 async def _stream(
     engine: Engine, asked: ChatRequest, job: Any, pieces: asyncio.Queue, reply: Reply
 ) -> AsyncIterator[bytes]:  # fmt: skip
-    """The events of a stream; when it is closed before its end, nothing of the turn is kept."""
+    """The events of a stream."""
     began, first = asyncio.get_running_loop().time(), True
+    yield _event(reply.chunk({"role": "assistant", "content": ""}))
+    while (item := await pieces.get()) is not None:
+        if first:
+            engine.metrics.first.observe(asyncio.get_running_loop().time() - began)
+            first = False
+        piece, thinking = item
+        yield _event(reply.chunk({"reasoning_content" if thinking else "content": piece}))
     try:
-        yield _event(reply.chunk({"role": "assistant", "content": ""}))
-        while (item := await pieces.get()) is not None:
-            if first:
-                engine.metrics.first.observe(asyncio.get_running_loop().time() - began)
-                first = False
-            piece, thinking = item
-            yield _event(reply.chunk({"reasoning_content" if thinking else "content": piece}))
-        try:
-            found: Answered = job.done.result()
-        except (Exception, CancelledError) as error:
-            yield b"data: " + bytes(_told(error).body) + b"\n\n"
-            return
-        # Not before the memory is committed: who has read this knows that it is kept.
-        memory = memory_of(asked, found.loaded, found.version)
-        yield _event(reply.chunk({}, found.finish, memory=memory))
-        if asked.stream_options is not None and asked.stream_options.include_usage:
-            yield _event(reply.usage(usage_of(found.prompt, found.tokens)))
-        yield b"data: [DONE]\n\n"
-    finally:
-        job.gone.set()
+        found: Answered = job.done.result()
+    except Exception as error:
+        yield b"data: " + bytes(_told(error).body) + b"\n\n"
+        return
+    # Not before the memory is committed: who has read this knows that it is kept.
+    memory = memory_of(asked, found.loaded, found.version)
+    yield _event(reply.chunk({}, found.finish, memory=memory))
+    if asked.stream_options is not None and asked.stream_options.include_usage:
+        yield _event(reply.usage(usage_of(found.prompt, found.tokens)))
+    yield b"data: [DONE]\n\n"
 
 
 def _event(body: dict[str, Any]) -> bytes:
@@ -271,10 +284,25 @@ def _add_memories(app: FastAPI, engine: Engine) -> None:
         return {"id": asked.memory_id, "tokens": tokens, "version": version}
 
 
+class _Stream(StreamingResponse):
+    """A stream of events. When it ends, however it ends, nobody waits any more."""
+
+    def __init__(self, events: AsyncIterator[bytes], gone: threading.Event):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._gone = gone
+
+    async def __call__(self, scope, receive, send) -> None:
+        # Not in the iterator, which is not even begun for a client that has hung up already.
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._gone.set()
+
+
 async def _settled(engine: Engine, call: Callable[[], Any], memory_id: str) -> Any:
     """What ``call`` returns, run in the memory's turn."""
     future = await run_in_threadpool(engine.call, call, memory_id)
-    return await run_in_threadpool(future.result)
+    return await asyncio.wrap_future(future)
 
 
 def _entry(entry: BankEntry) -> dict[str, Any]:
@@ -310,6 +338,8 @@ def _imported(engine: Engine, memory_id: str, data: bytes, overwrite: bool) -> d
             raise
         except ValueError as error:
             # Without the name of a file that the client does not know.
-            raise FileFormatError(str(error).replace(f"path: {path}", "body").replace(str(path), "body")) from error
-    entry = next(iter(engine.bank.list(prefix=memory_id, limit=1)))
+            raise ArgumentError(str(error).replace(f"path: {path}", "body").replace(str(path), "body")) from error
+    entry = next((entry for entry in engine.bank.list(prefix=memory_id, limit=1) if entry.id == memory_id), None)
+    if entry is None:  # deleted in between
+        raise unknown(memory_id)
     return _entry(entry)

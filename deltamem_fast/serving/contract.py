@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..arguments import shown
 
 MODES = ("write", "read", "none")
+_COLDEST = 0.01  # below it, sampling is greedy but for what overflows
 
 
 class _Strict(BaseModel):
@@ -36,7 +37,7 @@ class ChatRequest(_Strict):
         memory: ``write``: it is read, and what is new in the request and the answer are written. ``read``: it is read,
             and stays as it is. ``none``: the bare model answers.
         max_tokens, max_completion_tokens: of the answer, thinking included; the newer name counts.
-        temperature, top_p: greedy unless one of them is given, and the temperature is above 0.
+        temperature, top_p: greedy unless one of them is given, and the temperature is 0.01 or more.
         seed: of sampling; such a request is answered in no batch.
         chat_template_kwargs: arguments of the chat template, such as ``enable_thinking``.
         n, user, and what follows: taken, as clients send them, where they ask for nothing that is not done.
@@ -86,13 +87,15 @@ class ChatRequest(_Strict):
     @property
     def sampling(self) -> dict[str, Any]:
         """Options of ``generate``: how a token is chosen."""
-        if (self.temperature is None and self.top_p is None) or self.temperature == 0:
+        unasked = self.temperature is None and self.top_p is None
+        if unasked or (self.temperature is not None and self.temperature < _COLDEST):
             return {"do_sample": False}
         return {
             "do_sample": True,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": 0,  # nor the model's own cut
+            "remove_invalid_values": True,  # a memory can be of any finite numbers
         }
 
 

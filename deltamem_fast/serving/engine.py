@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import threading
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -29,11 +32,16 @@ from .rows import answer_rows, answer_rows_from, can_be_padded, seeded
 class CallJob:
     """Something else that the model is needed for, in its turn."""
 
-    fits, ordered = None, True
+    fits, ordered, size = None, True, 0
 
     def __init__(self, call: Callable[[], Any], owner: Hashable):
         self.call, self.owner = call, owner
         self.done: Future[Any] = Future()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more."""
+        return self.done.cancelled()
 
 
 class Engine:
@@ -61,7 +69,8 @@ class Engine:
         rows = limits.rows if can_be_padded(model) else 1
         if rows < limits.rows:
             logger.warning("%s sees a window of columns, padding included: each request is answered by itself", name)
-        self.queue = FairQueue(limits.waiting)
+        self.queue = FairQueue(limits.waiting, limits.batch)
+        self._own_tokenizer = copy.deepcopy(tokenizer)  # of the worker's thread
         self._worker = Worker(self.queue, self._run, rows)
         metrics.waiting.set_function(lambda: len(self.queue))
 
@@ -70,27 +79,44 @@ class Engine:
         """Requests that wait."""
         return len(self.queue)
 
-    def close(self) -> None:
-        """Take nothing more, end what is under way, and say so to those that wait."""
+    @property
+    def sound(self) -> bool:
+        """Whether requests are answered."""
+        return self._worker.alive
+
+    def refuse(self) -> None:
+        """Take nothing more, and say so to those that wait; what is under way goes on."""
         for job in self.queue.close():
-            job.done.set_exception(StateError("server: is going down"))
+            if not job.done.cancelled():
+                job.done.set_exception(StateError("server: is going down, and the request was not begun"))
+
+    def close(self) -> None:
+        """Take nothing more, and wait for what is under way."""
+        self.refuse()
         self._worker.join()
 
     # --- asking
 
-    def chat(self, request: ChatRequest, say: Callable[[str, bool], None], peer: str = "") -> ChatJob:
+    def chat(
+        self,
+        request: ChatRequest,
+        say: Callable[[str, bool], None],
+        peer: str = "",
+        gone: threading.Event | None = None,
+    ) -> ChatJob:
         """Let a request wait for its turn; ``done`` of what is returned is its answer.
 
         Args:
             say: is called, in another thread, with each piece of the answer, and whether it is thinking.
             peer: who asks, where neither ``memory_id`` nor ``user`` says so.
+            gone: is set when nobody waits any more: nothing of it is kept then.
 
         Raises:
             TooLongError: prompt and answer are longer than is allowed.
             ValueError, TypeError: naming the field.
             QueueFullError: as many wait as may.
         """
-        job = self._intake.job(request, say, peer)
+        job = self._intake.job(request, say, peer, gone)
         self.queue.put(job)
         return job
 
@@ -111,8 +137,8 @@ class Engine:
         memory = self.bank.gather([check_id(memory_id, "memory_id")])
         if not version_of(memory):
             raise unknown(memory_id)
-        with self._intake.rendering:
-            told = forget(self.model, self.tokenizer, memory, text, strength=strength)
+        self._intake.check_text(text)
+        told = forget(self.model, self._own_tokenizer, memory, text, strength=strength)
         self.bank.commit([memory_id], memory)
         return int(told), version_of(memory)
 
@@ -122,15 +148,21 @@ class Engine:
         if isinstance(jobs[0], CallJob):
             return _settle(jobs[0].done, jobs[0].call)
         try:
-            self._answer([job for job in jobs if not job.gone.is_set()])
+            self._answer(list(jobs))
         except BaseException as error:
-            for job in jobs:
-                if not job.done.done():
-                    job.done.set_exception(error)
+            left = [job for job in jobs if not job.done.done()]
+            if len(left) > 1:
+                # Whose fault it is, nobody knows; what it says may be of anybody's request.
+                logger.error("serving: a batch of %d has failed: %s", len(left), error, exc_info=error)
+                told: BaseException = StateError(f"server: its batch has failed ({type(error).__name__}); try again")
+            else:
+                told = error
+            # They hold the batch's tensors.
+            traceback.clear_frames(error.__traceback__)
+            for job in left:
+                job.done.set_exception(told)
 
     def _answer(self, jobs: list[ChatJob]) -> None:
-        if not jobs:
-            return
         request = jobs[0].request
         options = answer_options(self.model, self.tokenizer, dict(request.sampling))
         with seeded(request.seed if jobs[0].fits is None else None, input_device(self.model)):
@@ -140,7 +172,9 @@ class Engine:
                 for job in jobs:
                     self._tell(job, 0, 0)
                 return
-            memory = self._memory(jobs)
+            jobs, memory = self._memory(jobs)
+            if not jobs:
+                return
             loaded = [0 if row is None else row[1] for row in memory.bank_rows]
             groups: dict[Hashable, list[int]] = {}
             for place, (job, version) in enumerate(zip(jobs, loaded)):
@@ -149,8 +183,21 @@ class Engine:
             for (known, _), places in groups.items():
                 self._answer_group([jobs[n] for n in places], memory.select(places), known, options)
 
-    def _memory(self, jobs: Sequence[ChatJob]) -> MemoryState:
-        """The memory of each job: its user's, or an empty one."""
+    def _memory(self, jobs: list[ChatJob]) -> tuple[list[ChatJob], MemoryState | None]:
+        """The memory of each job: its user's, or an empty one; without the jobs whose memory cannot be read."""
+        try:
+            return jobs, self._gathered(jobs)
+        except Exception:
+            whole = []
+            for job in jobs:
+                try:
+                    self._gathered([job])
+                    whole.append(job)
+                except Exception as error:
+                    job.done.set_exception(error)
+            return whole, self._gathered(whole) if whole else None
+
+    def _gathered(self, jobs: Sequence[ChatJob]) -> MemoryState:
         names = [job.request.memory_id for job in jobs]
         known = [name for name in names if name is not None]
         parts = [self.bank.gather(known)] if known else []
@@ -164,22 +211,35 @@ class Engine:
         loaded = [0 if row is None else row[1] for row in memory.bank_rows]
         self.metrics.rows.observe(len(jobs))
         after = answer_rows_from(self.model, [job.row for job in jobs], memory, known, options, write=write)
-        for place, (job, version) in enumerate(zip(jobs, loaded)):
-            name = job.request.memory_id
+        kept = []
+        for place, job in enumerate(jobs):
             if job.gone.is_set():
                 job.done.cancel()
-                continue
-            now = version
-            if write and name is not None:
-                row = after.select([place])
-                try:
-                    self.bank.commit([name], row)
-                except Exception as error:
-                    self.metrics.conflicts.inc(isinstance(error, BankConflict))
-                    job.done.set_exception(error)
-                    continue
-                now = version_of(row)
-            self._tell(job, version, now)
+            elif job.row.error is not None:
+                job.done.set_exception(job.row.error)
+            elif write and job.request.memory_id is not None:
+                kept.append(place)
+            else:
+                self._tell(job, loaded[place], loaded[place])
+        versions = self._committed([jobs[n] for n in kept], [after.select([n]) for n in kept])
+        for place, version in zip(kept, versions):
+            if version is not None:
+                self._tell(jobs[place], loaded[place], version)
+
+    def _committed(self, jobs: list[ChatJob], rows: list[MemoryState]) -> list[int | None]:
+        """The versions of memories that are stored; None: it could not be, and its job knows why."""
+        if not jobs:
+            return []
+        try:
+            together = MemoryState.cat(rows)
+            self.bank.commit([job.request.memory_id for job in jobs], together)
+            return [row[1] for row in together.bank_rows]
+        except Exception as error:
+            if len(jobs) > 1:  # one of them is to blame, and none is stored
+                return [version for job, row in zip(jobs, rows) for version in self._committed([job], [row])]
+            self.metrics.conflicts.inc(isinstance(error, BankConflict))
+            jobs[0].done.set_exception(error)
+            return [None]
 
     def _tell(self, job: ChatJob, loaded: int, version: int) -> None:
         row = job.row
@@ -189,6 +249,8 @@ class Engine:
 
 
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         future.set_result(call())
     except BaseException as error:

@@ -56,8 +56,8 @@ class Guard:
     async def _checked(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         headers = dict(scope["headers"])
         if self._key is not None and scope["path"] not in _OPEN:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self._key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key.encode()):
                 told = error_body(401, "authorization: allowed the bearer token that the server was started with")
                 await JSONResponse(told, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return

@@ -17,6 +17,8 @@ from .contract import ChatRequest
 from .prompts import Prompt, rendered
 from .rows import LENGTH, Row
 
+MOST_MESSAGES = 1024  # taking a chat apart takes time that grows with their square
+
 
 class TooLongError(ArgumentError):
     """A request's prompt and answer are longer than a request may be."""
@@ -28,6 +30,7 @@ class Limits:
 
     Attributes:
         rows: requests in one batch.
+        batch: tokens of one, the longest prompt with its answer times the rows; a longer request goes alone.
         waiting: requests that may wait.
         tokens: of prompt and answer together; None: what the model was trained for.
         answer: tokens of an answer, where the request does not say.
@@ -35,6 +38,7 @@ class Limits:
     """
 
     rows: int = 16
+    batch: int = 32_768
     waiting: int = 256
     tokens: int | None = None
     answer: int = 512
@@ -69,17 +73,32 @@ class ChatJob:
         owner: who takes turns with others; see ``FairQueue``.
         fits: which go with it.
         row: its answer while it comes.
+        gone: see ``done``.
 
     Attributes:
-        done: is set to what came of it; cancelled: nobody waits any more, and nothing of it is kept.
+        done: is set to what came of it; cancelled, if ``gone`` was set: nobody waits any more, and nothing is kept.
     """
 
-    def __init__(self, request: ChatRequest, prompt: Prompt, row: Row, owner: Hashable, fits: Hashable | None):
+    def __init__(
+        self,
+        request: ChatRequest,
+        prompt: Prompt,
+        row: Row,
+        owner: Hashable,
+        fits: Hashable | None,
+        gone: threading.Event | None = None,
+    ):
         self.request, self.prompt, self.row, self.owner, self.fits = request, prompt, row, owner, fits
         self.ordered = request.memory_id is not None
-        self.gone = threading.Event()
+        self.size = len(prompt) + row.most
+        self.gone = threading.Event() if gone is None else gone
         row.gone = self.gone.is_set
         self.done: Future[Answered] = Future()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more."""
+        return self.gone.is_set()
 
     def answered(self, loaded: int, version: int) -> Answered:
         """What came of it; ``loaded`` and ``version`` as in ``Answered``."""
@@ -109,13 +128,15 @@ class Intake:
         if not getattr(tokenizer, "chat_template", None) or not getattr(tokenizer, "is_fast", False):
             raise ArgumentError("tokenizer: allowed a fast tokenizer with a chat template, which shows the messages")
         if limits.tokens and trained and limits.tokens > trained:
-            raise ArgumentError(f"max_tokens: got {limits.tokens}, allowed 1 to {trained}, the model's positions")
+            raise ArgumentError(f"--max-tokens: got {limits.tokens}, allowed 1 to {trained}, the model's positions")
         self.tokens = limits.tokens or trained
         self.rendering = threading.Lock()
         self._tokenizer, self._granularity, self._vocabulary = tokenizer, granularity, vocabulary
         self._answer = limits.answer
 
-    def job(self, request: ChatRequest, say: Callable[[str, bool], None], peer: str) -> ChatJob:
+    def job(
+        self, request: ChatRequest, say: Callable[[str, bool], None], peer: str, gone: threading.Event | None = None
+    ) -> ChatJob:
         """A request as one that can be answered.
 
         Args:
@@ -130,8 +151,14 @@ class Intake:
         check_template(template, "chat_template_kwargs", ArgumentError)
         if request.memory_id is not None:
             check_id(request.memory_id, "memory_id")
+        if len(request.messages) > MOST_MESSAGES:
+            raise TooLongError(f"messages: got {len(request.messages)}, allowed {MOST_MESSAGES}")
+
+        def check(tokens: int) -> None:
+            self._room(request, tokens)
+
         with self.rendering:
-            prompt = rendered(self._tokenizer, self._granularity, request.messages, template)
+            prompt = rendered(self._tokenizer, self._granularity, request.messages, template, check)
         highest = max(prompt.whole.ids)
         if highest >= self._vocabulary:
             raise ArgumentError(f"tokenizer: gives token id {highest}, the model knows 0 to {self._vocabulary - 1}")
@@ -139,14 +166,26 @@ class Intake:
         owner = ("memory", request.memory_id) if request.memory_id is not None else ("user", request.user or peer)
         alone = request.seed is not None and request.sampling["do_sample"]
         fits = None if alone else (request.memory, *sorted(request.sampling.items()))
-        return ChatJob(request, prompt, row, owner, fits)
+        return ChatJob(request, prompt, row, owner, fits, gone)
 
-    def _most(self, request: ChatRequest, prompt: int) -> int:
-        """Tokens of a request's answer at most."""
+    def check_text(self, text: str) -> None:
+        """Raise TooLongError for a text that is longer than a request may be."""
+        with self.rendering:
+            tokens = len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.tokens is not None and tokens > self.tokens:
+            raise TooLongError(f"text: got {tokens} tokens, allowed {self.tokens}")
+
+    def _room(self, request: ChatRequest, prompt: int) -> int | None:
+        """How many tokens an answer may have behind a prompt, or None: any number."""
         room = None if self.tokens is None else self.tokens - prompt
         if room is not None and room < (request.limit or 1):
             asked = "" if request.limit is None else f" and {request.limit} of the answer"
             raise TooLongError(f"messages: got {prompt} tokens{asked}, allowed {self.tokens} together")
+        return room
+
+    def _most(self, request: ChatRequest, prompt: int) -> int:
+        """Tokens of a request's answer at most."""
+        room = self._room(request, prompt)
         most = self._answer if request.limit is None else request.limit
         return most if room is None else min(most, room)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
-from ..session.blocks import NEXT, Block, Renderer, joined_ids, joined_segments
+from ..session.blocks import Block, Renderer, joined_ids, joined_segments
+from ..session.turns import answer_block
 from ..text.messages import Message, plain_messages
 
 _SYSTEM = ("system", "developer")
@@ -32,7 +33,8 @@ class Forwards:
     @property
     def shape(self) -> tuple[bool | None, ...]:
         """What prompts have in common that can go through the model as the rows of one batch."""
-        return tuple(part and bool(part.ids) for part in (self.seen, *self.ahead, None, *self.after))
+        parts = (self.seen, *self.ahead, None, *self.after)
+        return tuple(None if part is None else bool(part.ids) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,17 @@ class Prompt:
 
     def answer(self, reply: Message) -> Block:
         """The block of an answer, as the template shows it once a question follows it."""
-        return self.renderer.chat([*self.messages, reply, NEXT]).messages[-2]
+        place = len(self.earlier)
+        return answer_block(self.renderer, self.messages[:place], [*self.messages[place:], reply])
 
 
 def rendered(
-    tokenizer, granularity: str, messages: Sequence[Message], template: Mapping[str, Any]
-) -> Prompt:  # fmt: skip
+    tokenizer,
+    granularity: str,
+    messages: Sequence[Message],
+    template: Mapping[str, Any],
+    check: Callable[[int], None] = lambda tokens: None,
+) -> Prompt:
     """The messages of a request.
 
     Args:
@@ -96,6 +103,7 @@ def rendered(
         granularity: of the adapter's writes.
         messages: a system message or none, then the chat; the last is of role ``user`` or ``tool``.
         template: arguments of the chat template.
+        check: is given the number of tokens before they are taken apart, which takes far longer; may raise.
 
     Raises:
         ValueError, TypeError: naming the message that is not allowed, or that the template refuses.
@@ -104,6 +112,8 @@ def rendered(
     system = None
     if said[0]["role"] in _SYSTEM:
         system, said = said[0].get("content"), said[1:]
+        if system is None:
+            raise ArgumentError("messages[0]: has no content, allowed a string or a list of text parts")
     for place, message in enumerate(said, len(messages) - len(said)):
         if message["role"] in _SYSTEM:
             raise ArgumentError(f"messages[{place}]: got role {message['role']!r}, allowed for the first message alone")
@@ -115,6 +125,7 @@ def rendered(
         got = repr(said[-1]["role"]) if said else "no message after the system's"
         raise ArgumentError(f"messages: got {got} at the end, allowed a message of role user or tool")
     renderer = Renderer(tokenizer, system, granularity, template)
+    check(len(renderer.ids(said)))
     chat = renderer.chat(said)
     last = max((place for place, message in enumerate(said) if message["role"] == "assistant"), default=-1)
     earlier, new = chat.messages[: last + 1], chat.messages[last + 1 :]

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..adapter.record import identity_of, memory_disabled, record_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..memory.state import MemoryState
-from ..session.blocks import Block
+from ..session.blocks import NOTHING, Block
 from ..session.turns import Mark, is_recurrent, new_cache
 from ..text.stops import StoppedText
 from ..text.thinking import TextStream
@@ -37,6 +37,7 @@ class Row:
         gone: says whether nobody waits for it any more.
         rendering: is held while the tokenizer is used, which is not for several threads.
         finish: how it ended: ``stop`` or ``length``; None: it has not, or was gone.
+        error: why the answer cannot be written; the memory's row is then of no use.
     """
 
     prompt: Prompt
@@ -50,6 +51,7 @@ class Row:
     thinking: str = ""
     tokens: int = 0
     ended: bool = False
+    error: Exception | None = None
     _stream: TextStream | None = field(default=None, repr=False)
     _text: StoppedText | None = field(default=None, repr=False)
 
@@ -88,9 +90,13 @@ class Row:
         return {"role": "assistant", "content": self.answer, **thought}
 
     def block(self) -> Block:
-        """The answer as the chat template shows it to later turns."""
+        """The answer as the chat template shows it to later turns; nothing, and an ``error``, if it cannot."""
         with self.rendering:
-            return self.prompt.answer(self.message())
+            try:
+                return self.prompt.answer(self.message())
+            except Exception as error:  # templates refuse chats with errors of any kind
+                self.error = error
+                return NOTHING
 
     def _tell(self, piece: str, thinking: bool) -> None:
         if not thinking:
@@ -178,7 +184,9 @@ class _Batch:
         """Put columns behind those that are there, for ``generate`` to feed."""
         width = max(map(len, blocks))
         pad = [[0] * (width - len(block)) for block in blocks]
-        self.ids = self._with(self.ids, [[*left, *block.ids] for left, block in zip(pad, blocks)])
+        # The row's own token, which a penalty of repetitions then counts anyway.
+        filled = [block.ids[:1] * len(left) for left, block in zip(pad, blocks)]
+        self.ids = self._with(self.ids, [[*left, *block.ids] for left, block in zip(filled, blocks)])
         self.mask = self._with(self.mask, [[*left, *[1] * len(block)] for left, block in zip(pad, blocks)])
         if self.segments is not None:
             segments = [

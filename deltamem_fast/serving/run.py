@@ -52,10 +52,29 @@ def serve(arguments: argparse.Namespace, key: str | None, threads: int | None) -
     return 0
 
 
+class _Server(uvicorn.Server):
+    """A server that, when it is told to end, says so to those whose requests were not begun."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._engine.refuse()
+        super().handle_exit(sig, frame)
+
+
 def limits_of(arguments: argparse.Namespace) -> Limits:
     """What is taken."""
     given = arguments
-    return Limits(given.max_batch, given.max_waiting, given.max_tokens, given.answer_tokens, given.max_body)
+    return Limits(
+        given.max_batch,
+        given.max_batch_tokens,
+        given.max_waiting,
+        given.max_tokens,
+        given.answer_tokens,
+        given.max_body,
+    )
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -128,6 +147,6 @@ def run(engine: Engine, key: str | None, listening: socket.socket, path: Path) -
     # uvicorn hands a signal on when it has ended; it is over by then.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config, engine).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)

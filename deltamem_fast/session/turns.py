@@ -146,11 +146,15 @@ def _alone(renderer: Renderer, messages: Sequence[Message]) -> Chat | None:
         return None
 
 
-def _answer(renderer: Renderer, kept: tuple[Turn, ...], messages: Sequence[Message]) -> Block:
-    """The block of an answer, the last of a turn's messages, as the template shows it once a question follows."""
+def answer_block(renderer: Renderer, earlier: Sequence[Message], messages: Sequence[Message]) -> Block:
+    """The block of an answer, the last of a turn's messages, as the template shows it once a question follows.
+
+    Args:
+        earlier: the messages before the turn's, without which some templates refuse it.
+    """
     chat = _alone(renderer, [*messages, NEXT])
     if chat is None:
-        chat = renderer.chat([*(message for turn in kept for message in turn.messages), *messages, NEXT])
+        chat = renderer.chat([*earlier, *messages, NEXT])
     return chat.messages[-2]
 
 
@@ -200,7 +204,8 @@ def have_turn(
     if stream.thinking:
         reply["reasoning_content"] = stream.thinking
     messages = (*said, reply)
-    answer = _answer(renderer, plan.kept, messages)
+    earlier = [message for kept in plan.kept for message in kept.messages]
+    answer = answer_block(renderer, earlier, messages)
     for block in (*(() if ahead else plan.prompt), answer):
         feed(model, cache, memory, block)
     turn = Turn(messages, plan.prompt, answer, before)

@@ -77,9 +77,18 @@ class VllmEngine:
         """Requests that wait or are under way: which of them vLLM has begun, it does not say."""
         return self._under_way
 
+    @property
+    def sound(self) -> bool:
+        """Whether requests are answered."""
+        return not self._llm.errored
+
+    def refuse(self) -> None:
+        """Take nothing more; what vLLM has is answered."""
+        self._closed = True
+
     def close(self) -> None:
         """Take nothing more, and wait for what is under way."""
-        self._closed = True
+        self.refuse()
         asyncio.run_coroutine_threadsafe(self._emptied(), self._loop).result()
 
     async def _emptied(self) -> None:
@@ -88,9 +97,15 @@ class VllmEngine:
 
     # --- asking
 
-    def chat(self, request: ChatRequest, say: Callable[[str, bool], None], peer: str = "") -> ChatJob:
+    def chat(
+        self,
+        request: ChatRequest,
+        say: Callable[[str, bool], None],
+        peer: str = "",
+        gone: threading.Event | None = None,
+    ) -> ChatJob:
         """Let a request wait for its memory's turn; arguments and errors as of ``serving.engine.Engine.chat``."""
-        job = self._intake.job(request, say, peer)
+        job = self._intake.job(request, say, peer, gone)
         self._start(self._turn(job), job.done)
         return job
 
@@ -177,6 +192,8 @@ class VllmEngine:
             return
         if mode == "write" and name is not None:
             block = await asyncio.to_thread(job.row.block)
+            if job.row.error is not None:
+                raise job.row.error
             ids = joined_ids((*job.prompt.all_blocks, block))
             written = await self._written(ids, state, first)
             version = await asyncio.to_thread(self._commit, name, memory, written)

@@ -1,5 +1,8 @@
 """What a request may have, field by field; nothing is silently left out."""
 
+import json
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -32,8 +35,6 @@ GOOD = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 def test_what_is_wrong_is_named(more, said):
     with pytest.raises(ValidationError) as caught:
         ChatRequest.model_validate(GOOD | more)
-    import re
-
     assert re.search(said, in_words(caught.value)), in_words(caught.value)
 
 
@@ -51,9 +52,11 @@ def test_how_a_token_is_chosen():
         return ChatRequest.model_validate(GOOD | more).sampling
 
     assert sampling() == sampling(temperature=0) == sampling(temperature=0, top_p=0.5) == {"do_sample": False}
-    assert sampling(temperature=0.7) == {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "top_k": 0}
-    assert sampling(top_p=0.5) == {"do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 0}
+    assert sampling(temperature=1e-40) == {"do_sample": False}  # what it would divide by overflows
+    sampled = {"do_sample": True, "top_k": 0, "remove_invalid_values": True}
+    assert sampling(temperature=0.7) == sampled | {"temperature": 0.7, "top_p": 1.0}
+    assert sampling(top_p=0.5) == sampled | {"temperature": 1.0, "top_p": 0.5}
     asked = ChatRequest.model_validate(GOOD | {"max_tokens": 5, "max_completion_tokens": 7, "stop": "end"})
     assert asked.limit == 7 and asked.stops == ("end",)
     ours = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "user": "u", "store": False}
-    assert ChatRequest.model_validate_json(__import__("json").dumps(GOOD | ours)).limit is None
+    assert ChatRequest.model_validate_json(json.dumps(GOOD | ours)).limit is None

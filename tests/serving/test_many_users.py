@@ -12,14 +12,14 @@ def no_errors(row):
 
 
 def test_a_killed_server_loses_nothing():
-    values = no_errors(kills.measure(users=8, turns=3, kills=1, answer=6, model=None, adapter=None)[0])
+    values = no_errors(kills.measure(users=8, turns=3, kills=1, answer=6)[0])
     assert values["turns"] == 24 and values["distance"] < 1e-4
     assert values["repeated"] + values["unacknowledged"] > 0  # the kill has hit turns under way
 
 
 @pytest.mark.soak
 def test_64_users_and_three_kills():
-    values = no_errors(kills.measure(users=64, turns=8, kills=3, answer=16, model=None, adapter=None)[0])
+    values = no_errors(kills.measure(users=64, turns=8, kills=3, answer=16)[0])
     assert values["turns"] == 512
 
 

@@ -112,16 +112,27 @@ def test_an_empty_answer_is_written_beside_others():
         "{%- for m in messages -%}", "{%- for m in messages if m.content -%}"
     )
     rows = [row_of(model, tokenizer, messages, 4) for messages in FIRST]
-    rows[1].gone = lambda: True
-    after = answer_rows_from(
-        model, rows, MemoryState.zeros(model, 3), False, greedy(model, tokenizer) | {"eos_token_id": None}, write=True
-    )
-    rows[1].answer = ""
+    end = tokenizer.eos_token_id
+
+    def ends_at_once(input_ids, scores):
+        scores[1] = -float("inf")
+        scores[1, end] = 0.0
+        return scores
+
+    options = greedy(model, tokenizer) | {"eos_token_id": [end]}
+    memory = MemoryState.zeros(model, 3)
+    memory.name_rows((name, 1, "a bank") for name in "abc")
+    after = answer_rows_from(model, rows, memory, False, options | {"logits_processor": [ends_at_once]}, write=True)
+    assert rows[1].answer == "" and not rows[1].block().ids and rows[0].answer and rows[2].answer
+    assert after.ids == ["a", "b", "c"]
     for place in (0, 2):
         alone = row_of(model, tokenizer, FIRST[place], 4)
-        options = greedy(model, tokenizer) | {"eos_token_id": None}
         state = answer_rows_from(model, [alone], MemoryState.zeros(model), False, options, write=True)
         assert all(relative_error(after[i][place], state[i][0]) < 1e-5 for i in state)
+    cache, state = new_cache(model), MemoryState.zeros(model)
+    for block in rows[1].prompt.all_blocks:
+        feed(model, cache, state, block)
+    assert all(relative_error(after[i][1], state[i][0]) < 1e-5 for i in state)
 
 
 def test_an_answer_ends_at_a_stop_and_what_follows_is_not_remembered():

@@ -14,6 +14,7 @@ from serving_support import KEY, NAME, ask, chat, engine_of, greedy, http, liste
 from support import relative_error
 
 from deltamem_fast import MemoryState, forget
+from deltamem_fast.errors import FileFormatError
 from deltamem_fast.serving.rows import answer_rows, answer_rows_from
 
 
@@ -135,6 +136,117 @@ def test_requests_that_fit_go_together(engine, client):
     assert "deltamem_batch_rows_sum 6.0" in page and "deltamem_batch_rows_count 1.0" in page
 
 
+@pytest.mark.parametrize("strategy", ["tsw", "ssw"])
+def test_a_batch_of_known_new_and_nobodys_memories_crosses_none(strategy, tmp_path):
+    model, tokenizer = served_model(strategy)
+    with engine_of(model, tokenizer, tmp_path / "users.bank", answer=4) as engine, listening(engine, KEY) as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+            for name in ("b", "d"):
+                ask(client, chat(f"My dog is called {name}."), name)
+            before = {name: engine.bank.gather([name]) for name in "abcd"}
+            names = ["a", None, "b", "c", None, "d"]
+            asked = [
+                [*chat(f"Where did {name} go?", "Home.", "Ada?")][-3 if n % 2 else -1 :] for n, name in enumerate(names)
+            ]
+            gate, began = threading.Event(), threading.Event()
+            engine.call(lambda: (began.set(), gate.wait(20)), "gate")
+            assert began.wait(20)
+            found = {}
+            threads = []
+            for place, (name, messages) in enumerate(zip(names, asked)):
+                call = lambda n=place, messages=messages, name=name: found.update({n: ask(client, messages, name)})  # noqa: E731
+                threads.append(threading.Thread(target=call))
+                threads[-1].start()
+            while len(engine.queue) < len(names):
+                threading.Event().wait(0.01)
+            gate.set()
+            for thread in threads:
+                thread.join()
+        for place, (name, messages) in enumerate(zip(names, asked)):
+            memory = MemoryState.zeros(model) if name is None else before[name]
+            known = name in ("b", "d")
+            row = row_of(model, tokenizer, messages, 4)
+            after = answer_rows_from(model, [row], memory, known, greedy(model, tokenizer), write=True)
+            assert found[place].choices[0].message.content == row.answer, place
+            if name is not None:
+                kept = engine.bank.gather([name])
+                assert all(relative_error(kept[i], after[i]) < 1e-5 for i in kept), place
+        assert [entry.id for entry in engine.bank.list()] == ["a", "b", "c", "d"]
+
+
+def test_windows_and_sampling(tmp_path):
+    model, tokenizer = served_model(family="mistral")
+    with engine_of(model, tokenizer, tmp_path / "users.bank", answer=6) as engine, listening(engine, KEY) as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+            row = row_of(model, tokenizer, chat("My dog is called Rex."), 6)
+            answer_rows_from(model, [row], MemoryState.zeros(model), False, greedy(model, tokenizer), write=True)
+            assert ask(client, chat("My dog is called Rex."), "ada").choices[0].message.content == row.answer
+            hot = {"temperature": 2.0, "top_p": 0.9}
+            drawn = [
+                ask(client, chat("The market."), None, "read", seed=seed, **hot).choices[0].message.content
+                for seed in (1, 1, 2, 3)
+            ]
+            assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+
+
+def test_what_waits_is_told_that_the_server_goes_down(engine, client):
+    gate, began = threading.Event(), threading.Event()
+    call = engine.call(lambda: (began.set(), gate.wait(20)), "gate")
+    assert began.wait(20)
+    told = []
+
+    def wait():
+        with pytest.raises(
+            openai.APIStatusError, match="server: is going down, and the request was not begun"
+        ) as caught:
+            ask(client, chat("Hi."), "ada")
+        told.append(caught.value.status_code)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while len(engine.queue) < 1:
+        threading.Event().wait(0.01)
+    engine.refuse()
+    thread.join()
+    with pytest.raises(openai.APIStatusError, match="server: is going down"):
+        ask(client, chat("Hi."), "ada")
+    gate.set()
+    assert told == [503] and call.result(20) == (None, True) and "ada" not in engine.bank
+
+
+def test_one_damaged_memory_is_its_owners_alone(engine, client):
+    for name in ("ada", "ben"):
+        ask(client, chat("My dog is called Rex."), name)
+    gather = engine.bank.gather
+
+    def damaged(ids, *more):
+        if "ben" in ids:
+            raise FileFormatError("bank: /home/somebody/users.bank: damaged: the memories of 'ben' hold NaN or Inf")
+        return gather(ids, *more)
+
+    engine.bank.gather = damaged
+    gate, began, found = threading.Event(), threading.Event(), {}
+    engine.call(lambda: (began.set(), gate.wait(20)), "gate")
+    assert began.wait(20)
+
+    def call(name):
+        try:
+            found[name] = ask(client, chat("Hi."), name).model_extra["memory"]["loaded"] > 0
+        except openai.APIStatusError as error:
+            found[name] = error.status_code, str(error)
+
+    threads = [threading.Thread(target=call, args=(name,)) for name in ("ada", "ben")]
+    for thread in threads:
+        thread.start()
+    while len(engine.queue) < 2:
+        threading.Event().wait(0.01)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    engine.bank.gather = gather
+    assert found["ada"] is True and found["ben"][0] == 500 and "somebody" not in found["ben"][1]
+
+
 def test_a_memory_that_moves_on_meanwhile_is_a_conflict(engine, client, address):
     ask(client, chat("My dog is called Rex."), "ada")
     elsewhere = engine.bank.gather(["ada"])
@@ -147,7 +259,7 @@ def test_a_memory_that_moves_on_meanwhile_is_a_conflict(engine, client, address)
     original = engine.chat
     for stream in (False, True):
         moved.clear()
-        engine.chat = lambda request, say, peer: original(request, lambda *it: (move_on(*it), say(*it)), peer)
+        engine.chat = lambda request, say, *more: original(request, lambda *it: (move_on(*it), say(*it)), *more)
         with pytest.raises(openai.APIError, match="moved on, so nothing was written") as caught:
             told = ask(client, chat("Where did Ada go?"), "ada", stream=stream)
             list(told if stream else ())
@@ -165,13 +277,13 @@ def test_who_hangs_up_leaves_nothing(engine, client):
     heard, go = threading.Event(), threading.Event()
     original = engine.chat
 
-    def slow(request, say, peer):
+    def slow(request, say, *more):
         def wait(*piece):
             say(*piece)
             heard.set()
             go.wait(20)
 
-        return original(request, wait, peer)
+        return original(request, wait, *more)
 
     engine.chat = slow
     stream = ask(client, chat("Where did Ada go?"), "ada", stream=True)
@@ -243,6 +355,8 @@ def test_mistakes_are_named_and_nothing_is_kept(engine, client, address):
     ])  # fmt: skip
     told(large, 413, "messages: got .* tokens and 190 of the answer, allowed 200 together", max_tokens=190)
     told(large, 413, "messages: got .* tokens, allowed 200 together", chat("Where did Ada go? " * 60))
+    told(large, 413, "messages: got 1025, allowed 1024", chat(*["H"] * 1025))
+    told(bad, 400, "messages.0.: has no content", [{"role": "system", "reasoning_content": "?"}, *chat("Hi.")])
     told(large, 413, "body: got .* bytes and maybe more, allowed 40,000", chat("Where did Ada go? " * 4000))
     with pytest.raises(openai.NotFoundError, match="model: got 'other', allowed 'tiny'"):
         client.chat.completions.create(model="other", messages=chat("Hi."))
@@ -259,6 +373,15 @@ def test_mistakes_are_named_and_nothing_is_kept(engine, client, address):
         status, body, _ = http(address, "POST", "/v1/chat/completions", data)
         assert status == 400 and json.loads(body)["error"]["message"].startswith("body: "), body
     assert http(address, "GET", "/v1/memories?limit=0")[0] == 400
+    status, body, headers = http(address, "DELETE", "/health")
+    assert status == 405 and headers["allow"] == "GET"
+    long = json.dumps({"memory_id": "ada", "text": "Where did Ada go? " * 100}).encode()
+    status, body, _ = http(address, "POST", "/v1/forget", long)
+    assert status == 404  # nothing is there; one that is there:
+    engine.bank.commit(["ada"], MemoryState.zeros(engine.model))
+    status, body, _ = http(address, "POST", "/v1/forget", long)
+    assert status == 413 and b"text: got" in body
+    engine.bank.delete(["ada"])
     assert http(address, "GET", "/nowhere")[0] == 404
     assert len(engine.bank) == 0
     assert json.loads(http(address, "GET", "/v1/models")[1])["data"][0]["id"] == NAME

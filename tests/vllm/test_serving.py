@@ -172,8 +172,8 @@ def test_a_stream_stops_and_conflicts_and_hang_ups_leave_nothing(service, model,
     assert close(before, replay.memory)
     original = engine.chat
 
-    def move_on(request, say, peer):
-        return original(request, lambda *piece: (engine.bank.commit(["ada"], before), say(*piece)), peer)
+    def move_on(request, say, *more):
+        return original(request, lambda *piece: (engine.bank.commit(["ada"], before), say(*piece)), *more)
 
     engine.chat = move_on
     with pytest.raises(openai.ConflictError, match="moved on"):
