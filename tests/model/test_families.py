@@ -166,7 +166,8 @@ def test_a_model_that_lengthens_its_prompt(prepared):
     model = gemma3_with_images()
     inner, front = model.model, torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
 
-    def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=None, **kwargs):
+    def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=None, cache=None, **kwargs):
+        past_key_values = cache if past_key_values is None else past_key_values  # its name since transformers 5.24
         hidden = inner.language_model.embed_tokens(input_ids)
         kwargs.pop("inputs_embeds"), kwargs.pop("position_ids"), kwargs.pop("pixel_values")
         if past_key_values is None or past_key_values.get_seq_length() == 0:
@@ -179,7 +180,7 @@ def test_a_model_that_lengthens_its_prompt(prepared):
         out = inner.language_model(
             inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
-        out.image_hidden_states = None
+        out.image_hidden_states = out.image_outputs = None  # before and since transformers 5.24
         return out
 
     inner.forward = forward
