@@ -38,7 +38,7 @@ MODELS = {
     "qwen3-moe": ("Qwen3MoeForCausalLM", QWEN_EXPERTS),
     "phi3": ("Phi3ForCausalLM", {}),
     "llama, by torch": ("LlamaForCausalLM", {"attention_bias": True}),
-    "talks": ("Qwen3ForCausalLM", {"vocab_size": 259, "eos_token_id": 258}),
+    "talks": ("Qwen3ForCausalLM", {"vocab_size": 260, "eos_token_id": 258}),
 }
 CONFIGS = {
     "all heads": DeltaMemConfig(
