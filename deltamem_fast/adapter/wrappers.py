@@ -60,8 +60,12 @@ def _described(model: Any) -> str:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
+    """The module of a model that runs its layers; the model itself, if that does."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if isinstance(decoder, nn.Module) else getattr(model, "base_model", model)
+    decoder = decoder if isinstance(decoder, nn.Module) else getattr(model, "base_model", model)
+    inner = getattr(model, "model", None)
+    # Llama 4's text model with a head has its decoder there, and names another place, which it has not.
+    return inner if decoder is model and isinstance(inner, nn.Module) and hasattr(inner, "layers") else decoder
 
 
 def input_device(model: nn.Module) -> torch.device:

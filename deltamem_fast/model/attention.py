@@ -22,7 +22,7 @@ from ..adapter.layer import DeltaMemory
 from ..memory.state import written
 from .call import MemoryCall
 from .paged import paged_update
-from .projections import projections_of, sizes_in
+from .projections import sizes_in
 from .update import advance
 
 
@@ -42,7 +42,7 @@ class SteeredAttention:
     def __getattr__(self, name: str):
         value = getattr(self._module, name)
         layer, reads = self._layer, self._reads
-        heads = projections_of(type(self._module)).heads.get(name, "")
+        heads = layer.weights.corrected.get(name, "")
         if not any(head in layer.config.delta_heads for head in heads):
             return value
 

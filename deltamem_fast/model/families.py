@@ -37,9 +37,13 @@ _QK_NORM = ("q_norm", "k_norm")
 SHAPES = {
     f"transformers.models.{name}": shape
     for name, shape in {
+        "apertus.modeling_apertus.ApertusAttention": LlamaShape(norms=_QK_NORM),
+        "arcee.modeling_arcee.ArceeAttention": LlamaShape(),
+        "cwm.modeling_cwm.CwmAttention": LlamaShape(window="module"),
         "gemma.modeling_gemma.GemmaAttention": LlamaShape(),
         "granite.modeling_granite.GraniteAttention": LlamaShape(),
         "granitemoe.modeling_granitemoe.GraniteMoeAttention": LlamaShape(),
+        "granitemoeshared.modeling_granitemoeshared.GraniteMoeSharedAttention": LlamaShape(),
         "lfm2.modeling_lfm2.Lfm2Attention": LlamaShape(norms=("q_layernorm", "k_layernorm")),
         "lfm2_moe.modeling_lfm2_moe.Lfm2MoeAttention": LlamaShape(norms=("q_layernorm", "k_layernorm")),
         "llama.modeling_llama.LlamaAttention": LlamaShape(),
@@ -48,7 +52,9 @@ SHAPES = {
         "mixtral.modeling_mixtral.MixtralAttention": LlamaShape(window="config"),
         "phi3.modeling_phi3.Phi3Attention": LlamaShape(window="config"),
         "phi4_multimodal.modeling_phi4_multimodal.Phi4MultimodalAttention": LlamaShape(window="config"),
+        "phimoe.modeling_phimoe.PhimoeAttention": LlamaShape(),
         "qwen2.modeling_qwen2.Qwen2Attention": LlamaShape(window="module"),
+        "qwen2_moe.modeling_qwen2_moe.Qwen2MoeAttention": LlamaShape(),
         "qwen3.modeling_qwen3.Qwen3Attention": LlamaShape(norms=_QK_NORM, window="module"),
         "qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": LlamaShape(norms=_QK_NORM, window="module"),
         "smollm3.modeling_smollm3.SmolLM3Attention": LlamaShape(rope="use_rope", window="module"),

@@ -43,6 +43,7 @@ class LayerWeights:
         heads: of q, k and v.
         shape: the attention's data.
         output: the name of its last linear.
+        corrected: linear → the heads of which it gives the output.
         shards: of each head of which this process has a part: that part (tensor parallelism).
         kept: where a backend keeps what it has made of the layer's weights.
     """
@@ -57,6 +58,7 @@ class LayerWeights:
         self.heads: tuple[int, ...] = (0, 0, 0)
         self.shape: LlamaShape | None = None
         self.output = "o_proj"
+        self.corrected: dict[str, str] = {}
         self.shards: dict[str, Shard] = {}
         self.kept: dict = {}
         self._layouts: dict[int, HeadLayout] = {}
@@ -77,7 +79,7 @@ class LayerWeights:
     def __deepcopy__(self, memo) -> LayerWeights:
         # A copy's weights lie elsewhere: the copied PatchRecord looks at them anew.
         copied = LayerWeights()
-        copied.plain = self.plain
+        copied.plain, copied.corrected = self.plain, self.corrected
         return copied
 
     def __reduce_ex__(self, protocol):
@@ -91,6 +93,8 @@ class LayerWeights:
                 known from there are packed: others may be somebody's for the length of a forward (FSDP's gathered
                 weights, functional_call's).
         """
+        projections = projections_of(type(attention))
+        self.corrected = projections.heads
         shards = {head: shard_of(part.linear_weight) for head, part in rows_of(attention).items()}
         self.shards = {head: shard for head, shard in shards.items() if shard is not None}
         if self.plain:
@@ -100,7 +104,7 @@ class LayerWeights:
             reason = why_generic(attention, layer, hooks=False)  # they come and go; ``applies`` looks
             rows = [layer._parameters.get(name) for name in layer.row_names]
             gates = [layer._parameters.get(name) for name in layer.gate_bias_names]
-            bias, first, projections = None, 0, projections_of(type(attention))
+            bias, first = None, 0
             if not reason:
                 linears = [attention._modules[name] for name in projections.inputs]
                 rows = [linear._parameters["weight"] for linear in linears] + rows

@@ -18,6 +18,7 @@ from deltamem_fast import (
     patch_model,
     unpatch_model,
 )
+from deltamem_fast.adapter.wrappers import decoder_of
 from deltamem_fast.errors import DeltaMemError, UnsupportedError
 from deltamem_fast.model.begin import PromptsMask
 from deltamem_fast.model.families import SHAPES
@@ -70,6 +71,13 @@ def test_a_family_works(family):
     for out in (second, padded) if parts else (padded,):
         assert relative_error(out.logits[:, -1], whole.logits[:, -1]) < 1e-4
         assert all(relative_error(state, written[i]) < 1e-4 for i, state in memory_state(out.past_key_values).items())
+    # Under autograd it says the same, and all that is trained gets a gradient.
+    learning = model(input_ids=IDS, use_cache=False).logits
+    learning.square().mean().backward()
+    assert relative_error(learning, whole.logits) < 1e-5
+    gradients = {n: p.grad for n, p in model.named_parameters() if ".delta_memory." in n and p.requires_grad}
+    assert all(gradient is not None and gradient.norm() > 0 for gradient in gradients.values()), gradients.keys()
+    model.zero_grad()
     unpatch_model(model)
     assert torch.equal(outputs(model)[0], bare)
     after = model.state_dict()
@@ -166,7 +174,8 @@ def test_a_model_that_lengthens_its_prompt(prepared):
     model = gemma3_with_images()
     inner, front = model.model, torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(2))
 
-    def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=None, **kwargs):
+    def forward(input_ids=None, attention_mask=None, past_key_values=None, labels=None, cache=None, **kwargs):
+        past_key_values = cache if past_key_values is None else past_key_values  # its name since transformers 5.24
         hidden = inner.language_model.embed_tokens(input_ids)
         kwargs.pop("inputs_embeds"), kwargs.pop("position_ids"), kwargs.pop("pixel_values")
         if past_key_values is None or past_key_values.get_seq_length() == 0:
@@ -179,7 +188,7 @@ def test_a_model_that_lengthens_its_prompt(prepared):
         out = inner.language_model(
             inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
-        out.image_hidden_states = None
+        out.image_hidden_states = out.image_outputs = None  # before and since transformers 5.24
         return out
 
     inner.forward = forward
@@ -205,3 +214,11 @@ def test_a_model_that_lengthens_its_prompt(prepared):
         generated = MemoryState.zeros(model, 2)
         model.generate(input_ids=ids, attention_mask=mask, memory=generated, max_new_tokens=1, do_sample=False)
     assert all(relative_error(generated[i], wanted[i]) < 1e-5 for i in wanted)
+
+
+def test_the_decoder_of_each_has_the_layers():
+    """Sessions that are saved, and checkpointing, ask it for them."""
+    for name in WORK:
+        model = BY_NAME[name].make()
+        decoder = decoder_of(model)
+        assert decoder is not model and len(decoder.layers) == 4, name

@@ -181,3 +181,16 @@ def test_beams_of_a_model_whose_other_layers_keep_convolutions():
     given = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     together = model.generate(ids, **given)
     assert all(torch.equal(model.generate(row[None], **given)[0], out) for row, out in zip(ids, together))
+
+
+def test_compiled_in_one_piece_under_autograd():
+    """Where something is differentiated the generic path runs, which cuts the fused output."""
+    model = loud_adapter(patch_model(tiny("Phi3ForCausalLM", num_hidden_layers=1), ALL_HEADS, backend="reference"))
+    ids = IDS[:, :4]
+    expected = model(input_ids=ids, memory=MemoryState.zeros(model), use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(input_ids=ids, memory=MemoryState.zeros(model), use_cache=False).logits
+    assert relative_error(found, expected) < 1e-5
+    weight = model.model.layers[0].self_attn.delta_memory.delta_k_proj
+    gradients = [torch.autograd.grad(out.square().mean(), weight)[0] for out in (expected, found)]
+    assert gradients[0].norm() > 0 and relative_error(gradients[1], gradients[0]) < 1e-4

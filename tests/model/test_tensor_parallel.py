@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.multiprocessing
 from backbones import QWEN_EXPERTS, tiny
+from byte_tokenizer import build_tokenizer
 from support import loud_adapter, relative_error
 
 from deltamem_fast import (
     DeltaMemConfig,
+    MemorySession,
     MemoryState,
     layer_paths,
     memory_state,
@@ -36,6 +38,7 @@ MODELS = {
     "qwen3-moe": ("Qwen3MoeForCausalLM", QWEN_EXPERTS),
     "phi3": ("Phi3ForCausalLM", {}),
     "llama, by torch": ("LlamaForCausalLM", {"attention_bias": True}),
+    "talks": ("Qwen3ForCausalLM", {"vocab_size": 260, "eos_token_id": 258}),
 }
 CONFIGS = {
     "all heads": DeltaMemConfig(
@@ -45,7 +48,9 @@ CONFIGS = {
     "ssw": DeltaMemConfig.ssw(),
     "msw": DeltaMemConfig.msw(heads=2, rank=3),
 }  # fmt: skip
-CASES = [("qwen3", config) for config in CONFIGS] + [(name, "all heads") for name in MODELS if name != "qwen3"]
+CASES = [("qwen3", config) for config in CONFIGS] + [
+    (name, "all heads") for name in MODELS if name not in ("qwen3", "talks")
+]
 IDS = torch.randint(3, 100, (2, 14), generator=torch.Generator().manual_seed(2))
 MASK = torch.ones_like(IDS)
 MASK[0, :3] = 0
@@ -102,6 +107,15 @@ def results(model, adapter):
     return found, paths, torch.equal(after, bare), sorted(model.state_dict())
 
 
+def converse(model, adapter):
+    """What a session says and remembers: facts, a turn whose context then goes, a turn after it."""
+    session = MemorySession(patch_model(model, adapter, backend="reference"), build_tokenizer(), context_turns=1)
+    session.ingest("The key lies under the third stone.")
+    said = [session.answer(text, max_new_tokens=8, do_sample=False) for text in ("Where is it?", "And the door?")]
+    session.forget("The key lies under the third stone.")
+    return said, {i: state.clone() for i, state in session.memory.items()}
+
+
 def fresh(path):
     """A model patched in each process by itself, which draws other numbers there; then saved in two ways."""
     model = spread(path, "qwen3")
@@ -147,6 +161,7 @@ def worker(rank, port, path):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=limit)
     try:
         found = {case: _outcome(lambda n, c: results(spread(path, n), path / f"{n} {c}"), *case) for case in CASES}
+        found["session"] = _outcome(lambda: converse(spread(path, "talks"), path / "qwen3 msw"))
         found["fresh"] = _outcome(fresh, path)
         found["two dimensions"] = _outcome(two_dimensions, path)
         torch.save(found, path / f"{rank}.pt")
@@ -197,6 +212,17 @@ def test_two_processes_are_one(name, config, found):
             assert torch.equal(ours[0][key], value)
             continue
         assert value.norm() > 0 and relative_error(ours[0][key], value) < (1e-4 if "gradient" in key else 1e-5), key
+
+
+def test_a_session_is_the_same(found):
+    processes, path = found
+    kind, changes = MODELS["talks"]
+    said, memory = converse(tiny(kind, **changes), path / "qwen3 msw")
+    for process in processes:
+        assert not isinstance(process["session"], str), process["session"]
+        assert process["session"][0] == said and all(said)
+        assert all(relative_error(process["session"][1][i], memory[i]) < 1e-5 for i in memory)
+        assert all(torch.equal(process["session"][1][i], processes[0]["session"][1][i]) for i in memory)
 
 
 def test_a_fresh_adapter_is_the_same_in_all_processes(found):
