@@ -71,7 +71,7 @@ def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
         padding = data.draw(st.integers(0, 2))
         batch = torch.cat([each[d : d + c] for each, d, c in zip(tokens, done, counts)])
         batch = torch.cat([batch, torch.full((padding, rule.width), torch.nan)])
-        plan = make_plan(np.array(done), np.cumsum([0, *counts]), table, block, **told)
+        plan = make_plan(np.array(done), np.cumsum([0, *counts]), torch.from_numpy(table), block, **told)
         found = advance_blocks(operators, batch, bias, cache, rule, plan, given if told else None)
         assert found.shape == (len(batch), rule.read_width) and found.dtype == torch.float32
         assert not found[len(batch) - padding :].any()
