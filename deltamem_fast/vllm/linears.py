@@ -74,6 +74,7 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
     ))  # fmt: skip
     link, config, heads = _Link(), memory.config, memory.config.delta_heads
     device, dtype = qkv.weight.device, qkv.params_dtype
+    operations("auto", device)  # found now, and not while a compiler traces
 
     def buffer(module: nn.Module, key: str, value: torch.Tensor) -> None:
         # No parameter, and in no checkpoint: vLLM looks for those of a model there.

@@ -212,7 +212,8 @@ def test_mistakes_are_refused_and_the_engine_lives(qwen3, expected, told):
         assert plain(llm, [ids], TOKENS) == [expected(ids, TOKENS)]
 
 
-def test_bfloat16(qwen3, tmp_path):
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_bfloat16(qwen3, eager):
     """States stay float32 in a cache of another dtype; what is in them is transformers' within bfloat16's rounding."""
     from transformers import AutoModelForCausalLM
 
@@ -229,7 +230,7 @@ def test_bfloat16(qwen3, tmp_path):
             model(torch.tensor([ids]), memory=memory)
         for layer in wanted:
             wanted[layer][row] = memory[layer][0]
-    with engine(qwen3, dtype="bfloat16", max_num_batched_tokens=50) as llm:
+    with engine(qwen3, dtype="bfloat16", max_num_batched_tokens=50, enforce_eager=eager) as llm:
         found = MemoryState.zeros(memory_model(llm), batch_size=4)
         generate(llm, batch, sampling(1), memory=found)
         assert max(relative_error(found[i], wanted[i]) for i in wanted) < 0.05
