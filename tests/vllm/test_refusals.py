@@ -19,6 +19,7 @@ CASES = {
     "lora_config: got one, allowed None": {"enable_lora": True},
     "kv_cache_dtype: got 'fp8', allowed 'auto'": {"kv_cache_dtype": "fp8"},
     "pipeline_parallel_size: got 2, allowed 1": {"pipeline_parallel_size": 2},
+    "async_scheduling: got True, allowed False": {"async_scheduling": True},
     "delta_mem_adapter None, allowed the directory or the hub id": {
         "hf_overrides": {"architectures": ["DeltaMemQwen3ForCausalLM"]}
     },
@@ -53,6 +54,15 @@ def test_adapters(qwen3, tmp_path, adapter, words):
         file.write_text(json.dumps(values))
         words = "was written with another configuration|does not fit"
     with pytest.raises(Exception, match=words), engine(directory):
+        pass
+
+
+def test_sliding_windows(tmp_path):
+    directory = checkpoint(tmp_path, use_sliding_window=True, sliding_window=64, max_window_layers=1)
+    with (
+        pytest.raises(Exception, match="has a sliding window of .* tokens, allowed with a delta-mem"),
+        engine(directory),
+    ):
         pass
 
 
