@@ -12,7 +12,7 @@ from deltamem_kernels.dispatch import operations
 from ..adapter.layer import DeltaMemory
 from ..config import DELTA_HEADS
 from ..errors import UnsupportedError
-from .states import OPERATOR, States
+from .states import States, read_and_write
 
 
 class _Link:
@@ -28,7 +28,7 @@ class QKVWithMemory(QKVParallelLinear):
         found = super().forward(input_)
         output = found[0] if isinstance(found, tuple) else found
         projections = F.linear(input_.reshape(-1, input_.shape[-1]), self.memory_rows)
-        reads = getattr(torch.ops.vllm, OPERATOR)(projections, self.gate_bias, self.states_name)
+        reads = read_and_write(projections, self.gate_bias, self.read_width, self.states_name)
         self.link.reads = reads if self.delta_out else None
         rows = output.view(-1, output.shape[-1])
         for name, first, width, scale in self.spans:
@@ -74,6 +74,7 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
     ))  # fmt: skip
     link, config, heads = _Link(), memory.config, memory.config.delta_heads
     device, dtype = qkv.weight.device, qkv.params_dtype
+    operations("auto", device)  # found now, and not while a compiler traces
 
     def buffer(module: nn.Module, key: str, value: torch.Tensor) -> None:
         # No parameter, and in no checkpoint: vLLM looks for those of a model there.
@@ -83,6 +84,7 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
     buffer(qkv, "memory_rows", rows)
     buffer(qkv, "gate_bias", bias)
     qkv.link, qkv.states_name, qkv.delta_out = link, states.name, "o" in heads
+    qkv.read_width = memory.rule.read_width
     qkv.spans, first = [], 0
     for head, width, rank in _shares(qkv):
         if head in heads:

@@ -98,9 +98,8 @@ class Plan:
 def make_plan(
     starts: np.ndarray,
     bounds: np.ndarray,
-    table: np.ndarray,
+    table: torch.Tensor,
     block: int,
-    device: torch.device | str = "cpu",
     *,
     uses: np.ndarray | None = None,
     slots: np.ndarray | None = None,
@@ -112,9 +111,8 @@ def make_plan(
         starts: int [N], how many tokens of each sequence have been written before.
         bounds: int [N + 1], where each sequence's next tokens begin and end among the batch's. A sequence of which
             none comes is left alone.
-        table: int [N, M], the cache's blocks of each sequence.
+        table: int32 or int64 [N, M], the cache's blocks of each sequence, on its device; never waited for.
         block: tokens of a block.
-        device: of the cache.
         uses: int [N], ``WRITES``, ``READS`` or ``NOTHING``; None: all write.
         slots: int [N], which of the table's states each starts from, or reads; −1, or None: zeros.
         firsts: int [N], of those that write the first token that is written; those before it are read alone. None: 0.
@@ -127,9 +125,9 @@ def make_plan(
     one, several = np.flatnonzero((lengths == 1) & writes), np.flatnonzero((lengths > 1) & writes)
     return Plan(
         block,
-        _steps(one, starts, bounds, table, block, device, slots, firsts) if len(one) else None,
-        _spans(several, starts, bounds, table, block, device, slots, firsts) if len(several) else None,
-        None if uses is None else _frozen(np.flatnonzero((lengths > 0) & (uses == READS)), bounds, slots, device),
+        _steps(one, starts, bounds, table, block, slots, firsts) if len(one) else None,
+        _spans(several, starts, bounds, table, block, slots, firsts) if len(several) else None,
+        None if uses is None else _frozen(np.flatnonzero((lengths > 0) & (uses == READS)), bounds, slots, table.device),
     )
 
 
@@ -146,7 +144,14 @@ def _parted(starts, bounds, table, uses, slots, firsts):
     )
     parted_uses = np.where(first_parts & begins[rows], READS, uses[rows])
     slots = None if slots is None else slots[rows]
-    return parted_starts, parted_bounds, table[rows], parted_uses, slots, firsts[rows]
+    return (
+        parted_starts,
+        parted_bounds,
+        table.index_select(0, _tensor(rows, table.device)),
+        parted_uses,
+        slots,
+        firsts[rows],
+    )
 
 
 def _frozen(rows, bounds, slots, device) -> Frozen | None:
@@ -162,23 +167,23 @@ def _begun(rows, begins, slots, device) -> Begun | None:
     return Begun(_tensor(places, device), _tensor(slots[rows][places], device)) if len(places) else None
 
 
-def _steps(rows, starts, bounds, table, block: int, device, slots, firsts) -> Steps:
-    places, start = bounds[rows], starts[rows]
+def _steps(rows, starts, bounds, table: torch.Tensor, block: int, slots, firsts) -> Steps:
+    start, device = starts[rows], table.device
     in_order = len(rows) == bounds[-1]
-    fresh = start == firsts[rows]
+    sources, targets = _blocks(table, [rows, rows], [_source(start, block), start // block])
     return Steps(
-        None if in_order else _tensor(places, device),
-        _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
-        _tensor(table[rows, start // block], device),
-        _fresh(fresh, device),
-        _begun(rows, fresh, slots, device),
+        None if in_order else _tensor(bounds[rows], device),
+        sources,
+        targets,
+        _fresh(start == firsts[rows], device),
+        _begun(rows, start == firsts[rows], slots, device),
     )
 
 
-def _spans(rows, starts, bounds, table, block: int, device, slots, firsts) -> Spans:
-    tokens, kept, targets, picked, ends = [], [], [], [], [0]
+def _spans(rows, starts, bounds, table: torch.Tensor, block: int, slots, firsts) -> Spans:
+    tokens, kept, owners, columns, picked, ends = [], [], [], [], [], [0]
     saved = 0
-    last = []  # (place among the sequences, block) of those that end inside a block
+    last = []  # (place among the sequences, row, block's column) of those that end inside a block
     for place, row in enumerate(rows):
         start, begin, end = int(starts[row]), int(bounds[row]), int(bounds[row + 1])
         lead = start % block
@@ -187,33 +192,45 @@ def _spans(rows, starts, bounds, table, block: int, device, slots, firsts) -> Sp
         kept.append(ends[-1] + np.arange(lead, length))
         ends.append(ends[-1] + length)
         first, whole = start // block, length // block
-        targets.append(table[row, first : first + whole])
+        owners.append(np.full(whole, row))
+        columns.append(first + np.arange(whole))
         picked.append(saved + np.arange(whole))
         saved += whole
         if length % block:
-            last.append((place, table[row, first + whole]))
-    targets.append(np.array([found for _, found in last], np.int64))
-    picked.append(np.array([saved + place for place, _ in last], np.int64))
-    packed = np.concatenate(tokens)
-    kept = np.concatenate(kept)
+            last.append((place, row, first + whole))
+    ending = np.array(last, np.int64).reshape(-1, 3)
+    owners, columns = np.concatenate([*owners, ending[:, 1]]), np.concatenate([*columns, ending[:, 2]])
+    picked.append(saved + ending[:, 0])
+    packed, kept = np.concatenate(tokens), np.concatenate(kept)
     mask = None
     if len(kept) < len(packed):
         mask = np.zeros((1, len(packed)), bool)
         mask[0, kept] = True
-    start = starts[rows]
-    fresh = start == firsts[rows]
+    start, device = starts[rows], table.device
+    sources, targets = _blocks(table, [rows, owners], [_source(start, block), columns])
     return Spans(
         _tensor(packed, device),
         None if mask is None else torch.from_numpy(mask).to(device),
         None if mask is None else _tensor(kept, device),
         torch.tensor(ends, dtype=torch.int32, device=device),
-        _tensor(table[rows, np.maximum(start - 1, 0) // block], device),
-        _fresh(fresh, device),
-        _begun(rows, fresh, slots, device),
-        _tensor(np.concatenate(targets), device),
+        sources,
+        _fresh(start == firsts[rows], device),
+        _begun(rows, start == firsts[rows], slots, device),
+        targets,
         _tensor(np.concatenate(picked), device),
         saved,
     )
+
+
+def _source(start: np.ndarray, block: int) -> np.ndarray:
+    """The column of the block that a sequence resumes from; some column, where it starts."""
+    return np.maximum(start - 1, 0) // block
+
+
+def _blocks(table: torch.Tensor, rows: list[np.ndarray], columns: list[np.ndarray]) -> tuple[torch.Tensor, ...]:
+    """The blocks int64 at several lists of rows and columns of a table, looked up where that is."""
+    where = _tensor(np.stack([np.concatenate(rows), np.concatenate(columns)]), table.device)
+    return table[where[0], where[1]].long().split([len(part) for part in rows])
 
 
 def _tensor(values: np.ndarray, device) -> torch.Tensor:

@@ -30,13 +30,14 @@ class Request:
     Attributes:
         given: what it brought.
         slot: where its first state is in the table, −1 without one.
-        block: of the cache, which has its last state; None: nothing was written yet.
+        block: int, of no dimension: the cache's block that has its last state; None: nothing was written yet, or
+            nobody will take it.
         tokens: how many have been written.
     """
 
     given: Given
     slot: int = -1
-    block: int | None = None
+    block: torch.Tensor | None = None
     tokens: int = 0
 
 
@@ -106,7 +107,7 @@ class Requests:
         key = request.given.key
         if key is None or request.block is None or request.tokens <= request.given.first:
             return
-        state = torch.stack([layer.cache[request.block] for layer in self.layers]).cpu()
+        state = torch.stack([layer.cache[request.block.long()] for layer in self.layers]).cpu()
         self._kept.pop(key, None)
         self._kept[key] = request.tokens, state.numpy().astype("<f4").tobytes()
         while len(self._kept) > MOST_KEPT:

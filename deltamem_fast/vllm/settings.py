@@ -53,6 +53,8 @@ def check_config(vllm_config: VllmConfig) -> None:
         _only(name, getattr(parallel, name, 1), 1)
     _only("enable_dbo", getattr(parallel, "enable_dbo", False), False)
     _only("quantization", vllm_config.model_config.quantization, None)
+    # A request that has ended would run one token further, and write it.
+    _only("async_scheduling", vllm_config.scheduler_config.async_scheduling or False, False)
     for name, why in (
         ("speculative_config", "a draft that is turned down would stay in the state"),
         ("kv_transfer_config", "a connector does not carry the states"),
@@ -86,6 +88,7 @@ class MemoryModelConfig:
         """Refuse what was not tested, and make the adapter's configuration part of what compiled code is kept by."""
         check_config(vllm_config)
         config = adapter_of(vllm_config).config
+        vllm_config.scheduler_config.async_scheduling = False
         if isinstance(vllm_config.additional_config, dict):
             vllm_config.additional_config["delta_mem"] = config.to_dict()
         model, parallel = vllm_config.model_config, vllm_config.parallel_config

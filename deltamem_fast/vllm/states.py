@@ -115,38 +115,54 @@ class StatesBuilder(AttentionMetadataBuilder[Plan]):
         bounds = found.query_start_loc_cpu.numpy()
         # Exact: it is above only where drafts were turned down, and there are none.
         starts = found.seq_lens_cpu_upper_bound.numpy()[: len(bounds) - 1] - (bounds[1:] - bounds[:-1])
-        device = found.block_table_tensor.device
-        table = found.block_table_tensor.cpu().numpy()
+        table = found.block_table_tensor
         if not self.requests.rows:
-            return make_plan(starts, bounds, table, self.block, device)
+            return make_plan(starts, bounds, table, self.block)
         uses, slots, firsts = np.full(len(starts), WRITES), np.full(len(starts), -1), np.zeros(len(starts), np.int64)
         for row, request in self.requests.rows.items():
             if row >= len(starts) or bounds[row + 1] == bounds[row]:
                 continue
             uses[row], slots[row], firsts[row] = _USES[request.given.mode], request.slot, request.given.first
-            request.tokens = int(starts[row] + bounds[row + 1] - bounds[row])
-            request.block = int(table[row, (request.tokens - 1) // self.block])
-        return make_plan(starts, bounds, table, self.block, device, uses=uses, slots=slots, firsts=firsts)
+            if request.given.key is not None:
+                request.tokens = int(starts[row] + bounds[row + 1] - bounds[row])
+                # A copy, which nobody waits for here: the table changes with the batch.
+                request.block = table[row, (request.tokens - 1) // self.block].clone()
+        return make_plan(starts, bounds, table, self.block, uses=uses, slots=slots, firsts=firsts)
 
 
-def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str) -> torch.Tensor:
-    """Reads, float32 [T, H·r], of projections [T, W]; the states of this step's sequences move on."""
+def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Tensor, layer_name: str) -> None:
+    """Write the reads [T, H·r] of projections [T, W] into ``reads``; the states of this step's sequences move on."""
     context = get_forward_context()
     layer: States = context.no_compile_layers[layer_name]
     metadata = context.attn_metadata
     plan = metadata.get(layer_name) if isinstance(metadata, dict) else None
     if plan is None:  # a run that measures memory
-        return projections.new_zeros(len(projections), layer.rule.read_width, dtype=torch.float32)
+        reads.zero_()
+        return
     operators = operations("auto", projections.device)
     table = layer.requests.table
     table = None if table is None else table[layer.place]
-    return advance_blocks(operators, projections, gate_bias, layer.cache, layer.rule, plan, table)
+    reads.copy_(advance_blocks(operators, projections, gate_bias, layer.cache, layer.rule, plan, table))
 
 
-def _empty_reads(projections: torch.Tensor, gate_bias: torch.Tensor, layer_name: str) -> torch.Tensor:
-    layer: States = get_forward_context().no_compile_layers[layer_name]
-    return projections.new_empty(projections.shape[0], layer.rule.read_width, dtype=torch.float32)
+def _nothing(projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Tensor, layer_name: str) -> None:
+    return None
+
+
+def read_and_write(projections: torch.Tensor, gate_bias: torch.Tensor, width: int, layer_name: str) -> torch.Tensor:
+    """One layer's reads, float32 [T, H·r], by an operator that compilers leave alone.
+
+    Args:
+        projections: [T, W], raw.
+        gate_bias: of the gates.
+        width: H·r.
+        layer_name: of the layer's ``States``.
+    """
+    # Made here and written there: what runs between two CUDA graphs has to leave its results where they look for them.
+    reads = torch.empty(projections.shape[0], width, dtype=torch.float32, device=projections.device)
+    getattr(torch.ops.vllm, OPERATOR)(projections, gate_bias, reads, layer_name)
+    return reads
 
 
 if not hasattr(torch.ops.vllm, OPERATOR):
-    direct_register_custom_op(OPERATOR, _advance, fake_impl=_empty_reads)
+    direct_register_custom_op(OPERATOR, _advance, mutates_args=["reads"], fake_impl=_nothing)

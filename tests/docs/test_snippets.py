@@ -14,7 +14,8 @@ from deltamem_fast.recall.weights import find_weights
 MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 ADAPTER = "declare-lab/delta-mem_qwen3_4b-instruct"
 README = ROOT / "README.md"
-WITH_PYTHON = [page for page in PAGES if page != README and blocks(page, "python")]  # README: below
+ELSEWHERE = README, ROOT / "docs/vllm.md"  # below; in tests/vllm, where vLLM is
+WITH_PYTHON = [page for page in PAGES if page not in ELSEWHERE and blocks(page, "python")]
 
 
 class Hub:

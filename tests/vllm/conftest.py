@@ -23,7 +23,7 @@ def _installed() -> bool:
 
 if not _installed():
     collect_ignore = [
-        "test_families.py", "test_memories.py", "test_native.py", "test_refusals.py", "test_server.py",
+        "test_families.py", "test_memories.py", "test_native.py", "test_page.py", "test_refusals.py", "test_server.py",
         "test_serving.py",
     ]  # fmt: skip
 

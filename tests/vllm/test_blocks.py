@@ -71,7 +71,7 @@ def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
         padding = data.draw(st.integers(0, 2))
         batch = torch.cat([each[d : d + c] for each, d, c in zip(tokens, done, counts)])
         batch = torch.cat([batch, torch.full((padding, rule.width), torch.nan)])
-        plan = make_plan(np.array(done), np.cumsum([0, *counts]), table, block, **told)
+        plan = make_plan(np.array(done), np.cumsum([0, *counts]), torch.from_numpy(table), block, **told)
         found = advance_blocks(operators, batch, bias, cache, rule, plan, given if told else None)
         assert found.shape == (len(batch), rule.read_width) and found.dtype == torch.float32
         assert not found[len(batch) - padding :].any()
@@ -119,7 +119,7 @@ def test_what_was_read_before_is_read_alone_and_what_follows_is_written(rule, da
             counts = [min(1, length - d) for d, length in zip(done, lengths)]
         batch = torch.cat([each[d : d + c] for each, d, c in zip(tokens, done, counts)])
         plan = make_plan(
-            np.array(done), np.cumsum([0, *counts]), blocks, block,
+            np.array(done), np.cumsum([0, *counts]), torch.from_numpy(blocks), block,
             uses=np.full(len(lengths), WRITES), slots=np.array(slots), firsts=np.array(firsts),
         )  # fmt: skip
         found = advance_blocks(operators, batch, bias, cache, rule, plan, table)

@@ -210,3 +210,37 @@ def test_mistakes_are_refused_and_the_engine_lives(qwen3, expected, told):
         with pytest.raises(ArgumentError, match="mode: got 'append', allowed write, read, none"):
             generate(llm, [ids], sampling(), memory=memory, mode="append")
         assert plain(llm, [ids], TOKENS) == [expected(ids, TOKENS)]
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_bfloat16(qwen3, eager):
+    """States stay float32 in a cache of another dtype; what is in them is transformers' within bfloat16's rounding."""
+    from transformers import AutoModelForCausalLM
+
+    from deltamem_fast import patch_model
+    from deltamem_fast.vllm.offline import generate, memory_model
+
+    model = AutoModelForCausalLM.from_pretrained(qwen3, dtype=torch.bfloat16).eval()
+    patch_model(model, str(qwen3 / "adapter"))
+    batch = prompts(4, seed=190, shortest=20, longest=70)
+    wanted = MemoryState.zeros(model, batch_size=4)
+    for row, ids in enumerate(batch):
+        memory = MemoryState.zeros(model)
+        with torch.no_grad():
+            model(torch.tensor([ids]), memory=memory)
+        for layer in wanted:
+            wanted[layer][row] = memory[layer][0]
+    with engine(qwen3, dtype="bfloat16", max_num_batched_tokens=50, enforce_eager=eager) as llm:
+        found = MemoryState.zeros(memory_model(llm), batch_size=4)
+        generate(llm, batch, sampling(1), memory=found)
+        assert max(relative_error(found[i], wanted[i]) for i in wanted) < 0.05
+        spec = llm.collective_rpc(_specs)[0]
+        assert spec == {"state": 256, "keys": 2 * 2 * 32 * 2 * BLOCK, "zeroed": False}
+
+
+def _specs(worker) -> dict:
+    config = worker.model_runner.kv_cache_config
+    [group] = config.kv_cache_groups
+    specs = group.kv_cache_spec.kv_cache_specs
+    sizes = {"state" if "delta_memory" in name else "keys": spec.page_size_bytes for name, spec in specs.items()}
+    return sizes | {"zeroed": config.needs_kv_cache_zeroing}

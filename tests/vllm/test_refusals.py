@@ -5,7 +5,6 @@ import pytest
 from deltamem_fast import DeltaMemConfig
 from tests.vllm.engines import checkpoint, engine
 
-MOVED = {"max_model_len": 128}
 CASES = {
     "speculative_config: got one, allowed None": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -20,6 +19,7 @@ CASES = {
     "lora_config: got one, allowed None": {"enable_lora": True},
     "kv_cache_dtype: got 'fp8', allowed 'auto'": {"kv_cache_dtype": "fp8"},
     "pipeline_parallel_size: got 2, allowed 1": {"pipeline_parallel_size": 2},
+    "async_scheduling: got True, allowed False": {"async_scheduling": True},
     "delta_mem_adapter None, allowed the directory or the hub id": {
         "hf_overrides": {"architectures": ["DeltaMemQwen3ForCausalLM"]}
     },
@@ -54,6 +54,15 @@ def test_adapters(qwen3, tmp_path, adapter, words):
         file.write_text(json.dumps(values))
         words = "was written with another configuration|does not fit"
     with pytest.raises(Exception, match=words), engine(directory):
+        pass
+
+
+def test_sliding_windows(tmp_path):
+    directory = checkpoint(tmp_path, use_sliding_window=True, sliding_window=64, max_window_layers=1)
+    with (
+        pytest.raises(Exception, match="has a sliding window of .* tokens, allowed with a delta-mem"),
+        engine(directory),
+    ):
         pass
 
 
@@ -93,3 +102,16 @@ def test_model_runner_v2_takes_no_memories():
         processor.validate_params(SimpleNamespace(extra_args=arguments_of(None, "none")))
     rows = getattr(requests, settings.processor_name((3, 1, 8, 8), False))
     assert rows.shape == (3, 1, 8, 8)
+
+
+def test_compiled_code_is_kept_by_the_adapters_configuration(tmp_path):
+    """Another adapter in the same folder: α / r is a number in the compiled code."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    hashes = []
+    for alpha in (16.0, 16.0, 8.0):
+        directory = checkpoint(tmp_path, config=DeltaMemConfig(alpha=alpha))
+        overrides = {"architectures": ["DeltaMemQwen3ForCausalLM"], "delta_mem_adapter": str(directory / "adapter")}
+        arguments = EngineArgs(str(directory), hf_overrides=overrides, skip_tokenizer_init=True, max_model_len=128)
+        hashes.append(arguments.create_engine_config().compute_hash())
+    assert hashes[0] == hashes[1] != hashes[2]
