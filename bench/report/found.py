@@ -25,9 +25,9 @@ class Found:
     recall: Result | None = None
     released: Result | None = None
     smollm2: Sequence[Result] = ()  # one a part, and one a part of adapters that were measured by themselves
-    load: Result | None = None
-    kills: Result | None = None
     vllm: Result | None = None
+    load: Sequence[Result] = ()  # one an engine
+    kills: Sequence[Result] = ()
     pictures: Path = PICTURES  # a page shows those that are there
 
 
@@ -37,10 +37,12 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     Raises:
         ValueError, OSError: a file there cannot be read.
     """
-    names = ("emulated", "operators", "sessions", "bank", "recall", "released")
+    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "vllm")
     parts = [results.latest(folder) for folder in sorted((directory / "smollm2").glob("*"))]
     single = {name: results.latest(directory / name) for name in names}
-    single |= {name: results.latest(directory / "serving" / name) for name in ("load", "kills", "vllm")}
+    for name in ("load", "kills"):
+        engines = [results.latest(directory / "serving" / f"{name}{engine}") for engine in ("", "-vllm")]
+        single[name] = tuple(filter(None, engines))
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
 
 

@@ -194,14 +194,25 @@ def serving(found: Found) -> str:
         "`repeated` turns were cut off and had again, `unacknowledged` ones were kept though their answer never came. "
         "Each memory is at the version of the last turn, and is that of its replay."
     )
-    vllm = "Throughput with the memory and without it, side by side in one run."
+    vllm = (
+        "A batch answered by a bare engine of vLLM's and by one with an adapter, in turns (`python -m bench.speed.vllm`); "
+        "`cache/memory`: bytes of a block of the cache, and what share of that the states are."
+    )
     return _page(
         "Serving",
-        "`python -m bench.serving load` and `kills` measure.",
-        *_section("Many clients", load, found.load, markdown_table),
-        *_section("Kills", kills, found.kills, markdown_table),
-        *_section("vLLM", vllm, found.vllm, markdown_table),
+        "`make serving` and `make serving-vllm` measure.",
+        *_sections("Many clients", load, found.load),
+        *_sections("Kills", kills, found.kills),
+        *_section("vLLM, with a memory and without", vllm, found.vllm, markdown_table),
     )
+
+
+def _sections(title: str, text: str, several: Sequence[Result]) -> list[str]:
+    """A section of several results, each under what it was measured on."""
+    if not several:
+        return _section(title, text, None, markdown_table)
+    parts = [part for result in several for part in (results.heading(result), markdown_table(result.rows))]
+    return [f"## {title}", text, *parts]
 
 
 # --- recall
