@@ -195,7 +195,7 @@ def serving(found: Found) -> str:
         "Each memory is at the version of the last turn, and is that of its replay."
     )
     vllm = (
-        "A batch answered by a bare engine of vLLM's and by one with an adapter, in turns (`python -m bench.speed.vllm`); "
+        "A batch answered by a bare engine and by one with an adapter, in turns (`python -m bench.speed.vllm`). "
         "`cache/memory`: bytes of a block of the cache, and what share of that the states are."
     )
     return _page(
