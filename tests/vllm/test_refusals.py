@@ -58,11 +58,9 @@ def test_adapters(qwen3, tmp_path, adapter, words):
 
 
 def test_sliding_windows(tmp_path):
-    directory = checkpoint(tmp_path, use_sliding_window=True, sliding_window=64, max_window_layers=1)
-    with (
-        pytest.raises(Exception, match="has a sliding window of .* tokens, allowed with a delta-mem"),
-        engine(directory),
-    ):
+    directory = checkpoint(tmp_path, "mistral", sliding_window=64)
+    words = "has a sliding window of .* tokens, allowed with a delta-mem"
+    with pytest.raises(Exception, match=words), engine(directory, "DeltaMemLlamaForCausalLM"):
         pass
 
 
