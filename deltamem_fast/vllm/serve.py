@@ -79,10 +79,11 @@ def running(settings: dict[str, Any]) -> Iterator[tuple[Any, asyncio.AbstractEve
         try:
             yield llm, loop
         finally:
-            llm.shutdown()
+            asyncio.run_coroutine_threadsafe(_ended(llm), loop).result()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()
 
 
 async def _started(settings: dict[str, Any]):
@@ -90,6 +91,15 @@ async def _started(settings: dict[str, Any]):
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+
+
+async def _ended(llm) -> None:
+    llm.shutdown()
+    # It leaves its tasks behind, which a loop must not stop under.
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def engine_arguments(text: str | None) -> dict[str, Any]:
