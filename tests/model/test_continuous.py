@@ -1,5 +1,7 @@
 """transformers' continuous batching: each request's tokens and memory are those of generate, whatever comes between."""
 
+import types
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled, patch_model
 from deltamem_fast.errors import DeltaMemError, StateError, UnsupportedError
+from deltamem_fast.model import continuous
 
 OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17)
 needs_newer = pytest.mark.skipif(OLD, reason="refused in this transformers")
@@ -204,6 +207,7 @@ def test_what_a_memory_cannot_follow_is_refused(given, message):
 
 
 def test_older_versions_are_refused(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.16.1")
+    # Where it is read: in a whole run, another module object was seen under this name here.
+    monkeypatch.setattr(continuous, "transformers", types.SimpleNamespace(__version__="5.16.1"))
     with pytest.raises(UnsupportedError, match="generate_batch: transformers is 5.16.1, allowed 5.17 or newer"):
         model_of().generate_batch(PROMPTS, generation_config=generation())
