@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..arguments import shown
 
-MODES = ("write", "read", "none")
 _COLDEST = 0.01  # below it, sampling is greedy but for what overflows
 
 

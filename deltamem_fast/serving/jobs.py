@@ -12,6 +12,7 @@ from ..arguments import shown
 from ..errors import ArgumentError, ArgumentKeyError
 from ..memory.state import MemoryState
 from ..storage.bank_ids import check_id
+from ..text.encode import check_below
 from ..text.settings import check_template
 from .contract import ChatRequest
 from .prompts import Prompt, rendered
@@ -159,9 +160,7 @@ class Intake:
 
         with self.rendering:
             prompt = rendered(self._tokenizer, self._granularity, request.messages, template, check)
-        highest = max(prompt.whole.ids)
-        if highest >= self._vocabulary:
-            raise ArgumentError(f"tokenizer: gives token id {highest}, the model knows 0 to {self._vocabulary - 1}")
+        check_below(self._vocabulary, prompt.whole.ids)
         row = Row(prompt, self._most(request, len(prompt)), request.stops, say, rendering=self.rendering)
         owner = ("memory", request.memory_id) if request.memory_id is not None else ("user", request.user or peer)
         alone = request.seed is not None and request.sampling["do_sample"]

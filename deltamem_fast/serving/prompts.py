@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class Prompt:
         """All blocks but the header."""
         return (self.preamble, *self.earlier, *self.new)
 
-    @property
+    @functools.cached_property
     def whole(self) -> Block:
         """All of it as one block."""
         return joined((*self.all_blocks, self.header))

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from transformers import StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation.streamers import BaseStreamer
 
 from ..adapter.record import identity_of, memory_disabled, record_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..memory.state import MemoryState
 from ..session.blocks import NOTHING, Block
 from ..session.turns import Mark, is_recurrent, new_cache
+from ..text.answering import as_ids
 from ..text.stops import StoppedText
-from ..text.thinking import TextStream
+from ..text.thinking import TextStream, Tokens
 from .prompts import Prompt
 
 STOP, LENGTH = "stop", "length"
@@ -69,9 +69,7 @@ class Row:
         self.tokens += 1
         for piece, thinking in self._stream.add(token):
             self._tell(piece, thinking)
-        if token in ends:
-            self.finish = STOP
-        elif self._text.found:
+        if token in ends or self._text.found:
             self.finish = STOP
         elif self.tokens >= self.most:
             self.finish = LENGTH
@@ -251,28 +249,14 @@ class _Batch:
         return torch.cat([columns, torch.tensor(more, dtype=torch.int64, device=self.device)], 1)
 
 
-class _Streamer(BaseStreamer):
-    """Hands each row its tokens; ``generate``'s first call is the prompt."""
-
-    def __init__(self, rows: Sequence[Row], ends: Sequence[int]):
-        self._rows, self._ends = rows, ends
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            for row, token in zip(self._rows, value.flatten().tolist()):
-                row.add(token, self._ends)
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        pass
-
-
 def _generate(model: nn.Module, batch: _Batch, rows: Sequence[Row], options: dict[str, Any]) -> None:
-    ends = options.get("eos_token_id") or ()
-    ends = ends if isinstance(ends, list | tuple) else (ends,)
+    ends = as_ids(options.get("eos_token_id"))
     for row in rows:
         row.begin()
+
+    def hand_out(tokens: list[int]) -> None:
+        for row, token in zip(rows, tokens):
+            row.add(token, ends)
 
     def ended(input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         return torch.tensor([row.ended for row in rows], device=input_ids.device)
@@ -282,7 +266,7 @@ def _generate(model: nn.Module, batch: _Batch, rows: Sequence[Row], options: dic
         "attention_mask": batch.mask,
         "past_key_values": batch.cache,
         "max_new_tokens": max(row.most for row in rows),
-        "streamer": _Streamer(rows, ends),
+        "streamer": Tokens(hand_out),
         "stopping_criteria": StoppingCriteriaList([ended]),
     }
     if batch.memory is not None:

@@ -16,7 +16,7 @@ from ..adapter.record import is_disabled, record_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..memory.state import MemoryState
 from ..model.cache import is_outdated, rewound
-from ..text.answering import warn_if_cut_off
+from ..text.answering import as_ids, warn_if_cut_off
 from ..text.encode import check_known
 from ..text.messages import Message
 from ..text.thinking import TextStream, stream_tokens
@@ -216,8 +216,7 @@ def have_turn(
 def _finish(stream: TextStream, options: dict[str, Any]) -> str:
     if stream.thinks:
         return "thinking"
-    limit, ends = options.get("max_new_tokens"), options.get("eos_token_id") or ()
-    ends = ends if isinstance(ends, list | tuple) else (ends,)
+    limit, ends = options.get("max_new_tokens"), as_ids(options.get("eos_token_id"))
     cut = limit is not None and len(stream.ids) >= limit and stream.ids[-1] not in ends
     return "length" if cut else "stop"
 

@@ -63,10 +63,10 @@ def answer_options(model: nn.Module, tokenizer, options: Mapping[str, Any], *, t
         found["max_length"] = None  # transformers warns of both
     if "eos_token_id" not in found:
         # Some chat models' generation_config does not list the token that ends a message.
-        ends = _one(config.eos_token_id) + _one(tokenizer.eos_token_id)
+        ends = as_ids(config.eos_token_id) + as_ids(tokenizer.eos_token_id)
         found["eos_token_id"] = list(dict.fromkeys(ends)) or None
     if found.get("pad_token_id", config.pad_token_id) is None:
-        fillers = _one(tokenizer.pad_token_id) + _one(found.get("eos_token_id"))
+        fillers = as_ids(tokenizer.pad_token_id) + as_ids(found.get("eos_token_id"))
         found["pad_token_id"] = next(iter(fillers), None)
     if found.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
         found.setdefault("tokenizer", tokenizer)
@@ -85,7 +85,8 @@ def _counts(name: str, value: Any, config: GenerationConfig) -> bool:
     return value is not None and name not in _FIXED and not name.startswith("_") and hasattr(config, name)
 
 
-def _one(value) -> list[int]:
+def as_ids(value: int | list[int] | tuple[int, ...] | None) -> list[int]:
+    """Token ids as settings have them (one, several, or None) as a list."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 

@@ -22,7 +22,11 @@ def vocabulary_size(model) -> int:
 
 def check_known(model, ids: Sequence[int]) -> None:
     """Raise ValueError for token ids that a model has no embedding for; on a GPU they would end the process."""
-    known = vocabulary_size(model)
+    check_below(vocabulary_size(model), ids)
+
+
+def check_below(known: int, ids: Sequence[int]) -> None:
+    """``check_known`` of a model that has embeddings for ids below ``known``."""
     if ids and not 0 <= min(ids) <= max(ids) < known:
         raise ArgumentError(
             f"tokenizer: gives token id {max(ids)}, the model knows 0 to {known - 1}; is it this model's?"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,16 +19,16 @@ from .stops import overlap
 THINK, END_THINK = "<think>", "</think>"
 
 
-class _Tokens(BaseStreamer):
-    """Hands on what ``generate`` chooses; its first call is the prompt."""
+class Tokens(BaseStreamer):
+    """Hands on what ``generate`` chooses, a token a row at a time; its first call is the prompt."""
 
-    def __init__(self, found: queue.SimpleQueue):
-        self._found = found
+    def __init__(self, say: Callable[[list[int]], None]):
+        self._say = say
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
-            self._found.put(value.flatten().tolist())
+            self._say(value.flatten().tolist())
         self._prompt_seen = True
 
     def end(self) -> None:
@@ -50,7 +50,7 @@ def stream_tokens(model: nn.Module, arguments: dict[str, Any]) -> Iterator[int]:
         return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
 
     criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), stopped])
-    arguments = arguments | {"streamer": _Tokens(found), "stopping_criteria": criteria}
+    arguments = arguments | {"streamer": Tokens(found.put), "stopping_criteria": criteria}
 
     def run() -> None:
         try:

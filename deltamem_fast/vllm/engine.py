@@ -62,7 +62,7 @@ class VllmEngine:
         metrics: Metrics,
     ):
         self.bank, self.name, self.limits, self.metrics = bank, name, limits, metrics
-        self._llm, self._loop, self._ends, self._model = llm, loop, tuple(ends), model
+        self._llm, self._loop, self._ends = llm, loop, tuple(ends)
         config = llm.vllm_config.model_config
         granularity = identity_of(model).config.memory_write_granularity
         self._intake = Intake(tokenizer, granularity, config.get_vocab_size(), limits, config.max_model_len)

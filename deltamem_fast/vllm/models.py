@@ -11,12 +11,12 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 
-from ..adapter.files import AdapterSource, canonical_name, stage_weights
+from ..adapter.files import AdapterSource
 from ..adapter.layer import DeltaMemory
 from ..errors import UnsupportedError
 from .linears import give_memory, projected_sizes
 from .requests import Requests
-from .settings import adapter_of
+from .settings import adapter_of, fill, layers_of
 from .states import OPERATOR, States
 
 
@@ -46,8 +46,7 @@ class DeltaMemForCausalLM(_WithMemory, TransformersForCausalLM):
 def _make_states(source: AdapterSource, vllm_config: VllmConfig, prefix: str) -> dict[str, States]:
     """The states of each layer that the adapter is for, by the attention's name in the model."""
     config = source.config
-    count = vllm_config.model_config.hf_text_config.num_hidden_layers
-    layers = sorted(config.target_layers) or range(count)
+    layers = layers_of(config, vllm_config.model_config.hf_text_config)
     if len(config.target_modules) != 1:
         raise UnsupportedError(f"target_modules: the adapter has {config.target_modules}, allowed in vLLM: one name")
     names = [f"model.layers.{layer}.{config.target_modules[0]}" for layer in layers]
@@ -74,10 +73,8 @@ def _attach(model: nn.Module, source: AdapterSource, states: dict[str, States], 
         memories[name] = DeltaMemory(
             source.config, hidden, sizes, index, device="meta", dtype=vllm_config.model_config.dtype
         )
-    staged = stage_weights(memories, source)
+    fill(memories, source)
     for name, memory in memories.items():
-        weights = {key: staged[canonical_name(f"{name}.{key}")] for key, _ in memory.named_parameters()}
-        memory.load_state_dict(weights, assign=True)
         with torch.device("cpu"):
             give_memory(found[name], name, states[name], memory)
     operator = f"vllm::{OPERATOR}"

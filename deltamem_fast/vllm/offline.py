@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from ..adapter.files import canonical_name, stage_weights
 from ..adapter.identity import Identity
 from ..adapter.layer import DeltaMemory
 from ..adapter.record import PatchRecord
@@ -27,7 +26,7 @@ from ..arguments import check_choice, check_type
 from ..errors import ArgumentError, StateError
 from ..memory.state import MemoryState
 from .given import MODES, arguments_of, salt_of
-from .settings import adapter_of
+from .settings import adapter_of, fill, layers_of
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -54,17 +53,13 @@ def stand_in(vllm_config: VllmConfig) -> nn.Module:
     size = model_config.get_head_size()
     keys = text.num_key_value_heads * size
     sizes = {"q": text.num_attention_heads * size, "k": keys, "v": keys, "o": text.hidden_size}
-    layers = sorted(source.config.target_layers) or range(text.num_hidden_layers)
     memories = {
         f"layers.{layer}.{source.config.target_modules[0]}": DeltaMemory(
             source.config, text.hidden_size, sizes, layer, device="meta", dtype=model_config.dtype
         )
-        for layer in layers
+        for layer in layers_of(source.config, text)
     }
-    staged = stage_weights(memories, source)
-    for name, memory in memories.items():
-        weights = {key: staged[canonical_name(f"{name}.{key}")] for key, _ in memory.named_parameters()}
-        memory.load_state_dict(weights, assign=True)
+    fill(memories, source)
     found = {memory.layer_idx: memory for memory in memories.values()}
     model = nn.Module()
     setattr(model, RECORD, PatchRecord(Identity(found, source.config, backbone, source.name), model, {}))

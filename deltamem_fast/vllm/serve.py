@@ -17,6 +17,7 @@ from ..model.known import is_known, known_directory
 from ..model.loading import found_model
 from ..serving.metrics import Metrics
 from ..serving.run import bank_path, chosen, limits_of, listen, run
+from ..text.answering import as_ids
 from .engine import VllmEngine
 from .settings import KEY
 
@@ -128,8 +129,7 @@ def ends_of(directory: str, tokenizer) -> list[int]:
         ends = GenerationConfig.from_pretrained(directory).eos_token_id
     except OSError:  # there is none
         ends = None
-    ends = ends if isinstance(ends, list) else [ends]
-    return [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    return list(dict.fromkeys(as_ids(ends) + as_ids(tokenizer.eos_token_id)))
 
 
 def _architecture(directory: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.files import AdapterSource, read_adapter
+from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
+from ..adapter.layer import DeltaMemory
+from ..config import DeltaMemConfig
 from ..errors import ArgumentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -35,6 +38,19 @@ def adapter_of(vllm_config: VllmConfig) -> AdapterSource:
             "would have to be read before any of their segment is written, whatever chunks they come in"
         )
     return source
+
+
+def layers_of(config: DeltaMemConfig, text_config: Any) -> list[int]:
+    """The layers that have a memory, in ascending order; ``text_config``: the backbone's."""
+    return sorted(config.target_layers) or list(range(text_config.num_hidden_layers))
+
+
+def fill(memories: Mapping[str, DeltaMemory], source: AdapterSource) -> None:
+    """Give layers on the meta device, by their attention's name, the adapter's weights, on the CPU."""
+    staged = stage_weights(memories, source)
+    for name, memory in memories.items():
+        weights = {key: staged[canonical_name(f"{name}.{key}")] for key, _ in memory.named_parameters()}
+        memory.load_state_dict(weights, assign=True)
 
 
 def check_config(vllm_config: VllmConfig) -> None:
@@ -92,8 +108,7 @@ class MemoryModelConfig:
         if isinstance(vllm_config.additional_config, dict):
             vllm_config.additional_config["delta_mem"] = config.to_dict()
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
-        layers = len(config.target_layers) or model.hf_text_config.num_hidden_layers
-        shape = layers, config.num_state_heads, config.rank, config.rank
+        shape = len(layers_of(config, model.hf_text_config)), config.num_state_heads, config.rank, config.rank
         processor = f"{_HERE}.requests:{processor_name(shape, vllm_config.use_v2_model_runner)}"
         model.logits_processors = [*(model.logits_processors or []), processor]
         if not parallel.worker_extension_cls:
