@@ -18,6 +18,9 @@ def advance_blocks(
     rule: DeltaRule,
     plan: Plan,
     table: torch.Tensor | None = None,
+    *,
+    reads: torch.Tensor | None = None,
+    kept: dict | None = None,
 ) -> torch.Tensor:
     """Read, then write, every token of a batch; the states move on in the cache.
 
@@ -29,20 +32,20 @@ def advance_blocks(
         rule: of the recurrence.
         plan: of this step.
         table: float32 [slots, H, r, r], the states that the plan's sequences start from or read; None: of none.
+        reads: float32 [T, H·r], contiguous, written and returned; None: a new one.
+        kept: of this layer alone; what a backend keeps there from step to step.
 
     Returns:
         reads, float32 [T, H·r].
     """
+    if reads is None:
+        reads = torch.empty(len(projections), rule.read_width, dtype=torch.float32, device=projections.device)
     steps, spans, frozen = plan.steps, plan.spans, plan.frozen
-    if (
-        spans is None
-        and frozen is None
-        and steps is not None
-        and steps.tokens is None
-        and len(steps.targets) == len(projections)
-    ):
-        return _step(operators, projections, gate_bias, cache, rule, steps, table)
-    reads = torch.zeros(len(projections), rule.read_width, dtype=torch.float32, device=projections.device)
+    if plan.one_each and steps.targets.shape[0] == projections.shape[0]:
+        if not _step_in_place(operators, projections, gate_bias, cache, rule, steps, reads, kept):
+            reads.copy_(_step(operators, projections, gate_bias, cache, rule, steps, table))
+        return reads
+    reads.zero_()
     if steps is not None:
         places = slice(0, len(steps.targets)) if steps.tokens is None else steps.tokens
         reads[places] = _step(operators, projections[places], gate_bias, cache, rule, steps, table)
@@ -56,6 +59,23 @@ def advance_blocks(
         rows = projections[frozen.tokens]
         reads[frozen.tokens] = operators.read(rows[:, None], table, rule, slots=frozen.slots)[:, 0]
     return reads
+
+
+def _step_in_place(operators, projections, gate_bias, cache, rule: DeltaRule, steps: Steps, reads, kept) -> bool:
+    """A step in one call of the backend's, from and to the cache; False: it has none for this one.
+
+    This is what every decoded token of every layer pays, so it is kept short.
+    """
+    kind = getattr(operators, "BlockStep", None)
+    if kind is None or kept is None or steps.fresh is not None or steps.begun is not None:
+        return False
+    step = kept.get("step")
+    if step is None or not step.holds_for(gate_bias, cache):
+        if not kind.takes(gate_bias, cache):
+            return False
+        step = kept["step"] = kind(gate_bias, cache, rule)
+    step(projections, steps.sources, steps.targets, reads)
+    return True
 
 
 def _initial(cache: torch.Tensor, rows: Steps | Spans, table: torch.Tensor | None) -> torch.Tensor:

@@ -76,13 +76,13 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
     device, dtype = qkv.weight.device, qkv.params_dtype
     operations("auto", device)  # found now, and not while a compiler traces
 
-    def buffer(module: nn.Module, key: str, value: torch.Tensor) -> None:
+    def buffer(module: nn.Module, key: str, value: torch.Tensor, dtype: torch.dtype = dtype) -> None:
         # No parameter, and in no checkpoint: vLLM looks for those of a model there.
         module.register_buffer(key, value.detach().to(device, dtype).contiguous(), persistent=False)
 
     rows, bias = memory.stacked()
     buffer(qkv, "memory_rows", rows)
-    buffer(qkv, "gate_bias", bias)
+    buffer(qkv, "gate_bias", bias, torch.float32)  # as gates are computed
     qkv.link, qkv.states_name, qkv.delta_out = link, states.name, "o" in heads
     qkv.read_width = memory.rule.read_width
     qkv.spans, first = [], 0

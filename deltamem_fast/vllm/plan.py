@@ -9,6 +9,7 @@ A sequence may also read one state of the table alone, and write nothing, or rea
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,6 +94,11 @@ class Plan:
     steps: Steps | None
     spans: Spans | None
     frozen: Frozen | None = None
+
+    @functools.cached_property
+    def one_each(self) -> bool:
+        """Whether one token of each sequence comes, in order, and all are written."""
+        return self.spans is None and self.frozen is None and self.steps is not None and self.steps.tokens is None
 
 
 def make_plan(

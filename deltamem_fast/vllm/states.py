@@ -33,6 +33,7 @@ class States(nn.Module, AttentionLayerBase):
         cache: float32 [blocks, H, r, r] once vLLM has bound it, None before.
         requests: of the whole model, which memory each request brought along.
         place: among the model's layers with a memory.
+        kept: what the backend keeps from step to step.
     """
 
     supports_dcp = False
@@ -46,6 +47,7 @@ class States(nn.Module, AttentionLayerBase):
         requests.layers.append(self)
         self.kv_cache = torch.tensor([])
         self.cache: torch.Tensor | None = None
+        self.kept: dict = {}
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"name: got {name}, which another layer has already")
@@ -142,7 +144,9 @@ def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Te
     operators = operations("auto", projections.device)
     table = layer.requests.table
     table = None if table is None else table[layer.place]
-    reads.copy_(advance_blocks(operators, projections, gate_bias, layer.cache, layer.rule, plan, table))
+    advance_blocks(
+        operators, projections, gate_bias, layer.cache, layer.rule, plan, table, reads=reads, kept=layer.kept
+    )
 
 
 def _nothing(projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Tensor, layer_name: str) -> None:
