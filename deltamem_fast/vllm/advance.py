@@ -10,6 +10,25 @@ from deltamem_kernels.rule import DeltaRule
 from .plan import Plan, Spans, Steps
 
 
+def step_blocks(step, projections: torch.Tensor, plan: Plan, reads: torch.Tensor, rows: torch.Tensor) -> bool | None:
+    """``advance_blocks`` where one token of each sequence comes and all resume: one call, from and to the cache.
+
+    This is what every decoded token of every layer pays, so it is kept short.
+
+    Args:
+        step: the layer's, an ``Operators.BlockStep``.
+        reads: float32 [T, H·r], contiguous, written.
+        rows: [T, q | k | v], corrected by what was read.
+
+    Returns:
+        whether the rows were corrected; None: nothing was done, it is another kind of step.
+    """
+    steps = plan.all_resume
+    if steps is None or steps.targets.shape[0] != projections.shape[0]:
+        return None
+    return step(projections, steps.sources, steps.targets, reads, rows)
+
+
 def advance_blocks(
     operators: Operators,
     projections: torch.Tensor,
@@ -18,9 +37,7 @@ def advance_blocks(
     rule: DeltaRule,
     plan: Plan,
     table: torch.Tensor | None = None,
-    *,
     reads: torch.Tensor | None = None,
-    kept: dict | None = None,
 ) -> torch.Tensor:
     """Read, then write, every token of a batch; the states move on in the cache.
 
@@ -32,8 +49,7 @@ def advance_blocks(
         rule: of the recurrence.
         plan: of this step.
         table: float32 [slots, H, r, r], the states that the plan's sequences start from or read; None: of none.
-        reads: float32 [T, H·r], contiguous, written and returned; None: a new one.
-        kept: of this layer alone; what a backend keeps there from step to step.
+        reads: float32 [T, H·r], written and returned; None: a new one.
 
     Returns:
         reads, float32 [T, H·r].
@@ -41,10 +57,14 @@ def advance_blocks(
     if reads is None:
         reads = torch.empty(len(projections), rule.read_width, dtype=torch.float32, device=projections.device)
     steps, spans, frozen = plan.steps, plan.spans, plan.frozen
-    if plan.one_each and steps.targets.shape[0] == projections.shape[0]:
-        if not _step_in_place(operators, projections, gate_bias, cache, rule, steps, reads, kept):
-            reads.copy_(_step(operators, projections, gate_bias, cache, rule, steps, table))
-        return reads
+    if (
+        spans is None
+        and frozen is None
+        and steps is not None
+        and steps.tokens is None
+        and len(steps.targets) == len(projections)
+    ):
+        return reads.copy_(_step(operators, projections, gate_bias, cache, rule, steps, table))
     reads.zero_()
     if steps is not None:
         places = slice(0, len(steps.targets)) if steps.tokens is None else steps.tokens
@@ -59,23 +79,6 @@ def advance_blocks(
         rows = projections[frozen.tokens]
         reads[frozen.tokens] = operators.read(rows[:, None], table, rule, slots=frozen.slots)[:, 0]
     return reads
-
-
-def _step_in_place(operators, projections, gate_bias, cache, rule: DeltaRule, steps: Steps, reads, kept) -> bool:
-    """A step in one call of the backend's, from and to the cache; False: it has none for this one.
-
-    This is what every decoded token of every layer pays, so it is kept short.
-    """
-    kind = getattr(operators, "BlockStep", None)
-    if kind is None or kept is None or steps.fresh is not None or steps.begun is not None:
-        return False
-    step = kept.get("step")
-    if step is None or not step.holds_for(gate_bias, cache):
-        if not kind.takes(gate_bias, cache):
-            return False
-        step = kept["step"] = kind(gate_bias, cache, rule)
-    step(projections, steps.sources, steps.targets, reads)
-    return True
 
 
 def _initial(cache: torch.Tensor, rows: Steps | Spans, table: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from deltamem_kernels.dispatch import operations
 from ..adapter.layer import DeltaMemory
 from ..config import DELTA_HEADS
 from ..errors import UnsupportedError
-from .states import States, read_and_write
+from .states import States
 
 
 class _Link:
@@ -28,12 +28,21 @@ class QKVWithMemory(QKVParallelLinear):
         found = super().forward(input_)
         output = found[0] if isinstance(found, tuple) else found
         projections = F.linear(input_.reshape(-1, input_.shape[-1]), self.memory_rows)
-        reads = read_and_write(projections, self.gate_bias, self.read_width, self.states_name)
-        self.link.reads = reads if self.delta_out else None
         rows = output.view(-1, output.shape[-1])
-        for name, first, width, scale in self.spans:
-            _add(rows.narrow(1, first, width), reads, getattr(self, name), scale)
+        reads = torch.empty(rows.shape[0], self.read_width, dtype=torch.float32, device=rows.device)
+        if rows.is_cpu:
+            # In one operator: a compiler would copy the rows for each correction, and then once more as a whole.
+            torch.ops.vllm.deltamem_advance_and_steer(projections, self.gate_bias, rows, reads, self.states_name)
+        else:
+            torch.ops.vllm.deltamem_advance(projections, self.gate_bias, reads, self.states_name)
+            self.steer(rows, reads)
+        self.link.reads = reads if self.delta_out else None
         return found
+
+    def steer(self, rows: torch.Tensor, reads: torch.Tensor) -> None:
+        """Add Δq, Δk and Δv of reads [T, H·r] to rows [T, q | k | v], where they lie."""
+        for name, first, width, scale in self.spans:
+            add_delta(rows.narrow(1, first, width), reads, getattr(self, name), scale)
 
 
 class OutputWithMemory(RowParallelLinear):
@@ -44,12 +53,12 @@ class OutputWithMemory(RowParallelLinear):
         reads, self.link.reads = self.link.reads, None
         output = found[0] if isinstance(found, tuple) else found
         rows = output.view(-1, output.shape[-1])
-        _add(rows, reads, self.delta_o, self.delta_scale, self.delta_norm, self.delta_eps)
+        add_delta(rows, reads, self.delta_o, self.delta_scale, self.delta_norm, self.delta_eps)
         return found
 
 
-def _add(rows, reads, weight, scale: float, norm_weight=None, eps: float = 0.0) -> None:
-    """Add Δ = scale · W reads to rows [T, out], where they lie."""
+def add_delta(rows, reads, weight, scale: float, norm_weight=None, eps: float = 0.0) -> None:
+    """Add Δ = scale · W reads, normalised if there is a weight for that, to rows [T, out], where they lie."""
     if norm_weight is None and rows.dtype == torch.float32:
         rows.addmm_(reads, weight.t(), alpha=scale)
     else:
@@ -93,6 +102,8 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
             qkv.spans.append((f"delta_{head}", first, width, _scale(memory, head)))
         first += width
     qkv.__class__ = QKVWithMemory
+    states.steer = qkv.steer
+    states.corrections = [(first, getattr(qkv, key), scale) for key, first, _, scale in qkv.spans]
     if "o" not in heads:
         return
     buffer(out, "delta_o", memory.delta_o_proj)

@@ -17,7 +17,7 @@ from ..errors import UnsupportedError
 from .linears import give_memory, projected_sizes
 from .requests import Requests
 from .settings import adapter_of, fill, layers_of
-from .states import OPERATOR, States
+from .states import OPERATORS, States
 
 
 class _WithMemory:
@@ -77,6 +77,6 @@ def _attach(model: nn.Module, source: AdapterSource, states: dict[str, States], 
     for name, memory in memories.items():
         with torch.device("cpu"):
             give_memory(found[name], name, states[name], memory)
-    operator = f"vllm::{OPERATOR}"
-    if compilation.splitting_ops and operator not in compilation.splitting_ops:
-        compilation.splitting_ops.append(operator)  # it looks at the step's plan, which no CUDA graph would
+    if compilation.splitting_ops:  # they look at the step's plan, which no CUDA graph would
+        operators = [f"vllm::{name}" for name in OPERATORS]
+        compilation.splitting_ops += [name for name in operators if name not in compilation.splitting_ops]

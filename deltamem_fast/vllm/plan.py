@@ -96,9 +96,12 @@ class Plan:
     frozen: Frozen | None = None
 
     @functools.cached_property
-    def one_each(self) -> bool:
-        """Whether one token of each sequence comes, in order, and all are written."""
-        return self.spans is None and self.frozen is None and self.steps is not None and self.steps.tokens is None
+    def all_resume(self) -> Steps | None:
+        """The sequences, if one token of each comes, in order, and each resumes from a block; else None."""
+        steps = self.steps
+        if steps is None or self.spans is not None or self.frozen is not None:
+            return None
+        return steps if steps.tokens is None and steps.fresh is None and steps.begun is None else None
 
 
 def make_plan(

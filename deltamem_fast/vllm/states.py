@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -15,12 +18,11 @@ from deltamem_kernels.dispatch import operations
 from deltamem_kernels.rule import DeltaRule
 
 from ..errors import UnsupportedError
-from .advance import advance_blocks
+from .advance import advance_blocks, step_blocks
 from .cache import StateSpec
 from .plan import NOTHING, READS, WRITES, Plan, make_plan
 from .requests import Requests
 
-OPERATOR = "deltamem_advance"
 _USES = {"write": WRITES, "read": READS, "none": NOTHING}
 
 
@@ -33,7 +35,8 @@ class States(nn.Module, AttentionLayerBase):
         cache: float32 [blocks, H, r, r] once vLLM has bound it, None before.
         requests: of the whole model, which memory each request brought along.
         place: among the model's layers with a memory.
-        kept: what the backend keeps from step to step.
+        corrections: of q, k and v in float32, as ``BlockStep`` takes them.
+        steer: adds Δq, Δk and Δv of reads [T, H·r] to rows [T, q | k | v]; None until the layer has its weights.
     """
 
     supports_dcp = False
@@ -47,7 +50,9 @@ class States(nn.Module, AttentionLayerBase):
         requests.layers.append(self)
         self.kv_cache = torch.tensor([])
         self.cache: torch.Tensor | None = None
-        self.kept: dict = {}
+        self.corrections: list[tuple[int, torch.Tensor, float]] = []
+        self._step = None
+        self.steer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"name: got {name}, which another layer has already")
@@ -59,6 +64,25 @@ class States(nn.Module, AttentionLayerBase):
         self.kv_cache = kv_cache
         states = kv_cache.select(1, 0).select(1, 0).view(torch.float32)
         self.cache = states.unflatten(1, (rule.heads, rule.rank, rule.rank))
+
+    def block_step(self, gate_bias: torch.Tensor):
+        """The backend's way to take a decoded token in one call, made once; None: it has none for these tensors."""
+        if self._step is None or not self._step.holds_for(gate_bias, self.cache):
+            kind = getattr(operations("auto", gate_bias.device), "BlockStep", None)
+            taken = kind is not None and kind.takes(gate_bias, self.cache, self.corrections)
+            self._step = kind(gate_bias, self.cache, self.rule, self.corrections) if taken else None
+        return self._step
+
+    def advance(
+        self, projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Tensor, plan: Plan | None
+    ) -> None:
+        """``advance_blocks`` of this layer; without a plan all tokens read 0."""
+        if plan is None:
+            reads.zero_()
+            return
+        operators, table = operations("auto", projections.device), self.requests.table
+        table = None if table is None else table[self.place]
+        advance_blocks(operators, projections, gate_bias, self.cache, self.rule, plan, table, reads)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return StatesBackend
@@ -132,41 +156,41 @@ class StatesBuilder(AttentionMetadataBuilder[Plan]):
         return make_plan(starts, bounds, table, self.block, uses=uses, slots=slots, firsts=firsts)
 
 
+def _layer_and_plan(layer_name: str) -> tuple[States, Plan | None]:
+    """A layer's states and this step's plan; None in a run that measures memory."""
+    context = get_forward_context()
+    plans = context.attn_metadata
+    return context.no_compile_layers[layer_name], plans.get(layer_name) if isinstance(plans, dict) else None
+
+
 def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Tensor, layer_name: str) -> None:
     """Write the reads [T, H·r] of projections [T, W] into ``reads``; the states of this step's sequences move on."""
-    context = get_forward_context()
-    layer: States = context.no_compile_layers[layer_name]
-    metadata = context.attn_metadata
-    plan = metadata.get(layer_name) if isinstance(metadata, dict) else None
-    if plan is None:  # a run that measures memory
-        reads.zero_()
-        return
-    operators = operations("auto", projections.device)
-    table = layer.requests.table
-    table = None if table is None else table[layer.place]
-    advance_blocks(
-        operators, projections, gate_bias, layer.cache, layer.rule, plan, table, reads=reads, kept=layer.kept
-    )
+    layer, plan = _layer_and_plan(layer_name)
+    layer.advance(projections, gate_bias, reads, plan)
 
 
-def _nothing(projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Tensor, layer_name: str) -> None:
+def _advance_and_steer(
+    projections: torch.Tensor, gate_bias: torch.Tensor, rows: torch.Tensor, reads: torch.Tensor, layer_name: str
+) -> None:
+    """``_advance``, and Δq, Δk and Δv are added to the rows [T, q | k | v] of the layer's projection."""
+    layer, plan = _layer_and_plan(layer_name)
+    if plan is not None and (step := layer.block_step(gate_bias)) is not None:
+        steered = step_blocks(step, projections, plan, reads, rows)
+        if steered is None:
+            layer.advance(projections, gate_bias, reads, plan)
+        elif steered:
+            return
+    else:
+        layer.advance(projections, gate_bias, reads, plan)
+    layer.steer(rows, reads)
+
+
+def _nothing(*_) -> None:
     return None
 
 
-def read_and_write(projections: torch.Tensor, gate_bias: torch.Tensor, width: int, layer_name: str) -> torch.Tensor:
-    """One layer's reads, float32 [T, H·r], by an operator that compilers leave alone.
-
-    Args:
-        projections: [T, W], raw.
-        gate_bias: of the gates.
-        width: H·r.
-        layer_name: of the layer's ``States``.
-    """
-    # Made here and written there: what runs between two CUDA graphs has to leave its results where they look for them.
-    reads = torch.empty(projections.shape[0], width, dtype=torch.float32, device=projections.device)
-    getattr(torch.ops.vllm, OPERATOR)(projections, gate_bias, reads, layer_name)
-    return reads
-
-
-if not hasattr(torch.ops.vllm, OPERATOR):
-    direct_register_custom_op(OPERATOR, _advance, mutates_args=["reads"], fake_impl=_nothing)
+OPERATORS = {"deltamem_advance": _advance, "deltamem_advance_and_steer": _advance_and_steer}
+for _name, _function in OPERATORS.items():
+    if not hasattr(torch.ops.vllm, _name):
+        _written = [name for name in ("rows", "reads") if name in inspect.signature(_function).parameters]
+        direct_register_custom_op(_name, _function, mutates_args=_written, fake_impl=_nothing)

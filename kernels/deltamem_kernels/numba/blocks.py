@@ -1,102 +1,139 @@
 """A decoded token of sequences whose states lie in blocks of a paged cache: read in one, written in another.
 
-All of a step is one call: to gather states, to run ``step`` and to scatter them takes six operators, each of which costs
-more than the recurrence once a large model's weights have emptied the processor's caches.
+All of a step is one call. To gather states, run ``step``, scatter them and correct q takes eight operators, each of
+which costs more than the recurrence once a large model's weights have emptied the processor's caches.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numba import carray, types
 
 from ..rule import DeltaRule
-from . import loops
+from . import loops, rows
 from .loops import OPTIONS, scan_sequences
 from .machine import changed, floats, long_integers, njit
 from .recurrence import rule_flags
+from .rows import add_deltas
+
+# Of each the first column, W [columns, H·r], and scale: Δ = scale · W reads.
+Corrections = Sequence[tuple[int, torch.Tensor, float]]
+MOST_ROWS = 16  # corrected in here; for more of them, and wide ones, a matmul is faster than its call is slow
 
 
 @functools.cache
 def block_loop(rank: int):
     """``step_blocks`` for one rank, which is a constant in it; it closes over numbers alone, see ``loops``."""
-    stamp = changed(loops)
+    stamp = changed(loops, rows)
 
-    @njit(types.void(*[types.int64] * 6), **OPTIONS)
-    def step_blocks(layer, projections, count, sources, targets, reads):
-        """``BlockStep`` of ``count`` sequences; all else are addresses.
+    @njit(types.void(*[types.int64] * 9), **OPTIONS)
+    def step_blocks(layer, scales, projections, count, sources, targets, reads, steered, stride):
+        """``BlockStep`` of ``count`` sequences.
 
-        layer: int64 [8], the rule's flags, the addresses of the gates' bias and of the cache, and how many bytes lie
-        between two blocks' states.
+        Args:
+            layer: int64: heads, mode, row_gates, own_lambda, normalize, the addresses of the gates' bias and of the
+                cache, how many bytes lie between two blocks' states, how many corrections there are, and of each the
+                first column, how many there are, and the address of its weight, transposed.
+            scales: float32, of each correction.
+            projections, sources, targets, reads, steered: addresses; no steered rows: 0.
+            stride: numbers from one of the steered rows to the next.
         """
         _ = stamp
-        fixed = carray(long_integers(layer), (8,))
+        fixed = carray(long_integers(layer), (18,))
         heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
         width = heads * rank
         gates = (width if row_gates else heads) * (2 if own_lambda else 1)
         read_from, written_to = carray(long_integers(sources), (count,)), carray(long_integers(targets), (count,))
-        states = np.empty((count, heads, rank, rank), np.float32)
+        states, out = np.empty((count, heads, rank, rank), np.float32), carray(floats(reads), (count, 1, width))
         for n in range(count):
             states[n] = carray(floats(fixed[6] + fixed[7] * read_from[n]), (heads, rank, rank))
         scan_sequences(
             rank, carray(floats(projections), (count, 1, 3 * width + gates)), carray(floats(fixed[5]), (gates,)),
             np.ones((count, 1), np.uint8), states, np.arange(count), heads, mode, row_gates, own_lambda, normalize, 0,
-            carray(floats(reads), (count, 1, width)), np.empty((count, 0, heads, rank, rank), np.float32),
-            np.zeros(count, np.int32), np.empty((count, 0), np.uint8), 0,
+            out, np.empty((count, 0, heads, rank, rank), np.float32), np.zeros(count, np.int32),
+            np.empty((count, 0), np.uint8), 0,
         )  # fmt: skip
         for n in range(count):
             carray(floats(fixed[6] + fixed[7] * written_to[n]), (heads, rank, rank))[:] = states[n]
+        factors = carray(floats(scales), (3,))
+        for c in range(fixed[8] if steered else 0):
+            first, numbers, at = fixed[9 + 3 * c], fixed[10 + 3 * c], fixed[11 + 3 * c]
+            columns = carray(floats(at), (width, numbers))
+            add_deltas(steered + 4 * first, stride, count, numbers, columns, 0, out[:, 0], factors[c])
 
     return step_blocks
 
 
 class BlockStep:
-    """``step`` of one layer's sequences, the states of which lie in a cache [blocks, H, r, r]; the same bits.
+    """``step`` of one layer's sequences, the states of which lie in a cache, and what they read corrects q, k and v.
 
-    Holds addresses: it is of use as long as ``holds_for`` says so.
+    The same bits as ``step``. Holds addresses, so it is of use as long as ``holds_for`` says so.
 
-    Attributes:
-        gate_bias, cache: the tensors that it was made of, float32.
+    Args:
+        gate_bias: of the gates, float32.
+        cache: float32 [blocks, H, r, r], each block's state in one piece.
         rule: of the recurrence.
+        corrections: three at most, W float32, as it is now.
     """
 
-    def __init__(self, gate_bias: torch.Tensor, cache: torch.Tensor, rule: DeltaRule):
-        self.gate_bias, self.cache, self.rule = gate_bias, cache, rule
+    def __init__(
+        self,
+        gate_bias: torch.Tensor,
+        cache: torch.Tensor,
+        rule: DeltaRule,
+        corrections: Sequence[tuple[int, torch.Tensor, float]] = (),
+    ):
+        columns = [weight.t().contiguous() for _, weight, _ in corrections]
+        self._held = gate_bias, cache, columns
         self._addresses = gate_bias.data_ptr(), cache.data_ptr()
-        self._table = np.array([*rule_flags(rule), *self._addresses, 4 * cache.stride(0)], np.int64)
-        self._layer = self._table.ctypes.data
+        table = [*rule_flags(rule), *self._addresses, 4 * cache.stride(0), len(corrections)]
+        for (first, *_), transposed in zip(corrections, columns, strict=True):
+            table += [first, transposed.shape[1], transposed.data_ptr()]
+        self._table = np.zeros(18, np.int64)
+        self._table[: len(table)] = table
+        self._scales = np.zeros(3, np.float32)
+        self._scales[: len(corrections)] = [scale for *_, scale in corrections]
+        self._layer = self._table.ctypes.data, self._scales.ctypes.data
         self._run = block_loop(rule.rank)
 
     @staticmethod
-    def takes(gate_bias: torch.Tensor, cache: torch.Tensor) -> bool:
-        """Whether these tensors can be taken as they lie: float32, and each block's state in one piece."""
-        return (
-            gate_bias.dtype == cache.dtype == torch.float32
-            and gate_bias.is_contiguous()
-            and cache.device.type == "cpu"
-            and cache[0].is_contiguous()
-        )
+    def takes(gate_bias: torch.Tensor, cache: torch.Tensor, corrections: Corrections = ()) -> bool:
+        """Whether these tensors can be taken as they lie."""
+        found = [gate_bias, cache[0], *(weight for _, weight, _ in corrections)]
+        return all(each.is_cpu and each.dtype == torch.float32 and each.is_contiguous() for each in found)
 
     def holds_for(self, gate_bias: torch.Tensor, cache: torch.Tensor) -> bool:
         """Whether it was made of these tensors, and they lie where they lay."""
         return (gate_bias.data_ptr(), cache.data_ptr()) == self._addresses
 
     def __call__(
-        self, projections: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, reads: torch.Tensor
-    ) -> None:
-        """Read, then write, one token of N sequences.
+        self,
+        projections: torch.Tensor,
+        sources: torch.Tensor,
+        targets: torch.Tensor,
+        reads: torch.Tensor,
+        steered: torch.Tensor | None = None,
+    ) -> bool:
+        """Read, then write, one token of N sequences; returns whether ``steered`` was corrected.
 
         Args:
             projections: [N, W], raw.
             sources, targets: int64 [N], contiguous: the blocks that states are read from and written to. What one
-                sequence writes no other may write. Not checked.
+                sequence writes no other may read or write. Not checked.
             reads: float32 [N, H·r], contiguous; written.
+            steered: float32 [N, …], rows of contiguous numbers, corrected where they lie if they are few.
         """
-        rows = projections
-        if rows.dtype != torch.float32 or not rows.is_contiguous():
-            rows = rows.float().contiguous()
+        rows_at = stride = 0
+        if steered is not None and steered.dtype == torch.float32 and steered.shape[0] <= MOST_ROWS:
+            rows_at, stride = steered.data_ptr(), steered.stride(0)
+        if projections.dtype != torch.float32 or not projections.is_contiguous():
+            projections = projections.float().contiguous()
         self._run(
-            self._layer, rows.data_ptr(), rows.shape[0], sources.data_ptr(), targets.data_ptr(), reads.data_ptr()
-        )
+            *self._layer, projections.data_ptr(), projections.shape[0], sources.data_ptr(), targets.data_ptr(),
+            reads.data_ptr(), rows_at, stride,
+        )  # fmt: skip
+        return rows_at != 0

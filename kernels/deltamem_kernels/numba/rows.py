@@ -113,7 +113,7 @@ def _add_delta(rank, row, weight, reads, factor):
 # not negative costs a comparison for each number, and the loop over n does not vectorise. Four columns at a time, so
 # that a row is loaded and stored for every fourth.
 @njit(**PART_OPTIONS)
-def _add_deltas(rows, stride, count, width, columns, first, reads, factor):
+def add_deltas(rows, stride, count, width, columns, first, reads, factor):
     """``width`` numbers of ``count`` rows += factor · columns reads.
 
     rows: an address, ``stride`` numbers from one to the next. columns: [H·r, ≥ first + width], from the first on.
@@ -238,7 +238,7 @@ def row_loop(rank: int):
                     if n == 3:
                         carray(floats(to), (count * o_rows,))[:] = ZERO
                     if length > 1:
-                        _add_deltas(to, apart, count, numbers, columns, bounds[n], out[b, t : t + count], factor[n])
+                        add_deltas(to, apart, count, numbers, columns, bounds[n], out[b, t : t + count], factor[n])
                     else:
                         weight = carray(floats(fixed[12 + n]), (numbers, heads, rank))
                         _add_delta(rank, carray(floats(to), (numbers,)), weight, out[b, 0], factor[n])
