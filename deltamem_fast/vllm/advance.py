@@ -10,23 +10,25 @@ from deltamem_kernels.rule import DeltaRule
 from .plan import Plan, Spans, Steps
 
 
-def step_blocks(step, projections: torch.Tensor, plan: Plan, reads: torch.Tensor, rows: torch.Tensor) -> bool | None:
-    """``advance_blocks`` where one token of each sequence comes and all resume: one call, from and to the cache.
+def step_blocks(
+    step, projections: torch.Tensor, plan: Plan, rows: torch.Tensor, delta: torch.Tensor
+) -> tuple[bool, torch.Tensor | None]:
+    """``advance_blocks``, and what was read corrects rows, by one call: where one token of each sequence comes.
 
     This is what every decoded token of every layer pays, so it is kept short.
 
     Args:
-        step: the layer's, an ``Operators.BlockStep``.
-        reads: float32 [T, H·r], contiguous, written.
-        rows: [T, q | k | v], corrected by what was read.
+        step: the layer's, a numba ``BlockStep``, or None.
+        rows: [T, q | k | v], corrected.
+        delta: [T, out], contiguous; written: Δo.
 
     Returns:
-        whether the rows were corrected; None: nothing was done, it is another kind of step.
+        whether it was done (if not, nothing was), and the reads if these rows have still to be corrected.
     """
     steps = plan.all_resume
-    if steps is None or steps.targets.shape[0] != projections.shape[0]:
-        return None
-    return step(projections, steps.sources, steps.targets, reads, rows)
+    if step is None or steps is None or steps.targets.shape[0] != projections.shape[0]:
+        return False, None
+    return True, step(projections, steps.sources, steps.targets, rows, delta)
 
 
 def advance_blocks(

@@ -16,9 +16,9 @@ from .states import States
 
 
 class _Link:
-    """What the input's projection hands to the output's in one forward: the reads, float32 [T, H·r]."""
+    """What the input's projection hands to the output's in one forward, [T, …]: Δo on a CPU, else the reads."""
 
-    reads: torch.Tensor | None = None
+    handed: torch.Tensor | None = None
 
 
 class QKVWithMemory(QKVParallelLinear):
@@ -29,20 +29,21 @@ class QKVWithMemory(QKVParallelLinear):
         output = found[0] if isinstance(found, tuple) else found
         projections = F.linear(input_.reshape(-1, input_.shape[-1]), self.memory_rows)
         rows = output.view(-1, output.shape[-1])
-        reads = torch.empty(rows.shape[0], self.read_width, dtype=torch.float32, device=rows.device)
         if rows.is_cpu:
-            # In one operator: a compiler would copy the rows for each correction, and then once more as a whole.
-            torch.ops.vllm.deltamem_advance_and_steer(projections, self.gate_bias, rows, reads, self.states_name)
+            # One operator for all: a compiler would copy the rows for each correction, and then once more as a whole.
+            handed = torch.empty(rows.shape[0], self.out_rows, dtype=rows.dtype, device=rows.device)
+            torch.ops.vllm.deltamem_advance_and_steer(projections, self.gate_bias, rows, handed, self.states_name)
         else:
-            torch.ops.vllm.deltamem_advance(projections, self.gate_bias, reads, self.states_name)
-            self.steer(rows, reads)
-        self.link.reads = reads if self.delta_out else None
+            handed = torch.empty(rows.shape[0], self.read_width, dtype=torch.float32, device=rows.device)
+            torch.ops.vllm.deltamem_advance(projections, self.gate_bias, handed, self.states_name)
+            self.steer(rows, handed)
+        self.link.handed = handed if self.out_rows else None
         return found
 
     def steer(self, rows: torch.Tensor, reads: torch.Tensor) -> None:
         """Add Δq, Δk and Δv of reads [T, H·r] to rows [T, q | k | v], where they lie."""
         for name, first, width, scale in self.spans:
-            add_delta(rows.narrow(1, first, width), reads, getattr(self, name), scale)
+            _add(rows.narrow(1, first, width), reads, getattr(self, name), scale)
 
 
 class OutputWithMemory(RowParallelLinear):
@@ -50,14 +51,27 @@ class OutputWithMemory(RowParallelLinear):
 
     def forward(self, input_):
         found = super().forward(input_)
-        reads, self.link.reads = self.link.reads, None
+        handed, self.link.handed = self.link.handed, None
         output = found[0] if isinstance(found, tuple) else found
         rows = output.view(-1, output.shape[-1])
-        add_delta(rows, reads, self.delta_o, self.delta_scale, self.delta_norm, self.delta_eps)
+        if rows.is_cpu:
+            rows.add_(handed)
+        else:
+            _add(rows, handed, self.delta_o, self.delta_scale, self.delta_norm, self.delta_eps)
         return found
 
+    def write_delta(self, delta: torch.Tensor, reads: torch.Tensor) -> None:
+        """delta [T, out] = Δo of reads [T, H·r]."""
+        if self.delta_norm is None and delta.dtype == torch.float32:
+            torch.addmm(delta, reads, self.delta_o.t(), beta=0, alpha=self.delta_scale, out=delta)
+        else:
+            found = operations("auto", reads.device).delta(
+                reads, self.delta_o, self.delta_scale, delta.dtype, norm_weight=self.delta_norm, eps=self.delta_eps
+            )
+            delta.copy_(found)
 
-def add_delta(rows, reads, weight, scale: float, norm_weight=None, eps: float = 0.0) -> None:
+
+def _add(rows, reads, weight, scale: float, norm_weight=None, eps: float = 0.0) -> None:
     """Add Δ = scale · W reads, normalised if there is a weight for that, to rows [T, out], where they lie."""
     if norm_weight is None and rows.dtype == torch.float32:
         rows.addmm_(reads, weight.t(), alpha=scale)
@@ -92,7 +106,7 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
     rows, bias = memory.stacked()
     buffer(qkv, "memory_rows", rows)
     buffer(qkv, "gate_bias", bias, torch.float32)  # as gates are computed
-    qkv.link, qkv.states_name, qkv.delta_out = link, states.name, "o" in heads
+    qkv.link, qkv.states_name = link, states.name
     qkv.read_width = memory.rule.read_width
     qkv.spans, first = [], 0
     for head, width, rank in _shares(qkv):
@@ -102,10 +116,24 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
             qkv.spans.append((f"delta_{head}", first, width, _scale(memory, head)))
         first += width
     qkv.__class__ = QKVWithMemory
-    states.steer = qkv.steer
-    states.corrections = [(first, getattr(qkv, key), scale) for key, first, _, scale in qkv.spans]
-    if "o" not in heads:
-        return
+    by_head = {key[-1]: (first, getattr(qkv, key), scale) for key, first, _, scale in qkv.spans}
+    qkv.out_rows = 0
+    if "o" in heads:
+        _give_output(out, memory, link, buffer)
+        qkv.out_rows = out.delta_o.shape[0]
+        by_head["o"] = (0, out.delta_o, out.delta_scale)
+
+    def steer(rows: torch.Tensor, delta: torch.Tensor, reads: torch.Tensor) -> None:
+        qkv.steer(rows, reads)
+        if delta.shape[1]:
+            out.write_delta(delta, reads)
+
+    states.steer = steer
+    states.corrections = None if config.delta_o_rmsnorm else [by_head.get(head) for head in "qkvo"]
+
+
+def _give_output(out: nn.Module, memory: DeltaMemory, link: _Link, buffer) -> None:
+    config = memory.config
     buffer(out, "delta_o", memory.delta_o_proj)
     if config.delta_o_rmsnorm:
         buffer(out, "delta_norm", memory.delta_o_rmsnorm_weight)

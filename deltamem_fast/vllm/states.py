@@ -35,8 +35,9 @@ class States(nn.Module, AttentionLayerBase):
         cache: float32 [blocks, H, r, r] once vLLM has bound it, None before.
         requests: of the whole model, which memory each request brought along.
         place: among the model's layers with a memory.
-        corrections: of q, k and v in float32, as ``BlockStep`` takes them.
-        steer: adds Δq, Δk and Δv of reads [T, H·r] to rows [T, q | k | v]; None until the layer has its weights.
+        corrections: of q, k, v and o in float32, as numba's ``BlockStep`` takes them; None: as it does not.
+        steer: (rows [T, q | k | v], delta [T, out], reads [T, H·r]): adds Δq, Δk and Δv to rows, and writes Δo; None
+            until the layer has its weights.
     """
 
     supports_dcp = False
@@ -50,9 +51,9 @@ class States(nn.Module, AttentionLayerBase):
         requests.layers.append(self)
         self.kv_cache = torch.tensor([])
         self.cache: torch.Tensor | None = None
-        self.corrections: list[tuple[int, torch.Tensor, float]] = []
+        self.corrections: list[tuple[int, torch.Tensor, float] | None] | None = None
+        self.steer: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
         self._step = None
-        self.steer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"name: got {name}, which another layer has already")
@@ -66,11 +67,12 @@ class States(nn.Module, AttentionLayerBase):
         self.cache = states.unflatten(1, (rule.heads, rule.rank, rule.rank))
 
     def block_step(self, gate_bias: torch.Tensor):
-        """The backend's way to take a decoded token in one call, made once; None: it has none for these tensors."""
+        """The backend's way to take a decoded token in one call, made once; None: it has none for this layer."""
         if self._step is None or not self._step.holds_for(gate_bias, self.cache):
             kind = getattr(operations("auto", gate_bias.device), "BlockStep", None)
-            taken = kind is not None and kind.takes(gate_bias, self.cache, self.corrections)
-            self._step = kind(gate_bias, self.cache, self.rule, self.corrections) if taken else None
+            if kind is None or self.corrections is None or not kind.takes(gate_bias, self.cache, self.corrections):
+                return None
+            self._step = kind(gate_bias, self.cache, self.rule, self.corrections)
         return self._step
 
     def advance(
@@ -170,19 +172,18 @@ def _advance(projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Te
 
 
 def _advance_and_steer(
-    projections: torch.Tensor, gate_bias: torch.Tensor, rows: torch.Tensor, reads: torch.Tensor, layer_name: str
+    projections: torch.Tensor, gate_bias: torch.Tensor, rows: torch.Tensor, delta: torch.Tensor, layer_name: str
 ) -> None:
-    """``_advance``, and Δq, Δk and Δv are added to the rows [T, q | k | v] of the layer's projection."""
+    """The states move on, Δq, Δk and Δv are added to rows [T, q | k | v], and Δo is written to ``delta`` [T, out]."""
     layer, plan = _layer_and_plan(layer_name)
-    if plan is not None and (step := layer.block_step(gate_bias)) is not None:
-        steered = step_blocks(step, projections, plan, reads, rows)
-        if steered is None:
-            layer.advance(projections, gate_bias, reads, plan)
-        elif steered:
-            return
-    else:
+    done, reads = False, None
+    if plan is not None:
+        done, reads = step_blocks(layer.block_step(gate_bias), projections, plan, rows, delta)
+    if not done:
+        reads = torch.empty(len(projections), layer.rule.read_width, dtype=torch.float32, device=projections.device)
         layer.advance(projections, gate_bias, reads, plan)
-    layer.steer(rows, reads)
+    if reads is not None:
+        layer.steer(rows, delta, reads)
 
 
 def _nothing(*_) -> None:
@@ -192,5 +193,5 @@ def _nothing(*_) -> None:
 OPERATORS = {"deltamem_advance": _advance, "deltamem_advance_and_steer": _advance_and_steer}
 for _name, _function in OPERATORS.items():
     if not hasattr(torch.ops.vllm, _name):
-        _written = [name for name in ("rows", "reads") if name in inspect.signature(_function).parameters]
+        _written = [name for name in ("rows", "delta", "reads") if name in inspect.signature(_function).parameters]
         direct_register_custom_op(_name, _function, mutates_args=_written, fake_impl=_nothing)

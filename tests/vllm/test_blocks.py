@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamem_fast.vllm.advance import advance_blocks
+from deltamem_fast.vllm.advance import advance_blocks, step_blocks
 from deltamem_fast.vllm.plan import NOTHING, READS, WRITES, make_plan
 from deltamem_kernels.dispatch import operations
 from deltamem_kernels.rule import DeltaRule
@@ -23,11 +23,30 @@ def whole(projections, bias, rule, state, use):
     """The reference's reads and the state after every token, in float64, of one sequence [T, W]."""
     reference, state = operations("reference", torch.device("cpu")), state[None].double()
     if use == NOTHING:
-        return torch.zeros(len(projections), rule.read_width), None
+        return torch.zeros(len(projections), rule.read_width), state
     if use == READS:
-        return reference.read(projections[None].double(), state, rule)[0], None
+        return reference.read(projections[None].double(), state, rule)[0], state
     out = reference.scan(projections[None].double(), bias.double(), state, rule, checkpoint_every=1)
     return out.reads[0], out.checkpoints[0]
+
+
+def error_of_reads(found, wanted, states):
+    """‖found − wanted‖ by the size of the sums that reads are: where k and q are at a right angle little is left."""
+    return (found.double() - wanted).norm() / torch.cat([wanted.flatten(), states.flatten()]).norm().clamp(min=1e-30)
+
+
+def advanced(operators, projections, bias, cache, rule, plan, table):
+    """A step as a layer takes it: in one call, if the backend has one, and all resume."""
+    kind, nothing = getattr(operators, "BlockStep", None), torch.empty(len(projections), 0)
+    if kind is not None:
+        # What is read, told by the identity, is all that stands in rows of zeros.
+        identity = (0, torch.eye(rule.read_width), 1.0)
+        rows = torch.zeros(len(projections), rule.read_width)
+        step = kind(bias, cache, rule, [identity, None, None, None])
+        done, reads = step_blocks(step, projections, plan, rows, nothing)
+        if done:
+            return rows if reads is None else reads
+    return advance_blocks(operators, projections, bias, cache, rule, plan, table)
 
 
 @settings(max_examples=25, deadline=None)
@@ -72,7 +91,7 @@ def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
         batch = torch.cat([each[d : d + c] for each, d, c in zip(tokens, done, counts)])
         batch = torch.cat([batch, torch.full((padding, rule.width), torch.nan)])
         plan = make_plan(np.array(done), np.cumsum([0, *counts]), torch.from_numpy(table), block, **told)
-        found = advance_blocks(operators, batch, bias, cache, rule, plan, given if told else None)
+        found = advanced(operators, batch, bias, cache, rule, plan, given if told else None)
         assert found.shape == (len(batch), rule.read_width) and found.dtype == torch.float32
         assert not found[len(batch) - padding :].any()
         for row, part in enumerate(found[: sum(counts)].split(counts)):
@@ -80,7 +99,7 @@ def test_any_schedule_is_the_whole_sequence(rule, data, backend, strided):
         done = [d + c for d, c in zip(done, counts)]
 
     for row, (wanted, states) in enumerate(expected):
-        assert relative_error(torch.cat(reads[row]), wanted) < 1e-5
+        assert error_of_reads(torch.cat(reads[row]), wanted, states) < 1e-5
         for place in range(needed[row] if uses[row] == WRITES else 0):
             last = min((place + 1) * block, lengths[row]) - 1
             assert relative_error(cache[table[row, place]], states[last]) < 1e-5
@@ -122,7 +141,7 @@ def test_what_was_read_before_is_read_alone_and_what_follows_is_written(rule, da
             np.array(done), np.cumsum([0, *counts]), torch.from_numpy(blocks), block,
             uses=np.full(len(lengths), WRITES), slots=np.array(slots), firsts=np.array(firsts),
         )  # fmt: skip
-        found = advance_blocks(operators, batch, bias, cache, rule, plan, table)
+        found = advanced(operators, batch, bias, cache, rule, plan, table)
         for row, part in enumerate(found.split(counts)):
             reads[row].append(part)
         done = [d + c for d, c in zip(done, counts)]
@@ -135,4 +154,4 @@ def test_what_was_read_before_is_read_alone_and_what_follows_is_written(rule, da
             out = reference.scan(tokens[row][None, first:].double(), bias.double(), after, rule)
             wanted, after = torch.cat([wanted, out.reads[0]]), out.state
             assert relative_error(cache[blocks[row, (length - 1) // block]], after[0]) < 1e-5
-        assert relative_error(torch.cat(reads[row]), wanted) < 1e-5 or not wanted.any()
+        assert error_of_reads(torch.cat(reads[row]), wanted, after) < 1e-5

@@ -15,14 +15,16 @@ from numba import carray, types
 
 from ..rule import DeltaRule
 from . import loops, rows
-from .loops import OPTIONS, scan_sequences
+from .loops import OPTIONS, ZERO, scan_sequences
 from .machine import changed, floats, long_integers, njit
 from .recurrence import rule_flags
 from .rows import add_deltas
 
-# Of each the first column, W [columns, H·r], and scale: Δ = scale · W reads.
-Corrections = Sequence[tuple[int, torch.Tensor, float]]
 MOST_ROWS = 16  # corrected in here; for more of them, and wide ones, a matmul is faster than its call is slow
+
+
+# Of each head that is corrected the first column, W [columns, H·r], and scale: Δ = scale · W reads.
+Corrections = Sequence[tuple[int, torch.Tensor, float] | None]
 
 
 @functools.cache
@@ -30,20 +32,20 @@ def block_loop(rank: int):
     """``step_blocks`` for one rank, which is a constant in it; it closes over numbers alone, see ``loops``."""
     stamp = changed(loops, rows)
 
-    @njit(types.void(*[types.int64] * 9), **OPTIONS)
-    def step_blocks(layer, scales, projections, count, sources, targets, reads, steered, stride):
+    @njit(types.void(*[types.int64] * 10), **OPTIONS)
+    def step_blocks(layer, scales, projections, count, sources, targets, reads, steered, stride, delta):
         """``BlockStep`` of ``count`` sequences.
 
         Args:
             layer: int64: heads, mode, row_gates, own_lambda, normalize, the addresses of the gates' bias and of the
-                cache, how many bytes lie between two blocks' states, how many corrections there are, and of each the
-                first column, how many there are, and the address of its weight, transposed.
-            scales: float32, of each correction.
-            projections, sources, targets, reads, steered: addresses; no steered rows: 0.
+                cache, how many bytes lie between two blocks' states, and of q, k, v and o the first column, how many
+                there are, and the address of the weight, transposed, or 0.
+            scales: float32, of q, k, v and o.
+            projections, sources, targets, reads, steered, delta: addresses; steered 0: nothing is corrected.
             stride: numbers from one of the steered rows to the next.
         """
         _ = stamp
-        fixed = carray(long_integers(layer), (18,))
+        fixed = carray(long_integers(layer), (20,))
         heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
         width = heads * rank
         gates = (width if row_gates else heads) * (2 if own_lambda else 1)
@@ -59,17 +61,21 @@ def block_loop(rank: int):
         )  # fmt: skip
         for n in range(count):
             carray(floats(fixed[6] + fixed[7] * written_to[n]), (heads, rank, rank))[:] = states[n]
-        factors = carray(floats(scales), (3,))
-        for c in range(fixed[8] if steered else 0):
-            first, numbers, at = fixed[9 + 3 * c], fixed[10 + 3 * c], fixed[11 + 3 * c]
-            columns = carray(floats(at), (width, numbers))
-            add_deltas(steered + 4 * first, stride, count, numbers, columns, 0, out[:, 0], factors[c])
+        factors = carray(floats(scales), (4,))
+        for c in range(4 if steered else 0):
+            first, numbers, at = fixed[8 + 3 * c], fixed[9 + 3 * c], fixed[10 + 3 * c]
+            if at:
+                to, apart = (steered + 4 * first, stride) if c < 3 else (delta, numbers)
+                if c == 3:
+                    carray(floats(delta), (count * numbers,))[:] = ZERO
+                columns = carray(floats(at), (width, numbers))
+                add_deltas(to, apart, count, numbers, columns, 0, out[:, 0], factors[c])
 
     return step_blocks
 
 
 class BlockStep:
-    """``step`` of one layer's sequences, the states of which lie in a cache, and what they read corrects q, k and v.
+    """``step`` of one layer's sequences, the states of which lie in a cache, and what they read corrects q, k, v and o.
 
     The same bits as ``step``. Holds addresses, so it is of use as long as ``holds_for`` says so.
 
@@ -77,33 +83,25 @@ class BlockStep:
         gate_bias: of the gates, float32.
         cache: float32 [blocks, H, r, r], each block's state in one piece.
         rule: of the recurrence.
-        corrections: three at most, W float32, as it is now.
+        corrections: of q, k, v and o, or None; float32, as they are now.
     """
 
-    def __init__(
-        self,
-        gate_bias: torch.Tensor,
-        cache: torch.Tensor,
-        rule: DeltaRule,
-        corrections: Sequence[tuple[int, torch.Tensor, float]] = (),
-    ):
-        columns = [weight.t().contiguous() for _, weight, _ in corrections]
-        self._held = gate_bias, cache, columns
+    def __init__(self, gate_bias: torch.Tensor, cache: torch.Tensor, rule: DeltaRule, corrections: Corrections):
         self._addresses = gate_bias.data_ptr(), cache.data_ptr()
-        table = [*rule_flags(rule), *self._addresses, 4 * cache.stride(0), len(corrections)]
-        for (first, *_), transposed in zip(corrections, columns, strict=True):
-            table += [first, transposed.shape[1], transposed.data_ptr()]
-        self._table = np.zeros(18, np.int64)
-        self._table[: len(table)] = table
-        self._scales = np.zeros(3, np.float32)
-        self._scales[: len(corrections)] = [scale for *_, scale in corrections]
+        columns = [None if each is None else each[1].t().contiguous() for each in corrections]
+        table = [*rule_flags(rule), *self._addresses, 4 * cache.stride(0)]
+        for each, transposed in zip(corrections, columns, strict=True):
+            table += [0, 0, 0] if each is None else [each[0], transposed.shape[1], transposed.data_ptr()]
+        self._table = np.array(table, np.int64)
+        self._scales = np.array([0.0 if each is None else each[2] for each in corrections], np.float32)
         self._layer = self._table.ctypes.data, self._scales.ctypes.data
+        self._held, self._read_width = (gate_bias, cache, columns), rule.read_width
         self._run = block_loop(rule.rank)
 
     @staticmethod
-    def takes(gate_bias: torch.Tensor, cache: torch.Tensor, corrections: Corrections = ()) -> bool:
+    def takes(gate_bias: torch.Tensor, cache: torch.Tensor, corrections: Corrections) -> bool:
         """Whether these tensors can be taken as they lie."""
-        found = [gate_bias, cache[0], *(weight for _, weight, _ in corrections)]
+        found = [gate_bias, cache[0], *(each[1] for each in corrections if each is not None)]
         return all(each.is_cpu and each.dtype == torch.float32 and each.is_contiguous() for each in found)
 
     def holds_for(self, gate_bias: torch.Tensor, cache: torch.Tensor) -> bool:
@@ -115,25 +113,28 @@ class BlockStep:
         projections: torch.Tensor,
         sources: torch.Tensor,
         targets: torch.Tensor,
-        reads: torch.Tensor,
-        steered: torch.Tensor | None = None,
-    ) -> bool:
-        """Read, then write, one token of N sequences; returns whether ``steered`` was corrected.
+        steered: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Read, then write, one token of N sequences.
 
         Args:
             projections: [N, W], raw.
             sources, targets: int64 [N], contiguous: the blocks that states are read from and written to. What one
                 sequence writes no other may read or write. Not checked.
-            reads: float32 [N, H·r], contiguous; written.
-            steered: float32 [N, …], rows of contiguous numbers, corrected where they lie if they are few.
+            steered: float32 [N, q | k | v], each row's numbers in one piece; corrected where they lie.
+            delta: float32 [N, out], contiguous; written: Δo.
+
+        Returns:
+            None; of more than ``MOST_ROWS`` rows the reads, float32 [N, H·r], and nothing is corrected.
         """
-        rows_at = stride = 0
-        if steered is not None and steered.dtype == torch.float32 and steered.shape[0] <= MOST_ROWS:
-            rows_at, stride = steered.data_ptr(), steered.stride(0)
         if projections.dtype != torch.float32 or not projections.is_contiguous():
             projections = projections.float().contiguous()
+        count = projections.shape[0]
+        reads = torch.empty(count, self._read_width, dtype=torch.float32, device="cpu")
+        few = count <= MOST_ROWS
         self._run(
-            *self._layer, projections.data_ptr(), projections.shape[0], sources.data_ptr(), targets.data_ptr(),
-            reads.data_ptr(), rows_at, stride,
+            *self._layer, projections.data_ptr(), count, sources.data_ptr(), targets.data_ptr(), reads.data_ptr(),
+            steered.data_ptr() if few else 0, steered.stride(0), delta.data_ptr(),
         )  # fmt: skip
-        return rows_at != 0
+        return None if few else reads

@@ -1,0 +1,89 @@
+"""A decoded token over a paged cache in one call: the bits of ``step``, and the corrections of ``steer``."""
+
+import pytest
+import torch
+
+from deltamem_kernels.numba.blocks import MOST_ROWS, BlockStep
+from deltamem_kernels.numba.recurrence import step
+from deltamem_kernels.rule import DeltaRule
+from tests.support import relative_error
+
+RULES = [DeltaRule(rank=8), DeltaRule(rank=3, heads=2, mode="lambda_outside", coupled=False, row_gates=False)]
+
+
+def problem(rule, count, dtype=torch.float32, apart=1):
+    """Projections, bias, a cache ``apart`` states apart, which blocks, and rows [count, 40]."""
+    torch.manual_seed(0)
+    room = torch.randn(3 * count, apart, rule.heads, rule.rank, rule.rank)
+    places = torch.randperm(3 * count)
+    return (
+        torch.randn(count, rule.width, dtype=dtype),
+        torch.randn(rule.bias_width),
+        room[:, -1],
+        places[:count],
+        places[count : 2 * count],
+        torch.randn(count, 40),
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.mode)
+@pytest.mark.parametrize("count", [1, 5, MOST_ROWS + 1])
+@pytest.mark.parametrize("apart", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_is_gather_step_scatter_and_correct(rule, count, apart, dtype):
+    projections, bias, cache, sources, targets, rows = problem(rule, count, dtype, apart)
+    corrections = [(0, torch.randn(12, rule.read_width), 0.5), None, (20, torch.randn(20, rule.read_width), -2.0)]
+    corrections.append((0, torch.randn(7, rule.read_width), 3.0))
+    expected, state = cache.clone(), cache[sources]
+    reads = step(projections, bias, state, rule)
+    expected[targets] = state
+    wanted, delta = rows.double().clone(), torch.full((count, 7), torch.nan)
+    for first, weight, scale in (corrections[0], corrections[2]):
+        wanted[:, first : first + len(weight)] += scale * reads.double() @ weight.double().t()
+
+    before, given = rows.clone(), [tensor.clone() for tensor in (projections, bias, sources, targets)]
+    found = BlockStep(bias, cache, rule, corrections)(projections, sources, targets, rows, delta)
+    assert torch.equal(cache, expected)
+    assert all(torch.equal(a, b) for a, b in zip(given, (projections, bias, sources, targets)))
+    if count > MOST_ROWS:
+        assert torch.equal(found, reads) and torch.equal(rows, before) and torch.isnan(delta).all()
+        return
+    assert found is None and relative_error(rows, wanted) < 1e-6
+    assert torch.equal(rows[:, 12:20], before[:, 12:20])
+    assert relative_error(delta, 3.0 * reads.double() @ corrections[3][1].double().t()) < 1e-6
+
+
+def test_a_sequence_may_stay_in_its_block_and_two_may_resume_from_one():
+    rule = RULES[0]
+    projections, bias, cache, sources, targets, rows = problem(rule, 3)
+    sources = torch.tensor([4, 4, 7])
+    targets = torch.tensor([1, 2, 7])
+    expected, state = cache.clone(), cache[sources]
+    step(projections, bias, state, rule)
+    expected[targets] = state
+    BlockStep(bias, cache, rule, [None] * 4)(projections, sources, targets, rows, torch.empty(3, 0))
+    assert torch.equal(cache, expected)
+
+
+def test_a_token_that_is_not_finite_is_not_written_and_reads_zero():
+    rule = RULES[0]
+    projections, bias, cache, sources, targets, rows = problem(rule, 2)
+    projections[1, 5] = torch.nan
+    expected, before = cache[sources[1]].clone(), rows.clone()
+    identity = [(0, torch.eye(8), 1.0), None, None, None]
+    BlockStep(bias, cache, rule, identity)(projections, sources, targets, rows, torch.empty(2, 0))
+    assert torch.equal(cache[targets[1]], expected) and torch.equal(rows[1], before[1])
+
+
+def test_tensors_that_are_not_taken_as_they_lie_and_ones_that_moved():
+    rule = RULES[0]
+    _, bias, cache, *_ = problem(rule, 2)
+    weight = torch.randn(8, 12)
+    takes = BlockStep.takes
+    assert takes(bias, cache, [(0, weight.t().contiguous(), 1.0), None])
+    assert not takes(bias, cache, [(0, weight.t(), 1.0)])
+    assert not takes(bias, cache, [(0, weight.t().contiguous().bfloat16(), 1.0)])
+    assert not takes(bias.bfloat16(), cache, []) and not takes(bias, cache.transpose(2, 3), [])
+    made = BlockStep(bias, cache, rule, [None] * 4)
+    assert made.holds_for(bias, cache) and not made.holds_for(bias.clone(), cache)
+    assert not made.holds_for(bias, cache[1:])
