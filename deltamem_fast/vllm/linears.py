@@ -15,10 +15,26 @@ from ..errors import UnsupportedError
 from .states import States
 
 
-class _Link:
-    """What the input's projection hands to the output's in one forward, [T, …]: Δo on a CPU, else the reads."""
+def at_once(device: torch.device) -> bool:
+    """Whether one operator reads, writes and corrects all.
 
-    handed: torch.Tensor | None = None
+    On a CPU, where a compiler would copy q, k and v for each correction, and then once more as a whole. On a GPU only
+    what looks at the step's plan is left out of CUDA graphs.
+    """
+    return device.type == "cpu"
+
+
+class _Link:
+    """What the input's projection hands to the output's in one forward, [T, …]: Δo if it is made at once, or the reads.
+
+    Attributes:
+        at_once: whether it is.
+        handed: of this forward.
+    """
+
+    def __init__(self, at_once: bool):
+        self.at_once = at_once
+        self.handed: torch.Tensor | None = None
 
 
 class QKVWithMemory(QKVParallelLinear):
@@ -29,11 +45,11 @@ class QKVWithMemory(QKVParallelLinear):
         output = found[0] if isinstance(found, tuple) else found
         projections = F.linear(input_.reshape(-1, input_.shape[-1]), self.memory_rows)
         rows = output.view(-1, output.shape[-1])
-        if rows.is_cpu:
-            # One operator for all: a compiler would copy the rows for each correction, and then once more as a whole.
+        if self.link.at_once:
             handed = torch.empty(rows.shape[0], self.out_rows, dtype=rows.dtype, device=rows.device)
             torch.ops.vllm.deltamem_advance_and_steer(projections, self.gate_bias, rows, handed, self.states_name)
         else:
+            # Made here: what runs between two CUDA graphs has to leave its results where they look for them.
             handed = torch.empty(rows.shape[0], self.read_width, dtype=torch.float32, device=rows.device)
             torch.ops.vllm.deltamem_advance(projections, self.gate_bias, handed, self.states_name)
             self.steer(rows, handed)
@@ -54,7 +70,7 @@ class OutputWithMemory(RowParallelLinear):
         handed, self.link.handed = self.link.handed, None
         output = found[0] if isinstance(found, tuple) else found
         rows = output.view(-1, output.shape[-1])
-        if rows.is_cpu:
+        if self.link.at_once:
             rows.add_(handed)
         else:
             _add(rows, handed, self.delta_o, self.delta_scale, self.delta_norm, self.delta_eps)
@@ -95,8 +111,9 @@ def give_memory(attention: nn.Module, name: str, states: States, memory: DeltaMe
     qkv, out = (_linear(attention, name, which, kind) for which, kind in (
         ("qkv_proj", QKVParallelLinear), ("o_proj", RowParallelLinear),
     ))  # fmt: skip
-    link, config, heads = _Link(), memory.config, memory.config.delta_heads
+    config, heads = memory.config, memory.config.delta_heads
     device, dtype = qkv.weight.device, qkv.params_dtype
+    link = _Link(at_once(device))
     operations("auto", device)  # found now, and not while a compiler traces
 
     def buffer(module: nn.Module, key: str, value: torch.Tensor, dtype: torch.dtype = dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -35,7 +34,7 @@ class States(nn.Module, AttentionLayerBase):
         cache: float32 [blocks, H, r, r] once vLLM has bound it, None before.
         requests: of the whole model, which memory each request brought along.
         place: among the model's layers with a memory.
-        corrections: of q, k, v and o in float32, as numba's ``BlockStep`` takes them; None: as it does not.
+        corrections: of q, k, v and o, as numba's ``BlockStep`` takes them; None: as it does not.
         steer: (rows [T, q | k | v], delta [T, out], reads [T, H·r]): adds Δq, Δk and Δv to rows, and writes Δo; None
             until the layer has its weights.
     """
@@ -70,9 +69,7 @@ class States(nn.Module, AttentionLayerBase):
         """The backend's way to take a decoded token in one call, made once; None: it has none for this layer."""
         if self._step is None or not self._step.holds_for(gate_bias, self.cache):
             kind = getattr(operations("auto", gate_bias.device), "BlockStep", None)
-            if kind is None or self.corrections is None or not kind.takes(gate_bias, self.cache, self.corrections):
-                return None
-            self._step = kind(gate_bias, self.cache, self.rule, self.corrections)
+            self._step = None if kind is None else kind(gate_bias, self.cache, self.rule, self.corrections)
         return self._step
 
     def advance(
@@ -190,8 +187,10 @@ def _nothing(*_) -> None:
     return None
 
 
-OPERATORS = {"deltamem_advance": _advance, "deltamem_advance_and_steer": _advance_and_steer}
-for _name, _function in OPERATORS.items():
+OPERATORS = {
+    "deltamem_advance": (_advance, ["reads"]),
+    "deltamem_advance_and_steer": (_advance_and_steer, ["rows", "delta"]),
+}
+for _name, (_function, _written) in OPERATORS.items():
     if not hasattr(torch.ops.vllm, _name):
-        _written = [name for name in ("rows", "delta", "reads") if name in inspect.signature(_function).parameters]
         direct_register_custom_op(_name, _function, mutates_args=_written, fake_impl=_nothing)

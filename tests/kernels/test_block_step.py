@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from deltamem_kernels.errors import ArgumentError
 from deltamem_kernels.numba.blocks import MOST_ROWS, BlockStep
 from deltamem_kernels.numba.recurrence import step
 from deltamem_kernels.rule import DeltaRule
 from tests.support import relative_error
 
-RULES = [DeltaRule(rank=8), DeltaRule(rank=3, heads=2, mode="lambda_outside", coupled=False, row_gates=False)]
+RULES = [DeltaRule(rank=8), DeltaRule(rank=8, heads=2, mode="lambda_outside", coupled=False, row_gates=False)]
 
 
 def problem(rule, count, dtype=torch.float32, apart=1):
@@ -75,15 +76,26 @@ def test_a_token_that_is_not_finite_is_not_written_and_reads_zero():
     assert torch.equal(cache[targets[1]], expected) and torch.equal(rows[1], before[1])
 
 
-def test_tensors_that_are_not_taken_as_they_lie_and_ones_that_moved():
+def test_rows_that_are_left_to_others():
+    """Rows of 16 bits, and corrections that this knows nothing of: the reads are returned."""
+    rule = RULES[0]
+    projections, bias, cache, sources, targets, rows = problem(rule, 2)
+    reads = step(projections, bias, cache[sources], rule)
+    delta = torch.full((2, 8), torch.nan)
+    weight = [(0, torch.randn(8, 8, dtype=torch.bfloat16), 1.0)] * 4
+    for corrections, given in ((None, rows), (weight, rows.bfloat16())):
+        before = given.clone()
+        found = BlockStep(bias, cache.clone(), rule, corrections)(projections, sources, targets, given, delta)
+        assert torch.equal(found, reads) and torch.equal(given, before) and torch.isnan(delta).all()
+
+
+def test_tensors_that_cannot_be_taken_and_ones_that_moved():
     rule = RULES[0]
     _, bias, cache, *_ = problem(rule, 2)
-    weight = torch.randn(8, 12)
-    takes = BlockStep.takes
-    assert takes(bias, cache, [(0, weight.t().contiguous(), 1.0), None])
-    assert not takes(bias, cache, [(0, weight.t(), 1.0)])
-    assert not takes(bias, cache, [(0, weight.t().contiguous().bfloat16(), 1.0)])
-    assert not takes(bias.bfloat16(), cache, []) and not takes(bias, cache.transpose(2, 3), [])
-    made = BlockStep(bias, cache, rule, [None] * 4)
+    with pytest.raises(ArgumentError, match="gate_bias: got torch.bfloat16 on cpu"):
+        BlockStep(bias.bfloat16(), cache, rule, None)
+    with pytest.raises(ArgumentError, match=r"cache: got torch.float32 on cpu, strides \[64, 1, 8\], allowed float32"):
+        BlockStep(bias, cache.transpose(2, 3), rule, None)
+    made = BlockStep(bias, cache, rule, None)
     assert made.holds_for(bias, cache) and not made.holds_for(bias.clone(), cache)
     assert not made.holds_for(bias, cache[1:])

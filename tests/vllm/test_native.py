@@ -57,3 +57,14 @@ def test_without_prefix_cache(qwen3, expected):
 def test_compiled(qwen3, expected):
     with engine(qwen3, enforce_eager=False, max_num_batched_tokens=128) as llm:
         check_rounds(llm, expected, seed=60)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_as_a_gpu_corrects(qwen3, expected, monkeypatch, eager):
+    """Reads leave the operator, and q and o are corrected in the compiled graph."""
+    from deltamem_fast.vllm import linears
+
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    monkeypatch.setattr(linears, "at_once", lambda device: False)
+    with engine(qwen3, enforce_eager=eager, max_num_batched_tokens=128) as llm:
+        check_rounds(llm, expected, seed=70)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numba import carray, types
 
+from ..errors import ArgumentError
 from ..rule import DeltaRule
 from . import loops, rows
 from .loops import OPTIONS, ZERO, scan_sequences
@@ -83,12 +84,23 @@ class BlockStep:
         gate_bias: of the gates, float32.
         cache: float32 [blocks, H, r, r], each block's state in one piece.
         rule: of the recurrence.
-        corrections: of q, k, v and o, or None; float32, as they are now.
+        corrections: of q, k, v and o, as they are now; None: nothing is corrected.
+
+    Raises:
+        ValueError: a tensor that cannot be taken as it lies.
     """
 
-    def __init__(self, gate_bias: torch.Tensor, cache: torch.Tensor, rule: DeltaRule, corrections: Corrections):
+    def __init__(self, gate_bias: torch.Tensor, cache: torch.Tensor, rule: DeltaRule, corrections: Corrections | None):
         self._addresses = gate_bias.data_ptr(), cache.data_ptr()
-        columns = [None if each is None else each[1].t().contiguous() for each in corrections]
+        self._corrects = corrections is not None
+        corrections = corrections or [None] * 4
+        for name, tensor in (("gate_bias", gate_bias), ("cache", cache[0])):
+            if not (tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()):
+                raise ArgumentError(
+                    f"{name}: got {tensor.dtype} on {tensor.device}, strides {[*tensor.stride()]}, allowed float32 on "
+                    "a CPU in one piece"
+                )
+        columns = [None if each is None else each[1].float().t().contiguous() for each in corrections]
         table = [*rule_flags(rule), *self._addresses, 4 * cache.stride(0)]
         for each, transposed in zip(corrections, columns, strict=True):
             table += [0, 0, 0] if each is None else [each[0], transposed.shape[1], transposed.data_ptr()]
@@ -97,12 +109,6 @@ class BlockStep:
         self._layer = self._table.ctypes.data, self._scales.ctypes.data
         self._held, self._read_width = (gate_bias, cache, columns), rule.read_width
         self._run = block_loop(rule.rank)
-
-    @staticmethod
-    def takes(gate_bias: torch.Tensor, cache: torch.Tensor, corrections: Corrections) -> bool:
-        """Whether these tensors can be taken as they lie."""
-        found = [gate_bias, cache[0], *(each[1] for each in corrections if each is not None)]
-        return all(each.is_cpu and each.dtype == torch.float32 and each.is_contiguous() for each in found)
 
     def holds_for(self, gate_bias: torch.Tensor, cache: torch.Tensor) -> bool:
         """Whether it was made of these tensors, and they lie where they lay."""
@@ -122,19 +128,20 @@ class BlockStep:
             projections: [N, W], raw.
             sources, targets: int64 [N], contiguous: the blocks that states are read from and written to. What one
                 sequence writes no other may read or write. Not checked.
-            steered: float32 [N, q | k | v], each row's numbers in one piece; corrected where they lie.
-            delta: float32 [N, out], contiguous; written: Δo.
+            steered: [N, q | k | v], each row's numbers in one piece; corrected where they lie.
+            delta: [N, out], contiguous; written: Δo.
 
         Returns:
-            None; of more than ``MOST_ROWS`` rows the reads, float32 [N, H·r], and nothing is corrected.
+            None; or the reads, float32 [N, H·r], if the rows are not corrected: more than ``MOST_ROWS``, or of another
+            dtype than float32.
         """
         if projections.dtype != torch.float32 or not projections.is_contiguous():
             projections = projections.float().contiguous()
         count = projections.shape[0]
         reads = torch.empty(count, self._read_width, dtype=torch.float32, device="cpu")
-        few = count <= MOST_ROWS
+        corrects = self._corrects and count <= MOST_ROWS and steered.dtype == torch.float32
         self._run(
             *self._layer, projections.data_ptr(), count, sources.data_ptr(), targets.data_ptr(), reads.data_ptr(),
-            steered.data_ptr() if few else 0, steered.stride(0), delta.data_ptr(),
+            steered.data_ptr() if corrects else 0, steered.stride(0), delta.data_ptr(),
         )  # fmt: skip
-        return None if few else reads
+        return None if corrects else reads
