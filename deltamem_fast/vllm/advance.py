@@ -11,7 +11,7 @@ from .plan import Plan, Spans, Steps
 
 
 def step_blocks(
-    step, projections: torch.Tensor, plan: Plan, rows: torch.Tensor, delta: torch.Tensor
+    step, projections: torch.Tensor, gate_bias: torch.Tensor, plan: Plan, rows: torch.Tensor, delta: torch.Tensor
 ) -> tuple[bool, torch.Tensor | None]:
     """``advance_blocks``, and what was read corrects rows, by one call: where one token of each sequence comes.
 
@@ -28,7 +28,7 @@ def step_blocks(
     steps = plan.all_resume
     if step is None or steps is None or steps.targets.shape[0] != projections.shape[0]:
         return False, None
-    return True, step(projections, steps.sources, steps.targets, rows, delta)
+    return True, step(projections, gate_bias, steps.sources, steps.targets, rows, delta)
 
 
 def advance_blocks(

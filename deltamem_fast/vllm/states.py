@@ -37,6 +37,7 @@ class States(nn.Module, AttentionLayerBase):
         corrections: of q, k, v and o, as numba's ``BlockStep`` takes them; None: as it does not.
         steer: (rows [T, q | k | v], delta [T, out], reads [T, H·r]): adds Δq, Δk and Δv to rows, and writes Δo; None
             until the layer has its weights.
+        step: the backend's way to take a decoded token in one call; None: it has none.
     """
 
     supports_dcp = False
@@ -52,7 +53,7 @@ class States(nn.Module, AttentionLayerBase):
         self.cache: torch.Tensor | None = None
         self.corrections: list[tuple[int, torch.Tensor, float] | None] | None = None
         self.steer: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None = None
-        self._step = None
+        self.step: Callable | None = None
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"name: got {name}, which another layer has already")
@@ -64,13 +65,8 @@ class States(nn.Module, AttentionLayerBase):
         self.kv_cache = kv_cache
         states = kv_cache.select(1, 0).select(1, 0).view(torch.float32)
         self.cache = states.unflatten(1, (rule.heads, rule.rank, rule.rank))
-
-    def block_step(self, gate_bias: torch.Tensor):
-        """The backend's way to take a decoded token in one call, made once; None: it has none for this layer."""
-        if self._step is None or not self._step.holds_for(gate_bias, self.cache):
-            kind = getattr(operations("auto", gate_bias.device), "BlockStep", None)
-            self._step = None if kind is None else kind(gate_bias, self.cache, self.rule, self.corrections)
-        return self._step
+        kind = getattr(operations("auto", self.cache.device), "BlockStep", None)
+        self.step = None if kind is None else kind(self.cache, rule, self.corrections)
 
     def advance(
         self, projections: torch.Tensor, gate_bias: torch.Tensor, reads: torch.Tensor, plan: Plan | None
@@ -175,7 +171,7 @@ def _advance_and_steer(
     layer, plan = _layer_and_plan(layer_name)
     done, reads = False, None
     if plan is not None:
-        done, reads = step_blocks(layer.block_step(gate_bias), projections, plan, rows, delta)
+        done, reads = step_blocks(layer.step, projections, gate_bias, plan, rows, delta)
     if not done:
         reads = torch.empty(len(projections), layer.rule.read_width, dtype=torch.float32, device=projections.device)
         layer.advance(projections, gate_bias, reads, plan)

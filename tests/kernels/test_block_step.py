@@ -43,7 +43,7 @@ def test_one_call_is_gather_step_scatter_and_correct(rule, count, apart, dtype):
         wanted[:, first : first + len(weight)] += scale * reads.double() @ weight.double().t()
 
     before, given = rows.clone(), [tensor.clone() for tensor in (projections, bias, sources, targets)]
-    found = BlockStep(bias, cache, rule, corrections)(projections, sources, targets, rows, delta)
+    found = BlockStep(cache, rule, corrections)(projections, bias, sources, targets, rows, delta)
     assert torch.equal(cache, expected)
     assert all(torch.equal(a, b) for a, b in zip(given, (projections, bias, sources, targets)))
     if count > MOST_ROWS:
@@ -62,7 +62,7 @@ def test_a_sequence_may_stay_in_its_block_and_two_may_resume_from_one():
     expected, state = cache.clone(), cache[sources]
     step(projections, bias, state, rule)
     expected[targets] = state
-    BlockStep(bias, cache, rule, [None] * 4)(projections, sources, targets, rows, torch.empty(3, 0))
+    BlockStep(cache, rule, [None] * 4)(projections, bias, sources, targets, rows, torch.empty(3, 0))
     assert torch.equal(cache, expected)
 
 
@@ -72,7 +72,7 @@ def test_a_token_that_is_not_finite_is_not_written_and_reads_zero():
     projections[1, 5] = torch.nan
     expected, before = cache[sources[1]].clone(), rows.clone()
     identity = [(0, torch.eye(8), 1.0), None, None, None]
-    BlockStep(bias, cache, rule, identity)(projections, sources, targets, rows, torch.empty(2, 0))
+    BlockStep(cache, rule, identity)(projections, bias, sources, targets, rows, torch.empty(2, 0))
     assert torch.equal(cache[targets[1]], expected) and torch.equal(rows[1], before[1])
 
 
@@ -85,17 +85,30 @@ def test_rows_that_are_left_to_others():
     weight = [(0, torch.randn(8, 8, dtype=torch.bfloat16), 1.0)] * 4
     for corrections, given in ((None, rows), (weight, rows.bfloat16())):
         before = given.clone()
-        found = BlockStep(bias, cache.clone(), rule, corrections)(projections, sources, targets, given, delta)
+        found = BlockStep(cache.clone(), rule, corrections)(projections, bias, sources, targets, given, delta)
         assert torch.equal(found, reads) and torch.equal(given, before) and torch.isnan(delta).all()
 
 
-def test_tensors_that_cannot_be_taken_and_ones_that_moved():
+def test_a_cache_that_cannot_be_taken():
+    _, _, cache, *_ = problem(RULES[0], 2)
+    with pytest.raises(
+        ArgumentError, match=r"cache: got torch.float32 on cpu, a state's strides \[64, 1, 8\], allowed"
+    ):
+        BlockStep(cache.transpose(2, 3), RULES[0], None)
+    with pytest.raises(ArgumentError, match="cache: got torch.float64 on cpu"):
+        BlockStep(cache.double(), RULES[0], None)
+
+
+@pytest.mark.parametrize("steps", [20])
+def test_tokens_that_would_overflow_a_state_are_left_out_as_in_step(steps):
     rule = RULES[0]
-    _, bias, cache, *_ = problem(rule, 2)
-    with pytest.raises(ArgumentError, match="gate_bias: got torch.bfloat16 on cpu"):
-        BlockStep(bias.bfloat16(), cache, rule, None)
-    with pytest.raises(ArgumentError, match=r"cache: got torch.float32 on cpu, strides \[64, 1, 8\], allowed float32"):
-        BlockStep(bias, cache.transpose(2, 3), rule, None)
-    made = BlockStep(bias, cache, rule, None)
-    assert made.holds_for(bias, cache) and not made.holds_for(bias.clone(), cache)
-    assert not made.holds_for(bias, cache[1:])
+    projections, bias, cache, sources, _, rows = problem(rule, 4)
+    projections[:, 2 * rule.rank : 3 * rule.rank] = 3e38
+    bias += 20.0
+    identity = [(0, torch.eye(8), 1.0), None, None, None]
+    made, state = BlockStep(cache, rule, identity), cache[sources]
+    for _ in range(steps):
+        rows = torch.zeros(4, 8)
+        made(projections, bias, sources, sources, rows, torch.empty(4, 0))
+        assert torch.equal(rows, step(projections, bias, state, rule)) and torch.equal(cache[sources], state)
+    assert torch.isfinite(state).all()

@@ -42,8 +42,8 @@ def advanced(operators, projections, bias, cache, rule, plan, table):
         # What is read, told by the identity, is all that stands in rows of zeros.
         identity = (0, torch.eye(rule.read_width), 1.0)
         rows = torch.zeros(len(projections), rule.read_width)
-        step = kind(bias, cache, rule, [identity, None, None, None])
-        done, reads = step_blocks(step, projections, plan, rows, nothing)
+        step = kind(cache, rule, [identity, None, None, None])
+        done, reads = step_blocks(step, projections, bias, plan, rows, nothing)
         if done:
             return rows if reads is None else reads
     return advance_blocks(operators, projections, bias, cache, rule, plan, table)

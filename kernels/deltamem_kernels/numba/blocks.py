@@ -16,7 +16,7 @@ from numba import carray, types
 from ..errors import ArgumentError
 from ..rule import DeltaRule
 from . import loops, rows
-from .loops import OPTIONS, ZERO, scan_sequences
+from .loops import OPTIONS, ZERO, block_gates, is_finite, read_and_write, unit_directions
 from .machine import changed, floats, long_integers, njit
 from .recurrence import rule_flags
 from .rows import add_deltas
@@ -28,49 +28,76 @@ MOST_ROWS = 16  # corrected in here; for more of them, and wide ones, a matmul i
 Corrections = Sequence[tuple[int, torch.Tensor, float] | None]
 
 
+@njit(inline="always")
+def transpose(matrices, out):
+    """out [H, j, i] = matrices [H, i, j]."""
+    for h in range(matrices.shape[0]):
+        for i in range(matrices.shape[1]):
+            for j in range(matrices.shape[2]):
+                out[h, j, i] = matrices[h, i, j]
+
+
 @functools.cache
 def block_loop(rank: int):
     """``step_blocks`` for one rank, which is a constant in it; it closes over numbers alone, see ``loops``."""
     stamp = changed(loops, rows)
 
-    @njit(types.void(*[types.int64] * 10), **OPTIONS)
-    def step_blocks(layer, scales, projections, count, sources, targets, reads, steered, stride, delta):
+    @njit(types.void(*[types.int64] * 11), **OPTIONS)
+    def step_blocks(
+        layer, scales, bias, projections, count, sources, targets, reads, steered, stride, delta
+    ):  # fmt: skip
         """``BlockStep`` of ``count`` sequences.
 
         Args:
-            layer: int64: heads, mode, row_gates, own_lambda, normalize, the addresses of the gates' bias and of the
-                cache, how many bytes lie between two blocks' states, and of q, k, v and o the first column, how many
-                there are, and the address of the weight, transposed, or 0.
+            layer: int64: heads, mode, row_gates, own_lambda, normalize, the cache's address, how many bytes lie between
+                two blocks' states, and of q, k, v and o the first column, how many there are, and the address of the
+                weight, transposed, or 0.
             scales: float32, of q, k, v and o.
-            projections, sources, targets, reads, steered, delta: addresses; steered 0: nothing is corrected.
+            bias, projections, sources, targets, reads, steered, delta: addresses; reads 0: nobody asks for them;
+                steered 0: nothing is corrected.
             stride: numbers from one of the steered rows to the next.
         """
         _ = stamp
-        fixed = carray(long_integers(layer), (20,))
+        fixed = carray(long_integers(layer), (19,))
         heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
         width = heads * rank
         gates = (width if row_gates else heads) * (2 if own_lambda else 1)
         read_from, written_to = carray(long_integers(sources), (count,)), carray(long_integers(targets), (count,))
-        states, out = np.empty((count, heads, rank, rank), np.float32), carray(floats(reads), (count, 1, width))
+        rows = carray(floats(projections), (count, 3 * width + gates))
+        out = carray(floats(reads), (1, count, width)) if reads else np.empty((1, count, width), np.float32)
+        # What is computed of each number alone: of all sequences at once, as ``scan_sequences`` does of many tokens.
+        q, k = np.empty((count, width), np.float32), np.empty((count, width), np.float32)
+        beta, keep = np.empty((count, width), np.float32), np.empty((count, width), np.float32)
+        scratch, powers = np.empty(count * width, np.float32), np.empty(count * width, np.int32)
+        unit_directions(rows, 0, heads, rank, normalize, q, scratch, powers)
+        unit_directions(rows, width, heads, rank, normalize, k, scratch, powers)
+        block_gates(rows, carray(floats(bias), (gates,)), heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
+        column, work = np.empty(rank, np.float32), np.empty((heads, rank, rank), np.float32)  # [H, j, i]
         for n in range(count):
-            states[n] = carray(floats(fixed[6] + fixed[7] * read_from[n]), (heads, rank, rank))
-        scan_sequences(
-            rank, carray(floats(projections), (count, 1, 3 * width + gates)), carray(floats(fixed[5]), (gates,)),
-            np.ones((count, 1), np.uint8), states, np.arange(count), heads, mode, row_gates, own_lambda, normalize, 0,
-            out, np.empty((count, 0, heads, rank, rank), np.float32), np.zeros(count, np.int32),
-            np.empty((count, 0), np.uint8), 0,
-        )  # fmt: skip
-        for n in range(count):
-            carray(floats(fixed[6] + fixed[7] * written_to[n]), (heads, rank, rank))[:] = states[n]
+            source = carray(floats(fixed[5] + fixed[6] * read_from[n]), (heads, rank, rank))
+            target = carray(floats(fixed[5] + fixed[6] * written_to[n]), (heads, rank, rank))
+            valid = is_finite(rows[n])
+            if valid:
+                transpose(source, work)
+                read_and_write(rank, heads, mode, rows, n, q, k, beta, keep, column, work, out, 0, n)
+                valid = is_finite(work)
+            if valid:
+                transpose(work, target)
+            else:
+                out[0, n] = ZERO
+                for h in range(heads):
+                    for i in range(rank):
+                        for j in range(rank):
+                            target[h, i, j] = source[h, i, j]
         factors = carray(floats(scales), (4,))
         for c in range(4 if steered else 0):
-            first, numbers, at = fixed[8 + 3 * c], fixed[9 + 3 * c], fixed[10 + 3 * c]
+            first, numbers, at = fixed[7 + 3 * c], fixed[8 + 3 * c], fixed[9 + 3 * c]
             if at:
                 to, apart = (steered + 4 * first, stride) if c < 3 else (delta, numbers)
                 if c == 3:
                     carray(floats(delta), (count * numbers,))[:] = ZERO
                 columns = carray(floats(at), (width, numbers))
-                add_deltas(to, apart, count, numbers, columns, 0, out[:, 0], factors[c])
+                add_deltas(to, apart, count, numbers, columns, 0, out[0], factors[c])
 
     return step_blocks
 
@@ -78,45 +105,40 @@ def block_loop(rank: int):
 class BlockStep:
     """``step`` of one layer's sequences, the states of which lie in a cache, and what they read corrects q, k, v and o.
 
-    The same bits as ``step``. Holds addresses, so it is of use as long as ``holds_for`` says so.
+    The same bits as ``step``.
 
     Args:
-        gate_bias: of the gates, float32.
-        cache: float32 [blocks, H, r, r], each block's state in one piece.
+        cache: float32 [blocks, H, r, r], each block's state in one piece; held, and written by every call.
         rule: of the recurrence.
         corrections: of q, k, v and o, as they are now; None: nothing is corrected.
 
     Raises:
-        ValueError: a tensor that cannot be taken as it lies.
+        ValueError: a cache that cannot be taken as it lies.
     """
 
-    def __init__(self, gate_bias: torch.Tensor, cache: torch.Tensor, rule: DeltaRule, corrections: Corrections | None):
-        self._addresses = gate_bias.data_ptr(), cache.data_ptr()
+    def __init__(self, cache: torch.Tensor, rule: DeltaRule, corrections: Corrections | None):
+        state = cache[0]
+        if not (cache.is_cpu and cache.dtype == torch.float32 and state.is_contiguous()):
+            raise ArgumentError(
+                f"cache: got {cache.dtype} on {cache.device}, a state's strides {[*state.stride()]}, allowed float32 on "
+                "a CPU, each state in one piece"
+            )
         self._corrects = corrections is not None
         corrections = corrections or [None] * 4
-        for name, tensor in (("gate_bias", gate_bias), ("cache", cache[0])):
-            if not (tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()):
-                raise ArgumentError(
-                    f"{name}: got {tensor.dtype} on {tensor.device}, strides {[*tensor.stride()]}, allowed float32 on "
-                    "a CPU in one piece"
-                )
         columns = [None if each is None else each[1].float().t().contiguous() for each in corrections]
-        table = [*rule_flags(rule), *self._addresses, 4 * cache.stride(0)]
+        table = [*rule_flags(rule), cache.data_ptr(), 4 * cache.stride(0)]
         for each, transposed in zip(corrections, columns, strict=True):
             table += [0, 0, 0] if each is None else [each[0], transposed.shape[1], transposed.data_ptr()]
         self._table = np.array(table, np.int64)
         self._scales = np.array([0.0 if each is None else each[2] for each in corrections], np.float32)
-        self._layer = self._table.ctypes.data, self._scales.ctypes.data
-        self._held, self._read_width = (gate_bias, cache, columns), rule.read_width
+        self._layer, self._scales_at = self._table.ctypes.data, self._scales.ctypes.data
+        self._held, self._read_width = (cache, columns), rule.read_width
         self._run = block_loop(rule.rank)
-
-    def holds_for(self, gate_bias: torch.Tensor, cache: torch.Tensor) -> bool:
-        """Whether it was made of these tensors, and they lie where they lay."""
-        return (gate_bias.data_ptr(), cache.data_ptr()) == self._addresses
 
     def __call__(
         self,
         projections: torch.Tensor,
+        gate_bias: torch.Tensor,
         sources: torch.Tensor,
         targets: torch.Tensor,
         steered: torch.Tensor,
@@ -126,6 +148,7 @@ class BlockStep:
 
         Args:
             projections: [N, W], raw.
+            gate_bias: of the gates.
             sources, targets: int64 [N], contiguous: the blocks that states are read from and written to. What one
                 sequence writes no other may read or write. Not checked.
             steered: [N, q | k | v], each row's numbers in one piece; corrected where they lie.
@@ -137,11 +160,17 @@ class BlockStep:
         """
         if projections.dtype != torch.float32 or not projections.is_contiguous():
             projections = projections.float().contiguous()
+        if gate_bias.dtype != torch.float32:
+            gate_bias = gate_bias.float()
         count = projections.shape[0]
-        reads = torch.empty(count, self._read_width, dtype=torch.float32, device="cpu")
-        corrects = self._corrects and count <= MOST_ROWS and steered.dtype == torch.float32
+        reads, reads_at, steered_at = None, 0, 0
+        if self._corrects and count <= MOST_ROWS and steered.dtype == torch.float32:
+            steered_at = steered.data_ptr()
+        else:
+            reads = torch.empty(count, self._read_width, dtype=torch.float32, device="cpu")
+            reads_at = reads.data_ptr()
         self._run(
-            *self._layer, projections.data_ptr(), count, sources.data_ptr(), targets.data_ptr(), reads.data_ptr(),
-            steered.data_ptr() if corrects else 0, steered.stride(0), delta.data_ptr(),
+            self._layer, self._scales_at, gate_bias.data_ptr(), projections.data_ptr(), count, sources.data_ptr(),
+            targets.data_ptr(), reads_at, steered_at, steered.stride(0), delta.data_ptr(),
         )  # fmt: skip
-        return None if corrects else reads
+        return reads

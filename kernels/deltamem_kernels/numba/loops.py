@@ -176,7 +176,7 @@ def _copy(source, target):
 
 
 @njit(inline="always")
-def _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at):
+def read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at):
     """Token t of a block, in all heads: reads[n, at] and the state, work [H, j, i]."""
     for h in range(heads):
         base = h * rank
@@ -220,7 +220,7 @@ def _look_at_each(
         valid = present and is_finite(rows[t])
         if valid:
             _copy(work, before)
-            _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
+            read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
             if not is_finite(work):
                 _copy(before, work)
                 valid = False
@@ -297,7 +297,7 @@ def scan_sequences(
                     for i in range(width):
                         reads[n, at, i] = ZERO
                 else:
-                    _read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
+                    read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
                 if every > 0 and (first + t + 1) % every == 0:
                     _save(work, saved, n, (first + t + 1) // every - 1)
             if says:
