@@ -238,6 +238,9 @@ def _source(start: np.ndarray, block: int) -> np.ndarray:
 
 def _blocks(table: torch.Tensor, rows: list[np.ndarray], columns: list[np.ndarray]) -> tuple[torch.Tensor, ...]:
     """The blocks int64 at several lists of rows and columns of a table, looked up where that is."""
+    if table.device.type == "cpu":  # where NumPy's index is the faster one for a few numbers
+        found = table.numpy()
+        return tuple(torch.from_numpy(found[row, column].astype(np.int64)) for row, column in zip(rows, columns))
     where = _tensor(np.stack([np.concatenate(rows), np.concatenate(columns)]), table.device)
     return table[where[0], where[1]].long().split([len(part) for part in rows])
 

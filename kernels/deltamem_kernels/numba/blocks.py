@@ -120,8 +120,8 @@ class BlockStep:
         state = cache[0]
         if not (cache.is_cpu and cache.dtype == torch.float32 and state.is_contiguous()):
             raise ArgumentError(
-                f"cache: got {cache.dtype} on {cache.device}, a state's strides {[*state.stride()]}, allowed float32 on "
-                "a CPU, each state in one piece"
+                f"cache: got {cache.dtype} on {cache.device}, a state's strides {[*state.stride()]}, allowed float32 "
+                "on a CPU, each state in one piece"
             )
         self._corrects = corrections is not None
         corrections = corrections or [None] * 4
