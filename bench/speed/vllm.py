@@ -31,6 +31,8 @@ DIRECTORY = results.DIRECTORY / "vllm"
 MARK = "answer: "
 # Name → tokens of a prompt, tokens of an answer.
 WORK = {"prefill": (512, 1), "decode": (16, 64), "both": (128, 64)}
+# Of the larger one a prompt takes half a minute: decoded alone, in fewer turns.
+MODELS = {"Qwen3-48M": (tuple(WORK), 1), "Qwen3-0.6B": (("decode",), 3)}
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -122,15 +124,15 @@ def _block_bytes(worker) -> int:
 
 
 @contextlib.contextmanager
-def engines(options: argparse.Namespace) -> Iterator[tuple[Engine, Engine]]:
+def engines(options: argparse.Namespace, model: str) -> Iterator[tuple[Engine, Engine]]:
     """A bare engine and one with an adapter."""
-    architecture = "DeltaMemLlamaForCausalLM" if "SmolLM2" in options.model else "DeltaMemQwen3ForCausalLM"
+    architecture = "DeltaMemLlamaForCausalLM" if "SmolLM2" in model else "DeltaMemQwen3ForCausalLM"
     settings = {
         "architecture": architecture, "dtype": options.dtype, "enforce_eager": options.eager,
         "max_model_len": 1024, "max_num_seqs": options.requests, "max_num_batched_tokens": 2048,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint(options.model, options.quick, options.dtype, Path(folder))
+        checkpoint(model, options.quick, options.dtype, Path(folder))
         bare = Engine(Path(folder), False, settings)
         try:
             memory = Engine(Path(folder), True, settings)
@@ -142,13 +144,14 @@ def engines(options: argparse.Namespace) -> Iterator[tuple[Engine, Engine]]:
             bare.close()
 
 
-def rows(options: argparse.Namespace) -> list[Row]:
-    """Rows of each kind of work, and of the cache."""
-    where = {"model": ("tiny " if options.quick else "") + options.model, "dtype": options.dtype}
-    where |= {"eager": options.eager}
+def rows(options: argparse.Namespace, model: str) -> list[Row]:
+    """Rows of each kind of work with a model, and of the cache."""
+    where = {"model": ("tiny " if options.quick else "") + model, "dtype": options.dtype, "eager": options.eager}
+    works, fewer = MODELS.get(model, (tuple(WORK), 1))
     found = []
-    with engines(options) as (bare, memory):
-        for work, (prompt, answer) in WORK.items():
+    with engines(options, model) as (bare, memory):
+        for work in options.work or works:
+            prompt, answer = WORK[work]
             if options.quick:
                 prompt, answer = max(prompt // 8, 8), max(answer // 8, 1)
             sizes = where | {"batch": options.requests, "tokens": prompt + answer, "prompt": prompt, "answer": answer}
@@ -162,7 +165,7 @@ def rows(options: argparse.Namespace) -> list[Row]:
                 "memory": lambda n, batch=batch: memory(*batch, "", n),
                 "memory brought and taken": lambda n, batch=batch: memory(*batch, "write", n),
             }
-            times = in_turns(variants, options.turns, "cpu", warm_up=1)
+            times = in_turns(variants, max(options.turns // fewer, 1), "cpu", warm_up=1)
             for name, seconds in times.items():
                 row = measured(f"{work}/{name}", sizes, seconds)
                 found.append(row if name == "bare" else compare(row, "bare", times["bare"], seconds))
@@ -175,10 +178,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed.vllm", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON (default: %(default)s)")
-    parser.add_argument("--model", default="Qwen3-48M", choices=sorted(backbones.KINDS), help="default: %(default)s")
+    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=sorted(backbones.KINDS))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=8, help="of a batch (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=11, help="default: %(default)s")
+    parser.add_argument("--turns", type=int, default=21, help="default: %(default)s")
+    parser.add_argument("--work", nargs="+", choices=WORK, help="default: all, with a large model decode")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--quick", action="store_true", help="a tiny model, little work; stays out of docs/results")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -187,7 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
         serve(json.loads(options.engine))
         return 0
     said = {"quick": options.quick, "turns": options.turns}
-    return commands.status_of(parser.prog, lambda: commands.finish(rows(options), said, options.output))
+    return commands.status_of(
+        parser.prog,
+        lambda: commands.finish([row for model in options.model for row in rows(options, model)], said, options.output),
+    )
 
 
 if __name__ == "__main__":

@@ -97,3 +97,26 @@ def http(address, method, path, data=None, key=KEY):
             return response.status, response.read(), response.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read(), error.headers
+
+
+def together(engine: Engine, calls: dict) -> dict:
+    """What each call returns or raises, by its name; all have come before the worker takes one."""
+    gate, began, found = threading.Event(), threading.Event(), {}
+    engine.call(lambda: (began.set(), gate.wait(20)), "gate")
+    assert began.wait(20)
+
+    def run(name, call):
+        try:
+            found[name] = call()
+        except Exception as error:
+            found[name] = error
+
+    threads = [threading.Thread(target=run, args=item) for item in calls.items()]
+    for thread in threads:
+        thread.start()
+    while len(engine.queue) < len(calls):
+        time.sleep(0.01)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    return found
