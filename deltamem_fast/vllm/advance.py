@@ -25,10 +25,10 @@ def step_blocks(
     Returns:
         whether it was done (if not, nothing was), and the reads if these rows have still to be corrected.
     """
-    steps = plan.all_resume
-    if step is None or steps is None or steps.targets.shape[0] != projections.shape[0]:
+    places = plan.all_resume
+    if step is None or places is None or places[0] != projections.shape[0]:
         return False, None
-    return True, step(projections, gate_bias, steps.sources, steps.targets, rows, delta)
+    return True, step(projections, gate_bias, places, rows, delta)
 
 
 def advance_blocks(

@@ -96,12 +96,15 @@ class Plan:
     frozen: Frozen | None = None
 
     @functools.cached_property
-    def all_resume(self) -> Steps | None:
-        """The sequences, if one token of each comes, in order, and each resumes from a block; else None."""
+    def all_resume(self) -> tuple[int, int, int] | None:
+        """If one token of each sequence comes, in order, and each resumes from a block: how many, and the addresses of
+        their sources and targets, contiguous while the plan lives; else None."""
         steps = self.steps
         if steps is None or self.spans is not None or self.frozen is not None:
             return None
-        return steps if steps.tokens is None and steps.fresh is None and steps.begun is None else None
+        if steps.tokens is not None or steps.fresh is not None or steps.begun is not None:
+            return None
+        return steps.targets.shape[0], steps.sources.data_ptr(), steps.targets.data_ptr()
 
 
 def make_plan(

@@ -12,13 +12,18 @@ from tests.support import relative_error
 RULES = [DeltaRule(rank=8), DeltaRule(rank=8, heads=2, mode="lambda_outside", coupled=False, row_gates=False)]
 
 
-def problem(rule, count, dtype=torch.float32, apart=1):
+def at(sources, targets):
+    """The places as a step takes them."""
+    return len(sources), sources.data_ptr(), targets.data_ptr()
+
+
+def problem(rule, count, apart=1):
     """Projections, bias, a cache ``apart`` states apart, which blocks, and rows [count, 40]."""
     torch.manual_seed(0)
     room = torch.randn(3 * count, apart, rule.heads, rule.rank, rule.rank)
     places = torch.randperm(3 * count)
     return (
-        torch.randn(count, rule.width, dtype=dtype),
+        torch.randn(count, rule.width),
         torch.randn(rule.bias_width),
         room[:, -1],
         places[:count],
@@ -30,9 +35,8 @@ def problem(rule, count, dtype=torch.float32, apart=1):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.mode)
 @pytest.mark.parametrize("count", [1, 5, MOST_ROWS + 1])
 @pytest.mark.parametrize("apart", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_call_is_gather_step_scatter_and_correct(rule, count, apart, dtype):
-    projections, bias, cache, sources, targets, rows = problem(rule, count, dtype, apart)
+def test_one_call_is_gather_step_scatter_and_correct(rule, count, apart):
+    projections, bias, cache, sources, targets, rows = problem(rule, count, apart)
     corrections = [(0, torch.randn(12, rule.read_width), 0.5), None, (20, torch.randn(20, rule.read_width), -2.0)]
     corrections.append((0, torch.randn(7, rule.read_width), 3.0))
     expected, state = cache.clone(), cache[sources]
@@ -43,7 +47,7 @@ def test_one_call_is_gather_step_scatter_and_correct(rule, count, apart, dtype):
         wanted[:, first : first + len(weight)] += scale * reads.double() @ weight.double().t()
 
     before, given = rows.clone(), [tensor.clone() for tensor in (projections, bias, sources, targets)]
-    found = BlockStep(cache, rule, corrections)(projections, bias, sources, targets, rows, delta)
+    found = BlockStep(cache, rule, corrections)(projections, bias, at(sources, targets), rows, delta)
     assert torch.equal(cache, expected)
     assert all(torch.equal(a, b) for a, b in zip(given, (projections, bias, sources, targets)))
     if count > MOST_ROWS:
@@ -62,7 +66,7 @@ def test_a_sequence_may_stay_in_its_block_and_two_may_resume_from_one():
     expected, state = cache.clone(), cache[sources]
     step(projections, bias, state, rule)
     expected[targets] = state
-    BlockStep(cache, rule, [None] * 4)(projections, bias, sources, targets, rows, torch.empty(3, 0))
+    BlockStep(cache, rule, [None] * 4)(projections, bias, at(sources, targets), rows, torch.empty(3, 0))
     assert torch.equal(cache, expected)
 
 
@@ -72,7 +76,7 @@ def test_a_token_that_is_not_finite_is_not_written_and_reads_zero():
     projections[1, 5] = torch.nan
     expected, before = cache[sources[1]].clone(), rows.clone()
     identity = [(0, torch.eye(8), 1.0), None, None, None]
-    BlockStep(cache, rule, identity)(projections, bias, sources, targets, rows, torch.empty(2, 0))
+    BlockStep(cache, rule, identity)(projections, bias, at(sources, targets), rows, torch.empty(2, 0))
     assert torch.equal(cache[targets[1]], expected) and torch.equal(rows[1], before[1])
 
 
@@ -80,12 +84,12 @@ def test_rows_that_are_left_to_others():
     """Rows of 16 bits, and corrections that this knows nothing of: the reads are returned."""
     rule = RULES[0]
     projections, bias, cache, sources, targets, rows = problem(rule, 2)
-    reads = step(projections, bias, cache[sources], rule)
     delta = torch.full((2, 8), torch.nan)
     weight = [(0, torch.randn(8, 8, dtype=torch.bfloat16), 1.0)] * 4
     for corrections, given in ((None, rows), (weight, rows.bfloat16())):
-        before = given.clone()
-        found = BlockStep(cache.clone(), rule, corrections)(projections, bias, sources, targets, given, delta)
+        before, rounded = given.clone(), projections.to(given.dtype)
+        reads = step(rounded, bias, cache[sources], rule)
+        found = BlockStep(cache.clone(), rule, corrections)(rounded, bias, at(sources, targets), given, delta)
         assert torch.equal(found, reads) and torch.equal(given, before) and torch.isnan(delta).all()
 
 
@@ -109,6 +113,6 @@ def test_tokens_that_would_overflow_a_state_are_left_out_as_in_step(steps):
     made, state = BlockStep(cache, rule, identity), cache[sources]
     for _ in range(steps):
         rows = torch.zeros(4, 8)
-        made(projections, bias, sources, sources, rows, torch.empty(4, 0))
+        made(projections, bias, at(sources, sources), rows, torch.empty(4, 0))
         assert torch.equal(rows, step(projections, bias, state, rule)) and torch.equal(cache[sources], state)
     assert torch.isfinite(state).all()

@@ -123,54 +123,55 @@ class BlockStep:
                 f"cache: got {cache.dtype} on {cache.device}, a state's strides {[*state.stride()]}, allowed float32 "
                 "on a CPU, each state in one piece"
             )
-        self._corrects = corrections is not None
-        corrections = corrections or [None] * 4
-        columns = [None if each is None else each[1].float().t().contiguous() for each in corrections]
-        table = [*rule_flags(rule), cache.data_ptr(), 4 * cache.stride(0)]
-        for each, transposed in zip(corrections, columns, strict=True):
-            table += [0, 0, 0] if each is None else [each[0], transposed.shape[1], transposed.data_ptr()]
-        self._table = np.array(table, np.int64)
-        self._scales = np.array([0.0 if each is None else each[2] for each in corrections], np.float32)
-        self._layer, self._scales_at = self._table.ctypes.data, self._scales.ctypes.data
-        self._held, self._read_width = (cache, columns), rule.read_width
+        given = [each for each in corrections or () if each is not None]
+        self._corrects = corrections is not None and all(weight.dtype == torch.float32 for _, weight, _ in given)
+        table, factors = [*rule_flags(rule), cache.data_ptr(), 4 * cache.stride(0)], np.zeros(4, np.float32)
+        columns = [weight.float().t().contiguous() for _, weight, _ in given]
+        transposed = iter(columns)
+        for n, each in enumerate(corrections or [None] * 4):
+            if each is None:
+                table += [0, 0, 0]
+            else:
+                first, weight, factors[n] = each
+                table += [first, weight.shape[0], next(transposed).data_ptr()]
+        table = np.array(table, np.int64)
+        self._layer, self._scales = table.ctypes.data, factors.ctypes.data
+        self._held, self._read_width = (cache, columns, table, factors), rule.read_width
         self._run = block_loop(rule.rank)
 
     def __call__(
         self,
         projections: torch.Tensor,
         gate_bias: torch.Tensor,
-        sources: torch.Tensor,
-        targets: torch.Tensor,
+        places: tuple[int, int, int],
         steered: torch.Tensor,
         delta: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Read, then write, one token of N sequences.
+        """Read, then write, one token of N sequences. Checks nothing: every decoded token of every layer pays for this.
 
         Args:
-            projections: [N, W], raw.
-            gate_bias: of the gates.
-            sources, targets: int64 [N], contiguous: the blocks that states are read from and written to. What one
-                sequence writes no other may read or write. Not checked.
+            projections: [N, W], raw, contiguous; float32 if the corrections are.
+            gate_bias: of the gates, float32.
+            places: N, and the addresses of int64 [N], the blocks that states are read from, and those that they are
+                written to. What one sequence writes no other may read or write.
             steered: [N, q | k | v], each row's numbers in one piece; corrected where they lie.
             delta: [N, out], contiguous; written: Δo.
 
         Returns:
-            None; or the reads, float32 [N, H·r], if the rows are not corrected: more than ``MOST_ROWS``, or of another
-            dtype than float32.
+            None; or the reads, float32 [N, H·r], if the rows are not corrected: more than ``MOST_ROWS``, or corrections
+            of another dtype than float32.
         """
-        if projections.dtype != torch.float32 or not projections.is_contiguous():
-            projections = projections.float().contiguous()
-        if gate_bias.dtype != torch.float32:
-            gate_bias = gate_bias.float()
-        count = projections.shape[0]
-        reads, reads_at, steered_at = None, 0, 0
-        if self._corrects and count <= MOST_ROWS and steered.dtype == torch.float32:
-            steered_at = steered.data_ptr()
-        else:
-            reads = torch.empty(count, self._read_width, dtype=torch.float32, device="cpu")
-            reads_at = reads.data_ptr()
+        count, sources, targets = places
+        if self._corrects and count <= MOST_ROWS:
+            self._run(
+                self._layer, self._scales, gate_bias.data_ptr(), projections.data_ptr(), count, sources, targets, 0,
+                steered.data_ptr(), steered.stride(0), delta.data_ptr(),
+            )  # fmt: skip
+            return None
+        projections = projections.float()
+        reads = torch.empty(count, self._read_width, dtype=torch.float32, device="cpu")
         self._run(
-            self._layer, self._scales_at, gate_bias.data_ptr(), projections.data_ptr(), count, sources.data_ptr(),
-            targets.data_ptr(), reads_at, steered_at, steered.stride(0), delta.data_ptr(),
+            self._layer, self._scales, gate_bias.data_ptr(), projections.data_ptr(), count, sources, targets,
+            reads.data_ptr(), 0, 0, 0,
         )  # fmt: skip
         return reads
