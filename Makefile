@@ -22,7 +22,7 @@ help:
 	@echo "make recall-smollm2  what SmolLM2 remembers with the shipped adapters; a quarter of an hour an adapter (OUTPUT=dir)"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make serving         deltamem serve under 64 clients, and killed between turns; five minutes (OUTPUT=dir)"
-	@echo "make serving-vllm    the same over vLLM, and its throughput; fifteen minutes (OUTPUT=dir)"
+	@echo "make serving-vllm    the same over vLLM, and its throughput; twenty-five minutes (OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
 	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"
