@@ -178,7 +178,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.speed.vllm", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the JSON (default: %(default)s)")
-    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=sorted(backbones.KINDS))
+    parser.add_argument(
+        "--model", nargs="+", default=list(MODELS), choices=sorted(backbones.KINDS), help="default: both"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=8, help="of a batch (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=21, help="default: %(default)s")

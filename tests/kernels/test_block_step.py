@@ -116,3 +116,14 @@ def test_tokens_that_would_overflow_a_state_are_left_out_as_in_step(steps):
         made(projections, bias, at(sources, sources), rows, torch.empty(4, 0))
         assert torch.equal(rows, step(projections, bias, state, rule)) and torch.equal(cache[sources], state)
     assert torch.isfinite(state).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 6])
+@pytest.mark.parametrize("which", ["sources", "targets"])
+def test_a_block_that_is_not_there_is_refused_before_anything_is_changed(wrong, which):
+    projections, bias, cache, sources, targets, rows = problem(RULES[0], 2)
+    before = cache.clone()
+    {"sources": sources, "targets": targets}[which][1] = wrong
+    with pytest.raises(IndexError, match="places: a block that the cache does not have"):
+        BlockStep(cache, RULES[0], None)(projections, bias, at(sources, targets), rows, torch.empty(2, 0))
+    assert torch.equal(cache, before)

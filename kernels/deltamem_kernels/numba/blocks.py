@@ -50,20 +50,23 @@ def block_loop(rank: int):
 
         Args:
             layer: int64: heads, mode, row_gates, own_lambda, normalize, the cache's address, how many bytes lie between
-                two blocks' states, and of q, k, v and o the first column, how many there are, and the address of the
-                weight, transposed, or 0.
+                two blocks' states, of q, k, v and o the first column, how many there are, and the address of the
+                weight, transposed, or 0, and the cache's blocks.
             scales: float32, of q, k, v and o.
             bias, projections, sources, targets, reads, steered, delta: addresses; reads 0: nobody asks for them;
                 steered 0: nothing is corrected.
             stride: numbers from one of the steered rows to the next.
         """
         _ = stamp
-        fixed = carray(long_integers(layer), (19,))
+        fixed = carray(long_integers(layer), (20,))
         heads, mode, row_gates, own_lambda, normalize = fixed[0], fixed[1], fixed[2] != 0, fixed[3] != 0, fixed[4] != 0
         width = heads * rank
         gates = (width if row_gates else heads) * (2 if own_lambda else 1)
         read_from, written_to = carray(long_integers(sources), (count,)), carray(long_integers(targets), (count,))
         rows = carray(floats(projections), (count, 3 * width + gates))
+        for n in range(count):
+            if min(read_from[n], written_to[n]) < 0 or max(read_from[n], written_to[n]) >= fixed[19]:
+                raise IndexError("places: a block that the cache does not have")
         out = carray(floats(reads), (1, count, width)) if reads else np.empty((1, count, width), np.float32)
         # What is computed of each number alone: of all sequences at once, as ``scan_sequences`` does of many tokens.
         q, k = np.empty((count, width), np.float32), np.empty((count, width), np.float32)
@@ -134,7 +137,7 @@ class BlockStep:
             else:
                 first, weight, factors[n] = each
                 table += [first, weight.shape[0], next(transposed).data_ptr()]
-        table = np.array(table, np.int64)
+        table = np.array([*table, cache.shape[0]], np.int64)
         self._layer, self._scales = table.ctypes.data, factors.ctypes.data
         self._held, self._read_width = (cache, columns, table, factors), rule.read_width
         self._run = block_loop(rule.rank)
@@ -147,7 +150,7 @@ class BlockStep:
         steered: torch.Tensor,
         delta: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Read, then write, one token of N sequences. Checks nothing: every decoded token of every layer pays for this.
+        """Read, then write, one token of N sequences. Little is checked: every decoded token of every layer pays.
 
         Args:
             projections: [N, W], raw, contiguous; float32 if the corrections are.
@@ -160,6 +163,9 @@ class BlockStep:
         Returns:
             None; or the reads, float32 [N, H·r], if the rows are not corrected: more than ``MOST_ROWS``, or corrections
             of another dtype than float32.
+
+        Raises:
+            IndexError: a block that the cache does not have; nothing is changed then.
         """
         count, sources, targets = places
         if self._corrects and count <= MOST_ROWS:
