@@ -15,7 +15,7 @@ from deltamem_fast.serving import engine as engine_module
 from deltamem_fast.serving.contract import ChatRequest
 from deltamem_fast.serving.prompts import Prompt
 
-WAITING = 48  # more than the threads that Starlette has for calls that block
+WAITING = 48  # more than the 40 threads that Starlette has for calls that block
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,18 @@ def body(name: str, **more) -> bytes:
     return json.dumps({"model": NAME, "messages": chat("Hi."), "max_tokens": 1, "memory_id": name, **more}).encode()
 
 
-def test_who_waits_holds_no_thread(engine, address):
+@pytest.mark.parametrize("what", ["chat", "forget"])
+def test_who_waits_holds_no_thread(engine, address, what):
     gate, began = threading.Event(), threading.Event()
     engine.call(lambda: (began.set(), gate.wait(60)), "gate")
     assert began.wait(20)
     statuses = []
 
     def wait(n):
-        statuses.append(http(address, "POST", "/v1/chat/completions", body(f"user-{n}", stream=bool(n % 2)))[0])
+        path, data = "/v1/chat/completions", body(f"user-{n}", stream=bool(n % 2))
+        if what == "forget":
+            path, data = "/v1/forget", json.dumps({"memory_id": f"user-{n}", "text": "Hi."}).encode()
+        statuses.append(http(address, "POST", path, data)[0])
 
     threads = [threading.Thread(target=wait, args=(n,)) for n in range(WAITING)]
     for thread in threads:
@@ -66,7 +70,9 @@ def test_who_waits_holds_no_thread(engine, address):
     gate.set()
     for thread in [*threads, asking]:
         thread.join()
-    assert in_time and statuses == [200] * WAITING and len(engine.bank) == WAITING
+    # There is no memory yet of which anything could be forgotten.
+    assert in_time and statuses == [200 if what == "chat" else 404] * WAITING
+    assert len(engine.bank) == (WAITING if what == "chat" else 0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
