@@ -6,10 +6,9 @@ import socket
 import threading
 import weakref
 
-import openai
 import pytest
 import torch
-from serving_support import KEY, NAME, ask, chat, engine_of, http, listening, served_model, together
+from serving_support import KEY, NAME, ask, chat, engine_of, http, together
 
 from deltamem_fast.serving import engine as engine_module
 from deltamem_fast.serving.contract import ChatRequest
@@ -18,27 +17,10 @@ from deltamem_fast.serving.prompts import Prompt
 WAITING = 48  # more than the 40 threads that Starlette has for calls that block
 
 
-@pytest.fixture(scope="module")
-def served():
-    return served_model()
-
-
 @pytest.fixture
 def engine(served, tmp_path):
     with engine_of(*served, tmp_path / "users.bank", waiting=WAITING, answer=4) as engine:
         yield engine
-
-
-@pytest.fixture
-def address(engine):
-    with listening(engine, KEY) as address:
-        yield address
-
-
-@pytest.fixture
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def body(name: str, **more) -> bytes:

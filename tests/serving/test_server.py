@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from serving_support import KEY, NAME, ask, chat, engine_of, greedy, http, listening, row_of, served_model
+from serving_support import KEY, NAME, ask, chat, engine_of, greedy, http, listening, row_of, served_model, together
 from support import relative_error
 
 from deltamem_fast import MemoryState, forget
@@ -18,27 +18,10 @@ from deltamem_fast.errors import FileFormatError
 from deltamem_fast.serving.rows import answer_rows, answer_rows_from
 
 
-@pytest.fixture(scope="module")
-def served():
-    return served_model()
-
-
 @pytest.fixture
 def engine(served, tmp_path):
     with engine_of(*served, tmp_path / "users.bank", waiting=8, tokens=200, answer=8, body=40_000) as engine:
         yield engine
-
-
-@pytest.fixture
-def address(engine):
-    with listening(engine, KEY) as address:
-        yield address
-
-
-@pytest.fixture
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def test_turns_are_those_of_a_replay_and_versions_tell_of_each(served, engine, client):
@@ -113,21 +96,7 @@ def test_a_stream_says_the_same_piece_by_piece(engine, client):
 
 def test_requests_that_fit_go_together(engine, client):
     users = [f"user-{n}" for n in range(6)]
-    gate, began = threading.Event(), threading.Event()
-    engine.call(lambda: (began.set(), gate.wait(20)), "gate")  # the worker waits, so that they come together
-    assert began.wait(20)
-    found = {}
-    threads = [
-        threading.Thread(target=lambda name=name: found.update({name: ask(client, chat("The market."), name)}))
-        for name in users
-    ]
-    for thread in threads:
-        thread.start()
-    while len(engine.queue) < len(users):
-        threading.Event().wait(0.01)
-    gate.set()
-    for thread in threads:
-        thread.join()
+    found = together(engine, {name: lambda name=name: ask(client, chat("The market."), name) for name in users})
     assert len({found[name].choices[0].message.content for name in users}) == 1
     kept = engine.bank.gather(users)
     assert all(version for _, version, _ in kept.bank_rows)
@@ -148,20 +117,13 @@ def test_a_batch_of_known_new_and_nobodys_memories_crosses_none(strategy, tmp_pa
             asked = [
                 [*chat(f"Where did {name} go?", "Home.", "Ada?")][-3 if n % 2 else -1 :] for n, name in enumerate(names)
             ]
-            gate, began = threading.Event(), threading.Event()
-            engine.call(lambda: (began.set(), gate.wait(20)), "gate")
-            assert began.wait(20)
-            found = {}
-            threads = []
-            for place, (name, messages) in enumerate(zip(names, asked)):
-                call = lambda n=place, messages=messages, name=name: found.update({n: ask(client, messages, name)})  # noqa: E731
-                threads.append(threading.Thread(target=call))
-                threads[-1].start()
-            while len(engine.queue) < len(names):
-                threading.Event().wait(0.01)
-            gate.set()
-            for thread in threads:
-                thread.join()
+            found = together(
+                engine,
+                {
+                    place: lambda name=name, messages=messages: ask(client, messages, name)
+                    for place, (name, messages) in enumerate(zip(names, asked))
+                },
+            )
         for place, (name, messages) in enumerate(zip(names, asked)):
             memory = MemoryState.zeros(model) if name is None else before[name]
             known = name in ("b", "d")
@@ -225,26 +187,10 @@ def test_one_damaged_memory_is_its_owners_alone(engine, client):
         return gather(ids, *more)
 
     engine.bank.gather = damaged
-    gate, began, found = threading.Event(), threading.Event(), {}
-    engine.call(lambda: (began.set(), gate.wait(20)), "gate")
-    assert began.wait(20)
-
-    def call(name):
-        try:
-            found[name] = ask(client, chat("Hi."), name).model_extra["memory"]["loaded"] > 0
-        except openai.APIStatusError as error:
-            found[name] = error.status_code, str(error)
-
-    threads = [threading.Thread(target=call, args=(name,)) for name in ("ada", "ben")]
-    for thread in threads:
-        thread.start()
-    while len(engine.queue) < 2:
-        threading.Event().wait(0.01)
-    gate.set()
-    for thread in threads:
-        thread.join()
+    found = together(engine, {name: lambda name=name: ask(client, chat("Hi."), name) for name in ("ada", "ben")})
     engine.bank.gather = gather
-    assert found["ada"] is True and found["ben"][0] == 500 and "somebody" not in found["ben"][1]
+    assert found["ada"].model_extra["memory"]["loaded"] > 0
+    assert found["ben"].status_code == 500 and "somebody" not in str(found["ben"])
 
 
 def test_a_memory_that_moves_on_meanwhile_is_a_conflict(engine, client, address):
