@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import threading
@@ -157,10 +158,12 @@ class Engine:
                 told: BaseException = StateError(f"server: its batch has failed ({type(error).__name__}); try again")
             else:
                 told = error
-            # They hold the batch's tensors.
-            traceback.clear_frames(error.__traceback__)
+            _free_frames(error)
             for job in left:
                 job.done.set_exception(told)
+        for job in jobs:  # those that were told by themselves, of what is not at work any more
+            if job.done.done():
+                _free_frames(job.row.error if job.done.cancelled() else job.done.exception())
 
     def _answer(self, jobs: list[ChatJob]) -> None:
         request = jobs[0].request
@@ -254,4 +257,23 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
     try:
         future.set_result(call())
     except BaseException as error:
+        _free_frames(error)
         future.set_exception(error)
+
+
+def _free_frames(error: BaseException | None) -> None:
+    """Let go of what the frames hold that an error and those behind it came through: the tensors of a batch.
+
+    Those that called the one where it was caught, too: a traceback leads to them. Frames at work are left as they are.
+    """
+    while error is not None:
+        # Not the traceback's other end, to which another thread may add its own frames once it is told.
+        frame = None
+        for frame, _ in traceback.walk_tb(error.__traceback__):  # noqa: B007, the last one
+            pass
+        while frame is not None:
+            caller = frame.f_back
+            with contextlib.suppress(RuntimeError):  # it is at work
+                frame.clear()
+            frame = caller
+        error = error.__cause__ or error.__context__
