@@ -213,17 +213,23 @@ def kept_alone(served, engine, said):
     )
 
 
-def test_an_answer_that_the_template_refuses_is_its_own_requests(served, engine, client, monkeypatch):
-    _, tokenizer = served
-    refusing = "{%- if messages[0].content == 'No.' and messages | length > 1 -%}{{ raise_exception('no answer') }}"
-    monkeypatch.setattr(tokenizer, "chat_template", refusing + "{%- endif -%}" + tokenizer.chat_template)
+def bens_error(served, engine, client) -> str:
+    """What Ben is told, of three in one batch, while the others are answered and remembered as if alone."""
     said = {"ada": "Hi.", "ben": "No.", "cy": "Where did Ada go?"}
     found = together(engine, {name: lambda name=name: ask(client, chat(said[name]), name) for name in said})
-    assert isinstance(found["ben"], openai.APIStatusError) and "no answer" in str(found["ben"])
+    assert isinstance(found["ben"], openai.APIStatusError)
     del said["ben"]
     assert all(found[name].choices[0].finish_reason in ("stop", "length") for name in said), found
     assert kept_alone(served, engine, said)
     assert b"deltamem_batch_rows_sum 3.0" in engine.metrics.page()
+    return str(found["ben"])
+
+
+def test_an_answer_that_the_template_refuses_is_its_own_requests(served, engine, client, monkeypatch):
+    _, tokenizer = served
+    refusing = "{%- if messages[0].content == 'No.' and messages | length > 1 -%}{{ raise_exception('no answer') }}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + "{%- endif -%}" + tokenizer.chat_template)
+    assert "no answer" in bens_error(served, engine, client)
 
 
 def test_a_row_whose_logits_are_not_finite_ends_no_other(served, engine, client):
@@ -252,10 +258,4 @@ def test_a_memory_that_is_not_finite_is_not_kept_and_others_are(served, engine, 
         return after
 
     monkeypatch.setattr(engine_module, "answer_rows_from", broken)
-    said = {"ada": "Hi.", "ben": "No.", "cy": "Where did Ada go?"}
-    found = together(engine, {name: lambda name=name: ask(client, chat(said[name]), name) for name in said})
-    assert isinstance(found["ben"], openai.APIStatusError) and "'ben' hold NaN or Inf" in str(found["ben"])
-    del said["ben"]
-    assert all(found[name].choices[0].finish_reason in ("stop", "length") for name in said), found
-    assert kept_alone(served, engine, said)
-    assert b"deltamem_batch_rows_sum 3.0" in engine.metrics.page()
+    assert "'ben' hold NaN or Inf" in bens_error(served, engine, client)

@@ -16,7 +16,7 @@ from numba import carray, types
 from ..errors import ArgumentError
 from ..rule import DeltaRule
 from . import loops, rows
-from .loops import OPTIONS, ZERO, block_gates, is_finite, read_and_write, unit_directions
+from .loops import OPTIONS, ZERO, block_gates, copy_matrices, is_finite, read_and_write, unit_directions
 from .machine import changed, floats, long_integers, njit
 from .recurrence import rule_flags
 from .rows import add_deltas
@@ -88,10 +88,7 @@ def block_loop(rank: int):
                 transpose(work, target)
             else:
                 out[0, n] = ZERO
-                for h in range(heads):
-                    for i in range(rank):
-                        for j in range(rank):
-                            target[h, i, j] = source[h, i, j]
+                copy_matrices(source, target)
         factors = carray(floats(scales), (4,))
         for c in range(4 if steered else 0):
             first, numbers, at = fixed[7 + 3 * c], fixed[8 + 3 * c], fixed[9 + 3 * c]
@@ -126,17 +123,16 @@ class BlockStep:
                 f"cache: got {cache.dtype} on {cache.device}, a state's strides {[*state.stride()]}, allowed float32 "
                 "on a CPU, each state in one piece"
             )
-        given = [each for each in corrections or () if each is not None]
-        self._corrects = corrections is not None and all(weight.dtype == torch.float32 for _, weight, _ in given)
         table, factors = [*rule_flags(rule), cache.data_ptr(), 4 * cache.stride(0)], np.zeros(4, np.float32)
-        columns = [weight.float().t().contiguous() for _, weight, _ in given]
-        transposed = iter(columns)
+        columns, self._corrects = [], corrections is not None
         for n, each in enumerate(corrections or [None] * 4):
             if each is None:
                 table += [0, 0, 0]
-            else:
-                first, weight, factors[n] = each
-                table += [first, weight.shape[0], next(transposed).data_ptr()]
+                continue
+            first, weight, factors[n] = each
+            self._corrects &= weight.dtype == torch.float32
+            columns.append(weight.float().t().contiguous())
+            table += [first, weight.shape[0], columns[-1].data_ptr()]
         table = np.array([*table, cache.shape[0]], np.int64)
         self._layer, self._scales = table.ctypes.data, factors.ctypes.data
         self._held, self._read_width = (cache, columns, table, factors), rule.read_width

@@ -167,7 +167,7 @@ def block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep
 
 
 @njit(**PART_OPTIONS)
-def _copy(source, target):
+def copy_matrices(source, target):
     """target = source, [H, r, r]."""
     for h in range(source.shape[0]):
         for j in range(source.shape[1]):
@@ -219,10 +219,10 @@ def _look_at_each(
         present = mask[n, at] != 0
         valid = present and is_finite(rows[t])
         if valid:
-            _copy(work, before)
+            copy_matrices(work, before)
             read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
             if not is_finite(work):
-                _copy(before, work)
+                copy_matrices(before, work)
                 valid = False
         if not valid:
             for i in range(heads * rank):
@@ -285,7 +285,7 @@ def scan_sequences(
             block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
             # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
             all_finite = is_finite(rows)
-            _copy(work, block_start)
+            copy_matrices(work, block_start)
             left_out = 0
             for t in range(count):
                 at = first + t
@@ -304,7 +304,7 @@ def scan_sequences(
                 for t in range(count):
                     written[n, first + t] = mask[n, first + t] != 0 and (all_finite or is_finite(rows[t]))
             if not is_finite(work):
-                _copy(block_start, work)
+                copy_matrices(block_start, work)
                 left_out = _look_at_each(
                     rank, heads, mode, rows, mask, q, k, beta, keep, column, work, token_start, reads, every, saved,
                     says, written, n, first,
