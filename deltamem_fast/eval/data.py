@@ -1,0 +1,70 @@
+"""What every benchmark of ours comes down to: documents that are told, and questions about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a document.
+
+    Attributes:
+        id: unique in its task.
+        text: what the user asks, with the instructions of the benchmark's protocol.
+        query: the question alone, which retrieval looks for; "" = ``text``.
+        answers: the accepted ones; what more than one means is the score's business.
+        category: what the benchmark reports apart.
+        more: what else scoring needs (the outdated value, for instance), plain JSON.
+    """
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    category: str = ""
+    query: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A long text, in the order in which it was said, and what is asked about it.
+
+    Attributes:
+        id: unique in its task.
+        parts: the text in pieces that belong together (sessions of a conversation, chunks of a book).
+        questions: at least one.
+    """
+
+    id: str
+    parts: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+        name: as the command line has it.
+        title: as a report has it.
+        load: a local file or directory, or None = where it is had from by itself → documents, always in one order.
+            Raises ``ArgumentError`` or ``FileMissingError`` that say where the data can be got.
+        score: question, answer → 0 to 1; None = only a judge can tell.
+        prompt: how a text that is in context stands before a question, with ``{context}`` and ``{question}``.
+        new_tokens: at most, of an answer.
+        metric: the name of what ``score`` gives.
+        notes: what a reader of its figures has to know (audits, licence, protocol), a sentence each.
+    """
+
+    name: str
+    title: str
+    load: Callable[[Path | None], list[Document]]
+    score: Callable[[Question, str], float | None]
+    prompt: str
+    new_tokens: int
+    metric: str
+    notes: tuple[str, ...] = ()
