@@ -60,13 +60,16 @@ def read_adapter(adapter) -> AdapterSource:
     """Read what ``patch_model`` was given.
 
     Args:
-        adapter: a directory, a name of ``SHIPPED``, a hub id, a DeltaMemConfig, or None.
+        adapter: a directory, a name of ``SHIPPED``, a hub id, a DeltaMemConfig, None, or what this has read, which
+            comes back as it is.
 
     Raises:
         TypeError: of another type.
         FileNotFoundError: a directory without an adapter, or an id that the hub does not have.
         ValueError: a broken adapter, as far as its files' headers tell.
     """
+    if isinstance(adapter, AdapterSource):
+        return adapter
     if adapter is None or isinstance(adapter, DeltaMemConfig):
         return AdapterSource(adapter or DeltaMemConfig(), None, "a fresh adapter")
     check_type(adapter, "adapter", str | os.PathLike, "a directory, a hub id, a DeltaMemConfig or None")

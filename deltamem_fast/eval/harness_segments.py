@@ -1,0 +1,50 @@
+"""Which tokens of a rendered prompt are averaged into one write, for adapters that write segments."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..text.messages import Message
+from ..text.segments import segment_ids_under, sentence_spans, tokenize
+
+NOT_WRITTEN = -1
+
+
+def prompt_segments(
+    tokenizer,
+    ids: Sequence[int],
+    text: str,
+    granularity: str,
+    messages: Sequence[Message] | None = None,
+    template: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The segment of each token of a prompt, as in training and serving; −1 = not written.
+
+    Args:
+        tokenizer: a fast one.
+        ids: of the prompt, as it is fed.
+        text: the prompt, from which ``ids`` were made; special tokens may stand before it, and it may be cut off on the
+            left.
+        granularity: ``message_mean`` or ``sentence_mean``.
+        messages: whose rendering ``text`` is, with the header of an answer at its end; None = plain text, one segment
+            or a segment a sentence.
+        template: arguments of the chat template.
+
+    Raises:
+        ValueError: no fast tokenizer, or the template hides where a message begins and ends.
+    """
+    if messages is not None:
+        rows = segment_ids_under(tokenizer, messages, granularity, template or {}, add_generation_prompt=True)
+        known, owners = (row[0].tolist() for row in rows)
+    else:
+        known, starts = tokenize(tokenizer, text)
+        firsts = [start for start, _ in sentence_spans(text)] if granularity == "sentence_mean" else [0]
+        owners = [bisect_right(firsts, start) - 1 for start in starts]
+    ids = list(ids)
+    if len(ids) <= len(known) and known[len(known) - len(ids) :] == ids:
+        return owners[len(owners) - len(ids) :]
+    if ids[len(ids) - len(known) :] == known:  # a token for the beginning of the text stands before it
+        return [NOT_WRITTEN] * (len(ids) - len(known)) + owners
+    return [0] * len(ids)  # other tokens than those of the text alone: the prompt is one segment, as generate has it

@@ -1,0 +1,93 @@
+"""A prompt of another's benchmark, which is one string, as the document in it and what is asked about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Where benchmarks keep a document apart from the question, in the order in which they are looked for.
+_DOCUMENTS = ("context", "passage", "article", "story", "document")
+_BLANK = re.compile(r"\n[^\S\n]*\n\s*")
+_INSTRUCTION = 400  # characters at most of a first paragraph or line that counts as an instruction
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A prompt, cut in three; joined they are the prompt again.
+
+    Attributes:
+        before: instructions and worked examples, which stay with the question.
+        document: what may leave the context; "" = the prompt has none.
+        after: the question, with whatever follows it.
+    """
+
+    before: str
+    document: str
+    after: str
+
+    def prompt(self, context: str) -> str:
+        """The prompt with another context where the document was; the same white space stands around it."""
+        if not context:
+            before = self.before.rstrip()
+            gap = "\n\n" if before and self.after.strip() else ""
+            return before + gap + self.after.lstrip()
+        lead = len(self.document) - len(self.document.lstrip())
+        end = len(self.document.rstrip())
+        return self.before + self.document[:lead] + context.strip() + self.document[end:] + self.after
+
+    @property
+    def question(self) -> str:
+        """What retrieval looks for."""
+        return self.after.strip()
+
+
+def prompt_parts(text: str, fields: Mapping[str, Any] | None = None) -> Parts:
+    """Where the document of a prompt is, and what stands before and after it.
+
+    If the benchmark has the document as a field of its own (``context``, ``passage``, ``article``, ``story``,
+    ``document``, or ``input`` beside ``question``), and the prompt holds it, its last occurrence is the document. Else
+    it is guessed: the question is what stands after the last blank line, or the last line, where no blank line is or
+    where what follows the last one is most of the prompt; a short first paragraph or line (400 characters at most, with
+    something between it and the question) is an instruction; what is between them is the document.
+
+    Args:
+        text: the prompt, without a chat template around it.
+        fields: of the benchmark's question, as lm-evaluation-harness has it in ``doc``.
+    """
+    found = _field(fields or {})
+    start = text.rfind(found) if found else -1
+    if start >= 0:
+        return Parts(text[:start], found, text[start + len(found) :])
+    return _guessed(text)
+
+
+def _field(fields: Mapping[str, Any]) -> str:
+    names = [*_DOCUMENTS, *(["input"] if isinstance(fields.get("question"), str) else [])]
+    values = (fields.get(name) for name in names)
+    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
+
+
+def _guessed(text: str) -> Parts:
+    end = len(text.rstrip())
+    gaps = [match for match in _BLANK.finditer(text, 0, end) if text[: match.start()].strip()]
+    last = gaps[-1] if gaps else None
+    if last is not None and 2 * (end - last.end()) <= end:
+        place = last.end()
+    else:  # no blank line, or the question's paragraph holds the document, too
+        place = text.rfind("\n", 0, end) + 1
+    start = _after_instruction(text, place)
+    return Parts(text[:start], text[start:place], text[place:])
+
+
+def _after_instruction(text: str, place: int) -> int:
+    """Where what stands before the question goes on behind its instruction; 0: it has none."""
+    for ending in (_BLANK, re.compile(r"\n")):
+        first = ending.search(text, 0, place)
+        if first is None:
+            continue
+        is_short = text[: first.start()].strip() and first.start() <= _INSTRUCTION
+        if is_short and text[first.end() : place].strip():
+            return first.end()
+    return 0
