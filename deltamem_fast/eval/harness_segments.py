@@ -47,4 +47,6 @@ def prompt_segments(
         return owners[len(owners) - len(ids) :]
     if ids[len(ids) - len(known) :] == known:  # a token for the beginning of the text stands before it
         return [NOT_WRITTEN] * (len(ids) - len(known)) + owners
+    if ids[: len(known)] == known:  # the beginning of the answer stands behind it
+        return owners + [NOT_WRITTEN] * (len(ids) - len(known))
     return [0] * len(ids)  # other tokens than those of the text alone: the prompt is one segment, as generate has it

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from deltamem_kernels.dispatch import resolve_backend
+
 from ..adapter.files import AdapterSource, read_adapter
 from ..adapter.shipped import SHIPPED
 from ..arguments import check_choice
@@ -47,6 +49,7 @@ def open_model(
     if strategy is not None:
         check_choice(strategy, "strategy", STRATEGIES)
     device = device_for(backend) if device is None else usable_device(device)
+    resolve_backend(backend, device.type)
     found_model(pretrained, "pretrained")
     source = None
     if adapter is None and strategy is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 # Where benchmarks keep a document apart from the question, in the order in which they are looked for.
 _DOCUMENTS = ("context", "passage", "article", "story", "document")
-_BLANK = re.compile(r"\n[^\S\n]*\n\s*")
+_BLANK, _LINE = re.compile(r"\n[^\S\n]*\n\s*"), re.compile(r"\n")
 _INSTRUCTION = 400  # characters at most of a first paragraph or line that counts as an instruction
 
 
@@ -48,9 +48,10 @@ def prompt_parts(text: str, fields: Mapping[str, Any] | None = None) -> Parts:
 
     If the benchmark has the document as a field of its own (``context``, ``passage``, ``article``, ``story``,
     ``document``, or ``input`` beside ``question``), and the prompt holds it, its last occurrence is the document. Else
-    it is guessed: the question is what stands after the last blank line, or the last line, where no blank line is or
-    where what follows the last one is most of the prompt; a short first paragraph or line (400 characters at most, with
-    something between it and the question) is an instruction; what is between them is the document.
+    it is guessed: the question is what stands after the last blank line; it is the last line where there is no blank
+    line, or where what follows the last one is most of the prompt. A short first paragraph (without blank lines: the
+    first line; 400 characters at most, with something between it and the question) is an instruction. What is between
+    is the document.
 
     Args:
         text: the prompt, without a chat template around it.
@@ -77,17 +78,13 @@ def _guessed(text: str) -> Parts:
         place = last.end()
     else:  # no blank line, or the question's paragraph holds the document, too
         place = text.rfind("\n", 0, end) + 1
-    start = _after_instruction(text, place)
+    start = _after_instruction(text, place, _BLANK if gaps else _LINE)
     return Parts(text[:start], text[start:place], text[place:])
 
 
-def _after_instruction(text: str, place: int) -> int:
+def _after_instruction(text: str, place: int, ending: re.Pattern) -> int:
     """Where what stands before the question goes on behind its instruction; 0: it has none."""
-    for ending in (_BLANK, re.compile(r"\n")):
-        first = ending.search(text, 0, place)
-        if first is None:
-            continue
-        is_short = text[: first.start()].strip() and first.start() <= _INSTRUCTION
-        if is_short and text[first.end() : place].strip():
-            return first.end()
-    return 0
+    first = ending.search(text, 0, place)
+    if first is None or first.start() > _INSTRUCTION or not text[: first.start()].strip():
+        return 0
+    return first.end() if text[first.end() : place].strip() else 0

@@ -1,0 +1,407 @@
+"""``deltamem``, a model of lm-evaluation-harness: a frozen backbone, bare or with a memory, under a context policy.
+
+It is lm_eval's own ``hf`` model wherever the memory makes no difference to how a request is run. Every request has a
+memory of its own, which begins empty: no row of a batch, no request and no run leaves anything to another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from ..adapter.record import identity_of, is_patched
+from ..arguments import check_type
+from ..errors import ArgumentError, ArgumentTypeError
+from ..memory.state import MemoryState
+from ..memory.telling import WRITE_TOKENS
+from ..text.messages import Message
+from ..text.segments import tokenize
+from . import register
+from .extension import extended
+from .harness_segments import NOT_WRITTEN, prompt_segments
+from .opening import open_model, strategy_of
+from .policies import policy_named
+from .prompt_parts import prompt_parts
+from .retrieval import chunks_of, finder_for, selected
+from .telling import tell, windows_of
+
+# What ``hf`` takes that has no place here: models are loaded by this package, on one device.
+_LOADS = """
+    revision subfolder trust_remote_code use_fast_tokenizer parallelize max_memory_per_gpu max_cpu_memory offload_folder
+    tp_plan peft delta autogptq gptqmodel gguf_file mixed_precision_dtype
+""".split()
+_PASSED = """
+    truncation logits_cache max_length softmax_dtype batch_size max_batch_size add_bos_token prefix_token_id
+    think_end_token enable_thinking chat_template_args
+""".split()
+_OWN = ("pretrained", "adapter", "backend", "strategy", "policy", "device", "dtype", "attention", "tokenizer")
+
+register()
+
+
+class DeltaMemLM(HFLM):
+    """A causal language model with a δ-mem memory, or without, for ``lm_eval.simple_evaluate``.
+
+    Args:
+        pretrained: a model's directory, hub id or known name (``smollm2``); or a model of transformers, which may be
+            patched, with its ``tokenizer``.
+        adapter: a directory, a hub id, or the name of a shipped one (``smollm2/tsw``); None = the bare model, unless
+            ``strategy`` names a shipped adapter of a known model.
+        backend: of the memory, see ``patch_model``.
+        strategy: ``tsw``, ``ssw``, ``ssw-sentence`` or ``msw``: how the adapter writes; None = as it was trained.
+        policy: what of a prompt's document stays in context, see ``policies.policy_named``. With a memory, the rest is
+            told to it first.
+        device: as torch names it; None = a GPU if there is one.
+        dtype, attention: see ``load_model``.
+        tokenizer: with a model in ``pretrained``.
+        options: ``batch_size``, ``max_length``, ``enable_thinking`` and others of lm_eval's ``hf`` that concern how
+            requests are run (``_PASSED``).
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: naming the argument, before the weights are read.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        adapter: str | None = None,
+        *,
+        backend: str = "auto",
+        strategy: str | None = None,
+        policy: str = "everything",
+        device: str | None = None,
+        dtype: str = "auto",
+        attention: str | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ):
+        for name in options:
+            if name not in _PASSED:
+                why = "which deltamem does not take: it loads models itself" if name in _LOADS else "unknown"
+                raise ArgumentError(f"{name}: {why}; allowed {', '.join((*_OWN, *_PASSED))}")
+        self.policy = policy_named(policy)
+        if isinstance(pretrained, str):
+            model, tokenizer = open_model(
+                pretrained,
+                adapter,
+                strategy=strategy,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+            )
+        else:
+            check_type(pretrained, "pretrained", torch.nn.Module, "a directory, a hub id, a known name, or a model")
+            if tokenizer is None:
+                raise ArgumentTypeError("tokenizer: got None, allowed the tokenizer of the model in pretrained")
+            if adapter is not None or strategy is not None:
+                raise ArgumentError(
+                    "adapter, strategy: got one with a model in pretrained, allowed with a name; patch it before"
+                )
+            model = pretrained
+        with _no_warning_of_models():
+            super().__init__(model, backend="causal", tokenizer=tokenizer, **options)
+        self.model_name = pretrained if isinstance(pretrained, str) else str(model.config.name_or_path)
+        self.remembers = is_patched(model)
+        self._config_of_memory = identity_of(model).config if self.remembers else None
+        self._chats: dict[str, tuple[list[Message], bool]] = {}  # rendered → messages, whether an answer begins there
+        self._fields: dict[str, Mapping[str, Any]] = {}  # prompt → the benchmark's fields, while requests are run
+        self._cut: dict[str, tuple[str, str]] = {}  # prompt → what ``_under_policy`` makes of it, likewise
+        self._memories: dict[str, MemoryState] = {}  # told text → what is remembered of it, while requests are run
+        self._finders: dict[str, tuple] = {}  # document → its chunks and what finds some of them, likewise
+        self._waiting: dict[str, Any] = {}  # of the batch that was encoded last: arguments of generate
+
+    @property
+    def segmented(self) -> bool:
+        """Whether there is a memory that writes segments."""
+        return self.remembers and self._config_of_memory.segmented
+
+    @property
+    def _cuts(self) -> bool:
+        return self.policy.kind not in ("everything", "yarn")
+
+    def get_model_info(self) -> dict:
+        """What of the model a report records; nothing is asked of the hub."""
+        memory = {}
+        if self.remembers:
+            identity = identity_of(self.model)
+            memory = {"adapter": identity.adapter_name, "strategy": strategy_of(identity.config)}
+            memory |= {"adapter_fingerprint": identity.fingerprints()["adapter_fingerprint"]}
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": str(self.model.dtype).removeprefix("torch."),
+            "pretrained": self.model_name,
+            "policy": self.policy.name,
+            "memory": memory or None,
+        }
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As ``hf`` does; the messages are kept, since the text does not say where one begins or ends."""
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        if self.segmented or self._cuts:
+            self._chats[text] = ([dict(message) for message in chat_history], add_generation_prompt)
+        return text
+
+    # --- generating
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """What the model says after each prompt; see ``lm_eval.api.model.LM.generate_until``."""
+        with self._running(requests):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``hf`` does, of prompts under the policy; the memory that goes with them waits for ``_model_generate``."""
+        prompts, told = zip(*map(self._under_policy, strings))
+        ids, mask = super().tok_batch_encode(list(prompts), padding_side, left_truncate_len, **options)
+        self._waiting = {}
+        if self.segmented:
+            rows = [self._segments(text, row[kept]) for text, row, kept in zip(prompts, ids, mask.bool())]
+            self._waiting["segment_ids"] = _padded(rows, NOT_WRITTEN, padding_side).to(self.device)
+        if self.remembers and any(told):
+            self._waiting["memory"] = self._told(told)
+        return ids, mask
+
+    def _model_generate(self, context, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        waiting, self._waiting = self._waiting, {}
+        return super()._model_generate(context, max_length, stop, **waiting, **options)
+
+    # --- scoring
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each continuation after its context; see ``lm_eval.api.model.LM.loglikelihood``."""
+        with self._running(requests):
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return super()._encode_pair(self._under_policy(context)[0], continuation)
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        # A forward that reads what it has itself just written, token by token, needs no memory of the caller's.
+        has_told = self.remembers and any(self._under_policy(text[0])[1] for text, *_ in requests if text is not None)
+        if not self.segmented and not has_told:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        found: list[Any] = [None] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        rows = override_bs or self._rows
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+        with bar:
+            for first in range(0, len(order), rows):
+                places = order[first : first + rows]
+                for place, answer in zip(places, self._score([requests[i] for i in places])):
+                    found[place] = answer
+                    if requests[place][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
+                bar.update(len(places))
+        return found
+
+    @torch.no_grad()
+    def _score(self, requests: Sequence) -> list[tuple[float, bool]]:
+        """One batch: each context is read, and written live, then its continuation is read behind it.
+
+        An adapter that writes segments reads the memory from before a forward: in one forward over both, a continuation
+        would not know its context from the memory. ``generate`` has the same two steps.
+        """
+        contexts = [context[-max(1, self.max_length + 1 - len(end)) :] for _, context, end in requests]
+        ends = [end for *_, end in requests]
+        texts = ["" if text is None else text[0] for text, *_ in requests]
+        prompts, told = zip(*map(self._under_policy, texts))
+        memory = self._told(told) if any(told) else MemoryState.zeros(self.model, len(requests))
+        ids = _padded(contexts, 0, "left").to(self.device)
+        mask = _padded([[1] * len(context) for context in contexts], 0, "left").to(self.device)
+        first = {}
+        if self.segmented:
+            owners = [self._segments(text, context) for text, context in zip(prompts, contexts)]
+            first["segment_ids"] = _padded(owners, NOT_WRITTEN, "left").to(self.device)
+        out = self.model(
+            ids, attention_mask=mask, position_ids=_positions(mask), memory=memory, logits_to_keep=1, **first
+        )
+        logits = [out.logits]
+        if max(map(len, ends)) > 1:
+            more = _padded([end[:-1] for end in ends], 0, "right").to(self.device)
+            real = _padded([[1] * (len(end) - 1) for end in ends], 0, "right").to(self.device)
+            mask = torch.cat([mask, real], 1)
+            then = {"segment_ids": NOT_WRITTEN} if self.segmented else {}
+            positions = _positions(mask)[:, -more.shape[1] :]
+            behind = {"past_key_values": out.past_key_values, "memory": memory}
+            logits.append(self.model(more, attention_mask=mask, position_ids=positions, **behind, **then).logits)
+        scores = F.log_softmax(torch.cat(logits, 1), dim=-1, dtype=self.softmax_dtype)
+        found = []
+        for row, end in zip(scores, ends):
+            wanted = torch.tensor(end, device=row.device)
+            row = row[: len(end)]
+            total = float(row.gather(1, wanted[:, None]).sum())
+            found.append((total, bool((row.argmax(-1) == wanted).all())))
+        return found
+
+    @torch.no_grad()
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts. What does not fit a window runs on in the memory, if there is one.
+
+        A text's windows are each a context of their own, disjoint, every token scored once, as ``hf`` has them.
+        """
+        if not self.remembers:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows = []
+        for (text,) in (request.args for request in requests):
+            cut = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            windows.append([make_disjoint_window(window) for window in cut])
+        totals = [0.0] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (-len(windows[i]), -len(windows[i][-1][1])))
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0) as bar:
+            for first in range(0, len(order), self._rows):
+                places = order[first : first + self._rows]
+                memory = MemoryState.zeros(self.model, len(places))
+                for step in range(len(windows[places[0]])):
+                    active = [place for place in places if step < len(windows[place])]  # the longest stand first
+                    memory = memory.select(range(len(active)))
+                    for place, score in zip(active, self._roll([windows[i][step] for i in active], memory)):
+                        totals[place] += score
+                bar.update(len(places))
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _roll(self, windows: Sequence[tuple[list[int], list[int]]], memory: MemoryState) -> list[float]:
+        """The scores of a window of each text; ``memory`` is written further."""
+        fed = [(context + end)[:-1] for context, end in windows]
+        mask = _padded([[1] * len(ids) for ids in fed], 0, "right").to(self.device)
+        segments = {}
+        if self.segmented:
+            segments["segment_ids"] = _padded([[0] * len(ids) for ids in fed], NOT_WRITTEN, "right").to(self.device)
+        ids = _padded(fed, 0, "right").to(self.device)
+        logits = self.model(ids, attention_mask=mask, memory=memory, use_cache=False, **segments).logits
+        scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
+        found = []
+        for row, ids, (_, end) in zip(scores, fed, windows):
+            wanted = torch.tensor(end, device=row.device)[:, None]
+            found.append(float(row[len(ids) - len(end) : len(ids)].gather(1, wanted).sum()))
+        return found
+
+    # --- a request's memory
+
+    @contextlib.contextmanager
+    def _running(self, requests: Sequence) -> Iterator[None]:
+        """Inside, the benchmark's fields of each prompt are known, and what was told is remembered; afterwards not."""
+        before = self._max_length
+        with contextlib.ExitStack() as afterwards:
+            if self.policy.kind == "yarn":
+                length = max(map(self._length_of, requests), default=0)
+                afterwards.enter_context(extended(self.model, length))
+                self._max_length = max(self.max_length, length)
+            if self._cuts:
+                self._fields = {request.args[0]: _fields_of(request.doc) for request in requests}
+            try:
+                yield
+            finally:
+                self._max_length = before
+                self._fields, self._cut, self._memories, self._waiting = {}, {}, {}, {}
+                self._finders = {}
+
+    def _length_of(self, request) -> int:
+        """How many tokens a request needs positions for."""
+        text, more = request.args[:2]
+        if isinstance(more, str):
+            return len(self.tok_encode(text + more))
+        return len(self.tok_encode(text)) + int(more.get("max_gen_toks", self.max_gen_toks))
+
+    def _under_policy(self, text: str) -> tuple[str, str]:
+        """A prompt with what the policy leaves in context, and what is told to the memory before it ("" = nothing)."""
+        if not self._cuts:
+            return text, ""
+        if text not in self._cut:
+            self._cut[text] = self._cut_anew(text)
+        return self._cut[text]
+
+    def _cut_anew(self, text: str) -> tuple[str, str]:
+        chat, answer_begins = self._chats.get(text, (None, True))
+        fields = self._fields.get(text, {})
+        if chat is None:
+            parts = prompt_parts(text, fields)
+            context, told = self._split(parts.document.strip(), str(fields.get("query") or parts.question))
+            return parts.prompt(context), told
+        place = max((i for i, message in enumerate(chat) if message["role"] == "user"), default=None)
+        if place is None:
+            return text, ""
+        parts = prompt_parts(chat[place]["content"], fields)
+        context, told = self._split(parts.document.strip(), str(fields.get("query") or parts.question))
+        asked = [*chat[:place], chat[place] | {"content": parts.prompt(context)}, *chat[place + 1 :]]
+        return self.apply_chat_template(asked, answer_begins), told
+
+    def _split(self, document: str, question: str) -> tuple[str, str]:
+        """What of a document is in context, and what is told; what retrieval finds is told, too, in its place."""
+        if self.policy.kind == "nothing" or not document:
+            return "", document
+        if self.policy.kind == "last":
+            starts = tokenize(self.tokenizer, document)[1]
+            start = starts[-self.policy.amount] if len(starts) > self.policy.amount else 0
+            return document[start:], document[:start].strip()
+        if document not in self._finders:
+            chunks = chunks_of(self.tokenizer, [document])
+            self._finders[document] = chunks, finder_for(self.policy, chunks)
+        return selected(self.policy, *self._finders[document], question), document
+
+    def _told(self, texts: Sequence[str]) -> MemoryState:
+        """A memory of a row for each text, which is told once however many ask about it."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._memories]
+        window = min(WRITE_TOKENS, self.max_length)
+        windows = [windows_of(self.model, self.tokenizer, [text], window) for text in new]
+        memory = tell(self.model, windows, batch=self._rows).memory
+        self._memories |= {text: memory.select([row]) for row, text in enumerate(new)}
+        return MemoryState.cat([self._memories[text] for text in texts])
+
+    def _segments(self, text: str, ids: Sequence[int] | torch.Tensor) -> list[int]:
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        chat, answer_begins = self._chats.get(text, (None, True))
+        if chat is not None and not answer_begins:
+            chat = chat[:-1]  # the last is the beginning of the answer
+        granularity = self._config_of_memory.memory_write_granularity
+        return prompt_segments(self.tokenizer, ids, text, granularity, chat, self.chat_template_args)
+
+    @property
+    def _rows(self) -> int:
+        if self.batch_size == "auto":
+            self.batch_size_per_gpu = self._detect_batch_size()
+        return int(self.batch_size)
+
+
+def _fields_of(doc: Any) -> Mapping[str, Any]:
+    from .harness_tasks import fields_of
+
+    return fields_of(doc) or (doc if isinstance(doc, Mapping) else {})
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions from a 2-D mask, as ``generate`` has them: the first real token of a row is 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int, side: str) -> torch.Tensor:
+    width = max(map(len, rows))
+    fills = [[fill] * (width - len(row)) for row in rows]
+    whole = [[*pad, *row] if side == "left" else [*row, *pad] for row, pad in zip(rows, fills)]
+    return torch.tensor(whole, dtype=torch.int64)
+
+
+@contextlib.contextmanager
+def _no_warning_of_models() -> Iterator[None]:
+    """lm_eval warns that a model that is there already ignores arguments; those were used to make it."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,107 @@
+"""Our benchmarks as tasks of lm-evaluation-harness, for any of its models: ``hf``, ``vllm``, an API, ``deltamem``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from .data import Document, Question, Task
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+PREFIX = "deltamem_"  # of the names that lm_eval knows our tasks by
+_KEY = "deltamem_task"  # in a doc of ours: the name of its task
+# What is between the pieces of a document that is in context.
+BETWEEN = "\n\n"
+# lm_eval's docs are small and many, documents large and few: a doc names its document, which is looked up here.
+_OPENED: dict[str, tuple[Task, dict[str, Document], dict[str, Question]]] = {}
+
+
+def harness_task(
+    task: Task, data: Path | None = None, *, documents: Sequence[Document] | None = None
+) -> ConfigurableTask:
+    """A benchmark of ours as lm_eval's, to be handed to ``lm_eval.simple_evaluate(tasks=[…])``.
+
+    Its name is ``deltamem_`` and that of the task. Each question is a request of its own: the whole document in the
+    task's prompt, answered greedily. The score is the task's, its mean is reported as the task's metric, and that of
+    each category as metric and category, joined by ``_``. A question that only a judge can score is left out of both.
+
+    Args:
+        data: a local file or directory; None = where the task has it from.
+        documents: loaded already; ``data`` is not read then.
+
+    Raises:
+        ValueError, OSError: of ``task.load``; or there is no question.
+        ImportError: lm_eval is not installed.
+    """
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    documents = task.load(data) if documents is None else list(documents)
+    questions = {question.id: question for document in documents for question in document.questions}
+    if not questions:
+        raise ArgumentError(f"documents: {task.name}: got no question, allowed one or more")
+    _OPENED[task.name] = (task, {document.id: document for document in documents}, questions)
+    docs = [
+        {_KEY: task.name, "document": document.id, "question": question.id, "answers": list(question.answers)}
+        for document in documents
+        for question in document.questions
+    ]
+    categories = dict.fromkeys(question.category for question in questions.values() if question.category)
+    names = [task.metric, *(f"{task.metric}_{category}" for category in categories)]
+    config = {
+        "task": PREFIX + task.name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": prompt_of,
+        "doc_to_target": _target_of,
+        "process_results": _scores_of,
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names],
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": task.new_tokens},
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }
+    return ConfigurableTask(config=config)
+
+
+def is_ours(doc: Any) -> bool:
+    """Whether a request's ``doc`` is a question of ``harness_task``."""
+    return isinstance(doc, Mapping) and doc.get(_KEY) in _OPENED
+
+
+def question_of(doc: Mapping[str, Any]) -> tuple[Task, Document, Question]:
+    """What a request's ``doc`` of ours stands for."""
+    task, documents, questions = _OPENED[doc[_KEY]]
+    return task, documents[doc["document"]], questions[doc["question"]]
+
+
+def prompt_of(doc: Mapping[str, Any]) -> str:
+    """The task's prompt with the whole document in it."""
+    task, document, question = question_of(doc)
+    found = {"{context}": BETWEEN.join(document.parts), "{question}": question.text}
+    return re.sub(r"\{context\}|\{question\}", lambda match: found[match[0]], task.prompt)
+
+
+def fields_of(doc: Any) -> Mapping[str, str] | None:
+    """Where ``prompt_parts`` finds the document of a prompt of ours; None: the request is of another's task."""
+    if not is_ours(doc):
+        return None
+    _, document, question = question_of(doc)
+    return {"document": BETWEEN.join(document.parts), "query": question.query or question.text}
+
+
+def _target_of(doc: Mapping[str, Any]) -> str:
+    return "; ".join(doc["answers"])
+
+
+def _scores_of(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    task, _, question = question_of(doc)
+    score = task.score(question, results[0])
+    if score is None:
+        return {}
+    return {task.metric: score} | ({f"{task.metric}_{question.category}": score} if question.category else {})
