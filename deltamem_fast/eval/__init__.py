@@ -1,4 +1,4 @@
-"""Whether the memory helps: benchmarks of long conversations, policies of context, quality beside cost."""
+"""Whether the memory helps: benchmarks of long texts, policies of what stays in context, quality beside cost."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ class Question:
         query: the question alone, which retrieval looks for; "" = ``text``.
         answers: the accepted ones; what more than one means is the score's business.
         category: what the benchmark reports apart.
-        more: what else scoring needs (the outdated value, for instance), plain JSON.
+        more: what else scoring needs (the outdated value, for instance), plain JSON. Three keys mean the same in every
+            task: ``judge``, the kind of judgement that the benchmark's own score is made by; ``needs``, what is missing
+            to score this question at all; ``new_tokens``, at most, of this answer, where it is not the task's.
     """
 
     id: str
@@ -58,6 +60,9 @@ class Task:
         new_tokens: at most, of an answer.
         metric: the name of what ``score`` gives.
         notes: what a reader of its figures has to know (audits, licence, protocol), a sentence each.
+        overall: category → the scores of its questions that were answered and could be scored → figures by name, the
+            one that the benchmark is known by under ``overall``; None = the mean over all questions. A figure without a
+            question in it is None.
     """
 
     name: str
@@ -68,3 +73,4 @@ class Task:
     new_tokens: int
     metric: str
     notes: tuple[str, ...] = ()
+    overall: Callable[[Mapping[str, Sequence[float]]], dict[str, float | None]] | None = None

@@ -22,6 +22,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.extending import intrinsic
 
 WORD = ir.IntType(64)
+STAMP = "stamp"  # what functions call the number of ``changed`` that they close over
 logger = logging.getLogger("deltamem_fast")
 
 
@@ -85,9 +86,18 @@ def _warn_of_cache(what: str, path: str, reason: str) -> None:
 
 
 def njit(*signature, **options):
-    """``numba.njit`` whose cache on disk may fail."""
+    """``numba.njit`` whose cache on disk may fail, and whose machine code has a name of its own.
+
+    numba makes that name of the function's, its arguments' types and a number that counts in a process. One function,
+    made for two ranks in two processes, can so have one name twice in the cache; a third process that loads both would
+    call, by address, one rank's code for the other's. The integers that it closes over tell them apart, all but
+    ``stamp``: code of two sources is never loaded into one process, and files of older sources are found by the name.
+    """
 
     def compiled(function):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+            if name != STAMP and isinstance(cell.cell_contents, int):
+                function.__qualname__ += f".{name}_{cell.cell_contents}"
         made = numba.njit(**options)(function)
         if options.get("cache") and hasattr(made, "_cache"):  # not under NUMBA_DISABLE_JIT
             made._cache = _OptionalCache(function)

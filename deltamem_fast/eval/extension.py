@@ -1,0 +1,70 @@
+"""Context extension by YaRN (arXiv 2309.00071): a model reads further than it was trained to, without training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..adapter.wrappers import decoder_of, unwrap
+from ..errors import UnsupportedError
+
+
+def trained_length(model: nn.Module) -> int:
+    """How many tokens the model was trained to see: ``original_max_position_embeddings`` where it is extended already.
+
+    Raises:
+        ValueError: the configuration does not say.
+    """
+    config = _text_config(model)
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        raise UnsupportedError(f"model: the configuration of {type(model).__name__} has no max_position_embeddings")
+    return length
+
+
+@contextlib.contextmanager
+def extended(model: nn.Module, tokens: int) -> Iterator[float]:
+    """Inside, the model's positions reach to ``tokens`` by YaRN; afterwards its own rotary embedding is back.
+
+    Yields:
+        The factor: how many times the trained length ``tokens`` is; 1 = it reaches so far by itself, nothing changes.
+
+    Raises:
+        ValueError: a model without one rotary embedding for all layers, or whose positions are scaled already.
+    """
+    length = trained_length(model)
+    if tokens <= length:
+        yield 1.0
+        return
+    decoder, config = decoder_of(unwrap(model)), _text_config(model)
+    rotary = getattr(decoder, "rotary_emb", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if rotary is None or "rope_theta" not in parameters:
+        raise UnsupportedError(
+            f"policy yarn: got a {type(unwrap(model)).__name__}, allowed a model with one rotary embedding"
+        )
+    if parameters.get("rope_type", "default") != "default":
+        raise UnsupportedError(f"policy yarn: the positions are scaled already ({parameters['rope_type']})")
+    factor = tokens / length
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters = {
+        **parameters,
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": length,
+    }
+    scaled.max_position_embeddings = tokens
+    device = next(rotary.buffers()).device
+    decoder.rotary_emb = type(rotary)(config=scaled).to(device)
+    try:
+        yield factor
+    finally:
+        decoder.rotary_emb = rotary
+
+
+def _text_config(model: nn.Module):
+    config = unwrap(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,0 +1,104 @@
+"""Retrieval, the memory's rival and companion: a document in chunks, and those that are nearest to a question."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from ..errors import ArgumentError
+from ..model.libraries import require, told
+from ..text.cutting import pieces_of
+from .policies import Policy
+
+CHUNK_TOKENS = 256
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+Finder = Callable[[str], list[int]]  # a question → places of chunks, the best first
+
+
+def chunks_of(tokenizer, parts: Sequence[str], tokens: int = CHUNK_TOKENS) -> list[str]:
+    """Chunks of whole sentences of at most ``tokens`` tokens, none of two parts.
+
+    Raises:
+        ValueError: ``tokens`` is too little for one character.
+    """
+
+    def count(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+    def encode(text, name: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return [piece for part in parts if part.strip() for piece, _ in pieces_of(part, tokens, count, encode)]
+
+
+def finder_for(policy: Policy, chunks: Sequence[str], embedder: str | None = None) -> Finder:
+    """What finds ``policy.amount`` of a document's chunks for a question.
+
+    Args:
+        policy: of ``bm25`` or ``dense``.
+        embedder: of ``dense``: a sentence-transformers model, a directory or hub id.
+
+    Raises:
+        ImportError: the package that does it is missing.
+        ValueError, OSError: there is no such embedder.
+    """
+    amount = min(policy.amount, len(chunks))
+    if amount == len(chunks):
+        return lambda question: list(range(amount))
+    return (_bm25 if policy.kind == "bm25" else _Dense(embedder))(chunks, amount)
+
+
+def _bm25(chunks: Sequence[str], amount: int) -> Finder:
+    require(("bm25s",), "policy bm25")
+    import bm25s
+
+    # stop words and a stemmer would be of one language
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(list(chunks), stopwords=None, show_progress=False), show_progress=False)
+
+    def find(question: str) -> list[int]:
+        words = bm25s.tokenize([question], stopwords=None, show_progress=False, return_ids=False)
+        if not words[0]:
+            return list(range(amount))
+        return index.retrieve(words, k=amount, show_progress=False).documents[0].tolist()
+
+    return find
+
+
+class _Dense:
+    """By the cosine of embeddings."""
+
+    def __init__(self, embedder: str | None):
+        self.model = load_embedder(embedder or MODEL)
+
+    def __call__(self, chunks: Sequence[str], amount: int) -> Finder:
+        options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": False}
+        index = self.model.encode(list(chunks), **options)
+
+        def find(question: str) -> list[int]:
+            nearness = index @ self.model.encode([question], **options)[0]
+            return nearness.argsort()[::-1][:amount].tolist()
+
+        return find
+
+
+@functools.lru_cache(maxsize=1)  # it is used for many documents
+def load_embedder(name: str):
+    """A sentence-transformers model; code that lies beside it is not run.
+
+    Raises:
+        ImportError, ValueError, OSError: it cannot be had; the message names it.
+    """
+    require(("sentence_transformers",), "policy dense")
+    from sentence_transformers import SentenceTransformer
+
+    with told(f"embedder: {name}"):
+        return SentenceTransformer(name, trust_remote_code=False)
+
+
+def selected(policy: Policy, chunks: Sequence[str], finder: Finder, question: str) -> str:
+    """The found chunks in the order in which they were said, a blank line between them."""
+    if policy.kind not in ("bm25", "dense"):
+        raise ArgumentError(f"policy: got {policy.name}, allowed one that retrieves")
+    return "\n\n".join(chunks[place] for place in sorted(finder(question)))

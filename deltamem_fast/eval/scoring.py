@@ -1,0 +1,132 @@
+"""Scores of answers that are already there: no model is needed, and anyone can check or repeat them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..display import counted
+from ..errors import ArgumentError, FileFormatError, StateError
+from ..storage.files import read_bytes
+from .data import Document, Question, Task
+from .records import field, numbered_lines
+from .tasks import digest_of
+
+# A question and an answer to it → 0 to 1: judge.keeping(endpoint, path), or any function of one's own.
+Judge = Callable[[Question, str], float]
+
+
+def read_answers(path: Path) -> dict[str, str]:
+    """Question id → answer, from a JSON lines file with an object ``id``, ``answer`` a line; other keys are let be.
+
+    Raises:
+        FileMissingError, FileAccessError: it cannot be read.
+        FileFormatError: a line is no such object, or has the id of an earlier one; names the line. Or there is none.
+    """
+    name, answers, lines = "answers", {}, {}
+    for number, line in numbered_lines(read_bytes(path, name), path, name):
+        where = f"{name}: {path}: line {number}"
+        one = field(line, "id", str, where)
+        if one in answers:
+            raise FileFormatError(f"{where}: id {one!r:.120} has an answer in line {lines[one]} already, allowed one")
+        answers[one], lines[one] = field(line, "answer", str, where), number
+    if not answers:
+        raise FileFormatError(f"{name}: {path}: holds no answer, allowed an object with id and answer a line")
+    return answers
+
+
+def score_answers(
+    task: Task, documents: Sequence[Document], answers: Mapping[str, str], judge: Judge | None = None
+) -> dict[str, Any]:
+    """What answers are worth, as a JSON object.
+
+    Args:
+        documents: of ``task.load``, or some of them.
+        answers: question id → answer. Questions without one are counted as missing and left out of every figure but
+            ``missing_as_zero``.
+        judge: scores the questions that name a kind of judgement (``more["judge"]``), in place of ``task.score``.
+
+    Returns:
+        ``task``, ``title``, ``metric`` and ``notes`` of the task; ``data``, the SHA-256 of the documents;
+        ``questions``, ``answered``, ``missing``, ``judged`` and ``unscored``, counts; ``unscored_for``, reason → count;
+        ``overall``, the task's figures by name (0 to 1, or None); ``missing_as_zero``, the same figures, each missing
+        answer scored 0; ``categories``, category → ``questions``, ``answered``, ``scored`` and ``mean``; ``scores``,
+        question id → 0 to 1, or None where an answer could not be scored.
+
+    Raises:
+        ArgumentError: an answer to no question of ``documents``, two questions of one id, or no answer at all.
+        StateError: a judge's trouble; the scores that it has kept are kept.
+    """
+    questions = [question for document in documents for question in document.questions]
+    known = {question.id: question for question in questions}
+    if len(known) < len(questions):
+        raise ArgumentError("documents: two questions have one id")
+    for one in answers:
+        if one not in known:
+            raise ArgumentError(
+                f"answers: got one to {one!r:.120}, allowed those to {counted(len(known), 'question')} of {task.name}, "
+                f"such as {next(iter(known), '')!r}"
+            )
+    if not answers:
+        raise ArgumentError("answers: got none, allowed one or more")
+    scores: dict[str, float | None] = {}
+    reasons: dict[str, int] = {}
+    judged = 0
+    for question in questions:
+        if question.id not in answers:
+            continue
+        by_judge = judge is not None and "judge" in question.more
+        given = (judge if by_judge else task.score)(question, answers[question.id])
+        if given is not None and not (math.isfinite(given) and 0 <= given <= 1):
+            raise StateError(f"score of {question.id}: got {given!r}, allowed 0 to 1")
+        scores[question.id] = given
+        judged += by_judge
+        if given is None:
+            reason = question.more.get("needs", "a judge")
+            reasons[reason] = reasons.get(reason, 0) + 1
+    by_category = _by_category(questions, scores)
+    zeros = {one.id: 0.0 for one in questions if one.id not in answers}
+    return {
+        "task": task.name,
+        "title": task.title,
+        "metric": task.metric,
+        "notes": list(task.notes),
+        "data": digest_of(documents),
+        "questions": len(questions),
+        "answered": len(scores),
+        "missing": len(zeros),
+        "judged": judged,
+        "unscored": sum(reasons.values()),
+        "unscored_for": reasons,
+        "overall": _figures(task, by_category),
+        "missing_as_zero": _figures(task, _by_category(questions, scores | zeros)),
+        "categories": {
+            category: {
+                "questions": sum(one.category == category for one in questions),
+                "answered": sum(one.category == category and one.id in scores for one in questions),
+                "scored": len(values),
+                "mean": sum(values) / len(values) if values else None,
+            }
+            for category, values in by_category.items()
+        },
+        "scores": scores,
+    }
+
+
+def _by_category(questions: Sequence[Question], scores: Mapping[str, float | None]) -> dict[str, list[float]]:
+    """The scores that there are, by category, in the order of the questions; every category is there."""
+    found: dict[str, list[float]] = {question.category: [] for question in questions}
+    for question in questions:
+        given = scores.get(question.id)
+        if given is not None:
+            found[question.category].append(given)
+    return found
+
+
+def _figures(task: Task, scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    if task.overall is not None:
+        return task.overall(scores)
+    every = [value for values in scores.values() for value in values]
+    return {"overall": sum(every) / len(every) if every else None}

@@ -1,0 +1,114 @@
+"""Documents told to memories as people do it: in windows, in chunks on a warm cache, several in a batch, padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ..adapter.record import identity_of
+from ..adapter.wrappers import decoder_of, input_device, unwrap
+from ..memory.state import MemoryState
+from ..memory.telling import Encoded, encoded_pieces
+
+CHUNK = 512  # tokens of a forward
+
+
+@dataclass(frozen=True)
+class Told:
+    """What telling gave: a memory a document, and how many tokens of each went through the model."""
+
+    memory: MemoryState
+    tokens: tuple[int, ...]
+
+
+def windows_of(model: nn.Module, tokenizer, parts: Sequence[str], window: int) -> list[Encoded]:
+    """A document as contexts of at most ``window`` tokens, each part a user's message (or plain text).
+
+    Raises:
+        ValueError: ``window`` is too little for the chat template, or the tokenizer is not the model's.
+    """
+    parts = [part for part in parts if part.strip()]
+    if not parts:
+        return []
+    if not getattr(tokenizer, "chat_template", None):
+        return encoded_pieces(model, tokenizer, "\n\n".join(parts), window)
+    return encoded_pieces(model, tokenizer, [{"role": "user", "content": part} for part in parts], window)
+
+
+@torch.no_grad()
+def tell(model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int = CHUNK, batch: int = 8) -> Told:
+    """Write each document into a memory of its own.
+
+    A window is a context with positions from 0 (adapters are trained on contexts of a limited length), which is fed
+    ``chunk`` tokens at a time to a cache that stays; the memory runs on from window to window. Windows of several
+    documents go through the model together, padded on the right.
+
+    Args:
+        model: patched.
+        documents: of each its windows, see ``windows_of``.
+        chunk: tokens of a forward. An adapter that writes segments reads before the whole forward writes: its windows
+            are fed whole.
+        batch: documents told together.
+
+    Returns:
+        A memory with a row a document, in their order.
+    """
+    segmented = identity_of(model).config.segmented
+    order = sorted(range(len(documents)), key=lambda n: -len(documents[n]))  # who ends first stands last
+    rows: dict[int, MemoryState] = {}
+    for first in range(0, len(order), batch):
+        some = order[first : first + batch]
+        memory = MemoryState.zeros(model, len(some))
+        for turn in range(max((len(documents[n]) for n in some), default=0)):
+            going = [n for n in some if len(documents[n]) > turn]
+            if len(going) < memory.batch_size:  # others are done
+                for place in range(len(going), memory.batch_size):
+                    rows[some[place]] = memory.select([place])
+                memory, some = memory.select(range(len(going))), going
+            _feed(model, [documents[n][turn] for n in going], memory, 0 if segmented else chunk)
+        for place, n in enumerate(some):
+            rows[n] = memory.select([place])
+    memory = MemoryState.cat([rows[n] for n in range(len(documents))]) if documents else MemoryState.zeros(model, 0)
+    return Told(memory, tuple(sum(map(len, windows)) for windows in documents))
+
+
+def _feed(model: nn.Module, windows: Sequence[Encoded], memory: MemoryState, chunk: int) -> None:
+    """One context a row of the memory, in chunks (0 = whole) on one cache."""
+    device, width = input_device(model), max(map(len, windows))
+    ids = torch.zeros(len(windows), width, dtype=torch.int64, device="cpu")
+    mask, segments = torch.zeros_like(ids), torch.full_like(ids, -1)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)], mask[row, : len(window)] = window.ids[0], 1
+        if window.segments is not None:
+            segments[row, : len(window)] = window.segments[0]
+    decoder = decoder_of(unwrap(model))
+    cache = DynamicCache(config=decoder.config) if 0 < chunk < width else None
+    for first in range(0, width, chunk or width):
+        part = slice(first, first + (chunk or width))
+        options = {"past_key_values": cache, "use_cache": cache is not None}
+        if windows[0].segments is not None:
+            options["segment_ids"] = segments[:, part].to(device)
+        decoder(ids[:, part].to(device), attention_mask=mask[:, : part.stop].to(device), memory=memory, **options)
+
+
+@torch.no_grad()
+def tell_plainly(model: nn.Module, windows: Sequence[Encoded]) -> MemoryState:
+    """What ``tell`` must equal, of one document: one forward a window, nothing batched, padded or cached."""
+    memory, device = MemoryState.zeros(model), input_device(model)
+    for window in windows:
+        decoder_of(unwrap(model))(**window.arguments(device), memory=memory, use_cache=False)
+    return memory
+
+
+def difference(first: MemoryState, second: MemoryState) -> float:
+    """The largest difference of any number of a layer's states, as a share of the layer's largest; 0 of empty ones."""
+    found = 0.0
+    for layer, state in first.items():
+        largest = max(state.abs().max().item(), second[layer].abs().max().item())
+        if largest:
+            found = max(found, (state - second[layer].to(state.device)).abs().max().item() / largest)
+    return found
