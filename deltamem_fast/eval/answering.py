@@ -54,6 +54,15 @@ class Settings:
 DEFAULTS = Settings()
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """A memory of one document, and what it cost: tokens that were told, and seconds."""
+
+    memory: MemoryState
+    tokens: int
+    seconds: float
+
+
 class DoesNotFit(ArgumentError):
     """A document with its question is longer than the model was trained to see, and the policy does not extend it."""
 
@@ -83,6 +92,7 @@ def answer_documents(
     memory: bool,
     settings: Settings = DEFAULTS,
     keep: Callable[[Answer], None] = lambda answer: None,
+    remembered: dict[str, Remembered] | None = None,
 ) -> list[Answer]:
     """Answer every question of some documents.
 
@@ -95,6 +105,8 @@ def answer_documents(
         model: patched, or, without ``memory``, any causal language model; a patched one's memory is disabled then.
         documents: with the questions that are wanted.
         keep: is given each answer as soon as it is there.
+        remembered: by the document's id what wholes were told before, and are not told again: policies without a shared
+            context take it from here, and put it here.
 
     Raises:
         DoesNotFit: of ``everything`` and ``last``.
@@ -107,19 +119,28 @@ def answer_documents(
         for first in range(0, len(documents), settings.batch):
             some = documents[first : first + settings.batch]
             run = [Prepared(model, tokenizer, task, document, policy, settings, memory) for document in some]
-            watch = Stopwatch(input_device(model))
             reset_peak(input_device(model))
-            told = (
-                tell(model, [each.told for each in run], chunk=settings.chunk, batch=settings.batch) if memory else None
-            )
-            seconds = watch.seconds() / max(1, sum(bool(each.told) for each in run))
-            for row, each in enumerate(run):
-                start = None if told is None else told.memory.select([row])
-                cost = {"told_tokens": told.tokens[row] if told else 0, "tell_seconds": seconds if each.told else 0.0}
-                for answer in each.answers(start, cost):
+            known = {} if remembered is None or policy.shared else remembered
+            told = _told(model, run, settings, known) if memory else [None] * len(run)
+            for each, start in zip(run, told):
+                for answer in each.answers(start):
                     keep(answer)
                     found.append(answer)
     return found
+
+
+def _told(model: nn.Module, run: Sequence[Prepared], settings: Settings, known: dict[str, Remembered]) -> list:
+    """Of each document what is remembered before it is asked about."""
+    new = [each for each in run if each.document.id not in known]
+    watch = Stopwatch(input_device(model))
+    told = tell(model, [each.told for each in new], chunk=settings.chunk, batch=settings.batch)
+    seconds = watch.seconds() / max(1, sum(told.tokens))
+    made = {
+        each.document.id: Remembered(told.memory.select([row]), tokens, tokens * seconds)
+        for row, (each, tokens) in enumerate(zip(new, told.tokens))
+    }
+    known |= made
+    return [known[each.document.id] for each in run]
 
 
 class Prepared:
@@ -134,6 +155,7 @@ class Prepared:
         self, model, tokenizer, task: Task, document: Document, policy: Policy, settings: Settings, memory: bool
     ):
         self.model, self.tokenizer, self.task, self.policy, self.settings = model, tokenizer, task, policy, settings
+        self.document = document
         self.parts = [part for part in document.parts if part.strip()]
         self.device = input_device(model)
         self.segmented = memory and identity_of(model).config.segmented
@@ -182,8 +204,11 @@ class Prepared:
         check_known(self.model, ids)
         return ids
 
-    def answers(self, memory: MemoryState | None, cost: dict) -> Iterator[Answer]:
-        """Of all questions; ``cost``: of telling, which each repeats."""
+    def answers(self, told: Remembered | None) -> Iterator[Answer]:
+        """Of all questions, each with what telling has cost; ``told`` is not changed."""
+        memory, cost = None, {}
+        if told is not None:
+            memory, cost = told.memory.clone(), {"told_tokens": told.tokens, "tell_seconds": told.seconds}
         options = answer_options(
             self.model, self.tokenizer, {"max_new_tokens": self.settings.new_tokens or self.task.new_tokens}
         )
