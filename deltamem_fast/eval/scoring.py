@@ -49,11 +49,12 @@ def score_answers(
         judge: scores the questions that name a kind of judgement (``more["judge"]``), in place of ``task.score``.
 
     Returns:
-        ``task``, ``title``, ``metric`` and ``notes`` of the task; ``data``, the SHA-256 of the documents;
-        ``questions``, ``answered``, ``missing``, ``judged`` and ``unscored``, counts; ``unscored_for``, reason → count;
-        ``overall``, the task's figures by name (0 to 1, or None); ``missing_as_zero``, the same figures, each missing
-        answer scored 0; ``categories``, category → ``questions``, ``answered``, ``scored`` and ``mean``; ``scores``,
-        question id → 0 to 1, or None where an answer could not be scored.
+        ``task``, ``title``, ``notes`` of the task, and ``metric``, which says what a judge has scored; ``data``, the
+        SHA-256 of the documents; ``questions``, ``answered``, ``missing``, ``judged`` and ``unscored``, counts;
+        ``unscored_for``, reason → count; ``complete``, whether every question has a score, without which ``overall`` is
+        of those that have; ``overall``, the task's figures by name (0 to 1, or None); ``missing_as_zero``, the same
+        figures, each missing answer scored 0; ``categories``, category → ``questions``, ``answered``, ``scored`` and
+        ``mean``; ``scores``, question id → 0 to 1, or None where an answer could not be scored.
 
     Raises:
         ArgumentError: an answer to no question of ``documents``, two questions of one id, or no answer at all.
@@ -91,12 +92,13 @@ def score_answers(
     return {
         "task": task.name,
         "title": task.title,
-        "metric": task.metric,
+        "metric": f"a judge's verdict for {judged} of {len(scores)}, else {task.metric}" if judged else task.metric,
         "notes": list(task.notes),
         "data": digest_of(documents),
         "questions": len(questions),
         "answered": len(scores),
         "missing": len(zeros),
+        "complete": len(scores) == len(questions) and not reasons,
         "judged": judged,
         "unscored": sum(reasons.values()),
         "unscored_for": reasons,
