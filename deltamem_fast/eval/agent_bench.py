@@ -277,10 +277,12 @@ TASK = Task(
     score=score,
     prompt="{context}\n\n{question}",
     new_tokens=50,
-    metric="by source: substring match, exact match, recall@5, or a judge",
+    metric="score by source",
     notes=(
         "The overall score is the mean over the four competencies, each the mean over its data sets, as published; "
         "a competency without a scored question leaves it open.",
+        "Scores are substring match (ruler_qa*, eventqa_*, factconsolidation_*), exact match (icl_*, detective_qa), "
+        "Recall@5 (recsys_redial_*).",
         "longmemeval_* and infbench_sum are scored by a judge alone; without one they are left out and counted.",
         "icl_* is scored strictly, as published: the label alone, not 'label: 43'; the instruction asks for that.",
         "The δ-mem paper's code scores every source but recommendation and summaries by substring match, without a "

@@ -16,17 +16,25 @@ from .tasks import digest_of
 
 # A question and an answer to it → 0 to 1: judge.keeping(endpoint, path), or any function of one's own.
 Judge = Callable[[Question, str], float]
+_OURS = b'{"format": "deltamem answers"'  # how the first line of a run's file begins
 
 
 def read_answers(path: Path) -> dict[str, str]:
     """Question id → answer, from a JSON lines file with an object ``id``, ``answer`` a line; other keys are let be.
+
+    So are the first line of a file that a run of ours wrote, which says what answered, and a last line there that the
+    run was killed in.
 
     Raises:
         FileMissingError, FileAccessError: it cannot be read.
         FileFormatError: a line is no such object, or has the id of an earlier one; names the line. Or there is none.
     """
     name, answers, lines = "answers", {}, {}
-    for number, line in numbered_lines(read_bytes(path, name), path, name):
+    data = read_bytes(path, name)
+    ours = data.startswith(_OURS)
+    for number, line in numbered_lines(data[: data.rfind(b"\n") + 1] if ours else data, path, name):
+        if ours and number == 1:
+            continue
         where = f"{name}: {path}: line {number}"
         one = field(line, "id", str, where)
         if one in answers:

@@ -45,6 +45,15 @@ def test_answers_are_read_with_whatever_else_there_is(tmp_path):
     assert read_answers(path) == {"a": "x", "b": ""}
 
 
+def test_the_head_of_a_run_and_its_half_line_are_let_be(tmp_path):
+    text = '{"format": "deltamem answers", "format_version": 1}\n{"id": "a", "answer": "x"}\n{"id": "b", "ans'
+    assert read_answers(written(tmp_path, text)) == {"a": "x"}
+    with pytest.raises(FileFormatError, match="line 3: not JSON"):
+        read_answers(written(tmp_path, text + "\n"))
+    with pytest.raises(FileFormatError, match="holds no answer"):
+        read_answers(written(tmp_path, text.split("\n")[0] + "\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     (
@@ -148,6 +157,7 @@ def test_tasks_by_name():
         task_named("LoCoMo")
     for task in TASKS.values():
         assert task.prompt.format(context="<{context}>", question="Q").count("<{context}>") == 1
+        assert "," not in task.metric  # the harness puts a comma behind it
 
 
 def test_the_digest_is_of_texts_questions_and_answers():
