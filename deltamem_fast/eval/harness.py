@@ -24,6 +24,7 @@ from ..memory.telling import WRITE_TOKENS
 from ..text.messages import Message
 from ..text.segments import tokenize
 from . import register
+from .answering import Settings, answer_documents
 from .extension import extended
 from .harness_segments import NOT_WRITTEN, prompt_segments
 from .opening import open_model, strategy_of
@@ -42,6 +43,7 @@ _PASSED = """
     think_end_token enable_thinking chat_template_args
 """.split()
 _OWN = ("pretrained", "adapter", "backend", "strategy", "policy", "device", "dtype", "attention", "tokenizer")
+_PLAIN = {"until", "do_sample", "max_gen_toks"}
 
 register()
 
@@ -152,9 +154,32 @@ class DeltaMemLM(HFLM):
     # --- generating
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """What the model says after each prompt; see ``lm_eval.api.model.LM.generate_until``."""
-        with self._running(requests):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        """What the model says after each prompt; see ``lm_eval.api.model.LM.generate_until``.
+
+        Questions of ``harness_tasks`` that are answered greedily go by their documents: each is told, or read, once.
+        """
+        from .harness_tasks import by_document, is_ours
+
+        ours = [place for place, request in enumerate(requests) if is_ours(request.doc) and _is_greedy(request.args[1])]
+        found: list[Any] = [None] * len(requests)
+        for places, task, documents, tokens in by_document(ours, requests):
+            settings = Settings(
+                batch=self._rows, new_tokens=tokens or self.max_gen_toks, template=dict(self.chat_template_args)
+            )
+            answers = answer_documents(
+                self.model, self.tokenizer, task, documents, self.policy, memory=self.remembers, settings=settings
+            )
+            by_id = {answer.id: answer.answer for answer in answers}
+            for place in places:
+                found[place] = by_id[requests[place].doc["question"]]
+                self.cache_hook.add_partial("generate_until", requests[place].args, found[place])
+        others = sorted(set(range(len(requests))) - set(ours))
+        if others:
+            rest = [requests[place] for place in others]
+            with self._running(rest):
+                for place, answer in zip(others, super().generate_until(rest, disable_tqdm=disable_tqdm)):
+                    found[place] = answer
+        return found
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
@@ -166,7 +191,7 @@ class DeltaMemLM(HFLM):
         if self.segmented:
             rows = [self._segments(text, row[kept]) for text, row, kept in zip(prompts, ids, mask.bool())]
             self._waiting["segment_ids"] = _padded(rows, NOT_WRITTEN, padding_side).to(self.device)
-        if self.remembers and any(told):
+        if self.remembers and self._cuts:
             self._waiting["memory"] = self._told(told)
         return ids, mask
 
@@ -188,8 +213,7 @@ class DeltaMemLM(HFLM):
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         # A forward that reads what it has itself just written, token by token, needs no memory of the caller's.
-        has_told = self.remembers and any(self._under_policy(text[0])[1] for text, *_ in requests if text is not None)
-        if not self.segmented and not has_told:
+        if not self.segmented and not (self.remembers and self._cuts):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         found: list[Any] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
@@ -216,7 +240,7 @@ class DeltaMemLM(HFLM):
         ends = [end for *_, end in requests]
         texts = ["" if text is None else text[0] for text, *_ in requests]
         prompts, told = zip(*map(self._under_policy, texts))
-        memory = self._told(told) if any(told) else MemoryState.zeros(self.model, len(requests))
+        memory = self._told(told) if self._cuts else MemoryState.zeros(self.model, len(requests))
         ids = _padded(contexts, 0, "left").to(self.device)
         mask = _padded([[1] * len(context) for context in contexts], 0, "left").to(self.device)
         first = {}
@@ -354,13 +378,18 @@ class DeltaMemLM(HFLM):
         return selected(self.policy, *self._finders[document], question), document
 
     def _told(self, texts: Sequence[str]) -> MemoryState:
-        """A memory of a row for each text, which is told once however many ask about it."""
+        """A memory of a row for each text, which is told once however many ask about it.
+
+        What was told as a whole is read and not written further, as ``answering`` has it; behind a document that goes
+        on in the context (``last``) it is written.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self._memories]
         window = min(WRITE_TOKENS, self.max_length)
         windows = [windows_of(self.model, self.tokenizer, [text], window) for text in new]
         memory = tell(self.model, windows, batch=self._rows).memory
         self._memories |= {text: memory.select([row]) for row, text in enumerate(new)}
-        return MemoryState.cat([self._memories[text] for text in texts])
+        memory = MemoryState.cat([self._memories[text] for text in texts])
+        return memory if self.policy.shared else memory.read_only()
 
     def _segments(self, text: str, ids: Sequence[int] | torch.Tensor) -> list[int]:
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
@@ -381,6 +410,11 @@ def _fields_of(doc: Any) -> Mapping[str, Any]:
     from .harness_tasks import fields_of
 
     return fields_of(doc) or (doc if isinstance(doc, Mapping) else {})
+
+
+def _is_greedy(options: Mapping[str, Any]) -> bool:
+    """Whether generation options say no more than how many tokens an answer may have."""
+    return not options.get("do_sample") and not options.get("until") and set(options) <= _PLAIN
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
