@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from deltamem_fast.eval.paper import SAMPLES
 from deltamem_fast.eval.prompt_parts import Parts, prompt_parts
 
-LONGBENCH = (
-    "Answer from the passages.\n\nThe following are given passages.\n{}\n\nAnswer them.\n\nQuestion: {}\nAnswer:"
-)
+LONGBENCH = "Answer from the passages.\n\nThe following are passages.\n{}\n\nAnswer them.\n\nQuestion: {}\nAnswer:"
 
 
 def rows(name: str) -> list[dict]:
