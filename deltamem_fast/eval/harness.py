@@ -21,15 +21,14 @@ from ..arguments import check_type
 from ..errors import ArgumentError, ArgumentTypeError
 from ..memory.state import MemoryState
 from ..memory.telling import WRITE_TOKENS
-from ..text.messages import Message
-from ..text.segments import tokenize
 from . import register
-from .extension import extended
-from .harness_segments import NOT_WRITTEN, prompt_segments
+from .answering import Settings, answer_documents
+from .extension import extended, trained_length
+from .harness_context import Contexts
+from .harness_segments import NOT_WRITTEN
+from .harness_tasks import by_document, is_ours
 from .opening import open_model, strategy_of
 from .policies import policy_named
-from .prompt_parts import prompt_parts
-from .retrieval import chunks_of, finder_for, selected
 from .telling import tell, windows_of
 
 # What ``hf`` takes that has no place here: models are loaded by this package, on one device.
@@ -42,6 +41,7 @@ _PASSED = """
     think_end_token enable_thinking chat_template_args
 """.split()
 _OWN = ("pretrained", "adapter", "backend", "strategy", "policy", "device", "dtype", "attention", "tokenizer")
+_PLAIN = {"until", "do_sample", "max_gen_toks"}
 
 register()
 
@@ -111,21 +111,14 @@ class DeltaMemLM(HFLM):
         self.model_name = pretrained if isinstance(pretrained, str) else str(model.config.name_or_path)
         self.remembers = is_patched(model)
         self._config_of_memory = identity_of(model).config if self.remembers else None
-        self._chats: dict[str, tuple[list[Message], bool]] = {}  # rendered → messages, whether an answer begins there
-        self._fields: dict[str, Mapping[str, Any]] = {}  # prompt → the benchmark's fields, while requests are run
-        self._cut: dict[str, tuple[str, str]] = {}  # prompt → what ``_under_policy`` makes of it, likewise
+        self._contexts = Contexts(self.policy, self.tokenizer, self.apply_chat_template)
         self._memories: dict[str, MemoryState] = {}  # told text → what is remembered of it, while requests are run
-        self._finders: dict[str, tuple] = {}  # document → its chunks and what finds some of them, likewise
         self._waiting: dict[str, Any] = {}  # of the batch that was encoded last: arguments of generate
 
     @property
     def segmented(self) -> bool:
         """Whether there is a memory that writes segments."""
         return self.remembers and self._config_of_memory.segmented
-
-    @property
-    def _cuts(self) -> bool:
-        return self.policy.kind not in ("everything", "yarn")
 
     def get_model_info(self) -> dict:
         """What of the model a report records; nothing is asked of the hub."""
@@ -145,28 +138,49 @@ class DeltaMemLM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """As ``hf`` does; the messages are kept, since the text does not say where one begins or ends."""
         text = super().apply_chat_template(chat_history, add_generation_prompt)
-        if self.segmented or self._cuts:
-            self._chats[text] = ([dict(message) for message in chat_history], add_generation_prompt)
+        if self.segmented or self._contexts.cuts:
+            self._contexts.note(text, chat_history, add_generation_prompt)
         return text
 
     # --- generating
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """What the model says after each prompt; see ``lm_eval.api.model.LM.generate_until``."""
-        with self._running(requests):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        """What the model says after each prompt; see ``lm_eval.api.model.LM.generate_until``.
+
+        Questions of ``harness_tasks`` that are answered greedily go by their documents: each is told, or read, once.
+        """
+        ours = [place for place, request in enumerate(requests) if is_ours(request.doc) and _is_greedy(request.args[1])]
+        found: list[Any] = [None] * len(requests)
+        for places, task, documents, tokens in by_document(ours, requests):
+            settings = Settings(
+                batch=self._rows, new_tokens=tokens or self.max_gen_toks, template=dict(self.chat_template_args)
+            )
+            answers = answer_documents(
+                self.model, self.tokenizer, task, documents, self.policy, memory=self.remembers, settings=settings
+            )
+            by_id = {answer.id: answer.answer for answer in answers}
+            for place in places:
+                found[place] = by_id[requests[place].doc["question"]]
+                self.cache_hook.add_partial("generate_until", requests[place].args, found[place])
+        others = sorted(set(range(len(requests))) - set(ours))
+        if others:
+            rest = [requests[place] for place in others]
+            with self._running(rest):
+                for place, answer in zip(others, super().generate_until(rest, disable_tqdm=disable_tqdm)):
+                    found[place] = answer
+        return found
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As ``hf`` does, of prompts under the policy; the memory that goes with them waits for ``_model_generate``."""
-        prompts, told = zip(*map(self._under_policy, strings))
+        prompts, told = zip(*map(self._contexts.under_policy, strings))
         ids, mask = super().tok_batch_encode(list(prompts), padding_side, left_truncate_len, **options)
         self._waiting = {}
         if self.segmented:
-            rows = [self._segments(text, row[kept]) for text, row, kept in zip(prompts, ids, mask.bool())]
+            rows = [self._segments(text, row[kept].tolist()) for text, row, kept in zip(prompts, ids, mask.bool())]
             self._waiting["segment_ids"] = _padded(rows, NOT_WRITTEN, padding_side).to(self.device)
-        if self.remembers and any(told):
+        if self.remembers and self._contexts.cuts:
             self._waiting["memory"] = self._told(told)
         return ids, mask
 
@@ -182,14 +196,13 @@ class DeltaMemLM(HFLM):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return super()._encode_pair(self._under_policy(context)[0], continuation)
+        return super()._encode_pair(self._contexts.under_policy(context)[0], continuation)
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         # A forward that reads what it has itself just written, token by token, needs no memory of the caller's.
-        has_told = self.remembers and any(self._under_policy(text[0])[1] for text, *_ in requests if text is not None)
-        if not self.segmented and not has_told:
+        if not self.segmented and not (self.remembers and self._contexts.cuts):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         found: list[Any] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
@@ -215,8 +228,8 @@ class DeltaMemLM(HFLM):
         contexts = [context[-max(1, self.max_length + 1 - len(end)) :] for _, context, end in requests]
         ends = [end for *_, end in requests]
         texts = ["" if text is None else text[0] for text, *_ in requests]
-        prompts, told = zip(*map(self._under_policy, texts))
-        memory = self._told(told) if any(told) else MemoryState.zeros(self.model, len(requests))
+        prompts, told = zip(*map(self._contexts.under_policy, texts))
+        memory = self._told(told) if self._contexts.cuts else MemoryState.zeros(self.model, len(requests))
         ids = _padded(contexts, 0, "left").to(self.device)
         mask = _padded([[1] * len(context) for context in contexts], 0, "left").to(self.device)
         first = {}
@@ -301,14 +314,13 @@ class DeltaMemLM(HFLM):
                 length = max(map(self._length_of, requests), default=0)
                 afterwards.enter_context(extended(self.model, length))
                 self._max_length = max(self.max_length, length)
-            if self._cuts:
-                self._fields = {request.args[0]: _fields_of(request.doc) for request in requests}
+            self._contexts.begin(requests)
             try:
                 yield
             finally:
                 self._max_length = before
-                self._fields, self._cut, self._memories, self._waiting = {}, {}, {}, {}
-                self._finders = {}
+                self._contexts.clear()
+                self._memories, self._waiting = {}, {}
 
     def _length_of(self, request) -> int:
         """How many tokens a request needs positions for."""
@@ -317,58 +329,23 @@ class DeltaMemLM(HFLM):
             return len(self.tok_encode(text + more))
         return len(self.tok_encode(text)) + int(more.get("max_gen_toks", self.max_gen_toks))
 
-    def _under_policy(self, text: str) -> tuple[str, str]:
-        """A prompt with what the policy leaves in context, and what is told to the memory before it ("" = nothing)."""
-        if not self._cuts:
-            return text, ""
-        if text not in self._cut:
-            self._cut[text] = self._cut_anew(text)
-        return self._cut[text]
-
-    def _cut_anew(self, text: str) -> tuple[str, str]:
-        chat, answer_begins = self._chats.get(text, (None, True))
-        fields = self._fields.get(text, {})
-        if chat is None:
-            parts = prompt_parts(text, fields)
-            context, told = self._split(parts.document.strip(), str(fields.get("query") or parts.question))
-            return parts.prompt(context), told
-        place = max((i for i, message in enumerate(chat) if message["role"] == "user"), default=None)
-        if place is None:
-            return text, ""
-        parts = prompt_parts(chat[place]["content"], fields)
-        context, told = self._split(parts.document.strip(), str(fields.get("query") or parts.question))
-        asked = [*chat[:place], chat[place] | {"content": parts.prompt(context)}, *chat[place + 1 :]]
-        return self.apply_chat_template(asked, answer_begins), told
-
-    def _split(self, document: str, question: str) -> tuple[str, str]:
-        """What of a document is in context, and what is told; what retrieval finds is told, too, in its place."""
-        if self.policy.kind == "nothing" or not document:
-            return "", document
-        if self.policy.kind == "last":
-            starts = tokenize(self.tokenizer, document)[1]
-            start = starts[-self.policy.amount] if len(starts) > self.policy.amount else 0
-            return document[start:], document[:start].strip()
-        if document not in self._finders:
-            chunks = chunks_of(self.tokenizer, [document])
-            self._finders[document] = chunks, finder_for(self.policy, chunks)
-        return selected(self.policy, *self._finders[document], question), document
-
     def _told(self, texts: Sequence[str]) -> MemoryState:
-        """A memory of a row for each text, which is told once however many ask about it."""
+        """A memory of a row for each text, which is told once however many ask about it.
+
+        What was told as a whole is read and not written further, as ``answering`` has it; behind a document that goes
+        on in the context (``last``) it is written.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self._memories]
-        window = min(WRITE_TOKENS, self.max_length)
+        window = min(WRITE_TOKENS, trained_length(self.model))
         windows = [windows_of(self.model, self.tokenizer, [text], window) for text in new]
         memory = tell(self.model, windows, batch=self._rows).memory
         self._memories |= {text: memory.select([row]) for row, text in enumerate(new)}
-        return MemoryState.cat([self._memories[text] for text in texts])
+        memory = MemoryState.cat([self._memories[text] for text in texts])
+        return memory if self.policy.shared else memory.read_only()
 
-    def _segments(self, text: str, ids: Sequence[int] | torch.Tensor) -> list[int]:
-        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
-        chat, answer_begins = self._chats.get(text, (None, True))
-        if chat is not None and not answer_begins:
-            chat = chat[:-1]  # the last is the beginning of the answer
+    def _segments(self, text: str, ids: Sequence[int]) -> list[int]:
         granularity = self._config_of_memory.memory_write_granularity
-        return prompt_segments(self.tokenizer, ids, text, granularity, chat, self.chat_template_args)
+        return self._contexts.segments(text, ids, granularity, self.chat_template_args)
 
     @property
     def _rows(self) -> int:
@@ -377,10 +354,9 @@ class DeltaMemLM(HFLM):
         return int(self.batch_size)
 
 
-def _fields_of(doc: Any) -> Mapping[str, Any]:
-    from .harness_tasks import fields_of
-
-    return fields_of(doc) or (doc if isinstance(doc, Mapping) else {})
+def _is_greedy(options: Mapping[str, Any]) -> bool:
+    """Whether generation options say no more than how many tokens an answer may have."""
+    return not options.get("do_sample") and not options.get("until") and set(options) <= _PLAIN
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,30 @@ def question_of(doc: Mapping[str, Any]) -> tuple[Task, Document, Question]:
     """What a request's ``doc`` of ours stands for."""
     task, documents, questions = _OPENED[doc[_KEY]]
     return task, documents[doc["document"]], questions[doc["question"]]
+
+
+def by_document(
+    places: Sequence[int], requests: Sequence[Any]
+) -> Iterator[tuple[list[int], Task, list[Document], int]]:
+    """Requests of ours that are answered together: their places, the task, its documents, tokens of an answer (or 0).
+
+    A document has those of its questions that are asked.
+
+    Args:
+        places: in ``requests``, of the ones meant.
+    """
+    together: dict[tuple[str, int], list[int]] = {}
+    for place in places:
+        doc, options = requests[place].doc, requests[place].args[1]
+        together.setdefault((doc[_KEY], int(options.get("max_gen_toks", 0))), []).append(place)
+    for (name, tokens), some in together.items():
+        task, documents, _ = _OPENED[name]
+        asked = {requests[place].doc["question"] for place in some}
+        cut = [
+            replace(document, questions=tuple(one for one in document.questions if one.id in asked))
+            for document in documents.values()
+        ]
+        yield some, task, [document for document in cut if document.questions], tokens
 
 
 def prompt_of(doc: Mapping[str, Any]) -> str:

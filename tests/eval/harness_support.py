@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import lm_eval
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 from support import loud_adapter, tiny_model
 from tokenizers_for_tests import chatml_tokenizer
 
@@ -59,3 +62,29 @@ def pairs(given) -> list[Instance]:
 def texts(given) -> list[Instance]:
     """Requests to score whole texts."""
     return [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", i, 1)) for i, text in enumerate(given)]
+
+
+class Saying(LM):
+    """Answers each prompt by a function, and keeps what it was asked."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    def generate_until(self, requests, disable_tqdm=False):
+        self.asked += [request.args for request in requests]
+        return [self.answer(request.args[0]) for request in requests]
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def evaluated(model, task, *, gen_kwargs: dict | None = None, **options) -> dict:
+    """What lm_eval finds of one task; without the second in which ``simple_evaluate`` looks at the machine."""
+    if gen_kwargs:
+        task.set_config("generation_kwargs", gen_kwargs, update=True)
+    task.set_fewshot_seed(1234)
+    loaded = TaskManager(include_defaults=False).load([task])
+    return lm_eval.evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, **options)

@@ -133,17 +133,13 @@ def test_the_policy_tells_the_document_first(opened, adapter):
         memory = MemoryState.zeros(lm.model)
         ingest(lm.model, lm.tokenizer, memory, text)
         ids = torch.tensor([lm.tok_encode(question)])
-        segments = {"segment_ids": torch.zeros_like(ids)} if adapter == "ssw" else {}
-        out = lm.model.generate(ids, memory=memory, max_new_tokens=8, do_sample=False, **segments)
+        out = lm.model.generate(ids, memory=memory.read_only(), max_new_tokens=8, do_sample=False)
         assert answer == lm.tok_decode(out[0, ids.shape[1] :].tolist())
-        if adapter != "ssw":  # which reads the memory from before a forward
-            memory = MemoryState.zeros(lm.model)
-            ingest(lm.model, lm.tokenizer, memory, text)
-            more = lm._encode_pair(question, " Rex")[1]
-            both = torch.tensor([ids[0].tolist() + more])
-            with torch.no_grad():
-                logits = lm.model(both, memory=memory).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1)
-            assert score == pytest.approx(float(logits.gather(1, torch.tensor(more)[:, None]).sum()), abs=1e-4)
+        more = lm._encode_pair(question, " Rex")[1]
+        both = torch.tensor([ids[0].tolist() + more])
+        with torch.no_grad():
+            logits = lm.model(both, memory=memory.read_only()).logits[0, ids.shape[1] - 1 : -1].log_softmax(-1)
+        assert score == pytest.approx(float(logits.gather(1, torch.tensor(more)[:, None]).sum()), abs=1e-4)
     assert abs(scores[0][0] - scores[1][0]) > 1e-3
     bare = opened(None, "nothing").generate_until(asks([f"{document}\n\n{question}", question]), disable_tqdm=True)
     assert bare[0] == bare[1]

@@ -1,0 +1,108 @@
+"""Our benchmarks as lm_eval's tasks, under any of its models, and under ours by their documents."""
+
+from __future__ import annotations
+
+import pytest
+from harness_support import ADAPTERS, Saying, evaluated, made
+
+from deltamem_fast.errors import ArgumentError
+from deltamem_fast.eval import harness
+from deltamem_fast.eval.answering import Settings, answer_documents
+from deltamem_fast.eval.data import Document, Question, Task
+from deltamem_fast.eval.harness import DeltaMemLM
+from deltamem_fast.eval.harness_tasks import harness_task
+from deltamem_fast.eval.policies import policy_named
+
+pytestmark = pytest.mark.xdist_group("lm_eval")  # whose import takes seconds
+
+
+DOCUMENTS = [
+    Document(
+        "first",
+        ("My dog is called Rex.", "My sister lives in Paris. {question}"),
+        (
+            Question("first-0", "What is the name of my dog?", ("Rex",), "names"),
+            Question("first-1", "Where does my {context} sister live?", ("Paris", "France"), "places", query="sister"),
+            Question("first-2", "Was it a good day?", ("yes",), "judged"),
+        ),
+    ),
+    Document("second", ("Ada took the train home.",), (Question("second-0", "Who took it?", ("Ada",), "names"),)),
+]
+PROMPT = "{context}\n\nAnswer in a word.\n{question}"
+
+
+def score(question: Question, answer: str) -> float | None:
+    return None if question.category == "judged" else float(answer in question.answers)
+
+
+def load(path):
+    if path is not None:
+        raise ArgumentError(f"data: got {path}")
+    return DOCUMENTS
+
+
+TASK = Task("tiny", "Tiny", load, score, PROMPT, 5, "match")
+
+
+def test_any_model():
+    model = Saying(lambda prompt: "Rex" if "dog?" in prompt else "Ada" if "took it" in prompt else "Rome")
+    found = evaluated(model, harness_task(TASK))
+    assert model.asked[1][0] == (
+        "My dog is called Rex.\n\nMy sister lives in Paris. {question}\n\nAnswer in a word.\n"
+        "Where does my {context} sister live?"
+    )
+    assert [options for _, options in model.asked] == [{"until": [], "do_sample": False, "max_gen_toks": 5}] * 4
+    results = found["results"]["deltamem_tiny"]
+    assert results["match,none"] == pytest.approx(2 / 3)  # what a judge scores is in neither
+    assert (results["match_names,none"], results["match_places,none"]) == (1.0, 0.0)
+    assert "match_judged,none" not in results
+    assert found["samples"]["deltamem_tiny"][1]["target"] == "Paris; France"
+    assert (
+        evaluated(Saying(lambda _: "Rex"), harness_task(TASK), limit=1)["results"]["deltamem_tiny"]["match,none"] == 1
+    )
+
+
+def test_no_question():
+    with pytest.raises(ArgumentError, match="documents: tiny: got no question"):
+        harness_task(TASK, documents=[])
+    with pytest.raises(ArgumentError, match="data: got here"):
+        harness_task(TASK, "here")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("harness_tasks"))
+
+
+@pytest.mark.parametrize("adapter", [None, *ADAPTERS])
+@pytest.mark.parametrize("policy", ["nothing", "everything", "bm25-1", "last-4"])
+def test_by_document(directory, adapter, policy, monkeypatch):
+    """Under our model each document is told once, and its questions are answered as ``deltamem eval`` does it."""
+    calls = []
+    monkeypatch.setattr(harness, "answer_documents", lambda *a, **k: calls.append(a[3]) or answer_documents(*a, **k))
+    path = None if adapter is None else str(directory / adapter)
+    lm = DeltaMemLM(str(directory / "model"), path, backend="reference", device="cpu", policy=policy, batch_size=2)
+    found = evaluated(lm, harness_task(TASK))
+    (documents,) = calls
+    assert [document.id for document in documents] == ["first", "second"]
+    said = [sample["filtered_resps"][0] for sample in found["samples"]["deltamem_tiny"]]
+    expected = answer_documents(
+        lm.model,
+        lm.tokenizer,
+        TASK,
+        DOCUMENTS,
+        policy_named(policy),
+        memory=adapter is not None,
+        settings=Settings(batch=1),
+    )
+    assert said == [answer.answer for answer in expected]
+    limited = evaluated(lm, harness_task(TASK), limit=2)
+    assert [one.id for one in calls[1][0].questions] == ["first-0", "first-1"] and len(calls[1]) == 1
+    assert [sample["filtered_resps"][0] for sample in limited["samples"]["deltamem_tiny"]] == said[:2]
+
+
+def test_sampled_answers_go_the_common_way(directory, monkeypatch):
+    monkeypatch.setattr(harness, "answer_documents", None)
+    lm = DeltaMemLM(str(directory / "model"), str(directory / "tsw"), device="cpu", policy="nothing", batch_size=4)
+    found = evaluated(lm, harness_task(TASK), gen_kwargs={"until": ["\n"]})
+    assert len(found["samples"]["deltamem_tiny"]) == 4

@@ -1,0 +1,173 @@
+"""lm_eval's own benchmarks on local data: its prompts, its scores, and what is told of what is missing."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import random
+
+import lm_eval
+import pytest
+from harness_support import Saying, evaluated, lines, made
+
+from deltamem_fast.errors import DeltaMemError
+from deltamem_fast.eval import paper
+from deltamem_fast.eval.harness import DeltaMemLM
+from deltamem_fast.eval.paper import PAPER_TASKS, SAMPLES, check_packages, local_task, score_of
+
+pytestmark = pytest.mark.xdist_group("lm_eval")  # whose import takes seconds
+
+
+def needs(name: str):
+    """A benchmark whose packages are optional; they are in the extras ``eval`` and ``dev``."""
+    missing = [one for one in PAPER_TASKS[name].packages if importlib.util.find_spec(one) is None]
+    return pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"))
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in SAMPLES[name].read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("paper"))
+
+
+def answers(name: str) -> dict[str, str]:
+    """Something that is in a prompt of a sample → what scores 1 there."""
+    if name == "ifeval":
+        said = (
+            "Lamps on still water.",
+            "The hive is full of honey.",
+            "* air\n* legs\n* birds",
+            '"It is a deep dark red."',
+        )
+        return dict(zip((row["prompt"] for row in rows(name)), said))
+    if name.startswith("ruler"):
+        return {row["input"]: " and ".join(row["outputs"]) for row in rows(name)}
+    if name == "hotpotqa":
+        return {row["question"]: row["answers"][0] for row in rows(name)}
+    return {row["input"]: f"The most recent location is {row['target']}." for row in rows(name)}
+
+
+@pytest.mark.parametrize("name", [needs(name) for name in SAMPLES if name != "gpqa"])
+def test_scores(name):
+    """Right answers score 1, none scores 0, and the first alone its share."""
+    right = answers(name)
+    for known in (right, {}, dict([next(iter(right.items()))])):
+        model = Saying(lambda prompt, known=known: next((known[text] for text in known if text in prompt), "?,"))
+        found = evaluated(model, local_task(name, SAMPLES[name]))
+        if name == "ifeval" and not known:
+            assert score_of(name, found) < 0.5
+            continue
+        expected = len(known) / len(right)
+        if name == "ifeval" and len(known) == 1:
+            continue
+        assert score_of(name, found) == pytest.approx(expected)
+    assert len(model.asked) == len(rows(name))
+
+
+def test_gpqa():
+    """Choices are shuffled once, by the seed; asked and scored alike."""
+    state = random.getstate()
+
+    def right(prompt: str) -> str:
+        (row,) = (row for row in rows("gpqa") if row["Question"] in prompt)
+        (line,) = (line for line in prompt.splitlines() if line[4:] == row["Correct Answer"])
+        return f"I think that (A) or (B) would be wrong. The answer is {line[:3]}."
+
+    for seed in range(3):
+        assert score_of("gpqa", evaluated(Saying(right), local_task("gpqa", SAMPLES["gpqa"], seed=seed))) == 1
+    asked = []
+    for seed in (0, 0, 1):
+        model = Saying(lambda _: "I do not know.")
+        assert score_of("gpqa", evaluated(model, local_task("gpqa", SAMPLES["gpqa"], seed=seed))) == 0
+        asked.append([prompt for prompt, _ in model.asked])
+    assert asked[0] == asked[1] != asked[2]
+    random.setstate(state)
+    local_task("gpqa", SAMPLES["gpqa"])
+    assert random.getstate() == state
+
+
+def test_files_as_they_are_had(tmp_path):
+    """GPQA comes as CSV; LongBench's own files call the question input."""
+    table = tmp_path / "gpqa.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows("gpqa")[0], "Subdomain"])
+        writer.writeheader()
+        writer.writerows(row | {"Subdomain": 'says "so",\nhere'} for row in rows("gpqa"))
+    texts = [[doc["choices"] for doc in local_task("gpqa", path).test_docs() or local_task("gpqa", path).eval_docs]
+             for path in (table, SAMPLES["gpqa"])]  # fmt: skip
+    assert texts[0] == texts[1]
+    own = lines(tmp_path / "hotpotqa.jsonl", [{"input": "Who?", "context": "Ada.", "answers": ["Ada"], "length": 1}])
+    assert paper._rows(PAPER_TASKS["hotpotqa"], own, "hotpotqa")[0]["question"] == "Who?"
+
+
+def test_refused(tmp_path):
+    data = lines(tmp_path / "data.jsonl", [{"input": "a", "question": "b", "target": "c"}, {"input": "a"}])
+    for name, path, words in (
+        ("arc", data, "task: got 'arc', allowed ifeval, gpqa"),
+        ("babilong-qa1", tmp_path / "none.jsonl", "data: .*none.jsonl"),
+        ("babilong-qa1", data, "data: .*data.jsonl: row 2: has no 'question'"),
+        ("ifeval", data, "data: .*data.jsonl: row 1: has no 'key'"),
+    ):
+        with pytest.raises(DeltaMemError, match=words):
+            local_task(name, path)
+    data.write_text('{"input": "a"\n')
+    with pytest.raises(DeltaMemError, match="data: .*data.jsonl: line 1: not JSON"):
+        local_task("babilong-qa1", data)
+    data.write_text("\n")
+    with pytest.raises(DeltaMemError, match="no row in it"):
+        local_task("babilong-qa1", data)
+
+
+def test_what_is_missing_is_told(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "jieba" else find(name, *a))
+    with pytest.raises(ImportError, match=r"hotpotqa: needs the packages jieba.*pip install jieba"):
+        check_packages("hotpotqa")
+    check_packages("babilong-qa1")
+
+
+def test_sentences_need_a_model_of_them(monkeypatch):
+    nltk = pytest.importorskip("nltk")
+
+    def find(name):
+        raise LookupError(name)
+
+    monkeypatch.setattr(nltk.data, "find", find)
+    asked = {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_sentences"]}
+    with pytest.raises(OSError, match=r"number_sentences: needs NLTK's punkt_tab.*nltk.downloader punkt_tab"):
+        paper._check_sentences([asked])
+    paper._check_sentences([{"instruction_id_list": ["punctuation:no_comma"]}])
+
+
+def test_names_are_those_of_lm_eval():
+    """Each benchmark is there under its name, and its directory holds it."""
+    from pathlib import Path
+
+    from lm_eval.tasks import TaskManager
+
+    place = Path(lm_eval.tasks.__file__).parent
+    for name, one in PAPER_TASKS.items():
+        manager = TaskManager(include_path=str(place / one.directory), include_defaults=False)
+        assert one.task in manager.all_subtasks, name
+    assert all(path.is_file() for path in SAMPLES.values()) and SAMPLES.keys() <= PAPER_TASKS.keys()
+
+
+@pytest.mark.parametrize("policy", ["everything", "nothing", "last-8", "bm25-1", "yarn"])
+@pytest.mark.parametrize("adapter", [None, "tsw", "ssw"])
+def test_under_a_policy(directory, adapter, policy):
+    """BABILong through the whole of it, with a chat template; the same once more."""
+    path = None if adapter is None else str(directory / adapter)
+    found = []
+    for rows_together in (1, 3):
+        lm = DeltaMemLM(
+            str(directory / "model"), path, backend="reference", device="cpu", policy=policy, batch_size=rows_together
+        )
+        task = local_task("babilong-qa1", SAMPLES["babilong-qa1"])
+        results = evaluated(lm, task, apply_chat_template=True, gen_kwargs={"max_gen_toks": 4})
+        found.append([sample["filtered_resps"] for sample in results["samples"]["babilong_qa1"]])
+        assert 0 <= score_of("babilong-qa1", results) <= 1
+    assert found[0] == found[1]
