@@ -37,6 +37,7 @@ EXTRAS["dev"] = [
     "peft>=0.17",
     "playwright>=1.49",
     "openai>=1.50",
+    "nltk>=3.9",  # the scores of deltamem_fast.eval
     *EXTRAS["chat"],
     *EXTRAS["cpu"],
     *EXTRAS["train"],

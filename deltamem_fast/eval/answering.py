@@ -51,6 +51,18 @@ class Settings:
     template: dict = field(default_factory=dict)
 
 
+DEFAULTS = Settings()
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A memory of one document, and what it cost: tokens that were told, and seconds."""
+
+    memory: MemoryState
+    tokens: int
+    seconds: float
+
+
 class DoesNotFit(ArgumentError):
     """A document with its question is longer than the model was trained to see, and the policy does not extend it."""
 
@@ -78,8 +90,9 @@ def answer_documents(
     policy: Policy,
     *,
     memory: bool,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     keep: Callable[[Answer], None] = lambda answer: None,
+    remembered: dict[str, Remembered] | None = None,
 ) -> list[Answer]:
     """Answer every question of some documents.
 
@@ -92,6 +105,8 @@ def answer_documents(
         model: patched, or, without ``memory``, any causal language model; a patched one's memory is disabled then.
         documents: with the questions that are wanted.
         keep: is given each answer as soon as it is there.
+        remembered: by the document's id what wholes were told before, and are not told again: policies without a shared
+            context take it from here, and put it here.
 
     Raises:
         DoesNotFit: of ``everything`` and ``last``.
@@ -103,27 +118,44 @@ def answer_documents(
             stack.enter_context(memory_disabled(model))
         for first in range(0, len(documents), settings.batch):
             some = documents[first : first + settings.batch]
-            run = [_Document(model, tokenizer, task, document, policy, settings, memory) for document in some]
-            watch = Stopwatch(input_device(model))
+            run = [Prepared(model, tokenizer, task, document, policy, settings, memory) for document in some]
             reset_peak(input_device(model))
-            told = (
-                tell(model, [each.told for each in run], chunk=settings.chunk, batch=settings.batch) if memory else None
-            )
-            seconds = watch.seconds() / max(1, sum(bool(each.told) for each in run))
-            for row, each in enumerate(run):
-                start = None if told is None else told.memory.select([row])
-                cost = {"told_tokens": told.tokens[row] if told else 0, "tell_seconds": seconds if each.told else 0.0}
-                for answer in each.answers(start, cost):
+            known = {} if remembered is None or policy.shared else remembered
+            told = _told(model, run, settings, known) if memory else [None] * len(run)
+            for each, start in zip(run, told):
+                for answer in each.answers(start):
                     keep(answer)
                     found.append(answer)
     return found
 
 
-class _Document:
-    """One document under one policy."""
+def _told(model: nn.Module, run: Sequence[Prepared], settings: Settings, known: dict[str, Remembered]) -> list:
+    """Of each document what is remembered before it is asked about."""
+    new = [each for each in run if each.document.id not in known]
+    watch = Stopwatch(input_device(model))
+    told = tell(model, [each.told for each in new], chunk=settings.chunk, batch=settings.batch)
+    seconds = watch.seconds() / max(1, sum(told.tokens))
+    made = {
+        each.document.id: Remembered(told.memory.select([row]), tokens, tokens * seconds)
+        for row, (each, tokens) in enumerate(zip(new, told.tokens))
+    }
+    known |= made
+    return [known[each.document.id] for each in run]
 
-    def __init__(self, model, tokenizer, task: Task, document: Document, policy: Policy, settings: Settings, memory):
+
+class Prepared:
+    """One document under one policy: what is told of it, and its questions as they are fed.
+
+    Attributes:
+        told: the windows that go to the memory; none without one.
+        asked: the questions, each with its context.
+    """
+
+    def __init__(
+        self, model, tokenizer, task: Task, document: Document, policy: Policy, settings: Settings, memory: bool
+    ):
         self.model, self.tokenizer, self.task, self.policy, self.settings = model, tokenizer, task, policy, settings
+        self.document = document
         self.parts = [part for part in document.parts if part.strip()]
         self.device = input_device(model)
         self.segmented = memory and identity_of(model).config.segmented
@@ -172,54 +204,66 @@ class _Document:
         check_known(self.model, ids)
         return ids
 
-    def answers(self, memory: MemoryState | None, cost: dict) -> Iterator[Answer]:
-        """Of all questions; ``cost``: of telling, which each repeats."""
+    def answers(self, told: Remembered | None) -> Iterator[Answer]:
+        """Of all questions, each with what telling has cost; ``told`` is not changed."""
+        memory, cost = None, {}
+        if told is not None:
+            memory, cost = told.memory.clone(), {"told_tokens": told.tokens, "tell_seconds": told.seconds}
         options = answer_options(
             self.model, self.tokenizer, {"max_new_tokens": self.settings.new_tokens or self.task.new_tokens}
         )
         options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        longest = max(len(asked.ids) for asked in self.asked) + options["max_new_tokens"]
-        with contextlib.ExitStack() as stack:
-            if self.policy.kind == "yarn":
-                stack.enter_context(extended(self.model, longest))
-            elif longest > (most := trained_length(self.model)):
-                raise DoesNotFit(
-                    f"policy {self.policy.name}: a prompt with its answer takes {longest:,} tokens, the model was "
-                    f"trained on {most:,}; allowed with it: shorter documents, or the policy yarn"
-                )
-            if self.policy.shared and len(self.asked) > 0:
-                yield from self._one_by_one(memory, cost, options)
-            else:
-                yield from self._together(memory, cost, options)
+        with self.positions(options["max_new_tokens"]):
+            for some, arguments, reading in self.batches(memory):
+                yield from self._generate(some, arguments, cost | reading, options)
 
-    def _together(self, memory: MemoryState | None, cost: dict, options: dict) -> Iterator[Answer]:
-        """Questions with prompts of their own, padded on the left."""
-        for first in range(0, len(self.asked), self.settings.batch):
-            some = self.asked[first : first + self.settings.batch]
-            width = max(len(asked.ids) for asked in some)
-            pad = options.get("pad_token_id") or 0
-            rows = [[pad] * (width - len(asked.ids)) + asked.ids for asked in some]
-            mask = [[0] * (width - len(asked.ids)) + [1] * len(asked.ids) for asked in some]
-            arguments = {"memory": memory.repeat(len(some)).read_only()} if memory is not None else {}
-            yield from self._generate(some, rows, mask, arguments, cost, options)
+    @contextlib.contextmanager
+    def positions(self, new_tokens: int) -> Iterator[None]:
+        """Inside, the model's positions reach as far as the longest prompt and its answer.
 
-    def _one_by_one(self, memory: MemoryState | None, cost: dict, options: dict) -> Iterator[Answer]:
-        """Questions with one context: it is read, and written to the memory, once."""
-        prefix = _common([asked.ids for asked in self.asked])
+        Raises:
+            DoesNotFit: they do not, and the policy does not extend them.
+        """
+        longest, most = max(len(asked.ids) for asked in self.asked) + new_tokens, trained_length(self.model)
+        if self.policy.kind == "yarn":
+            with extended(self.model, longest):
+                yield
+            return
+        if longest > most:
+            raise DoesNotFit(
+                f"policy {self.policy.name}: a prompt with its answer takes {longest:,} tokens, the model was trained "
+                f"on {most:,}; allowed with it: shorter documents, or the policy yarn"
+            )
+        yield
+
+    def batches(self, memory: MemoryState | None) -> Iterator[tuple[list[Asked], dict, dict]]:
+        """Questions that are fed together: they, what ``generate`` gets besides their ids, and what reading has cost.
+
+        A shared context is read once, and ``memory`` is written as it is; its questions are then fed one by one.
+        """
+        if not self.policy.shared:
+            for first in range(0, len(self.asked), self.settings.batch):
+                some = self.asked[first : first + self.settings.batch]
+                yield some, {} if memory is None else {"memory": memory.repeat(len(some)).read_only()}, {}
+            return
         watch = Stopwatch(self.device)
-        cache = self._read(prefix, memory)
-        cost = cost | {"context_seconds": watch.seconds()}
+        cache = self._read(self.shared_ids(), memory)
+        cost = {"context_seconds": watch.seconds()}
         for asked in self.asked:
-            arguments = {"past_key_values": copied(cache)}
-            if memory is not None:
-                arguments["memory"] = memory.read_only()
-            yield from self._generate([asked], [asked.ids], [[1] * len(asked.ids)], arguments, cost, options)
+            arguments = {} if memory is None else {"memory": memory.read_only()}
+            yield [asked], arguments | {"past_key_values": copied(cache)}, cost
+
+    def shared_ids(self) -> list[int]:
+        """What all prompts of a shared context begin with, whichever questions are asked."""
+        probes = [self._ids(self.task.prompt.format(context=self.context, question=text)) for text in ("a", "1")]
+        return _common([*probes, *(asked.ids for asked in self.asked)])
 
     @torch.no_grad()
     def _read(self, ids: list[int], memory: MemoryState | None) -> DynamicCache:
         decoder = decoder_of(unwrap(self.model))
         cache = DynamicCache(config=decoder.config)
-        chunk = len(ids) if self.segmented else self.settings.chunk
+        # An adapter that writes segments reads before the whole forward writes.
+        chunk = len(ids) if self.segmented else self.settings.chunk or len(ids)
         segments = self._segments(ids) if self.segmented else None
         for first in range(0, len(ids), max(1, chunk)):
             part = slice(first, first + chunk)
@@ -239,20 +283,23 @@ class _Document:
         # With a single question the header of its answer belongs to what all share; it is no segment's.
         return torch.nn.functional.pad(segments, (0, max(0, len(ids) - segments.shape[1])), value=-1)[:, : len(ids)]
 
+    def padded(self, some: Sequence[Asked]) -> dict[str, torch.Tensor]:
+        """Ids and mask, int64 [B, T], padded on the left."""
+        width = max(len(asked.ids) for asked in some)
+        pad = self.tokenizer.pad_token_id or 0
+        ids = [[pad] * (width - len(asked.ids)) + asked.ids for asked in some]
+        mask = [[0] * (width - len(asked.ids)) + [1] * len(asked.ids) for asked in some]
+        made = {"input_ids": ids, "attention_mask": mask}
+        return {name: torch.tensor(rows, device=self.device) for name, rows in made.items()}
+
     @torch.no_grad()
-    def _generate(self, some: Sequence[Asked], rows, mask, arguments: dict, cost: dict, options: dict):
-        first = _FirstToken(self.device)
+    def _generate(self, some: Sequence[Asked], arguments: dict, cost: dict, options: dict) -> Iterator[Answer]:
+        first, inputs = _FirstToken(self.device), self.padded(some)
         watch = Stopwatch(self.device)
-        found = self.model.generate(
-            input_ids=torch.tensor(rows, device=self.device),
-            attention_mask=torch.tensor(mask, device=self.device),
-            stopping_criteria=StoppingCriteriaList([first]),
-            **arguments,
-            **options,
-        )
+        found = self.model.generate(**inputs, stopping_criteria=StoppingCriteriaList([first]), **arguments, **options)
         seconds, prefill = watch.seconds(), first.at - watch.started
         ends = set(options.get("eos_token_id") or ())
-        for asked, row in zip(some, found[:, len(rows[0]) :].tolist()):
+        for asked, row in zip(some, found[:, inputs["input_ids"].shape[1] :].tolist()):
             length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
             yield Answer(
                 id=asked.question.id,
@@ -265,6 +312,18 @@ class _Document:
                 peak_bytes=peak_of(self.device),
                 **cost,
             )
+
+
+@torch.no_grad()
+def first_logits(prepared: Prepared, memory: MemoryState | None) -> Iterator[torch.Tensor]:
+    """Of each question the logits of its answer's first token, float32 [vocabulary] on the CPU."""
+    with prepared.positions(1):
+        for some, arguments, _ in prepared.batches(memory):
+            options = {"max_new_tokens": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            found = prepared.model.generate(
+                **prepared.padded(some), **arguments, **options, output_logits=True, return_dict_in_generate=True
+            )
+            yield from found.logits[0].float().cpu()
 
 
 class _FirstToken(StoppingCriteria):

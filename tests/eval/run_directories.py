@@ -29,8 +29,13 @@ def write_run(directory, rows, *, run=RUN, answers=None):
         path.write_text(json.dumps(scores))
     for (task, row), kept in (answers or {}).items():
         with AnswerFile(directory / "answers" / task / f"{row}.jsonl", {"task": task, "row": row}) as file:
-            file.append([Answer(**answer) for answer in kept])
+            file.append(kept)
     return directory
+
+
+def answer(id, answer, **costs):
+    """One line of the answers."""
+    return Answer(id, answer, **costs)
 
 
 def scores(values, documents, categories=None, **more):

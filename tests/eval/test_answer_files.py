@@ -68,6 +68,22 @@ def test_a_torn_last_line_is_dropped_and_answered_again(path, cut):
     assert path.read_bytes() == whole
 
 
+def test_nothing_of_a_torn_line_stays(path):
+    whole = filled(path, FULL)
+    path.write_bytes(whole + b'{"id": "b", "answer": "' + b"long " * 99)
+    AnswerFile(path, HEAD).close()
+    assert path.read_bytes() == whole
+
+
+def test_each_batch_is_synced_once(path, monkeypatch):
+    synced, fsync = [], os.fsync
+    with AnswerFile(path, HEAD) as file:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor)))
+        file.append([FULL, Answer("b", "x")])
+        file.append(Answer("c", "x"))
+        assert synced == [file._file] * 2
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_killed_in_the_head(path, share):
     whole = filled(path)

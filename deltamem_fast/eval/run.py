@@ -1,0 +1,303 @@
+"""``deltamem eval run``: every task under every policy, without a memory and with each adapter, into one directory.
+
+Each row's answers are on disk as soon as they are there; a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltamem_kernels.dispatch import resolve_backend
+
+from ..adapter.files import AdapterSource, read_adapter
+from ..adapter.record import identity_of, is_patched
+from ..arguments import check_integer
+from ..errors import ArgumentError
+from ..inspection.facts import versions
+from ..model.libraries import require
+from ..model.loading import device_for, found_model, load_model, usable_device
+from ..model.patch import patch_model, unpatch_model
+from ..model.threads import fitting_threads
+from ..storage.files import make_directory, read_json, write_json
+from .answering import DoesNotFit, Remembered, Settings, answer_documents
+from .answers import Answer, AnswerFile
+from .checking import Equality, verify
+from .data import Document, Task
+from .paper import PAPER_TASKS
+from .policies import Policy
+from .report import write_report
+from .report_tables import NO_MEMORY
+from .scoring import Judge, score_answers
+from .tasks import TASKS, digest_of
+
+RUN_FORMAT, RUN_VERSION = "deltamem evaluation run", 1
+VERIFIED = "verified"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        model: a directory, a hub id or a known name.
+        output: the run's directory.
+        tasks: names with the file of their data, or None = where the task has it from.
+        policies: of the rows.
+        adapters: label → a directory, hub id or shipped name; the label stands behind the + of a row's name.
+        frozen: rows without a memory, too.
+        documents, questions: how many of a task, and of each document (drawn by ``seed``); None = all.
+        verify: documents of each row that are compared with plain forwards.
+        settings: how documents are told and questions asked.
+        device, dtype, backend, attention, threads: see ``load_model``, ``patch_model`` and ``fitting_threads``.
+    """
+
+    model: str
+    output: Path
+    tasks: tuple[tuple[str, Path | None], ...]
+    policies: tuple[Policy, ...]
+    adapters: dict[str, str] = field(default_factory=dict)
+    frozen: bool = True
+    documents: int | None = None
+    questions: int | None = None
+    seed: int = 0
+    verify: int = 0
+    settings: Settings = field(default_factory=Settings)
+    device: str | None = None
+    dtype: str = "auto"
+    backend: str = "auto"
+    attention: str | None = None
+    threads: int | None = None
+
+    def check(self) -> None:
+        """Raise ValueError, naming the argument, for what is out of range, twice there, or has nothing to run."""
+        for name in ("documents", "questions"):
+            check_integer(getattr(self, name), name, 1, or_none=True)
+        check_integer(self.verify, "verify", 0)
+        for name, least in (("window", 0), ("chunk", 1), ("batch", 1), ("chunk_tokens", 1), ("new_tokens", 0)):
+            check_integer(getattr(self.settings, name), name, least)
+        for name, values in (
+            ("task", [name for name, _ in self.tasks]), ("policy", [policy.name for policy in self.policies]),
+        ):  # fmt: skip
+            if not values or len(set(values)) < len(values):
+                raise ArgumentError(f"{name}: got {', '.join(values) or 'none'}, allowed one or more, each once")
+        for name, _ in self.tasks:
+            if name not in TASKS and name not in PAPER_TASKS:
+                raise ArgumentError(f"task: got {name!r}, allowed {', '.join((*TASKS, *PAPER_TASKS))}")
+        for label in self.adapters:
+            if not label.replace("-", "").replace("_", "").isalnum() or label == NO_MEMORY:
+                raise ArgumentError(
+                    f"adapter: label: got {label!r}, allowed letters, digits, - and _, not {NO_MEMORY!r}"
+                )
+        if not self.frozen and not self.adapters:
+            raise ArgumentError("adapter: got none without the frozen rows, allowed one or more")
+        for kind, package in (("bm25", "bm25s"), ("dense", "sentence_transformers")):
+            if any(policy.kind == kind for policy in self.policies):
+                require((package,), f"policy {kind}")
+
+
+def run(plan: Plan, *, judge: Judge | None = None, say: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
+    """Run a plan, or what of it is left to run, and write its report.
+
+    Args:
+        judge: of questions that only a judge can score.
+        say: told what is being done.
+
+    Returns:
+        The report's files by name.
+
+    Raises:
+        ValueError, OSError, ImportError: naming the argument; what was answered until then is kept.
+    """
+    plan.check()
+    device = device_for(plan.backend) if plan.device is None else usable_device(plan.device)
+    resolve_backend(plan.backend, device.type)
+    found_model(plan.model)
+    sources = {label: read_adapter(name) for label, name in plan.adapters.items()}
+    documents = {name: _chosen(plan, TASKS[name], path) for name, path in plan.tasks if name in TASKS}
+    make_directory(plan.output)
+    options = {"device": device, "dtype": plan.dtype, "attention": plan.attention, "quiet": True}
+    model, tokenizer = load_model(plan.model, **options)
+    with fitting_threads(model, plan.threads):
+        record = _Record(plan, model, sources, documents)
+        for label, source in {**({NO_MEMORY: None} if plan.frozen else {}), **sources}.items():
+            if source is not None:
+                patch_model(model, source, backend=plan.backend)
+            try:
+                _Rows(plan, model, tokenizer, label, documents, record).run(judge, say)
+            finally:
+                if source is not None:
+                    unpatch_model(model)
+    return write_report(plan.output)
+
+
+def _chosen(plan: Plan, task: Task, path: Path | None) -> list[Document]:
+    """The documents and questions of a task that are run, in the data's order."""
+    found = task.load(path)[: plan.documents]
+    if plan.questions is None:
+        return found
+    chosen = []
+    for document in found:
+        places = range(len(document.questions))
+        drawn = Random(f"{plan.seed} {document.id}").sample(places, min(plan.questions, len(places)))
+        chosen.append(replace(document, questions=tuple(document.questions[place] for place in sorted(drawn))))
+    return chosen
+
+
+# --- what is recorded
+
+
+class _Record:
+    """run.json: what ran on what, which rows were left out and why, and what was verified."""
+
+    def __init__(self, plan: Plan, model: nn.Module, sources: dict[str, AdapterSource], documents: dict[str, list]):
+        self.path = plan.output / "run.json"
+        before = read_json(self.path) if self.path.exists() else {}
+        titles = {name: TASKS[name].title if name in TASKS else PAPER_TASKS[name].title for name, _ in plan.tasks}
+        device = next(model.parameters()).device
+        self.found: dict[str, Any] = {
+            "format": RUN_FORMAT,
+            "format_version": RUN_VERSION,
+            "model": plan.model,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "adapters": {label: source.name for label, source in sources.items()},
+            "tasks": {**(before.get("tasks") or {}), **titles},
+            "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),
+            "documents": plan.documents,
+            "questions": plan.questions,
+            "seed": plan.seed,
+            "settings": asdict(plan.settings),
+            "data": {**before.get("data", {}), **{name: digest_of(found) for name, found in documents.items()}},
+            "versions": versions(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "left_out": before.get("left_out", {}),
+            VERIFIED: before.get(VERIFIED, {}),
+        }
+        self.write()
+
+    def head(self, task: str, row: str, policy: Policy, model: nn.Module) -> dict[str, Any]:
+        """Of a file of answers."""
+        adapter = identity_of(model).fingerprints() if is_patched(model) else None
+        deciding = ("model", "dtype", "seed")
+        head = {"task": task, "row": row, "policy": policy.name, "adapter": adapter}
+        head |= {name: self.found[name] for name in deciding} | {"data": self.found["data"].get(task)}
+        settings = {name: value for name, value in self.found["settings"].items() if name not in ("batch", "chunk")}
+        described = {name: self.found[name] for name in ("versions", "device", "threads", "time")}
+        return head | {"settings": settings} | described
+
+    def leave_out(self, task: str, row: str, reason: str) -> None:
+        """Note why a row has no figures."""
+        self.found["left_out"].setdefault(task, {})[row] = reason
+        self.write()
+
+    def verified(self, task: str, row: str, found: Equality) -> None:
+        """Note how far a row's way of feeding lies from plain forwards."""
+        self.found[VERIFIED].setdefault(task, {})[row] = asdict(found) | {"holds": found.holds}
+        self.write()
+
+    def write(self) -> None:
+        """To disk."""
+        write_json(self.path, self.found)
+
+
+# --- the rows
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one model, patched or bare."""
+
+    plan: Plan
+    model: nn.Module
+    tokenizer: Any
+    label: str
+    documents: dict[str, list[Document]]
+    record: _Record
+
+    def run(self, judge: Judge | None, say: Callable[[str], None]) -> None:
+        """All of them, task by task."""
+        for name, path in self.plan.tasks:
+            remembered: dict[str, Remembered] = {}
+            for policy in self.plan.policies:
+                if name in TASKS:
+                    self._ours(TASKS[name], policy, remembered, judge, say)
+                else:
+                    self._harness(name, path, policy, say)
+
+    def _ours(self, task: Task, policy: Policy, remembered: dict, judge: Judge | None, say) -> None:
+        row, documents = f"{policy.name}+{self.label}", self.documents[task.name]
+        head = self.record.head(task.name, row, policy, self.model)
+        options = {"memory": self.label != NO_MEMORY, "settings": self.plan.settings}
+        with AnswerFile(self.plan.output / "answers" / task.name / f"{row}.jsonl", head) as file:
+            left = [_without(document, file.answers) for document in documents]
+            left = [document for document in left if document.questions]
+            try:
+                with _bar(sum(len(document.questions) for document in left), f"{task.name} {row}") as bar:
+
+                    def keep(answer: Answer) -> None:
+                        file.append(answer)
+                        bar.update()
+
+                    answer_documents(
+                        self.model, self.tokenizer, task, left, policy, keep=keep, remembered=remembered, **options
+                    )
+            except DoesNotFit as error:
+                self.record.leave_out(task.name, row, str(error))
+                say(f"{task.name} {row}: left out: {error}")
+                return
+            if self.plan.verify:
+                found = verify(self.model, self.tokenizer, task, documents[: self.plan.verify], policy, **options)
+                self.record.verified(task.name, row, found)
+            answers = {id: answer.answer for id, answer in file.answers.items()}
+        write_scores(self.plan.output, task, documents, row, answers, judge)
+        say(f"{task.name} {row}: {len(answers):,} answers")
+
+    def _harness(self, name: str, path: Path | None, policy: Policy, say) -> None:
+        from .harness_run import harness_row  # lm_eval takes seconds to import
+
+        row = f"{policy.name}+{self.label}"
+        head = self.record.head(name, row, policy, self.model)
+        with AnswerFile(self.plan.output / "answers" / name / f"{row}.jsonl", head) as file:
+            scores = harness_row(self.model, self.tokenizer, name, path, policy, file, self.plan)
+        write_json(self.plan.output / "scores" / name / f"{row}.json", scores)
+        say(f"{name} {row}: {len(file.answers):,} answers")
+
+
+def write_scores(
+    output: Path, task: Task, documents: Sequence[Document], row: str, answers: dict[str, str], judge: Judge | None
+) -> dict[str, Any]:
+    """Score a row's answers and write ``scores/TASK/ROW.json``; returns what ``score_answers`` does."""
+    found = score_answers(task, documents, answers, judge)
+    asked = [(document, question) for document in documents for question in document.questions]
+    scores = {
+        "scores": {question.id: found["scores"].get(question.id) for _, question in asked if question.id in answers},
+        "categories": {question.id: question.category for _, question in asked},
+        "documents": {question.id: document.id for document, question in asked},
+        "metric": task.metric,
+        "title": task.title,
+        "notes": list(task.notes),
+        "aggregate": {name: value for name, value in found["overall"].items() if value is not None},
+    }
+    write_json(output / "scores" / task.name / f"{row}.json", scores)
+    return found
+
+
+def _without(document: Document, answered) -> Document:
+    return replace(document, questions=tuple(one for one in document.questions if one.id not in answered))
+
+
+def _bar(total: int, title: str):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=title, unit="question", disable=not sys.stderr.isatty(), leave=False)
