@@ -15,17 +15,21 @@ import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
+from transformers import LogitsProcessorList
 
-from ..adapter.record import identity_of, is_patched
+from ..adapter.record import identity_of, is_disabled, is_patched
+from ..adapter.wrappers import unwrap
 from ..arguments import check_type
 from ..errors import ArgumentError, ArgumentTypeError
 from ..memory.state import MemoryState
 from ..memory.telling import WRITE_TOKENS
 from . import register
 from .answering import Settings, answer_documents
+from .costs import Stopwatch
 from .extension import extended, trained_length
 from .harness_context import Contexts
-from .harness_segments import NOT_WRITTEN
+from .harness_costs import Meter
+from .harness_segments import NOT_WRITTEN, padded, positions
 from .harness_tasks import by_document, is_ours
 from .opening import open_model, strategy_of
 from .policies import policy_named
@@ -109,16 +113,25 @@ class DeltaMemLM(HFLM):
         with _no_warning_of_models():
             super().__init__(model, backend="causal", tokenizer=tokenizer, **options)
         self.model_name = pretrained if isinstance(pretrained, str) else str(model.config.name_or_path)
-        self.remembers = is_patched(model)
-        self._config_of_memory = identity_of(model).config if self.remembers else None
         self._contexts = Contexts(self.policy, self.tokenizer, self.apply_chat_template)
         self._memories: dict[str, MemoryState] = {}  # told text → what is remembered of it, while requests are run
         self._waiting: dict[str, Any] = {}  # of the batch that was encoded last: arguments of generate
+        self._meter = Meter(self.device)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a memory, and it is not disabled here."""
+        return is_patched(self.model) and not is_disabled(unwrap(self.model))
+
+    @property
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """What the answer to each prompt that was generated took, as fields of ``Answer``; see ``Meter``."""
+        return self._meter.found
 
     @property
     def segmented(self) -> bool:
         """Whether there is a memory that writes segments."""
-        return self.remembers and self._config_of_memory.segmented
+        return self.remembers and identity_of(self.model).config.segmented
 
     def get_model_info(self) -> dict:
         """What of the model a report records; nothing is asked of the hub."""
@@ -179,14 +192,19 @@ class DeltaMemLM(HFLM):
         self._waiting = {}
         if self.segmented:
             rows = [self._segments(text, row[kept].tolist()) for text, row, kept in zip(prompts, ids, mask.bool())]
-            self._waiting["segment_ids"] = _padded(rows, NOT_WRITTEN, padding_side).to(self.device)
+            self._waiting["segment_ids"] = padded(rows, NOT_WRITTEN, padding_side).to(self.device)
         if self.remembers and self._contexts.cuts:
             self._waiting["memory"] = self._told(told)
+        self._meter.encoded(strings, mask.sum(1).tolist(), told)
         return ids, mask
 
     def _model_generate(self, context, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         waiting, self._waiting = self._waiting, {}
-        return super()._model_generate(context, max_length, stop, **waiting, **options)
+        with self._meter.generating() as first:
+            watched = LogitsProcessorList([first])
+            out = super()._model_generate(context, max_length, stop, logits_processor=watched, **waiting, **options)
+        self._meter.answered(out[:, context.shape[1] :].tolist(), self.eot_token_id)
+        return out
 
     # --- scoring
 
@@ -230,24 +248,24 @@ class DeltaMemLM(HFLM):
         texts = ["" if text is None else text[0] for text, *_ in requests]
         prompts, told = zip(*map(self._contexts.under_policy, texts))
         memory = self._told(told) if self._contexts.cuts else MemoryState.zeros(self.model, len(requests))
-        ids = _padded(contexts, 0, "left").to(self.device)
-        mask = _padded([[1] * len(context) for context in contexts], 0, "left").to(self.device)
+        ids = padded(contexts, 0, "left").to(self.device)
+        mask = padded([[1] * len(context) for context in contexts], 0, "left").to(self.device)
         first = {}
         if self.segmented:
             owners = [self._segments(text, context) for text, context in zip(prompts, contexts)]
-            first["segment_ids"] = _padded(owners, NOT_WRITTEN, "left").to(self.device)
+            first["segment_ids"] = padded(owners, NOT_WRITTEN, "left").to(self.device)
         out = self.model(
-            ids, attention_mask=mask, position_ids=_positions(mask), memory=memory, logits_to_keep=1, **first
+            ids, attention_mask=mask, position_ids=positions(mask), memory=memory, logits_to_keep=1, **first
         )
         logits = [out.logits]
         if max(map(len, ends)) > 1:
-            more = _padded([end[:-1] for end in ends], 0, "right").to(self.device)
-            real = _padded([[1] * (len(end) - 1) for end in ends], 0, "right").to(self.device)
+            more = padded([end[:-1] for end in ends], 0, "right").to(self.device)
+            real = padded([[1] * (len(end) - 1) for end in ends], 0, "right").to(self.device)
             mask = torch.cat([mask, real], 1)
             then = {"segment_ids": NOT_WRITTEN} if self.segmented else {}
-            positions = _positions(mask)[:, -more.shape[1] :]
+            places = positions(mask)[:, -more.shape[1] :]
             behind = {"past_key_values": out.past_key_values, "memory": memory}
-            logits.append(self.model(more, attention_mask=mask, position_ids=positions, **behind, **then).logits)
+            logits.append(self.model(more, attention_mask=mask, position_ids=places, **behind, **then).logits)
         scores = F.log_softmax(torch.cat(logits, 1), dim=-1, dtype=self.softmax_dtype)
         found = []
         for row, end in zip(scores, ends):
@@ -290,11 +308,11 @@ class DeltaMemLM(HFLM):
     def _roll(self, windows: Sequence[tuple[list[int], list[int]]], memory: MemoryState) -> list[float]:
         """The scores of a window of each text; ``memory`` is written further."""
         fed = [(context + end)[:-1] for context, end in windows]
-        mask = _padded([[1] * len(ids) for ids in fed], 0, "right").to(self.device)
+        mask = padded([[1] * len(ids) for ids in fed], 0, "right").to(self.device)
         segments = {}
         if self.segmented:
-            segments["segment_ids"] = _padded([[0] * len(ids) for ids in fed], NOT_WRITTEN, "right").to(self.device)
-        ids = _padded(fed, 0, "right").to(self.device)
+            segments["segment_ids"] = padded([[0] * len(ids) for ids in fed], NOT_WRITTEN, "right").to(self.device)
+        ids = padded(fed, 0, "right").to(self.device)
         logits = self.model(ids, attention_mask=mask, memory=memory, use_cache=False, **segments).logits
         scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         found = []
@@ -320,6 +338,7 @@ class DeltaMemLM(HFLM):
             finally:
                 self._max_length = before
                 self._contexts.clear()
+                self._meter.clear()
                 self._memories, self._waiting = {}, {}
 
     def _length_of(self, request) -> int:
@@ -338,13 +357,15 @@ class DeltaMemLM(HFLM):
         new = [text for text in dict.fromkeys(texts) if text not in self._memories]
         window = min(WRITE_TOKENS, trained_length(self.model))
         windows = [windows_of(self.model, self.tokenizer, [text], window) for text in new]
-        memory = tell(self.model, windows, batch=self._rows).memory
-        self._memories |= {text: memory.select([row]) for row, text in enumerate(new)}
+        watch = Stopwatch(self.device)
+        told = tell(self.model, windows, batch=self._rows)
+        self._meter.told(new, told.tokens, watch.seconds())
+        self._memories |= {text: told.memory.select([row]) for row, text in enumerate(new)}
         memory = MemoryState.cat([self._memories[text] for text in texts])
         return memory if self.policy.shared else memory.read_only()
 
     def _segments(self, text: str, ids: Sequence[int]) -> list[int]:
-        granularity = self._config_of_memory.memory_write_granularity
+        granularity = identity_of(self.model).config.memory_write_granularity
         return self._contexts.segments(text, ids, granularity, self.chat_template_args)
 
     @property
@@ -357,18 +378,6 @@ class DeltaMemLM(HFLM):
 def _is_greedy(options: Mapping[str, Any]) -> bool:
     """Whether generation options say no more than how many tokens an answer may have."""
     return not options.get("do_sample") and not options.get("until") and set(options) <= _PLAIN
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions from a 2-D mask, as ``generate`` has them: the first real token of a row is 0."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, side: str) -> torch.Tensor:
-    width = max(map(len, rows))
-    fills = [[fill] * (width - len(row)) for row in rows]
-    whole = [[*pad, *row] if side == "left" else [*row, *pad] for row, pad in zip(rows, fills)]
-    return torch.tensor(whole, dtype=torch.int64)
 
 
 @contextlib.contextmanager

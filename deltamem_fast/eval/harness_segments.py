@@ -1,10 +1,12 @@
-"""Which tokens of a rendered prompt are averaged into one write, for adapters that write segments."""
+"""Prompts as rows of a batch, and which of their tokens are averaged into one write, where segments are written."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ..text.messages import Message
 from ..text.segments import segment_ids_under, sentence_spans, tokenize
@@ -50,3 +52,16 @@ def prompt_segments(
     if ids[: len(known)] == known:  # the beginning of the answer stands behind it
         return owners + [NOT_WRITTEN] * (len(ids) - len(known))
     return [0] * len(ids)  # other tokens than those of the text alone: the prompt is one segment, as generate has it
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions from a 2-D mask, as ``generate`` has them: the first real token of a row is 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, side: str) -> torch.Tensor:
+    """Rows of token ids and the like as int64 [B, T] on the CPU, padded on the ``left`` or ``right``."""
+    width = max(map(len, rows))
+    fills = [[fill] * (width - len(row)) for row in rows]
+    whole = [[*pad, *row] if side == "left" else [*row, *pad] for row, pad in zip(rows, fills)]
+    return torch.tensor(whole, dtype=torch.int64, device="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ def harness_task(
     """A benchmark of ours as lm_eval's, to be handed to ``lm_eval.simple_evaluate(tasks=[…])``.
 
     Its name is ``deltamem_`` and that of the task. Each question is a request of its own: the whole document in the
-    task's prompt, answered greedily. The score is the task's, its mean is reported as the task's metric, and that of
-    each category as metric and category, joined by ``_``. A question that only a judge can score is left out of both.
+    task's prompt, answered greedily. The score is the task's, its mean is reported as the task's metric, that of each
+    category as metric and category, joined by ``_``, and as ``overall`` what the benchmark is known by, where that is
+    another mean (NaN = a part of it has no score). A question that only a judge can score is left out of all.
 
     Args:
         data: a local file or directory; None = where the task has it from.
@@ -54,6 +56,9 @@ def harness_task(
     ]
     categories = dict.fromkeys(question.category for question in questions.values() if question.category)
     names = [task.metric, *(f"{task.metric}_{category}" for category in categories)]
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
+    if task.overall is not None:
+        metrics.append({"metric": "overall", "aggregation": partial(_overall, task), "higher_is_better": True})
     config = {
         "task": PREFIX + task.name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
@@ -62,12 +67,20 @@ def harness_task(
         "doc_to_text": prompt_of,
         "doc_to_target": _target_of,
         "process_results": _scores_of,
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names],
+        "metric_list": metrics,
         "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": task.new_tokens},
         "num_fewshot": 0,
         "metadata": {"version": 1.0},
     }
-    return ConfigurableTask(config=config)
+
+    class OurTask(ConfigurableTask):
+        def construct_requests(self, doc, ctx, **options):
+            request = super().construct_requests(doc, ctx, **options)
+            if self.config.generation_kwargs.get("max_gen_toks") == task.new_tokens:  # nobody wants it otherwise
+                request.arguments[1]["max_gen_toks"] = _new_tokens(task, questions[doc["question"]])
+            return request
+
+    return OurTask(config=config)
 
 
 def is_ours(doc: Any) -> bool:
@@ -124,9 +137,26 @@ def _target_of(doc: Mapping[str, Any]) -> str:
     return "; ".join(doc["answers"])
 
 
-def _scores_of(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def _new_tokens(task: Task, question: Question) -> int:
+    return int(question.more.get("new_tokens", task.new_tokens))
+
+
+def _scores_of(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     task, _, question = question_of(doc)
     score = task.score(question, results[0])
     if score is None:
         return {}
-    return {task.metric: score} | ({f"{task.metric}_{question.category}": score} if question.category else {})
+    found: dict[str, Any] = {task.metric: score}
+    if question.category:
+        found[f"{task.metric}_{question.category}"] = score
+    if task.overall is not None:
+        found["overall"] = (question.category, score)
+    return found
+
+
+def _overall(task: Task, scores: Sequence[tuple[str, float]]) -> float:
+    by_category: dict[str, list[float]] = {}
+    for category, score in scores:
+        by_category.setdefault(category, []).append(score)
+    figure = task.overall(by_category)["overall"]
+    return float("nan") if figure is None else figure

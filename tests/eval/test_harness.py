@@ -15,9 +15,10 @@ from tokenizers_for_tests import chatml_tokenizer
 
 import deltamem_fast.eval
 from deltamem_fast import MemoryState, ingest, segment_ids_from_messages
-from deltamem_fast.adapter.record import identity_of, is_patched
+from deltamem_fast.adapter.record import identity_of, is_patched, memory_disabled
 from deltamem_fast.errors import ArgumentError, ArgumentTypeError, DeltaMemError
 from deltamem_fast.eval import harness
+from deltamem_fast.eval.answers import Answer
 from deltamem_fast.eval.harness import DeltaMemLM
 from deltamem_fast.eval.harness_segments import prompt_segments
 from deltamem_fast.text.encode import encode_text
@@ -157,6 +158,31 @@ def test_a_memory_told_once_for_several_questions(opened, monkeypatch):
     assert answers[0] == answers[2]  # answering in between has not changed what is remembered
     lm.generate_until(asks(prompts[:1]), disable_tqdm=True)
     assert told == [document] * 2  # a later run begins anew
+
+
+def test_costs(opened):
+    """By prompt, as fields of an answer; those of telling are the document's, however many ask about it."""
+    lm = opened("tsw", "nothing", rows=2)
+    document, questions = "My dog is called Rex.", ("Who is Rex?", "What is the name of my dog?")
+    prompts = [f"{document}\n\n{question}" for question in questions]
+    lm.generate_until(asks([*prompts, "a"], max_gen_toks=3), disable_tqdm=True)
+    told = len(encode_text(lm.tokenizer, document, ADAPTERS["tsw"])[0][0])
+    for prompt, question in zip(prompts, questions):
+        cost = Answer("id", "", **lm.costs[prompt])
+        assert (cost.context_tokens, cost.told_tokens) == (len(lm.tok_encode(question)), told)
+        assert 1 <= cost.answer_tokens <= 3 and cost.peak_bytes > 0
+        assert min(cost.prefill_seconds, cost.decode_seconds, cost.tell_seconds) > 0
+    assert lm.costs[prompts[0]]["tell_seconds"] == lm.costs[prompts[1]]["tell_seconds"]
+    assert (lm.costs["a"]["told_tokens"], lm.costs["a"]["tell_seconds"]) == (0, 0.0)
+
+
+def test_a_disabled_memory_is_none(opened):
+    known, bare = opened("ssw", "nothing", rows=2), opened(None, "nothing", rows=2)
+    with memory_disabled(known.model):
+        assert not known.remembers and known.get_model_info()["memory"] is None
+        assert known.generate_until(asks(PROMPTS)) == bare.generate_until(asks(PROMPTS))
+        assert close(known.loglikelihood(pairs(PAIRS)), bare.loglikelihood(pairs(PAIRS)))
+    assert known.remembers
 
 
 def test_segments_of_a_rendered_chat(opened, monkeypatch):

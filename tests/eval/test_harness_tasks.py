@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 from harness_support import ADAPTERS, Saying, evaluated, made
 
@@ -60,6 +63,26 @@ def test_any_model():
     assert (
         evaluated(Saying(lambda _: "Rex"), harness_task(TASK), limit=1)["results"]["deltamem_tiny"]["match,none"] == 1
     )
+
+
+def test_what_a_benchmark_is_known_by():
+    """Another mean than that over all questions, and questions with answers of another length."""
+
+    def overall(scores):
+        means = [sum(some) / len(some) for some in scores.values()]
+        return {"overall": sum(means) / len(means) if len(means) == 2 else None, "other": 0.0}
+
+    first, second = DOCUMENTS
+    questions = (first.questions[0], replace(first.questions[1], more={"new_tokens": 9}))
+    documents = [replace(first, questions=questions), second]
+    task = replace(TASK, overall=overall)
+    model = Saying(lambda prompt: "Rex" if "dog?" in prompt else "Ada" if "took it" in prompt else "Rome")
+    results = evaluated(model, harness_task(task, documents=documents))["results"]["deltamem_tiny"]
+    assert (results["match,none"], results["overall,none"]) == (pytest.approx(2 / 3), 0.5)
+    assert [options["max_gen_toks"] for _, options in model.asked] == [5, 9, 5]
+    found = evaluated(model, harness_task(task, documents=documents), limit=1, gen_kwargs={"max_gen_toks": 7})
+    assert math.isnan(found["results"]["deltamem_tiny"]["overall,none"])
+    assert model.asked[-1][1]["max_gen_toks"] == 7
 
 
 def test_no_question():
