@@ -151,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tasks = tuple(_task(text) for text in arguments.task)
     template = _template(arguments.template)
     judge = _judge_of(arguments, output / "judged.jsonl")
-    model, adapters = _model_and_adapters(arguments)
+    model, adapters, shown = _model_and_adapters(arguments)
     from ..eval.answering import Settings
     from ..eval.run import VERIFIED, Plan, run
     from ..storage.files import read_json
@@ -163,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     names = ("frozen", "documents", "questions", "seed", "verify", "device", "dtype", "backend", "attention", "threads")
     options = {name: getattr(arguments, name) for name in names}
-    plan = Plan(model, output, tasks, policies, adapters, settings=settings, **options)
+    plan = Plan(model, output, tasks, policies, adapters, settings=settings, shown=shown, **options)
     files = run(plan, judge=judge, say=lambda text: print(text, file=sys.stderr, flush=True))
     if arguments.json:
         print(files["report.json"].read_text(encoding="utf-8"), end="")
@@ -190,19 +190,20 @@ def _template(text: str | None) -> dict:
     return found
 
 
-def _model_and_adapters(arguments: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """The model's name, and label → adapter."""
+def _model_and_adapters(arguments: argparse.Namespace) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The model's name; label → adapter; and what records call those that lie in the package."""
     from ..adapter.files import read_adapter
     from ..adapter.shipped import SHIPPED
     from ..eval.opening import strategy_of
     from ..model.known import is_known
 
-    model, shipped = arguments.model, {}
+    model, shipped, shown = arguments.model, {}, {}
     if model == SMALL and not Path(SMALL).is_dir():
         from ..recall.weights import find_weights
 
         weights = find_weights()
         model, shipped = str(weights.backbone), {name: str(path) for name, path in weights.adapters.items()}
+        shown = {model: SMALL, **{path: f"{SMALL}/{name}" for name, path in shipped.items()}}
     elif is_known(model):
         shipped = {name.partition("/")[2]: name for name in SHIPPED if name.startswith(f"{model}/")}
     given = arguments.adapter
@@ -221,7 +222,7 @@ def _model_and_adapters(arguments: argparse.Namespace) -> tuple[str, dict[str, s
         if label in found:
             raise ArgumentError(f"--adapter: got two with the label {label!r}, allowed each once: LABEL=ADAPTER")
         found[label] = shipped.get(name, name)
-    return model, found
+    return model, found, shown
 
 
 # --- score, report

@@ -208,7 +208,7 @@ class Prepared:
         """Of all questions, each with what telling has cost; ``told`` is not changed."""
         memory, cost = None, {}
         if told is not None:
-            memory, cost = told.memory.clone(), {"told_tokens": told.tokens, "tell_seconds": told.seconds}
+            memory, cost = told.memory.clone(), {"told_tokens": told.tokens, "tell_seconds": round(told.seconds, 6)}
         options = answer_options(
             self.model, self.tokenizer, {"max_new_tokens": self.settings.new_tokens or self.task.new_tokens}
         )
@@ -248,7 +248,7 @@ class Prepared:
             return
         watch = Stopwatch(self.device)
         cache = self._read(self.shared_ids(), memory)
-        cost = {"context_seconds": watch.seconds()}
+        cost = {"context_seconds": round(watch.seconds(), 6)}
         for asked in self.asked:
             arguments = {} if memory is None else {"memory": memory.read_only()}
             yield [asked], arguments | {"past_key_values": copied(cache)}, cost
@@ -307,8 +307,8 @@ class Prepared:
                 context_tokens=asked.context_tokens,
                 question_tokens=len(asked.ids) - asked.context_tokens,
                 answer_tokens=length,
-                prefill_seconds=prefill / len(some),
-                decode_seconds=(seconds - prefill) / len(some),
+                prefill_seconds=round(prefill / len(some), 6),
+                decode_seconds=round((seconds - prefill) / len(some), 6),
                 peak_bytes=peak_of(self.device),
                 **cost,
             )

@@ -5,56 +5,71 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..model.libraries import told
+from .answering import Settings
 from .answers import Answer, AnswerFile
 from .harness import DeltaMemLM
 from .paper import check_packages, local_task, paper_task_named
 from .policies import Policy
 
-if TYPE_CHECKING:
-    from .run import Plan
-
 
 def harness_row(
-    model: nn.Module, tokenizer, name: str, path: Path | None, policy: Policy, file: AnswerFile, plan: Plan
+    model: nn.Module,
+    tokenizer,
+    name: str,
+    path: Path | None,
+    policy: Policy,
+    file: AnswerFile,
+    *,
+    pretrained: str,
+    settings: Settings,
+    seed: int = 0,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Run what ``file`` has no answers to, and return what ``scores/TASK/ROW.json`` has in it.
 
     Args:
         name: one of ``PAPER_TASKS``.
         path: a local file with the benchmark's rows; None = lm_eval fetches them from the hub.
+        pretrained: where the model was had from; RULER loads its tokenizer from there.
+        settings: of which lm_eval's own tasks have ``batch``, ``new_tokens`` and ``template``.
+        limit: how many questions, the first of the data; None = all.
 
     Raises:
         ValueError, OSError, ImportError: of the data, or lm_eval; the message names the benchmark.
     """
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     paper = paper_task_named(name)
     check_packages(name)
     lm = DeltaMemLM(
-        model, tokenizer=tokenizer, policy=policy.name, batch_size=plan.settings.batch,
-        **({"chat_template_args": plan.settings.template} if plan.settings.template else {}),
+        model, tokenizer=tokenizer, policy=policy.name, batch_size=settings.batch,
+        **({"chat_template_args": settings.template} if settings.template else {}),
     )  # fmt: skip
-    task = paper.task if path is None else local_task(name, path, seed=plan.seed)
-    options = {"gen_kwargs": f"max_gen_toks={plan.settings.new_tokens}"} if plan.settings.new_tokens else {}
+    task = paper.task if path is None else local_task(name, path, seed=seed)
+    # To look through all that lm_eval knows takes seconds.
+    manager = TaskManager(include_defaults=path is None)
+    options = {"gen_kwargs": f"max_gen_toks={settings.new_tokens}"} if settings.new_tokens else {}
     with told(f"task {name}"), _kept(lm, file, name):
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
+            task_manager=manager,
             num_fewshot=paper.few_shot or None,
-            limit=plan.questions,
+            limit=limit,
             apply_chat_template=paper.chat_template and bool(getattr(tokenizer, "chat_template", None)),
             log_samples=True,
             bootstrap_iters=0,
-            random_seed=plan.seed,
-            numpy_random_seed=plan.seed,
-            torch_random_seed=plan.seed,
-            fewshot_random_seed=plan.seed,
-            metadata={"tokenizer": plan.model, "pretrained": plan.model},
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            metadata={"tokenizer": pretrained, "pretrained": pretrained},
             **options,
         )
     samples = [sample for sample in found["samples"][paper.task] if sample["filter"] in (paper.filter, None)]

@@ -21,7 +21,7 @@ from deltamem_kernels.dispatch import resolve_backend
 from ..adapter.files import AdapterSource, read_adapter
 from ..adapter.record import identity_of, is_patched
 from ..arguments import check_integer
-from ..errors import ArgumentError
+from ..errors import ArgumentError, FileMissingError
 from ..inspection.facts import versions
 from ..model.libraries import require
 from ..model.loading import device_for, found_model, load_model, usable_device
@@ -32,7 +32,7 @@ from .answering import DoesNotFit, Remembered, Settings, answer_documents
 from .answers import Answer, AnswerFile
 from .checking import Equality, verify
 from .data import Document, Task
-from .paper import PAPER_TASKS
+from .paper import PAPER_TASKS, check_packages
 from .policies import Policy
 from .report import write_report
 from .report_tables import NO_MEMORY
@@ -57,6 +57,7 @@ class Plan:
         documents, questions: how many of a task, and of each document (drawn by ``seed``); None = all.
         verify: documents of each row that are compared with plain forwards.
         settings: how documents are told and questions asked.
+        shown: what records call the model or an adapter that lies in the package, by its path.
         device, dtype, backend, attention, threads: see ``load_model``, ``patch_model`` and ``fitting_threads``.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     seed: int = 0
     verify: int = 0
     settings: Settings = field(default_factory=Settings)
+    shown: dict[str, str] = field(default_factory=dict)
     device: str | None = None
     dtype: str = "auto"
     backend: str = "auto"
@@ -102,6 +104,12 @@ class Plan:
         for kind, package in (("bm25", "bm25s"), ("dense", "sentence_transformers")):
             if any(policy.kind == kind for policy in self.policies):
                 require((package,), f"policy {kind}")
+        for name, path in self.tasks:
+            if name in PAPER_TASKS:
+                require(("lm_eval",), f"task {name}")
+                check_packages(name)
+                if path is not None and not path.is_file():
+                    raise FileMissingError(f"task {name}: {path}: no such file")
 
 
 def run(plan: Plan, *, judge: Judge | None = None, say: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
@@ -166,10 +174,10 @@ class _Record:
         self.found: dict[str, Any] = {
             "format": RUN_FORMAT,
             "format_version": RUN_VERSION,
-            "model": plan.model,
+            "model": plan.shown.get(plan.model, plan.model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "adapters": {label: source.name for label, source in sources.items()},
+            "adapters": {**before.get("adapters", {}), **{n: plan.shown.get(a, a) for n, a in plan.adapters.items()}},
             "tasks": {**(before.get("tasks") or {}), **titles},
             "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),
             "documents": plan.documents,
@@ -269,7 +277,10 @@ class _Rows:
         row = f"{policy.name}+{self.label}"
         head = self.record.head(name, row, policy, self.model)
         with AnswerFile(self.plan.output / "answers" / name / f"{row}.jsonl", head) as file:
-            scores = harness_row(self.model, self.tokenizer, name, path, policy, file, self.plan)
+            scores = harness_row(
+                self.model, self.tokenizer, name, path, policy, file, pretrained=self.plan.model,
+                settings=self.plan.settings, seed=self.plan.seed, limit=self.plan.questions,
+            )  # fmt: skip
         write_json(self.plan.output / "scores" / name / f"{row}.json", scores)
         say(f"{name} {row}: {len(file.answers):,} answers")
 
