@@ -1,4 +1,4 @@
-"""The command ``deltamem``: info, convert, demo, chat, ingest, inspect, serve, train."""
+"""The command ``deltamem``: info, convert, demo, chat, ingest, inspect, serve, train, eval."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from ..display import printable
 from ..errors import DeltaMemError, file_error
 from ..version import __version__
-from . import chat, convert, demo, info, ingest, inspect, serve, train
+from . import chat, convert, demo, eval, info, ingest, inspect, serve, train
 
-COMMANDS = (info, convert, demo, chat, ingest, inspect, serve, train)  # in the order of the help text
+COMMANDS = (info, convert, demo, chat, ingest, inspect, serve, train, eval)  # in the order of the help text
 DEBUG = "DELTAMEM_DEBUG"
 # Exit codes.
 USER_ERROR = 2

@@ -45,7 +45,8 @@ dl div { display: flex; gap: .4rem; min-width: 0; }
 dt { white-space: nowrap; } dd { margin: 0; color: var(--text); overflow-wrap: anywhere; }
 section { margin-top: 1rem; padding: 1rem 1.1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .7rem; }
-figure { margin: 0; overflow-x: auto; } figure svg { display: block; width: 100%; min-width: 36rem; max-width: 62rem; height: auto; }
+figure { margin: 0; overflow-x: auto; }
+figure svg { display: block; width: 100%; min-width: 36rem; max-width: 62rem; height: auto; }
 .scroll { overflow-x: auto; margin: .5rem 0; border: 1px solid var(--line); border-radius: .45rem; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }

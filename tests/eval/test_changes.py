@@ -96,6 +96,7 @@ def test_no_value_of_a_relation_stands_in_another_or_in_a_filler():
         (OLDER, "She used to live in Lisbon and lives in Oslo.", 1),
         (OLDER, "Not Oslo, but Lisbon", 0),  # "not" stands in another clause
         (OLDER, "It is not known. Lisbon.", 0),
+        (OLDER, "It is not known since when she lives in Lisbon.", 0),  # that is not denied
         (OLDER, "", 1),  # claims nothing
         (PREMISE, "She likes the harbour of Oslo.", 1),
         (PREMISE, "She does not live in Lisbon any more.", 1),
