@@ -15,12 +15,14 @@ from tokenizers_for_tests import chatml_tokenizer
 
 import deltamem_fast.eval
 from deltamem_fast import MemoryState, ingest, segment_ids_from_messages
+from deltamem_fast.adapter.files import read_adapter
 from deltamem_fast.adapter.record import identity_of, is_patched, memory_disabled
 from deltamem_fast.errors import ArgumentError, ArgumentTypeError, DeltaMemError
 from deltamem_fast.eval import harness
 from deltamem_fast.eval.answers import Answer
 from deltamem_fast.eval.harness import DeltaMemLM
 from deltamem_fast.eval.harness_segments import prompt_segments
+from deltamem_fast.eval.opening import strategy_of, with_strategy
 from deltamem_fast.text.encode import encode_text
 
 pytestmark = pytest.mark.xdist_group("lm_eval")  # whose import takes seconds
@@ -363,3 +365,22 @@ def test_register():
         "assert 'deltamem_fast.eval.harness' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_strategies_of_the_shipped_adapters():
+    """The same weights under another way to write; of a known model a strategy names the shipped adapter."""
+    for name, strategy, granularity in (
+        ("tsw", "ssw", "message_mean"),
+        ("tsw", "ssw-sentence", "sentence_mean"),
+        ("ssw", "tsw", "token"),
+        ("ssw", "ssw", read_adapter("smollm2/ssw").config.memory_write_granularity),
+        ("msw", "msw", "token"),
+    ):
+        source = read_adapter(f"smollm2/{name}")
+        changed = with_strategy(source, strategy)
+        assert changed.config.memory_write_granularity == granularity
+        assert (changed.directory, changed.config.num_state_heads) == (source.directory, source.config.num_state_heads)
+        assert read_adapter(changed) is changed
+        assert strategy_of(changed.config) in (strategy, "ssw-sentence")
+    with pytest.raises(ArgumentError, match="strategy: got 'ssw', but smollm2/msw has"):
+        with_strategy(read_adapter("smollm2/msw"), "ssw")
