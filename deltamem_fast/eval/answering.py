@@ -209,13 +209,15 @@ class Prepared:
         memory, cost = None, {}
         if told is not None:
             memory, cost = told.memory.clone(), {"told_tokens": told.tokens, "tell_seconds": round(told.seconds, 6)}
-        options = answer_options(
-            self.model, self.tokenizer, {"max_new_tokens": self.settings.new_tokens or self.task.new_tokens}
-        )
+        options = answer_options(self.model, self.tokenizer, {"max_new_tokens": self.task.new_tokens})
         options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        with self.positions(options["max_new_tokens"]):
+        with self.positions(max(map(self.new_tokens, self.asked))):
             for some, arguments, reading in self.batches(memory):
                 yield from self._generate(some, arguments, cost | reading, options)
+
+    def new_tokens(self, asked: Asked) -> int:
+        """How long an answer may be: as the settings say, else the question, else the task."""
+        return self.settings.new_tokens or int(asked.question.more.get("new_tokens", self.task.new_tokens))
 
     @contextlib.contextmanager
     def positions(self, new_tokens: int) -> Iterator[None]:
@@ -295,11 +297,13 @@ class Prepared:
     @torch.no_grad()
     def _generate(self, some: Sequence[Asked], arguments: dict, cost: dict, options: dict) -> Iterator[Answer]:
         first, inputs = _FirstToken(self.device), self.padded(some)
+        options = options | {"max_new_tokens": max(map(self.new_tokens, some))}
         watch = Stopwatch(self.device)
         found = self.model.generate(**inputs, stopping_criteria=StoppingCriteriaList([first]), **arguments, **options)
         seconds, prefill = watch.seconds(), first.at - watch.started
         ends = set(options.get("eos_token_id") or ())
         for asked, row in zip(some, found[:, inputs["input_ids"].shape[1] :].tolist()):
+            row = row[: self.new_tokens(asked)]
             length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
             yield Answer(
                 id=asked.question.id,

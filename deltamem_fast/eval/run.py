@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -18,7 +18,7 @@ from torch import nn
 
 from deltamem_kernels.dispatch import resolve_backend
 
-from ..adapter.files import AdapterSource, read_adapter
+from ..adapter.files import read_adapter
 from ..adapter.record import identity_of, is_patched
 from ..arguments import check_integer
 from ..errors import ArgumentError, FileMissingError
@@ -112,12 +112,19 @@ class Plan:
                     raise FileMissingError(f"task {name}: {path}: no such file")
 
 
-def run(plan: Plan, *, judge: Judge | None = None, say: Callable[[str], None] = lambda text: None) -> dict[str, Path]:
+def run(
+    plan: Plan,
+    *,
+    judge: Judge | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    measured: Mapping[str, Any] | None = None,
+) -> dict[str, Path]:
     """Run a plan, or what of it is left to run, and write its report.
 
     Args:
         judge: of questions that only a judge can score.
         say: told what is being done.
+        measured: what a caller knows of where it runs (processor, commit), for the record.
 
     Returns:
         The report's files by name.
@@ -135,7 +142,7 @@ def run(plan: Plan, *, judge: Judge | None = None, say: Callable[[str], None] = 
     options = {"device": device, "dtype": plan.dtype, "attention": plan.attention, "quiet": True}
     model, tokenizer = load_model(plan.model, **options)
     with fitting_threads(model, plan.threads):
-        record = _Record(plan, model, sources, documents)
+        record = _Record(plan, model, documents, measured or {})
         for label, source in {**({NO_MEMORY: None} if plan.frozen else {}), **sources}.items():
             if source is not None:
                 patch_model(model, source, backend=plan.backend)
@@ -166,7 +173,7 @@ def _chosen(plan: Plan, task: Task, path: Path | None) -> list[Document]:
 class _Record:
     """run.json: what ran on what, which rows were left out and why, and what was verified."""
 
-    def __init__(self, plan: Plan, model: nn.Module, sources: dict[str, AdapterSource], documents: dict[str, list]):
+    def __init__(self, plan: Plan, model: nn.Module, documents: dict[str, list], measured: Mapping[str, Any]):
         self.path = plan.output / "run.json"
         before = read_json(self.path) if self.path.exists() else {}
         titles = {name: TASKS[name].title if name in TASKS else PAPER_TASKS[name].title for name, _ in plan.tasks}
@@ -188,6 +195,7 @@ class _Record:
             "versions": versions(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
+            **measured,
             "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "left_out": before.get("left_out", {}),
             VERIFIED: before.get(VERIFIED, {}),

@@ -1,0 +1,50 @@
+"""LoCoMo on SmolLM2-135M-Instruct: whole conversations, some questions of each, all policies that fit.
+
+The data may not be shipped: locomo10.json of github.com/snap-research/locomo (CC BY-NC 4.0).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deltamem_fast.adapter.shipped import SHIPPED
+from deltamem_fast.eval.answering import Settings
+from deltamem_fast.eval.run import Plan
+
+from ..instrument import results
+from .plans import policies, run_all
+
+DIRECTORY = results.DIRECTORY / "eval" / "locomo-smollm2"
+MODEL = "smollm2"
+QUESTIONS = 16  # of each of ten conversations
+WINDOW = 1024  # tokens of a context that is told: adapters are trained on up to 256
+YARN = 2  # conversations that are read whole, beyond the trained 8,192 tokens: minutes each
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m bench.evaluation locomo``."""
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="locomo10.json")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="of each conversation (%(default)s)")
+    parser.add_argument("--documents", type=int, help="the first N conversations (all)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure; the rows without a memory first."""
+    adapters = {name.partition("/")[2]: name for name in SHIPPED if name.startswith(f"{MODEL}/")}
+    common = {
+        "model": MODEL,
+        "output": options.output,
+        "tasks": (("locomo", options.data),),
+        "dtype": "float32",
+        "documents": options.documents,
+        "questions": options.questions,
+        "settings": Settings(window=WINDOW),
+    }
+    return run_all(
+        [
+            Plan(policies=policies("nothing", "last-1024", "last-4096", "bm25-4", "everything"), **common),
+            Plan(policies=policies("nothing"), adapters=adapters, frozen=False, **common),
+            Plan(policies=policies("bm25-4", "last-1024"), adapters={"msw": adapters["msw"]}, frozen=False, **common),
+        ]
+    )

@@ -1,0 +1,26 @@
+"""Plans that are run into one directory, with what a result has to say of where it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deltamem_fast.eval.policies import policy_named
+from deltamem_fast.eval.run import Plan, run
+
+from ..instrument import commands, machine
+
+
+def policies(*names: str):
+    """Policies by their names."""
+    return tuple(map(policy_named, names))
+
+
+def run_all(plans: Sequence[Plan]) -> int:
+    """Run plans of one directory, one after the other; each adds its rows. The exit status is 0."""
+    facts = machine.describe()
+    measured = {name: facts[name] for name in ("processor", "cores", "commit", "dirty")}
+    say = commands.progress()
+    for plan in plans:
+        files = run(plan, say=say, measured=measured)
+    print("\n".join(str(path) for path in files.values()))
+    return 0

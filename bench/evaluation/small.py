@@ -1,0 +1,40 @@
+"""The generated changes on the small backbone: policies × strategies, quality against cost."""
+
+from __future__ import annotations
+
+import argparse
+
+from deltamem_fast.eval.answering import Settings
+from deltamem_fast.eval.run import Plan
+from deltamem_fast.recall.weights import find_weights
+
+from ..instrument import results
+from .plans import policies, run_all
+
+DIRECTORY = results.DIRECTORY / "eval" / "changes-small"
+NAMES = ("nothing", "last-32", "last-64", "bm25-1", "bm25-2", "bm25-4", "everything")
+CHUNK = 16  # tokens of what retrieval finds: a sentence or two of this world
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m bench.evaluation small``."""
+    parser.add_argument("--documents", type=int, help="the first N texts (all)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure."""
+    weights = find_weights()
+    model, adapters = str(weights.backbone), {name: str(path) for name, path in weights.adapters.items()}
+    shown = {model: "recall", **{path: f"recall/{name}" for name, path in adapters.items()}}
+    plan = Plan(
+        model,
+        options.output,
+        (("changes-small", None),),
+        policies(*NAMES),
+        adapters,
+        documents=options.documents,
+        verify=8,
+        settings=Settings(chunk_tokens=CHUNK),
+        shown=shown,
+    )
+    return run_all([plan])
