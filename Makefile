@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm docs plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm eval-smoke evaluation docs plots readme compare gpu soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked; then a talk with SmolLM2"
@@ -23,6 +23,8 @@ help:
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make serving         deltamem serve under 64 clients, and killed between turns; five minutes (OUTPUT=dir)"
 	@echo "make serving-vllm    the same over vLLM, and its throughput; twenty-five minutes (OUTPUT=dir)"
+	@echo "make eval-smoke      every benchmark and policy on a few rows of local data, on SmolLM2 and the small backbone"
+	@echo "make evaluation      LoCoMo on SmolLM2, changes on the small backbone; most of an hour (LOCOMO=locomo10.json, OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
 	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"
@@ -119,6 +121,26 @@ serving-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m bench.speed.vllm --output $(OUTPUT)/vllm
 	$(VLLM)/bin/python -m bench.serving load --engine vllm --output $(OUTPUT)/serving/load-vllm
 	$(VLLM)/bin/python -m bench.serving kills --engine vllm --output $(OUTPUT)/serving/kills-vllm
+	$(BIN)/python -m bench.report
+
+# Shows that all of it runs end to end; its figures say nothing of a model. Data of our own making in each format.
+DATA := deltamem_fast/data/eval
+eval-smoke: smollm2
+	rm -rf build/eval-smoke
+	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/smollm2 --questions 2 --documents 2 --verify 1 \
+	  --new-tokens 16 --window 512 --retrieval-chunk 64 --adapter tsw ssw msw --policy nothing last-128 everything yarn bm25-2 \
+	  --task locomo=$(DATA)/locomo.json memory-agent-bench=$(DATA)/agent_bench.json longmemeval-s=$(DATA)/longmemeval.json changes
+	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/harness --questions 2 --new-tokens 16 \
+	  --adapter msw --policy nothing everything bm25-1 --task ifeval=$(DATA)/ifeval.jsonl gpqa=$(DATA)/gpqa.jsonl \
+	  hotpotqa=$(DATA)/hotpotqa.jsonl ruler-niah=$(DATA)/ruler_niah.jsonl ruler-vt=$(DATA)/ruler_vt.jsonl \
+	  babilong-qa1=$(DATA)/babilong_qa1.jsonl
+	$(BIN)/deltamem eval run recall --output build/eval-smoke/recall --documents 8 --verify 2 --retrieval-chunk 16 \
+	  --adapter tsw ssw msw --policy nothing last-32 everything bm25-2 --task changes-small
+	$(BIN)/deltamem eval score locomo build/eval-smoke/smollm2/answers/locomo/nothing+msw.jsonl --data $(DATA)/locomo.json
+
+evaluation: smollm2
+	$(BIN)/python -m bench.evaluation small --output $(OUTPUT)/eval/changes-small
+	$(if $(LOCOMO),$(BIN)/python -m bench.evaluation locomo --data $(LOCOMO) --output $(OUTPUT)/eval/locomo-smollm2)
 	$(BIN)/python -m bench.report
 
 docs plots readme: setup

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..instrument import machine, results
 from ..instrument.results import Result
 from ..instrument.rows import Row
+from .evaluation import found_runs
 
 PICTURES = machine.ROOT / "docs" / "results" / "plots"
 
@@ -28,6 +30,7 @@ class Found:
     vllm: Result | None = None
     load: Sequence[Result] = ()  # one an engine
     kills: Sequence[Result] = ()
+    evaluations: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # reports of runs, by folder
     pictures: Path = PICTURES  # a page shows those that are there
 
 
@@ -43,6 +46,7 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     for name in ("load", "kills"):
         engines = [results.latest(directory / "serving" / f"{name}{engine}") for engine in ("", "-vllm")]
         single[name] = tuple(filter(None, engines))
+    single["evaluations"] = found_runs(directory / "eval")
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
 
 

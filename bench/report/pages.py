@@ -18,6 +18,7 @@ from ..instrument.targets import TARGETS, Target
 from ..recall.released import NAME as RELEASED
 from ..recall.targets import GOALS
 from . import plots
+from .evaluation import sections
 from .found import Found, newest_rows
 
 NOT_YET = "not measured yet"
@@ -478,7 +479,18 @@ def smollm2(found: Found) -> str:
 
 
 PAGES = {"speed.md": speed, "kernels.md": kernels, "memory.md": memory, "recall.md": recall}
-PAGES |= {"smollm2.md": smollm2, "released.md": released, "serving.md": serving}
+
+
+def evaluation(found: Found) -> str:
+    """Benchmarks of long texts: what the memory, retrieval, and both together give and cost."""
+    intro = (
+        "Each row is what stays in context, with a memory or without; [what rows and columns are](../evaluation.md). "
+        "The paper's own models are not among them: their weights and a GPU are needed."
+    )
+    return _page("Does it help?", intro, *sections(found.evaluations, "../../bench/results/eval"))
+
+
+PAGES |= {"smollm2.md": smollm2, "released.md": released, "serving.md": serving, "evaluation.md": evaluation}
 
 
 def written(found: Found) -> dict[str, str]:

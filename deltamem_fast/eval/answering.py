@@ -191,7 +191,7 @@ class Prepared:
         context = self.context
         if self.find is not None:
             context = selected(self.policy, self.chunks, self.find, question.query or question.text)
-        ids = self._ids(self.task.prompt.format(context=context, question=question.text) if context else question.text)
+        ids = self._ids(self.task.prompt_with(context, question.text) if context else question.text)
         alone = len(self._ids(question.text))
         return Asked(question, ids, len(ids) - alone)
 
@@ -257,7 +257,7 @@ class Prepared:
 
     def shared_ids(self) -> list[int]:
         """What all prompts of a shared context begin with, whichever questions are asked."""
-        probes = [self._ids(self.task.prompt.format(context=self.context, question=text)) for text in ("a", "1")]
+        probes = [self._ids(self.task.prompt_with(self.context, text)) for text in ("a", "1")]
         return _common([*probes, *(asked.ids for asked in self.asked)])
 
     @torch.no_grad()
@@ -279,7 +279,7 @@ class Prepared:
     def _segments(self, ids: list[int]) -> torch.Tensor:
         """int64 [1, T] of the shared context: of the first question's prompt, as far as it goes."""
         asked = self.asked[0]
-        text = self.task.prompt.format(context=self.context, question=asked.question.text)
+        text = self.task.prompt_with(self.context, asked.question.text)
         chat = [{"role": "user", "content": text}] if getattr(self.tokenizer, "chat_template", None) else text
         _, segments = encode_text(self.tokenizer, chat, identity_of(self.model).config)
         # With a single question the header of its answer belongs to what all share; it is no segment's.

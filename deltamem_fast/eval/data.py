@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,3 +75,8 @@ class Task:
     metric: str
     notes: tuple[str, ...] = ()
     overall: Callable[[Mapping[str, Sequence[float]]], dict[str, float | None]] | None = None
+
+    def prompt_with(self, context: str, question: str) -> str:
+        """The prompt with both in it, whatever braces they have."""
+        found = {"{context}": context, "{question}": question}
+        return re.sub(r"\{context\}|\{question\}", lambda match: found[match[0]], self.prompt)

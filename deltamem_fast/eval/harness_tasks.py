@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -121,8 +120,7 @@ def by_document(
 def prompt_of(doc: Mapping[str, Any]) -> str:
     """The task's prompt with the whole document in it."""
     task, document, question = question_of(doc)
-    found = {"{context}": BETWEEN.join(document.parts), "{question}": question.text}
-    return re.sub(r"\{context\}|\{question\}", lambda match: found[match[0]], task.prompt)
+    return task.prompt_with(BETWEEN.join(document.parts), question.text)
 
 
 def fields_of(doc: Any) -> Mapping[str, str] | None:

@@ -19,6 +19,7 @@ from .report_tables import (
     category_cells,
     facts,
     interval_note,
+    run_notes,
     task_cells,
     title_of,
 )
@@ -122,10 +123,12 @@ def _facts(found: Sequence[tuple[str, str]]) -> str:
 def _task(report: Mapping[str, Any], task: Mapping[str, Any]) -> str:
     name = task["name"]
     parts = [f"<h2>{_text(task['title'])}</h2>"]
+    said = "".join(f'<p class="note">{_text(note)}</p>' for note in run_notes(report, name))
     if not task["rows"]:
-        return f"<section>{parts[0]}<p>{NOT_YET.capitalize()}.</p></section>"
+        return f"<section>{parts[0]}<p>{NOT_YET.capitalize()}.</p>{said}</section>"
     parts += [f'<p class="note">{_text(note)}</p>' for note in task["notes"]]
     parts += [_table(*task_cells(report, name)), f'<p class="note">{_text(interval_note(report, name))}</p>']
+    parts.append(said)
     for title, (headings, lines) in (
         ("By category, %", category_cells(report, name)),
         ("As the task's own scorer gives them", aggregate_cells(report, name)),

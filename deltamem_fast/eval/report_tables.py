@@ -20,6 +20,13 @@ FROZEN = f"nothing+{NO_MEMORY}"
 _KNOWN = ("tsw", "ssw", "msw")
 # Of run.json: what stands above the tables, in this order; whatever else is there follows, but for ``tasks``.
 _FACTS = ("model", "adapters", "policies", "seed", "device", "threads", "time", "commit", "versions", "data")
+_ELSEWHERE = (
+    "tasks",
+    "format",
+    "format_version",
+    "left_out",
+    "verified",
+)  # said at the tasks, or of no use to a reader
 COLUMNS = (
     "*Score*: mean of what the metric gives, in percent, over the questions that it gives something for, with its 95 % "
     "interval. *− frozen*: minus the frozen model that sees nothing but the question, in points, on the questions that "
@@ -120,10 +127,35 @@ def interval_note(report: Mapping[str, Any], task: str) -> str:
     return f"Intervals: {resamples} of whole documents ({said} of them)."
 
 
+def run_notes(report: Mapping[str, Any], task: str) -> list[str]:
+    """Which rows of a task were left out and why, and how far chunks, batches and padding are from plain forwards."""
+    left_out = _of(report["run"], "left_out", task)
+    notes = [f"Left out: {row}: {_in_words(reason)}" for row, reason in left_out.items()]
+    verified = [one for one in _of(report["run"], "verified", task).values() if isinstance(one, Mapping)]
+    if verified:
+        states, logits = (max(one.get(name) or 0 for one in verified) for name in ("states", "logits"))
+        apart = sum(one.get("tokens") or 0 for one in verified)
+        holds = "equal" if all(one.get("holds") for one in verified) else "DO NOT EQUAL"
+        notes.append(
+            f"Chunks on a warm cache, batches and padding {holds} one plain forward ({counted(len(verified), 'row')}, "
+            f"{counted(max(one.get('documents') or 0 for one in verified), 'document')} each): the largest difference "
+            f"is {states:.1g} of a layer's largest state and {logits:.1g} of a first token's largest logit; "
+            f"{counted(apart, 'answer')} begin with another token."
+        )
+    return notes
+
+
+def _of(run: Mapping[str, Any], name: str, task: str) -> Mapping[str, Any]:
+    """What a run's record has of one task under ``name``; {} where it has nothing, or something else."""
+    found = run.get(name)
+    found = found.get(task) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
 def facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What ran, on what, as names and texts."""
     names = [name for name in _FACTS if name in run]
-    names += [name for name in run if name not in (*_FACTS, "tasks", "format", "format_version")]
+    names += [name for name in run if name not in (*_FACTS, *_ELSEWHERE)]
     return [(name.replace("_", " "), _in_words(run[name])) for name in names]
 
 
@@ -216,12 +248,13 @@ def markdown_task(report: Mapping[str, Any], task: str) -> str:
     """The section of a task, without its heading; one line where nothing was measured."""
     found = task_of(report, task)
     if not found["rows"]:
-        return f"{NOT_YET.capitalize()}."
+        return "\n\n".join([f"{NOT_YET.capitalize()}.", *map(plain, run_notes(report, task))])
     categories, aggregates = category_table(report, task), aggregate_cells(report, task)
     parts = [
         *map(plain, found["notes"]),
         markdown_table(task_table(report, task)),
         interval_note(report, task),
+        *map(plain, run_notes(report, task)),
         "By category, %:" if len(categories) > 1 else "",
         markdown_table(categories),
         "As the task's own scorer gives them:" if aggregates[1] else "",

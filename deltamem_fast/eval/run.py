@@ -20,16 +20,16 @@ from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import read_adapter
 from ..adapter.record import identity_of, is_patched
-from ..arguments import check_integer
+from ..arguments import check_integer, shown
 from ..errors import ArgumentError, FileMissingError
 from ..inspection.facts import versions
 from ..model.libraries import require
 from ..model.loading import device_for, found_model, load_model, usable_device
 from ..model.patch import patch_model, unpatch_model
 from ..model.threads import fitting_threads
-from ..storage.files import make_directory, read_json, write_json
+from ..storage.files import check_format, check_version, make_directory, read_json, write_json
 from .answering import DoesNotFit, Remembered, Settings, answer_documents
-from .answers import Answer, AnswerFile
+from .answers import Answer, AnswerFile, differing
 from .checking import Equality, verify
 from .data import Document, Task
 from .paper import PAPER_TASKS, check_packages
@@ -138,11 +138,13 @@ def run(
     found_model(plan.model)
     sources = {label: read_adapter(name) for label, name in plan.adapters.items()}
     documents = {name: _chosen(plan, TASKS[name], path) for name, path in plan.tasks if name in TASKS}
+    common = _common(plan, documents)
+    _read_before(plan.output / "run.json", common)
     make_directory(plan.output)
     options = {"device": device, "dtype": plan.dtype, "attention": plan.attention, "quiet": True}
     model, tokenizer = load_model(plan.model, **options)
     with fitting_threads(model, plan.threads):
-        record = _Record(plan, model, documents, measured or {})
+        record = _Record(plan, model, common, measured or {})
         for label, source in {**({NO_MEMORY: None} if plan.frozen else {}), **sources}.items():
             if source is not None:
                 patch_model(model, source, backend=plan.backend)
@@ -170,28 +172,58 @@ def _chosen(plan: Plan, task: Task, path: Path | None) -> list[Document]:
 # --- what is recorded
 
 
+def _common(plan: Plan, documents: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
+    """What all rows of a directory have in common."""
+    return {
+        "model": plan.shown.get(plan.model, plan.model),
+        "adapters": {label: plan.shown.get(name, name) for label, name in plan.adapters.items()},
+        "documents": plan.documents,
+        "questions": plan.questions,
+        "seed": plan.seed,
+        "settings": asdict(plan.settings),
+        "data": {name: digest_of(found) for name, found in documents.items()},
+    }
+
+
+def _read_before(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` has of an earlier run into the same directory; {} = there was none.
+
+    Raises:
+        ArgumentError: it was run otherwise: rows of two models or data sets are no comparison.
+    """
+    if not path.exists():
+        return {}
+    before = read_json(path)
+    check_format(before.get("format"), RUN_FORMAT, str(path), "not the record of a run")
+    check_version(before.get("format_version"), RUN_VERSION, str(path))
+    for name, here, there in differing(common, {key: before.get(key) for key in common}):
+        added = name.partition(".")[0] in ("data", "adapters") and None in (here, there)  # a task or adapter more
+        if not added and name not in ("settings.batch", "settings.chunk"):
+            raise ArgumentError(
+                f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or the same arguments"
+            )
+    return before
+
+
 class _Record:
     """run.json: what ran on what, which rows were left out and why, and what was verified."""
 
-    def __init__(self, plan: Plan, model: nn.Module, documents: dict[str, list], measured: Mapping[str, Any]):
+    def __init__(self, plan: Plan, model: nn.Module, common: dict[str, Any], measured: Mapping[str, Any]):
         self.path = plan.output / "run.json"
-        before = read_json(self.path) if self.path.exists() else {}
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        before = _read_before(self.path, common | {"dtype": dtype})
         titles = {name: TASKS[name].title if name in TASKS else PAPER_TASKS[name].title for name, _ in plan.tasks}
         device = next(model.parameters()).device
+        more = {name: {**before.get(name, {}), **common[name]} for name in ("adapters", "data")}
         self.found: dict[str, Any] = {
             "format": RUN_FORMAT,
             "format_version": RUN_VERSION,
-            "model": plan.shown.get(plan.model, plan.model),
+            **common,
+            **more,
+            "dtype": dtype,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "adapters": {**before.get("adapters", {}), **{n: plan.shown.get(a, a) for n, a in plan.adapters.items()}},
-            "tasks": {**(before.get("tasks") or {}), **titles},
+            "tasks": {**before.get("tasks", {}), **titles},
             "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),
-            "documents": plan.documents,
-            "questions": plan.questions,
-            "seed": plan.seed,
-            "settings": asdict(plan.settings),
-            "data": {**before.get("data", {}), **{name: digest_of(found) for name, found in documents.items()}},
             "versions": versions(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),

@@ -411,3 +411,27 @@ def test_damaged_tasks_of_a_run(directory):
     (directory / "run.json").write_text(json.dumps({**RUN, "tasks": [3]}))
     with pytest.raises(FileFormatError, match="tasks: got"):
         build_report(directory)
+
+
+def test_what_was_left_out_and_what_was_verified_stands_at_its_task(tmp_path):
+    equal = {"documents": 2, "states": 3e-7, "logits": 2e-6, "tokens": 0, "holds": True}
+    run = RUN | {
+        "left_out": {"locomo": {"everything+off": "<b>too long</b>"}},
+        "verified": {"locomo": {"nothing+off": equal, "nothing+msw": equal | {"states": 2e-6, "tokens": 1}}},
+    }
+    write_run(tmp_path, {("locomo", "nothing+off"): scores({"q": 1.0}, {"q": "d"})}, run=run)
+    write_report(tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "Left out: everything+off: &lt;b&gt;too long&lt;/b&gt;" in text
+        assert "padding equal one plain forward (2 rows, 2 documents each)" in text
+        assert "2e-06 of a layer's largest state" in text.replace("&#x27;", "'") and "1 answer begin" in text
+        assert "left out:" not in text
+    run["verified"]["locomo"]["nothing+msw"]["holds"] = False
+    write_run(tmp_path, {}, run=run)
+    assert "DO NOT EQUAL" in write_report(tmp_path)["report.md"].read_text()
+
+
+def test_what_a_record_has_of_other_kinds_is_no_error(tmp_path):
+    write_run(tmp_path, {}, run=RUN | {"left_out": 3, "verified": {"locomo": [1]}})
+    assert "Not measured yet." in write_report(tmp_path)["report.md"].read_text()

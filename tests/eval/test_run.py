@@ -1,0 +1,205 @@
+"""A run from the command line to its report: rows, what goes on after a kill, what is left out, and mistakes."""
+
+import json
+import re
+
+import pytest
+from support import loud_adapter, tiny_model
+from tokenizers_for_tests import chatml_tokenizer
+
+from deltamem_fast import DeltaMemConfig, patch_model, save_adapter, unpatch_model
+from deltamem_fast.cli.main import main
+from deltamem_fast.eval import answering, run
+from deltamem_fast.eval.answers import read_answer_file
+from deltamem_fast.eval.paper import SAMPLES
+
+TASKS = ("changes-small",)
+HOW = ("--documents", "2", "--questions", "3", "--new-tokens", "4", "--window", "64", "--retrieval-chunk", "16")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory, tokenizer = tmp_path_factory.mktemp("models"), chatml_tokenizer()
+    model = tiny_model(vocab_size=512, eos_token_id=tokenizer.eos_token_id, pad_token_id=0, max_position_embeddings=256)
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    for name in ("tsw", "msw"):
+        patch_model(model, DeltaMemConfig.preset(name, output_init="random"), backend="reference")
+        loud_adapter(model)
+        save_adapter(model, directory / name)
+        unpatch_model(model)
+    return directory
+
+
+def deltamem(place, output, *more, adapter="tsw", policies=("nothing", "bm25-1")):
+    adapters = () if adapter is None else ("--adapter", str(place / adapter))
+    command = ("eval", "run", str(place / "model"), "--task", *TASKS, "--policy", *policies, *adapters)
+    return main([*command, "--backend", "reference", "--output", str(output), *HOW, *more])
+
+
+def answers_of(output):
+    return {
+        path.relative_to(output).as_posix(): {one.id: one.answer for one in read_answer_file(path)[1].values()}
+        for path in sorted(output.rglob("*.jsonl"))
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """A run that nobody killed."""
+    output = tmp_path_factory.mktemp("whole")
+    assert deltamem(place, output, "--verify", "1") == 0
+    return output
+
+
+def test_rows_report_and_record(whole, place):
+    rows = {path.stem for path in (whole / "scores" / "changes-small").iterdir()}
+    assert rows == {"nothing+off", "bm25-1+off", "nothing+tsw", "bm25-1+tsw"}
+    report = json.loads((whole / "report.json").read_text())
+    found = report["tasks"][0]["rows"]
+    assert [row["answered"] for row in found] == [6] * 4 and all(row["cost"] for row in found)
+    record = json.loads((whole / "run.json").read_text())
+    assert record["seed"] == 0 and record["versions"]["torch"] and len(record["data"]["changes-small"]) == 64
+    assert set(record["verified"]["changes-small"]) == rows and record["left_out"] == {}
+    assert all(one["holds"] and one["questions"] == 3 for one in record["verified"]["changes-small"].values())
+    for name in ("report.md", "report.html", "cost.svg", "cost.png"):
+        assert (whole / name).stat().st_size > 500
+
+
+def test_a_killed_run_goes_on(whole, place, tmp_path, monkeypatch):
+    """Killed between two answers of a row with a memory; the end is that of a run that was not."""
+    real, left = answering.answer_documents, [9]
+
+    def dying(*given, keep, **options):
+        def kept(answer):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            keep(answer)
+
+        return real(*given, keep=kept, **options)
+
+    with monkeypatch.context() as short:
+        short.setattr(run, "answer_documents", dying)
+        assert deltamem(place, tmp_path) == 130
+    before = answers_of(tmp_path)
+    assert sum(map(len, before.values())) == 9
+    asked = []
+    counting = lambda *given, **options: asked.extend(found := real(*given, **options)) or found  # noqa: E731
+    with monkeypatch.context() as counted:
+        counted.setattr(run, "answer_documents", counting)
+        assert deltamem(place, tmp_path) == 0
+    assert len(asked) == 4 * 6 - 9 and answers_of(tmp_path) == answers_of(whole)
+    scores = [path.read_text() for path in sorted((tmp_path / "scores").rglob("*.json"))]
+    assert scores == [path.read_text() for path in sorted((whole / "scores").rglob("*.json"))]
+
+
+def test_rows_are_added_and_nothing_is_asked_again(whole, place, tmp_path, monkeypatch):
+    assert deltamem(place, tmp_path) == 0
+    asked = []
+    real = run.answer_documents
+    monkeypatch.setattr(run, "answer_documents", lambda *g, **o: asked.extend(found := real(*g, **o)) or found)
+    assert deltamem(place, tmp_path, "--no-frozen", adapter="msw", policies=("nothing",)) == 0
+    assert len(asked) == 6 and {id.rpartition("-")[0] for id in (one.id for one in asked)}
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert set(record["adapters"]) == {"tsw", "msw"} and record["policies"] == ["nothing", "bm25-1"]
+    assert len(json.loads((tmp_path / "report.json").read_text())["tasks"][0]["rows"]) == 5
+
+
+def test_other_arguments_do_not_go_on(whole, place, tmp_path, capsys):
+    assert deltamem(place, tmp_path) == 0
+    for more, named in (
+        (("--seed", "1"), "seed"),
+        (("--window", "32"), "settings.window"),
+        (("--documents", "1"), "data"),
+    ):
+        before = answers_of(tmp_path)
+        assert deltamem(place, tmp_path, *more) == 2
+        assert re.search(rf"{named}\S*: got .* another --output", capsys.readouterr().err)
+        assert answers_of(tmp_path) == before
+
+
+def test_what_does_not_fit_is_left_out_and_said(place, tmp_path, capsys):
+    flags = ("--documents", "1", "--new-tokens", "200")
+    assert deltamem(place, tmp_path, *flags, adapter=None, policies=("everything", "yarn")) == 0
+    assert "left out: policy everything: a prompt with its answer takes" in capsys.readouterr().err
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert list(record["left_out"]["changes-small"]) == ["everything+off"]
+    assert [row["row"] for row in json.loads((tmp_path / "report.json").read_text())["tasks"][0]["rows"]] == [
+        "yarn+off"
+    ]
+    assert "trained on 256" in (tmp_path / "report.md").read_text()
+
+
+def test_verify_that_fails_is_the_exit_code(place, tmp_path, monkeypatch):
+    from deltamem_fast.eval import checking
+
+    monkeypatch.setattr(checking, "difference", lambda first, second: 0.5)
+    assert deltamem(place, tmp_path, "--verify", "1", policies=("nothing",)) == 1
+
+
+@pytest.mark.xdist_group("lm_eval")
+def test_a_row_of_lm_eval_goes_on_too(place, tmp_path, capfd):
+    command = ["eval", "run", str(place / "model"), "--task", f"babilong-qa1={SAMPLES['babilong-qa1']}"]
+    command += ["--policy", "last-16", "--adapter", str(place / "tsw"), "--backend", "reference", "--new-tokens", "3"]
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    path = tmp_path / "answers" / "babilong-qa1" / "last-16+tsw.jsonl"
+    whole, lines = answers_of(tmp_path), path.read_text().splitlines()
+    assert len(lines) == 4
+    path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])  # killed in its second answer
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    assert answers_of(tmp_path) == whole
+    scores = json.loads((tmp_path / "scores" / "babilong-qa1" / "last-16+tsw.json").read_text())
+    assert set(scores["scores"]) == set(next(iter(whole.values()))) and scores["title"] == "BABILong qa1"
+    assert all(one.prefill_seconds > 0 and one.told_tokens > 0 for one in read_answer_file(path)[1].values())
+
+
+def test_score_and_report_need_no_model(whole, tmp_path, capsys):
+    answers = whole / "answers" / "changes-small" / "nothing+tsw.jsonl"
+    assert main(["eval", "score", "changes-small", str(answers)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    scores = json.loads((whole / "scores" / "changes-small" / "nothing+tsw.json").read_text())
+    assert found["answered"] == 6 and found["scores"] == scores["scores"]
+    (whole / "report.md").unlink()
+    assert main(["eval", "report", str(whole)]) == 0
+    assert (whole / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--policy", "nothing", "most"), "policy: got 'most', allowed nothing, last-TOKENS"),
+        (("--policy", "nothing", "nothing"), "policy: got nothing, nothing, allowed one or more, each once"),
+        (("--policy", "dense-2"), "policy dense: needs the package sentence_transformers"),
+        (("--task", "loco"), "task: got 'loco', allowed locomo, memory-agent-bench"),
+        (("--task", "locomo"), "data of locomo: got no file.*snap-research/locomo"),
+        (("--task", "locomo={root}/missing.json"), "missing.json: no such file"),
+        (("--task", "gpqa={root}/missing.json"), "missing.json: no such file"),
+        (("--task", "../x"), "task: got '../x'"),
+        (("--adapter", "off=tsw"), "label: got 'off'"),
+        (("--adapter", "a/b={root}/tsw"), "label: got 'a/b'"),
+        (("--adapter", "{root}/tsw", "{root}/tsw"), "two with the label 'tsw', allowed each once: LABEL=ADAPTER"),
+        (("--adapter", "{root}/nothing"), "adapter: .*nothing"),
+        (("--no-frozen", "--adapter", "off"), "adapter: got none"),
+        (("--documents", "0"), "documents: got 0, allowed 1"),
+        (("--chunk", "0"), "chunk: got 0"),
+        (("--verify", "-1"), "verify: got -1"),
+        (("--template", "{{"), "--template: got"),
+        (("--template", "[1]"), "--template: .*allowed a JSON object"),
+        (("--judge", "http://localhost:1"), "--judge, --judge-model: got one of them"),
+        (("--device", "tpu"), "device: got 'tpu'"),
+        (("--output", ""), "--output: got ''"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(place, tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.setattr(run, "load_model", None)  # no model is read
+    change = tuple(part.replace("{root}", str(place)).replace("{{", "{") for part in change)
+    output = tmp_path / "run"
+    command = ["eval", "run", str(place / "model"), "--task", "changes-small", "--output", str(output), *change]
+    assert main(command) == 2
+    assert re.search(message, capsys.readouterr().err) and not output.exists()
+
+
+def test_no_action_is_help(capsys):
+    assert main(["eval"]) == 2
+    assert "run" in capsys.readouterr().err
