@@ -19,6 +19,7 @@ from ..memory.state import MemoryState
 from ..text.answering import answer_options
 from ..text.encode import check_known, encode_text
 from ..text.segments import chat_ids
+from ..text.thinking import TextStream
 from .answers import Answer
 from .costs import Stopwatch, peak_of, reset_peak
 from .data import Document, Question, Task
@@ -93,6 +94,7 @@ def answer_documents(
     settings: Settings = DEFAULTS,
     keep: Callable[[Answer], None] = lambda answer: None,
     remembered: dict[str, Remembered] | None = None,
+    leave_out: Callable[[Document, DoesNotFit], None] | None = None,
 ) -> list[Answer]:
     """Answer every question of some documents.
 
@@ -108,8 +110,10 @@ def answer_documents(
         remembered: by the document's id what wholes were told before, and are not told again: policies without a shared
             context take it from here, and put it here.
 
+        leave_out: is told of a document that does not fit, which is then passed over; None = that is an error.
+
     Raises:
-        DoesNotFit: of ``everything`` and ``last``.
+        DoesNotFit: of ``everything`` and ``last``, before the document is told.
         ValueError, ImportError, OSError: of the policy's retrieval, the tokenizer, or the settings.
     """
     found: list[Answer] = []
@@ -118,7 +122,15 @@ def answer_documents(
             stack.enter_context(memory_disabled(model))
         for first in range(0, len(documents), settings.batch):
             some = documents[first : first + settings.batch]
-            run = [Prepared(model, tokenizer, task, document, policy, settings, memory) for document in some]
+            run = []
+            for document in some:
+                try:
+                    run.append(Prepared(model, tokenizer, task, document, policy, settings, memory))
+                    run[-1].check_fits()
+                except DoesNotFit as error:
+                    if leave_out is None:
+                        raise
+                    leave_out(run.pop().document, error)
             reset_peak(input_device(model))
             known = {} if remembered is None or policy.shared else remembered
             told = _told(model, run, settings, known) if memory else [None] * len(run)
@@ -211,7 +223,7 @@ class Prepared:
             memory, cost = told.memory.clone(), {"told_tokens": told.tokens, "tell_seconds": round(told.seconds, 6)}
         options = answer_options(self.model, self.tokenizer, {"max_new_tokens": self.task.new_tokens})
         options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        with self.positions(max(map(self.new_tokens, self.asked))):
+        with self.positions():
             for some, arguments, reading in self.batches(memory):
                 yield from self._generate(some, arguments, cost | reading, options)
 
@@ -219,24 +231,25 @@ class Prepared:
         """How long an answer may be: as the settings say, else the question, else the task."""
         return self.settings.new_tokens or int(asked.question.more.get("new_tokens", self.task.new_tokens))
 
-    @contextlib.contextmanager
-    def positions(self, new_tokens: int) -> Iterator[None]:
-        """Inside, the model's positions reach as far as the longest prompt and its answer.
+    def check_fits(self) -> int:
+        """How many tokens the longest prompt and its answer take.
 
         Raises:
-            DoesNotFit: they do not, and the policy does not extend them.
+            DoesNotFit: more than the model was trained on, and the policy does not extend it.
         """
-        longest, most = max(len(asked.ids) for asked in self.asked) + new_tokens, trained_length(self.model)
-        if self.policy.kind == "yarn":
-            with extended(self.model, longest):
-                yield
-            return
-        if longest > most:
+        longest = max((len(asked.ids) + self.new_tokens(asked) for asked in self.asked), default=0)
+        most = trained_length(self.model)
+        if longest > most and self.policy.kind != "yarn":
             raise DoesNotFit(
                 f"policy {self.policy.name}: a prompt with its answer takes {longest:,} tokens, the model was trained "
                 f"on {most:,}; allowed with it: shorter documents, or the policy yarn"
             )
-        yield
+        return longest
+
+    def positions(self) -> contextlib.AbstractContextManager:
+        """Inside, the model's positions reach as far as the longest prompt and its answer."""
+        longest = self.check_fits()
+        return extended(self.model, longest) if self.policy.kind == "yarn" else contextlib.nullcontext()
 
     def batches(self, memory: MemoryState | None) -> Iterator[tuple[list[Asked], dict, dict]]:
         """Questions that are fed together: they, what ``generate`` gets besides their ids, and what reading has cost.
@@ -307,7 +320,7 @@ class Prepared:
             length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
             yield Answer(
                 id=asked.question.id,
-                answer=self.tokenizer.decode(row[:length], skip_special_tokens=True).strip(),
+                answer=self._answer(asked, row[:length]),
                 context_tokens=asked.context_tokens,
                 question_tokens=len(asked.ids) - asked.context_tokens,
                 answer_tokens=length,
@@ -317,11 +330,19 @@ class Prepared:
                 **cost,
             )
 
+    def _answer(self, asked: Asked, tokens: list[int]) -> str:
+        """The text without special tokens, and without what a thinking model thinks before it."""
+        stream = TextStream(self.tokenizer, self.tokenizer.decode(asked.ids))
+        for token in tokens:
+            list(stream.add(token))
+        list(stream.end())
+        return stream.answer.strip()
+
 
 @torch.no_grad()
 def first_logits(prepared: Prepared, memory: MemoryState | None) -> Iterator[torch.Tensor]:
     """Of each question the logits of its answer's first token, float32 [vocabulary] on the CPU."""
-    with prepared.positions(1):
+    with prepared.positions():
         for some, arguments, _ in prepared.batches(memory):
             options = {"max_new_tokens": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             found = prepared.model.generate(

@@ -200,7 +200,7 @@ def _read_before(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
         added = name.partition(".")[0] in ("data", "adapters") and None in (here, there)  # a task or adapter more
         if not added and name not in ("settings.batch", "settings.chunk"):
             raise ArgumentError(
-                f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or the same arguments"
+                f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
             )
     return before
 
@@ -290,22 +290,33 @@ class _Rows:
         with AnswerFile(self.plan.output / "answers" / task.name / f"{row}.jsonl", head) as file:
             left = [_without(document, file.answers) for document in documents]
             left = [document for document in left if document.questions]
-            try:
-                with _bar(sum(len(document.questions) for document in left), f"{task.name} {row}") as bar:
+            too_long: dict[str, str] = {}
 
-                    def keep(answer: Answer) -> None:
-                        file.append(answer)
-                        bar.update()
+            def leave_out(document: Document, error: DoesNotFit) -> None:
+                too_long[document.id] = str(error)
+                bar.update(len(document.questions))
 
-                    answer_documents(
-                        self.model, self.tokenizer, task, left, policy, keep=keep, remembered=remembered, **options
-                    )
-            except DoesNotFit as error:
-                self.record.leave_out(task.name, row, str(error))
-                say(f"{task.name} {row}: left out: {error}")
+            with _bar(sum(len(document.questions) for document in left), f"{task.name} {row}") as bar:
+
+                def keep(answer: Answer) -> None:
+                    file.append(answer)
+                    bar.update()
+
+                answer_documents(
+                    self.model, self.tokenizer, task, left, policy, keep=keep, remembered=remembered,
+                    leave_out=leave_out, **options,
+                )  # fmt: skip
+            if too_long:
+                reason = (
+                    f"{len(too_long)} of {len(documents)} documents, such as {': '.join(next(iter(too_long.items())))}"
+                )
+                self.record.leave_out(task.name, row, reason)
+                say(f"{task.name} {row}: left out: {reason}")
+            if not file.answers:
                 return
-            if self.plan.verify:
-                found = verify(self.model, self.tokenizer, task, documents[: self.plan.verify], policy, **options)
+            if self.plan.verify:  # of those that fit
+                some = [document for document in documents if document.id not in too_long][: self.plan.verify]
+                found = verify(self.model, self.tokenizer, task, some, policy, **options)
                 self.record.verified(task.name, row, found)
             answers = {id: answer.answer for id, answer in file.answers.items()}
         write_scores(self.plan.output, task, documents, row, answers, judge)
