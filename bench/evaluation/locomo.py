@@ -19,7 +19,6 @@ DIRECTORY = results.DIRECTORY / "eval" / "locomo-smollm2"
 MODEL = "smollm2"
 QUESTIONS = 16  # of each of ten conversations
 WINDOW = 1024  # tokens of a context that is told: adapters are trained on up to 256
-YARN = 2  # conversations that are read whole, beyond the trained 8,192 tokens: minutes each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
         "documents": options.documents,
         "questions": options.questions,
         "settings": Settings(window=WINDOW),
+        "verify": 1,
     }
     return run_all(
         [

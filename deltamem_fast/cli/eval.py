@@ -163,14 +163,19 @@ def _run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     names = ("frozen", "documents", "questions", "seed", "verify", "device", "dtype", "backend", "attention", "threads")
     options = {name: getattr(arguments, name) for name in names}
-    plan = Plan(model, output, tasks, policies, adapters, settings=settings, shown=shown, **options)
+    plan = Plan(
+        model, output, tasks, policies, adapters, settings=settings, judge=arguments.judge_model, shown=shown, **options
+    )
     files = run(plan, judge=judge, say=lambda text: print(text, file=sys.stderr, flush=True))
     if arguments.json:
         print(files["report.json"].read_text(encoding="utf-8"), end="")
     else:
         print("\n".join(str(path) for path in files.values()))
-    verified = [row for rows in read_json(output / "run.json")[VERIFIED].values() for row in rows.values()]
-    return 0 if all(row["holds"] for row in verified) else DIFFERENT
+    labels = ("off", *adapters) if plan.frozen else tuple(adapters)
+    rows = {f"{policy.name}+{label}" for policy in policies for label in labels}
+    verified = read_json(output / "run.json")[VERIFIED]
+    found = [verified[task][row] for task, _ in tasks if task in verified for row in rows & verified[task].keys()]
+    return 0 if all(row["holds"] for row in found) else DIFFERENT
 
 
 def _task(text: str) -> tuple[str, Path | None]:

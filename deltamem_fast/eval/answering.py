@@ -7,25 +7,29 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..adapter.record import identity_of, is_patched, memory_disabled
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
+from ..memory.telling import WRITE_TOKENS
+from ..model.cache import MemoryLayerMixin
 from ..text.answering import answer_options
 from ..text.encode import check_known, encode_text
-from ..text.segments import chat_ids
+from ..text.segments import chat_ids, segment_ids_under
 from ..text.thinking import TextStream
 from .answers import Answer
 from .costs import Stopwatch, peak_of, reset_peak
 from .data import Document, Question, Task
 from .extension import extended, trained_length
 from .policies import RETRIEVING, Policy
-from .retrieval import CHUNK_TOKENS, chunks_of, finder_for, selected
+from .retrieval import BETWEEN, CHUNK_TOKENS, chunks_of, finder_for, last_tokens, selected
 from .telling import CHUNK, Encoded, tell, windows_of
 
 
@@ -36,7 +40,7 @@ class Settings:
     Attributes:
         window: tokens of a context in which a document is told; 0 = the model's trained length, at most 8,192.
         chunk: tokens of a forward over a document.
-        batch: questions answered together where each has a prompt of its own; documents told together.
+        batch: questions of a document answered together; documents told together.
         chunk_tokens: of what retrieval finds.
         embedder: of dense retrieval.
         new_tokens: of an answer at most; 0 = the task's.
@@ -53,6 +57,10 @@ class Settings:
 
 
 DEFAULTS = Settings()
+# Tokens before a question that its first characters may change.
+SLACK = 4
+_HEADER = 64  # tokens of a prompt's end, in which a template may have begun to think
+_APPENDED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,15 @@ class Asked:
 
     Attributes:
         question: which.
-        ids: of its whole prompt.
-        context_tokens: of them, the context's and the template's around it.
+        ids: of its prompt; where all questions share a context, behind what they share.
+        context_tokens: how many more tokens its whole prompt has than the question without a context.
+        find_seconds: that retrieval took.
     """
 
     question: Question
     ids: list[int]
     context_tokens: int
+    find_seconds: float = 0.0
 
 
 def answer_documents(
@@ -120,17 +130,17 @@ def answer_documents(
     with contextlib.ExitStack() as stack:
         if not memory and is_patched(model):
             stack.enter_context(memory_disabled(model))
-        for first in range(0, len(documents), settings.batch):
-            some = documents[first : first + settings.batch]
+        together = settings.batch if memory else 1  # they are told together; each is asked about by itself
+        for first in range(0, len(documents), together):
+            some = documents[first : first + together]
             run = []
             for document in some:
                 try:
                     run.append(Prepared(model, tokenizer, task, document, policy, settings, memory))
-                    run[-1].check_fits()
                 except DoesNotFit as error:
                     if leave_out is None:
                         raise
-                    leave_out(run.pop().document, error)
+                    leave_out(document, error)
             reset_peak(input_device(model))
             known = {} if remembered is None or policy.shared else remembered
             told = _told(model, run, settings, known) if memory else [None] * len(run)
@@ -160,7 +170,12 @@ class Prepared:
 
     Attributes:
         told: the windows that go to the memory; none without one.
+        shared: ids that all prompts begin with, where the policy gives all the same context; else none.
         asked: the questions, each with its context.
+        longest: tokens that the longest prompt and its answer take.
+
+    Raises:
+        DoesNotFit: they are more than the model was trained on, and the policy does not extend it.
     """
 
     def __init__(
@@ -172,40 +187,57 @@ class Prepared:
         self.device = input_device(model)
         self.segmented = memory and identity_of(model).config.segmented
         before, self.context = self._split()
+        watch = Stopwatch(self.device)
         self.chunks, self.find = [], None
         if policy.kind in RETRIEVING:
             self.chunks = chunks_of(tokenizer, self.parts, settings.chunk_tokens)
             self.find = finder_for(policy, self.chunks, settings.embedder)
-        window = settings.window or min(8192, trained_length(model))
+        self.index_seconds = watch.seconds() if self.find is not None else 0.0
+        self.shared = self._shared() if policy.shared and document.questions else []
+        self.asked, self.longest = [], 0
+        for question in document.questions:
+            self.asked.append(self._ask(question))
+            fed = len(self.shared) + len(self.asked[-1].ids) + self.new_tokens(self.asked[-1])
+            self._check_fits(fed)  # before others of such a length are tokenised
+            self.longest = max(self.longest, fed)
+        window = settings.window or min(WRITE_TOKENS, trained_length(model))
         self.told: list[Encoded] = windows_of(model, tokenizer, before, window) if memory else []
-        self.asked = [self._ask(question) for question in document.questions]
 
     def _split(self) -> tuple[list[str], str]:
         """The parts that are told only, and the text that is in every question's context."""
         if self.policy.kind in ("everything", "yarn"):
-            return [], "\n\n".join(self.parts)
+            return [], BETWEEN.join(self.parts)
         if self.policy.kind != "last":
             return self.parts, ""
-        text, before = "\n\n".join(self.parts), []
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = [start for start, _ in found["offset_mapping"]]
-        if len(starts) <= self.policy.amount:
-            return [], text
-        begin = starts[-self.policy.amount]
-        left = begin
+        text, before = BETWEEN.join(self.parts), []
+        left = begin = last_tokens(self.tokenizer, text, self.policy.amount)
         for part in self.parts:  # what of each stands before the last tokens
             if left > 0:
                 before.append(part[:left])
-            left -= len(part) + 2
+            left -= len(part) + len(BETWEEN)
         return before, text[begin:]
 
+    def _shared(self) -> list[int]:
+        """What all prompts begin with, whichever questions are asked."""
+        first, second = (self._ids(self.task.prompt_with(self.context, text)) for text in ("a", "1"))
+        same = next((place for place, (one, other) in enumerate(zip(first, second)) if one != other), len(first))
+        return first[: max(0, same - SLACK)]
+
     def _ask(self, question: Question) -> Asked:
-        context = self.context
+        context, watch = self.context, Stopwatch(self.device)
         if self.find is not None:
             context = selected(self.policy, self.chunks, self.find, question.query or question.text)
-        ids = self._ids(self.task.prompt_with(context, question.text) if context else question.text)
-        alone = len(self._ids(question.text))
-        return Asked(question, ids, len(ids) - alone)
+        seconds = watch.seconds() if self.find is not None else 0.0
+        ids, common = (
+            self._ids(self.task.prompt_with(context, question.text) if context else question.text),
+            self.shared,
+        )
+        if ids[: len(common)] != common:
+            raise ArgumentError(
+                f"tokenizer: the question {question.id} changes how the text {SLACK} tokens before it is tokenised; "
+                f"allowed with policy {self.policy.name}: a tokenizer that does not look so far ahead"
+            )
+        return Asked(question, ids[len(common) :], len(ids) - len(self._ids(question.text)), seconds)
 
     def _ids(self, text: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
@@ -221,57 +253,48 @@ class Prepared:
         memory, cost = None, {}
         if told is not None:
             memory, cost = told.memory.clone(), {"told_tokens": told.tokens, "tell_seconds": round(told.seconds, 6)}
-        options = answer_options(self.model, self.tokenizer, {"max_new_tokens": self.task.new_tokens})
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        options = self.options()
         with self.positions():
-            for some, arguments, reading in self.batches(memory):
-                yield from self._generate(some, arguments, cost | reading, options)
+            for some, arguments, seconds in self.batches(memory):
+                yield from self._generate(some, arguments, cost | {"context_seconds": seconds}, options)
+
+    def options(self) -> dict[str, Any]:
+        """Of ``generate``: greedy, one answer."""
+        options = answer_options(self.model, self.tokenizer, {"max_new_tokens": self.task.new_tokens})
+        return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
     def new_tokens(self, asked: Asked) -> int:
         """How long an answer may be: as the settings say, else the question, else the task."""
         return self.settings.new_tokens or int(asked.question.more.get("new_tokens", self.task.new_tokens))
 
-    def check_fits(self) -> int:
-        """How many tokens the longest prompt and its answer take.
-
-        Raises:
-            DoesNotFit: more than the model was trained on, and the policy does not extend it.
-        """
-        longest = max((len(asked.ids) + self.new_tokens(asked) for asked in self.asked), default=0)
+    def _check_fits(self, tokens: int) -> None:
         most = trained_length(self.model)
-        if longest > most and self.policy.kind != "yarn":
+        if tokens > most and self.policy.kind != "yarn":
             raise DoesNotFit(
-                f"policy {self.policy.name}: a prompt with its answer takes {longest:,} tokens, the model was trained "
+                f"policy {self.policy.name}: a prompt with its answer takes {tokens:,} tokens, the model was trained "
                 f"on {most:,}; allowed with it: shorter documents, or the policy yarn"
             )
-        return longest
 
     def positions(self) -> contextlib.AbstractContextManager:
         """Inside, the model's positions reach as far as the longest prompt and its answer."""
-        longest = self.check_fits()
-        return extended(self.model, longest) if self.policy.kind == "yarn" else contextlib.nullcontext()
+        return extended(self.model, self.longest) if self.policy.kind == "yarn" else contextlib.nullcontext()
 
-    def batches(self, memory: MemoryState | None) -> Iterator[tuple[list[Asked], dict, dict]]:
-        """Questions that are fed together: they, what ``generate`` gets besides their ids, and what reading has cost.
+    def batches(self, memory: MemoryState | None) -> Iterator[tuple[list[Asked], dict, float]]:
+        """Questions that are fed together: they, what ``generate`` gets beside their ids, and the document's seconds.
 
-        A shared context is read once, and ``memory`` is written as it is; its questions are then fed one by one.
+        A shared context is read once, and ``memory`` is written as it is; its questions go on from copies of the cache.
         """
-        if not self.policy.shared:
-            for first in range(0, len(self.asked), self.settings.batch):
-                some = self.asked[first : first + self.settings.batch]
-                yield some, {} if memory is None else {"memory": memory.repeat(len(some)).read_only()}, {}
-            return
-        watch = Stopwatch(self.device)
-        cache = self._read(self.shared_ids(), memory)
-        cost = {"context_seconds": round(watch.seconds(), 6)}
-        for asked in self.asked:
-            arguments = {} if memory is None else {"memory": memory.read_only()}
-            yield [asked], arguments | {"past_key_values": copied(cache)}, cost
-
-    def shared_ids(self) -> list[int]:
-        """What all prompts of a shared context begin with, whichever questions are asked."""
-        probes = [self._ids(self.task.prompt_with(self.context, text)) for text in ("a", "1")]
-        return _common([*probes, *(asked.ids for asked in self.asked)])
+        seconds, cache = self.index_seconds, None
+        if self.shared and self.asked:
+            watch = Stopwatch(self.device)
+            cache = self._read(self.shared, memory)
+            seconds = watch.seconds()
+        for first in range(0, len(self.asked), self.settings.batch):
+            some = self.asked[first : first + self.settings.batch]
+            arguments = {} if memory is None else {"memory": memory.repeat(len(some)).read_only()}
+            if cache is not None:
+                arguments["past_key_values"] = copied(cache, len(some))
+            yield some, arguments, round(seconds, 6)
 
     @torch.no_grad()
     def _read(self, ids: list[int], memory: MemoryState | None) -> DynamicCache:
@@ -280,7 +303,7 @@ class Prepared:
         # An adapter that writes segments reads before the whole forward writes.
         chunk = len(ids) if self.segmented else self.settings.chunk or len(ids)
         segments = self._segments(ids) if self.segmented else None
-        for first in range(0, len(ids), max(1, chunk)):
+        for first in range(0, len(ids), chunk):
             part = slice(first, first + chunk)
             arguments = {} if memory is None else {"memory": memory}
             if segments is not None:
@@ -290,20 +313,23 @@ class Prepared:
         return cache
 
     def _segments(self, ids: list[int]) -> torch.Tensor:
-        """int64 [1, T] of the shared context: of the first question's prompt, as far as it goes."""
-        asked = self.asked[0]
-        text = self.task.prompt_with(self.context, asked.question.text)
-        chat = [{"role": "user", "content": text}] if getattr(self.tokenizer, "chat_template", None) else text
-        _, segments = encode_text(self.tokenizer, chat, identity_of(self.model).config)
-        # With a single question the header of its answer belongs to what all share; it is no segment's.
-        return torch.nn.functional.pad(segments, (0, max(0, len(ids) - segments.shape[1])), value=-1)[:, : len(ids)]
+        """int64 [1, T], of the shared context."""
+        text, config = self.task.prompt_with(self.context, "a"), identity_of(self.model).config
+        if getattr(self.tokenizer, "chat_template", None):
+            chat, granularity = [{"role": "user", "content": text}], config.memory_write_granularity
+            found, segments = segment_ids_under(self.tokenizer, chat, granularity, self.settings.template)
+        else:
+            found, segments = encode_text(self.tokenizer, text, config)
+        if found[0, : len(ids)].tolist() != ids:
+            raise ArgumentError("tokenizer: gives a text other tokens with segments than without")
+        return segments[:, : len(ids)]
 
     def padded(self, some: Sequence[Asked]) -> dict[str, torch.Tensor]:
-        """Ids and mask, int64 [B, T], padded on the left."""
+        """Ids and mask, int64 [B, T]: what all share, padding, and what each has of its own."""
         width = max(len(asked.ids) for asked in some)
         pad = self.tokenizer.pad_token_id or 0
-        ids = [[pad] * (width - len(asked.ids)) + asked.ids for asked in some]
-        mask = [[0] * (width - len(asked.ids)) + [1] * len(asked.ids) for asked in some]
+        ids = [[*self.shared, *[pad] * (width - len(asked.ids)), *asked.ids] for asked in some]
+        mask = [[1] * len(self.shared) + [0] * (width - len(asked.ids)) + [1] * len(asked.ids) for asked in some]
         made = {"input_ids": ids, "attention_mask": mask}
         return {name: torch.tensor(rows, device=self.device) for name, rows in made.items()}
 
@@ -322,9 +348,9 @@ class Prepared:
                 id=asked.question.id,
                 answer=self._answer(asked, row[:length]),
                 context_tokens=asked.context_tokens,
-                question_tokens=len(asked.ids) - asked.context_tokens,
+                question_tokens=len(self.shared) + len(asked.ids) - asked.context_tokens,
                 answer_tokens=length,
-                prefill_seconds=round(prefill / len(some), 6),
+                prefill_seconds=round(prefill / len(some) + asked.find_seconds, 6),
                 decode_seconds=round((seconds - prefill) / len(some), 6),
                 peak_bytes=peak_of(self.device),
                 **cost,
@@ -332,7 +358,7 @@ class Prepared:
 
     def _answer(self, asked: Asked, tokens: list[int]) -> str:
         """The text without special tokens, and without what a thinking model thinks before it."""
-        stream = TextStream(self.tokenizer, self.tokenizer.decode(asked.ids))
+        stream = TextStream(self.tokenizer, self.tokenizer.decode(asked.ids[-_HEADER:]))
         for token in tokens:
             list(stream.add(token))
         list(stream.end())
@@ -344,11 +370,20 @@ def first_logits(prepared: Prepared, memory: MemoryState | None) -> Iterator[tor
     """Of each question the logits of its answer's first token, float32 [vocabulary] on the CPU."""
     with prepared.positions():
         for some, arguments, _ in prepared.batches(memory):
-            options = {"max_new_tokens": 1, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            options = prepared.options() | {"max_new_tokens": 1}
             found = prepared.model.generate(
                 **prepared.padded(some), **arguments, **options, output_logits=True, return_dict_in_generate=True
             )
             yield from found.logits[0].float().cpu()
+
+
+@torch.no_grad()
+def whole_prompts(prepared: Prepared) -> Iterator[torch.Tensor]:
+    """The same by one forward over each whole prompt, with neither cache nor mask."""
+    with prepared.positions():
+        for asked in prepared.asked:
+            ids = torch.tensor([[*prepared.shared, *asked.ids]], device=prepared.device)
+            yield prepared.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
 
 
 class _FirstToken(StoppingCriteria):
@@ -365,18 +400,13 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _common(rows: Sequence[list[int]]) -> list[int]:
-    """The longest beginning that all rows have, without the last token of any: something is left to be fed."""
-    least = min(len(row) for row in rows) - 1
-    first = rows[0]
-    for place in range(least):
-        if any(row[place] != first[place] for row in rows):
-            return first[:place]
-    return first[:least]
-
-
-def copied(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes on by itself from the same keys and values: they are appended to by making new tensors."""
-    made = copy.copy(cache)
-    made.layers = [copy.copy(layer) for layer in cache.layers]
+def copied(cache: DynamicCache, rows: int = 1) -> DynamicCache:
+    """A cache of ``rows`` rows that goes on by itself from the same keys and values of one."""
+    if all(type(layer) in _APPENDED or isinstance(layer, MemoryLayerMixin) for layer in cache.layers):
+        made = copy.copy(cache)  # what is appended to makes new tensors
+        made.layers = [copy.copy(layer) for layer in cache.layers]
+    else:
+        made = copy.deepcopy(cache)
+    if rows > 1:
+        made.batch_repeat_interleave(rows)
     return made

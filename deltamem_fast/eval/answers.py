@@ -30,7 +30,7 @@ class Answer:
     Attributes:
         id: of the question.
         answer: the text, without special tokens.
-        context_tokens: in context before the question, the chat template's included.
+        context_tokens: how many more a prompt has than its question alone.
         question_tokens: of the question as it was fed.
         answer_tokens: generated.
         told_tokens: of the document that went through the model for the memory alone, shared by its questions.

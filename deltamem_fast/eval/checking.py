@@ -1,20 +1,23 @@
 """Whether what people do, chunks on a warm cache, batches and padding, equals one plain forward: measured, not assumed.
 
-The same documents and questions go through the model twice: as a run has them, and plainly, where a window, a shared
-context and a question are a forward each, alone, unpadded and without chunks.
+The same documents and questions go through the model twice: as a run has them, and plainly. Plainly, a prompt is one
+forward where there is no memory; with one, which a question does not write, a window, a shared context and a question
+are a forward each. Alone, unpadded and without chunks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ..adapter.record import is_patched, memory_disabled
-from .answering import DEFAULTS, Prepared, Settings, first_logits
+from .answering import DEFAULTS, Prepared, Settings, first_logits, whole_prompts
 from .data import Document, Task
 from .policies import Policy
 from .telling import difference, tell, tell_plainly
@@ -84,11 +87,19 @@ def verify(
                 if told is not None:
                     batched, plain = told.memory.select([row]), tell_plainly(model, alone.told)
                     states = max(states, difference(batched, plain))
-                for here, there in zip(first_logits(run[row], batched), first_logits(alone, plain), strict=True):
+                as_run = list(first_logits(run[row], batched))  # to its end, before positions may be extended again
+                plainly_read = first_logits(alone, plain) if memory else whole_prompts(alone)
+                for here, there in zip(as_run, list(plainly_read), strict=True):
                     questions += 1
-                    largest = max(here.abs().max().item(), 1e-9)
-                    logits = max(logits, (here - there).abs().max().item() / largest)
+                    logits = max(logits, _apart(here, there))
                     tokens += int(here.argmax() != there.argmax())
                 if batched is not None:  # a shared context is written as it is read
                     states = max(states, difference(batched, plain))
     return Equality(len(documents), questions, states, logits, tokens, TOLERANCE.get(dtype, TOLERANCE["bfloat16"]))
+
+
+def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The largest difference of two rows of logits, as a share of the largest; infinity where one is not finite."""
+    if not (first.isfinite().all() and second.isfinite().all()):
+        return math.inf
+    return ((first - second).abs().max() / first.abs().max().clamp(min=1e-9)).item()

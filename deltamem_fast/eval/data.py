@@ -61,6 +61,7 @@ class Task:
         new_tokens: at most, of an answer.
         metric: the name of what ``score`` gives, without a comma.
         notes: what a reader of its figures has to know (audits, licence, protocol), a sentence each.
+        apart: categories that the benchmark reports apart: no question of theirs is in a row's first figure.
         overall: category → the scores of its questions that were answered and could be scored → figures by name, the
             one that the benchmark is known by under ``overall``; None = the mean over all questions. A figure without a
             question in it is None.
@@ -74,6 +75,7 @@ class Task:
     new_tokens: int
     metric: str
     notes: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     overall: Callable[[Mapping[str, Sequence[float]]], dict[str, float | None]] | None = None
 
     def prompt_with(self, context: str, question: str) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 
 from torch import nn
 
 from ..adapter.wrappers import decoder_of, unwrap
-from ..errors import UnsupportedError
+from ..errors import StateError, UnsupportedError
+
+_EXTENDED = "_deltamem_extended"
 
 
 def trained_length(model: nn.Module) -> int:
-    """How many tokens the model was trained to see: ``original_max_position_embeddings`` where it is extended already.
+    """How many tokens the model's configuration says that it can see, ``max_position_embeddings``.
 
     Raises:
         ValueError: the configuration does not say.
@@ -30,7 +33,8 @@ def extended(model: nn.Module, tokens: int) -> Iterator[float]:
     """Inside, the model's positions reach to ``tokens`` by YaRN; afterwards its own rotary embedding is back.
 
     Yields:
-        The factor: how many times the trained length ``tokens`` is; 1 = it reaches so far by itself, nothing changes.
+        The factor, a whole number, so that a few tokens more do not change every position: how many times the trained
+        length holds ``tokens``; 1 = it reaches so far by itself, nothing changes.
 
     Raises:
         ValueError: a model without one rotary embedding for all layers, or whose positions are scaled already.
@@ -48,7 +52,9 @@ def extended(model: nn.Module, tokens: int) -> Iterator[float]:
         )
     if parameters.get("rope_type", "default") != "default":
         raise UnsupportedError(f"policy yarn: the positions are scaled already ({parameters['rope_type']})")
-    factor = tokens / length
+    if hasattr(rotary, _EXTENDED):
+        raise StateError("policy yarn: the model's positions are extended already, by a run inside which this one is")
+    factor = float(math.ceil(tokens / length))
     scaled = copy.deepcopy(config)
     scaled.rope_parameters = {
         **parameters,
@@ -56,9 +62,10 @@ def extended(model: nn.Module, tokens: int) -> Iterator[float]:
         "factor": factor,
         "original_max_position_embeddings": length,
     }
-    scaled.max_position_embeddings = tokens
+    scaled.max_position_embeddings = int(factor * length)
     device = next(rotary.buffers()).device
     decoder.rotary_emb = type(rotary)(config=scaled).to(device)
+    setattr(decoder.rotary_emb, _EXTENDED, True)
     try:
         yield factor
     finally:

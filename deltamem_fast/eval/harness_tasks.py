@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from .data import Document, Question, Task
+from .retrieval import BETWEEN
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 PREFIX = "deltamem_"  # of the names that lm_eval knows our tasks by
 _KEY = "deltamem_task"  # in a doc of ours: the name of its task
-# What is between the pieces of a document that is in context.
-BETWEEN = "\n\n"
 # lm_eval's docs are small and many, documents large and few: a doc names its document, which is looked up here.
 _OPENED: dict[str, tuple[Task, dict[str, Document], dict[str, Question]]] = {}
 

@@ -168,5 +168,6 @@ TASK = Task(
         "Instructions are in our words and say what the authors' say; which option of an adversarial question comes "
         "first is decided by a hash of its id.",
     ),
+    apart=(_ADVERSARIAL,),
     overall=overall,
 )

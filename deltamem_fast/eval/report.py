@@ -2,7 +2,8 @@
 
 A run's directory has ``run.json`` (what ran, on what), ``answers/TASK/ROW.jsonl`` (``AnswerFile``) and
 ``scores/TASK/ROW.json``: ``scores``, ``categories`` and ``documents`` by the question's id (a score of None: only a
-judge can tell), ``metric``, ``title``, ``notes`` and ``aggregate``. A row is ``POLICY+MEMORY``.
+judge can tell), ``apart``, the ids that a row's first figure leaves out, ``metric``, ``title``, ``notes`` and
+``aggregate``. A row is ``POLICY+MEMORY``.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _task(directory: Path, name: str, title: str) -> dict:
 def _row(row: str, rows: Mapping[str, dict], answers: Mapping[str, Answer]) -> dict:
     policy, memory = split_row(row)
     found = rows[row]
-    scored = _scored(found)
+    scored, apart = _scored(found), {id for id in found["apart"] if found["scores"].get(id) is not None}
     asked = found["documents"].keys() | found["scores"].keys()
     answered = answers.keys() & asked if answers else found["scores"].keys()
     without = f"{policy}+{NO_MEMORY}"
@@ -151,18 +152,20 @@ def _row(row: str, rows: Mapping[str, dict], answers: Mapping[str, Answer]) -> d
         "policy": policy,
         "memory": memory,
         "answered": len(answered),
-        "scored": len(scored),
+        "scored": len(scored) + len(apart),
         "questions": len(asked),
         "score": _estimate(scored, found["documents"]),
         "against": {name: _against(scored, _scored(rows[name]), found["documents"]) for name in references},
-        "categories": _categories(scored, found["categories"]),
+        "categories": _categories(scored | {id: found["scores"][id] for id in apart}, found["categories"]),
         "aggregate": found["aggregate"],
         "cost": costs([answers[id] for id in sorted(answered)], found["documents"]) if answers and answered else None,
     }
 
 
 def _scored(found: dict) -> dict[str, float]:
-    return {id: score for id, score in found["scores"].items() if score is not None}
+    """Of the questions that a row's first figure is of: what the benchmark reports apart is not among them."""
+    apart = set(found["apart"])
+    return {id: score for id, score in found["scores"].items() if score is not None and id not in apart}
 
 
 def _estimate(scored: Mapping[str, float], documents: Mapping[str, str]) -> dict | None:
@@ -250,7 +253,7 @@ def _scores_of(path: Path) -> dict:
     """What the runner wrote, each field there and of its kind."""
     found = read_json(path)
     kinds = {"scores": dict, "categories": dict, "documents": dict, "aggregate": dict}
-    kinds |= {"metric": str, "title": str, "notes": list}
+    kinds |= {"metric": str, "title": str, "notes": list, "apart": list}
     for name, kind in kinds.items():
         value = found.setdefault(name, kind()) if name != "scores" else found.get(name)
         if not isinstance(value, kind):
@@ -266,8 +269,9 @@ def _scores_of(path: Path) -> dict:
         for id, value in found[name].items():
             if not fits(value):
                 raise FileFormatError(f"{path}: {name}: {shown(id)}: got {shown(value)}, allowed {allowed}")
-    if not all(isinstance(note, str) for note in found["notes"]):
-        raise FileFormatError(f"{path}: notes: got {shown(found['notes'])}, allowed texts")
+    for name in ("notes", "apart"):
+        if not all(isinstance(note, str) for note in found[name]):
+            raise FileFormatError(f"{path}: {name}: got {shown(found[name])}, allowed texts")
     return found
 
 

@@ -28,8 +28,8 @@ _ELSEWHERE = (
     "verified",
 )  # said at the tasks, or of no use to a reader
 COLUMNS = (
-    "*Score*: mean of what the metric gives, in percent, over the questions that it gives something for, with its 95 % "
-    "interval. *− frozen*: minus the frozen model that sees nothing but the question, in points, on the questions that "
+    "*Score*: mean of what the metric gives, in percent, over the questions that it gives something for, but those "
+    "that the benchmark reports apart, with its 95 % interval. *− frozen*: minus the frozen model that sees nothing but the question, in points, on the questions that "
     "both rows have a score for; *above 0*: the share of resamples in which the row is the better one. *− without "
     "memory*: minus the same policy without a memory. *Told*: tokens of a document that went through the model for its "
     "memory alone. *Prefill*: from the question to the first token, median. *Shared*: telling the document, and "
@@ -189,7 +189,7 @@ def _cells(row: Mapping[str, Any]) -> list[Cell]:
 
     def difference(name: str) -> Cell:
         found = row["against"].get(name)
-        return NOTHING if found is None else (difference_text(found, row["scored"]), found["mean"])
+        return NOTHING if found is None else (difference_text(found, score["questions"] if score else 0), found["mean"])
 
     def of(name: str, text) -> Cell:
         value = cost.get(name)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from ..errors import ArgumentError
 from ..model.libraries import require, told
 from ..text.cutting import pieces_of
+from ..text.segments import tokenize
 from .policies import Policy
 
 CHUNK_TOKENS = 256
+BETWEEN = "\n\n"  # the pieces of a document that is in context
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 Finder = Callable[[str], list[int]]  # a question → places of chunks, the best first
@@ -97,8 +99,23 @@ def load_embedder(name: str):
         return SentenceTransformer(name, trust_remote_code=False)
 
 
+def last_tokens(tokenizer, text: str, amount: int) -> int:
+    """Where in a text its last ``amount`` tokens begin, in characters; 0 = it has no more.
+
+    Raises:
+        ValueError: the tokenizer does not say which characters a token covers.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(
+            f"tokenizer: got {type(tokenizer).__name__}, which is no fast tokenizer; the policy last needs one: "
+            "only fast tokenizers say which characters a token covers"
+        )
+    starts = tokenize(tokenizer, text)[1]
+    return starts[-amount] if len(starts) > amount else 0
+
+
 def selected(policy: Policy, chunks: Sequence[str], finder: Finder, question: str) -> str:
     """The found chunks in the order in which they were said, a blank line between them."""
     if policy.kind not in ("bm25", "dense"):
         raise ArgumentError(f"policy: got {policy.name}, allowed one that retrieves")
-    return "\n\n".join(chunks[place] for place in sorted(finder(question)))
+    return BETWEEN.join(chunks[place] for place in sorted(finder(question)))

@@ -5,9 +5,12 @@ Each row's answers are on disk as soon as they are there; a run that was killed 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
+import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -18,29 +21,37 @@ from torch import nn
 
 from deltamem_kernels.dispatch import resolve_backend
 
-from ..adapter.files import read_adapter
+from ..adapter.files import AdapterSource, read_adapter
 from ..adapter.record import identity_of, is_patched
 from ..arguments import check_integer, shown
+from ..display import counted
 from ..errors import ArgumentError, FileMissingError
 from ..inspection.facts import versions
+from ..memory.telling import WRITE_TOKENS
 from ..model.libraries import require
 from ..model.loading import device_for, found_model, load_model, usable_device
 from ..model.patch import patch_model, unpatch_model
 from ..model.threads import fitting_threads
-from ..storage.files import check_format, check_version, make_directory, read_json, write_json
+from ..storage.files import check_format, check_version, make_directory, read_bytes, read_json, write_json
 from .answering import DoesNotFit, Remembered, Settings, answer_documents
 from .answers import Answer, AnswerFile, differing
 from .checking import Equality, verify
 from .data import Document, Task
+from .extension import extended, trained_length
 from .paper import PAPER_TASKS, check_packages
 from .policies import Policy
 from .report import write_report
 from .report_tables import NO_MEMORY
+from .retrieval import MODEL as EMBEDDER
+from .retrieval import load_embedder
 from .scoring import Judge, score_answers
 from .tasks import TASKS, digest_of
+from .telling import windows_of
 
 RUN_FORMAT, RUN_VERSION = "deltamem evaluation run", 1
 VERIFIED = "verified"
+FLAGS = {"batch": "batch_size", "chunk_tokens": "retrieval_chunk"}  # settings that the command line calls otherwise
+_PACKAGES = ("lm_eval", "bm25s", "nltk", "sentence-transformers")
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Plan:
         documents, questions: how many of a task, and of each document (drawn by ``seed``); None = all.
         verify: documents of each row that are compared with plain forwards.
         settings: how documents are told and questions asked.
+        judge: the name of the model that judges, for the record.
         shown: what records call the model or an adapter that lies in the package, by its path.
         device, dtype, backend, attention, threads: see ``load_model``, ``patch_model`` and ``fitting_threads``.
     """
@@ -72,6 +84,7 @@ class Plan:
     seed: int = 0
     verify: int = 0
     settings: Settings = field(default_factory=Settings)
+    judge: str | None = None
     shown: dict[str, str] = field(default_factory=dict)
     device: str | None = None
     dtype: str = "auto"
@@ -85,7 +98,7 @@ class Plan:
             check_integer(getattr(self, name), name, 1, or_none=True)
         check_integer(self.verify, "verify", 0)
         for name, least in (("window", 0), ("chunk", 1), ("batch", 1), ("chunk_tokens", 1), ("new_tokens", 0)):
-            check_integer(getattr(self.settings, name), name, least)
+            check_integer(getattr(self.settings, name), FLAGS.get(name, name), least)
         for name, values in (
             ("task", [name for name, _ in self.tasks]), ("policy", [policy.name for policy in self.policies]),
         ):  # fmt: skip
@@ -137,23 +150,54 @@ def run(
     resolve_backend(plan.backend, device.type)
     found_model(plan.model)
     sources = {label: read_adapter(name) for label, name in plan.adapters.items()}
+    if any(policy.kind == "dense" for policy in plan.policies):
+        load_embedder(plan.settings.embedder or EMBEDDER)
     documents = {name: _chosen(plan, TASKS[name], path) for name, path in plan.tasks if name in TASKS}
+    for name, found in documents.items():  # what scoring needs is missing before hours are spent, or never
+        score_answers(TASKS[name], found, {question.id: "" for one in found[:1] for question in one.questions})
     common = _common(plan, documents)
     _read_before(plan.output / "run.json", common)
     make_directory(plan.output)
     options = {"device": device, "dtype": plan.dtype, "attention": plan.attention, "quiet": True}
     model, tokenizer = load_model(plan.model, **options)
     with fitting_threads(model, plan.threads):
+        _check_loaded(plan, model, tokenizer, sources)
         record = _Record(plan, model, common, measured or {})
         for label, source in {**({NO_MEMORY: None} if plan.frozen else {}), **sources}.items():
-            if source is not None:
-                patch_model(model, source, backend=plan.backend)
             try:
-                _Rows(plan, model, tokenizer, label, documents, record).run(judge, say)
-            finally:
-                if source is not None:
-                    unpatch_model(model)
+                with _patched(model, source, plan.backend):
+                    _Rows(plan, model, tokenizer, label, documents, record).run(judge, say)
+            except Exception:  # what was answered until then is worth a look
+                write_report(plan.output)
+                raise
     return write_report(plan.output)
+
+
+@contextlib.contextmanager
+def _patched(model: nn.Module, source: AdapterSource | None, backend: str) -> Iterator[None]:
+    if source is None:
+        yield
+        return
+    patch_model(model, source, backend=backend)
+    try:
+        yield
+    finally:
+        unpatch_model(model)
+
+
+def _check_loaded(plan: Plan, model: nn.Module, tokenizer, sources: Mapping[str, AdapterSource]) -> None:
+    """Raise for what only the loaded model can tell, before its first row: an adapter, a window, yarn."""
+    if plan.settings.window > trained_length(model):
+        raise ArgumentError(
+            f"window: got {plan.settings.window:,}, allowed at most what the model was trained on, "
+            f"{trained_length(model):,}, or 0"
+        )
+    if any(policy.kind == "yarn" for policy in plan.policies):
+        with extended(model, trained_length(model) + 1):
+            pass
+    for source in sources.values():
+        with _patched(model, source, plan.backend):
+            windows_of(model, tokenizer, ["A sentence that is told.", "Another."], plan.settings.window or WRITE_TOKENS)
 
 
 def _chosen(plan: Plan, task: Task, path: Path | None) -> list[Document]:
@@ -174,6 +218,11 @@ def _chosen(plan: Plan, task: Task, path: Path | None) -> list[Document]:
 
 def _common(plan: Plan, documents: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
     """What all rows of a directory have in common."""
+    files = {
+        name: PAPER_TASKS[name].data if path is None else hashlib.sha256(read_bytes(path, f"task {name}")).hexdigest()
+        for name, path in plan.tasks
+        if name in PAPER_TASKS
+    }
     return {
         "model": plan.shown.get(plan.model, plan.model),
         "adapters": {label: plan.shown.get(name, name) for label, name in plan.adapters.items()},
@@ -181,7 +230,9 @@ def _common(plan: Plan, documents: Mapping[str, Sequence[Document]]) -> dict[str
         "questions": plan.questions,
         "seed": plan.seed,
         "settings": asdict(plan.settings),
-        "data": {name: digest_of(found) for name, found in documents.items()},
+        "data": {name: digest_of(found) for name, found in documents.items()} | files,
+        "attention": plan.attention,
+        "judge": plan.judge,
     }
 
 
@@ -224,7 +275,8 @@ class _Record:
             "parameters": sum(p.numel() for p in model.parameters()),
             "tasks": {**before.get("tasks", {}), **titles},
             "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),
-            "versions": versions(),
+            "versions": versions() | {package: _version(package) for package in _PACKAGES},
+            "backend": plan.backend,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             **measured,
@@ -237,7 +289,7 @@ class _Record:
     def head(self, task: str, row: str, policy: Policy, model: nn.Module) -> dict[str, Any]:
         """Of a file of answers."""
         adapter = identity_of(model).fingerprints() if is_patched(model) else None
-        deciding = ("model", "dtype", "seed")
+        deciding = ("model", "dtype", "seed", "attention")
         head = {"task": task, "row": row, "policy": policy.name, "adapter": adapter}
         head |= {name: self.found[name] for name in deciding} | {"data": self.found["data"].get(task)}
         settings = {name: value for name, value in self.found["settings"].items() if name not in ("batch", "chunk")}
@@ -318,6 +370,8 @@ class _Rows:
                 some = [document for document in documents if document.id not in too_long][: self.plan.verify]
                 found = verify(self.model, self.tokenizer, task, some, policy, **options)
                 self.record.verified(task.name, row, found)
+                if not found.holds:
+                    say(f"{task.name} {row}: chunks, batches and padding do not equal plain forwards: {found}")
             answers = {id: answer.answer for id, answer in file.answers.items()}
         write_scores(self.plan.output, task, documents, row, answers, judge)
         say(f"{task.name} {row}: {len(answers):,} answers")
@@ -346,13 +400,28 @@ def write_scores(
         "scores": {question.id: found["scores"].get(question.id) for _, question in asked if question.id in answers},
         "categories": {question.id: question.category for _, question in asked},
         "documents": {question.id: document.id for document, question in asked},
-        "metric": task.metric,
+        "apart": sorted(question.id for _, question in asked if question.category in task.apart),
+        "metric": found["metric"],
         "title": task.title,
-        "notes": list(task.notes),
+        "notes": [*task.notes, *_unscored(found)],
         "aggregate": {name: value for name, value in found["overall"].items() if value is not None},
     }
     write_json(output / "scores" / task.name / f"{row}.json", scores)
     return found
+
+
+def _unscored(found: Mapping[str, Any]) -> list[str]:
+    """A note of answers that have no score, and why."""
+    return [
+        f"{counted(count, 'answer')} of a row without a score: {why}." for why, count in found["unscored_for"].items()
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _without(document: Document, answered) -> Document:

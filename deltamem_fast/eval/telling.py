@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,11 @@ from transformers import DynamicCache
 
 from ..adapter.record import identity_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
+from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..memory.telling import Encoded, encoded_pieces
+from ..text.segments import chat_ids
+from .retrieval import BETWEEN
 
 CHUNK = 512  # tokens of a forward
 
@@ -35,8 +39,13 @@ def windows_of(model: nn.Module, tokenizer, parts: Sequence[str], window: int) -
     if not parts:
         return []
     if not getattr(tokenizer, "chat_template", None):
-        return encoded_pieces(model, tokenizer, "\n\n".join(parts), window)
-    return encoded_pieces(model, tokenizer, [{"role": "user", "content": part} for part in parts], window)
+        return encoded_pieces(model, tokenizer, BETWEEN.join(parts), window)
+    messages = [{"role": "user", "content": part} for part in parts]
+    try:
+        chat_ids(tokenizer, messages[:2], "parts")
+    except ArgumentError:  # a template that wants users and assistants to take turns
+        messages = [{"role": "user", "content": BETWEEN.join(parts)}]
+    return encoded_pieces(model, tokenizer, messages, window)
 
 
 @torch.no_grad()
@@ -105,10 +114,16 @@ def tell_plainly(model: nn.Module, windows: Sequence[Encoded]) -> MemoryState:
 
 
 def difference(first: MemoryState, second: MemoryState) -> float:
-    """The largest difference of any number of a layer's states, as a share of the layer's largest; 0 of empty ones."""
+    """The largest difference of any number of a layer's states, as a share of the layer's largest.
+
+    0 of empty ones; infinity where one is not finite.
+    """
     found = 0.0
     for layer, state in first.items():
-        largest = max(state.abs().max().item(), second[layer].abs().max().item())
+        other = second[layer].to(state.device)
+        if not (state.isfinite().all() and other.isfinite().all()):
+            return math.inf
+        largest = max(state.abs().max().item(), other.abs().max().item())
         if largest:
-            found = max(found, (state - second[layer].to(state.device)).abs().max().item() / largest)
+            found = max(found, (state - other).abs().max().item() / largest)
     return found

@@ -112,7 +112,7 @@ def test_answers_of_the_bare_model_are_generates(policy):
     run = Prepared(model, TOKENIZER, TASK, DOCUMENTS[2], policy_named(policy), SETTINGS, False)
     found = texts(answered(model, policy, memory=False, documents=DOCUMENTS[2:]))
     for asked in run.asked:
-        ids = torch.tensor([asked.ids])
+        ids = torch.tensor([[*run.shared, *asked.ids]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         assert found[asked.question.id] == TOKENIZER.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
@@ -121,7 +121,8 @@ def test_what_is_in_context():
     model = made()
 
     def prompts(policy):
-        return [TOKENIZER.decode(asked.ids) for asked in prepared(policy).asked]
+        run = prepared(policy)
+        return [TOKENIZER.decode([*run.shared, *asked.ids]) for asked in run.asked]
 
     def prepared(policy, memory=False, of=model, which=0):
         return Prepared(of, TOKENIZER, TASK, DOCUMENTS[which], policy_named(policy), SETTINGS, memory)
@@ -229,3 +230,50 @@ def test_copies_of_a_cache_go_their_own_ways(family):
         found = model(second, past_key_values=copied(cache)).logits
         torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
     assert cache.get_seq_length() == 30
+
+
+@torch.no_grad()
+def test_yarn_is_over_after_verify():
+    """Two ways of feeding, each with its positions: the model has its own again afterwards."""
+    model = made(max_position_embeddings=64)
+    rotary = model.model.rotary_emb
+    found = verify(model, TOKENIZER, TASK, DOCUMENTS, policy_named("yarn"), memory=False, settings=SETTINGS)
+    assert found.holds and model.model.rotary_emb is rotary
+
+
+def test_verify_does_not_take_nan_for_equal(patched, monkeypatch):
+    from deltamem_fast.eval import checking
+
+    broken = lambda prepared, memory: (torch.full((512,), float("nan")) for _ in prepared.asked)  # noqa: E731
+    monkeypatch.setattr(checking, "first_logits", broken)
+    found = verify(patched, TOKENIZER, TASK, DOCUMENTS[:1], policy_named("nothing"), memory=True, settings=SETTINGS)
+    assert not found.holds
+
+
+@torch.no_grad()
+def test_a_copied_cache_of_other_layers_is_a_deep_copy():
+    """Layers that change their states in place: what a copy is fed is not seen by the next."""
+    from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, full_attn_idxs=[1], block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    model = Lfm2ForCausalLM(config).eval()
+    first, second = torch.arange(3, 23)[None], torch.arange(40, 48)[None]
+    cache = DynamicCache(config=model.config)
+    model(first, past_key_values=cache)
+    found = [model(second, past_key_values=copied(cache)).logits for _ in range(2)]
+    assert torch.equal(*found)
+    twice = model(second.repeat(2, 1), past_key_values=copied(cache, 2)).logits
+    torch.testing.assert_close(twice, found[0].repeat(2, 1, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_thoughts_are_no_answer():
+    from tokenizers_for_tests import thinking_tokenizer
+
+    tokenizer = thinking_tokenizer()
+    run = Prepared(made(), tokenizer, TASK, DOCUMENTS[0], policy_named("nothing"), SETTINGS, False)
+    said = tokenizer("<think>The user asks.</think>Rex", add_special_tokens=False)["input_ids"]
+    assert run._answer(run.asked[0], said) == "Rex"

@@ -92,14 +92,16 @@ def test_yarn_is_transformers_own_and_is_taken_back(family):
     before = model(ids(90)).logits
     with extended(model, 96) as factor:
         inside = model(ids(90)).logits
-    assert factor == 1.5 and trained_length(model) == 64
+        with pytest.raises(DeltaMemError, match="extended already"), extended(model, 200):
+            pass
+    assert factor == 2 and trained_length(model) == 64
     assert torch.equal(model(ids(90)).logits, before) and not torch.equal(inside, before)
     theta = model.config.rope_parameters["rope_theta"]
     own = tiny_model(
         family,
-        max_position_embeddings=96,
+        max_position_embeddings=128,
         rope_parameters={
-            "rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 64, "rope_theta": theta,
+            "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": theta,
         },
     )  # fmt: skip
     own.load_state_dict(model.state_dict())

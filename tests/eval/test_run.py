@@ -184,6 +184,8 @@ def test_score_and_report_need_no_model(whole, tmp_path, capsys):
         (("--no-frozen", "--adapter", "off"), "adapter: got none"),
         (("--documents", "0"), "documents: got 0, allowed 1"),
         (("--chunk", "0"), "chunk: got 0"),
+        (("--batch-size", "0"), "batch_size: got 0"),
+        (("--policy", "dense-1", "--embedder", "x"), "policy dense: needs"),
         (("--verify", "-1"), "verify: got -1"),
         (("--template", "{{"), "--template: got"),
         (("--template", "[1]"), "--template: .*allowed a JSON object"),
@@ -204,3 +206,43 @@ def test_mistakes_are_told_before_anything_is_made(place, tmp_path, capsys, monk
 def test_no_action_is_help(capsys):
     assert main(["eval"]) == 2
     assert "run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--window", "100000"), "window: got 100,000, allowed at most what the model was trained on, 256"),
+        (("--window", "3"), "tokens: got 3"),
+        (("--adapter", "{root}/other"), "adapter"),
+    ],
+)
+def test_what_only_the_model_can_tell_is_told_before_the_first_row(place, tmp_path, capsys, more, message):
+    other = tiny_model(vocab_size=512, hidden_size=32)
+    patch_model(other, DeltaMemConfig.tsw(), backend="reference")
+    save_adapter(other, place / "other")
+    more = tuple(part.replace("{root}", str(place)) for part in more)
+    adapter = None if "--adapter" in more else "tsw"
+    assert deltamem(place, tmp_path, *more, adapter=adapter) == 2
+    assert re.search(message, capsys.readouterr().err) and not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.xdist_group("lm_eval")
+def test_other_data_of_lm_evals_tasks_does_not_go_on(place, tmp_path, capsys):
+    rows = SAMPLES["babilong-qa1"].read_text().splitlines()
+    for count, code in ((1, 0), (2, 2)):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(rows[:count]) + "\n")
+        command = ["eval", "run", str(place / "model"), "--task", f"babilong-qa1={path}", "--new-tokens", "2"]
+        assert main([*command, "--output", str(tmp_path / "run")]) == code
+    assert re.search("data.babilong-qa1: got .* another --output", capsys.readouterr().err)
+
+
+def test_a_judge_is_named_and_other_judges_do_not_go_on(place, tmp_path, capsys, monkeypatch):
+    from deltamem_fast.cli import eval as command
+
+    monkeypatch.setattr(command, "_judge_of", lambda *_: lambda question, answer: 1.0)
+    judged = ("--judge", "http://localhost:1", "--judge-model", "first")
+    assert deltamem(place, tmp_path, *judged, adapter=None, policies=("nothing",)) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["judge"] == "first"
+    assert deltamem(place, tmp_path, *judged[:3], "second", adapter=None, policies=("nothing",)) == 2
+    assert re.search("judge: got 'second'", capsys.readouterr().err)
