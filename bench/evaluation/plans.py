@@ -17,7 +17,7 @@ def policies(*names: str):
 
 
 def run_all(plans: Sequence[Plan]) -> int:
-    """Run plans of one directory, one after the other; each adds its rows. The exit status: 1 if one does not verify."""
+    """Run plans of one directory, one after the other; each adds its rows. The exit status: 1 if one fails."""
     facts = machine.describe()
     measured = {name: facts[name] for name in ("processor", "cores", "commit", "dirty")}
     say = commands.progress()

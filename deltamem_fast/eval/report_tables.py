@@ -29,13 +29,13 @@ _ELSEWHERE = (
 )  # said at the tasks, or of no use to a reader
 COLUMNS = (
     "*Score*: mean of what the metric gives, in percent, over the questions that it gives something for, but those "
-    "that the benchmark reports apart, with its 95 % interval. *− frozen*: minus the frozen model that sees nothing but the "
-    "question, in points, on the questions that both rows have a score for; *above 0*: the share of resamples in which "
-    "the row is the better one. *− without memory*: minus the same policy without a memory. *Told*: tokens of a "
-    "document that went through the model for its memory alone. *Prefill*: from the question to the first token, median. "
-    "*Shared*: telling the document, and reading the context that its questions share, for each question answered. "
-    "*Decode*: each token after the first. *In all*: prefill, decoding and the shared part, mean. Questions that were "
-    "answered together, in a batch, share its seconds."
+    "that the benchmark reports apart, with its 95 % interval. *− frozen*: minus the frozen model that sees nothing "
+    "but the question, in points, on the questions that both rows have a score for; *above 0*: the share of "
+    "resamples in which the row is the better one. *− without memory*: minus the same policy without a memory. "
+    "*Told*: tokens of a document that went through the model for its memory alone. *Prefill*: from the question to "
+    "the first token, median. *Shared*: telling the document, and reading the context that its questions share, for "
+    "each question answered. *Decode*: each token after the first. *In all*: prefill, decoding and the shared part, "
+    "mean. Questions that were answered together, in a batch, share its seconds."
 )
 
 
