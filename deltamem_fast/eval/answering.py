@@ -289,8 +289,11 @@ class Prepared:
             watch = Stopwatch(self.device)
             cache = self._read(self.shared, memory)
             seconds = watch.seconds()
-        for first in range(0, len(self.asked), self.settings.batch):
-            some = self.asked[first : first + self.settings.batch]
+        batch = self.settings.batch
+        if cache is not None and not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+            batch = 1  # layers that keep a state of their own have no rows that could be repeated
+        for first in range(0, len(self.asked), batch):
+            some = self.asked[first : first + batch]
             arguments = {} if memory is None else {"memory": memory.repeat(len(some)).read_only()}
             if cache is not None:
                 arguments["past_key_values"] = copied(cache, len(some))
@@ -371,9 +374,8 @@ def first_logits(prepared: Prepared, memory: MemoryState | None) -> Iterator[tor
     with prepared.positions():
         for some, arguments, _ in prepared.batches(memory):
             options = prepared.options() | {"max_new_tokens": 1}
-            found = prepared.model.generate(
-                **prepared.padded(some), **arguments, **options, output_logits=True, return_dict_in_generate=True
-            )
+            options |= {"output_logits": True, "return_dict_in_generate": True}
+            found = prepared.model.generate(**prepared.padded(some), **arguments, **options)
             yield from found.logits[0].float().cpu()
 
 

@@ -114,7 +114,10 @@ def test_answers_of_the_bare_model_are_generates(policy):
     for asked in run.asked:
         ids = torch.tensor([[*run.shared, *asked.ids]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-        assert found[asked.question.id] == TOKENIZER.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        tokens = out[0, ids.shape[1] :].tolist()
+        assert found[asked.question.id] == run._answer(
+            asked, [token for token in tokens if token != TOKENIZER.eos_token_id]
+        )
 
 
 def test_what_is_in_context():
@@ -160,7 +163,9 @@ def test_last_tokens_are_counted_over_parts():
             True,
         )
         assert text.endswith(run.context)
-        assert len(TOKENIZER(run.context, add_special_tokens=False)["input_ids"]) <= min(amount, total) + 1
+        assert (
+            len(TOKENIZER(run.context, add_special_tokens=False)["input_ids"]) <= min(amount, total) + 3
+        )  # cut through a word
         told = "".join(TOKENIZER.decode(window.ids[0], skip_special_tokens=True) for window in run.told)
         for word in ("train", "Rex", "market"):
             assert (word in told) != (word in run.context) or word[:2] in run.context + told  # cut through, or in one
@@ -169,8 +174,8 @@ def test_last_tokens_are_counted_over_parts():
 def test_costs(patched):
     for policy in POLICIES:
         for answer in answered(patched, policy, documents=DOCUMENTS[:1]):
-            shared, told = policy_named(policy).shared, policy in ("nothing", "bm25-1", "last-10")
-            assert (answer.context_seconds > 0) == shared and (answer.told_tokens > 0) == told
+            read, told = policy != "nothing", policy in ("nothing", "bm25-1", "last-10")  # bm25: its index
+            assert (answer.context_seconds > 0) == read and (answer.told_tokens > 0) == told
             assert (answer.tell_seconds > 0) == told and (answer.context_tokens > 0) == (policy != "nothing")
             assert answer.prefill_seconds > 0 and answer.decode_seconds >= 0 and 1 <= answer.answer_tokens <= 6
             assert answer.question_tokens > 0 and answer.peak_bytes > 10_000_000
@@ -266,8 +271,21 @@ def test_a_copied_cache_of_other_layers_is_a_deep_copy():
     model(first, past_key_values=cache)
     found = [model(second, past_key_values=copied(cache)).logits for _ in range(2)]
     assert torch.equal(*found)
-    twice = model(second.repeat(2, 1), past_key_values=copied(cache, 2)).logits
-    torch.testing.assert_close(twice, found[0].repeat(2, 1, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_hybrid_models_questions_do_not_meet():
+    """LFM2's convolutions keep a state that changes in place: its questions are fed one by one."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, full_attn_idxs=[1], block_auto_adjust_ff_dim=False, pad_token_id=0,
+        eos_token_id=TOKENIZER.eos_token_id,
+    )  # fmt: skip
+    model = Lfm2ForCausalLM(config).eval()
+    found = verify(model, TOKENIZER, TASK, DOCUMENTS[:1], policy_named("everything"), memory=False, settings=SETTINGS)
+    assert found.holds and found.questions == 5
 
 
 def test_thoughts_are_no_answer():

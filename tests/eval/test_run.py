@@ -182,7 +182,7 @@ def test_score_and_report_need_no_model(whole, tmp_path, capsys):
         (("--adapter", "{root}/tsw", "{root}/tsw"), "two with the label 'tsw', allowed each once: LABEL=ADAPTER"),
         (("--adapter", "{root}/nothing"), "adapter: .*nothing"),
         (("--no-frozen", "--adapter", "off"), "adapter: got none"),
-        (("--documents", "0"), "documents: got 0, allowed 1"),
+        (("--documents", "0"), "documents: got 0, allowed an integer, 1 or more"),
         (("--chunk", "0"), "chunk: got 0"),
         (("--batch-size", "0"), "batch_size: got 0"),
         (("--policy", "dense-1", "--embedder", "x"), "policy dense: needs"),
