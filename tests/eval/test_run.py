@@ -111,7 +111,7 @@ def test_other_arguments_do_not_go_on(whole, place, tmp_path, capsys):
     for more, named in (
         (("--seed", "1"), "seed"),
         (("--window", "32"), "settings.window"),
-        (("--documents", "1"), "data"),
+        (("--documents", "1"), "documents"),
     ):
         before = answers_of(tmp_path)
         assert deltamem(place, tmp_path, *more) == 2
