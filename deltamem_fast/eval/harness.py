@@ -335,7 +335,7 @@ class DeltaMemLM(HFLM):
         before = self._max_length
         with contextlib.ExitStack() as afterwards:
             if self.policy.kind == "yarn":
-                length = max(self.least_length, *map(self.length_of, requests))
+                length = max((self.least_length, *map(self.length_of, requests)))
                 afterwards.enter_context(extended(self.model, length))
                 self._max_length = max(self.max_length, length)
             self._contexts.begin(requests)

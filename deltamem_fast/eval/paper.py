@@ -230,10 +230,8 @@ def ruler_task(
     check_choice(name, "task", [name for name, paper in PAPER_TASKS.items() if paper.made])
     check_packages(name)
     check_integer(samples, "samples", 1)
-    # The variables have a worked example of up to 500 tokens: at 512, lm_eval looks for rows without an end.
-    least = 1024 if name == "ruler-vt" else 256
     for length in lengths:
-        check_integer(length, "lengths", least)
+        check_integer(length, "lengths", 1)
     with _seeded(seed), contextlib.redirect_stdout(sys.stderr):
         rows = [row for length in lengths for row in _MAKERS[name](tokenizer, length, samples)]
     if not rows:
@@ -254,11 +252,23 @@ def _needles(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
 def _variables(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
     from lm_eval.tasks.ruler import vt_utils
 
+    def check(noises: int, most: int, *, is_icl: bool) -> None:
+        # lm_eval goes on trying without an end where not even the least number of sentences fits, with 30 for the
+        # answer; names and numbers are drawn anew for each row, so that some are a little longer.
+        text, _ = vt_utils.generate_input_output(noises, 1, 4, is_icl=is_icl)
+        needed = len(tokenizer(text).input_ids) + 30 + _MARGIN
+        if needed > most:
+            raise ArgumentError(f"tokenizer: the shortest row of ruler-vt has {needed} tokens, allowed {most}")
+
     make = vt_utils.sys_vartrack_w_noise_random
+    check(5, 500, is_icl=True)
     example = make(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
+    behind = example["input"] + " " + " ".join(example["outputs"]) + "\n\n"
+    check(10, length - len(tokenizer(behind).input_ids), is_icl=False)
     return make(tokenizer=tokenizer, num_samples=samples, max_seq_length=length, icl_example=example)
 
 
+_MARGIN = 40
 _MAKERS = {"ruler-niah": _needles, "ruler-vt": _variables}
 
 
