@@ -230,12 +230,12 @@ def ruler_task(
     check_choice(name, "task", [name for name, paper in PAPER_TASKS.items() if paper.made])
     check_packages(name)
     check_integer(samples, "samples", 1)
+    if not lengths:
+        raise ArgumentError("lengths: got none, allowed one or more")
     for length in lengths:
         check_integer(length, "lengths", 1)
     with _seeded(seed), contextlib.redirect_stdout(sys.stderr):
         rows = [row for length in lengths for row in _MAKERS[name](tokenizer, length, samples)]
-    if not rows:
-        raise ArgumentError(f"lengths: got {', '.join(map(str, lengths))}: too little for one row of {name}")
     return _task_of(name, rows, seed)
 
 
@@ -243,10 +243,13 @@ def _needles(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
     from lm_eval.tasks.ruler import niah_utils
 
     kind = {"type_haystack": "repeat", "type_needle_k": "words", "type_needle_v": "numbers"}  # those of niah_single_1
-    return niah_utils.generate_samples(
-        niah_utils.get_haystack(type_haystack="repeat"), tokenizer, max_seq_length=length,
-        template=niah_utils.TEMPLATE, num_samples=samples, **kind,
-    )  # fmt: skip
+    try:
+        return niah_utils.generate_samples(
+            niah_utils.get_haystack(type_haystack="repeat"), tokenizer, max_seq_length=length,
+            template=niah_utils.TEMPLATE, num_samples=samples, **kind,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ArgumentError(f"lengths: got {length}, too little for a row of ruler-niah: {error}") from error
 
 
 def _variables(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
