@@ -7,8 +7,7 @@ memory of its own, which begins empty: no row of a batch, no request and no run 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,23 +28,13 @@ from .costs import Stopwatch
 from .extension import extended, trained_length
 from .harness_context import Contexts
 from .harness_costs import Meter
+from .harness_options import check_options, checked_telling, is_greedy, no_warning_of_models, with_end_of_thinking
 from .harness_segments import NOT_WRITTEN, padded, positions
 from .harness_tasks import by_document, is_ours
 from .opening import open_model, strategy_of
-from .policies import policy_named
-from .telling import tell, windows_of
-
-# What ``hf`` takes that has no place here: models are loaded by this package, on one device.
-_LOADS = """
-    revision subfolder trust_remote_code use_fast_tokenizer parallelize max_memory_per_gpu max_cpu_memory offload_folder
-    tp_plan peft delta autogptq gptqmodel gguf_file mixed_precision_dtype
-""".split()
-_PASSED = """
-    truncation logits_cache max_length softmax_dtype batch_size max_batch_size add_bos_token prefix_token_id
-    think_end_token enable_thinking chat_template_args
-""".split()
-_OWN = ("pretrained", "adapter", "backend", "strategy", "policy", "device", "dtype", "attention", "tokenizer")
-_PLAIN = {"until", "do_sample", "max_gen_toks"}
+from .policies import RETRIEVING, policy_named
+from .retrieval import CHUNK_TOKENS
+from .telling import CHUNK, tell, windows_of
 
 register()
 
@@ -65,8 +54,17 @@ class DeltaMemLM(HFLM):
         device: as torch names it; None = a GPU if there is one.
         dtype, attention: see ``load_model``.
         tokenizer: with a model in ``pretrained``.
+        window: tokens of a context in which a document is told; 0 = the trained length, at most 8,192.
+        chunk: tokens of a forward over what is told.
+        chunk_tokens: of what retrieval finds.
+        embedder: of dense retrieval, see ``finder_for``.
         options: ``batch_size``, ``max_length``, ``enable_thinking`` and others of lm_eval's ``hf`` that concern how
-            requests are run (``_PASSED``).
+            requests are run (``harness_options.PASSED``). ``think_end_token`` is ``</think>`` unless given, where the
+            tokenizer has it as one token: an answer is what stands behind it.
+
+    Attributes:
+        least_length: tokens that positions are made for at least under ``yarn``: the longest request's
+            (``length_of``), where some requests are to have the same positions as all.
 
     Raises:
         ValueError, TypeError, OSError, ImportError: naming the argument, before the weights are read.
@@ -84,13 +82,15 @@ class DeltaMemLM(HFLM):
         dtype: str = "auto",
         attention: str | None = None,
         tokenizer: Any = None,
+        window: int = 0,
+        chunk: int = CHUNK,
+        chunk_tokens: int = CHUNK_TOKENS,
+        embedder: str | None = None,
         **options: Any,
     ):
-        for name in options:
-            if name not in _PASSED:
-                why = "which deltamem does not take: it loads models itself" if name in _LOADS else "unknown"
-                raise ArgumentError(f"{name}: {why}; allowed {', '.join((*_OWN, *_PASSED))}")
+        check_options(options)
         self.policy = policy_named(policy)
+        self._telling = checked_telling(window, chunk, chunk_tokens, embedder)
         if isinstance(pretrained, str):
             model, tokenizer = open_model(
                 pretrained,
@@ -110,10 +110,13 @@ class DeltaMemLM(HFLM):
                     "adapter, strategy: got one with a model in pretrained, allowed with a name; patch it before"
                 )
             model = pretrained
-        with _no_warning_of_models():
+        options = with_end_of_thinking(options, tokenizer)
+        with no_warning_of_models():
             super().__init__(model, backend="causal", tokenizer=tokenizer, **options)
         self.model_name = pretrained if isinstance(pretrained, str) else str(model.config.name_or_path)
-        self._contexts = Contexts(self.policy, self.tokenizer, self.apply_chat_template)
+        self.least_length = 0
+        retrieval = self._telling["chunk_tokens"], embedder
+        self._contexts = Contexts(self.policy, self.tokenizer, self.apply_chat_template, *retrieval)
         self._memories: dict[str, MemoryState] = {}  # told text → what is remembered of it, while requests are run
         self._waiting: dict[str, Any] = {}  # of the batch that was encoded last: arguments of generate
         self._meter = Meter(self.device)
@@ -162,11 +165,14 @@ class DeltaMemLM(HFLM):
 
         Questions of ``harness_tasks`` that are answered greedily go by their documents: each is told, or read, once.
         """
-        ours = [place for place, request in enumerate(requests) if is_ours(request.doc) and _is_greedy(request.args[1])]
+        ours = [place for place, request in enumerate(requests) if is_ours(request.doc) and is_greedy(request.args[1])]
         found: list[Any] = [None] * len(requests)
         for places, task, documents, tokens in by_document(ours, requests):
             settings = Settings(
-                batch=self._rows, new_tokens=tokens or self.max_gen_toks, template=dict(self.chat_template_args)
+                **self._telling,
+                batch=self._rows,
+                new_tokens=tokens or self.max_gen_toks,
+                template=dict(self.chat_template_args),
             )
             answers = answer_documents(
                 self.model, self.tokenizer, task, documents, self.policy, memory=self.remembers, settings=settings
@@ -329,7 +335,7 @@ class DeltaMemLM(HFLM):
         before = self._max_length
         with contextlib.ExitStack() as afterwards:
             if self.policy.kind == "yarn":
-                length = max(map(self._length_of, requests), default=0)
+                length = max((self.least_length, *map(self.length_of, requests)))
                 afterwards.enter_context(extended(self.model, length))
                 self._max_length = max(self.max_length, length)
             self._contexts.begin(requests)
@@ -341,12 +347,29 @@ class DeltaMemLM(HFLM):
                 self._meter.clear()
                 self._memories, self._waiting = {}, {}
 
-    def _length_of(self, request) -> int:
-        """How many tokens a request needs positions for."""
+    def length_of(self, request) -> int:
+        """How many tokens a request of lm_eval's needs positions for: its prompt and what may come behind it."""
         text, more = request.args[:2]
         if isinstance(more, str):
             return len(self.tok_encode(text + more))
         return len(self.tok_encode(text)) + int(more.get("max_gen_toks", self.max_gen_toks))
+
+    def cut_off(self, requests: Sequence) -> tuple[int, int]:
+        """How many of these prompts to answer are cut at their beginning, and how many tokens fit before an answer.
+
+        0 under policies that retrieve, where it is not counted, and ``yarn``, which reaches as far as is asked.
+        """
+        if self.policy.kind in (*RETRIEVING, "yarn"):
+            return 0, 0
+        self._contexts.begin(requests)
+        try:
+            found, fits = 0, []
+            for text, options in (request.args[:2] for request in requests):
+                fits.append(self.max_length - int(options.get("max_gen_toks", self.max_gen_toks)))
+                found += len(self.tok_encode(self._contexts.under_policy(text)[0])) > fits[-1]
+            return found, min(fits, default=0)
+        finally:
+            self._contexts.clear()
 
     def _told(self, texts: Sequence[str]) -> MemoryState:
         """A memory of a row for each text, which is told once however many ask about it.
@@ -355,10 +378,10 @@ class DeltaMemLM(HFLM):
         on in the context (``last``) it is written.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._memories]
-        window = min(WRITE_TOKENS, trained_length(self.model))
+        window = self._telling["window"] or min(WRITE_TOKENS, trained_length(self.model))
         windows = [windows_of(self.model, self.tokenizer, [text], window) for text in new]
         watch = Stopwatch(self.device)
-        told = tell(self.model, windows, batch=self._rows)
+        told = tell(self.model, windows, chunk=self._telling["chunk"], batch=self._rows)
         self._meter.told(new, told.tokens, watch.seconds())
         self._memories |= {text: told.memory.select([row]) for row, text in enumerate(new)}
         memory = MemoryState.cat([self._memories[text] for text in texts])
@@ -373,20 +396,3 @@ class DeltaMemLM(HFLM):
         if self.batch_size == "auto":
             self.batch_size_per_gpu = self._detect_batch_size()
         return int(self.batch_size)
-
-
-def _is_greedy(options: Mapping[str, Any]) -> bool:
-    """Whether generation options say no more than how many tokens an answer may have."""
-    return not options.get("do_sample") and not options.get("until") and set(options) <= _PLAIN
-
-
-@contextlib.contextmanager
-def _no_warning_of_models() -> Iterator[None]:
-    """lm_eval warns that a model that is there already ignores arguments; those were used to make it."""
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

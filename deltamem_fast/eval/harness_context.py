@@ -11,7 +11,7 @@ from .harness_segments import prompt_segments
 from .harness_tasks import fields_of
 from .policies import Policy
 from .prompt_parts import prompt_parts
-from .retrieval import chunks_of, finder_for, selected
+from .retrieval import CHUNK_TOKENS, chunks_of, finder_for, selected
 
 
 class Contexts:
@@ -22,12 +22,21 @@ class Contexts:
         cuts: whether it leaves anything out.
     """
 
-    def __init__(self, policy: Policy, tokenizer, render: Callable[[list[Message], bool], str]):
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer,
+        render: Callable[[list[Message], bool], str],
+        chunk_tokens: int = CHUNK_TOKENS,
+        embedder: str | None = None,
+    ):
         """
         Args:
             render: messages, whether an answer begins behind them → the prompt; it calls ``note``.
+            chunk_tokens, embedder: of retrieval, see ``chunks_of`` and ``finder_for``.
         """
         self.policy, self.tokenizer, self.render = policy, tokenizer, render
+        self.chunk_tokens, self.embedder = chunk_tokens, embedder
         self.cuts = policy.kind not in ("everything", "yarn")
         self._chats: dict[str, tuple[list[Message], bool]] = {}  # what was rendered, by what came of it
         self.clear()
@@ -89,6 +98,6 @@ class Contexts:
             start = starts[-self.policy.amount] if len(starts) > self.policy.amount else 0
             return document[start:], document[:start].strip()
         if document not in self._finders:
-            chunks = chunks_of(self.tokenizer, [document])
-            self._finders[document] = chunks, finder_for(self.policy, chunks)
+            chunks = chunks_of(self.tokenizer, [document], self.chunk_tokens)
+            self._finders[document] = chunks, finder_for(self.policy, chunks, self.embedder)
         return selected(self.policy, *self._finders[document], question), document

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import ArgumentError
 from ..model.libraries import told
 from .answering import Settings
 from .answers import Answer, AnswerFile
 from .harness import DeltaMemLM
-from .paper import check_packages, local_task, paper_task_named
+from .paper import check_packages, local_task, metric_of, paper_task_named, ruler_task
 from .policies import Policy
 
 
@@ -34,13 +35,15 @@ def harness_row(
 
     Args:
         name: one of ``PAPER_TASKS``.
-        path: a local file with the benchmark's rows; None = lm_eval fetches them from the hub.
-        pretrained: where the model was had from; RULER loads its tokenizer from there.
-        settings: of which lm_eval's own tasks have ``batch``, ``new_tokens`` and ``template``.
+        path: a local file with the benchmark's rows; None = lm_eval fetches them from the hub, or, of RULER, makes them
+            with ``tokenizer``.
+        pretrained: what lm_eval calls the model.
+        settings: all of them count; without ``new_tokens`` an answer has as many as the benchmark (``PaperTask``), and
+            at most half of what the model can see.
         limit: how many questions, the first of the data; None = all.
 
     Raises:
-        ValueError, OSError, ImportError: of the data, or lm_eval; the message names the benchmark.
+        ValueError, OSError, ImportError: of the data, ``settings``, or lm_eval; the message names the benchmark.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -48,14 +51,20 @@ def harness_row(
     paper = paper_task_named(name)
     check_packages(name)
     lm = DeltaMemLM(
-        model, tokenizer=tokenizer, policy=policy.name, batch_size=settings.batch,
+        model, tokenizer=tokenizer, policy=policy.name, batch_size=settings.batch, window=settings.window,
+        chunk=settings.chunk, chunk_tokens=settings.chunk_tokens, embedder=settings.embedder,
         **({"chat_template_args": settings.template} if settings.template else {}),
     )  # fmt: skip
+    lm.model_name = pretrained
+    tokens = _new_tokens(lm, settings.new_tokens, paper.new_tokens)
     task = paper.task if path is None else local_task(name, path, seed=seed)
+    if path is None and paper.made:
+        with told(f"task {name}"):
+            task = ruler_task(name, tokenizer, seed=seed)
     # To look through all that lm_eval knows takes seconds.
-    manager = TaskManager(include_defaults=path is None)
-    options = {"gen_kwargs": f"max_gen_toks={settings.new_tokens}"} if settings.new_tokens else {}
-    with told(f"task {name}"), _kept(lm, file, name):
+    manager = TaskManager(include_defaults=isinstance(task, str))
+    options = {"gen_kwargs": f"max_gen_toks={tokens}"} if tokens else {}
+    with told(f"task {name}"), _kept(lm, file, name) as notes:
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
@@ -69,19 +78,21 @@ def harness_row(
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
-            metadata={"tokenizer": pretrained, "pretrained": pretrained},
             **options,
         )
     samples = [sample for sample in found["samples"][paper.task] if sample["filter"] in (paper.filter, None)]
     ids = {sample["doc_id"]: _id(name, sample["doc_id"]) for sample in samples}
+    metric = metric_of(name, (sample["doc"] for sample in samples))
+    if not settings.new_tokens and tokens < paper.new_tokens:
+        notes.append(f"answers had {tokens:,} tokens instead of {paper.new_tokens:,}: the model sees {lm.max_length:,}")
     return {
-        "scores": {ids[sample["doc_id"]]: float(sample[paper.metric]) for sample in samples},
+        "scores": {ids[sample["doc_id"]]: float(sample[metric]) for sample in samples},
         "categories": dict.fromkeys(ids.values(), ""),
         "documents": {id: id for id in ids.values()},
-        "metric": paper.metric,
+        "metric": metric,
         "title": paper.title,
-        "notes": [paper.notes] if paper.notes else [],
-        "aggregate": {"overall": found["results"][paper.task][f"{paper.metric},{paper.filter}"]},
+        "notes": [*([paper.notes] if paper.notes else []), *notes],
+        "aggregate": {"overall": found["results"][paper.task][f"{metric},{paper.filter}"]},
     }
 
 
@@ -89,10 +100,23 @@ def _id(name: str, place: int) -> str:
     return f"{name}-{place}"
 
 
+def _new_tokens(lm: DeltaMemLM, wanted: int, usual: int) -> int:
+    """Tokens of an answer at most; 0 = as lm_eval has it."""
+    if lm.policy.kind == "yarn":  # which reaches further
+        return wanted or usual
+    if wanted >= lm.max_length:
+        raise ArgumentError(f"new_tokens: got {wanted}, allowed less than {lm.max_length}, which the model sees")
+    return wanted or min(usual, lm.max_length // 2)
+
+
 @contextlib.contextmanager
-def _kept(lm: DeltaMemLM, file: AnswerFile, name: str) -> Iterator[None]:
-    """Inside, each answer is written to ``file`` as soon as it is there, and those that it has are not run again."""
-    run = lm.generate_until
+def _kept(lm: DeltaMemLM, file: AnswerFile, name: str) -> Iterator[list[str]]:
+    """Inside, each answer is written to ``file`` as soon as it is there, and those that it has are not run again.
+
+    What is found depends on all requests, not on those that are left: positions under ``yarn``, and what is yielded,
+    notes for the report, which are complete when the requests have been run.
+    """
+    run, notes = lm.generate_until, []
     asked: dict[str, list[str]] = {}
 
     class Hook:
@@ -103,6 +127,12 @@ def _kept(lm: DeltaMemLM, file: AnswerFile, name: str) -> Iterator[None]:
 
     def generate_until(requests: list, disable_tqdm: bool = False) -> list[str]:
         ids = [_id(name, request.doc_id) for request in requests]
+        lm.least_length = max(map(lm.length_of, requests), default=0) if lm.policy.kind == "yarn" else 0
+        cut, fits = lm.cut_off(requests)
+        if cut:
+            notes.append(
+                f"{cut} of {len(requests)} prompts were longer than {fits:,} tokens and cut at their beginning"
+            )
         left = [(id, request) for id, request in zip(ids, requests) if id not in file.answers]
         for id, request in left:
             asked.setdefault(request.args[0], []).append(id)
@@ -112,7 +142,7 @@ def _kept(lm: DeltaMemLM, file: AnswerFile, name: str) -> Iterator[None]:
 
     hook, lm.cache_hook, lm.generate_until = lm.cache_hook, Hook(), generate_until
     try:
-        yield
+        yield notes
     finally:
-        lm.cache_hook = hook
+        lm.cache_hook, lm.least_length = hook, 0
         del lm.generate_until

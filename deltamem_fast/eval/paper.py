@@ -11,13 +11,13 @@ import csv
 import io
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import check_choice
-from ..errors import FileFormatError, FileMissingError, MissingPackageError
+from ..arguments import check_choice, check_integer
+from ..errors import ArgumentError, FileFormatError, FileMissingError, MissingPackageError
 from ..storage.files import as_path, read_bytes
 from .records import field, read_records
 
@@ -45,6 +45,9 @@ class PaperTask:
         fields: of a row of a local file, and of what type.
         few_shot: how many worked examples stand before a question.
         chat_template: whether a chat model should be asked with its chat template (``apply_chat_template=True``).
+        new_tokens: of an answer at most, where nothing else is said; 0 = as lm_eval has it.
+        made: whether lm_eval makes its rows itself, with a tokenizer; see ``ruler_task``. Their ``max_length`` is the
+            name of the metric then.
         notes: what has to be known of it.
     """
 
@@ -59,12 +62,16 @@ class PaperTask:
     packages: tuple[str, ...] = ()
     few_shot: int = 0
     chat_template: bool = True
+    new_tokens: int = 0
+    made: bool = False
     notes: str = ""
 
 
 _RULER = ("wonderwords", "nltk", "scipy")
 _RULER_FIELDS = {"input": str, "outputs": list, "max_length": int, "gen_prefix": str}
-_RULER_DATA = "made by lm_eval at once, with the tokenizer named by metadata={'tokenizer': …}; nothing is downloaded"
+_RULER_DATA = "made by lm_eval's functions at once, with the model's tokenizer; nothing is downloaded"
+# The lengths that lm_eval's tasks have as metrics.
+RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 PAPER_TASKS = {
     "ifeval": PaperTask(
         "IFEval",
@@ -87,7 +94,8 @@ PAPER_TASKS = {
         "login`; its authors ask that questions are shown nowhere",
         {"Question": str, "Correct Answer": str} | {f"Incorrect Answer {n}": str for n in (1, 2, 3)},
         filter="flexible-extract",
-        notes="answers are thought aloud, in 256 tokens unless gen_kwargs says max_gen_toks=…",
+        new_tokens=2048,
+        notes="answers are thought aloud: they have up to 2,048 tokens, where lm_eval by itself gives 256",
     ),
     "hotpotqa": PaperTask(
         "HotpotQA (LongBench)",
@@ -108,7 +116,8 @@ PAPER_TASKS = {
         _RULER_DATA,
         _RULER_FIELDS,
         packages=_RULER,
-        notes="its metric is the length in tokens, 4096 to 131072; lm_eval loads the tokenizer with trust_remote_code",
+        made=True,
+        notes="its metric is the length in tokens, 4096 to 131072",
     ),
     "ruler-vt": PaperTask(
         "RULER, chained variables",
@@ -119,7 +128,8 @@ PAPER_TASKS = {
         _RULER_DATA,
         _RULER_FIELDS,
         packages=_RULER,
-        notes="its metric is the length in tokens, 4096 to 131072; lm_eval loads the tokenizer with trust_remote_code",
+        made=True,
+        notes="its metric is the length in tokens, 4096 to 131072",
     ),
 } | {
     f"babilong-qa{n}": PaperTask(
@@ -183,15 +193,94 @@ def local_task(name: str, data: Path | str, *, seed: int = 0) -> ConfigurableTas
         ValueError, OSError: an unknown name, no such file, or a row without what the benchmark needs.
         ImportError: a package is missing; the message says the command that installs it.
     """
+    return _task_of(name, check_rows(name, data), seed)
+
+
+def check_rows(name: str, data: Path | str) -> list[dict[str, Any]]:
+    """The rows of a local file, read and checked wholly, so that no model need be loaded before; see ``local_task``."""
     paper = paper_task_named(name)
-    rows = _rows(paper, as_path(data, "data"), name)
+    path = as_path(data, "data")
+    rows = _rows(paper, path, name)
+    if paper.made:
+        metric_of(name, rows, f"data: {path}: ")
     check_packages(name)
     if name == "ifeval":
         _check_sentences(rows)
+    return rows
+
+
+def ruler_task(
+    name: str, tokenizer, lengths: Sequence[int] = RULER_LENGTHS[:1], *, samples: int = 500, seed: int = 0
+) -> ConfigurableTask:
+    """RULER on rows that are made here by lm_eval's functions, to so many tokens of ``tokenizer``.
+
+    By itself lm_eval loads a tokenizer to make them, by name and with ``trust_remote_code``: whatever code lies beside
+    the model. Here the one that is there is handed to it, and nothing is loaded.
+
+    Args:
+        name: one of ``PAPER_TASKS`` that are ``made``.
+        lengths: of prompts with their answers, in tokens; lm_eval reports scores of ``RULER_LENGTHS``.
+        samples: rows of each length.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: another name, or a length that the benchmark cannot be made with.
+        ImportError: a package is missing; the message says the command that installs it.
+    """
+    check_choice(name, "task", [name for name, paper in PAPER_TASKS.items() if paper.made])
+    check_packages(name)
+    check_integer(samples, "samples", 1)
+    if not lengths:
+        raise ArgumentError("lengths: got none, allowed one or more")
+    for length in lengths:
+        check_integer(length, "lengths", 1)
+    with _seeded(seed), contextlib.redirect_stdout(sys.stderr):
+        rows = [row for length in lengths for row in _MAKERS[name](tokenizer, length, samples)]
+    return _task_of(name, rows, seed)
+
+
+def _needles(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
+    from lm_eval.tasks.ruler import niah_utils
+
+    kind = {"type_haystack": "repeat", "type_needle_k": "words", "type_needle_v": "numbers"}  # those of niah_single_1
+    try:
+        return niah_utils.generate_samples(
+            niah_utils.get_haystack(type_haystack="repeat"), tokenizer, max_seq_length=length,
+            template=niah_utils.TEMPLATE, num_samples=samples, **kind,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ArgumentError(f"lengths: got {length}, too little for a row of ruler-niah: {error}") from error
+
+
+def _variables(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
+    from lm_eval.tasks.ruler import vt_utils
+
+    def check(noises: int, most: int, *, is_icl: bool) -> None:
+        # lm_eval goes on trying without an end where not even the least number of sentences fits, with 30 for the
+        # answer; names and numbers are drawn anew for each row, so that some are a little longer.
+        text, _ = vt_utils.generate_input_output(noises, 1, 4, is_icl=is_icl)
+        needed = len(tokenizer(text).input_ids) + 30 + _MARGIN
+        if needed > most:
+            raise ArgumentError(f"tokenizer: the shortest row of ruler-vt has {needed} tokens, allowed {most}")
+
+    make = vt_utils.sys_vartrack_w_noise_random
+    check(5, 500, is_icl=True)
+    example = make(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
+    behind = example["input"] + " " + " ".join(example["outputs"]) + "\n\n"
+    check(10, length - len(tokenizer(behind).input_ids), is_icl=False)
+    return make(tokenizer=tokenizer, num_samples=samples, max_seq_length=length, icl_example=example)
+
+
+_MARGIN = 40
+_MAKERS = {"ruler-niah": _needles, "ruler-vt": _variables}
+
+
+def _task_of(name: str, rows: list[dict[str, Any]], seed: int) -> ConfigurableTask:
     from datasets import Dataset
     from lm_eval import tasks as library
     from lm_eval.tasks import TaskManager
 
+    paper = PAPER_TASKS[name]
     place = Path(library.__file__).parent / paper.directory
     with _seeded(seed), contextlib.redirect_stdout(sys.stderr):  # lm_eval prints what it would download
         manager = TaskManager(include_path=str(place), include_defaults=False)
@@ -206,10 +295,41 @@ def local_task(name: str, data: Path | str, *, seed: int = 0) -> ConfigurableTas
     return task
 
 
-def score_of(name: str, results: Mapping[str, Any]) -> float:
-    """What is reported of a benchmark, of what ``lm_eval.simple_evaluate`` returned."""
+def metric_of(name: str, rows: Iterable[Mapping[str, Any]], where: str = "") -> str:
+    """What is reported of a benchmark on these rows: RULER's metric is their length.
+
+    Args:
+        where: of an error, what stands before the row.
+
+    Raises:
+        ValueError: two rows of different lengths, or of one that lm_eval has no metric of; names the row.
+    """
     paper = paper_task_named(name)
-    return float(results["results"][paper.task][f"{paper.metric},{paper.filter}"])
+    if not paper.made:
+        return paper.metric
+    first = None
+    for number, row in enumerate(rows, 1):
+        length = row["max_length"]
+        if length not in RULER_LENGTHS:
+            allowed = ", ".join(map(str, RULER_LENGTHS))
+            raise FileFormatError(f"{where}row {number}: max_length: got {length}, allowed {allowed}")
+        first = first or length
+        if length != first:
+            raise FileFormatError(f"{where}row {number}: max_length: got {length}, allowed {first}, as row 1 has it")
+    return paper.metric if first is None else str(first)
+
+
+def score_of(name: str, results: Mapping[str, Any]) -> float:
+    """What is reported of a benchmark, of what ``lm_eval.simple_evaluate`` returned.
+
+    Of RULER at several lengths, the shortest's.
+    """
+    paper = paper_task_named(name)
+    found = results["results"][paper.task]
+    metrics = map(str, RULER_LENGTHS) if paper.made else ()
+    # −1 is a length without a row
+    measured = [metric for metric in metrics if found.get(f"{metric},{paper.filter}", -1) != -1]
+    return float(found[f"{(measured or [paper.metric])[0]},{paper.filter}"])
 
 
 def _rows(paper: PaperTask, path: Path, name: str) -> list[dict[str, Any]]:
@@ -248,10 +368,14 @@ def _check_sentences(rows: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Python's own random numbers, which lm_eval's tasks draw, from a seed; afterwards as they were."""
-    before = random.getstate()
+    """Random numbers of Python and NumPy, which lm_eval's tasks draw, from a seed; afterwards as they were."""
+    import numpy
+
+    before = random.getstate(), numpy.random.get_state()
     random.seed(seed)
+    numpy.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        random.setstate(before)
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])

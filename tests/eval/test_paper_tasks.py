@@ -6,15 +6,25 @@ import csv
 import importlib.util
 import json
 import random
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
 from harness_support import Saying, evaluated, lines, made
 
-from deltamem_fast.errors import DeltaMemError
+from deltamem_fast.errors import DeltaMemError, FileMissingError
 from deltamem_fast.eval import paper
 from deltamem_fast.eval.harness import DeltaMemLM
-from deltamem_fast.eval.paper import PAPER_TASKS, SAMPLES, check_packages, local_task, score_of
+from deltamem_fast.eval.paper import (
+    PAPER_TASKS,
+    SAMPLES,
+    check_packages,
+    check_rows,
+    local_task,
+    metric_of,
+    ruler_task,
+    score_of,
+)
 
 pytestmark = pytest.mark.xdist_group("lm_eval")  # whose import takes seconds
 
@@ -114,12 +124,78 @@ def test_refused(tmp_path):
     ):
         with pytest.raises(DeltaMemError, match=words):
             local_task(name, path)
+        with pytest.raises(DeltaMemError, match=words):
+            check_rows(name, path)
     data.write_text('{"input": "a"\n')
     with pytest.raises(DeltaMemError, match="data: .*data.jsonl: line 1: not JSON"):
         local_task("babilong-qa1", data)
     data.write_text("\n")
     with pytest.raises(DeltaMemError, match="no row in it"):
         local_task("babilong-qa1", data)
+
+
+def words(text: str):
+    """A tokenizer of words, as lm_eval asks RULER's."""
+    return SimpleNamespace(input_ids=text.split())
+
+
+@pytest.mark.parametrize("name", [needs("ruler-niah"), needs("ruler-vt")])
+def test_ruler_is_made_with_a_tokenizer(name):
+    """Rows fill the length in tokens of the tokenizer that is given; the seed alone decides what they say."""
+    lengths = {"ruler-niah": (512, 700), "ruler-vt": (1024,)}[name]
+    before = random.getstate()
+    made = [list(ruler_task(name, words, lengths, samples=3, seed=seed).test_docs()) for seed in (0, 0, 1)]
+    assert made[0] == made[1] != made[2] and random.getstate() == before
+    answer = 128 if name == "ruler-niah" else 30
+    for row, length in zip(made[0], [length for length in lengths for _ in range(3)], strict=True):
+        assert row["max_length"] == length and length - 300 < row["length"] <= length
+        assert all(one in row["input"] for one in row["outputs"])
+        if name == "ruler-niah":
+            assert row["length"] == len(row["input"].split()) + answer
+
+
+def test_ruler_refused():
+    for name, lengths, words_of in (
+        ("hotpotqa", (512,), "task: got 'hotpotqa', allowed ruler-niah, ruler-vt"),
+        ("ruler-niah", (0,), "lengths: got 0"),
+        ("ruler-niah", (), "lengths: got none"),
+        ("ruler-niah", (130,), "lengths: got 130, too little for a row of ruler-niah"),
+        ("ruler-vt", (512,), "the shortest row of ruler-vt has .* tokens, allowed"),  # lm_eval would try without an end
+    ):
+        with pytest.raises(DeltaMemError, match=words_of):
+            ruler_task(name, words, lengths, samples=1)
+    with pytest.raises(DeltaMemError, match="the shortest row of ruler-vt has .* tokens, allowed 500"):
+        ruler_task("ruler-vt", lambda text: SimpleNamespace(input_ids=list(text)), samples=1)
+
+
+@pytest.mark.parametrize("name", [needs("ruler-niah"), needs("ruler-vt")])
+def test_rulers_metric_is_its_length(tmp_path, name):
+    longer = [one | {"max_length": 8192} for one in rows(name)]
+    path = lines(tmp_path / "longer.jsonl", longer)
+    assert metric_of(name, rows(name)) == "4096" and metric_of(name, longer) == "8192"
+    assert metric_of("gpqa", []) == "exact_match"
+    right = answers(name)
+    model = Saying(lambda prompt: next(right[text] for text in right if text in prompt))
+    task = local_task(name, path)
+    assert tuple(task.aggregation()) == tuple(map(str, paper.RULER_LENGTHS))
+    assert score_of(name, evaluated(model, task)) == 1
+    for change, words_of in (
+        ({"max_length": 4096}, "row 2: max_length: got 4096, allowed 8192, as row 1 has it"),
+        ({"max_length": 500}, "row 2: max_length: got 500, allowed 4096, 8192"),
+    ):
+        path = lines(tmp_path / "data.jsonl", [longer[0], longer[1] | change, *longer[2:]])
+        for reads in (check_rows, local_task):
+            with pytest.raises(DeltaMemError, match=f"data: .*data.jsonl: {words_of}"):
+                reads(name, path)
+
+
+def test_rows_are_checked_without_lm_eval(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "_task_of", None)
+    for name in SAMPLES:
+        assert check_rows(name, SAMPLES[name]) == rows(name)
+    monkeypatch.setattr(paper, "_check_sentences", lambda rows: (_ for _ in ()).throw(FileMissingError("punkt_tab")))
+    with pytest.raises(OSError, match="punkt_tab"):
+        check_rows("ifeval", SAMPLES["ifeval"])
 
 
 def test_what_is_missing_is_told(monkeypatch):
