@@ -25,7 +25,7 @@ from ..adapter.files import AdapterSource, read_adapter
 from ..adapter.record import identity_of, is_patched
 from ..arguments import check_integer, shown
 from ..display import counted
-from ..errors import ArgumentError, FileMissingError
+from ..errors import ArgumentError
 from ..inspection.facts import versions
 from ..memory.telling import WRITE_TOKENS
 from ..model.libraries import require
@@ -38,7 +38,7 @@ from .answers import Answer, AnswerFile, differing
 from .checking import Equality, verify
 from .data import Document, Task
 from .extension import extended, trained_length
-from .paper import PAPER_TASKS, check_packages
+from .paper import PAPER_TASKS, check_packages, check_rows
 from .policies import Policy
 from .report import write_report
 from .report_tables import NO_MEMORY
@@ -121,8 +121,8 @@ class Plan:
             if name in PAPER_TASKS:
                 require(("lm_eval",), f"task {name}")
                 check_packages(name)
-                if path is not None and not path.is_file():
-                    raise FileMissingError(f"task {name}: {path}: no such file")
+                if path is not None:
+                    check_rows(name, path)
 
 
 def run(
