@@ -50,6 +50,7 @@ from .telling import windows_of
 
 RUN_FORMAT, RUN_VERSION = "deltamem evaluation run", 1
 VERIFIED = "verified"
+VERIFIED_QUESTIONS = 4  # of each document
 FLAGS = {"batch": "batch_size", "chunk_tokens": "retrieval_chunk"}  # settings that the command line calls otherwise
 _PACKAGES = ("lm_eval", "bm25s", "nltk", "sentence-transformers")
 
@@ -66,7 +67,7 @@ class Plan:
         adapters: label → a directory, hub id or shipped name; the label stands behind the + of a row's name.
         frozen: rows without a memory, too.
         documents, questions: how many of a task, and of each document (drawn by ``seed``); None = all.
-        verify: documents of each row that are compared with plain forwards.
+        verify: documents of each row that are compared with plain forwards, up to ``VERIFIED_QUESTIONS`` of each.
         settings: how documents are told and questions asked.
         judge: the name of the model that judges, for the record.
         shown: what records call the model or an adapter that lies in the package, by its path.
@@ -366,15 +367,22 @@ class _Rows:
                 say(f"{task.name} {row}: left out: {reason}")
             if not file.answers:
                 return
-            if self.plan.verify:  # of those that fit
-                some = [document for document in documents if document.id not in too_long][: self.plan.verify]
-                found = verify(self.model, self.tokenizer, task, some, policy, **options)
-                self.record.verified(task.name, row, found)
-                if not found.holds:
-                    say(f"{task.name} {row}: chunks, batches and padding do not equal plain forwards: {found}")
+            fits = [document for document in documents if document.id not in too_long]
+            self._verify(task, row, policy, fits[: self.plan.verify], options, say)
             answers = {id: answer.answer for id, answer in file.answers.items()}
         write_scores(self.plan.output, task, documents, row, answers, judge)
         say(f"{task.name} {row}: {len(answers):,} answers")
+
+    def _verify(self, task: Task, row: str, policy: Policy, documents: list[Document], options, say) -> None:
+        """Unless an earlier run into this directory has looked at as many documents, and they were equal."""
+        before = self.record.found[VERIFIED].get(task.name, {}).get(row, {"documents": 0, "holds": True})
+        if before["holds"] and before["documents"] >= len(documents):
+            return
+        some = [replace(document, questions=document.questions[:VERIFIED_QUESTIONS]) for document in documents]
+        found = verify(self.model, self.tokenizer, task, some, policy, **options)
+        self.record.verified(task.name, row, found)
+        if not found.holds:
+            say(f"{task.name} {row}: chunks, batches and padding do not equal plain forwards: {found}")
 
     def _harness(self, name: str, path: Path | None, policy: Policy, say) -> None:
         from .harness_run import harness_row  # lm_eval takes seconds to import
