@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltamem_fast.adapter.shipped import SHIPPED
 from deltamem_fast.eval.answering import Settings
-from deltamem_fast.eval.run import Plan
+from deltamem_fast.eval.plan import Plan
 
 from ..instrument import results
 from .plans import policies, run_all

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deltamem_fast.eval.plan import Plan
 from deltamem_fast.eval.policies import policy_named
-from deltamem_fast.eval.run import VERIFIED, Plan, run
+from deltamem_fast.eval.record import VERIFIED
+from deltamem_fast.eval.run import run
 from deltamem_fast.storage.files import read_json
 
 from ..instrument import commands, machine

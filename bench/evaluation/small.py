@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from deltamem_fast.eval.answering import Settings
-from deltamem_fast.eval.run import Plan
+from deltamem_fast.eval.plan import Plan
 from deltamem_fast.recall.weights import find_weights
 
 from ..instrument import results

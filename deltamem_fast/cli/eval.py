@@ -153,7 +153,9 @@ def _run(arguments: argparse.Namespace) -> int:
     judge = _judge_of(arguments, output / "judged.jsonl")
     model, adapters, shown = _model_and_adapters(arguments)
     from ..eval.answering import Settings
-    from ..eval.run import VERIFIED, Plan, run
+    from ..eval.plan import Plan
+    from ..eval.record import VERIFIED
+    from ..eval.run import run
     from ..storage.files import read_json
 
     settings = Settings(

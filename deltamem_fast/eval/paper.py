@@ -72,78 +72,72 @@ _RULER_FIELDS = {"input": str, "outputs": list, "max_length": int, "gen_prefix":
 _RULER_DATA = "made by lm_eval's functions at once, with the model's tokenizer; nothing is downloaded"
 # The lengths that lm_eval's tasks have as metrics.
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-PAPER_TASKS = {
-    "ifeval": PaperTask(
-        "IFEval",
-        "ifeval",
-        "ifeval",
-        "train",
-        "prompt_level_strict_acc",
-        "hub google/IFEval (541 prompts, Apache-2.0)",
-        {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
-        packages=("langdetect", "immutabledict", "nltk"),
-        notes=f"two of 25 instructions ({', '.join(_WITH_SENTENCES)}) need NLTK's punkt_tab: {_WORDS[1]}",
-    ),
-    "gpqa": PaperTask(
-        "GPQA Diamond",
-        "gpqa_diamond_cot_zeroshot",
-        "gpqa/cot_zeroshot",
-        "train",
-        "exact_match",
-        "hub Idavidrein/gpqa, gpqa_diamond (198 questions, CC BY 4.0), gated: accept its terms there, then `hf auth "
-        "login`; its authors ask that questions are shown nowhere",
-        {"Question": str, "Correct Answer": str} | {f"Incorrect Answer {n}": str for n in (1, 2, 3)},
-        filter="flexible-extract",
-        new_tokens=2048,
-        notes="answers are thought aloud: they have up to 2,048 tokens, where lm_eval by itself gives 256",
-    ),
-    "hotpotqa": PaperTask(
-        "HotpotQA (LongBench)",
-        "longbench_hotpotqa",
-        "longbench",
-        "test",
-        "qa_f1_score",
-        "hub Xnhyacinth/LongBench, hotpotqa (200 questions); or hotpotqa.jsonl of zai-org/LongBench's data.zip",
-        {"context": str, "question": str, "answers": list},
-        packages=("jieba", "fuzzywuzzy", "rouge"),
-    ),
-    "ruler-niah": PaperTask(
-        "RULER, one needle",
-        "niah_single_1",
-        "ruler",
-        "test",
-        "4096",
-        _RULER_DATA,
-        _RULER_FIELDS,
-        packages=_RULER,
-        made=True,
-        notes="its metric is the length in tokens, 4096 to 131072",
-    ),
-    "ruler-vt": PaperTask(
-        "RULER, chained variables",
-        "ruler_vt",
-        "ruler",
-        "test",
-        "4096",
-        _RULER_DATA,
-        _RULER_FIELDS,
-        packages=_RULER,
-        made=True,
-        notes="its metric is the length in tokens, 4096 to 131072",
-    ),
-} | {
-    f"babilong-qa{n}": PaperTask(
-        f"BABILong qa{n}",
-        f"babilong_qa{n}",
-        "babilong",
-        f"qa{n}",
-        "acc",
-        "hub RMT-team/babilong-1k-samples (Apache-2.0); metadata={'max_seq_lengths': '4k'} takes the length: 0k to 1M",
-        {"input": str, "question": str, "target": str},
-        few_shot=2,
-    )
-    for n in range(1, 6)
-}
+PAPER_TASKS = (
+    {
+        "ifeval": PaperTask(
+            "IFEval",
+            "ifeval",
+            "ifeval",
+            "train",
+            "prompt_level_strict_acc",
+            "hub google/IFEval (541 prompts, Apache-2.0)",
+            {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
+            packages=("langdetect", "immutabledict", "nltk"),
+            notes=f"two of 25 instructions ({', '.join(_WITH_SENTENCES)}) need NLTK's punkt_tab: {_WORDS[1]}",
+        ),
+        "gpqa": PaperTask(
+            "GPQA Diamond",
+            "gpqa_diamond_cot_zeroshot",
+            "gpqa/cot_zeroshot",
+            "train",
+            "exact_match",
+            "hub Idavidrein/gpqa, gpqa_diamond (198 questions, CC BY 4.0), gated: accept its terms, then `hf auth "
+            "login`; its authors ask that questions are shown nowhere",
+            {"Question": str, "Correct Answer": str} | {f"Incorrect Answer {n}": str for n in (1, 2, 3)},
+            filter="flexible-extract",
+            new_tokens=2048,
+            notes="answers are thought aloud: they have up to 2,048 tokens, where lm_eval by itself gives 256",
+        ),
+        "hotpotqa": PaperTask(
+            "HotpotQA (LongBench)",
+            "longbench_hotpotqa",
+            "longbench",
+            "test",
+            "qa_f1_score",
+            "hub Xnhyacinth/LongBench, hotpotqa (200 questions); or hotpotqa.jsonl of zai-org/LongBench's data.zip",
+            {"context": str, "question": str, "answers": list},
+            packages=("jieba", "fuzzywuzzy", "rouge"),
+        ),
+    }
+    | {
+        f"ruler-{name}": PaperTask(
+            f"RULER, {title}",
+            task,
+            "ruler",
+            "test",
+            "4096",
+            _RULER_DATA,
+            _RULER_FIELDS,
+            packages=_RULER,
+            made=True,
+            notes="its metric is the length in tokens, 4096 to 131072",
+        )
+        for name, title, task in (("niah", "one needle", "niah_single_1"), ("vt", "chained variables", "ruler_vt"))
+    }
+    | {
+        f"babilong-qa{n}": PaperTask(
+            f"BABILong qa{n}",
+            f"babilong_qa{n}",
+            "babilong",
+            f"qa{n}",
+            "acc",
+            "hub RMT-team/babilong-1k-samples (Apache-2.0); metadata={'max_seq_lengths': '4k'} for others: 0k to 1M",
+            {"input": str, "question": str, "target": str},
+            few_shot=2,
+        )
+        for n in range(1, 6)
+    }
+)
 _DATA = Path(__file__).parent.parent / "data" / "eval"
 # A few rows of our own making in the format of each, which show that it runs and say nothing of a model.
 SAMPLES = {

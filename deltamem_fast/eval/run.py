@@ -6,124 +6,45 @@ Each row's answers are on disk as soon as they are there; a run that was killed 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import hashlib
-import importlib.metadata
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 from torch import nn
 
 from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import AdapterSource, read_adapter
-from ..adapter.record import identity_of, is_patched
-from ..arguments import check_integer, shown
 from ..display import counted
 from ..errors import ArgumentError
-from ..inspection.facts import versions
 from ..memory.telling import WRITE_TOKENS
-from ..model.libraries import require
 from ..model.loading import device_for, found_model, load_model, usable_device
 from ..model.patch import patch_model, unpatch_model
 from ..model.threads import fitting_threads
-from ..storage.files import check_format, check_version, make_directory, read_bytes, read_json, write_json
-from .answering import DoesNotFit, Remembered, Settings, answer_documents
-from .answers import Answer, AnswerFile, differing
-from .checking import Equality, verify
+from ..storage.files import make_directory, naming_files, write_json
+from ..storage.locks import HAS_LOCKS, closed_afterwards, lock_until
+from .answering import DoesNotFit, Remembered, answer_documents
+from .answers import Answer, AnswerFile
+from .checking import verify
 from .data import Document, Task
 from .extension import extended, trained_length
-from .paper import PAPER_TASKS, check_packages, check_rows
+from .plan import Plan
 from .policies import Policy
+from .record import VERIFIED, Record, common_facts, read_before
 from .report import write_report
 from .report_tables import NO_MEMORY
 from .retrieval import MODEL as EMBEDDER
 from .retrieval import load_embedder
 from .scoring import Judge, score_answers
-from .tasks import TASKS, digest_of
+from .tasks import TASKS
 from .telling import windows_of
 
-RUN_FORMAT, RUN_VERSION = "deltamem evaluation run", 1
-VERIFIED = "verified"
 VERIFIED_QUESTIONS = 4  # of each document
-FLAGS = {"batch": "batch_size", "chunk_tokens": "retrieval_chunk"}  # settings that the command line calls otherwise
-_PACKAGES = ("lm_eval", "bm25s", "nltk", "sentence-transformers")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is run.
-
-    Attributes:
-        model: a directory, a hub id or a known name.
-        output: the run's directory.
-        tasks: names with the file of their data, or None = where the task has it from.
-        policies: of the rows.
-        adapters: label → a directory, hub id or shipped name; the label stands behind the + of a row's name.
-        frozen: rows without a memory, too.
-        documents, questions: how many of a task, and of each document (drawn by ``seed``); None = all.
-        verify: documents of each row that are compared with plain forwards, up to ``VERIFIED_QUESTIONS`` of each.
-        settings: how documents are told and questions asked.
-        judge: the name of the model that judges, for the record.
-        shown: what records call the model or an adapter that lies in the package, by its path.
-        device, dtype, backend, attention, threads: see ``load_model``, ``patch_model`` and ``fitting_threads``.
-    """
-
-    model: str
-    output: Path
-    tasks: tuple[tuple[str, Path | None], ...]
-    policies: tuple[Policy, ...]
-    adapters: dict[str, str] = field(default_factory=dict)
-    frozen: bool = True
-    documents: int | None = None
-    questions: int | None = None
-    seed: int = 0
-    verify: int = 0
-    settings: Settings = field(default_factory=Settings)
-    judge: str | None = None
-    shown: dict[str, str] = field(default_factory=dict)
-    device: str | None = None
-    dtype: str = "auto"
-    backend: str = "auto"
-    attention: str | None = None
-    threads: int | None = None
-
-    def check(self) -> None:
-        """Raise ValueError, naming the argument, for what is out of range, twice there, or has nothing to run."""
-        for name in ("documents", "questions"):
-            check_integer(getattr(self, name), name, 1, or_none=True)
-        check_integer(self.verify, "verify", 0)
-        for name, least in (("window", 0), ("chunk", 1), ("batch", 1), ("chunk_tokens", 1), ("new_tokens", 0)):
-            check_integer(getattr(self.settings, name), FLAGS.get(name, name), least)
-        for name, values in (
-            ("task", [name for name, _ in self.tasks]), ("policy", [policy.name for policy in self.policies]),
-        ):  # fmt: skip
-            if not values or len(set(values)) < len(values):
-                raise ArgumentError(f"{name}: got {', '.join(values) or 'none'}, allowed one or more, each once")
-        for name, _ in self.tasks:
-            if name not in TASKS and name not in PAPER_TASKS:
-                raise ArgumentError(f"task: got {name!r}, allowed {', '.join((*TASKS, *PAPER_TASKS))}")
-        for label in self.adapters:
-            if not label.replace("-", "").replace("_", "").isalnum() or label == NO_MEMORY:
-                raise ArgumentError(
-                    f"adapter: label: got {label!r}, allowed letters, digits, - and _, not {NO_MEMORY!r}"
-                )
-        if not self.frozen and not self.adapters:
-            raise ArgumentError("adapter: got none without the frozen rows, allowed one or more")
-        for kind, package in (("bm25", "bm25s"), ("dense", "sentence_transformers")):
-            if any(policy.kind == kind for policy in self.policies):
-                require((package,), f"policy {kind}")
-        for name, path in self.tasks:
-            if name in PAPER_TASKS:
-                require(("lm_eval",), f"task {name}")
-                check_packages(name)
-                if path is not None:
-                    check_rows(name, path)
 
 
 def run(
@@ -156,14 +77,16 @@ def run(
     documents = {name: _chosen(plan, TASKS[name], path) for name, path in plan.tasks if name in TASKS}
     for name, found in documents.items():  # what scoring needs is missing before hours are spent, or never
         score_answers(TASKS[name], found, {question.id: "" for one in found[:1] for question in one.questions})
-    common = _common(plan, documents)
-    _read_before(plan.output / "run.json", common)
+    common = common_facts(plan, documents)
+    read_before(plan.output / "run.json", common)
     make_directory(plan.output)
     options = {"device": device, "dtype": plan.dtype, "attention": plan.attention, "quiet": True}
-    model, tokenizer = load_model(plan.model, **options)
-    with fitting_threads(model, plan.threads):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone_in(plan.output))
+        model, tokenizer = load_model(plan.model, **options)
+        stack.enter_context(fitting_threads(model, plan.threads))
         _check_loaded(plan, model, tokenizer, sources)
-        record = _Record(plan, model, common, measured or {})
+        record = Record(plan, model, common, measured or {})
         for label, source in {**({NO_MEMORY: None} if plan.frozen else {}), **sources}.items():
             try:
                 with _patched(model, source, plan.backend):
@@ -171,7 +94,21 @@ def run(
             except Exception:  # what was answered until then is worth a look
                 write_report(plan.output)
                 raise
-    return write_report(plan.output)
+        return write_report(plan.output)
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Inside, no other run writes into a directory; WaitedTooLongError if one does."""
+    if not HAS_LOCKS:
+        yield
+        return
+    late = f"output: {directory}: another run writes into it; wait for it, or give another --output"
+    with naming_files("output", directory):
+        lock = os.open(directory, os.O_RDONLY)
+    with closed_afterwards(lock):
+        lock_until(time.monotonic(), lock, 0.0, late)
+        yield
 
 
 @contextlib.contextmanager
@@ -214,104 +151,6 @@ def _chosen(plan: Plan, task: Task, path: Path | None) -> list[Document]:
     return chosen
 
 
-# --- what is recorded
-
-
-def _common(plan: Plan, documents: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
-    """What all rows of a directory have in common."""
-    files = {
-        name: PAPER_TASKS[name].data if path is None else hashlib.sha256(read_bytes(path, f"task {name}")).hexdigest()
-        for name, path in plan.tasks
-        if name in PAPER_TASKS
-    }
-    return {
-        "model": plan.shown.get(plan.model, plan.model),
-        "adapters": {label: plan.shown.get(name, name) for label, name in plan.adapters.items()},
-        "documents": plan.documents,
-        "questions": plan.questions,
-        "seed": plan.seed,
-        "settings": asdict(plan.settings),
-        "data": {name: digest_of(found) for name, found in documents.items()} | files,
-        "attention": plan.attention,
-        "judge": plan.judge,
-    }
-
-
-def _read_before(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``run.json`` has of an earlier run into the same directory; {} = there was none.
-
-    Raises:
-        ArgumentError: it was run otherwise: rows of two models or data sets are no comparison.
-    """
-    if not path.exists():
-        return {}
-    before = read_json(path)
-    check_format(before.get("format"), RUN_FORMAT, str(path), "not the record of a run")
-    check_version(before.get("format_version"), RUN_VERSION, str(path))
-    for name, here, there in differing(common, {key: before.get(key) for key in common}):
-        added = name.partition(".")[0] in ("data", "adapters") and None in (here, there)  # a task or adapter more
-        if not added and name not in ("settings.batch", "settings.chunk"):
-            raise ArgumentError(
-                f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
-            )
-    return before
-
-
-class _Record:
-    """run.json: what ran on what, which rows were left out and why, and what was verified."""
-
-    def __init__(self, plan: Plan, model: nn.Module, common: dict[str, Any], measured: Mapping[str, Any]):
-        self.path = plan.output / "run.json"
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        before = _read_before(self.path, common | {"dtype": dtype})
-        titles = {name: TASKS[name].title if name in TASKS else PAPER_TASKS[name].title for name, _ in plan.tasks}
-        device = next(model.parameters()).device
-        more = {name: {**before.get(name, {}), **common[name]} for name in ("adapters", "data")}
-        self.found: dict[str, Any] = {
-            "format": RUN_FORMAT,
-            "format_version": RUN_VERSION,
-            **common,
-            **more,
-            "dtype": dtype,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tasks": {**before.get("tasks", {}), **titles},
-            "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),
-            "versions": versions() | {package: _version(package) for package in _PACKAGES},
-            "backend": plan.backend,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            **measured,
-            "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "left_out": before.get("left_out", {}),
-            VERIFIED: before.get(VERIFIED, {}),
-        }
-        self.write()
-
-    def head(self, task: str, row: str, policy: Policy, model: nn.Module) -> dict[str, Any]:
-        """Of a file of answers."""
-        adapter = identity_of(model).fingerprints() if is_patched(model) else None
-        deciding = ("model", "dtype", "seed", "attention")
-        head = {"task": task, "row": row, "policy": policy.name, "adapter": adapter}
-        head |= {name: self.found[name] for name in deciding} | {"data": self.found["data"].get(task)}
-        settings = {name: value for name, value in self.found["settings"].items() if name not in ("batch", "chunk")}
-        described = {name: self.found[name] for name in ("versions", "device", "threads", "time")}
-        return head | {"settings": settings} | described
-
-    def leave_out(self, task: str, row: str, reason: str) -> None:
-        """Note why a row has no figures."""
-        self.found["left_out"].setdefault(task, {})[row] = reason
-        self.write()
-
-    def verified(self, task: str, row: str, found: Equality) -> None:
-        """Note how far a row's way of feeding lies from plain forwards."""
-        self.found[VERIFIED].setdefault(task, {})[row] = asdict(found) | {"holds": found.holds}
-        self.write()
-
-    def write(self) -> None:
-        """To disk."""
-        write_json(self.path, self.found)
-
-
 # --- the rows
 
 
@@ -324,7 +163,7 @@ class _Rows:
     tokenizer: Any
     label: str
     documents: dict[str, list[Document]]
-    record: _Record
+    record: Record
 
     def run(self, judge: Judge | None, say: Callable[[str], None]) -> None:
         """All of them, task by task."""
@@ -423,13 +262,6 @@ def _unscored(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{counted(count, 'answer')} of a row without a score: {why}." for why, count in found["unscored_for"].items()
     ]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _without(document: Document, answered) -> Document:

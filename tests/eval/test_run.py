@@ -246,3 +246,12 @@ def test_a_judge_is_named_and_other_judges_do_not_go_on(place, tmp_path, capsys,
     assert json.loads((tmp_path / "run.json").read_text())["judge"] == "first"
     assert deltamem(place, tmp_path, *judged[:3], "second", adapter=None, policies=("nothing",)) == 2
     assert re.search("judge: got 'second'", capsys.readouterr().err)
+
+
+def test_two_runs_in_one_directory(place, tmp_path, capsys):
+    with run._alone_in(tmp_path):
+        assert deltamem(place, tmp_path) == 2
+    assert f"output: {tmp_path}: another run writes into it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyError), run._alone_in(tmp_path):
+        raise KeyError

@@ -1,0 +1,133 @@
+"""run.json: what ran on what, which rows were left out and why, and what was verified."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter.record import identity_of, is_patched
+from ..arguments import shown
+from ..errors import ArgumentError
+from ..inspection.facts import versions
+from ..storage.files import check_format, check_version, read_bytes, read_json, write_json
+from .answers import differing
+from .checking import Equality
+from .data import Document
+from .paper import PAPER_TASKS
+from .plan import Plan
+from .policies import Policy
+from .tasks import TASKS, digest_of
+
+RUN_FORMAT, RUN_VERSION = "deltamem evaluation run", 1
+VERIFIED = "verified"
+_PACKAGES = ("lm_eval", "bm25s", "nltk", "sentence-transformers")
+
+
+def common_facts(plan: Plan, documents: Mapping[str, Sequence[Document]]) -> dict[str, Any]:
+    """What all rows of a directory have in common."""
+    files = {
+        name: PAPER_TASKS[name].data if path is None else hashlib.sha256(read_bytes(path, f"task {name}")).hexdigest()
+        for name, path in plan.tasks
+        if name in PAPER_TASKS
+    }
+    return {
+        "model": plan.shown.get(plan.model, plan.model),
+        "adapters": {label: plan.shown.get(name, name) for label, name in plan.adapters.items()},
+        "documents": plan.documents,
+        "questions": plan.questions,
+        "seed": plan.seed,
+        "settings": asdict(plan.settings),
+        "data": {name: digest_of(found) for name, found in documents.items()} | files,
+        "attention": plan.attention,
+        "judge": plan.judge,
+    }
+
+
+def read_before(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``run.json`` has of an earlier run into the same directory; {} = there was none.
+
+    Raises:
+        ArgumentError: it was run otherwise: rows of two models or data sets are no comparison.
+    """
+    if not path.exists():
+        return {}
+    before = read_json(path)
+    check_format(before.get("format"), RUN_FORMAT, str(path), "not the record of a run")
+    check_version(before.get("format_version"), RUN_VERSION, str(path))
+    for name, here, there in differing(common, {key: before.get(key) for key in common}):
+        added = name.partition(".")[0] in ("data", "adapters") and None in (here, there)  # a task or adapter more
+        if not added and name not in ("settings.batch", "settings.chunk"):
+            raise ArgumentError(
+                f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
+            )
+    return before
+
+
+class Record:
+    """run.json: what ran on what, which rows were left out and why, and what was verified."""
+
+    def __init__(self, plan: Plan, model: nn.Module, common: dict[str, Any], measured: Mapping[str, Any]):
+        self.path = plan.output / "run.json"
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        before = read_before(self.path, common | {"dtype": dtype})
+        titles = {name: TASKS[name].title if name in TASKS else PAPER_TASKS[name].title for name, _ in plan.tasks}
+        device = next(model.parameters()).device
+        more = {name: {**before.get(name, {}), **common[name]} for name in ("adapters", "data")}
+        self.found: dict[str, Any] = {
+            "format": RUN_FORMAT,
+            "format_version": RUN_VERSION,
+            **common,
+            **more,
+            "dtype": dtype,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "tasks": {**before.get("tasks", {}), **titles},
+            "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),
+            "versions": versions() | {package: _version(package) for package in _PACKAGES},
+            "backend": plan.backend,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            **measured,
+            "time": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "left_out": before.get("left_out", {}),
+            VERIFIED: before.get(VERIFIED, {}),
+        }
+        self.write()
+
+    def head(self, task: str, row: str, policy: Policy, model: nn.Module) -> dict[str, Any]:
+        """Of a file of answers."""
+        adapter = identity_of(model).fingerprints() if is_patched(model) else None
+        deciding = ("model", "dtype", "seed", "attention")
+        head = {"task": task, "row": row, "policy": policy.name, "adapter": adapter}
+        head |= {name: self.found[name] for name in deciding} | {"data": self.found["data"].get(task)}
+        settings = {name: value for name, value in self.found["settings"].items() if name not in ("batch", "chunk")}
+        described = {name: self.found[name] for name in ("versions", "device", "threads", "time")}
+        return head | {"settings": settings} | described
+
+    def leave_out(self, task: str, row: str, reason: str) -> None:
+        """Note why a row has no figures."""
+        self.found["left_out"].setdefault(task, {})[row] = reason
+        self.write()
+
+    def verified(self, task: str, row: str, found: Equality) -> None:
+        """Note how far a row's way of feeding lies from plain forwards."""
+        self.found[VERIFIED].setdefault(task, {})[row] = asdict(found) | {"holds": found.holds}
+        self.write()
+
+    def write(self) -> None:
+        """To disk."""
+        write_json(self.path, self.found)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
