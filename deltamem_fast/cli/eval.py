@@ -23,8 +23,9 @@ scores, and a report of quality beside cost (report.md, report.html, report.json
 where a run was killed; more tasks, policies or adapters add rows to it.
 """
 _TASKS = """\
-TASK is a name, or name=FILE with its data: locomo, memory-agent-bench, longmemeval-s, changes, changes-small are ours;
-ifeval, gpqa, hotpotqa, ruler-niah, ruler-vt, babilong-qa1 to -qa5 are lm-evaluation-harness's.
+TASK is a name, or name=FILE with its data: locomo, memory-agent-bench, memory-agent-bench-paper (scored as the paper's
+code does), longmemeval-s, changes, changes-small are ours; ifeval, gpqa, hotpotqa, ruler-niah, ruler-vt, babilong-qa1 to
+-qa5 are lm-evaluation-harness's.
 POLICY is what stays in context: nothing, last-TOKENS, everything, yarn, bm25-CHUNKS, dense-CHUNKS.
 """
 
@@ -115,7 +116,7 @@ def _add_score(actions) -> None:
         help="score answers that are already there, without a model",
         description="ANSWERS.jsonl has an object a line: id, the question's, and answer. Prints JSON.",
     )
-    score.add_argument("task", metavar="TASK", help="locomo, memory-agent-bench, longmemeval-s, changes, changes-small")
+    score.add_argument("task", metavar="TASK", help="one of ours: see deltamem eval run --help")
     score.add_argument("answers", metavar="ANSWERS.jsonl")
     score.add_argument("--data", metavar="FILE", help="the task's data, where it is not had from elsewhere")
     _add_judge(score)

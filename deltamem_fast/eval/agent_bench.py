@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, FileFormatError, FileMissingError
 from ..storage.files import read_json
 from .data import Document, Question, Task
-from .metrics import best, exact_match, substring_match
+from .metrics import best, exact_match, f1, spaced, substring_match
 from .movies import recall_at_5
 from .records import ENDINGS, field, read_records
 
@@ -244,6 +244,36 @@ def said(answer: str) -> str:
     return text[7:].strip() if text.lower().startswith("answer:") else text
 
 
+def score_as_paper(question: Question, answer: str) -> float | None:
+    """The score of the δ-mem paper's code, 0 to 1; None where ``more["needs"]`` says what is missing.
+
+    Recall@5 of recommendations, F1 of a summary's words, and of all else whether an accepted answer stands in the
+    answer, parts of words counted.
+    """
+    family, given = family_of(question.category), spaced(answer)
+    if family.scored == "recall@5":
+        return score(question, answer)
+    accepted = [spaced(one) for one in question.answers]
+    if family.begins == "infbench_sum":
+        lines = [given, spaced(next((line for line in answer.splitlines() if line.strip()), ""))]
+        return max((f1(line.split(), one.split()) for line in lines for one in accepted), default=0.0)
+    return float(any(one and one in given for one in accepted))
+
+
+def load_for_paper(path: Path | None) -> list[Document]:
+    """``load``, with no question for a judge."""
+
+    def unjudged(question: Question) -> Question:
+        return replace(question, more={key: value for key, value in question.more.items() if key != "judge"})
+
+    return [replace(one, questions=tuple(map(unjudged, one.questions))) for one in load(path)]
+
+
+def question_mean(scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """``overall``: over all questions alike, as the δ-mem paper's code does."""
+    return {"overall": overall(scores)["question_mean"]}
+
+
 def overall(scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
     """``overall``: the mean over the four competencies, each the mean over its data sets; None unless each has a score.
 
@@ -290,4 +320,17 @@ TASK = Task(
         "Instructions are in our words and say what the authors' say.",
     ),
     overall=overall,
+)
+
+AS_PAPER = replace(
+    TASK,
+    name="memory-agent-bench-paper",
+    title="MemoryAgentBench, as the δ-mem paper's code scores it",
+    load=load_for_paper,
+    score=score_as_paper,
+    metric="substring match (recommendations: Recall@5; summaries: F1)",
+    notes=(
+        "No judge is asked, and questions are weighted alike: scores of the δ-mem paper's code, instructions of ours.",
+    ),
+    overall=question_mean,
 )

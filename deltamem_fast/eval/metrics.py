@@ -31,6 +31,11 @@ def normalised(text: str, *, without_and: bool = False) -> str:
     return " ".join((_ARTICLES_AND if without_and else _ARTICLES).sub(" ", text).split())
 
 
+def spaced(text: str) -> str:
+    """Lower case, without articles, then a space for each punctuation mark: as the δ-mem paper's code compares."""
+    return " ".join(re.sub(r"[^\w\s]", " ", re.sub(r"\b(a|an|the)\b", " ", text.lower())).split())
+
+
 def stems(text: str) -> list[str]:
     """The words of a normalised text without "and", each as Porter's stemmer (NLTK's, with its extensions) cuts it.
 

@@ -11,7 +11,15 @@ from . import agent_bench, changes, locomo, longmemeval
 from .data import Document, Task
 
 TASKS = {
-    task.name: task for task in (locomo.TASK, agent_bench.TASK, longmemeval.TASK, changes.TASK, changes.SMALL_TASK)
+    task.name: task
+    for task in (
+        locomo.TASK,
+        agent_bench.TASK,
+        agent_bench.AS_PAPER,
+        longmemeval.TASK,
+        changes.TASK,
+        changes.SMALL_TASK,
+    )
 }
 
 

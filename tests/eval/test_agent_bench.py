@@ -9,7 +9,17 @@ import pytest
 import deltamem_fast
 from deltamem_fast.errors import ArgumentError, FileFormatError, FileMissingError
 from deltamem_fast.eval import agent_bench
-from deltamem_fast.eval.agent_bench import FAMILIES, chunks_of, family_of, load, overall, said, score
+from deltamem_fast.eval.agent_bench import (
+    AS_PAPER,
+    FAMILIES,
+    chunks_of,
+    family_of,
+    load,
+    overall,
+    said,
+    score,
+    score_as_paper,
+)
 from deltamem_fast.eval.data import Question
 from deltamem_fast.eval.movies import listed, recall_at_5, title_of
 
@@ -228,3 +238,28 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         load(written(tmp_path, "", "rows.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("source", "accepted", "answer", "expected"),
+    [
+        ("icl_nlu_8296shot_balance", ["43"], "label: 43", 1),  # strictly 0
+        ("icl_nlu_8296shot_balance", ["43"], "44", 0),
+        ("longmemeval_s*", ["the red bike"], "It was a red  bike!", 1),  # no judge
+        ("detective_qa", ["B. Dr. Bell"], "Answer: b dr bell", 1),  # a mark is a space
+        ("ruler_qa1_197K", ["the"], "anything", 0),  # nothing is left of the accepted one
+        ("infbench_sum_eng_shots2", ["a boy finds gold"], "A boy finds a map.", 2 * 2 / (3 + 3)),
+        ("infbench_sum_eng_shots2", ["a boy finds gold"], "\nA boy finds gold.\nThen more and more.", 1),
+    ],
+)
+def test_scores_as_the_paper_has_them_by_hand(source, accepted, answer, expected):
+    assert score_as_paper(asked(source, *accepted), answer) == pytest.approx(expected)
+
+
+def test_for_the_paper_no_judge_is_asked_and_questions_are_alike():
+    documents = AS_PAPER.load(DATA)
+    assert not any("judge" in question.more for document in documents for question in document.questions)
+    assert [one.id for one in documents] == [one.id for one in load(DATA)]
+    assert AS_PAPER.overall({"icl_nlu_8296shot_balance": [1, 1, 1], "detective_qa": [0]}) == {"overall": 0.75}
+    needs = asked("recsys_redial_full", "1", needs="the table")
+    assert score_as_paper(needs, "1. A movie") is None

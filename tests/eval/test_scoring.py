@@ -151,7 +151,9 @@ def test_accepted_answers_score_high_in_every_benchmark(name):
 
 def test_tasks_by_name():
     assert [task.name for task in TASKS.values()] == list(TASKS)
-    assert list(TASKS) == ["locomo", "memory-agent-bench", "longmemeval-s", "changes", "changes-small"]
+    assert list(TASKS) == [
+        "locomo", "memory-agent-bench", "memory-agent-bench-paper", "longmemeval-s", "changes", "changes-small"
+    ]  # fmt: skip
     assert task_named("locomo") is TASKS["locomo"]
     with pytest.raises(ArgumentError, match="task: got 'LoCoMo', allowed locomo, memory-agent-bench"):
         task_named("LoCoMo")
