@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deltamem_fast.display import counted
 from deltamem_fast.eval.report_tables import COLUMNS, markdown_published, markdown_task
 from deltamem_fast.storage.files import read_json
 
@@ -60,4 +61,4 @@ def measured_on(run: Mapping[str, Any]) -> str:
     on = run["device"] if run["device"] != "cpu" else run.get("processor", "cpu")
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "numba") if name in versions)
     commit = f"{run.get('commit')}{' (changed)' if run.get('dirty') else ''}"
-    return f"Measured on {on}, {run['threads']} threads, {run['dtype']}; {software}; commit {commit}, {run['time']}."
+    return f"Measured on {on}, {counted(run['threads'], 'thread')}, {run['dtype']}; {software}; commit {commit}, {run['time']}."

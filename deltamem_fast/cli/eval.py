@@ -24,8 +24,8 @@ where a run was killed; more tasks, policies or adapters add rows to it.
 """
 _TASKS = """\
 TASK is a name, or name=FILE with its data: locomo, memory-agent-bench, memory-agent-bench-paper (scored as the paper's
-code does), longmemeval-s, changes, changes-small are ours; ifeval, gpqa, hotpotqa, ruler-niah, ruler-vt, babilong-qa1 to
--qa5 are lm-evaluation-harness's.
+code does), longmemeval-s, changes, changes-small are ours; ifeval, gpqa, hotpotqa, ruler-niah, ruler-vt, babilong-qa1
+to -qa5 are lm-evaluation-harness's.
 POLICY is what stays in context: nothing, last-TOKENS, everything, yarn, bm25-CHUNKS, dense-CHUNKS.
 """
 
