@@ -61,4 +61,5 @@ def measured_on(run: Mapping[str, Any]) -> str:
     on = run["device"] if run["device"] != "cpu" else run.get("processor", "cpu")
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "numba") if name in versions)
     commit = f"{run.get('commit')}{' (changed)' if run.get('dirty') else ''}"
-    return f"Measured on {on}, {counted(run['threads'], 'thread')}, {run['dtype']}; {software}; commit {commit}, {run['time']}."
+    on = f"{on}, {counted(run['threads'], 'thread')}, {run['dtype']}"
+    return f"Measured on {on}; {software}; commit {commit}, {run['time']}."
