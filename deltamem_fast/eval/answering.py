@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..adapter.record import identity_of, is_patched, memory_disabled
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
-from ..memory.telling import WRITE_TOKENS
 from ..model.cache import MemoryLayerMixin
 from ..text.answering import answer_options
 from ..text.encode import check_known, encode_text
 from ..text.segments import chat_ids, segment_ids_under
 from ..text.thinking import TextStream
 from .answers import Answer
-from .costs import Stopwatch, peak_of, reset_peak
+from .costs import FirstToken, Stopwatch, peak_of, reset_peak
 from .data import Document, Question, Task
 from .extension import extended, trained_length
 from .policies import RETRIEVING, Policy
 from .retrieval import BETWEEN, CHUNK_TOKENS, chunks_of, finder_for, last_tokens, selected
-from .telling import CHUNK, Encoded, tell, windows_of
+from .telling import CHUNK, Encoded, tell, window_for, windows_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,6 @@ def answer_documents(
         keep: is given each answer as soon as it is there.
         remembered: by the document's id what wholes were told before, and are not told again: policies without a shared
             context take it from here, and put it here.
-
         leave_out: is told of a document that does not fit, which is then passed over; None = that is an error.
 
     Raises:
@@ -200,7 +197,7 @@ class Prepared:
             fed = len(self.shared) + len(self.asked[-1].ids) + self.new_tokens(self.asked[-1])
             self._check_fits(fed)  # before others of such a length are tokenised
             self.longest = max(self.longest, fed)
-        window = settings.window or min(WRITE_TOKENS, trained_length(model))
+        window = window_for(model, settings.window)
         self.told: list[Encoded] = windows_of(model, tokenizer, before, window) if memory else []
 
     def _split(self) -> tuple[list[str], str]:
@@ -338,11 +335,12 @@ class Prepared:
 
     @torch.no_grad()
     def _generate(self, some: Sequence[Asked], arguments: dict, cost: dict, options: dict) -> Iterator[Answer]:
-        first, inputs = _FirstToken(self.device), self.padded(some)
+        inputs = self.padded(some)
         options = options | {"max_new_tokens": max(map(self.new_tokens, some))}
         watch = Stopwatch(self.device)
-        found = self.model.generate(**inputs, stopping_criteria=StoppingCriteriaList([first]), **arguments, **options)
-        seconds, prefill = watch.seconds(), first.at - watch.started
+        first = FirstToken(watch)
+        found = self.model.generate(**inputs, logits_processor=LogitsProcessorList([first]), **arguments, **options)
+        seconds, prefill = watch.seconds(), first.seconds
         ends = set(options.get("eos_token_id") or ())
         for asked, row in zip(some, found[:, inputs["input_ids"].shape[1] :].tolist()):
             row = row[: self.new_tokens(asked)]
@@ -386,20 +384,6 @@ def whole_prompts(prepared: Prepared) -> Iterator[torch.Tensor]:
         for asked in prepared.asked:
             ids = torch.tensor([[*prepared.shared, *asked.ids]], device=prepared.device)
             yield prepared.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
-
-
-class _FirstToken(StoppingCriteria):
-    """Stops nothing: notes when the first token was there."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.at = device, 0.0
-
-    def __call__(self, input_ids, scores, **_):
-        if not self.at:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.at = time.perf_counter()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def copied(cache: DynamicCache, rows: int = 1) -> DynamicCache:

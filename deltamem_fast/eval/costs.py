@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import LogitsProcessor
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -30,6 +31,18 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+class FirstToken(LogitsProcessor):
+    """Changes nothing: notes when the first token's logits were there."""
+
+    def __init__(self, watch: Stopwatch):
+        self.watch, self.seconds = watch, None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.seconds is None:
+            self.seconds = self.watch.seconds()
+        return scores
 
 
 def reset_peak(device: torch.device) -> None:

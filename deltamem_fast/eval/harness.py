@@ -21,11 +21,10 @@ from ..adapter.wrappers import unwrap
 from ..arguments import check_type
 from ..errors import ArgumentError, ArgumentTypeError
 from ..memory.state import MemoryState
-from ..memory.telling import WRITE_TOKENS
 from . import register
 from .answering import Settings, answer_documents
 from .costs import Stopwatch
-from .extension import extended, trained_length
+from .extension import extended
 from .harness_context import Contexts
 from .harness_costs import Meter
 from .harness_options import check_options, checked_telling, is_greedy, no_warning_of_models, with_end_of_thinking
@@ -34,7 +33,7 @@ from .harness_tasks import by_document, is_ours
 from .opening import open_model, strategy_of
 from .policies import RETRIEVING, policy_named
 from .retrieval import CHUNK_TOKENS
-from .telling import CHUNK, tell, windows_of
+from .telling import CHUNK, tell, window_for, windows_of
 
 register()
 
@@ -378,7 +377,7 @@ class DeltaMemLM(HFLM):
         on in the context (``last``) it is written.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._memories]
-        window = self._telling["window"] or min(WRITE_TOKENS, trained_length(self.model))
+        window = window_for(self.model, self._telling["window"])
         windows = [windows_of(self.model, self.tokenizer, [text], window) for text in new]
         watch = Stopwatch(self.device)
         told = tell(self.model, windows, chunk=self._telling["chunk"], batch=self._rows)

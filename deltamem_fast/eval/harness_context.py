@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..text.messages import Message
-from ..text.segments import tokenize
 from .harness_segments import prompt_segments
 from .harness_tasks import fields_of
 from .policies import Policy
 from .prompt_parts import prompt_parts
-from .retrieval import CHUNK_TOKENS, chunks_of, finder_for, selected
+from .retrieval import CHUNK_TOKENS, chunks_of, finder_for, last_tokens, selected
 
 
 class Contexts:
@@ -94,8 +93,7 @@ class Contexts:
         if self.policy.kind == "nothing" or not document:
             return "", document
         if self.policy.kind == "last":
-            starts = tokenize(self.tokenizer, document)[1]
-            start = starts[-self.policy.amount] if len(starts) > self.policy.amount else 0
+            start = last_tokens(self.tokenizer, document, self.policy.amount)
             return document[start:], document[:start].strip()
         if document not in self._finders:
             chunks = chunks_of(self.tokenizer, [document], self.chunk_tokens)

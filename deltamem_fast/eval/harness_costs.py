@@ -7,21 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
 
-from .costs import Stopwatch, peak_of, reset_peak
-
-
-class FirstToken(LogitsProcessor):
-    """Changes nothing: notes when the first token's logits were there."""
-
-    def __init__(self, watch: Stopwatch):
-        self.watch, self.seconds = watch, None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.seconds is None:
-            self.seconds = self.watch.seconds()
-        return scores
+from .costs import FirstToken, Stopwatch, peak_of, reset_peak
 
 
 class Meter:

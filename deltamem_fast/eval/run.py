@@ -22,7 +22,6 @@ from deltamem_kernels.dispatch import resolve_backend
 from ..adapter.files import AdapterSource, read_adapter
 from ..display import counted
 from ..errors import ArgumentError
-from ..memory.telling import WRITE_TOKENS
 from ..model.loading import device_for, found_model, load_model, usable_device
 from ..model.patch import patch_model, unpatch_model
 from ..model.threads import fitting_threads
@@ -42,7 +41,7 @@ from .retrieval import MODEL as EMBEDDER
 from .retrieval import load_embedder
 from .scoring import Judge, score_answers
 from .tasks import TASKS
-from .telling import windows_of
+from .telling import window_for, windows_of
 
 VERIFIED_QUESTIONS = 4  # of each document
 
@@ -135,7 +134,9 @@ def _check_loaded(plan: Plan, model: nn.Module, tokenizer, sources: Mapping[str,
             pass
     for source in sources.values():
         with _patched(model, source, plan.backend):
-            windows_of(model, tokenizer, ["A sentence that is told.", "Another."], plan.settings.window or WRITE_TOKENS)
+            windows_of(
+                model, tokenizer, ["A sentence that is told.", "Another."], window_for(model, plan.settings.window)
+            )
 
 
 def _chosen(plan: Plan, task: Task, path: Path | None) -> list[Document]:

@@ -14,8 +14,9 @@ from ..adapter.record import identity_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
-from ..memory.telling import Encoded, encoded_pieces
+from ..memory.telling import WRITE_TOKENS, Encoded, encoded_pieces
 from ..text.segments import chat_ids
+from .extension import trained_length
 from .retrieval import BETWEEN
 
 CHUNK = 512  # tokens of a forward
@@ -27,6 +28,11 @@ class Told:
 
     memory: MemoryState
     tokens: tuple[int, ...]
+
+
+def window_for(model: nn.Module, window: int = 0) -> int:
+    """Tokens of a context in which a document is told: ``window``; for 0 the trained length, at most 8,192."""
+    return window or min(WRITE_TOKENS, trained_length(model))
 
 
 def windows_of(model: nn.Module, tokenizer, parts: Sequence[str], window: int) -> list[Encoded]:
