@@ -46,5 +46,6 @@ def run(options: argparse.Namespace) -> int:
             Plan(policies=policies("nothing", "last-1024", "last-4096", "bm25-4", "everything"), **common),
             Plan(policies=policies("nothing"), adapters=adapters, frozen=False, **common),
             Plan(policies=policies("bm25-4", "last-1024"), adapters={"msw": adapters["msw"]}, frozen=False, **common),
+            Plan(policies=policies("yarn"), **common),  # last: minutes a conversation
         ]
     )
