@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from deltamem_fast.adapter.shipped import SHIPPED
 from deltamem_fast.eval.answering import Settings
+from deltamem_fast.eval.opening import shipped_adapters
 from deltamem_fast.eval.plan import Plan
 
 from ..instrument import results
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure; the rows without a memory first."""
-    adapters = {name.partition("/")[2]: name for name in SHIPPED if name.startswith(f"{MODEL}/")}
+    adapters = shipped_adapters(MODEL)
     common = {
         "model": MODEL,
         "output": options.output,

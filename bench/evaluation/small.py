@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from deltamem_fast.eval.answering import Settings
+from deltamem_fast.eval.opening import small_backbone
 from deltamem_fast.eval.plan import Plan
-from deltamem_fast.recall.weights import find_weights
 
 from ..instrument import results
 from .plans import policies, run_all
@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure."""
-    weights = find_weights()
-    model, adapters = str(weights.backbone), {name: str(path) for name, path in weights.adapters.items()}
-    shown = {model: "recall", **{path: f"recall/{name}" for name, path in adapters.items()}}
+    model, adapters, shown = small_backbone()
     plan = Plan(
         model,
         options.output,

@@ -15,7 +15,6 @@ from ..model.threads import HELP, check_threads
 from ..storage.files import as_path
 
 DIFFERENT = 1  # the exit code if --verify found that a row's way of feeding does not equal plain forwards
-SMALL = "recall"  # the small backbone of the recall proof, as a MODEL
 
 _RUN = """\
 Every task under every policy, without a memory (the rows +off) and with each adapter, into one directory: answers,
@@ -62,7 +61,7 @@ def _add_run(actions) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument(
-        "model", metavar="MODEL", help=f"a directory or hub id, smollm2, or {SMALL} (the recall proof's small backbone)"
+        "model", metavar="MODEL", help="a directory or hub id, smollm2, or recall (the recall proof's small backbone)"
     )
     run.add_argument("--task", nargs="+", required=True, metavar="TASK[=FILE]", help="what is asked")
     run.add_argument("--policy", nargs="+", default=["nothing"], metavar="POLICY", help="(nothing)")
@@ -201,19 +200,12 @@ def _template(text: str | None) -> dict:
 def _model_and_adapters(arguments: argparse.Namespace) -> tuple[str, dict[str, str], dict[str, str]]:
     """The model's name; label → adapter; and what records call those that lie in the package."""
     from ..adapter.files import read_adapter
-    from ..adapter.shipped import SHIPPED
-    from ..eval.opening import strategy_of
-    from ..model.known import is_known
+    from ..eval.opening import SMALL, shipped_adapters, small_backbone, strategy_of
 
-    model, shipped, shown = arguments.model, {}, {}
+    model, shown = arguments.model, {}
+    shipped = shipped_adapters(model)
     if model == SMALL and not Path(SMALL).is_dir():
-        from ..recall.weights import find_weights
-
-        weights = find_weights()
-        model, shipped = str(weights.backbone), {name: str(path) for name, path in weights.adapters.items()}
-        shown = {model: SMALL, **{path: f"{SMALL}/{name}" for name, path in shipped.items()}}
-    elif is_known(model):
-        shipped = {name.partition("/")[2]: name for name in SHIPPED if name.startswith(f"{model}/")}
+        model, shipped, shown = small_backbone()
     given = arguments.adapter
     if given is None:
         given = ["msw"] if "msw" in shipped else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..model.cache import MemoryLayerMixin
 from ..text.answering import answer_options
-from ..text.encode import check_known, encode_text
+from ..text.encode import attention_mask, check_known, encode_text, padded
 from ..text.segments import chat_ids, segment_ids_under
 from ..text.thinking import TextStream
 from .answers import Answer
@@ -151,8 +152,9 @@ def answer_documents(
 def _told(model: nn.Module, run: Sequence[Prepared], settings: Settings, known: dict[str, Remembered]) -> list:
     """Of each document what is remembered before it is asked about."""
     new = [each for each in run if each.document.id not in known]
+    windows = [each.told for each in new]
     watch = Stopwatch(input_device(model))
-    told = tell(model, [each.told for each in new], chunk=settings.chunk, batch=settings.batch)
+    told = tell(model, windows, chunk=settings.chunk, batch=settings.batch)
     seconds = watch.seconds() / max(1, sum(told.tokens))
     made = {
         each.document.id: Remembered(told.memory.select([row]), tokens, tokens * seconds)
@@ -166,7 +168,6 @@ class Prepared:
     """One document under one policy: what is told of it, and its questions as they are fed.
 
     Attributes:
-        told: the windows that go to the memory; none without one.
         shared: ids that all prompts begin with, where the policy gives all the same context; else none.
         asked: the questions, each with its context.
         longest: tokens that the longest prompt and its answer take.
@@ -197,8 +198,13 @@ class Prepared:
             fed = len(self.shared) + len(self.asked[-1].ids) + self.new_tokens(self.asked[-1])
             self._check_fits(fed)  # before others of such a length are tokenised
             self.longest = max(self.longest, fed)
-        window = window_for(model, settings.window)
-        self.told: list[Encoded] = windows_of(model, tokenizer, before, window) if memory else []
+        self._before = before if memory else []
+
+    @functools.cached_property
+    def told(self) -> list[Encoded]:
+        """The windows that go to the memory; none without one. Of a document that is remembered nobody asks."""
+        window = window_for(self.model, self.settings.window)
+        return windows_of(self.model, self.tokenizer, self._before, window)
 
     def _split(self) -> tuple[list[str], str]:
         """The parts that are told only, and the text that is in every question's context."""
@@ -326,12 +332,11 @@ class Prepared:
 
     def padded(self, some: Sequence[Asked]) -> dict[str, torch.Tensor]:
         """Ids and mask, int64 [B, T]: what all share, padding, and what each has of its own."""
-        width = max(len(asked.ids) for asked in some)
-        pad = self.tokenizer.pad_token_id or 0
-        ids = [[*self.shared, *[pad] * (width - len(asked.ids)), *asked.ids] for asked in some]
-        mask = [[1] * len(self.shared) + [0] * (width - len(asked.ids)) + [1] * len(asked.ids) for asked in some]
-        made = {"input_ids": ids, "attention_mask": mask}
-        return {name: torch.tensor(rows, device=self.device) for name, rows in made.items()}
+        own = [asked.ids for asked in some]
+        shared = torch.tensor(self.shared, dtype=torch.int64, device="cpu").expand(len(own), -1)
+        ids = torch.cat([shared, padded(own, self.tokenizer.pad_token_id or 0, "left")], 1)
+        mask = torch.cat([torch.ones_like(shared), attention_mask(own, "left")], 1)
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     @torch.no_grad()
     def _generate(self, some: Sequence[Asked], arguments: dict, cost: dict, options: dict) -> Iterator[Answer]:

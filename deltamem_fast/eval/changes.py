@@ -196,15 +196,6 @@ def overall(scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
     }
 
 
-def _generated(name: str, make: Callable[[], list[Document]]) -> Callable[[Path | None], list[Document]]:
-    def load(path: Path | None) -> list[Document]:
-        if path is not None:
-            raise ArgumentError(f"data of {name}: got {str(path)!r:.120}, allowed none: it is generated")
-        return make()
-
-    return load
-
-
 _NOTES = (
     "Generated: explicit updates in short sentences, far easier than STALE's 400 scenarios; not its figures.",
     "An answer that says nothing claims no older value: read 'older value' beside 'newer value'.",
@@ -212,26 +203,17 @@ _NOTES = (
     "mislead.",
 )
 
-TASK = Task(
-    name="changes",
-    title="Changes, in plain English",
-    load=_generated("changes", documents_in_english),
-    score=score,
-    prompt="{context}\n\n{question}",
-    new_tokens=40,
-    metric="right",
-    notes=_NOTES,
-    overall=overall,
-)
 
-SMALL_TASK = Task(
-    name="changes-small",
-    title="Changes, in the small world",
-    load=_generated("changes-small", documents_of_the_small_world),
-    score=score,
-    prompt="{context} {question}",
-    new_tokens=8,
-    metric="right",
-    notes=_NOTES,
-    overall=overall,
+def _generated(name: str, title: str, make: Callable[[], list[Document]], prompt: str, new_tokens: int) -> Task:
+    def load(path: Path | None) -> list[Document]:
+        if path is not None:
+            raise ArgumentError(f"data of {name}: got {str(path)!r:.120}, allowed none: it is generated")
+        return make()
+
+    return Task(name, title, load, score, prompt, new_tokens, "right", notes=_NOTES, overall=overall)
+
+
+TASK = _generated("changes", "Changes, in plain English", documents_in_english, "{context}\n\n{question}", 40)
+SMALL_TASK = _generated(
+    "changes-small", "Changes, in the small world", documents_of_the_small_world, "{context} {question}", 8
 )

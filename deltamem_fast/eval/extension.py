@@ -12,17 +12,17 @@ from torch import nn
 from ..adapter.wrappers import decoder_of, unwrap
 from ..errors import StateError, UnsupportedError
 
-_EXTENDED = "_deltamem_extended"
+_TRAINED = "_deltamem_trained_length"  # of a rotary embedding that is extended
 
 
 def trained_length(model: nn.Module) -> int:
-    """How many tokens the model's configuration says that it can see, ``max_position_embeddings``.
+    """How many tokens a model was trained to see: ``max_position_embeddings``, inside ``extended`` that of before.
 
     Raises:
         ValueError: the configuration does not say.
     """
-    config = _text_config(model)
-    length = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(decoder_of(unwrap(model)), "rotary_emb", None)
+    length = getattr(rotary, _TRAINED, getattr(_text_config(model), "max_position_embeddings", None))
     if not isinstance(length, int) or length < 1:
         raise UnsupportedError(f"model: the configuration of {type(model).__name__} has no max_position_embeddings")
     return length
@@ -52,7 +52,7 @@ def extended(model: nn.Module, tokens: int) -> Iterator[float]:
         )
     if parameters.get("rope_type", "default") != "default":
         raise UnsupportedError(f"policy yarn: the positions are scaled already ({parameters['rope_type']})")
-    if hasattr(rotary, _EXTENDED):
+    if hasattr(rotary, _TRAINED):
         raise StateError("policy yarn: the model's positions are extended already, by a run inside which this one is")
     factor = float(math.ceil(tokens / length))
     scaled = copy.deepcopy(config)
@@ -65,11 +65,12 @@ def extended(model: nn.Module, tokens: int) -> Iterator[float]:
     scaled.max_position_embeddings = int(factor * length)
     device = next(rotary.buffers()).device
     decoder.rotary_emb = type(rotary)(config=scaled).to(device)
-    setattr(decoder.rotary_emb, _EXTENDED, True)
+    setattr(decoder.rotary_emb, _TRAINED, length)
+    config.max_position_embeddings = scaled.max_position_embeddings  # generate warns beyond it
     try:
         yield factor
     finally:
-        decoder.rotary_emb = rotary
+        decoder.rotary_emb, config.max_position_embeddings = rotary, length
 
 
 def _text_config(model: nn.Module):

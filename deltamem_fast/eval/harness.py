@@ -21,6 +21,7 @@ from ..adapter.wrappers import unwrap
 from ..arguments import check_type
 from ..errors import ArgumentError, ArgumentTypeError
 from ..memory.state import MemoryState
+from ..text.encode import attention_mask, padded
 from . import register
 from .answering import Settings, answer_documents
 from .costs import Stopwatch
@@ -28,7 +29,7 @@ from .extension import extended
 from .harness_context import Contexts
 from .harness_costs import Meter
 from .harness_options import check_options, checked_telling, is_greedy, no_warning_of_models, with_end_of_thinking
-from .harness_segments import NOT_WRITTEN, padded, positions
+from .harness_segments import NOT_WRITTEN, positions
 from .harness_tasks import by_document, is_ours
 from .opening import open_model, strategy_of
 from .policies import RETRIEVING, policy_named
@@ -254,7 +255,7 @@ class DeltaMemLM(HFLM):
         prompts, told = zip(*map(self._contexts.under_policy, texts))
         memory = self._told(told) if self._contexts.cuts else MemoryState.zeros(self.model, len(requests))
         ids = padded(contexts, 0, "left").to(self.device)
-        mask = padded([[1] * len(context) for context in contexts], 0, "left").to(self.device)
+        mask = attention_mask(contexts, "left").to(self.device)
         first = {}
         if self.segmented:
             owners = [self._segments(text, context) for text, context in zip(prompts, contexts)]
@@ -264,9 +265,9 @@ class DeltaMemLM(HFLM):
         )
         logits = [out.logits]
         if max(map(len, ends)) > 1:
-            more = padded([end[:-1] for end in ends], 0, "right").to(self.device)
-            real = padded([[1] * (len(end) - 1) for end in ends], 0, "right").to(self.device)
-            mask = torch.cat([mask, real], 1)
+            begun = [end[:-1] for end in ends]
+            more = padded(begun, 0).to(self.device)
+            mask = torch.cat([mask, attention_mask(begun).to(self.device)], 1)
             then = {"segment_ids": NOT_WRITTEN} if self.segmented else {}
             places = positions(mask)[:, -more.shape[1] :]
             behind = {"past_key_values": out.past_key_values, "memory": memory}
@@ -313,11 +314,11 @@ class DeltaMemLM(HFLM):
     def _roll(self, windows: Sequence[tuple[list[int], list[int]]], memory: MemoryState) -> list[float]:
         """The scores of a window of each text; ``memory`` is written further."""
         fed = [(context + end)[:-1] for context, end in windows]
-        mask = padded([[1] * len(ids) for ids in fed], 0, "right").to(self.device)
+        mask = attention_mask(fed).to(self.device)
         segments = {}
         if self.segmented:
-            segments["segment_ids"] = padded([[0] * len(ids) for ids in fed], NOT_WRITTEN, "right").to(self.device)
-        ids = padded(fed, 0, "right").to(self.device)
+            segments["segment_ids"] = padded([[0] * len(ids) for ids in fed], NOT_WRITTEN).to(self.device)
+        ids = padded(fed, 0).to(self.device)
         logits = self.model(ids, attention_mask=mask, memory=memory, use_cache=False, **segments).logits
         scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
         found = []

@@ -1,4 +1,4 @@
-"""Prompts as rows of a batch, and which of their tokens are averaged into one write, where segments are written."""
+"""Which of their tokens are averaged into one write, where segments are written."""
 
 from __future__ import annotations
 
@@ -57,11 +57,3 @@ def prompt_segments(
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Positions from a 2-D mask, as ``generate`` has them: the first real token of a row is 0."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def padded(rows: Sequence[Sequence[int]], fill: int, side: str) -> torch.Tensor:
-    """Rows of token ids and the like as int64 [B, T] on the CPU, padded on the ``left`` or ``right``."""
-    width = max(map(len, rows))
-    fills = [[fill] * (width - len(row)) for row in rows]
-    whole = [[*pad, *row] if side == "left" else [*row, *pad] for row, pad in zip(rows, fills)]
-    return torch.tensor(whole, dtype=torch.int64, device="cpu")

@@ -17,9 +17,23 @@ from ..errors import ArgumentError
 from ..model.known import is_known
 from ..model.loading import device_for, found_model, load_model, usable_device
 from ..model.patch import patch_model
+from ..recall.weights import find_weights
 
 # Write strategy → what an adapter's configuration has for it; "ssw" leaves an adapter that writes segments as it is.
 STRATEGIES = {"tsw": "token", "ssw": "message_mean", "ssw-sentence": "sentence_mean", "msw": "token"}
+SMALL = "recall"  # the small backbone of the recall proof, as an evaluation's MODEL
+
+
+def small_backbone() -> tuple[str, dict[str, str], dict[str, str]]:
+    """The shipped small backbone's directory; label → adapter's directory; and what records call each, by its path."""
+    weights = find_weights()
+    model, adapters = str(weights.backbone), {label: str(path) for label, path in weights.adapters.items()}
+    return model, adapters, {model: SMALL, **{path: f"{SMALL}/{label}" for label, path in adapters.items()}}
+
+
+def shipped_adapters(model: str) -> dict[str, str]:
+    """Label → name of the adapters that are shipped for a model of ``KNOWN``; {} of another."""
+    return {name.partition("/")[2]: name for name in SHIPPED if name.startswith(f"{model}/")} if is_known(model) else {}
 
 
 def open_model(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import check_choice, check_integer
 from ..errors import ArgumentError, FileFormatError, FileMissingError, MissingPackageError
+from ..model.libraries import told
 from ..storage.files import as_path, read_bytes
 from .records import field, read_records
 
@@ -201,6 +202,20 @@ def check_rows(name: str, data: Path | str) -> list[dict[str, Any]]:
     if name == "ifeval":
         _check_sentences(rows)
     return rows
+
+
+def check_hub(name: str) -> None:
+    """Fetch what lm_eval has of a benchmark from the hub, so that what cannot be had is told before hours are spent.
+
+    Raises:
+        ValueError, OSError, ImportError: it cannot be had; the message says from where, and what else is allowed.
+    """
+    from lm_eval.tasks import TaskManager
+
+    paper = paper_task_named(name)
+    where = f"task {name}: from {paper.data}; allowed, too: {name}=FILE with its rows"
+    with told(where), contextlib.redirect_stdout(sys.stderr):
+        TaskManager().load([paper.task])
 
 
 def ruler_task(

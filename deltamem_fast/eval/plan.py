@@ -9,7 +9,7 @@ from ..arguments import check_integer
 from ..errors import ArgumentError
 from ..model.libraries import require
 from .answering import Settings
-from .paper import PAPER_TASKS, check_packages, check_rows
+from .paper import PAPER_TASKS, check_hub, check_packages, check_rows
 from .policies import Policy
 from .report_tables import NO_MEMORY
 from .tasks import TASKS
@@ -86,3 +86,5 @@ class Plan:
                 check_packages(name)
                 if path is not None:
                     check_rows(name, path)
+                elif not PAPER_TASKS[name].made:
+                    check_hub(name)

@@ -28,6 +28,7 @@ from .tasks import TASKS, digest_of
 
 RUN_FORMAT, RUN_VERSION = "deltamem evaluation run", 1
 VERIFIED = "verified"
+_SAMPLED = 64  # numbers of a weight
 _PACKAGES = ("lm_eval", "bm25s", "nltk", "sentence-transformers")
 
 
@@ -64,11 +65,25 @@ def read_before(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
     check_version(before.get("format_version"), RUN_VERSION, str(path))
     for name, here, there in differing(common, {key: before.get(key) for key in common}):
         added = name.partition(".")[0] in ("data", "adapters") and None in (here, there)  # a task or adapter more
+        added |= name == "weights" and there is None  # an older run, of which they are not known
         if not added and name not in ("settings.batch", "settings.chunk"):
             raise ArgumentError(
                 f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
             )
     return before
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over each weight's name, shape, dtype and up to 64 of its numbers: of another checkpoint it is another.
+
+    A model of many gigabytes is not read through for it.
+    """
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().reshape(-1)
+        some = numbers[:: max(1, numbers.numel() // _SAMPLED)][:_SAMPLED].cpu().contiguous()
+        found.update(f"{name} {list(weight.shape)} {weight.dtype} ".encode() + some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 class Record:
@@ -77,7 +92,8 @@ class Record:
     def __init__(self, plan: Plan, model: nn.Module, common: dict[str, Any], measured: Mapping[str, Any]):
         self.path = plan.output / "run.json"
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        before = read_before(self.path, common | {"dtype": dtype})
+        common = common | {"dtype": dtype, "weights": weights_digest(model)}
+        before = read_before(self.path, common)
         titles = {name: TASKS[name].title if name in TASKS else PAPER_TASKS[name].title for name, _ in plan.tasks}
         device = next(model.parameters()).device
         more = {name: {**before.get(name, {}), **common[name]} for name in ("adapters", "data")}
@@ -86,7 +102,6 @@ class Record:
             "format_version": RUN_VERSION,
             **common,
             **more,
-            "dtype": dtype,
             "parameters": sum(p.numel() for p in model.parameters()),
             "tasks": {**before.get("tasks", {}), **titles},
             "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),

@@ -15,6 +15,7 @@ from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
 from ..memory.telling import WRITE_TOKENS, Encoded, encoded_pieces
+from ..text.encode import attention_mask, padded
 from ..text.segments import chat_ids
 from .extension import trained_length
 from .retrieval import BETWEEN
@@ -94,20 +95,18 @@ def tell(model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int
 def _feed(model: nn.Module, windows: Sequence[Encoded], memory: MemoryState, chunk: int) -> None:
     """One context a row of the memory, in chunks (0 = whole) on one cache."""
     device, width = input_device(model), max(map(len, windows))
-    ids = torch.zeros(len(windows), width, dtype=torch.int64, device="cpu")
-    mask, segments = torch.zeros_like(ids), torch.full_like(ids, -1)
-    for row, window in enumerate(windows):
-        ids[row, : len(window)], mask[row, : len(window)] = window.ids[0], 1
-        if window.segments is not None:
-            segments[row, : len(window)] = window.segments[0]
+    rows = [window.ids[0].tolist() for window in windows]
+    ids, mask, segments = padded(rows, 0).to(device), attention_mask(rows).to(device), None
+    if windows[0].segments is not None:
+        segments = padded([window.segments[0].tolist() for window in windows], -1).to(device)
     decoder = decoder_of(unwrap(model))
     cache = DynamicCache(config=decoder.config) if 0 < chunk < width else None
     for first in range(0, width, chunk or width):
         part = slice(first, first + (chunk or width))
         options = {"past_key_values": cache, "use_cache": cache is not None}
-        if windows[0].segments is not None:
-            options["segment_ids"] = segments[:, part].to(device)
-        decoder(ids[:, part].to(device), attention_mask=mask[:, : part.stop].to(device), memory=memory, **options)
+        if segments is not None:
+            options["segment_ids"] = segments[:, part]
+        decoder(ids[:, part], attention_mask=mask[:, : part.stop], memory=memory, **options)
 
 
 @torch.no_grad()

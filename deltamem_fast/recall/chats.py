@@ -12,8 +12,8 @@ from transformers import BatchEncoding
 from ..adapter.record import identity_of, is_patched, memory_disabled
 from ..adapter.wrappers import input_device, unwrap
 from ..memory.state import MemoryState
+from ..text.encode import attention_mask, padded
 from ..text.segments import sentence_spans
-from ..training.episode import padded
 
 Chat = Sequence[dict[str, str]]
 
@@ -46,9 +46,8 @@ def encode(tokenizer, chats: Sequence[Chat], *, add_generation_prompt: bool = Fa
             owners.append(-1)
         rows.append(ids)
         segments.append(owners)
-    mask = [[1] * len(ids) for ids in rows]
-    found = {"input_ids": (rows, tokenizer.pad_token_id), "attention_mask": (mask, 0), "segment_ids": (segments, -1)}
-    return BatchEncoding({name: padded(*given) for name, given in found.items()})
+    found = {"input_ids": padded(rows, tokenizer.pad_token_id), "attention_mask": attention_mask(rows)}
+    return BatchEncoding(found | {"segment_ids": padded(segments, -1)})
 
 
 def _sentences(content: str) -> list[str]:

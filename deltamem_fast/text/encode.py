@@ -14,6 +14,19 @@ from .messages import Message, plain_content, plain_messages
 from .segments import as_row, chat_ids, segment_ids_from_messages, sentence_spans, tokenize
 
 
+def padded(rows: Sequence[Sequence[int]], fill: int, side: str = "right") -> torch.Tensor:
+    """Rows of token ids and the like as int64 [B, T] on the CPU, padded on the ``right`` or ``left``; T ≥ 1."""
+    width = max([1, *map(len, rows)])
+    fills = [[fill] * (width - len(row)) for row in rows]
+    whole = [[*row, *more] if side == "right" else [*more, *row] for row, more in zip(rows, fills)]
+    return torch.tensor(whole, dtype=torch.int64, device="cpu")
+
+
+def attention_mask(rows: Sequence[Sequence[int]], side: str = "right") -> torch.Tensor:
+    """Which tokens of ``padded`` rows are no padding: int64 [B, T], 1 or 0."""
+    return padded([[1] * len(row) for row in rows], 0, side)
+
+
 def vocabulary_size(model) -> int:
     """How many token ids a model has an embedding for."""
     embeddings = unwrap(model).get_input_embeddings()

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError
+from ..text.encode import attention_mask, padded
 from ..text.messages import plain_messages
 from .data import Example
 from .loss import IGNORED, EpisodeBatch
@@ -121,18 +122,12 @@ def collate(episodes: Sequence[Episode], pad_token_id: int = 0) -> EpisodeBatch:
     written, read = [e.write_ids for e in episodes], [e.read_ids for e in episodes]
     return EpisodeBatch(
         padded(written, pad_token_id),
-        padded([[1] * len(row) for row in written], 0).bool(),
+        attention_mask(written).bool(),
         padded(read, pad_token_id),
-        padded([[1] * len(row) for row in read], 0).bool(),
+        attention_mask(read).bool(),
         padded([e.labels for e in episodes], IGNORED),
         None if episodes[0].segment_ids is None else padded([e.segment_ids for e in episodes], -1),
     )
-
-
-def padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-    """Rows of token ids and the like as int64 [B, T], padded on the right; T is 1 at least."""
-    width = max([1, *map(len, rows)])
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=torch.int64, device="cpu")
 
 
 def collate_arguments(episodes: Sequence[Episode], pad_token_id: int = 0) -> dict[str, torch.Tensor]:

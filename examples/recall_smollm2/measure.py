@@ -11,7 +11,7 @@ from torch import nn
 
 from deltamem_fast import MemoryState, memory_disabled
 from deltamem_fast.recall.talk import names
-from deltamem_fast.training.episode import padded
+from deltamem_fast.text.encode import attention_mask, padded
 
 from .episodes import Episode, draw_episode, message
 from .pool import Encoder, Told
@@ -55,8 +55,9 @@ def draw_test(
 def tell(model: nn.Module, encoder: Encoder, rows: Sequence[Told], memory: MemoryState) -> None:
     """Write a text to each row of a memory, in a context of its own, as ``ingest`` does."""
     device = model.device
-    inputs = {"input_ids": padded([row.ids for row in rows], encoder.tokenizer.pad_token_id).to(device)}
-    inputs["attention_mask"] = padded([[1] * len(row.ids) for row in rows], 0).to(device)
+    ids = [row.ids for row in rows]
+    inputs = {"input_ids": padded(ids, encoder.tokenizer.pad_token_id).to(device)}
+    inputs["attention_mask"] = attention_mask(ids).to(device)
     if encoder.config.segmented:
         inputs["segment_ids"] = padded([row.segments for row in rows], -1).to(device)
     model.model(**inputs, memory=memory, use_cache=False)

@@ -92,9 +92,10 @@ def test_yarn_is_transformers_own_and_is_taken_back(family):
     before = model(ids(90)).logits
     with extended(model, 96) as factor:
         inside = model(ids(90)).logits
+        assert trained_length(model) == 64 and model.config.max_position_embeddings == 128
         with pytest.raises(DeltaMemError, match="extended already"), extended(model, 200):
             pass
-    assert factor == 2 and trained_length(model) == 64
+    assert factor == 2 and trained_length(model) == model.config.max_position_embeddings == 64
     assert torch.equal(model(ids(90)).logits, before) and not torch.equal(inside, before)
     theta = model.config.rope_parameters["rope_theta"]
     own = tiny_model(
@@ -116,5 +117,7 @@ def test_yarn_changes_nothing_that_fits_and_refuses_what_is_scaled():
     model.config.rope_parameters["rope_type"] = "linear"
     with pytest.raises(DeltaMemError, match="policy yarn: the positions are scaled already"), extended(model, 65):
         pass
-    with pytest.raises(RuntimeError), extended(tiny_model(max_position_embeddings=64), 128):
+    model = tiny_model(max_position_embeddings=64)
+    with pytest.raises(RuntimeError), extended(model, 128):
         raise RuntimeError
+    assert model.config.max_position_embeddings == 64

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from support import loud_adapter, tiny_model
 from tokenizers_for_tests import chatml_tokenizer
+from transformers import AutoModelForCausalLM
 
 from deltamem_fast import DeltaMemConfig, patch_model, save_adapter, unpatch_model
 from deltamem_fast.cli.main import main
@@ -119,6 +121,21 @@ def test_other_arguments_do_not_go_on(whole, place, tmp_path, capsys):
         assert answers_of(tmp_path) == before
 
 
+def test_another_checkpoint_in_the_same_place_does_not_go_on(place, tmp_path, capsys):
+    shutil.copytree(place / "model", tmp_path / "model")
+    output, record = tmp_path / "run", tmp_path / "run" / "run.json"
+    assert deltamem(tmp_path, output, adapter=None, policies=("nothing",)) == 0
+    before = json.loads(record.read_text())
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tuned.model.layers[-1].mlp.down_proj.weight.data[3:5] += 0.01
+    tuned.save_pretrained(tmp_path / "model")
+    assert deltamem(tmp_path, output, adapter=None, policies=("bm25-1",)) == 2
+    assert re.search("weights: got .* another --output", capsys.readouterr().err)
+    record.write_text(json.dumps({name: value for name, value in before.items() if name != "weights"}))  # an older one
+    assert deltamem(tmp_path, output, adapter=None, policies=("bm25-1",)) == 0
+    assert json.loads(record.read_text())["weights"] not in (before["weights"], "")
+
+
 def test_what_does_not_fit_is_left_out_and_said(place, tmp_path, capsys):
     flags = ("--documents", "1", "--new-tokens", "200")
     assert deltamem(place, tmp_path, *flags, adapter=None, policies=("everything", "yarn")) == 0
@@ -176,6 +193,7 @@ def test_score_and_report_need_no_model(whole, tmp_path, capsys):
         (("--task", "locomo"), "data of locomo: got no file.*snap-research/locomo"),
         (("--task", "locomo={root}/missing.json"), "missing.json: no such file"),
         (("--task", "gpqa={root}/missing.json"), "missing.json: no such file"),
+        (("--task", "gpqa"), "task gpqa: from hub Idavidrein/gpqa.* gated: accept .* allowed, too: gpqa=FILE"),
         (("--task", "../x"), "task: got '../x'"),
         (("--adapter", "off=tsw"), "label: got 'off'"),
         (("--adapter", "a/b={root}/tsw"), "label: got 'a/b'"),
