@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from deltamem_fast.eval.plan import Plan
 from deltamem_fast.eval.policies import policy_named
-from deltamem_fast.eval.record import VERIFIED
+from deltamem_fast.eval.record import feeding_holds
 from deltamem_fast.eval.run import run
-from deltamem_fast.storage.files import read_json
 
 from ..instrument import commands, machine
 
@@ -26,5 +25,4 @@ def run_all(plans: Sequence[Plan]) -> int:
     for plan in plans:
         files = run(plan, say=say, measured=measured)
     print("\n".join(str(path) for path in files.values()))
-    verified = read_json(plans[0].output / "run.json")[VERIFIED]
-    return int(not all(row["holds"] for rows in verified.values() for row in rows.values()))
+    return int(not all(feeding_holds(plan.output, plan) for plan in plans))

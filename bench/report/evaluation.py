@@ -15,9 +15,9 @@ NOT_YET = "Not measured yet."
 RUNS = {
     "locomo-smollm2": (
         "LoCoMo on SmolLM2-135M-Instruct",
-        "Ten whole conversations of 15,000 to 26,000 tokens; 16 questions of each, drawn by a seed and the same in "
-        "every row. Told in windows of 1,024 tokens. The adapters are those that ship: trained on short texts of "
-        "facts, on no conversation. The model is forty times smaller than the paper's smallest.",
+        "Ten whole conversations of 15,000 to 26,000 tokens; {questions} questions of each, drawn by a seed and the "
+        "same in every row. Told in windows of {window:,} tokens. The adapters are those that ship: trained on short "
+        "texts of facts, on no conversation. The model is more than twenty times smaller than the paper's smallest.",
     ),
     "changes-small": (
         "What changed, on the small backbone",
@@ -45,21 +45,25 @@ def sections(runs: Mapping[str, dict[str, Any]], pictures: str) -> list[str]:
     """
     parts = []
     for name, (title, text) in RUNS.items():
-        parts += [f"## {title}", text]
+        parts.append(f"## {title}")
         if name not in runs:
             parts.append(NOT_YET)
             continue
         report = runs[name]
-        parts += [measured_on(report["run"]), f"![score against cost]({pictures}/{name}/cost.svg)"]
+        parts.append(text.format(questions=report["run"]["questions"], **report["run"]["settings"]))
+        parts += [measured_on(report), f"![score against cost]({pictures}/{name}/cost.svg)"]
         parts += [markdown_task(report, task["name"]) for task in report["tasks"]]
-    return [*parts, "## What the columns say", COLUMNS, "## What others have reported", markdown_published()]
+    return [*parts, "## What the columns say", COLUMNS, "## What others have reported", markdown_published({})]
 
 
-def measured_on(run: Mapping[str, Any]) -> str:
-    """One line: device, software, commit, time."""
+def measured_on(report: Mapping[str, Any]) -> str:
+    """One line: device, software, commits and times of the rows."""
+    run = report["run"]
     versions = run["versions"]
+    rows = [row["measured"] for task in report["tasks"] for row in task["rows"] if "commit" in row.get("measured", {})]
     on = run["device"] if run["device"] != "cpu" else run.get("processor", "cpu")
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "numba") if name in versions)
-    commit = f"{run.get('commit')}{' (changed)' if run.get('dirty') else ''}"
+    commits = {f"{one['commit']}{' (changed)' if one.get('dirty') else ''}": one["time"] for one in rows or [run]}
     on = f"{on}, {counted(run['threads'], 'thread')}, {run['dtype']}"
-    return f"Measured on {on}; {software}; commit {commit}, {run['time']}."
+    said = "; ".join(f"commit {commit}, {time}" for commit, time in commits.items())
+    return f"Measured on {on}; {software}; {said}."

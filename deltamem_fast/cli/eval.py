@@ -10,6 +10,8 @@ from pathlib import Path
 from deltamem_kernels.dispatch import BACKENDS
 
 from ..errors import ArgumentError
+from ..eval.defaults import BATCH, CHUNK, CHUNK_TOKENS, EMBEDDER
+from ..eval.policies import NAMES
 from ..model.loading import ATTENTIONS, DTYPES
 from ..model.threads import HELP, check_threads
 from ..storage.files import as_path
@@ -25,7 +27,7 @@ _TASKS = """\
 TASK is a name, or name=FILE with its data: locomo, memory-agent-bench, memory-agent-bench-paper (scored as the paper's
 code does), longmemeval-s, changes, changes-small are ours; ifeval, gpqa, hotpotqa, ruler-niah, ruler-vt, babilong-qa1
 to -qa5 are lm-evaluation-harness's.
-POLICY is what stays in context: nothing, last-TOKENS, everything, yarn, bm25-CHUNKS, dense-CHUNKS.
+POLICY is what stays in context:
 """
 
 
@@ -57,7 +59,7 @@ def _add_run(actions) -> None:
         "run",
         help="run tasks and write a report",
         description=_RUN,
-        epilog=_TASKS,
+        epilog=_TASKS + "".join(f"  {name:14} {meaning}\n" for name, meaning in NAMES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument(
@@ -86,14 +88,18 @@ def _add_run(actions) -> None:
     group.add_argument(
         "--window", type=int, default=0, metavar="TOKENS", help="of a context that is told (the model's, at most 8192)"
     )
-    group.add_argument("--chunk", type=int, default=512, metavar="TOKENS", help="of a forward (%(default)s)")
+    group.add_argument("--chunk", type=int, default=CHUNK, metavar="TOKENS", help="of a forward (%(default)s)")
     group.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="documents, or questions, together (%(default)s)"
+        "--batch-size", type=int, default=BATCH, metavar="N", help="documents, or questions, together (%(default)s)"
     )
     group.add_argument(
-        "--retrieval-chunk", type=int, default=256, metavar="TOKENS", help="of what retrieval finds (%(default)s)"
+        "--retrieval-chunk",
+        type=int,
+        default=CHUNK_TOKENS,
+        metavar="TOKENS",
+        help="of what retrieval finds (%(default)s)",
     )
-    group.add_argument("--embedder", help="of dense retrieval: a sentence-transformers model (all-MiniLM-L6-v2)")
+    group.add_argument("--embedder", help=f"of dense retrieval: a sentence-transformers model ({EMBEDDER})")
     group.add_argument("--new-tokens", type=int, default=0, metavar="N", help="of an answer at most (the task's)")
     group.add_argument(
         "--template", metavar="JSON", help='arguments of the chat template, such as {"enable_thinking": false}'
@@ -154,9 +160,8 @@ def _run(arguments: argparse.Namespace) -> int:
     model, adapters, shown = _model_and_adapters(arguments)
     from ..eval.answering import Settings
     from ..eval.plan import Plan
-    from ..eval.record import VERIFIED
+    from ..eval.record import feeding_holds
     from ..eval.run import run
-    from ..storage.files import read_json
 
     settings = Settings(
         window=arguments.window, chunk=arguments.chunk, batch=arguments.batch_size,
@@ -173,11 +178,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(files["report.json"].read_text(encoding="utf-8"), end="")
     else:
         print("\n".join(str(path) for path in files.values()))
-    labels = ("off", *adapters) if plan.frozen else tuple(adapters)
-    rows = {f"{policy.name}+{label}" for policy in policies for label in labels}
-    verified = read_json(output / "run.json")[VERIFIED]
-    found = [verified[task][row] for task, _ in tasks if task in verified for row in rows & verified[task].keys()]
-    return 0 if all(row["holds"] for row in found) else DIFFERENT
+    return 0 if feeding_holds(output, plan) else DIFFERENT
 
 
 def _task(text: str) -> tuple[str, Path | None]:
@@ -211,6 +212,8 @@ def _model_and_adapters(arguments: argparse.Namespace) -> tuple[str, dict[str, s
         given = ["msw"] if "msw" in shipped else []
         if not given and not arguments.frozen:
             raise ArgumentError("--adapter: not given; without it only the frozen rows can run")
+        if not given:
+            print(f"{model}: no adapter was given and none is shipped: without a memory only", file=sys.stderr)
     if given == ["off"]:
         given = []
     found: dict[str, str] = {}

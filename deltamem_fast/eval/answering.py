@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,12 @@ from ..text.segments import chat_ids, segment_ids_under
 from ..text.thinking import TextStream
 from .answers import Answer
 from .costs import FirstToken, Stopwatch, peak_of, reset_peak
-from .data import Document, Question, Task
+from .data import BETWEEN, Document, Question, Task
+from .defaults import BATCH, CHUNK, CHUNK_TOKENS
 from .extension import extended, trained_length
 from .policies import RETRIEVING, Policy
-from .retrieval import BETWEEN, CHUNK_TOKENS, chunks_of, finder_for, last_tokens, selected
-from .telling import CHUNK, Encoded, tell, window_for, windows_of
+from .retrieval import chunks_of, finder_for, last_tokens, selected
+from .telling import Encoded, tell, window_for, windows_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Settings:
 
     window: int = 0
     chunk: int = CHUNK
-    batch: int = 8
+    batch: int = BATCH
     chunk_tokens: int = CHUNK_TOKENS
     embedder: str | None = None
     new_tokens: int = 0
@@ -104,6 +105,7 @@ def answer_documents(
     keep: Callable[[Answer], None] = lambda answer: None,
     remembered: dict[str, Remembered] | None = None,
     leave_out: Callable[[Document, DoesNotFit], None] | None = None,
+    skip: Collection[str] = (),
 ) -> list[Answer]:
     """Answer every question of some documents.
 
@@ -119,6 +121,7 @@ def answer_documents(
         remembered: by the document's id what wholes were told before, and are not told again: policies without a shared
             context take it from here, and put it here.
         leave_out: is told of a document that does not fit, which is then passed over; None = that is an error.
+        skip: ids of questions that have an answer. A document whose questions all have one is passed over.
 
     Raises:
         DoesNotFit: of ``everything`` and ``last``, before the document is told.
@@ -128,13 +131,14 @@ def answer_documents(
     with contextlib.ExitStack() as stack:
         if not memory and is_patched(model):
             stack.enter_context(memory_disabled(model))
+        documents = [one for one in documents if any(question.id not in skip for question in one.questions)]
         together = settings.batch if memory else 1  # they are told together; each is asked about by itself
         for first in range(0, len(documents), together):
             some = documents[first : first + together]
             run = []
             for document in some:
                 try:
-                    run.append(Prepared(model, tokenizer, task, document, policy, settings, memory))
+                    run.append(Prepared(model, tokenizer, task, document, policy, settings, memory, skip))
                 except DoesNotFit as error:
                     if leave_out is None:
                         raise
@@ -169,15 +173,23 @@ class Prepared:
 
     Attributes:
         shared: ids that all prompts begin with, where the policy gives all the same context; else none.
-        asked: the questions, each with its context.
-        longest: tokens that the longest prompt and its answer take.
+        asked: the questions but those to skip, each with its context.
+        longest: tokens that the longest prompt and its answer take; under ``yarn`` of all questions.
 
     Raises:
         DoesNotFit: they are more than the model was trained on, and the policy does not extend it.
     """
 
     def __init__(
-        self, model, tokenizer, task: Task, document: Document, policy: Policy, settings: Settings, memory: bool
+        self,
+        model: nn.Module,
+        tokenizer,
+        task: Task,
+        document: Document,
+        policy: Policy,
+        settings: Settings,
+        memory: bool,
+        skip: Collection[str] = (),
     ):
         self.model, self.tokenizer, self.task, self.policy, self.settings = model, tokenizer, task, policy, settings
         self.document = document
@@ -191,13 +203,17 @@ class Prepared:
             self.chunks = chunks_of(tokenizer, self.parts, settings.chunk_tokens)
             self.find = finder_for(policy, self.chunks, settings.embedder)
         self.index_seconds = watch.seconds() if self.find is not None else 0.0
-        self.shared = self._shared() if policy.shared and document.questions else []
+        self.shared = self._shared() if policy.shared else []
         self.asked, self.longest = [], 0
         for question in document.questions:
-            self.asked.append(self._ask(question))
-            fed = len(self.shared) + len(self.asked[-1].ids) + self.new_tokens(self.asked[-1])
+            if question.id in skip and policy.kind != "yarn":
+                continue
+            asked = self._ask(question)
+            fed = len(self.shared) + len(asked.ids) + self.new_tokens(question)
             self._check_fits(fed)  # before others of such a length are tokenised
-            self.longest = max(self.longest, fed)
+            self.longest = max(self.longest, fed)  # of those that are skipped, too: the same positions
+            if question.id not in skip:
+                self.asked.append(asked)
         self._before = before if memory else []
 
     @functools.cached_property
@@ -266,9 +282,9 @@ class Prepared:
         options = answer_options(self.model, self.tokenizer, {"max_new_tokens": self.task.new_tokens})
         return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
-    def new_tokens(self, asked: Asked) -> int:
+    def new_tokens(self, question: Question) -> int:
         """How long an answer may be: as the settings say, else the question, else the task."""
-        return self.settings.new_tokens or int(asked.question.more.get("new_tokens", self.task.new_tokens))
+        return self.settings.new_tokens or self.task.new_tokens_of(question)
 
     def _check_fits(self, tokens: int) -> None:
         most = trained_length(self.model)
@@ -301,6 +317,7 @@ class Prepared:
             if cache is not None:
                 arguments["past_key_values"] = copied(cache, len(some))
             yield some, arguments, round(seconds, 6)
+            arguments.clear()  # the next batch's copy of the cache is not to lie beside this one's
 
     @torch.no_grad()
     def _read(self, ids: list[int], memory: MemoryState | None) -> DynamicCache:
@@ -341,14 +358,14 @@ class Prepared:
     @torch.no_grad()
     def _generate(self, some: Sequence[Asked], arguments: dict, cost: dict, options: dict) -> Iterator[Answer]:
         inputs = self.padded(some)
-        options = options | {"max_new_tokens": max(map(self.new_tokens, some))}
+        options = options | {"max_new_tokens": max(self.new_tokens(asked.question) for asked in some)}
         watch = Stopwatch(self.device)
         first = FirstToken(watch)
         found = self.model.generate(**inputs, logits_processor=LogitsProcessorList([first]), **arguments, **options)
         seconds, prefill = watch.seconds(), first.seconds
         ends = set(options.get("eos_token_id") or ())
         for asked, row in zip(some, found[:, inputs["input_ids"].shape[1] :].tolist()):
-            row = row[: self.new_tokens(asked)]
+            row = row[: self.new_tokens(asked.question)]
             length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
             yield Answer(
                 id=asked.question.id,

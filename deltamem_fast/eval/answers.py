@@ -20,7 +20,7 @@ from ..storage.locks import HAS_LOCKS, lock_until, open_lock, unlock
 FORMAT = "deltamem answers"
 FORMAT_VERSION = 1
 # Of a head: who answered, when and on what, which a run that goes on may have otherwise. All else decides the answers.
-DESCRIBING = ("versions", "commit", "device", "threads", "time")
+DESCRIBING = ("versions", "commit", "dirty", "processor", "cores", "device", "threads", "time", "fed")
 
 
 @dataclass(frozen=True)

@@ -183,14 +183,15 @@ def score(question: Question, answer: str) -> float:
 
 
 def overall(scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
-    """``overall``: the mean over the categories; ``older still claimed``, ``misled by a false premise``: shares."""
+    """``overall``: the mean over the categories but ``OLDER``; two shares: ``older still claimed``, ``misled …``."""
     means = {category: sum(values) / len(values) for category, values in scores.items() if values}
+    counted = [mean for category, mean in means.items() if category != OLDER]
 
     def left(category: str) -> float | None:
         return 1 - means[category] if category in means else None
 
     return {
-        "overall": sum(means.values()) / len(means) if means else None,
+        "overall": sum(counted) / len(counted) if counted else None,
         "older still claimed": left(OLDER),
         "misled by a false premise": left(PREMISE),
     }
@@ -198,7 +199,7 @@ def overall(scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
 
 _NOTES = (
     "Generated: explicit updates in short sentences, far easier than STALE's 400 scenarios; not its figures.",
-    "An answer that says nothing claims no older value: read 'older value' beside 'newer value'.",
+    "An answer that says nothing claims no older value: that category is reported apart, and no part of the score.",
     "Whether an older value is claimed, or a premise denied, is told by rules about words, which a twisted answer can "
     "mislead.",
 )
@@ -210,7 +211,7 @@ def _generated(name: str, title: str, make: Callable[[], list[Document]], prompt
             raise ArgumentError(f"data of {name}: got {str(path)!r:.120}, allowed none: it is generated")
         return make()
 
-    return Task(name, title, load, score, prompt, new_tokens, "right", notes=_NOTES, overall=overall)
+    return Task(name, title, load, score, prompt, new_tokens, "right", _NOTES, (OLDER,), overall)
 
 
 TASK = _generated("changes", "Changes, in plain English", documents_in_english, "{context}\n\n{question}", 40)

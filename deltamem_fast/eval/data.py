@@ -32,6 +32,9 @@ class Question:
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
+BETWEEN = "\n\n"  # the pieces of a document that is in context
+
+
 @dataclass(frozen=True)
 class Document:
     """A long text, in the order in which it was said, and what is asked about it.
@@ -45,6 +48,11 @@ class Document:
     id: str
     parts: tuple[str, ...]
     questions: tuple[Question, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it, as it stands in a prompt."""
+        return BETWEEN.join(part for part in self.parts if part.strip())
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,10 @@ class Task:
     notes: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     overall: Callable[[Mapping[str, Sequence[float]]], dict[str, float | None]] | None = None
+
+    def new_tokens_of(self, question: Question) -> int:
+        """At most, of an answer to ``question``."""
+        return int(question.more.get("new_tokens", self.new_tokens))
 
     def prompt_with(self, context: str, question: str) -> str:
         """The prompt with both in it, whatever braces they have."""

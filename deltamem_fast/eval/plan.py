@@ -11,7 +11,7 @@ from ..model.libraries import require
 from .answering import Settings
 from .paper import PAPER_TASKS, check_hub, check_packages, check_rows
 from .policies import Policy
-from .report_tables import NO_MEMORY
+from .report_tables import NO_MEMORY, row_name
 from .tasks import TASKS
 
 FLAGS = {"batch": "batch_size", "chunk_tokens": "retrieval_chunk"}  # settings that the command line calls otherwise
@@ -54,6 +54,14 @@ class Plan:
     backend: str = "auto"
     attention: str | None = None
     threads: int | None = None
+
+    def labels(self) -> tuple[str, ...]:
+        """Of the memories, without one first."""
+        return (*((NO_MEMORY,) if self.frozen else ()), *self.adapters)
+
+    def rows(self) -> list[str]:
+        """Their names."""
+        return [row_name(policy.name, label) for label in self.labels() for policy in self.policies]
 
     def check(self) -> None:
         """Raise ValueError, naming the argument, for what is out of range, twice there, or has nothing to run."""

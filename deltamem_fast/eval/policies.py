@@ -15,7 +15,8 @@ KINDS = {
     "bm25": ("chunks", "the K chunks that BM25 finds for the question"),
     "dense": ("chunks", "the K chunks whose embeddings are nearest to the question's"),
 }
-ALLOWED = ", ".join(f"{name}-{what.upper()}" if what else name for name, (what, _) in KINDS.items())
+NAMES = {f"{name}-{what.upper()}" if what else name: meaning for name, (what, meaning) in KINDS.items()}
+ALLOWED = ", ".join(NAMES)
 RETRIEVING = ("bm25", "dense")
 MOST = 1_000_000
 
@@ -41,18 +42,6 @@ class Policy:
     def shared(self) -> bool:
         """Whether all questions of a document have the same context."""
         return self.kind in ("last", "everything", "yarn")
-
-    @property
-    def title(self) -> str:
-        """For a report."""
-        return {
-            "nothing": "nothing",
-            "last": f"last {self.amount:,} tokens",
-            "everything": "everything",
-            "yarn": "everything, YaRN",
-            "bm25": f"BM25, {self.amount} chunks",
-            "dense": f"dense retrieval, {self.amount} chunks",
-        }[self.kind]
 
 
 def policy_named(text: str) -> Policy:

@@ -28,6 +28,9 @@ from .tasks import TASKS, digest_of
 
 RUN_FORMAT, RUN_VERSION = "deltamem evaluation run", 1
 VERIFIED = "verified"
+# What a row's answers do not depend on, but its costs do; of the settings, and of the run.
+FED = ("batch", "chunk")
+MEASURED = ("versions", "commit", "dirty", "processor", "cores", "device", "threads", "time")
 _SAMPLED = 64  # numbers of a weight
 _PACKAGES = ("lm_eval", "bm25s", "nltk", "sentence-transformers")
 
@@ -48,12 +51,14 @@ def common_facts(plan: Plan, documents: Mapping[str, Sequence[Document]]) -> dic
         "settings": asdict(plan.settings),
         "data": {name: digest_of(found) for name, found in documents.items()} | files,
         "attention": plan.attention,
-        "judge": plan.judge,
     }
 
 
-def read_before(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
+def read_before(path: Path, common: Mapping[str, Any], judge: str | None = None) -> dict[str, Any]:
     """What ``run.json`` has of an earlier run into the same directory; {} = there was none.
+
+    Args:
+        judge: the name of the model that judges. It may come later, and be another: all rows are scored by it then.
 
     Raises:
         ArgumentError: it was run otherwise: rows of two models or data sets are no comparison.
@@ -66,10 +71,15 @@ def read_before(path: Path, common: Mapping[str, Any]) -> dict[str, Any]:
     for name, here, there in differing(common, {key: before.get(key) for key in common}):
         added = name.partition(".")[0] in ("data", "adapters") and None in (here, there)  # a task or adapter more
         added |= name == "weights" and there is None  # an older run, of which they are not known
-        if not added and name not in ("settings.batch", "settings.chunk"):
+        if not added and name not in {f"settings.{fed}" for fed in FED}:
             raise ArgumentError(
                 f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
             )
+    if judge is None and before.get("judge") is not None:
+        raise ArgumentError(
+            f"judge: got none, but {path} has {shown(before['judge'])}, which has scored the rows that are there; give "
+            "another --output, or a judge, which scores them all"
+        )
     return before
 
 
@@ -93,7 +103,7 @@ class Record:
         self.path = plan.output / "run.json"
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         common = common | {"dtype": dtype, "weights": weights_digest(model)}
-        before = read_before(self.path, common)
+        before = read_before(self.path, common, plan.judge)
         titles = {name: TASKS[name].title if name in TASKS else PAPER_TASKS[name].title for name, _ in plan.tasks}
         device = next(model.parameters()).device
         more = {name: {**before.get(name, {}), **common[name]} for name in ("adapters", "data")}
@@ -102,6 +112,7 @@ class Record:
             "format_version": RUN_VERSION,
             **common,
             **more,
+            "judge": plan.judge,
             "parameters": sum(p.numel() for p in model.parameters()),
             "tasks": {**before.get("tasks", {}), **titles},
             "policies": list(dict.fromkeys([*before.get("policies", []), *(policy.name for policy in plan.policies)])),
@@ -116,14 +127,15 @@ class Record:
         }
         self.write()
 
-    def head(self, task: str, row: str, policy: Policy, model: nn.Module) -> dict[str, Any]:
-        """Of a file of answers."""
+    def head(self, task: str, row: str, policy: Policy, model: nn.Module, data: str | None = None) -> dict[str, Any]:
+        """Of a file of answers; ``data`` is the digest of what is asked, None = as the run has it."""
         adapter = identity_of(model).fingerprints() if is_patched(model) else None
         deciding = ("model", "dtype", "seed", "attention")
         head = {"task": task, "row": row, "policy": policy.name, "adapter": adapter}
-        head |= {name: self.found[name] for name in deciding} | {"data": self.found["data"].get(task)}
-        settings = {name: value for name, value in self.found["settings"].items() if name not in ("batch", "chunk")}
-        described = {name: self.found[name] for name in ("versions", "device", "threads", "time")}
+        head |= {name: self.found[name] for name in deciding} | {"data": data or self.found["data"].get(task)}
+        settings = dict(self.found["settings"])
+        described = {name: self.found[name] for name in MEASURED if name in self.found}
+        described["fed"] = {name: settings.pop(name) for name in FED}
         return head | {"settings": settings} | described
 
     def leave_out(self, task: str, row: str, reason: str) -> None:
@@ -139,6 +151,13 @@ class Record:
     def write(self) -> None:
         """To disk."""
         write_json(self.path, self.found)
+
+
+def feeding_holds(output: Path, plan: Plan) -> bool:
+    """Whether what was verified of a plan's rows, in this run or before, equals plain forwards."""
+    verified = read_json(output / "run.json")[VERIFIED]
+    rows = [verified.get(task, {}).get(row) for task, _ in plan.tasks for row in plan.rows()]
+    return all(row["holds"] for row in rows if row is not None)
 
 
 def _version(package: str) -> str:

@@ -22,16 +22,17 @@ from ..errors import FileFormatError, FileMissingError
 from ..storage.files import as_path, naming_files, read_json, write_atomically, write_json, write_text
 from . import published
 from .answers import Answer, read_answer_file
+from .policies import KINDS
 from .report_page import page
-from .report_tables import FROZEN, NO_MEMORY, markdown_report
+from .report_tables import FROZEN, MEMORIES, NO_MEMORY, markdown_report, row_name, split_row
 from .statistics import LEVEL, RESAMPLES, estimate, paired_difference
 
 FORMAT = "deltamem evaluation report"
 FORMAT_VERSION = 1
 SEED = 0  # of the intervals' draws
-# The order of policies in a table: nothing first, then by how they choose.
-_POLICIES = ("nothing", "last", "everything", "yarn", "bm25", "dense")
-_MEMORIES = (NO_MEMORY, "tsw", "ssw", "msw")
+# The order of rows in a table: without a memory first.
+_POLICIES = tuple(KINDS)
+_MEMORIES = (NO_MEMORY, *MEMORIES)
 _NOT_TASKS = frozenset((".", ".."))
 
 
@@ -63,6 +64,7 @@ def build_report(run_directory: str | os.PathLike) -> dict:
                 "source": published.PAPER,
                 "model": published.PAPER_MODEL,
                 "scores": {name: dict(scores) for name, scores in published.PAPER_SCORES.items()},
+                "ours": published.paper_scores_of(run, tasks),
             },
             "systems": [vars(one).copy() for one in published.SYSTEMS],
         },
@@ -133,10 +135,18 @@ def _task(directory: Path, name: str, title: str) -> dict:
         task["notes"] += [note for note in rows[row]["notes"] if note not in task["notes"]]
     for row in order:
         path = directory / "answers" / name / f"{row}.jsonl"
-        answers = read_answer_file(path)[1] if path.exists() else {}
-        task["rows"].append(_row(row, rows, answers))
+        head, answers = read_answer_file(path) if path.exists() else ({}, {})
+        task["rows"].append(_row(row, rows, answers) | {"measured": _measured(head)})
     task["categories"] = sorted({category for row in task["rows"] for category in row["categories"]}, key=_natural)
     return task
+
+
+def _measured(head: Mapping[str, Any]) -> dict[str, str | int | bool]:
+    """Where, when and how a row was measured, from the head of its answers."""
+    fed = head.get("fed")
+    found = {**head, **(fed if isinstance(fed, Mapping) else {})}
+    names = ("commit", "dirty", "processor", "device", "threads", "time", "batch", "chunk")
+    return {name: found[name] for name in names if isinstance(found.get(name), str | int | bool)}
 
 
 def _row(row: str, rows: Mapping[str, dict], answers: Mapping[str, Answer]) -> dict:
@@ -145,7 +155,7 @@ def _row(row: str, rows: Mapping[str, dict], answers: Mapping[str, Answer]) -> d
     scored, apart = _scored(found), {id for id in found["apart"] if found["scores"].get(id) is not None}
     asked = found["documents"].keys() | found["scores"].keys()
     answered = answers.keys() & asked if answers else found["scores"].keys()
-    without = f"{policy}+{NO_MEMORY}"
+    without = row_name(policy, NO_MEMORY)
     references = [name for name in dict.fromkeys((FROZEN, without)) if name in rows and name != row]
     return {
         "row": row,
@@ -158,6 +168,7 @@ def _row(row: str, rows: Mapping[str, dict], answers: Mapping[str, Answer]) -> d
         "against": {name: _against(scored, _scored(rows[name]), found["documents"]) for name in references},
         "categories": _categories(scored | {id: found["scores"][id] for id in apart}, found["categories"]),
         "aggregate": found["aggregate"],
+        "judge": found["judge"],
         "cost": costs([answers[id] for id in sorted(answered)], found["documents"]) if answers and answered else None,
     }
 
@@ -226,12 +237,6 @@ def costs(answers: Sequence[Answer], documents: Mapping[str, str]) -> dict[str, 
     }
 
 
-def split_row(row: str) -> tuple[str, str]:
-    """Policy and memory of a row's name; "" for a memory that it does not name."""
-    policy, plus, memory = row.rpartition("+")
-    return (policy, memory) if plus else (row, "")
-
-
 def _place(row: str) -> tuple:
     """Where a row stands in its table: by policy, without memory before with it."""
     policy, memory = split_row(row)
@@ -269,6 +274,8 @@ def _scores_of(path: Path) -> dict:
         for id, value in found[name].items():
             if not fits(value):
                 raise FileFormatError(f"{path}: {name}: {shown(id)}: got {shown(value)}, allowed {allowed}")
+    if not isinstance(found.setdefault("judge", None), str | None):
+        raise FileFormatError(f"{path}: judge: got {shown(found['judge'])}, allowed a name or null")
     for name in ("notes", "apart"):
         if not all(isinstance(note, str) for note in found[name]):
             raise FileFormatError(f"{path}: {name}: got {shown(found[name])}, allowed texts")

@@ -19,6 +19,7 @@ from .report_tables import (
     category_cells,
     facts,
     interval_note,
+    ours_of,
     run_notes,
     task_cells,
     title_of,
@@ -96,7 +97,7 @@ def page(report: Mapping[str, Any], svg: str = "", without: str = "") -> str:
     if any(task["rows"] for task in report["tasks"]):
         said = re.sub(r"\*(.+?)\*", r"<em>\1</em>", _text(COLUMNS))
         parts.append(f"<section><h2>What the columns say</h2><p>{said}</p></section>")
-    parts.append(_published())
+    parts.append(_published(ours_of(report)))
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     # The picture has styles at its elements, which only 'unsafe-inline' allows: they can load nothing either.
     rules = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'"
@@ -152,8 +153,8 @@ def _cell(cell: Cell) -> str:
     return f"<td>{_text(text)}</td>" if value is None else f'<td data-value="{value!r}">{_text(text)}</td>'
 
 
-def _published() -> str:
-    paper, systems = published.paper_table(), published.systems_table()
+def _published(ours: Mapping[str, Mapping[str, float]]) -> str:
+    paper, systems = published.paper_table(ours), published.systems_table()
     return (
         "<section><h2>What others have reported</h2>"
         f"<p>{_linked(published.PAPER_NOTE)}</p>{_words(paper)}"

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..display import printable, shortened
-from .report_tables import NO_MEMORY, duration, label
+from .report_tables import NO_MEMORY, duration, in_capitals, label
 
 # After Okabe and Ito's colours, which people of every eye tell apart, darker where names are written in them.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#00805D", "#B35C8D", "#B57A00", "#3187B8", "#7F5539", "#6A4C93")
-_MARKERS = {NO_MEMORY: "o", "": "o", "tsw": "^", "ssw": "s", "msw": "D"}
+_MARKERS = {NO_MEMORY: "o", "": "o", "tsw": "^", "ssw": "s", "ssw-sentence": "p", "msw": "D"}
 _OTHER = "P"  # of a memory of another name
 _FAINT = "#8a8a8a"
 _WIDTH, _HEIGHT = 8.6, 4.0  # inches, a panel
@@ -137,7 +137,7 @@ def _key(figure, memories: Sequence[str]) -> None:
     handles = []
     for memory in memories:
         bare = memory in (NO_MEMORY, "")
-        name = "no memory" if bare else f"memory {_short(memory.upper() if memory in _MARKERS else memory, 20)}"
+        name = "no memory" if bare else f"memory {_short(in_capitals(memory), 20)}"
         handles.append(
             Line2D(
                 [], [], linestyle="", marker=_MARKERS.get(memory, _OTHER), color="#444444", markeredgewidth=1.4,

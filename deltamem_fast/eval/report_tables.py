@@ -17,7 +17,7 @@ Cell = tuple[str, float | None]  # what it says, and by what it is sorted
 NOTHING: Cell = ("", None)
 NO_MEMORY = "off"
 FROZEN = f"nothing+{NO_MEMORY}"
-_KNOWN = ("tsw", "ssw", "msw")
+MEMORIES = ("tsw", "ssw", "ssw-sentence", "msw")  # labels that are strategies
 # Of run.json: what stands above the tables, in this order; whatever else is there follows, but for ``tasks``.
 _FACTS = ("model", "adapters", "policies", "seed", "device", "threads", "time", "commit", "versions", "data")
 _ELSEWHERE = (
@@ -35,17 +35,37 @@ COLUMNS = (
     "*Told*: tokens of a document that went through the model for its memory alone. *Prefill*: from the question to "
     "the first token, median. *Shared*: telling the document, and reading the context that its questions share, for "
     "each question answered. *Decode*: each token after the first. *In all*: prefill, decoding and the shared part, "
-    "mean. Questions that were answered together, in a batch, share its seconds."
+    "mean. Questions that were answered together, in a batch, share its seconds: none of them is a latency. A row of "
+    "which only *a part* was answered has other questions than the rest. Of lm-evaluation-harness's own tasks the "
+    "whole prompt counts as context."
 )
+
+
+def row_name(policy: str, memory: str) -> str:
+    """A row as files have it: ``bm25-4+msw``; without a memory ``bm25-4+off``."""
+    return f"{policy}+{memory}"
+
+
+def split_row(row: str) -> tuple[str, str]:
+    """Policy and memory of a row's name; "" for a memory that it does not name."""
+    policy, plus, memory = row.rpartition("+")
+    return (policy, memory) if plus else (row, "")
+
+
+def in_capitals(memory: str) -> str:
+    """A strategy as people write it, TSW; another label as it is."""
+    return memory.upper() if memory in MEMORIES else memory
 
 
 def label(row: Mapping[str, Any]) -> str:
     """A row's name for people: ``bm25-4 + MSW``; ``state only, MSW`` where nothing is in context but the question."""
     policy, memory = row["policy"], row["memory"]
-    memory = memory.upper() if memory in _KNOWN else memory
+    memory = in_capitals(memory)
     if memory in (NO_MEMORY, ""):
-        return "frozen, nothing in context" if row["row"] == FROZEN else policy
-    return f"state only, {memory}" if policy == "nothing" else f"{policy} + {memory}"
+        name = "frozen, nothing in context" if row["row"] == FROZEN else policy
+    else:
+        name = f"state only, {memory}" if policy == "nothing" else f"{policy} + {memory}"
+    return name if row.get("answered") == row.get("questions") else f"{name} (a part)"
 
 
 def task_cells(report: Mapping[str, Any], task: str) -> tuple[list[str], list[list[Cell]]]:
@@ -132,17 +152,42 @@ def run_notes(report: Mapping[str, Any], task: str) -> list[str]:
     """Which rows of a task were left out and why, and how far chunks, batches and padding are from plain forwards."""
     left_out = _of(report["run"], "left_out", task)
     notes = [f"Left out: {row}: {_in_words(reason)}" for row, reason in left_out.items()]
+    notes += _differences(task_of(report, task)["rows"])
     verified = [one for one in _of(report["run"], "verified", task).values() if isinstance(one, Mapping)]
     if verified:
         states, logits = (max(one.get(name) or 0 for one in verified) for name in ("states", "logits"))
         apart = sum(one.get("tokens") or 0 for one in verified)
         holds = "equal" if all(one.get("holds") for one in verified) else "DO NOT EQUAL"
         notes.append(
-            f"Chunks on a warm cache, batches and padding {holds} one plain forward ({counted(len(verified), 'row')}, "
+            f"Chunks on a warm cache, batches and padding {holds} plain forwards, one a prompt, and with a memory one "
+            f"a window, a shared context and a question ({counted(len(verified), 'row')}, "
             f"{counted(max(one.get('documents') or 0 for one in verified), 'document')} each): the largest difference "
             f"is {states:.1g} of a layer's largest state and {logits:.1g} of a first token's largest logit; "
             f"{counted(apart, 'answer')} begin with another token."
         )
+    return notes
+
+
+# Of where and how a row was measured what its figures depend on, in words.
+_MEASURED = {
+    "commit": "commit", "processor": "processor", "device": "device", "threads": "threads", "batch": "batch size",
+    "chunk": "chunk", "judge": "judge",
+}  # fmt: skip
+
+
+def _differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In what rows of one table were measured otherwise than others, and which."""
+    notes = []
+    for name, word in _MEASURED.items():
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            value = row.get("judge") if name == "judge" else row.get("measured", {}).get(name)
+            found.setdefault("not recorded" if value is None and name != "judge" else _in_words(value), []).append(
+                row["row"]
+            )
+        if len(found) > 1:
+            said = "; ".join(f"{value}: {', '.join(names)}" for value, names in found.items())
+            notes.append(f"Rows differ in {word}: {said}.")
     return notes
 
 
@@ -196,7 +241,7 @@ def _cells(row: Mapping[str, Any]) -> list[Cell]:
         value = cost.get(name)
         return NOTHING if value is None else (text(value), value)
 
-    without = f"{row['policy']}+{NO_MEMORY}"
+    without = row_name(row["policy"], NO_MEMORY)
     answered = f"{row['answered']:,} of {row['questions']:,}"
     if row["scored"] != row["answered"]:
         answered += f" ({row['scored']:,} with a score)"
@@ -264,11 +309,16 @@ def markdown_task(report: Mapping[str, Any], task: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def markdown_published() -> str:
-    """The paper's table and today's memory systems, with what makes them not comparable."""
+def ours_of(report: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
+    """What a report has of the paper's table."""
+    return report["published"]["paper"].get("ours") or {}
+
+
+def markdown_published(ours: Mapping[str, Mapping[str, float]]) -> str:
+    """The paper's table with ``ours``, and today's memory systems, with what makes them not comparable."""
     parts = (
         plain(published.PAPER_NOTE),
-        markdown_table(published.paper_table()),
+        markdown_table(published.paper_table(ours)),
         published.SYSTEMS_NOTE,
         markdown_table(published.systems_table()),
         published.NOT_CLAIMED,
@@ -296,5 +346,5 @@ def markdown_report(report: Mapping[str, Any], *, picture: str = "", without: st
     for task in report["tasks"]:
         parts += [f"## {plain(task['title'])}", markdown_task(report, task["name"])]
     parts += [f"## What the columns say\n\n{COLUMNS}" if any(task["rows"] for task in report["tasks"]) else ""]
-    parts += ["## What others have reported", markdown_published()]
+    parts += ["## What others have reported", markdown_published(ours_of(report))]
     return "\n\n".join(part for part in parts if part) + "\n"

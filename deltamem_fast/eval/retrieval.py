@@ -9,11 +9,9 @@ from ..errors import ArgumentError
 from ..model.libraries import require, told
 from ..text.cutting import pieces_of
 from ..text.segments import tokenize
-from .policies import Policy
-
-CHUNK_TOKENS = 256
-BETWEEN = "\n\n"  # the pieces of a document that is in context
-MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+from .data import BETWEEN
+from .defaults import CHUNK_TOKENS, EMBEDDER
+from .policies import RETRIEVING, Policy
 
 Finder = Callable[[str], list[int]]  # a question → places of chunks, the best first
 
@@ -72,7 +70,7 @@ class _Dense:
     """By the cosine of embeddings."""
 
     def __init__(self, embedder: str | None):
-        self.model = load_embedder(embedder or MODEL)
+        self.model = load_embedder(embedder or EMBEDDER)
 
     def __call__(self, chunks: Sequence[str], amount: int) -> Finder:
         options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": False}
@@ -116,6 +114,6 @@ def last_tokens(tokenizer, text: str, amount: int) -> int:
 
 def selected(policy: Policy, chunks: Sequence[str], finder: Finder, question: str) -> str:
     """The found chunks in the order in which they were said, a blank line between them."""
-    if policy.kind not in ("bm25", "dense"):
+    if policy.kind not in RETRIEVING:
         raise ArgumentError(f"policy: got {policy.name}, allowed one that retrieves")
     return BETWEEN.join(chunks[place] for place in sorted(finder(question)))

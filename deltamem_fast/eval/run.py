@@ -9,35 +9,37 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import AdapterSource, read_adapter
 from ..display import counted
-from ..errors import ArgumentError
+from ..errors import ArgumentError, StateError
+from ..model.libraries import one_line
 from ..model.loading import device_for, found_model, load_model, usable_device
 from ..model.patch import patch_model, unpatch_model
 from ..model.threads import fitting_threads
-from ..storage.files import make_directory, naming_files, write_json
+from ..storage.files import make_directory, naming_files, read_json, write_json
 from ..storage.locks import HAS_LOCKS, closed_afterwards, lock_until
 from .answering import DoesNotFit, Remembered, answer_documents
-from .answers import Answer, AnswerFile
+from .answers import Answer, AnswerFile, read_answer_file
 from .checking import verify
 from .data import Document, Task
+from .defaults import EMBEDDER
 from .extension import extended, trained_length
 from .plan import Plan
 from .policies import Policy
 from .record import VERIFIED, Record, common_facts, read_before
 from .report import write_report
-from .report_tables import NO_MEMORY
-from .retrieval import MODEL as EMBEDDER
+from .report_tables import NO_MEMORY, row_name
 from .retrieval import load_embedder
 from .scoring import Judge, score_answers
 from .tasks import TASKS
@@ -77,7 +79,7 @@ def run(
     for name, found in documents.items():  # what scoring needs is missing before hours are spent, or never
         score_answers(TASKS[name], found, {question.id: "" for one in found[:1] for question in one.questions})
     common = common_facts(plan, documents)
-    read_before(plan.output / "run.json", common)
+    read_before(plan.output / "run.json", common, plan.judge)
     make_directory(plan.output)
     options = {"device": device, "dtype": plan.dtype, "attention": plan.attention, "quiet": True}
     with contextlib.ExitStack() as stack:
@@ -87,13 +89,22 @@ def run(
         _check_loaded(plan, model, tokenizer, sources)
         record = Record(plan, model, common, measured or {})
         for label, source in {**({NO_MEMORY: None} if plan.frozen else {}), **sources}.items():
-            try:
-                with _patched(model, source, plan.backend):
-                    _Rows(plan, model, tokenizer, label, documents, record).run(judge, say)
-            except Exception:  # what was answered until then is worth a look
-                write_report(plan.output)
-                raise
+            with _reported(plan.output), _patched(model, source, plan.backend):
+                _Rows(plan, model, tokenizer, label, documents, record).run(say)
+        if judge is not None:
+            with _reported(plan.output):
+                _judge_rows(plan, documents, judge, say)
         return write_report(plan.output)
+
+
+@contextlib.contextmanager
+def _reported(output: Path) -> Iterator[None]:
+    """An error leaves a report: what was answered until then is worth a look."""
+    try:
+        yield
+    except Exception:
+        write_report(output)
+        raise
 
 
 @contextlib.contextmanager
@@ -166,38 +177,50 @@ class _Rows:
     documents: dict[str, list[Document]]
     record: Record
 
-    def run(self, judge: Judge | None, say: Callable[[str], None]) -> None:
+    def run(self, say: Callable[[str], None]) -> None:
         """All of them, task by task."""
         for name, path in self.plan.tasks:
             remembered: dict[str, Remembered] = {}
             for policy in self.plan.policies:
-                if name in TASKS:
-                    self._ours(TASKS[name], policy, remembered, judge, say)
-                else:
-                    self._harness(name, path, policy, say)
+                with self._memory_left(name, policy):
+                    if name in TASKS:
+                        self._ours(TASKS[name], policy, remembered, say)
+                    else:
+                        self._harness(name, path, policy, say)
 
-    def _ours(self, task: Task, policy: Policy, remembered: dict, judge: Judge | None, say) -> None:
-        row, documents = f"{policy.name}+{self.label}", self.documents[task.name]
+    @contextlib.contextmanager
+    def _memory_left(self, task: str, policy: Policy) -> Iterator[None]:
+        """An error of too little memory says of which row, and what helps."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            batch, row = self.plan.settings.batch, row_name(policy.name, self.label)
+            raise StateError(
+                f"{task} {row}: out of memory with batch_size {batch}; the same command with a smaller --batch-size, "
+                f"or without this policy, goes on ({one_line(error)})"
+            ) from error
+
+    def _ours(self, task: Task, policy: Policy, remembered: dict, say) -> None:
+        row, documents = row_name(policy.name, self.label), self.documents[task.name]
         head = self.record.head(task.name, row, policy, self.model)
         options = {"memory": self.label != NO_MEMORY, "settings": self.plan.settings}
         with AnswerFile(self.plan.output / "answers" / task.name / f"{row}.jsonl", head) as file:
-            left = [_without(document, file.answers) for document in documents]
-            left = [document for document in left if document.questions]
+            left = {one.id: sum(asked.id not in file.answers for asked in one.questions) for one in documents}
             too_long: dict[str, str] = {}
 
             def leave_out(document: Document, error: DoesNotFit) -> None:
                 too_long[document.id] = str(error)
-                bar.update(len(document.questions))
+                bar.update(left[document.id])
 
-            with _bar(sum(len(document.questions) for document in left), f"{task.name} {row}") as bar:
+            with _bar(sum(left.values()), f"{task.name} {row}") as bar:
 
                 def keep(answer: Answer) -> None:
                     file.append(answer)
                     bar.update()
 
                 answer_documents(
-                    self.model, self.tokenizer, task, left, policy, keep=keep, remembered=remembered,
-                    leave_out=leave_out, **options,
+                    self.model, self.tokenizer, task, documents, policy, keep=keep, remembered=remembered,
+                    leave_out=leave_out, skip=set(file.answers), **options,
                 )  # fmt: skip
             if too_long:
                 reason = (
@@ -210,13 +233,18 @@ class _Rows:
             fits = [document for document in documents if document.id not in too_long]
             self._verify(task, row, policy, fits[: self.plan.verify], options, say)
             answers = {id: answer.answer for id, answer in file.answers.items()}
-        write_scores(self.plan.output, task, documents, row, answers, judge)
+        if not _is_scored(self.plan, task.name, row, answers):
+            write_scores(self.plan.output, task, documents, row, answers)  # a judge comes when all is answered
         say(f"{task.name} {row}: {len(answers):,} answers")
 
     def _verify(self, task: Task, row: str, policy: Policy, documents: list[Document], options, say) -> None:
-        """Unless an earlier run into this directory has looked at as many documents, and they were equal."""
+        """Unless an earlier run into this directory has looked at as many documents, and they were equal.
+
+        What did not hold stands until as many documents are looked at again.
+        """
         before = self.record.found[VERIFIED].get(task.name, {}).get(row, {"documents": 0, "holds": True})
-        if before["holds"] and before["documents"] >= len(documents):
+        enough = before["documents"] >= len(documents) if before["holds"] else before["documents"] > len(documents)
+        if enough or not documents:
             return
         some = [replace(document, questions=document.questions[:VERIFIED_QUESTIONS]) for document in documents]
         found = verify(self.model, self.tokenizer, task, some, policy, **options)
@@ -227,7 +255,7 @@ class _Rows:
     def _harness(self, name: str, path: Path | None, policy: Policy, say) -> None:
         from .harness_run import harness_row  # lm_eval takes seconds to import
 
-        row = f"{policy.name}+{self.label}"
+        row = row_name(policy.name, self.label)
         head = self.record.head(name, row, policy, self.model)
         with AnswerFile(self.plan.output / "answers" / name / f"{row}.jsonl", head) as file:
             scores = harness_row(
@@ -238,8 +266,33 @@ class _Rows:
         say(f"{name} {row}: {len(file.answers):,} answers")
 
 
+def _judge_rows(plan: Plan, documents: Mapping[str, list[Document]], judge: Judge, say: Callable[[str], None]) -> None:
+    """Score all rows of the plan's tasks by its judge, those of earlier runs, too: a table has one judge."""
+    for name, found in documents.items():
+        for path in sorted((plan.output / "answers" / name).glob("*.jsonl")):
+            answers = {id: one.answer for id, one in read_answer_file(path)[1].items()}
+            if answers and not _is_scored(plan, name, path.stem, answers):
+                write_scores(plan.output, TASKS[name], found, path.stem, answers, judge, plan.judge)
+                say(f"{name} {path.stem}: judged by {plan.judge}")
+
+
+def _is_scored(plan: Plan, task: str, row: str, answers: Collection[str]) -> bool:
+    """Whether a row has scores by the plan's judge of just these answers."""
+    path = plan.output / "scores" / task / f"{row}.json"
+    if plan.judge is None or not path.exists():
+        return False
+    found = read_json(path)
+    return found.get("judge") == plan.judge and set(found.get("scores") or ()) == set(answers)
+
+
 def write_scores(
-    output: Path, task: Task, documents: Sequence[Document], row: str, answers: dict[str, str], judge: Judge | None
+    output: Path,
+    task: Task,
+    documents: Sequence[Document],
+    row: str,
+    answers: Mapping[str, str],
+    judge: Judge | None = None,
+    judge_name: str | None = None,
 ) -> dict[str, Any]:
     """Score a row's answers and write ``scores/TASK/ROW.json``; returns what ``score_answers`` does."""
     found = score_answers(task, documents, answers, judge)
@@ -251,6 +304,7 @@ def write_scores(
         "apart": sorted(question.id for _, question in asked if question.category in task.apart),
         "metric": found["metric"],
         "title": task.title,
+        "judge": judge_name,
         "notes": [*task.notes, *_unscored(found)],
         "aggregate": {name: value for name, value in found["overall"].items() if value is not None},
     }
@@ -263,10 +317,6 @@ def _unscored(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{counted(count, 'answer')} of a row without a score: {why}." for why, count in found["unscored_for"].items()
     ]
-
-
-def _without(document: Document, answered) -> Document:
-    return replace(document, questions=tuple(one for one in document.questions if one.id not in answered))
 
 
 def _bar(total: int, title: str):

@@ -10,7 +10,7 @@ from run_directories import RUN, answer, scores, write_run
 
 from deltamem_fast.errors import ArgumentError, FileFormatError, FileMissingError
 from deltamem_fast.eval import report as module
-from deltamem_fast.eval.report import build_report, costs, split_row, write_report
+from deltamem_fast.eval.report import build_report, costs, write_report
 from deltamem_fast.eval.report_plot import draw_cost, points_of
 from deltamem_fast.eval.report_tables import (
     category_table,
@@ -19,6 +19,7 @@ from deltamem_fast.eval.report_tables import (
     label,
     markdown_task,
     plain,
+    split_row,
     task_of,
     task_table,
 )
