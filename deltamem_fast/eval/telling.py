@@ -17,6 +17,7 @@ from ..memory.state import MemoryState
 from ..memory.telling import WRITE_TOKENS, Encoded, encoded_pieces
 from ..text.encode import attention_mask, padded
 from ..text.segments import chat_ids
+from .costs import Stopwatch
 from .extension import trained_length
 from .retrieval import BETWEEN
 
@@ -29,6 +30,15 @@ class Told:
 
     memory: MemoryState
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A memory of one document, and what it cost: tokens that were told, and seconds."""
+
+    memory: MemoryState
+    tokens: int
+    seconds: float
 
 
 def window_for(model: nn.Module, window: int = 0) -> int:
@@ -90,6 +100,16 @@ def tell(model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int
             rows[n] = memory.select([place])
     memory = MemoryState.cat([rows[n] for n in range(len(documents))]) if documents else MemoryState.zeros(model, 0)
     return Told(memory, tuple(sum(map(len, windows)) for windows in documents))
+
+
+def remember(
+    model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int = CHUNK, batch: int = 8
+) -> list[Remembered]:
+    """``tell``, timed: of each document its memory, of one row, and its share of the seconds, by its tokens."""
+    watch = Stopwatch(input_device(model))
+    told = tell(model, documents, chunk=chunk, batch=batch)
+    share = watch.seconds() / max(1, sum(told.tokens))
+    return [Remembered(told.memory.select([row]), tokens, tokens * share) for row, tokens in enumerate(told.tokens)]
 
 
 def _feed(model: nn.Module, windows: Sequence[Encoded], memory: MemoryState, chunk: int) -> None:

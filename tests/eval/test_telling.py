@@ -6,7 +6,8 @@ from support import loud_adapter, tiny_model
 from tokenizers_for_tests import chatml_tokenizer
 
 from deltamem_fast import DeltaMemConfig, patch_model
-from deltamem_fast.eval.telling import difference, tell, tell_plainly, windows_of
+from deltamem_fast.eval import telling
+from deltamem_fast.eval.telling import difference, remember, tell, tell_plainly, windows_of
 
 TEXTS = [
     ["Ada took the train home.", "My dog is called Rex. It was a good day.", "She went to the market."],
@@ -43,6 +44,19 @@ def test_as_plain_forwards(model, window, chunk, batch):
 
 def test_nothing_to_tell(model):
     assert tell(model, []).memory.batch_size == 0 and tell(model, [[]]).tokens == (0,)
+    assert remember(model, []) == [] and remember(model, [[]])[0].seconds == 0.0
+
+
+def test_what_telling_costs(model, monkeypatch):
+    """The seconds of all are shared by tokens; each memory is the document's own."""
+    monkeypatch.setattr(telling.Stopwatch, "seconds", lambda self: 12.0)
+    documents = [windows_of(model, chatml_tokenizer(), parts, 64) for parts in TEXTS]
+    found = remember(model, documents, chunk=16, batch=3)
+    tokens = [sum(map(len, windows)) for windows in documents]
+    assert [one.tokens for one in found] == tokens and tokens[2] == 0
+    assert [one.seconds for one in found] == pytest.approx([12.0 * count / sum(tokens) for count in tokens])
+    for one, windows in zip(found, documents):
+        assert one.memory.batch_size == 1 and difference(one.memory, tell_plainly(model, windows)) < 1e-4
 
 
 def test_the_difference_is_one(model):
