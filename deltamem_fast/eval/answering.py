@@ -30,7 +30,7 @@ from .defaults import BATCH, CHUNK, CHUNK_TOKENS
 from .extension import extended, trained_length
 from .policies import RETRIEVING, Policy
 from .retrieval import chunks_of, finder_for, last_tokens, selected
-from .telling import Encoded, tell, window_for, windows_of
+from .telling import Encoded, Remembered, remember, window_for, windows_of
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,6 @@ DEFAULTS = Settings()
 SLACK = 4
 _HEADER = 64  # tokens of a prompt's end, in which a template may have begun to think
 _APPENDED = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """A memory of one document, and what it cost: tokens that were told, and seconds."""
-
-    memory: MemoryState
-    tokens: int
-    seconds: float
 
 
 class DoesNotFit(ArgumentError):
@@ -156,15 +147,8 @@ def answer_documents(
 def _told(model: nn.Module, run: Sequence[Prepared], settings: Settings, known: dict[str, Remembered]) -> list:
     """Of each document what is remembered before it is asked about."""
     new = [each for each in run if each.document.id not in known]
-    windows = [each.told for each in new]
-    watch = Stopwatch(input_device(model))
-    told = tell(model, windows, chunk=settings.chunk, batch=settings.batch)
-    seconds = watch.seconds() / max(1, sum(told.tokens))
-    made = {
-        each.document.id: Remembered(told.memory.select([row]), tokens, tokens * seconds)
-        for row, (each, tokens) in enumerate(zip(new, told.tokens))
-    }
-    known |= made
+    told = remember(model, [each.told for each in new], chunk=settings.chunk, batch=settings.batch)
+    known |= {each.document.id: one for each, one in zip(new, told)}
     return [known[each.document.id] for each in run]
 
 

@@ -29,7 +29,7 @@ from ..model.patch import patch_model, unpatch_model
 from ..model.threads import fitting_threads
 from ..storage.files import make_directory, naming_files, read_json, write_json
 from ..storage.locks import HAS_LOCKS, closed_afterwards, lock_until
-from .answering import DoesNotFit, Remembered, answer_documents
+from .answering import DoesNotFit, answer_documents
 from .answers import Answer, AnswerFile, read_answer_file
 from .checking import verify
 from .data import Document, Task
@@ -43,7 +43,7 @@ from .report_tables import NO_MEMORY, row_name
 from .retrieval import load_embedder
 from .scoring import Judge, score_answers
 from .tasks import TASKS
-from .telling import window_for, windows_of
+from .telling import Remembered, window_for, windows_of
 
 VERIFIED_QUESTIONS = 4  # of each document
 

@@ -18,10 +18,9 @@ from ..memory.telling import WRITE_TOKENS, Encoded, encoded_pieces
 from ..text.encode import attention_mask, padded
 from ..text.segments import chat_ids
 from .costs import Stopwatch
+from .data import BETWEEN
+from .defaults import BATCH, CHUNK
 from .extension import trained_length
-from .retrieval import BETWEEN
-
-CHUNK = 512  # tokens of a forward
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def windows_of(model: nn.Module, tokenizer, parts: Sequence[str], window: int) -
 
 
 @torch.no_grad()
-def tell(model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int = CHUNK, batch: int = 8) -> Told:
+def tell(model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int = CHUNK, batch: int = BATCH) -> Told:
     """Write each document into a memory of its own.
 
     A window is a context with positions from 0 (adapters are trained on contexts of a limited length), which is fed
@@ -103,7 +102,7 @@ def tell(model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int
 
 
 def remember(
-    model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int = CHUNK, batch: int = 8
+    model: nn.Module, documents: Sequence[Sequence[Encoded]], *, chunk: int = CHUNK, batch: int = BATCH
 ) -> list[Remembered]:
     """``tell``, timed: of each document its memory, of one row, and its share of the seconds, by its tokens."""
     watch = Stopwatch(input_device(model))

@@ -184,9 +184,9 @@ def test_costs(patched):
 def test_what_was_told_is_not_told_again(patched, monkeypatch):
     from deltamem_fast.eval import answering
 
-    remembered, calls, tell = {}, [], answering.tell
+    remembered, calls, remember = {}, [], answering.remember
     monkeypatch.setattr(
-        answering, "tell", lambda model, told, **o: (calls.append(len(told)), tell(model, told, **o))[1]
+        answering, "remember", lambda model, told, **o: (calls.append(len(told)), remember(model, told, **o))[1]
     )
     first = texts(answered(patched, "nothing", remembered=remembered))
     told = sum(calls)
