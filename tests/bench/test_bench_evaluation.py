@@ -29,7 +29,7 @@ def test_the_small_backbones_rows_and_their_page(tmp_path, capsys):
     pages, runs = bench("report.pages"), bench("report.evaluation").found_runs(tmp_path)
     text = pages.evaluation(bench("report.found").Found(evaluations=runs))
     assert text.count("Not measured yet.") == 1  # LoCoMo
-    assert "| state only, MSW | " in text and "padding equal one plain forward (28 rows" in text
+    assert "| state only, MSW | " in text and "padding equal plain forwards, one a prompt" in text
     assert f"commit {report['run']['commit']}" in text and str(tmp_path) not in text
     assert "![score against cost](../../bench/results/eval/changes-small/cost.svg)" in text
     assert "Mem0" in text and "40.79" in text

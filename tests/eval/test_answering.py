@@ -1,5 +1,6 @@
 """Answers under each policy: what is in context, what the memory holds, what leaks (nothing), and what it cost."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -206,6 +207,37 @@ def test_what_does_not_fit_is_said_and_yarn_reads_it():
         answered(model, "everything", memory=False)
     assert len(answered(model, "yarn", memory=False)) == 15
     assert len(answered(model, "last-10", memory=False)) == 15
+
+
+def test_questions_that_are_left_have_the_positions_of_all():
+    """YaRN's factor is that of the longest question, though it was answered before the run was killed."""
+    model = made(max_position_embeddings=64)
+    long = Question("long", "Who took the train? " * 12, ("x",))
+    some = [replace(DOCUMENTS[0], questions=(long, *DOCUMENTS[0].questions))]
+    whole, skip = texts(answered(model, "yarn", memory=False, documents=some)), {"long", "first-1"}
+    left = texts(answered(model, "yarn", memory=False, documents=some, skip=skip))
+    assert left == {id: text for id, text in whole.items() if id not in skip}
+    prepared = [
+        Prepared(model, TOKENIZER, TASK, some[0], policy_named("yarn"), SETTINGS, False, ids) for ids in ((), skip)
+    ]
+    assert prepared[0].longest == prepared[1].longest > 64 and len(prepared[1].asked) == 4
+    assert prepared[0].longest // 64 > sum(map(len, (prepared[0].shared, prepared[0].asked[-1].ids))) // 64
+
+
+def test_one_batch_s_cache_is_gone_before_the_next_is_copied(monkeypatch):
+    from deltamem_fast.eval import answering
+
+    model, caches = made(), []
+
+    def watched(cache, rows):
+        assert not any(one() for one in caches)
+        made = copied(cache, rows)
+        caches.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(answering, "copied", watched)
+    assert len(answered(model, "everything", memory=False, documents=DOCUMENTS[:1])) == 5
+    assert len(caches) == 3
 
 
 def test_a_questions_own_length():

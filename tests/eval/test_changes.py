@@ -121,7 +121,7 @@ def test_claims():
 def test_overall_by_hand():
     found = overall({NEWER: [1.0, 0.0], OLDER: [1.0, 1.0, 1.0, 0.0], PREMISE: [0.0], KEPT: [1.0]})
     assert found == {
-        "overall": pytest.approx((0.5 + 0.75 + 0 + 1) / 4),
+        "overall": pytest.approx((0.5 + 0 + 1) / 3),
         "older still claimed": 0.25,
         "misled by a false premise": 1.0,
     }

@@ -11,6 +11,7 @@ from deltamem_fast.eval.published import (
     PAPER_SCORES,
     SYSTEMS,
     SYSTEMS_NOTE,
+    paper_scores_of,
     paper_table,
     systems_table,
 )
@@ -37,6 +38,33 @@ def test_not_measured_is_said_once_and_gone_when_it_is():
     measured = paper_table({"LoCoMo": {"frozen": 40.0, "TSW": 45.125}})
     assert NOT_YET not in str(measured)
     assert measured[0][-1] == "ours" and measured[2][-1] == "frozen 40.00, TSW 45.12" and measured[1][-1] == ""
+
+
+def measured(name, **scores):
+    """A task of a report: its rows, by name, and their scores."""
+    rows = [
+        {"row": row, "policy": row.partition("+")[0], "memory": row.partition("+")[2], "answered": 2, "questions": 2,
+         "score": {"mean": score}}
+        for row, score in scores.items()
+    ]  # fmt: skip
+    return {"name": name, "rows": rows}
+
+
+def test_ours_of_the_paper_s_table():
+    run = {"model": "Qwen/Qwen3-4B-Instruct-2507", "documents": None, "questions": None}
+    long = {"nothing+off": 0.1, "nothing+tsw": 0.2, "everything+off": 0.4, "everything+tsw": 0.5, "bm25-4+off": 0.25}
+    tasks = [measured(name, **long) for name in ("locomo", "memory-agent-bench-paper", "hotpotqa")]
+    found = paper_scores_of(run, tasks)
+    assert found["LoCoMo"] == {"frozen": 40.0, "TSW": 50.0, "BM25": 25.0} and "average of five" not in found
+    tasks += [measured(name, **{"nothing+off": 0.8, "nothing+tsw": 0.9}) for name in ("ifeval", "gpqa")]
+    found = paper_scores_of(run, tasks)
+    assert found["IFEval"] == {"frozen": 80.0, "TSW": 90.0}  # without a document, one prompt under every policy
+    assert found["average of five"] == {"frozen": pytest.approx(56), "TSW": pytest.approx(66)}
+    assert paper_table(found)[1][-1] == "frozen 56.00, TSW 66.00" and NOT_YET not in str(paper_table(found))
+    for other in ({"model": "Qwen/Qwen3-8B"}, {"documents": 2}, {"questions": 16}, {"model": None}):
+        assert paper_scores_of(run | other, tasks) == {}
+    tasks[0]["rows"][2]["answered"] = 1  # a part
+    assert "frozen" not in paper_scores_of(run, tasks)["LoCoMo"]
 
 
 def test_the_systems():

@@ -10,6 +10,7 @@ from run_directories import RUN, answer, scores, write_run
 
 from deltamem_fast.errors import ArgumentError, FileFormatError, FileMissingError
 from deltamem_fast.eval import report as module
+from deltamem_fast.eval.answers import AnswerFile
 from deltamem_fast.eval.report import build_report, costs, write_report
 from deltamem_fast.eval.report_plot import draw_cost, points_of
 from deltamem_fast.eval.report_tables import (
@@ -19,6 +20,7 @@ from deltamem_fast.eval.report_tables import (
     label,
     markdown_task,
     plain,
+    run_notes,
     split_row,
     task_of,
     task_table,
@@ -203,10 +205,36 @@ def test_a_row_that_only_a_judge_can_score(tmp_path):
     write_report(tmp_path)
 
 
+def test_rows_that_were_measured_otherwise_are_told(tmp_path):
+    def written(name, **head):
+        run = write_run(tmp_path / name, ROWS)
+        for row, more in {"nothing+off": {}, "bm25-4+off": {"commit": "abc", "fed": {"batch": 8}}, **head}.items():
+            with AnswerFile(run / "answers" / "locomo" / f"{row}.jsonl", {"row": row, **more}) as file:
+                file.append(BARE)
+        return run
+
+    report = build_report(written("first"))
+    assert run_notes(report, "locomo") == [
+        "Rows differ in commit: not recorded: nothing+off, nothing+msw, bm25-4+msw; abc: bm25-4+off.",
+        "Rows differ in batch size: not recorded: nothing+off, nothing+msw, bm25-4+msw; 8: bm25-4+off.",
+    ]
+    assert "Rows differ in commit" in write_report(tmp_path / "first")["report.html"].read_text()
+    path = tmp_path / "first" / "scores" / "locomo" / "bm25-4+msw.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"judge": "gpt"}))
+    assert run_notes(build_report(tmp_path / "first"), "locomo")[-1] == (
+        "Rows differ in judge: none: nothing+off, nothing+msw, bm25-4+off; gpt: bm25-4+msw."
+    )
+
+
 def test_labels():
     def of(row):
         policy, memory = split_row(row)
         return label({"row": row, "policy": policy, "memory": memory})
+
+    assert label({"row": "yarn+off", "policy": "yarn", "memory": "off", "answered": 2, "questions": 3}) == (
+        "yarn (a part)"
+    )
+    assert of("nothing+ssw-sentence") == "state only, SSW-SENTENCE"
 
     assert [of(row) for row in ("nothing+off", "nothing+tsw", "last-2048+off", "bm25-4+msw", "yarn+a+b", "plain")] == [
         "frozen, nothing in context", "state only, TSW", "last-2048", "bm25-4 + MSW", "yarn+a + b", "plain",
@@ -425,7 +453,7 @@ def test_what_was_left_out_and_what_was_verified_stands_at_its_task(tmp_path):
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
         assert "Left out: everything+off: &lt;b&gt;too long&lt;/b&gt;" in text
-        assert "padding equal one plain forward (2 rows, 2 documents each)" in text
+        assert "padding equal plain forwards, one a prompt" in text and "(2 rows, 2 documents each)" in text
         assert "2e-06 of a layer's largest state" in text.replace("&#x27;", "'") and "1 answer begin" in text
         assert "left out:" not in text
     run["verified"]["locomo"]["nothing+msw"]["holds"] = False

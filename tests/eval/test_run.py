@@ -5,12 +5,14 @@ import re
 import shutil
 
 import pytest
+import torch
 from support import loud_adapter, tiny_model
 from tokenizers_for_tests import chatml_tokenizer
 from transformers import AutoModelForCausalLM
 
 from deltamem_fast import DeltaMemConfig, patch_model, save_adapter, unpatch_model
 from deltamem_fast.cli.main import main
+from deltamem_fast.errors import StateError
 from deltamem_fast.eval import answering, run
 from deltamem_fast.eval.answers import read_answer_file
 from deltamem_fast.eval.paper import SAMPLES
@@ -102,7 +104,7 @@ def test_rows_are_added_and_nothing_is_asked_again(whole, place, tmp_path, monke
     real = run.answer_documents
     monkeypatch.setattr(run, "answer_documents", lambda *g, **o: asked.extend(found := real(*g, **o)) or found)
     assert deltamem(place, tmp_path, "--no-frozen", adapter="msw", policies=("nothing",)) == 0
-    assert len(asked) == 6 and {id.rpartition("-")[0] for id in (one.id for one in asked)}
+    assert sorted(one.id for one in asked) == sorted(answers_of(whole)["answers/changes-small/nothing+tsw.jsonl"])
     record = json.loads((tmp_path / "run.json").read_text())
     assert set(record["adapters"]) == {"tsw", "msw"} and record["policies"] == ["nothing", "bm25-1"]
     assert len(json.loads((tmp_path / "report.json").read_text())["tasks"][0]["rows"]) == 5
@@ -154,6 +156,39 @@ def test_verify_that_fails_is_the_exit_code(place, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checking, "difference", lambda first, second: 0.5)
     assert deltamem(place, tmp_path, "--verify", "1", policies=("nothing",)) == 1
+
+
+def test_a_check_that_failed_stands_until_as_much_is_looked_at_again(place, tmp_path, monkeypatch):
+    from deltamem_fast.eval import checking
+
+    def row():
+        return json.loads((tmp_path / "run.json").read_text())["verified"]["changes-small"]["nothing+tsw"]
+
+    with monkeypatch.context() as inside:
+        inside.setattr(checking, "difference", lambda first, second: 0.5)
+        assert deltamem(place, tmp_path, "--verify", "2", policies=("nothing",)) == 1
+    failed = row()
+    for fewer in ((), ("--verify", "1")):
+        assert deltamem(place, tmp_path, *fewer, policies=("nothing",)) == 1 and row() == failed
+    assert deltamem(place, tmp_path, "--verify", "2", policies=("nothing",)) == 0
+    assert row()["holds"] and row()["documents"] == 2
+
+
+def test_too_little_memory_names_the_row_and_what_helps(place, tmp_path, capsys, monkeypatch):
+    def answer_documents(*given, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(run, "answer_documents", answer_documents)
+    assert deltamem(place, tmp_path, adapter=None) == 2
+    said = capsys.readouterr().err
+    assert "changes-small nothing+off: out of memory with batch_size 8; the same command with a smaller" in said
+    monkeypatch.undo()
+    assert deltamem(place, tmp_path, "--batch-size", "1", adapter=None) == 0
+
+
+def test_a_model_without_an_adapter_runs_bare_and_says_so(place, tmp_path, capsys):
+    assert deltamem(place, tmp_path, adapter=None, policies=("nothing",)) == 0
+    assert "no adapter was given and none is shipped: without a memory only" in capsys.readouterr().err
 
 
 @pytest.mark.xdist_group("lm_eval")
@@ -255,15 +290,46 @@ def test_other_data_of_lm_evals_tasks_does_not_go_on(place, tmp_path, capsys):
     assert re.search("data.babilong-qa1: got .* another --output", capsys.readouterr().err)
 
 
-def test_a_judge_is_named_and_other_judges_do_not_go_on(place, tmp_path, capsys, monkeypatch):
+def test_a_judge_may_come_later_and_scores_all_rows(place, tmp_path, capsys, monkeypatch):
     from deltamem_fast.cli import eval as command
 
-    monkeypatch.setattr(command, "_judge_of", lambda *_: lambda question, answer: 1.0)
-    judged = ("--judge", "http://localhost:1", "--judge-model", "first")
-    assert deltamem(place, tmp_path, *judged, adapter=None, policies=("nothing",)) == 0
+    asked, real = [], run.score_answers
+    monkeypatch.setattr(command, "_judge_of", lambda arguments, kept: arguments.judge and (lambda *_: 1.0))
+    monkeypatch.setattr(run, "score_answers", lambda *g: asked.append(len(g) > 3 and g[3] is not None) or real(*g))
+
+    def judges():
+        return {path.stem: json.loads(path.read_text())["judge"] for path in tmp_path.glob("scores/*/*.json")}
+
+    def with_judge(name, policy):
+        judge = ("--judge", "http://localhost:1", "--judge-model", name) if name else ()
+        return deltamem(place, tmp_path, *judge, adapter=None, policies=(policy,))
+
+    assert with_judge(None, "nothing") == 0 and judges() == {"nothing+off": None}
+    before = answers_of(tmp_path)
+    assert with_judge("first", "bm25-1") == 0
+    assert judges() == {"nothing+off": "first", "bm25-1+off": "first"} and asked.count(True) == 2
     assert json.loads((tmp_path / "run.json").read_text())["judge"] == "first"
-    assert deltamem(place, tmp_path, *judged[:3], "second", adapter=None, policies=("nothing",)) == 2
-    assert re.search("judge: got 'second'", capsys.readouterr().err)
+    assert with_judge("first", "bm25-1") == 0 and asked.count(True) == 2  # nothing is judged twice
+    assert with_judge("second", "bm25-1") == 0 and set(judges().values()) == {"second"}
+    assert with_judge(None, "bm25-1") == 2
+    assert re.search("judge: got none, but .* has 'second'.* another --output, or a judge", capsys.readouterr().err)
+    assert before.items() <= answers_of(tmp_path).items() and set(judges().values()) == {"second"}
+
+
+def test_a_judge_that_fails_comes_when_all_is_answered(place, tmp_path, capsys, monkeypatch):
+    real = run.score_answers
+
+    def score(task, documents, answers, judge=None):
+        if judge is not None:
+            raise StateError("judge: http://localhost:1: no connection")
+        return real(task, documents, answers)
+
+    monkeypatch.setattr(run, "score_answers", score)
+    judged = ("--judge", "http://localhost:1", "--judge-model", "one")
+    assert deltamem(place, tmp_path, *judged) == 2
+    assert "no connection" in capsys.readouterr().err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["answered"] for row in report["tasks"][0]["rows"]] == [6] * 4
 
 
 def test_two_runs_in_one_directory(place, tmp_path, capsys):
