@@ -24,7 +24,7 @@ help:
 	@echo "make serving         deltamem serve under 64 clients, and killed between turns; five minutes (OUTPUT=dir)"
 	@echo "make serving-vllm    the same over vLLM, and its throughput; twenty-five minutes (OUTPUT=dir)"
 	@echo "make eval-smoke      every benchmark and policy on a few rows of local data, on SmolLM2 and the small backbone"
-	@echo "make evaluation      LoCoMo on SmolLM2, changes on the small backbone; most of an hour (LOCOMO=locomo10.json, OUTPUT=dir)"
+	@echo "make evaluation      LoCoMo on SmolLM2, changes on the small backbone; two hours, most of them YaRN (LOCOMO=locomo10.json, OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
 	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"

@@ -1,4 +1,4 @@
-"""The pages' Python runs as it stands there, on a small local model; their commands are ones that the command line takes."""
+"""The pages' Python runs as it stands there, on a small local model; the command line takes their commands."""
 
 import json
 import re
