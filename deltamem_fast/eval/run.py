@@ -277,12 +277,13 @@ def _judge_rows(plan: Plan, documents: Mapping[str, list[Document]], judge: Judg
 
 
 def _is_scored(plan: Plan, task: str, row: str, answers: Collection[str]) -> bool:
-    """Whether a row has scores by the plan's judge of just these answers."""
+    """Whether a row has scores by the plan's judge of just these answers, and each has one."""
     path = plan.output / "scores" / task / f"{row}.json"
     if plan.judge is None or not path.exists():
         return False
     found = read_json(path)
-    return found.get("judge") == plan.judge and set(found.get("scores") or ()) == set(answers)
+    scores = found.get("scores") or {}
+    return found.get("judge") == plan.judge and scores.keys() == set(answers) and None not in scores.values()
 
 
 def write_scores(
