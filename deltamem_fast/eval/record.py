@@ -71,6 +71,7 @@ def read_before(path: Path, common: Mapping[str, Any], judge: str | None = None)
     for name, here, there in differing(common, {key: before.get(key) for key in common}):
         added = name.partition(".")[0] in ("data", "adapters") and None in (here, there)  # a task or adapter more
         added |= name == "weights" and there is None  # an older run, of which they are not known
+        added |= name == "settings.embedder" and None in (here, there)  # rows of dense retrieval, or others
         if not added and name not in {f"settings.{fed}" for fed in FED}:
             raise ArgumentError(
                 f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
@@ -112,6 +113,7 @@ class Record:
             "format_version": RUN_VERSION,
             **common,
             **more,
+            "settings": common["settings"] | {"embedder": common["settings"]["embedder"] or _embedder(before)},
             "judge": plan.judge,
             "parameters": sum(p.numel() for p in model.parameters()),
             "tasks": {**before.get("tasks", {}), **titles},
@@ -136,6 +138,8 @@ class Record:
         settings = dict(self.found["settings"])
         described = {name: self.found[name] for name in MEASURED if name in self.found}
         described["fed"] = {name: settings.pop(name) for name in FED}
+        if policy.kind != "dense":
+            settings["embedder"] = None
         return head | {"settings": settings} | described
 
     def leave_out(self, task: str, row: str, reason: str) -> None:
@@ -151,6 +155,10 @@ class Record:
     def write(self) -> None:
         """To disk."""
         write_json(self.path, self.found)
+
+
+def _embedder(before: Mapping[str, Any]) -> str | None:
+    return before["settings"]["embedder"] if before else None
 
 
 def feeding_holds(output: Path, plan: Plan) -> bool:

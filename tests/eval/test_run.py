@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from support import loud_adapter, tiny_model
@@ -172,6 +173,26 @@ def test_a_check_that_failed_stands_until_as_much_is_looked_at_again(place, tmp_
         assert deltamem(place, tmp_path, *fewer, policies=("nothing",)) == 1 and row() == failed
     assert deltamem(place, tmp_path, "--verify", "2", policies=("nothing",)) == 0
     assert row()["holds"] and row()["documents"] == 2
+
+
+def test_rows_of_dense_retrieval_are_added_to_others(place, tmp_path, monkeypatch, capsys):
+    from deltamem_fast.eval import plan as plans
+    from deltamem_fast.eval import retrieval
+
+    class Model:
+        def encode(self, texts, **options):
+            return np.array([[text.count(letter) for letter in "aeiou"] for text in texts], dtype=float)
+
+    for module in (run, retrieval):
+        monkeypatch.setattr(module, "load_embedder", lambda name: Model())
+    monkeypatch.setattr(plans, "require", lambda packages, what: None)
+    assert deltamem(place, tmp_path, adapter=None, policies=("nothing",)) == 0
+    assert deltamem(place, tmp_path, "--embedder", "one", adapter=None, policies=("dense-1",)) == 0
+    assert deltamem(place, tmp_path, adapter=None, policies=("bm25-1",)) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["embedder"] == "one"
+    assert len(json.loads((tmp_path / "report.json").read_text())["tasks"][0]["rows"]) == 3
+    assert deltamem(place, tmp_path, "--embedder", "other", adapter=None, policies=("dense-2",)) == 2
+    assert "settings.embedder: got 'other'" in capsys.readouterr().err
 
 
 def test_too_little_memory_names_the_row_and_what_helps(place, tmp_path, capsys, monkeypatch):
