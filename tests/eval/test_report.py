@@ -157,13 +157,13 @@ def test_the_table(directory):
     ]  # fmt: skip
     # Of the draws, a quarter is above 0, but for chance.
     lines = {line[0]: [re.sub(r"\b2[3-7] %", "25 %", cell) for cell in line[1:]] for line in table[1:]}
-    assert list(lines) == ["frozen, nothing in context", "state only, MSW", "bm25-4", "bm25-4 + MSW"]
+    assert list(lines) == ["frozen, nothing in context (a part)", "state only, MSW", "bm25-4", "bm25-4 + MSW"]
     assert lines["bm25-4 + MSW"] == [
         "50.0 (50.0 to 50.0)", "+50.0 (+50.0 to +50.0; above 0: 100 %)", "0.0 (−50.0 to +50.0; above 0: 25 %)",
         "3 of 3 (2 with a score)", "200", "700", "2 s", "3.17 s", "100 ms", "5.37 s", "30.0 MB",
     ]  # fmt: skip
     assert lines["bm25-4"][0] == "66.7 (50.0 to 100.0)" and lines["bm25-4"][4:] == [""] * 7
-    assert lines["state only, MSW"][2] == "" and lines["frozen, nothing in context"][1] == ""
+    assert lines["state only, MSW"][2] == "" and lines["frozen, nothing in context (a part)"][1] == ""
 
 
 def test_columns_without_anything_are_left_out(tmp_path):
@@ -346,7 +346,7 @@ def test_the_picture(directory):
     root = ElementTree.fromstring(drawn["cost.svg"])
     assert root.tag.endswith("svg") and b"<metadata" not in drawn["cost.svg"] and b"DOCTYPE" not in drawn["cost.svg"]
     points = {point.name: point for point in points_of(task_of(found, "locomo"))}
-    assert list(points) == ["frozen, nothing in context", "bm25-4 + MSW"]
+    assert list(points) == ["frozen, nothing in context (a part)", "bm25-4 + MSW"]
     assert points["bm25-4 + MSW"].seconds == near(2.2 + 9.5 / 3) and points["bm25-4 + MSW"].score == 50
 
 
