@@ -244,7 +244,7 @@ class _Rows:
         """
         before = self.record.found[VERIFIED].get(task.name, {}).get(row, {"documents": 0, "holds": True})
         enough = before["documents"] >= len(documents) if before["holds"] else before["documents"] > len(documents)
-        if enough or not documents:
+        if enough:
             return
         some = [replace(document, questions=document.questions[:VERIFIED_QUESTIONS]) for document in documents]
         found = verify(self.model, self.tokenizer, task, some, policy, **options)
