@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import locomo, small
+from . import embedder, locomo, small
 
-COMMANDS = {"locomo": locomo, "small": small}
+COMMANDS = {"embedder": embedder, "locomo": locomo, "small": small}
 
 
 def main(arguments: list[str] | None = None) -> int:
