@@ -200,7 +200,10 @@ def test_costs(opened):
 @pytest.mark.parametrize("adapter", [None, "tsw", "ssw"])
 def test_a_prompt_without_a_document(opened, adapter):
     """It is whole under every policy, written while it is read, and what shares a batch with it changes nothing."""
-    texts = ("Write about Ada.\n\nShe went to the market.\n\nDo not use commas.", "Where is Rex?\n(A) home\n(B) Paris\nSay:")
+    texts = (
+        "Write about Ada.\n\nShe went to the market.\n\nDo not use commas.",
+        "Where is Rex?\n(A) home\n(B) Paris\nSay:",
+    )
     docs = ({"instruction_id_list": []}, {"Question": "Where is Rex?", "Incorrect Answer 1": "home"})
     options = {"until": [], "max_gen_toks": 8, "do_sample": False}
     asked = [Instance("generate_until", doc, (text, options), 0) for text, doc in zip(texts, docs)]
@@ -227,8 +230,8 @@ def test_tokens_of_an_answer(opened, monkeypatch):
     words = lm.tok_encode("Rex went home")
     stopped = lm.tok_encode("Rex\nwent")
     assert len({one, other, pad}) == 3
-    rows = [[*words, one], [words[0], other], [words[0], other, pad, pad, pad], words, stopped, [*words, pad]]
-    lengths = [len(words) + 1, 2, 2, len(words), len(lm.tok_encode("Rex\n")), len(words) + 1]
+    rows = [[*words, one], [words[0], other], [words[0], other, pad, pad, pad], words, stopped]
+    lengths = [len(words) + 1, 2, 2, len(words), len(lm.tok_encode("Rex\n"))]
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [one, other])
     coming = []
     monkeypatch.setattr(

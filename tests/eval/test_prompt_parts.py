@@ -69,7 +69,8 @@ def test_guessed(text, expected):
 def test_benchmarks_without_documents():
     """GPQA's choices and IFEval's constraints stay, whatever the policy; by lm_eval's fields, under any name there."""
     for row in rows("gpqa"):
-        text = f"What is the correct answer to this question:{row['Question']}\nChoices:\n(A) 8\n(B) 36\n(C) v\n(D) 0\nSay: "
+        asked = f"What is the correct answer to this question:{row['Question']}"
+        text = f"{asked}\nChoices:\n(A) 8\n(B) 36\n(C) v\n(D) 0\nSay: "
         parts = prompt_parts(text, row | {"choice1": "8", "choices": ["8", "36", "v", "0"], "answer": "(B)"})
         assert (parts.document, parts.prompt(""), parts.prompt("so")) == ("", text, text)
         assert prompt_parts(text).document  # which would have been guessed
