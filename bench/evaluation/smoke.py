@@ -10,7 +10,7 @@ from deltamem_fast.eval.answers import read_answer_file
 from deltamem_fast.storage.files import read_json
 
 ALL = ("off", "tsw", "ssw", "msw")
-# By the run's directory: tasks × policies × labels, as the Makefile has them. Without a document a prompt is asked once.
+# By the run's directory: tasks × policies × labels, as the Makefile has them; without a document, asked once.
 EXPECTED = {
     "smollm2": [
         (

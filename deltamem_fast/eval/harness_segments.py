@@ -38,10 +38,11 @@ def prompt_segments(
         ValueError: no fast tokenizer, or the template hides where a message begins and ends.
     """
     if messages is not None:
-        rows = segment_ids_under(tokenizer, messages, granularity, template or {}, add_generation_prompt=True)
-        known, owners = (row[0].tolist() for row in rows)
+        owners = segment_ids_under(tokenizer, messages, granularity, template or {}, add_generation_prompt=True)[1][
+            0
+        ].tolist()
     else:
-        known, starts = tokenize(tokenizer, text)
+        starts = tokenize(tokenizer, text)[1]
         firsts = [start for start, _ in sentence_spans(text)] if granularity == "sentence_mean" else [0]
         owners = [bisect_right(firsts, start) - 1 for start in starts]
     ids = list(ids)

@@ -96,7 +96,7 @@ def test_rolling_writes_each_token_once(opened, adapter, monkeypatch):
     """The last window, which is shorter, reaches back to nothing that was read: as one plain pass over windows."""
     lm = opened(adapter, rows=2)
     monkeypatch.setattr(lm, "_max_length", 16)
-    ids = [lm.prefix_token_id, *lm.tok_encode(LONG)]
+    ids = [lm.prefix_token_id, *lm.tok_encode(text := LONG + "Where did Ada go on Monday?")]
     assert (len(ids) - 1) % 16 > 1
     memory, total, fed = MemoryState.zeros(lm.model), 0.0, []
     segments = {"segment_ids": 0} if lm.segmented else {}
@@ -112,7 +112,7 @@ def test_rolling_writes_each_token_once(opened, adapter, monkeypatch):
         fed.extend(args[0][0].tolist())
 
     with lm.model.register_forward_pre_hook(watched, with_kwargs=True):
-        (found,) = lm.loglikelihood_rolling(texts([LONG]), disable_tqdm=True)
+        (found,) = lm.loglikelihood_rolling(texts([text]), disable_tqdm=True)
     assert fed == ids[:-1] and found == pytest.approx(total, abs=1e-3)
     assert all(torch.allclose(seen[-1][layer], memory[layer], atol=1e-5) for layer in memory)
 
