@@ -99,10 +99,10 @@ def test_rolling_writes_each_token_once(opened, adapter, monkeypatch):
     ids = [lm.prefix_token_id, *lm.tok_encode(text := LONG + "Where did Ada go on Monday?")]
     assert (len(ids) - 1) % 16 > 1
     memory, total, fed = MemoryState.zeros(lm.model), 0.0, []
-    segments = {"segment_ids": 0} if lm.segmented else {}
     with torch.no_grad():
         for first in range(0, len(ids) - 1, 16):
             window = torch.tensor([ids[first : min(first + 16, len(ids) - 1)]])
+            segments = {"segment_ids": torch.zeros_like(window)} if lm.segmented else {}
             logits = lm.model(window, memory=memory, use_cache=False, **segments).logits[0].log_softmax(-1)
             total += float(logits.gather(1, torch.tensor(ids[first + 1 :][: len(logits)])[:, None]).sum())
     seen = []
