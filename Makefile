@@ -136,7 +136,7 @@ eval-smoke: smollm2
 	  hotpotqa=$(DATA)/hotpotqa.jsonl ruler-niah=$(DATA)/ruler_niah.jsonl ruler-vt=$(DATA)/ruler_vt.jsonl \
 	  babilong-qa1=$(DATA)/babilong_qa1.jsonl
 	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/harness --questions 2 --new-tokens 16 \
-	  --adapter msw --policy last-64 yarn --task babilong-qa1=$(DATA)/babilong_qa1.jsonl
+	  --adapter msw --policy last-16 yarn --task babilong-qa1=$(DATA)/babilong_qa1.jsonl
 	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/as-paper --questions 2 --documents 2 \
 	  --new-tokens 16 --window 512 --adapter msw --policy nothing --task memory-agent-bench-paper=$(DATA)/agent_bench.json
 	$(BIN)/deltamem eval run recall --output build/eval-smoke/recall --documents 8 --verify 2 --retrieval-chunk 16 \

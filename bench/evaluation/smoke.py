@@ -21,7 +21,7 @@ EXPECTED = {
     ],
     "harness": [
         (("hotpotqa", "ruler-niah", "ruler-vt", "babilong-qa1"), ("nothing", "everything", "bm25-1"), ("off", "msw")),
-        (("babilong-qa1",), ("last-64", "yarn"), ("off", "msw")),
+        (("babilong-qa1",), ("last-16", "yarn"), ("off", "msw")),
         (("ifeval", "gpqa"), ("nothing",), ("off", "msw")),
     ],
     "recall": [(("changes-small",), ("nothing", "last-32", "everything", "bm25-2"), ALL)],
