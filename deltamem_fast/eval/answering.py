@@ -24,7 +24,7 @@ from ..text.encode import attention_mask, check_known, encode_text, padded
 from ..text.segments import chat_ids, segment_ids_under
 from ..text.thinking import TextStream
 from .answers import Answer
-from .costs import FirstToken, Stopwatch, peak_of, reset_peak
+from .costs import FirstToken, Stopwatch, answer_length, peak_of, reset_peak
 from .data import BETWEEN, Document, Question, Task
 from .defaults import BATCH, CHUNK, CHUNK_TOKENS
 from .extension import extended, trained_length
@@ -350,7 +350,7 @@ class Prepared:
         ends = set(options.get("eos_token_id") or ())
         for asked, row in zip(some, found[:, inputs["input_ids"].shape[1] :].tolist()):
             row = row[: self.new_tokens(asked.question)]
-            length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+            length = answer_length(row, ends)
             yield Answer(
                 id=asked.question.id,
                 answer=self._answer(asked, row[:length]),

@@ -1,9 +1,11 @@
-"""Seconds and bytes: what an answer costs."""
+"""Seconds, bytes and tokens: what an answer costs."""
 
 from __future__ import annotations
 
 import sys
 import time
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -43,6 +45,30 @@ class FirstToken(LogitsProcessor):
         if self.seconds is None:
             self.seconds = self.watch.seconds()
         return scores
+
+
+def answer_length(
+    tokens: Sequence[int],
+    ends: Collection[int],
+    stops: Sequence[str] = (),
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> int:
+    """How many of the tokens that were generated are an answer's; what stands behind them is padding, or too much.
+
+    Args:
+        ends: tokens that end a text; the first of them is the answer's last token.
+        stops: texts that stop an answer; the token that completes the first of them is the answer's last, too.
+        decode: tokens → their text, with ``stops``.
+    """
+    length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+    if decode is None or not stops:
+        return length
+
+    def stopped(count: int) -> bool:
+        text = decode(tokens[:count])
+        return any(stop in text for stop in stops)
+
+    return bisect_left(range(length + 1), True, key=stopped) if stopped(length) else length
 
 
 def reset_peak(device: torch.device) -> None:

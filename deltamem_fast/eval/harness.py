@@ -7,7 +7,7 @@ memory of its own, which begins empty: no row of a batch, no request and no run 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,22 @@ from ..adapter.wrappers import unwrap
 from ..arguments import check_type
 from ..errors import ArgumentError, ArgumentTypeError
 from ..memory.state import MemoryState
+from ..text.answering import as_ids
 from ..text.encode import attention_mask, padded
 from . import register
 from .answering import Settings, answer_documents
-from .costs import Stopwatch
+from .costs import answer_length
 from .extension import extended
 from .harness_context import Contexts
 from .harness_costs import Meter
 from .harness_options import check_options, checked_telling, is_greedy, no_warning_of_models, with_end_of_thinking
+from .harness_rolling import rolled
 from .harness_segments import NOT_WRITTEN, positions
 from .harness_tasks import by_document, is_ours
 from .opening import open_model, strategy_of
 from .policies import RETRIEVING, policy_named
 from .retrieval import CHUNK_TOKENS
-from .telling import CHUNK, tell, window_for, windows_of
+from .telling import CHUNK, Remembered, remember, window_for, windows_of
 
 register()
 
@@ -117,7 +119,7 @@ class DeltaMemLM(HFLM):
         self.least_length = 0
         retrieval = self._telling["chunk_tokens"], embedder
         self._contexts = Contexts(self.policy, self.tokenizer, self.apply_chat_template, *retrieval)
-        self._memories: dict[str, MemoryState] = {}  # told text → what is remembered of it, while requests are run
+        self._memories: dict[str, Remembered] = {}  # by the text that was told, while requests are run
         self._waiting: dict[str, Any] = {}  # of the batch that was encoded last: arguments of generate
         self._meter = Meter(self.device)
 
@@ -128,7 +130,7 @@ class DeltaMemLM(HFLM):
 
     @property
     def costs(self) -> dict[str, dict[str, Any]]:
-        """What the answer to each prompt that was generated took, as fields of ``Answer``; see ``Meter``."""
+        """What each answer took since ``generate_until`` was last called, by its prompt; see ``Meter``."""
         return self._meter.found
 
     @property
@@ -182,10 +184,10 @@ class DeltaMemLM(HFLM):
                 found[place] = by_id[requests[place].doc["question"]]
                 self.cache_hook.add_partial("generate_until", requests[place].args, found[place])
         others = sorted(set(range(len(requests))) - set(ours))
-        if others:
-            rest = [requests[place] for place in others]
-            with self._running(rest):
-                for place, answer in zip(others, super().generate_until(rest, disable_tqdm=disable_tqdm)):
+        self._meter.clear()
+        for places, some in self._contexts.alike(others, requests):
+            with self._running(some):
+                for place, answer in zip(places, super().generate_until(some, disable_tqdm=disable_tqdm)):
                     found[place] = answer
         return found
 
@@ -199,9 +201,11 @@ class DeltaMemLM(HFLM):
         if self.segmented:
             rows = [self._segments(text, row[kept].tolist()) for text, row, kept in zip(prompts, ids, mask.bool())]
             self._waiting["segment_ids"] = padded(rows, NOT_WRITTEN, padding_side).to(self.device)
-        if self.remembers and self._contexts.cuts:
+        if self.remembers and self._contexts.cutting:
             self._waiting["memory"] = self._told(told)
-        self._meter.encoded(strings, mask.sum(1).tolist(), told)
+        remembered = [self._memories.get(text) for text in told]
+        asked = self._contexts.cuts and not self._contexts.cutting
+        self._meter.encoded(strings, mask.sum(1).tolist(), remembered, asked=asked)
         return ids, mask
 
     def _model_generate(self, context, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
@@ -209,15 +213,27 @@ class DeltaMemLM(HFLM):
         with self._meter.generating() as first:
             watched = LogitsProcessorList([first])
             out = super()._model_generate(context, max_length, stop, logits_processor=watched, **waiting, **options)
-        self._meter.answered(out[:, context.shape[1] :].tolist(), self.eot_token_id)
+        ends = {*as_ids(unwrap(self.model).generation_config.eos_token_id), *as_ids(self.eot_token_id)}
+        rows = out[:, context.shape[1] :].tolist()
+        self._meter.answered([self._answer_length(row, ends, stop) for row in rows])
         return out
+
+    def _answer_length(self, row: list[int], ends: Collection[int], stop: Sequence[str]) -> int:
+        """How many tokens of what was generated are the answer, with what was thought before it."""
+        length = answer_length(row, ends)
+        thought = next((place + 1 for place in reversed(range(length)) if row[place] == self.think_end_token), 0)
+        return thought + answer_length(row[thought:length], (), stop, self.tok_decode)
 
     # --- scoring
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each continuation after its context; see ``lm_eval.api.model.LM.loglikelihood``."""
-        with self._running(requests):
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        found: list[Any] = [None] * len(requests)
+        for places, some in self._contexts.alike(range(len(requests)), requests):
+            with self._running(some):
+                for place, answer in zip(places, super().loglikelihood(some, disable_tqdm=disable_tqdm)):
+                    found[place] = answer
+        return found
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return super()._encode_pair(self._contexts.under_policy(context)[0], continuation)
@@ -226,7 +242,7 @@ class DeltaMemLM(HFLM):
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         # A forward that reads what it has itself just written, token by token, needs no memory of the caller's.
-        if not self.segmented and not (self.remembers and self._contexts.cuts):
+        if not self.segmented and not (self.remembers and self._contexts.cutting):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         found: list[Any] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
@@ -253,7 +269,7 @@ class DeltaMemLM(HFLM):
         ends = [end for *_, end in requests]
         texts = ["" if text is None else text[0] for text, *_ in requests]
         prompts, told = zip(*map(self._contexts.under_policy, texts))
-        memory = self._told(told) if self._contexts.cuts else MemoryState.zeros(self.model, len(requests))
+        memory = self._told(told) if self._contexts.cutting else MemoryState.zeros(self.model, len(requests))
         ids = padded(contexts, 0, "left").to(self.device)
         mask = attention_mask(contexts, "left").to(self.device)
         first = {}
@@ -281,51 +297,22 @@ class DeltaMemLM(HFLM):
             found.append((total, bool((row.argmax(-1) == wanted).all())))
         return found
 
-    @torch.no_grad()
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Of whole texts. What does not fit a window runs on in the memory, if there is one.
 
-        A text's windows are each a context of their own, disjoint, every token scored once, as ``hf`` has them.
+        See ``harness_rolling.rolled``.
         """
         if not self.remembers:
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        windows = []
-        for (text,) in (request.args for request in requests):
-            cut = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            windows.append([make_disjoint_window(window) for window in cut])
-        totals = [0.0] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: (-len(windows[i]), -len(windows[i][-1][1])))
+        ids = [[self.prefix_token_id, *self.tok_encode(request.args[0])] for request in requests]
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0) as bar:
-            for first in range(0, len(order), self._rows):
-                places = order[first : first + self._rows]
-                memory = MemoryState.zeros(self.model, len(places))
-                for step in range(len(windows[places[0]])):
-                    active = [place for place in places if step < len(windows[place])]  # the longest stand first
-                    memory = memory.select(range(len(active)))
-                    for place, score in zip(active, self._roll([windows[i][step] for i in active], memory)):
-                        totals[place] += score
-                bar.update(len(places))
+            totals = rolled(
+                self.model, ids, self.max_length, rows=self._rows, segmented=self.segmented, dtype=self.softmax_dtype,
+                done=bar.update,
+            )  # fmt: skip
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
-
-    def _roll(self, windows: Sequence[tuple[list[int], list[int]]], memory: MemoryState) -> list[float]:
-        """The scores of a window of each text; ``memory`` is written further."""
-        fed = [(context + end)[:-1] for context, end in windows]
-        mask = attention_mask(fed).to(self.device)
-        segments = {}
-        if self.segmented:
-            segments["segment_ids"] = padded([[0] * len(ids) for ids in fed], NOT_WRITTEN).to(self.device)
-        ids = padded(fed, 0).to(self.device)
-        logits = self.model(ids, attention_mask=mask, memory=memory, use_cache=False, **segments).logits
-        scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
-        found = []
-        for row, ids, (_, end) in zip(scores, fed, windows):
-            wanted = torch.tensor(end, device=row.device)[:, None]
-            found.append(float(row[len(ids) - len(end) : len(ids)].gather(1, wanted).sum()))
-        return found
 
     # --- a request's memory
 
@@ -344,7 +331,6 @@ class DeltaMemLM(HFLM):
             finally:
                 self._max_length = before
                 self._contexts.clear()
-                self._meter.clear()
                 self._memories, self._waiting = {}, {}
 
     def length_of(self, request) -> int:
@@ -380,11 +366,9 @@ class DeltaMemLM(HFLM):
         new = [text for text in dict.fromkeys(texts) if text not in self._memories]
         window = window_for(self.model, self._telling["window"])
         windows = [windows_of(self.model, self.tokenizer, [text], window) for text in new]
-        watch = Stopwatch(self.device)
-        told = tell(self.model, windows, chunk=self._telling["chunk"], batch=self._rows)
-        self._meter.told(new, told.tokens, watch.seconds())
-        self._memories |= {text: told.memory.select([row]) for row, text in enumerate(new)}
-        memory = MemoryState.cat([self._memories[text] for text in texts])
+        told = remember(self.model, windows, chunk=self._telling["chunk"], batch=self._rows)
+        self._memories |= dict(zip(new, told))
+        memory = MemoryState.cat([self._memories[text].memory for text in texts])
         return memory if self.policy.shared else memory.read_only()
 
     def _segments(self, text: str, ids: Sequence[int]) -> list[int]:

@@ -9,35 +9,38 @@ from typing import Any
 import torch
 
 from .costs import FirstToken, Stopwatch, peak_of, reset_peak
+from .telling import Remembered
 
 
 class Meter:
     """Counts and times one batch after the other.
 
     Attributes:
-        found: by prompt; a prompt is one string, so that all of it counts as context. Seconds of a batch are shared
-            among its rows, those of telling are the told text's, however many ask about it.
+        found: by prompt. Where it has a document, it is one string with it, and all of it counts as context. Seconds
+            of a batch are shared among its rows, those of telling are the told text's, however many ask about it.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.found: dict[str, dict[str, Any]] = {}
-        self._told: dict[str, dict[str, Any]] = {}
-        self._batch: list[tuple[str, int, str]] = []
+        self.clear()
 
     def clear(self) -> None:
-        """Forget what was told; the costs stay."""
-        self._told, self._batch = {}, []
+        """Forget all costs."""
+        self.found: dict[str, dict[str, Any]] = {}
+        self._batch: list[tuple[str, dict[str, Any]]] = []
 
-    def told(self, texts: Sequence[str], tokens: Sequence[int], seconds: float) -> None:
-        """These texts were told together."""
-        share = seconds / max(1, sum(map(bool, tokens)))
-        for text, count in zip(texts, tokens):
-            self._told[text] = {"told_tokens": count, "tell_seconds": share if count else 0.0}
+    def encoded(
+        self, prompts: Sequence[str], tokens: Sequence[int], told: Sequence[Remembered | None], *, asked: bool = False
+    ) -> None:
+        """These prompts, of so many tokens, go through the model next, each with what was told before it.
 
-    def encoded(self, prompts: Sequence[str], tokens: Sequence[int], told: Sequence[str]) -> None:
-        """These prompts, of so many tokens, go through the model next, with memories of these told texts."""
-        self._batch = list(zip(prompts, tokens, told))
+        Args:
+            asked: a prompt is a question without a document.
+        """
+        name, self._batch = "question_tokens" if asked else "context_tokens", []
+        for prompt, count, one in zip(prompts, tokens, told):
+            telling = {} if one is None else {"told_tokens": one.tokens, "tell_seconds": one.seconds}
+            self._batch.append((prompt, {name: count} | telling))
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[FirstToken]:
@@ -49,16 +52,10 @@ class Meter:
         whole, rows = watch.seconds(), max(1, len(self._batch))
         prefill = whole if first.seconds is None else first.seconds
         seconds = {"prefill_seconds": prefill / rows, "decode_seconds": (whole - prefill) / rows}
-        for prompt, tokens, told in self._batch:
-            self.found[prompt] = {
-                "context_tokens": tokens,
-                "peak_bytes": peak_of(self.device),
-                **seconds,
-                **self._told.get(told, {}),
-            }
+        peak = {"peak_bytes": peak_of(self.device)}
+        self.found |= {prompt: {**known, **peak, **seconds} for prompt, known in self._batch}
 
-    def answered(self, rows: Sequence[Sequence[int]], end: int | None) -> None:
-        """What was generated for the batch; a row's tokens count to the first ``end``."""
-        for (prompt, *_), row in zip(self._batch, rows):
-            length = next((place + 1 for place, token in enumerate(row) if token == end), len(row))
+    def answered(self, lengths: Sequence[int]) -> None:
+        """How many tokens each answer of the batch has."""
+        for (prompt, _), length in zip(self._batch, lengths):
             self.found[prompt]["answer_tokens"] = length

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,15 +13,18 @@ from ..model.libraries import told
 from .answering import Settings
 from .answers import Answer, AnswerFile
 from .harness import DeltaMemLM
-from .paper import check_packages, local_task, metric_of, paper_task_named, ruler_task
+from .paper import metric_of, paper_task_named
 from .policies import Policy
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
 
 
 def harness_row(
     model: nn.Module,
     tokenizer,
     name: str,
-    path: Path | None,
+    task: ConfigurableTask,
     policy: Policy,
     file: AnswerFile,
     *,
@@ -35,8 +37,7 @@ def harness_row(
 
     Args:
         name: one of ``PAPER_TASKS``.
-        path: a local file with the benchmark's rows; None = lm_eval fetches them from the hub, or, of RULER, makes them
-            with ``tokenizer``.
+        task: of it, see ``paper.open_task``.
         pretrained: what lm_eval calls the model.
         settings: all of them count; without ``new_tokens`` an answer has as many as the benchmark (``PaperTask``), and
             at most half of what the model can see.
@@ -49,7 +50,6 @@ def harness_row(
     from lm_eval.tasks import TaskManager
 
     paper = paper_task_named(name)
-    check_packages(name)
     lm = DeltaMemLM(
         model, tokenizer=tokenizer, policy=policy.name, batch_size=settings.batch, window=settings.window,
         chunk=settings.chunk, chunk_tokens=settings.chunk_tokens, embedder=settings.embedder,
@@ -57,12 +57,7 @@ def harness_row(
     )  # fmt: skip
     lm.model_name = pretrained
     tokens = _new_tokens(lm, settings.new_tokens, paper.new_tokens)
-    task = paper.task if path is None else local_task(name, path, seed=seed)
-    if path is None and paper.made:
-        with told(f"task {name}"):
-            task = ruler_task(name, tokenizer, seed=seed)
-    # To look through all that lm_eval knows takes seconds.
-    manager = TaskManager(include_defaults=isinstance(task, str))
+    manager = TaskManager(include_defaults=False)  # to look through all that lm_eval knows takes seconds
     options = {"gen_kwargs": f"max_gen_toks={tokens}"} if tokens else {}
     with told(f"task {name}"), _kept(lm, file, name) as notes:
         found = lm_eval.simple_evaluate(

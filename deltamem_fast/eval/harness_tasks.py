@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from ..errors import ArgumentError
 from .data import Document, Question, Task
@@ -16,9 +19,22 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 PREFIX = "deltamem_"  # of the names that lm_eval knows our tasks by
-_KEY = "deltamem_task"  # in a doc of ours: the name of its task
-# lm_eval's docs are small and many, documents large and few: a doc names its document, which is looked up here.
-_OPENED: dict[str, tuple[Task, dict[str, Document], dict[str, Question]]] = {}
+_KEY = "deltamem_task"  # in a doc of ours: under what its task was opened
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a task of lm_eval's that is ours was made of."""
+
+    task: Task
+    documents: dict[str, Document]
+    questions: dict[str, Question]
+
+
+# lm_eval's docs are small and many, documents large and few: a doc names its document, which is looked up here, as long
+# as lm_eval's task is there.
+_OPENED: WeakValueDictionary[str, _Opened] = WeakValueDictionary()
+_NUMBERS = count(1)
 
 
 def harness_task(
@@ -36,19 +52,26 @@ def harness_task(
         documents: loaded already; ``data`` is not read then.
 
     Raises:
-        ValueError, OSError: of ``task.load``; or there is no question.
+        ValueError, OSError: of ``task.load``; or there is no question, or two documents or questions have one id.
         ImportError: lm_eval is not installed.
     """
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     documents = task.load(data) if documents is None else list(documents)
-    questions = {question.id: question for document in documents for question in document.questions}
-    if not questions:
+    asked = [question for document in documents for question in document.questions]
+    if not asked:
         raise ArgumentError(f"documents: {task.name}: got no question, allowed one or more")
-    _OPENED[task.name] = (task, {document.id: document for document in documents}, questions)
+    for what, ids in (("documents", [one.id for one in documents]), ("questions", [one.id for one in asked])):
+        twice = [id for id, times in Counter(ids).items() if times > 1]
+        if twice:
+            raise ArgumentError(f"documents: {task.name}: got two {what} with the id {twice[0]!r}, allowed one")
+    questions = {question.id: question for question in asked}
+    key = f"{task.name} {next(_NUMBERS)}"  # another call may have other documents
+    opened = _Opened(task, {document.id: document for document in documents}, questions)
+    _OPENED[key] = opened
     docs = [
-        {_KEY: task.name, "document": document.id, "question": question.id, "answers": list(question.answers)}
+        {_KEY: key, "document": document.id, "question": question.id, "answers": list(question.answers)}
         for document in documents
         for question in document.questions
     ]
@@ -72,6 +95,8 @@ def harness_task(
     }
 
     class OurTask(ConfigurableTask):
+        deltamem = opened  # which is known as long as this task is
+
         def construct_requests(self, doc, ctx, **options):
             request = super().construct_requests(doc, ctx, **options)
             if self.config.generation_kwargs.get("max_gen_toks") == task.new_tokens:  # nobody wants it otherwise
@@ -88,8 +113,8 @@ def is_ours(doc: Any) -> bool:
 
 def question_of(doc: Mapping[str, Any]) -> tuple[Task, Document, Question]:
     """What a request's ``doc`` of ours stands for."""
-    task, documents, questions = _OPENED[doc[_KEY]]
-    return task, documents[doc["document"]], questions[doc["question"]]
+    opened = _OPENED[doc[_KEY]]
+    return opened.task, opened.documents[doc["document"]], opened.questions[doc["question"]]
 
 
 def by_document(
@@ -106,14 +131,14 @@ def by_document(
     for place in places:
         doc, options = requests[place].doc, requests[place].args[1]
         together.setdefault((doc[_KEY], int(options.get("max_gen_toks", 0))), []).append(place)
-    for (name, tokens), some in together.items():
-        task, documents, _ = _OPENED[name]
+    for (key, tokens), some in together.items():
+        opened = _OPENED[key]
         asked = {requests[place].doc["question"] for place in some}
         cut = [
             replace(document, questions=tuple(one for one in document.questions if one.id in asked))
-            for document in documents.values()
+            for document in opened.documents.values()
         ]
-        yield some, task, [document for document in cut if document.questions], tokens
+        yield some, opened.task, [document for document in cut if document.questions], tokens
 
 
 def prompt_of(doc: Mapping[str, Any]) -> str:

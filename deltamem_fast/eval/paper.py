@@ -7,8 +7,8 @@ LoCoMo and MemoryAgentBench, are tasks of ours (``harness_tasks``).
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
+import hashlib
+import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import check_choice, check_integer
-from ..errors import ArgumentError, FileFormatError, FileMissingError, MissingPackageError
+from ..errors import ArgumentError, FileFormatError, MissingPackageError
 from ..model.libraries import told
-from ..storage.files import as_path, read_bytes
-from .records import field, read_records
+from ..storage.files import as_path
+from .paper_rows import HOW, WITH_SENTENCES, check_sentences, local_rows
+from .ruler import MAKERS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
-
-_WORDS = ("punkt_tab", "python -m nltk.downloader punkt_tab")
-# Of IFEval's 25 instructions the ones that NLTK's model of sentences checks.
-_WITH_SENTENCES = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+    from lm_eval.tasks import TaskManager
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class PaperTask:
         new_tokens: of an answer at most, where nothing else is said; 0 = as lm_eval has it.
         made: whether lm_eval makes its rows itself, with a tokenizer; see ``ruler_task``. Their ``max_length`` is the
             name of the metric then.
+        document: whether its prompts have one, of which a policy leaves something out; else all policies are the same.
         notes: what has to be known of it.
     """
 
@@ -65,9 +64,14 @@ class PaperTask:
     chat_template: bool = True
     new_tokens: int = 0
     made: bool = False
+    document: bool = True
     notes: str = ""
 
 
+_NO_DOCUMENT = (
+    "a prompt has no document, so that it is the same under every policy: nothing stands beside it, and a memory is "
+    "written while it is read"
+)
 _RULER = ("wonderwords", "nltk", "scipy")
 _RULER_FIELDS = {"input": str, "outputs": list, "max_length": int, "gen_prefix": str}
 _RULER_DATA = "made by lm_eval's functions at once, with the model's tokenizer; nothing is downloaded"
@@ -84,7 +88,8 @@ PAPER_TASKS = (
             "hub google/IFEval (541 prompts, Apache-2.0)",
             {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list},
             packages=("langdetect", "immutabledict", "nltk"),
-            notes=f"two of 25 instructions ({', '.join(_WITH_SENTENCES)}) need NLTK's punkt_tab: {_WORDS[1]}",
+            document=False,
+            notes=f"{_NO_DOCUMENT}; two of 25 instructions ({', '.join(WITH_SENTENCES)}) need NLTK's punkt_tab: {HOW}",
         ),
         "gpqa": PaperTask(
             "GPQA Diamond",
@@ -97,7 +102,9 @@ PAPER_TASKS = (
             {"Question": str, "Correct Answer": str} | {f"Incorrect Answer {n}": str for n in (1, 2, 3)},
             filter="flexible-extract",
             new_tokens=2048,
-            notes="answers are thought aloud: they have up to 2,048 tokens, where lm_eval by itself gives 256",
+            document=False,
+            notes=f"{_NO_DOCUMENT}; answers are thought aloud: they have up to 2,048 tokens, where lm_eval by itself "
+            "gives 256",
         ),
         "hotpotqa": PaperTask(
             "HotpotQA (LongBench)",
@@ -173,6 +180,37 @@ def check_packages(name: str) -> None:
         )
 
 
+def open_task(name: str, path: Path | None, tokenizer, *, seed: int = 0) -> tuple[ConfigurableTask, str]:
+    """A benchmark as ``deltamem eval run`` asks it, and the digest of what is asked (``task_digest``).
+
+    Args:
+        name: one of ``PAPER_TASKS``.
+        path: a local file with its rows; None = from the hub, or made with ``tokenizer`` (RULER).
+        seed: of what is drawn: the order of GPQA's choices, RULER's rows.
+
+    Raises:
+        ValueError, OSError, ImportError: the data cannot be had, or is not what it should be.
+    """
+    if path is not None:
+        task = local_task(name, path, seed=seed)
+    elif paper_task_named(name).made:
+        with told(f"task {name}"):
+            task = ruler_task(name, tokenizer, seed=seed)
+    else:
+        check_packages(name)
+        task = _task_of(name, _hub_rows(name), seed)
+    return task, task_digest(task)
+
+
+def task_digest(task: ConfigurableTask) -> str:
+    """SHA-256 of all that a task of lm_eval's asks, in hexadecimal: another order, of choices too, has another."""
+    digest = hashlib.sha256()
+    for doc in task.eval_docs:
+        digest.update(json.dumps(doc, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "replace"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
 def local_task(name: str, data: Path | str, *, seed: int = 0) -> ConfigurableTask:
     """lm_eval's own task on the rows of a local file, for ``lm_eval.simple_evaluate(tasks=[…])``; no hub is asked.
 
@@ -195,12 +233,12 @@ def check_rows(name: str, data: Path | str) -> list[dict[str, Any]]:
     """The rows of a local file, read and checked wholly, so that no model need be loaded before; see ``local_task``."""
     paper = paper_task_named(name)
     path = as_path(data, "data")
-    rows = _rows(paper, path, name)
+    rows = local_rows(name, path, paper.fields)
     if paper.made:
         metric_of(name, rows, f"data: {path}: ")
     check_packages(name)
     if name == "ifeval":
-        _check_sentences(rows)
+        check_sentences(rows)
     return rows
 
 
@@ -210,12 +248,23 @@ def check_hub(name: str) -> None:
     Raises:
         ValueError, OSError, ImportError: it cannot be had; the message says from where, and what else is allowed.
     """
-    from lm_eval.tasks import TaskManager
+    _hub_rows(name)
 
+
+def _hub_rows(name: str) -> list[dict[str, Any]]:
+    """What a benchmark is made of on the hub, as ``check_rows`` gives that of a local file.
+
+    As a list: what lm_eval makes of a data set on the disk (GPQA's choices in an order) would be kept there, whatever
+    the seed, and be the same or another on another machine.
+    """
     paper = paper_task_named(name)
-    where = f"task {name}: from {paper.data}; allowed, too: {name}=FILE with its rows"
-    with told(where), contextlib.redirect_stdout(sys.stderr):
-        TaskManager().load([paper.task])
+    with told(f"task {name}: from {paper.data}; allowed, too: {name}=FILE with its rows"):
+        with _seeded(0), contextlib.redirect_stdout(sys.stderr):
+            task = _manager(paper).load([paper.task])["tasks"][paper.task]
+        rows = list(task.dataset[paper.split])
+    if name == "ifeval":
+        check_sentences(rows)
+    return rows
 
 
 def ruler_task(
@@ -244,57 +293,17 @@ def ruler_task(
     for length in lengths:
         check_integer(length, "lengths", 1)
     with _seeded(seed), contextlib.redirect_stdout(sys.stderr):
-        rows = [row for length in lengths for row in _MAKERS[name](tokenizer, length, samples)]
+        rows = [row for length in lengths for row in MAKERS[name](tokenizer, length, samples)]
     return _task_of(name, rows, seed)
-
-
-def _needles(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler import niah_utils
-
-    kind = {"type_haystack": "repeat", "type_needle_k": "words", "type_needle_v": "numbers"}  # those of niah_single_1
-    try:
-        return niah_utils.generate_samples(
-            niah_utils.get_haystack(type_haystack="repeat"), tokenizer, max_seq_length=length,
-            template=niah_utils.TEMPLATE, num_samples=samples, **kind,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ArgumentError(f"lengths: got {length}, too little for a row of ruler-niah: {error}") from error
-
-
-def _variables(tokenizer, length: int, samples: int) -> list[dict[str, Any]]:
-    from lm_eval.tasks.ruler import vt_utils
-
-    def check(noises: int, most: int, *, is_icl: bool) -> None:
-        # lm_eval goes on trying without an end where not even the least number of sentences fits, with 30 for the
-        # answer; names and numbers are drawn anew for each row, so that some are a little longer.
-        text, _ = vt_utils.generate_input_output(noises, 1, 4, is_icl=is_icl)
-        needed = len(tokenizer(text).input_ids) + 30 + _MARGIN
-        if needed > most:
-            raise ArgumentError(f"tokenizer: the shortest row of ruler-vt has {needed} tokens, allowed {most}")
-
-    make = vt_utils.sys_vartrack_w_noise_random
-    check(5, 500, is_icl=True)
-    example = make(tokenizer=tokenizer, num_samples=1, max_seq_length=500, incremental=5)[0]
-    behind = example["input"] + " " + " ".join(example["outputs"]) + "\n\n"
-    check(10, length - len(tokenizer(behind).input_ids), is_icl=False)
-    return make(tokenizer=tokenizer, num_samples=samples, max_seq_length=length, icl_example=example)
-
-
-_MARGIN = 40
-_MAKERS = {"ruler-niah": _needles, "ruler-vt": _variables}
 
 
 def _task_of(name: str, rows: list[dict[str, Any]], seed: int) -> ConfigurableTask:
     from datasets import Dataset
-    from lm_eval import tasks as library
-    from lm_eval.tasks import TaskManager
 
     paper = PAPER_TASKS[name]
-    place = Path(library.__file__).parent / paper.directory
     with _seeded(seed), contextlib.redirect_stdout(sys.stderr):  # lm_eval prints what it would download
-        manager = TaskManager(include_path=str(place), include_defaults=False)
         changes = {"task": paper.task, "custom_dataset": lambda **_: {paper.split: Dataset.from_list(rows)}}
-        task = manager.load([{"group": f"local_{name}", "task": [changes]}])["tasks"][paper.task]
+        task = _manager(paper).load([{"group": f"local_{name}", "task": [changes]}])["tasks"][paper.task]
         if task.config.process_docs is not None:
             # lm_eval calls it anew at each look at the rows: choices that it shuffles would be others when scored.
             docs = task.config.process_docs(task.dataset[paper.split])
@@ -302,6 +311,15 @@ def _task_of(name: str, rows: list[dict[str, Any]], seed: int) -> ConfigurableTa
             task.dataset = {paper.split: docs}
             task.task_docs = task.eval_docs
     return task
+
+
+def _manager(paper: PaperTask) -> TaskManager:
+    """Of a benchmark's own directory: to look through all that lm_eval knows takes seconds."""
+    from lm_eval import tasks as library
+    from lm_eval.tasks import TaskManager
+
+    place = Path(library.__file__).parent / paper.directory
+    return TaskManager(include_path=str(place), include_defaults=False)
 
 
 def metric_of(name: str, rows: Iterable[Mapping[str, Any]], where: str = "") -> str:
@@ -339,40 +357,6 @@ def score_of(name: str, results: Mapping[str, Any]) -> float:
     # −1 is a length without a row
     measured = [metric for metric in metrics if found.get(f"{metric},{paper.filter}", -1) != -1]
     return float(found[f"{(measured or [paper.metric])[0]},{paper.filter}"])
-
-
-def _rows(paper: PaperTask, path: Path, name: str) -> list[dict[str, Any]]:
-    rows = _csv_rows(path) if path.suffix == ".csv" else read_records(path, "data")
-    if not rows:
-        raise FileFormatError(f"data: {path}: no row in it, allowed one or more of {name}")
-    if name == "hotpotqa":  # LongBench's own files call the question input
-        rows = [{"question": row["input"], **row} if isinstance(row.get("input"), str) else row for row in rows]
-    for number, row in enumerate(rows, 1):
-        for key, kind in paper.fields.items():
-            field(row, key, kind, f"data: {path}: row {number}")
-    return rows
-
-
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = read_bytes(path, "data").decode("utf-8-sig")
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise FileFormatError(f"data: {path}: not CSV in UTF-8: {error}") from error
-
-
-def _check_sentences(rows: list[dict[str, Any]]) -> None:
-    needed = sorted({one for row in rows for one in row["instruction_id_list"] if one in _WITH_SENTENCES})
-    if not needed:
-        return
-    import nltk
-
-    try:
-        nltk.data.find(f"tokenizers/{_WORDS[0]}")
-    except LookupError as error:
-        raise FileMissingError(
-            f"ifeval: {', '.join(needed)}: needs NLTK's {_WORDS[0]}, which is not here; {_WORDS[1]}"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 
 # Where benchmarks keep a document apart from the question, in the order in which they are looked for.
 _DOCUMENTS = ("context", "passage", "article", "story", "document")
+# A field of benchmarks whose prompts have none: IFEval's, and GPQA's, under each of the names that lm_eval has of them.
+_WITHOUT = ("instruction_id_list", "Incorrect Answer 1")
 _BLANK, _LINE = re.compile(r"\n[^\S\n]*\n\s*"), re.compile(r"\n")
 _INSTRUCTION = 400  # characters at most of a first paragraph or line that counts as an instruction
 
@@ -28,7 +30,12 @@ class Parts:
     after: str
 
     def prompt(self, context: str) -> str:
-        """The prompt with another context where the document was; the same white space stands around it."""
+        """The prompt with another context where the document was; the same white space stands around it.
+
+        Without a document it is the prompt, whatever the context.
+        """
+        if not self.document:
+            return self.before + self.after
         if not context:
             before = self.before.rstrip()
             gap = "\n\n" if before and self.after.strip() else ""
@@ -43,20 +50,27 @@ class Parts:
         return self.after.strip()
 
 
+def has_document(fields: Mapping[str, Any]) -> bool:
+    """Whether a prompt may have a document, by its benchmark's fields: choices or constraints are none."""
+    return not any(name in fields for name in _WITHOUT)
+
+
 def prompt_parts(text: str, fields: Mapping[str, Any] | None = None) -> Parts:
     """Where the document of a prompt is, and what stands before and after it.
 
-    If the benchmark has the document as a field of its own (``context``, ``passage``, ``article``, ``story``,
-    ``document``, or ``input`` beside ``question``), and the prompt holds it, its last occurrence is the document. Else
-    it is guessed: the question is what stands after the last blank line; it is the last line where there is no blank
-    line, or where what follows the last one is most of the prompt. A short first paragraph (without blank lines: the
-    first line; 400 characters at most, with something between it and the question) is an instruction. What is between
-    is the document.
+    A prompt of a benchmark without documents (``has_document``) has none. If the benchmark has the document as a field
+    of its own (``context``, ``passage``, ``article``, ``story``, ``document``, or ``input`` beside ``question``), and
+    the prompt holds it, its last occurrence is the document. Else it is guessed: the question is what stands after the
+    last blank line; it is the last line where there is no blank line, or where what follows the last one is most of
+    the prompt. A short first paragraph (without blank lines: the first line; 400 characters at most, with something
+    between it and the question) is an instruction. What is between is the document.
 
     Args:
         text: the prompt, without a chat template around it.
         fields: of the benchmark's question, as lm-evaluation-harness has it in ``doc``.
     """
+    if not has_document(fields or {}):
+        return Parts("", "", text)
     found = _field(fields or {})
     start = text.rfind(found) if found else -1
     if start >= 0:

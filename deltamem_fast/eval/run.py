@@ -35,8 +35,9 @@ from .checking import verify
 from .data import Document, Task
 from .defaults import EMBEDDER
 from .extension import extended, trained_length
+from .paper import PAPER_TASKS, open_task
 from .plan import Plan
-from .policies import Policy
+from .policies import Policy, policy_named
 from .record import VERIFIED, Record, common_facts, read_before
 from .report import write_report
 from .report_tables import NO_MEMORY, row_name
@@ -255,11 +256,16 @@ class _Rows:
     def _harness(self, name: str, path: Path | None, policy: Policy, say) -> None:
         from .harness_run import harness_row  # lm_eval takes seconds to import
 
+        if not PAPER_TASKS[name].document:  # all policies are the same: nothing stands beside the prompt
+            if policy != self.plan.policies[0]:
+                return
+            policy = policy_named("nothing")
         row = row_name(policy.name, self.label)
-        head = self.record.head(name, row, policy, self.model)
+        task, data = open_task(name, path, self.tokenizer, seed=self.plan.seed)
+        head = self.record.head(name, row, policy, self.model, data=data)
         with AnswerFile(self.plan.output / "answers" / name / f"{row}.jsonl", head) as file:
             scores = harness_row(
-                self.model, self.tokenizer, name, path, policy, file, pretrained=self.plan.model,
+                self.model, self.tokenizer, name, task, policy, file, pretrained=self.plan.model,
                 settings=self.plan.settings, seed=self.plan.seed, limit=self.plan.questions,
             )  # fmt: skip
         write_json(self.plan.output / "scores" / name / f"{row}.json", scores)

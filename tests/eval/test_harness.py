@@ -9,6 +9,7 @@ import lm_eval
 import pytest
 import torch
 from harness_support import ADAPTERS, PROMPTS, asks, lines, made, pairs, texts
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from tokenizers_for_tests import chatml_tokenizer
@@ -87,16 +88,33 @@ def test_rolling(opened, adapter, monkeypatch):
     for rows in (2, 4):
         together = opened(adapter, rows=rows).loglikelihood_rolling(texts(whole), disable_tqdm=True)
         assert close(together, alone)
-    if adapter == "tsw":  # one forward over windows that begin anew would not know what went before
-        ids = [lm.prefix_token_id, *lm.tok_encode(LONG)]
-        memory, total = MemoryState.zeros(lm.model), 0.0
-        with torch.no_grad():
-            for first in range(0, len(ids) - 1, 16):
-                window = torch.tensor([ids[first : first + 16]])
-                logits = lm.model(window, memory=memory, use_cache=False).logits[0].log_softmax(-1)
-                wanted = ids[first + 1 : first + 17]
-                total += float(logits[: len(wanted)].gather(1, torch.tensor(wanted)[:, None]).sum())
-        assert alone[0] == pytest.approx(total, abs=1e-3)
+    assert lm.loglikelihood_rolling(texts(["", "a", ""]), disable_tqdm=True)[::2] == [0.0, 0.0]  # as hf has it
+
+
+@pytest.mark.parametrize("adapter", ["tsw", "ssw", "msw"])
+def test_rolling_writes_each_token_once(opened, adapter, monkeypatch):
+    """The last window, which is shorter, reaches back to nothing that was read: as one plain pass over windows."""
+    lm = opened(adapter, rows=2)
+    monkeypatch.setattr(lm, "_max_length", 16)
+    ids = [lm.prefix_token_id, *lm.tok_encode(text := LONG + "Where did Ada go on Monday?")]
+    assert (len(ids) - 1) % 16 > 1
+    memory, total, fed = MemoryState.zeros(lm.model), 0.0, []
+    with torch.no_grad():
+        for first in range(0, len(ids) - 1, 16):
+            window = torch.tensor([ids[first : min(first + 16, len(ids) - 1)]])
+            segments = {"segment_ids": torch.zeros_like(window)} if lm.segmented else {}
+            logits = lm.model(window, memory=memory, use_cache=False, **segments).logits[0].log_softmax(-1)
+            total += float(logits.gather(1, torch.tensor(ids[first + 1 :][: len(logits)])[:, None]).sum())
+    seen = []
+
+    def watched(model, args, options):
+        seen.append(options["memory"])
+        fed.extend(args[0][0].tolist())
+
+    with lm.model.register_forward_pre_hook(watched, with_kwargs=True):
+        (found,) = lm.loglikelihood_rolling(texts([text]), disable_tqdm=True)
+    assert fed == ids[:-1] and found == pytest.approx(total, abs=1e-3)
+    assert all(torch.allclose(seen[-1][layer], memory[layer], atol=1e-5) for layer in memory)
 
 
 def test_live_scores(opened):
@@ -179,6 +197,71 @@ def test_costs(opened):
     assert (lm.costs["a"]["told_tokens"], lm.costs["a"]["tell_seconds"]) == (0, 0.0)
 
 
+@pytest.mark.parametrize("adapter", [None, "tsw", "ssw"])
+def test_a_prompt_without_a_document(opened, adapter):
+    """It is whole under every policy, written while it is read, and what shares a batch with it changes nothing."""
+    texts = (
+        "Write about Ada.\n\nShe went to the market.\n\nDo not use commas.",
+        "Where is Rex?\n(A) home\n(B) Paris\nSay:",
+    )
+    docs = ({"instruction_id_list": []}, {"Question": "Where is Rex?", "Incorrect Answer 1": "home"})
+    options = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    asked = [Instance("generate_until", doc, (text, options), 0) for text, doc in zip(texts, docs)]
+    scored = [Instance("loglikelihood", doc, (text, " home"), 0) for text, doc in zip(texts, docs)]
+    known = opened(adapter, rows=4)
+    expected = known.generate_until(asked, disable_tqdm=True), known.loglikelihood(scored, disable_tqdm=True)
+    for policy in ("nothing", "last-4", "bm25-1"):
+        lm = opened(adapter, policy, rows=4)
+        alone = lm.generate_until(asks(PROMPTS[1:2]), disable_tqdm=True)
+        mixed = [asked[0], *asks(PROMPTS[1:2]), asked[1]]
+        answers = lm.generate_until(mixed, disable_tqdm=True)
+        assert answers[::2] == expected[0] and answers[1:2] == alone
+        for text in texts:
+            cost = Answer("id", "", **lm.costs[text])
+            assert (cost.context_tokens, cost.told_tokens) == (0, 0)
+            assert cost.question_tokens == len(lm.tok_encode(text))
+        assert close(lm.loglikelihood(scored, disable_tqdm=True), expected[1])
+
+
+def test_tokens_of_an_answer(opened, monkeypatch):
+    """To what ends it, whichever of several tokens that is, or to the text that stops it; padding is no answer."""
+    lm = opened("tsw", "nothing", rows=3)
+    one, other, pad = lm.eot_token_id, lm.tokenizer.convert_tokens_to_ids("<|eot|>"), lm.tokenizer.pad_token_id
+    words = lm.tok_encode("Rex went home")
+    stopped = lm.tok_encode("Rex\nwent")
+    assert len({one, other, pad}) == 3
+    rows = [[*words, one], [words[0], other], [words[0], other, pad, pad, pad], words, stopped]
+    lengths = [len(words) + 1, 2, 2, len(words), len(lm.tok_encode("Rex\n"))]
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [one, other])
+    coming = []
+    monkeypatch.setattr(
+        type(lm).__mro__[1], "_model_generate", lambda self, context, *a, **k: torch.cat([context, coming.pop()], 1)
+    )
+    for row, length in zip(rows, lengths):
+        coming.append(torch.tensor([row]))
+        lm.generate_until(asks(["Who?"], until=["\n"]), disable_tqdm=True)
+        assert lm.costs["Who?"]["answer_tokens"] == length
+    thought = lm.tok_encode("Hm\nwell</think>Rex\nwent")  # what stops an answer may stand before it
+    coming.append(torch.tensor([thought]))
+    lm.generate_until(asks(["Who?"], until=["\n"]), disable_tqdm=True)
+    assert lm.costs["Who?"]["answer_tokens"] == len(lm.tok_encode("Hm\nwell</think>Rex\n"))
+
+
+def test_nothing_grows(opened):
+    """A model that is used again knows no more than of its last evaluation, and of that all that it needs."""
+    lm = opened("ssw", "nothing", rows=2)
+    for name in ("Ada", "Rex", "Paris"):
+        chats = [[{"role": "user", "content": f"{name} is here {n}.\n\nWho?"}] for n in range(3)]
+        rendered = [lm.apply_chat_template(chat) for chat in chats]
+        answers = [lm.generate_until(asks(rendered), disable_tqdm=True) for _ in range(2)]
+        assert answers[0] == answers[1]
+        scored = [lm.loglikelihood(pairs((text, "Rex") for text in rendered), disable_tqdm=True) for _ in range(2)]
+        assert close(*scored)
+        contexts = lm._contexts
+        assert contexts._chats.keys() == set(rendered) and lm.costs.keys() == set(rendered)
+        assert not (contexts._cut_chats or contexts._fields or contexts._cut or contexts._finders or lm._memories)
+
+
 def test_a_disabled_memory_is_none(opened):
     known, bare = opened("ssw", "nothing", rows=2), opened(None, "nothing", rows=2)
     with memory_disabled(known.model):
@@ -218,6 +301,41 @@ def test_segments_of_a_rendered_chat(opened, monkeypatch):
     assert expected[0][-1] == -1 and max(expected[0]) == 2
 
 
+@pytest.mark.parametrize("length", [None, 24])
+def test_segments_of_a_chat_that_is_scored(opened, monkeypatch, length):
+    """lm_eval puts the white space at the header's end before what is scored; the messages are the segments still."""
+    lm = opened("ssw", rows=2)
+    if length:
+        monkeypatch.setattr(lm, "_max_length", length)
+    chats = [
+        [{"role": "user", "content": "My dog is called Rex. What is the name of my dog?"}],
+        [
+            {"role": "user", "content": "My sister lives in Paris. Where did Ada go?"},
+            {"role": "assistant", "content": "She went home."},
+            {"role": "user", "content": "What is her name?"},
+        ],
+    ]
+    rendered = [lm.apply_chat_template(chat) for chat in chats]
+    assert all(text[-1].isspace() for text in rendered)
+    seen, expected = [], {}
+    with lm.model.register_forward_pre_hook(lambda m, args, options: seen.append((args[0], options)), with_kwargs=True):
+        lm.loglikelihood(pairs((text, "Rex") for text in rendered), disable_tqdm=True)
+    for chat, text in zip(chats, rendered):
+        ids, segments = segment_ids_from_messages(lm.tokenizer, chat, "message", add_generation_prompt=True)
+        context, end = lm._encode_pair(text, "Rex")
+        assert context == ids[0, : len(context)].tolist() and len(context) < ids.shape[1]
+        start = max(0, len(context) + len(end) - 1 - length) if length else 0
+        start = min(start, len(context) - 1)
+        expected[tuple(context[start:])] = segments[0, start : len(context)].tolist()
+    found = {}
+    for row, segments in zip(seen[0][0].tolist(), seen[0][1]["segment_ids"].tolist()):
+        kept = next(tuple(row[-n:]) for n in range(len(row), 0, -1) if tuple(row[-n:]) in expected)
+        found[kept] = segments[-len(kept) :]
+        assert set(segments[: -len(kept)]) <= {-1}
+    assert found == expected
+    assert len({id for row in found.values() for id in row}) >= 3  # a header, and messages
+
+
 def test_segments_of_plain_text():
     tokenizer = chatml_tokenizer()
     text = "My dog is called Rex. My sister lives in Paris."
@@ -232,12 +350,20 @@ def test_segments_of_plain_text():
     assert prompt_segments(tokenizer, ids[5:], text, "sentence_mean") == by_sentence[5:]  # cut off on the left
     assert prompt_segments(tokenizer, [1, *ids], text, "sentence_mean") == [-1, *by_sentence]  # a bos token
     assert prompt_segments(tokenizer, [7, 8, 9], text, "sentence_mean") == [0, 0, 0]
+    behind = text + "\n \n"  # white space, which lm_eval puts elsewhere
+    assert prompt_segments(tokenizer, ids, behind, "sentence_mean") == by_sentence
+    assert prompt_segments(tokenizer, ids[7:], behind, "sentence_mean") == by_sentence[7:]
     chat = [{"role": "user", "content": text}]
     whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + "The answer"
     ids = tokenizer(whole)["input_ids"]
     found = prompt_segments(tokenizer, ids, whole, "sentence_mean", chat)
     _, known = segment_ids_from_messages(tokenizer, chat, "sentence", add_generation_prompt=True)
     assert found == known[0].tolist() + [-1] * (len(ids) - known.shape[1])
+    assert prompt_segments(tokenizer, ids[3:], whole, "sentence_mean", chat) == found[3:]
+    whole = whole.removesuffix("The answer")
+    ids = tokenizer(whole.rstrip())["input_ids"]
+    assert prompt_segments(tokenizer, ids, whole, "sentence_mean", chat) == known[0, : len(ids)].tolist()
+    assert prompt_segments(tokenizer, [1, *ids], whole, "sentence_mean", chat) == [-1, *known[0, : len(ids)].tolist()]
 
 
 CHOICES = {

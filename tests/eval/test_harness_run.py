@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -12,13 +14,14 @@ from support import loud_adapter, tiny_model
 from tokenizers_for_tests import chatml_tokenizer
 
 from deltamem_fast import DeltaMemConfig, patch_model
+from deltamem_fast.cli.main import main
 from deltamem_fast.errors import ArgumentError
 from deltamem_fast.eval import harness, harness_context, paper
 from deltamem_fast.eval.answering import Settings
-from deltamem_fast.eval.answers import AnswerFile
+from deltamem_fast.eval.answers import AnswerFile, read_answer_file
 from deltamem_fast.eval.harness import DeltaMemLM
 from deltamem_fast.eval.harness_run import harness_row
-from deltamem_fast.eval.paper import SAMPLES
+from deltamem_fast.eval.paper import SAMPLES, open_task
 from deltamem_fast.eval.policies import policy_named
 
 pytestmark = pytest.mark.xdist_group("lm_eval")  # whose import takes seconds
@@ -36,9 +39,11 @@ def row(model, place, name: str, policy: str = "everything", *, path="sample", *
     """What ``harness_row`` returns, and the answers in the file afterwards, by id."""
     path = SAMPLES[name] if path == "sample" else path
     settings = Settings(**{"batch": 2} | settings)
+    tokenizer = chatml_tokenizer()
+    task, _ = open_task(name, path, tokenizer)
     with AnswerFile(place / "row.jsonl", {"task": name}) as file:
         found = harness_row(
-            model, chatml_tokenizer(), name, path, policy_named(policy), file, pretrained="tiny", settings=settings
+            model, tokenizer, name, task, policy_named(policy), file, pretrained="tiny", settings=settings
         )
         return found, {id: answer.answer for id, answer in file.answers.items()}
 
@@ -111,6 +116,36 @@ def test_prompts_that_are_cut_are_told(tmp_path, asked):
     assert lm.cut_off(asks(prompts, max_gen_toks=5)) == (0, 0)
 
 
+@pytest.mark.parametrize("name", ["ifeval", "gpqa"])
+def test_a_benchmark_without_documents_is_asked_once(tmp_path, name):
+    """Whatever the policies, as its prompts stand; the memory is written while they are read; the digest is kept."""
+    directory, output = made(tmp_path), tmp_path / "out"
+    command = ["eval", "run", str(directory / "model"), "--task", f"{name}={SAMPLES[name]}", "--new-tokens", "4"]
+    command += ["--backend", "reference", "--output", str(output), "--adapter", str(directory / "tsw")]
+    assert main([*command, "--policy", "bm25-1", "everything", "last-4"]) == 0
+    rows = {path.stem: path for path in (output / "answers" / name).iterdir()}
+    assert rows.keys() == {"nothing+off", "nothing+tsw"}
+    found = {row: read_answer_file(path) for row, path in rows.items()}
+    tokenizer = chatml_tokenizer()
+    task, digest = open_task(name, SAMPLES[name], tokenizer)
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": task.doc_to_text(doc)}], tokenize=False,
+                                             add_generation_prompt=True) for doc in task.eval_docs]  # fmt: skip
+    for row, (head, answers) in found.items():
+        assert (head["policy"], head["data"], len(answers)) == ("nothing", digest, len(prompts))
+        assert {(one.context_tokens, one.told_tokens) for one in answers.values()} == {(0, 0)}
+        kept = [answers[f"{name}-{n}"] for n in range(len(prompts))]
+        lengths = [len(tokenizer(text)["input_ids"]) for text in prompts]
+        assert [one.question_tokens for one in kept] == lengths
+        path = None if row == "nothing+off" else str(directory / "tsw")
+        lm = DeltaMemLM(str(directory / "model"), path, backend="reference", device="cpu")  # everything, and no more
+        whole = lm.generate_until(asks(prompts, max_gen_toks=4), disable_tqdm=True)
+        assert [one.answer for one in kept] == whole
+    said = [{one.id: one.answer for one in answers.values()} for _, answers in found.values()]
+    assert said[0] != said[1]
+    scores = json.loads((output / "scores" / name / "nothing+tsw.json").read_text())
+    assert any("no document" in note for note in scores["notes"])
+
+
 def test_settings_count(tmp_path, monkeypatch):
     """How documents are told, and what retrieval finds in them."""
     seen = {}
@@ -126,14 +161,14 @@ def test_settings_count(tmp_path, monkeypatch):
         monkeypatch.setattr(place, name, noted)
 
     noting(harness, "windows_of", window=3)
-    noting(harness, "tell")
+    noting(harness, "remember")
     noting(harness_context, "chunks_of", tokens=2)
     monkeypatch.setattr(
         harness_context, "finder_for", lambda *given: seen.setdefault("embedder", given[2]) and (lambda _: [0])
     )
     settings = {"window": 48, "chunk": 16, "chunk_tokens": 24, "embedder": "mine", "new_tokens": 2}
     row(model_of(2048, patched=True), tmp_path, "babilong-qa1", "dense-1", **settings)
-    assert seen == {"windows_of": {(48, None)}, "tell": {(16,)}, "chunks_of": {(24, None)}, "embedder": "mine"}
+    assert seen == {"windows_of": {(48, None)}, "remember": {(16,)}, "chunks_of": {(24, None)}, "embedder": "mine"}
 
 
 def test_settings_as_one_string(tmp_path):
@@ -159,13 +194,13 @@ def test_ruler_loads_no_tokenizer(tmp_path, asked, monkeypatch):
         raise AssertionError(given)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loads)
-    make = paper._MAKERS["ruler-niah"]
+    make = paper.MAKERS["ruler-niah"]
 
     def short(tokenizer, length, samples):  # to 4,096 tokens it takes seconds
         assert (length, samples) == (4096, 500)
         return [one | {"max_length": length} for one in make(tokenizer, 900, 2)]
 
-    monkeypatch.setitem(paper._MAKERS, "ruler-niah", short)
+    monkeypatch.setitem(paper.MAKERS, "ruler-niah", short)
     found, answers = row(model_of(8192), tmp_path, "ruler-niah", path=None)
     assert list(answers) == list(found["scores"]) == ["ruler-niah-0", "ruler-niah-1"]
     assert found["metric"] == "4096" and found["aggregate"] == {"overall": 0.0}

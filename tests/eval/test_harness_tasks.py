@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 from harness_support import ADAPTERS, Saying, evaluated, made
 
 from deltamem_fast.errors import ArgumentError
-from deltamem_fast.eval import harness
+from deltamem_fast.eval import harness, harness_tasks
 from deltamem_fast.eval.answering import Settings, answer_documents
 from deltamem_fast.eval.data import Document, Question, Task
 from deltamem_fast.eval.harness import DeltaMemLM
@@ -90,6 +91,36 @@ def test_no_question():
         harness_task(TASK, documents=[])
     with pytest.raises(ArgumentError, match="data: got here"):
         harness_task(TASK, "here")
+
+
+def test_each_call_has_documents_of_its_own():
+    """Two tasks of one name: each is asked of, and scored by, what it was made of; no two have one id."""
+    first = harness_task(TASK, documents=DOCUMENTS[:1])
+    second = harness_task(replace(TASK, score=lambda question, answer: 0.5), documents=[
+        replace(DOCUMENTS[0], parts=("My cat is called Tom.",)), DOCUMENTS[1]
+    ])  # fmt: skip
+    found = []
+    for task in (first, second):
+        model = Saying(lambda prompt: "Rex")
+        results = evaluated(model, task)["results"]["deltamem_tiny"]
+        found.append((results["match,none"], model.asked[0][0].split(" is ")[0], len(model.asked)))
+    assert found == [(0.5, "My dog", 3), (0.5, "My cat", 4)]
+    question = replace(DOCUMENTS[1].questions[0], id="first-1")
+    for documents, words in (
+        ([*DOCUMENTS, replace(DOCUMENTS[1], id="first")], "two documents with the id 'first'"),
+        ([DOCUMENTS[0], replace(DOCUMENTS[1], questions=(question,))], "two questions with the id 'first-1'"),
+    ):
+        with pytest.raises(ArgumentError, match=f"documents: tiny: got {words}, allowed one"):
+            harness_task(TASK, documents=documents)
+
+
+def test_documents_go_with_their_task():
+    before = len(harness_tasks._OPENED)
+    task = harness_task(TASK)
+    assert len(harness_tasks._OPENED) == before + 1
+    del task
+    gc.collect()
+    assert len(harness_tasks._OPENED) <= before
 
 
 @pytest.fixture(scope="module")

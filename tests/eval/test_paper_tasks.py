@@ -8,7 +8,9 @@ import json
 import random
 from types import SimpleNamespace
 
+import datasets
 import lm_eval
+import nltk
 import pytest
 from harness_support import Saying, evaluated, lines, made
 
@@ -18,21 +20,19 @@ from deltamem_fast.eval.harness import DeltaMemLM
 from deltamem_fast.eval.paper import (
     PAPER_TASKS,
     SAMPLES,
+    check_hub,
     check_packages,
     check_rows,
     local_task,
     metric_of,
+    open_task,
     ruler_task,
     score_of,
 )
+from deltamem_fast.eval.paper_rows import check_sentences, local_rows
+from deltamem_fast.eval.ruler import MAKERS
 
 pytestmark = pytest.mark.xdist_group("lm_eval")  # whose import takes seconds
-
-
-def needs(name: str):
-    """A benchmark whose packages are optional; they are in the extras ``eval`` and ``dev``."""
-    missing = [one for one in PAPER_TASKS[name].packages if importlib.util.find_spec(one) is None]
-    return pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}"))
 
 
 def rows(name: str) -> list[dict]:
@@ -61,7 +61,7 @@ def answers(name: str) -> dict[str, str]:
     return {row["input"]: f"The most recent location is {row['target']}." for row in rows(name)}
 
 
-@pytest.mark.parametrize("name", [needs(name) for name in SAMPLES if name != "gpqa"])
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "gpqa"])
 def test_scores(name):
     """Right answers score 1, none scores 0, and the first alone its share."""
     right = answers(name)
@@ -100,6 +100,62 @@ def test_gpqa():
     assert random.getstate() == state
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that has the samples; what is made of a data set is kept on the disk, as with the real one."""
+    real = datasets.load_dataset
+    names = {"Idavidrein/gpqa": "gpqa", "google/IFEval": "ifeval", "Xnhyacinth/LongBench": "hotpotqa"}
+    names |= {"RMT-team/babilong-1k-samples": "babilong-qa1"}
+    changed: dict[str, list[dict]] = {}
+
+    def load(path, name=None, *, split=None, **options):
+        known = names[path]
+        file = lines(tmp_path / f"{known}.jsonl", changed.get(known) or rows(known))
+        given = split or PAPER_TASKS[known].split
+        found = real("json", data_files={given: str(file)}, cache_dir=str(tmp_path / "cache"))
+        return found[given] if split else found
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return changed
+
+
+def test_the_hubs_rows_are_asked_as_local_ones(hub):
+    """GPQA's choices stand in an order by the seed, not in that of a cache; the digest is of what is asked."""
+    digests = {}
+    for seed in (0, 1, 0):
+        asked = []
+        for path in (None, SAMPLES["gpqa"]):
+            task, digest = open_task("gpqa", path, None, seed=seed)
+            model = Saying(lambda _: "I do not know.")
+            evaluated(model, task)
+            asked.append([prompt for prompt, _ in model.asked])
+            digests.setdefault(seed, set()).add(digest)
+        assert asked[0] == asked[1]
+    assert len(digests[0]) == len(digests[1]) == 1 and digests[0] != digests[1]
+    for name in ("ifeval", "hotpotqa", "babilong-qa1"):
+        (task, digest), (_, local) = (open_task(name, path, None) for path in (None, SAMPLES[name]))
+        assert len(task.eval_docs) == len(rows(name)) and digest == local and len(digest) == 64
+    hub["hotpotqa"] = [rows("hotpotqa")[0] | {"answers": ["other"]}, *rows("hotpotqa")[1:]]
+    assert open_task("hotpotqa", None, None)[1] != open_task("hotpotqa", SAMPLES["hotpotqa"], None)[1]
+
+
+def test_the_hub_has_what_ifeval_needs(hub, monkeypatch):
+    """What scores need is missing before hours are spent."""
+    monkeypatch.setattr(nltk.data, "find", lambda name: (_ for _ in ()).throw(LookupError(name)))
+    check_hub("ifeval")
+    hub["ifeval"] = [rows("ifeval")[0] | {"instruction_id_list": ["length_constraints:number_sentences"]}]
+    with pytest.raises(OSError, match="ifeval: .*number_sentences: needs NLTK's punkt_tab"):
+        check_hub("ifeval")
+
+
+def test_rulers_digest(monkeypatch):
+    """Of the rows that were made: another seed or tokenizer makes others."""
+    monkeypatch.setitem(paper.MAKERS, "ruler-niah", lambda *given, make=MAKERS["ruler-niah"]: make(given[0], 700, 2))
+    found = [open_task("ruler-niah", None, by, seed=seed)[1] for by, seed in ((words, 0), (words, 0), (words, 1))]
+    found.append(open_task("ruler-niah", None, lambda text: SimpleNamespace(input_ids=text.split()[::2]))[1])
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 def test_files_as_they_are_had(tmp_path):
     """GPQA comes as CSV; LongBench's own files call the question input."""
     table = tmp_path / "gpqa.csv"
@@ -111,7 +167,7 @@ def test_files_as_they_are_had(tmp_path):
              for path in (table, SAMPLES["gpqa"])]  # fmt: skip
     assert texts[0] == texts[1]
     own = lines(tmp_path / "hotpotqa.jsonl", [{"input": "Who?", "context": "Ada.", "answers": ["Ada"], "length": 1}])
-    assert paper._rows(PAPER_TASKS["hotpotqa"], own, "hotpotqa")[0]["question"] == "Who?"
+    assert local_rows("hotpotqa", own, PAPER_TASKS["hotpotqa"].fields)[0]["question"] == "Who?"
 
 
 def test_refused(tmp_path):
@@ -139,7 +195,7 @@ def words(text: str):
     return SimpleNamespace(input_ids=text.split())
 
 
-@pytest.mark.parametrize("name", [needs("ruler-niah"), needs("ruler-vt")])
+@pytest.mark.parametrize("name", ["ruler-niah", "ruler-vt"])
 def test_ruler_is_made_with_a_tokenizer(name):
     """Rows fill the length in tokens of the tokenizer that is given; the seed alone decides what they say."""
     lengths = {"ruler-niah": (512, 700), "ruler-vt": (1024,)}[name]
@@ -168,7 +224,7 @@ def test_ruler_refused():
         ruler_task("ruler-vt", lambda text: SimpleNamespace(input_ids=list(text)), samples=1)
 
 
-@pytest.mark.parametrize("name", [needs("ruler-niah"), needs("ruler-vt")])
+@pytest.mark.parametrize("name", ["ruler-niah", "ruler-vt"])
 def test_rulers_metric_is_its_length(tmp_path, name):
     longer = [one | {"max_length": 8192} for one in rows(name)]
     path = lines(tmp_path / "longer.jsonl", longer)
@@ -193,7 +249,7 @@ def test_rows_are_checked_without_lm_eval(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "_task_of", None)
     for name in SAMPLES:
         assert check_rows(name, SAMPLES[name]) == rows(name)
-    monkeypatch.setattr(paper, "_check_sentences", lambda rows: (_ for _ in ()).throw(FileMissingError("punkt_tab")))
+    monkeypatch.setattr(paper, "check_sentences", lambda rows: (_ for _ in ()).throw(FileMissingError("punkt_tab")))
     with pytest.raises(OSError, match="punkt_tab"):
         check_rows("ifeval", SAMPLES["ifeval"])
 
@@ -207,7 +263,6 @@ def test_what_is_missing_is_told(monkeypatch):
 
 
 def test_sentences_need_a_model_of_them(monkeypatch):
-    nltk = pytest.importorskip("nltk")
 
     def find(name):
         raise LookupError(name)
@@ -215,8 +270,8 @@ def test_sentences_need_a_model_of_them(monkeypatch):
     monkeypatch.setattr(nltk.data, "find", find)
     asked = {"instruction_id_list": ["punctuation:no_comma", "length_constraints:number_sentences"]}
     with pytest.raises(OSError, match=r"number_sentences: needs NLTK's punkt_tab.*nltk.downloader punkt_tab"):
-        paper._check_sentences([asked])
-    paper._check_sentences([{"instruction_id_list": ["punctuation:no_comma"]}])
+        check_sentences([asked])
+    check_sentences([{"instruction_id_list": ["punctuation:no_comma"]}])
 
 
 def test_names_are_those_of_lm_eval():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamem_fast.eval.paper import SAMPLES
-from deltamem_fast.eval.prompt_parts import Parts, prompt_parts
+from deltamem_fast.eval.paper import PAPER_TASKS, SAMPLES
+from deltamem_fast.eval.prompt_parts import Parts, has_document, prompt_parts
 
 LONGBENCH = "Answer from the passages.\n\nThe following are passages.\n{}\n\nAnswer them.\n\nQuestion: {}\nAnswer:"
 
@@ -64,6 +64,21 @@ def test_ruler():
 )
 def test_guessed(text, expected):
     assert prompt_parts(text) == Parts(*expected)
+
+
+def test_benchmarks_without_documents():
+    """GPQA's choices and IFEval's constraints stay, whatever the policy; by lm_eval's fields, under any name there."""
+    for row in rows("gpqa"):
+        asked = f"What is the correct answer to this question:{row['Question']}"
+        text = f"{asked}\nChoices:\n(A) 8\n(B) 36\n(C) v\n(D) 0\nSay: "
+        parts = prompt_parts(text, row | {"choice1": "8", "choices": ["8", "36", "v", "0"], "answer": "(B)"})
+        assert (parts.document, parts.prompt(""), parts.prompt("so")) == ("", text, text)
+        assert prompt_parts(text).document  # which would have been guessed
+    text = "\nWrite about bees.\n\nUse the words honey and hive.\n\nDo not use commas.\n"
+    parts = prompt_parts(text, {"key": 1, "prompt": text, "instruction_id_list": [], "kwargs": []})
+    assert (parts.document, parts.prompt("")) == ("", text) and prompt_parts(text).document
+    for name in SAMPLES:
+        assert [has_document(row) for row in rows(name)] == [PAPER_TASKS[name].document] * len(rows(name))
 
 
 def test_a_field_that_is_not_there_is_guessed():
