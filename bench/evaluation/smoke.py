@@ -26,6 +26,7 @@ EXPECTED = {
     ],
     "recall": [(("changes-small",), ("nothing", "last-32", "everything", "bm25-2"), ALL)],
     "longmemeval": [(("longmemeval-s",), ("nothing", "bm25-2"), ("off",))],
+    "dense": [(("locomo",), ("dense-2",), ("off", "msw"))],
     "as-paper": [(("memory-agent-bench-paper",), ("nothing",), ("off", "msw"))],
 }
 
