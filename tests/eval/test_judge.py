@@ -75,7 +75,8 @@ def test_verdicts(server, reply, expected):
     "reply",
     (
         "Partially correct.", "perhaps", "", " \n", "<think> Okay, no", "<think>a</think> <think> yes",
-        "<think>yes</think>",         "No mention of five is made.", "There is no mention of it", "Yes and no.", "yes/no", "no or yes",
+        "<think>yes</think>", "No mention of five is made.", "There is no mention of it", "Yes and no.", "yes/no",
+        "no or yes",
         "No.\n\nWait, it is the same.\n\nYes.", "Yes, it seems.\nFinal verdict: no", "Yesterday", "I cannot say yes.",
     ),
 )  # fmt: skip
