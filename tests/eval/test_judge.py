@@ -5,13 +5,17 @@ import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
+import deltamem_fast
+from deltamem_fast.cli.main import main
 from deltamem_fast.errors import ArgumentError, FileFormatError, MissingPackageError, StateError
 from deltamem_fast.eval import judge as judges
 from deltamem_fast.eval.data import Question
 from deltamem_fast.eval.judge import KINDS, Endpoint, judge, keeping
+from deltamem_fast.eval.longmemeval import load
 from deltamem_fast.storage.locks import lock_at_once
 
 
@@ -234,6 +238,23 @@ def test_what_got_no_score_is_asked_again(server, tmp_path):
     judged = keeping(server.endpoint, path)
     assert judged(asked(), "five") == judges.NO_VERDICT and not path.exists()
     assert judged(asked(), "five") == 1 and len(path.read_text().splitlines()) == 1
+
+
+def test_the_command_scores_what_it_can_and_asks_again(server, tmp_path, capsys):
+    data = Path(deltamem_fast.__file__).parent / "data/eval/longmemeval.json"
+    answers = tmp_path / "answers.jsonl"
+    ids = [document.questions[0].id for document in load(data)[:2]]
+    answers.write_text("".join(json.dumps({"id": one, "answer": "x"}) + "\n" for one in ids))
+    command = ["eval", "score", "longmemeval-s", str(answers), "--data", str(data)]
+    command += ["--judge", server.endpoint.url, "--judge-model", "m"]
+    server.replies = ["Partially correct.", "yes"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scores"] == {ids[0]: None, ids[1]: 1.0} and found["unscored_for"] == {judges.NO_VERDICT: 1}
+    server.replies = ["no"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == {ids[0]: 0.0, ids[1]: 1.0}
+    assert len(server.asked) == 3
 
 
 def test_a_line_that_a_killed_process_left_is_cut_off(server, tmp_path):
