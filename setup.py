@@ -20,6 +20,7 @@ EXTRAS = {
         "lm-eval[hf,ifeval,longbench,ruler]>=0.4.13,<0.5",
         "nltk>=3.9.1",
         "bm25s>=0.3",
+        "openai>=1.50",  # a judge
         "matplotlib>=3.9",
         "tqdm>=4.66",
     ],

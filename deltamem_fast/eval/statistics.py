@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 RESAMPLES = 10_000
 LEVEL = 0.95
 _DRAWS = 2**21  # at once, 16 MB
+_ROUNDING = 1e-12  # of the largest score: a mean that is no further above 0 is a tie
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Estimate:
     Attributes:
         mean: over all questions, each counted once.
         low, high: of the percentile interval, which ``LEVEL`` of the resampled means lie in.
-        above_zero: the share of resampled means above 0.
+        above_zero: the share of resampled means above 0, by more than rounding could make of a tie.
         questions: how many there are.
         documents: of which they are.
         resampled: ``documents``, or ``questions`` where there is one document only: then the interval says nothing of
@@ -83,7 +84,7 @@ def estimate(
     means = origin + _resampled_means(sums, counts, np.random.default_rng(seed), resamples)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     mean = origin + math.fsum(sums) / len(values)
-    share = float((means > 0).mean())
+    share = float((means > _ROUNDING * np.abs(values).max()).mean())
     return Estimate(mean, float(low), float(high), share, len(values), len(set(documents)), resampled)
 
 

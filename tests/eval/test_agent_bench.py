@@ -12,6 +12,7 @@ from deltamem_fast.eval import agent_bench
 from deltamem_fast.eval.agent_bench import (
     AS_PAPER,
     FAMILIES,
+    TASK,
     chunks_of,
     family_of,
     load,
@@ -22,6 +23,7 @@ from deltamem_fast.eval.agent_bench import (
 )
 from deltamem_fast.eval.data import Question
 from deltamem_fast.eval.movies import listed, recall_at_5, title_of
+from deltamem_fast.eval.scoring import score_answers
 
 DATA = Path(deltamem_fast.__file__).parent / "data/eval/agent_bench.json"
 ROW = {
@@ -69,7 +71,7 @@ def test_all_answers_of_a_single_question_are_accepted(tmp_path):
 
 
 def test_json_lines_parquet_and_directories_hold_the_same(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     expected = load(written(tmp_path, [ROW, ROW]))
@@ -145,6 +147,20 @@ def test_recall_of_recommendations_by_hand():
     assert recall_at_5("1. irn man\n2. JAWS", [known[0], known[3]], known) == 0.5
     # the sixth does not count
     assert recall_at_5("1. Up\n2. Up\n3. Up\n4. Up\n5. Up\n6. Jaws", [known[1]], known) == 0
+
+
+def test_summaries_need_key_points(tmp_path):
+    row = {**ROW, "questions": ["q"], "answers": [["All."]], "metadata": {"source": "infbench_sum_eng_shots2"}}
+    path = written(tmp_path, [row])
+    assert "keypoints" in load(path)[0].questions[0].more["needs"]
+    found = score_answers(TASK, load(path), {"infbench_sum_eng_shots2-0-q0": "All."}, lambda *given: 0.0)
+    assert found["scores"] == {"infbench_sum_eng_shots2-0-q0": None}
+    assert found["unscored_for"] == {"needs keypoints in its metadata": 1}
+    assert AS_PAPER.score(AS_PAPER.load(path)[0].questions[0], "All.") == 1
+    row["metadata"]["keypoints"] = ["A cup vanishes."]
+    assert load(written(tmp_path, [row]))[0].questions[0].more == {
+        "new_tokens": 1200, "judge": "summary", "key_points": ["A cup vanishes."]
+    }  # fmt: skip
 
 
 def test_recommendations_need_the_table_of_movies(tmp_path):

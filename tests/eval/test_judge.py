@@ -1,16 +1,22 @@
 """A judge behind an endpoint: what it is asked, how its reply is read, what fails, and what is kept."""
 
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
+import deltamem_fast
+from deltamem_fast.cli.main import main
 from deltamem_fast.errors import ArgumentError, FileFormatError, MissingPackageError, StateError
 from deltamem_fast.eval import judge as judges
 from deltamem_fast.eval.data import Question
 from deltamem_fast.eval.judge import KINDS, Endpoint, judge, keeping
+from deltamem_fast.eval.longmemeval import load
+from deltamem_fast.storage.locks import lock_at_once
 
 
 def asked(kind="multi-session", **more):
@@ -26,7 +32,7 @@ def server():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             made.asked.append((self.path, self.headers["Authorization"], body))
             reply = made.replies.pop(0) if len(made.replies) > 1 else made.replies[0]
-            choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]
+            choices = [{"index": 0, "finish_reason": made.end, "message": {"role": "assistant", "content": reply}}]
             whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
             status, body = reply if isinstance(reply, tuple) else (200, json.dumps(whole))
             self.send_response(status)
@@ -39,7 +45,7 @@ def server():
             pass
 
     made = HTTPServer(("127.0.0.1", 0), Handler)
-    made.asked, made.replies = [], ["yes"]
+    made.asked, made.replies, made.end = [], ["yes"], "stop"
     made.endpoint = Endpoint(f"http://127.0.0.1:{made.server_port}/v1", "the-judge", seconds=5, retries=1)
     thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -58,12 +64,41 @@ def no_key(monkeypatch):
     ("reply", "expected"),
     (
         ("yes", 1), ("Yes.", 1), ("no", 0), ("**No**", 0), ("No, it is not; yes would be wrong.", 0),
-        ("<think>no, or yes?</think>\nYes", 1),
+        ("<think>no, or yes?</think>\nYes", 1), ("There is no mention of that… </think> yes", 1),
+        ("<think>a</think> no <think>b</think> yes", 1), ("**Verdict:** Yes", 1), ("Final answer: no.", 0),
+        ("The answer is yes.", 1), ("It says five, as wanted.\n\nYes", 1), ("Yes, there is no mistake.", 1),
+        ("It is wrong.\nVerdict: **no**", 0), ("\\boxed{yes}", 1), ("Yes it is.", 1),
     ),
 )  # fmt: skip
 def test_verdicts(server, reply, expected):
     server.replies = [reply]
     assert judge(asked(), "There are five.", server.endpoint) == expected
+
+
+@pytest.mark.parametrize(
+    "reply",
+    (
+        "Partially correct.", "perhaps", "", " \n", "<think> Okay, no", "<think>a</think> <think> yes",
+        "<think>yes</think>", "No mention of five is made.", "There is no mention of it", "Yes and no.", "yes/no",
+        "no or yes",
+        "No.\n\nWait, it is the same.\n\nYes.", "Yes, it seems.\nFinal verdict: no", "Yesterday", "I cannot say yes.",
+    ),
+)  # fmt: skip
+def test_a_reply_without_a_clear_verdict_gives_no_score(server, reply):
+    server.replies = [reply]
+    assert judge(asked(), "five", server.endpoint) == judges.NO_VERDICT
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("reply", ("yes", "<think> Okay, no", ""))
+def test_a_reply_that_was_cut_off_gives_no_score(server, reply):
+    server.replies, server.end = [reply], "length"
+    assert judge(asked(), "five", server.endpoint) == judges.CUT_OFF
+
+
+def test_a_text_that_is_too_long_for_the_judge_stops_nothing(server):
+    server.replies = [(400, '{"error": {"message": "too long", "code": "context_length_exceeded"}}')]
+    assert judge(asked(), "five", server.endpoint) == judges.REFUSED
 
 
 def test_what_the_judge_is_asked(server, monkeypatch):
@@ -92,6 +127,12 @@ def test_an_empty_answer_is_wrong_without_asking(server):
     assert server.asked == []
 
 
+def test_a_summary_without_key_points_has_no_score(server):
+    for question in (asked("summary"), asked("summary", key_points=[])):
+        assert judge(question, "A summary.", server.endpoint) == judges.NO_KEY_POINTS
+    assert server.asked == []
+
+
 def test_a_summary_is_fluency_times_f1(server):
     # recall 1 of 2, precision 3 of 4: 2 · ½ · ¾ / 1¼ = 0.6
     server.replies = ['{"fluency": 1}', 'Point 2 is there. {"recall": 1}', '{"precision": 3, "sentence_count": 4}']
@@ -105,11 +146,15 @@ def test_a_summary_is_fluency_times_f1(server):
     assert judge(question, "A summary.", server.endpoint) == 0
 
 
-@pytest.mark.parametrize("reply", ("none", "{}", '{"fluency": "x"}', '{"fluency": -1}', '{"fluency": NaN}'))
-def test_a_summary_without_its_numbers_is_an_error(server, reply):
+@pytest.mark.parametrize(
+    "reply",
+    ("none", "{}", '{"fluency": "x"}', '{"fluency": -1}', '{"fluency": NaN}', '<think>{"fluency": 1}',
+     '{"fluency": 1}</think>'),
+)  # fmt: skip
+def test_a_summary_without_its_numbers_has_no_score(server, reply):
     server.replies = [reply]
-    with pytest.raises(StateError, match="gave no JSON with fluency"):
-        judge(asked("summary", key_points=["p"]), "A summary.", server.endpoint)
+    assert judge(asked("summary", key_points=["p"]), "A summary.", server.endpoint) == judges.NO_VERDICT
+    assert len(server.asked) == 1
 
 
 def test_what_passes_is_tried_again(server):
@@ -125,8 +170,8 @@ def test_what_passes_is_tried_again(server):
         ((401, '{"error": {"message": "bad key"}}'), "bad key", 1),
         ((200, "no JSON"), "judge: http", 1),
         ((200, "{}"), "not a reply of OpenAI's API", 1),
-        ("perhaps", "said neither yes nor no: 'perhaps'", 1),
-        ("", "replied with nothing", 1),
+        ((404, '{"error": {"message": "no such model", "code": "model_not_found"}}'), "no such model", 1),
+        ((400, '{"error": {"message": "no such parameter"}}'), "no such parameter", 1),
     ),
 )
 def test_errors_name_the_endpoint(server, reply, message, times):
@@ -134,6 +179,7 @@ def test_errors_name_the_endpoint(server, reply, message, times):
     with pytest.raises(StateError, match=message) as error:
         judge(asked(), "five", server.endpoint)
     assert server.endpoint.url in str(error.value) and "\n" not in str(error.value)
+    assert "answers and scores so far are kept, and the same command goes on" in str(error.value)
     assert len(server.asked) == times
 
 
@@ -143,6 +189,21 @@ def test_a_key_stands_in_no_error(server, monkeypatch):
     with pytest.raises(StateError) as error:
         judge(asked(), "five", server.endpoint)
     assert "sk-secret" not in str(error.value)
+    for before in range(200):  # wherever the message is shortened
+        text = judges._trouble(server.endpoint, "x" * before + "sk-secret", "sk-secret")
+        assert "sk-s" not in text, before
+
+
+def test_a_key_stands_in_no_error_about_a_reply_of_another_shape(server, monkeypatch):
+    import openai
+
+    def fail(*_, **__):
+        raise ValueError("cannot read sk-secret")
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(openai, "OpenAI", fail)
+    with pytest.raises(StateError, match="not a reply of OpenAI's API: cannot read …"):
+        judge(asked(), "five", server.endpoint)
 
 
 def test_nobody_there():
@@ -163,13 +224,51 @@ def test_scores_are_kept_and_nothing_is_judged_twice(server, tmp_path):
     assert json.loads(path.read_text().splitlines()[0])["id"] == "q"
 
 
+def test_key_points_are_part_of_what_was_judged(server, tmp_path):
+    server.replies = ['{"fluency": 1, "recall": 1, "precision": 1, "sentence_count": 1}']
+    judged = keeping(server.endpoint, tmp_path / "kept.jsonl")
+    assert judged(asked("summary", key_points=["a"]), "x") == judged(asked("summary", key_points=["a"]), "x") == 1
+    assert len(server.asked) == 3
+    assert judged(asked("summary", key_points=["a", "b"]), "x") == pytest.approx(2 / 3)
+
+
+def test_what_got_no_score_is_asked_again(server, tmp_path):
+    path = tmp_path / "kept.jsonl"
+    server.replies = ["Partially correct.", "yes"]
+    judged = keeping(server.endpoint, path)
+    assert judged(asked(), "five") == judges.NO_VERDICT and not path.exists()
+    assert judged(asked(), "five") == 1 and len(path.read_text().splitlines()) == 1
+
+
+def test_the_command_scores_what_it_can_and_asks_again(server, tmp_path, capsys):
+    data = Path(deltamem_fast.__file__).parent / "data/eval/longmemeval.json"
+    answers = tmp_path / "answers.jsonl"
+    ids = [document.questions[0].id for document in load(data)[:2]]
+    answers.write_text("".join(json.dumps({"id": one, "answer": "x"}) + "\n" for one in ids))
+    command = ["eval", "score", "longmemeval-s", str(answers), "--data", str(data)]
+    command += ["--judge", server.endpoint.url, "--judge-model", "m"]
+    server.replies = ["Partially correct.", "yes"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scores"] == {ids[0]: None, ids[1]: 1.0} and found["unscored_for"] == {judges.NO_VERDICT: 1}
+    server.replies = ["no"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == {ids[0]: 0.0, ids[1]: 1.0}
+    assert len(server.asked) == 3
+
+
 def test_a_line_that_a_killed_process_left_is_cut_off(server, tmp_path):
     path = tmp_path / "kept.jsonl"
     keeping(server.endpoint, path)(asked(), "five")
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"id": "q", "sco')
-    assert keeping(server.endpoint, path)(asked(), "five") == 1
-    assert path.read_bytes() == whole and len(server.asked) == 1
+    torn = whole + b'{"id": "q", "sco'
+    path.write_bytes(torn)
+    judged = keeping(server.endpoint, path)
+    assert judged(asked(), "five") == 1 and len(server.asked) == 1
+    assert path.read_bytes() == torn  # another process may be writing it
+    judged(asked(), "six")
+    assert path.read_bytes().startswith(whole + b'{"id": "q", "score": 1.0') and path.read_bytes().count(b"\n") == 2
+    path.write_bytes(whole)
     path.write_bytes(b"{damaged\n" + whole)
     with pytest.raises(FileFormatError, match=r"kept scores: .*line 1: not JSON"):
         keeping(server.endpoint, path)
@@ -199,7 +298,26 @@ def test_a_question_of_no_kind(server):
             judge(question, "five", server.endpoint)
 
 
-def test_without_openai_the_error_says_what_to_install(server, monkeypatch):
+def test_a_line_is_added_once_another_process_has_written_its_own(server, tmp_path):
+    path = tmp_path / "kept.jsonl"
+    path.write_bytes(b'{"half a li')
+    judged = keeping(server.endpoint, path)
+    held = os.open(path, os.O_RDWR)
+    lock_at_once(held)
+    thread = threading.Thread(target=judged, args=(asked(), "five"))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive() and path.read_bytes() == b'{"half a li'
+    os.pwrite(held, b'{"key": "k", "score": 1}\n', 0)
+    os.close(held)
+    thread.join(10)
+    first, second = map(json.loads, path.read_text().splitlines())
+    assert first == {"key": "k", "score": 1} and second["score"] == 1
+
+
+def test_without_openai_the_error_says_what_to_install(server, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingPackageError, match="judge: needs the package openai"):
+        keeping(server.endpoint, tmp_path / "kept.jsonl")  # before anything is answered
     with pytest.raises(MissingPackageError, match="pip install openai"):
         judges.judge(asked(), "five", server.endpoint)

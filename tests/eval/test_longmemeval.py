@@ -87,6 +87,11 @@ def test_the_score_of_words_by_hand(category, answer, expected):
     assert score(question, answer) == (expected if expected is None else pytest.approx(expected))
 
 
+def test_a_number_within_another_is_not_right():
+    question = Question("q", "?", ("2",), "multi-session")
+    assert score(question, "12 weddings") == 0 and score(question, "You went to 2 of them.") == 1
+
+
 def test_the_metric_says_that_it_is_not_the_benchmarks():
     assert "unofficial" in TASK.metric
     assert overall({"a": [1.0, 0.0, 0.0], "b": [1.0], "c": []}) == {

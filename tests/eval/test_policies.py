@@ -1,5 +1,7 @@
 """Policies by name, what retrieval finds, and a context that is extended."""
 
+import sys
+
 import pytest
 import torch
 from support import tiny_model
@@ -76,7 +78,8 @@ def test_dense_retrieval_takes_any_embedder(monkeypatch):
     assert find("my dog") == [1] and find("rain rain") == [2]
 
 
-def test_dense_retrieval_says_what_is_missing():
+def test_dense_retrieval_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(DeltaMemError, match="policy dense: needs the package sentence_transformers"):
         finder_for(Policy("dense", 1), ["a", "b"])
 

@@ -45,6 +45,10 @@ def test_answers_are_read_with_whatever_else_there_is(tmp_path):
     assert read_answers(path) == {"a": "x", "b": ""}
 
 
+def test_half_a_surrogate_pair_in_an_answer_becomes_a_question_mark(tmp_path):
+    assert read_answers(written(tmp_path, r'{"id": "a", "answer": "x \ud83d"}')) == {"a": "x ?"}
+
+
 def test_the_head_of_a_run_and_its_half_line_are_let_be(tmp_path):
     text = '{"format": "deltamem answers", "format_version": 1}\n{"id": "a", "answer": "x"}\n{"id": "b", "ans'
     assert read_answers(written(tmp_path, text)) == {"a": "x"}
@@ -57,17 +61,18 @@ def test_the_head_of_a_run_and_its_half_line_are_let_be(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     (
-        ('{"id": "a", "answer": "x"}\n{"id": "b", "ans', r"answers\.jsonl: line 2: not JSON"),
+        ('{"id": "a", "answer": "x"}\n{"id": "b", "ans', r"answers\.jsonl, line 2: not JSON"),
         ('{"id": "a", "answer": "x"}\n[]\n', "line 2: got a JSON list, allowed an object"),
-        ('\n{"id": "a"}', "line 2: has no 'answer'"),
-        ('{"id": 3, "answer": "x"}', "line 1: 'id': got a int, allowed str"),
-        ('{"id": "a", "answer": null}', "line 1: 'answer': got a NoneType, allowed str"),
+        ('\n{"id": "a"}', "line 2: has no answer"),
+        ('{"id": 3, "answer": "x"}', "line 1: id: got 3, allowed text"),
+        ('{"id": "a", "answer": null}', "line 1: answer: got None, allowed text"),
         ('{"id": "a", "answer": "x"}\n{"id": "b", "answer": ""}\n{"id": "a", "answer": "y"}',
-         "line 3: id 'a' has an answer in line 1 already"),
-        ("\n", "holds no answer"),
+         "line 3: id 'a' stands there twice"),
+        ("\n", "line 1: not JSON"),
+        ('{"answer": "x"}', "line 1: has no id"),
         (b'{"id": "a", "answer": "\xff"}', "line 1: not JSON"),
     ),
-    ids=range(8),
+    ids=range(9),
 )  # fmt: skip
 def test_damaged_files_are_told_by_line(tmp_path, text, message):
     with pytest.raises(FileFormatError, match=message):
@@ -89,7 +94,7 @@ def test_figures_by_hand():
     }
     counts = {key: found[key] for key in ("questions", "answered", "missing", "judged", "unscored", "complete")}
     assert counts == {"questions": 4, "answered": 4, "missing": 0, "judged": 0, "unscored": 1, "complete": False}
-    assert found["unscored_for"] == {"a judge": 1}
+    assert found["unscored_for"] == {"only a judge can tell": 1}
     assert (found["task"], found["metric"], found["notes"]) == ("t", "exactness", ["A note."])
     assert found["data"] == digest_of(DOCUMENTS)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -115,9 +120,19 @@ def test_a_judge_scores_what_names_a_judgement_and_nothing_else():
     assert found["metric"] == "a judge's verdict for 1 of 4, else exactness"
 
 
+def test_a_verdict_that_cannot_be_read_is_a_reason_and_no_score():
+    found = score_answers(TASK, DOCUMENTS, {"a": "A", "d": "D"}, lambda asked, answer: "no clear verdict")
+    assert found["scores"] == {"a": 1.0, "d": None} and found["overall"] == {"overall": 1.0}
+    assert found["unscored_for"] == {"no clear verdict": 1}
+    assert (found["judged"], found["unscored"], found["complete"], found["metric"]) == (0, 1, False, "exactness")
+
+
 def test_what_is_needed_is_counted():
     documents = [Document("one", ("x",), (question("a", needs="a table"), question("b", needs="a table")))]
-    assert score_answers(TASK, documents, {"a": "", "b": ""})["unscored_for"] == {"a table": 2}
+    assert score_answers(TASK, documents, {"a": "", "b": ""})["unscored_for"] == {"needs a table": 2}
+    documents = [Document("one", ("x",), (question("a", needs="a table", judge="summary"),))]
+    found = score_answers(TASK, documents, {"a": "x"}, lambda *given: pytest.fail("judged"))
+    assert found["unscored_for"] == {"needs a table": 1} and found["judged"] == 0
 
 
 def test_answers_to_unknown_questions_are_told_before_anything_is_scored():

@@ -57,6 +57,16 @@ def test_paired_differences():
     assert paired_difference([1, 0], [1, 0], "AB").above_zero == 0.0
 
 
+def test_ties_are_not_above_zero():
+    # Of the 27 draws 7 have as much above as below (000, and the 6 orders of +−0), and 10 are above. 0.1 − 0.1 + 0 may
+    # come out as 1e-17.
+    found = estimate([0.1, -0.1, 0.0], "ABC")
+    assert found.above_zero == near(10 / 27, abs=0.015)
+    # AB and BA tie, with a rounding of 0.1 + 0.2 − 0.3; AA alone (1/4) is above.
+    assert estimate([0.1, 0.2, -0.3, 0.0], "AABB").above_zero == near(0.25, abs=0.015)
+    assert estimate([1e-9, 1e-9], "AB").above_zero == 1
+
+
 def test_a_seed_gives_one_interval():
     scores, documents = np.random.default_rng(0).random(50), [i % 7 for i in range(50)]
     assert estimate(scores, documents, seed=3) == estimate(scores, documents, seed=3)
