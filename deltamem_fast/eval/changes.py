@@ -24,7 +24,7 @@ from ..errors import ArgumentError
 from ..recall.task import Fact, changed, draw_facts, grouped
 from ..recall.world import QUESTIONS, sentence
 from .data import Document, Question, Task
-from .metrics import named
+from .metrics import mean, named
 from .relations import FILLERS, PEOPLE, RELATIONS
 
 NEWER, OLDER, PREMISE, KEPT = "newer value", "older value", "false premise", "kept"
@@ -184,14 +184,13 @@ def score(question: Question, answer: str) -> float:
 
 def overall(scores: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
     """``overall``: the mean over the categories but ``OLDER``; two shares: ``older still claimed``, ``misled …``."""
-    means = {category: sum(values) / len(values) for category, values in scores.items() if values}
-    counted = [mean for category, mean in means.items() if category != OLDER]
+    means = {category: mean(values) for category, values in scores.items() if values}
 
     def left(category: str) -> float | None:
         return 1 - means[category] if category in means else None
 
     return {
-        "overall": sum(counted) / len(counted) if counted else None,
+        "overall": mean([found for category, found in means.items() if category != OLDER]),
         "older still claimed": left(OLDER),
         "misled by a false premise": left(PREMISE),
     }

@@ -139,7 +139,7 @@ def interval_note(report: Mapping[str, Any], task: str) -> str:
     """How the intervals of a task's scores were made."""
     scores = [row["score"] for row in task_of(report, task)["rows"] if row["score"]]
     if not scores:
-        return "No row has a score: only a judge can tell."
+        return "No row has a score."
     resamples = f"{report['intervals']['resamples']:,} resamples"
     if all(score["resampled"] == "questions" for score in scores):
         return f"One document: {resamples} of its questions, whose intervals say nothing of other documents."

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import deltamem_fast
+from deltamem_fast.eval.policies import KINDS
 
 DATA = Path(deltamem_fast.__file__).parent / "data" / "eval" / "locomo.json"
 
@@ -38,11 +39,16 @@ def test_the_small_backbones_rows_and_their_page(tmp_path, capsys):
 def test_locomos_plans_fit_one_directory(tmp_path, monkeypatch):
     module, plans = bench("evaluation.locomo"), []
     monkeypatch.setattr(module, "run_all", lambda found: plans.extend(found) or 0)
-    options = argparse.Namespace(output=tmp_path, data=DATA, documents=None, questions=module.QUESTIONS)
-    assert module.run(options) == 0
+    common = {"output": tmp_path, "data": DATA, "documents": None, "questions": module.QUESTIONS}
+    assert module.run(argparse.Namespace(**common, embedder=None)) == 0
     for plan in plans:
         plan.check()
         assert (plan.model, plan.questions, plan.settings) == ("smollm2", 16, plans[0].settings) and plan.verify
+    without = {policy.kind for plan in plans for policy in plan.policies}
+    plans.clear()
+    assert module.run(argparse.Namespace(**common, embedder="here")) == 0
+    assert {policy.kind for plan in plans for policy in plan.policies} == without | {"dense"} == {*KINDS}
+    assert {plan.settings.embedder for plan in plans} == {None, "here"}
     rows = [f"{p.name}+{label}" for plan in plans for p in plan.policies for label in plan.adapters or {"off": ""}]
     assert len(rows) == len(set(rows)) and {"nothing+off", "nothing+tsw", "nothing+ssw", "nothing+msw"} <= set(rows)
 
