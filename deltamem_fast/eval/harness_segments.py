@@ -38,9 +38,8 @@ def prompt_segments(
         ValueError: no fast tokenizer, or the template hides where a message begins and ends.
     """
     if messages is not None:
-        owners = segment_ids_under(tokenizer, messages, granularity, template or {}, add_generation_prompt=True)[1][
-            0
-        ].tolist()
+        _, rows = segment_ids_under(tokenizer, messages, granularity, template or {}, add_generation_prompt=True)
+        owners = rows[0].tolist()
     else:
         starts = tokenize(tokenizer, text)[1]
         firsts = [start for start, _ in sentence_spans(text)] if granularity == "sentence_mean" else [0]

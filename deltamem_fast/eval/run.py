@@ -81,7 +81,6 @@ def run(
         score_answers(TASKS[name], found, {question.id: "" for one in found[:1] for question in one.questions})
     common = common_facts(plan, documents)
     read_before(plan.output / "run.json", common, plan.judge)
-    make_directory(plan.output)
     options = {"device": device, "dtype": plan.dtype, "attention": plan.attention, "quiet": True}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone_in(plan.output))
@@ -110,16 +109,27 @@ def _reported(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone_in(directory: Path) -> Iterator[None]:
-    """Inside, no other run writes into a directory; WaitedTooLongError if one does."""
-    if not HAS_LOCKS:
-        yield
-        return
+    """Inside, a directory is there, and no other run writes into it; WaitedTooLongError if one does.
+
+    One that was made, and has nothing in it when an error ends the run, is gone afterwards.
+    """
+    made = not directory.exists()
+    make_directory(directory)
     late = f"output: {directory}: another run writes into it; wait for it, or give another --output"
-    with naming_files("output", directory):
-        lock = os.open(directory, os.O_RDONLY)
-    with closed_afterwards(lock):
-        lock_until(time.monotonic(), lock, 0.0, late)
+    with contextlib.ExitStack() as stack:
+        if made:
+            stack.push(lambda kind, *_: kind and _remove_empty(directory))
+        if HAS_LOCKS:
+            with naming_files("output", directory):
+                lock = os.open(directory, os.O_RDONLY)
+            stack.enter_context(closed_afterwards(lock))
+            lock_until(time.monotonic(), lock, 0.0, late)
         yield
+
+
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # something is in it
+        directory.rmdir()
 
 
 @contextlib.contextmanager

@@ -277,6 +277,16 @@ def test_mistakes_are_told_before_anything_is_made(place, tmp_path, capsys, monk
     assert re.search(message, capsys.readouterr().err) and not output.exists()
 
 
+def test_a_model_that_cannot_be_loaded_leaves_no_directory(place, tmp_path, monkeypatch):
+    def load_model(*given, **options):
+        raise StateError("MODEL: no connection")
+
+    monkeypatch.setattr(run, "load_model", load_model)
+    assert deltamem(place, tmp_path / "run") == 2 and not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    assert deltamem(place, tmp_path / "mine") == 2 and (tmp_path / "mine").exists()
+
+
 def test_no_action_is_help(capsys):
     assert main(["eval"]) == 2
     assert "run" in capsys.readouterr().err
