@@ -241,12 +241,12 @@ class _Rows:
                 say(f"{task.name} {row}: left out: {reason}")
             if not file.answers:
                 return
+            answers = {id: answer.answer for id, answer in file.answers.items()}
+            if not _is_scored(self.plan, task.name, row, answers):
+                write_scores(self.plan.output, task, documents, row, answers)  # a judge comes when all is answered
+            say(f"{task.name} {row}: {len(answers):,} answers")
             fits = [document for document in documents if document.id not in too_long]
             self._verify(task, row, policy, fits[: self.plan.verify], options, say)
-            answers = {id: answer.answer for id, answer in file.answers.items()}
-        if not _is_scored(self.plan, task.name, row, answers):
-            write_scores(self.plan.output, task, documents, row, answers)  # a judge comes when all is answered
-        say(f"{task.name} {row}: {len(answers):,} answers")
 
     def _verify(self, task: Task, row: str, policy: Policy, documents: list[Document], options, say) -> None:
         """Unless an earlier run into this directory has looked at as many documents, and they were equal.
