@@ -60,10 +60,14 @@ def measured_on(report: Mapping[str, Any]) -> str:
     """One line: device, software, commits and times of the rows."""
     run = report["run"]
     versions = run["versions"]
-    rows = [row["measured"] for task in report["tasks"] for row in task["rows"] if "commit" in row.get("measured", {})]
     on = run["device"] if run["device"] != "cpu" else run.get("processor", "cpu")
     software = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "numba") if name in versions)
-    commits = {f"{one['commit']}{' (changed)' if one.get('dirty') else ''}": one["time"] for one in rows or [run]}
+    rows = [row["measured"] for task in report["tasks"] for row in task["rows"] if row.get("measured")]
+    found: dict[str, list[str]] = {}
+    for one in rows or [run]:
+        changed = " (changed)" if one.get("dirty") else ""
+        commit = f"{one['commit']}{changed}" if one.get("commit") else "not recorded"
+        found.setdefault(commit, []).append(one["time"])
     on = f"{on}, {counted(run['threads'], 'thread')}, {run['dtype']}"
-    said = "; ".join(f"commit {commit}, {time}" for commit, time in commits.items())
-    return f"Measured on {on}; {software}; {said}."
+    said = [f"commit {commit}, {' to '.join(sorted({min(times), max(times)}))}" for commit, times in found.items()]
+    return f"Measured on {on}; {software}; {'; '.join(said)}."
