@@ -49,11 +49,6 @@ class Document:
     parts: tuple[str, ...]
     questions: tuple[Question, ...]
 
-    @property
-    def text(self) -> str:
-        """All of it, as it stands in a prompt."""
-        return BETWEEN.join(part for part in self.parts if part.strip())
-
 
 @dataclass(frozen=True)
 class Task:

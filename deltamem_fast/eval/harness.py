@@ -26,6 +26,7 @@ from ..text.encode import attention_mask, padded
 from . import register
 from .answering import Settings, answer_documents
 from .costs import answer_length
+from .defaults import CHUNK, CHUNK_TOKENS
 from .extension import extended
 from .harness_context import Contexts
 from .harness_costs import Meter
@@ -35,8 +36,7 @@ from .harness_segments import NOT_WRITTEN, positions
 from .harness_tasks import by_document, is_ours
 from .opening import open_model, strategy_of
 from .policies import RETRIEVING, policy_named
-from .retrieval import CHUNK_TOKENS
-from .telling import CHUNK, Remembered, remember, window_for, windows_of
+from .telling import Remembered, remember, window_for, windows_of
 
 register()
 

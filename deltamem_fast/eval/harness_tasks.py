@@ -100,7 +100,7 @@ def harness_task(
         def construct_requests(self, doc, ctx, **options):
             request = super().construct_requests(doc, ctx, **options)
             if self.config.generation_kwargs.get("max_gen_toks") == task.new_tokens:  # nobody wants it otherwise
-                request.arguments[1]["max_gen_toks"] = _new_tokens(task, questions[doc["question"]])
+                request.arguments[1]["max_gen_toks"] = task.new_tokens_of(questions[doc["question"]])
             return request
 
     return OurTask(config=config)
@@ -157,10 +157,6 @@ def fields_of(doc: Any) -> Mapping[str, str] | None:
 
 def _target_of(doc: Mapping[str, Any]) -> str:
     return "; ".join(doc["answers"])
-
-
-def _new_tokens(task: Task, question: Question) -> int:
-    return int(question.more.get("new_tokens", task.new_tokens))
 
 
 def _scores_of(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:

@@ -88,8 +88,8 @@ def run(
         stack.enter_context(fitting_threads(model, plan.threads))
         _check_loaded(plan, model, tokenizer, sources)
         record = Record(plan, model, common, measured or {})
-        for label, source in {**({NO_MEMORY: None} if plan.frozen else {}), **sources}.items():
-            with _reported(plan.output), _patched(model, source, plan.backend):
+        for label in plan.labels():
+            with _reported(plan.output), _patched(model, sources.get(label), plan.backend):
                 _Rows(plan, model, tokenizer, label, documents, record).run(say)
         if judge is not None:
             with _reported(plan.output):
