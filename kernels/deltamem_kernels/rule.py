@@ -28,6 +28,8 @@ class DeltaRule:
         row_gates: one gate per row (H·r of them), else one per head.
         coupled: λ = 1 − β, else λ has a projection of its own.
         normalize: q and k are unit(tanh(·)), else raw.
+        beta_max, keep_max, value_max: the guard; each number of β, keep and |v| is held at or below it, which bounds
+            every state (``bounds.row_bound``). 1, 1 and inf: there is none, and no bit changes.
     """
 
     rank: int
@@ -36,6 +38,9 @@ class DeltaRule:
     row_gates: bool = True
     coupled: bool = True
     normalize: bool = True
+    beta_max: float = 1.0
+    keep_max: float = 1.0
+    value_max: float = math.inf
 
     def __post_init__(self):
         if not 1 <= self.rank <= MAX_RANK:
@@ -44,6 +49,18 @@ class DeltaRule:
             raise ArgumentError(f"heads: got {self.heads}, allowed 1 or more")
         if self.mode not in STATE_UPDATE_MODES:
             raise ArgumentError(f"mode: got {self.mode!r}, allowed {', '.join(STATE_UPDATE_MODES)}")
+        for name in ("beta_max", "keep_max"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ArgumentError(f"{name}: got {getattr(self, name)}, allowed more than 0, up to 1")
+        if not self.value_max > 0:
+            raise ArgumentError(f"value_max: got {self.value_max}, allowed more than 0")
+        if self.guarded and not self.normalize:
+            raise ArgumentError("normalize: got False with a guard, allowed True: raw keys of any length have no bound")
+
+    @property
+    def guarded(self) -> bool:
+        """Whether gates or values are held below a bound."""
+        return (self.beta_max, self.keep_max, self.value_max) != (1.0, 1.0, math.inf)
 
     @property
     def read_width(self) -> int:

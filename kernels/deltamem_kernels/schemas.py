@@ -17,7 +17,11 @@ from .rule import DeltaRule
 TOKENS = "Tensor projections, Tensor gate_bias"
 # A DeltaRule. Its mode is called ``update`` here: an operator that mutates cannot have an argument "mode", with which
 # PyTorch's functionalization would mix it up.
-RULE = "SymInt rank, SymInt heads, str update, bool row_gates, bool coupled, bool normalize"
+RULE = (
+    "SymInt rank, SymInt heads, str update, bool row_gates, bool coupled, bool normalize, "
+    "float beta_max, float keep_max, float value_max"
+)
+RULE_SIZE = RULE.count(",") + 1
 ROWS = "Tensor? mask, Tensor? slots"
 SEQUENCES = "Tensor? mask, Tensor? cu_seqlens, Tensor? slots"
 DELTA = "Tensor reads, Tensor weight, float scale"
@@ -32,7 +36,8 @@ ROPE = "Tensor? cos, Tensor? sin"
 
 def flat_rule(rule: DeltaRule) -> tuple:
     """A rule as ``RULE`` has it; ``DeltaRule(*flat)`` is the rule again."""
-    return rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize
+    guard = rule.beta_max, rule.keep_max, rule.value_max
+    return rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize, *guard
 
 
 def flat_layout(layout: HeadLayout) -> tuple:

@@ -36,12 +36,20 @@ def _unit(z: torch.Tensor) -> torch.Tensor:
     return z / norm
 
 
+def _held(gate: torch.Tensor, most: float) -> torch.Tensor:
+    """A gate at ``most`` or below; NaN stays NaN."""
+    return gate if most == 1.0 else gate.clamp(max=most)
+
+
 def split_projections(projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule):
     """Project: raw projections → q, k, v, keep, erase, write.
 
         q = unit(tanh(W_q x)), k = unit(tanh(W_k x)) per head, both raw without ``normalize``;  v = W_v x
         β = σ(W_β x + b_β);  λ = 1 − β if coupled, else σ(W_λ x + b_λ);  λ = 1 in mode no_lambda
         keep = λ,  erase = β (lambda_outside: λ β),  write = β
+
+    With a guard β, keep and |v| are held at ``beta_max``, ``keep_max`` and ``value_max`` at most; what is held there
+    has no gradient.
 
     Args:
         projections: [..., W], x times the stacked weights of q, k, v, β (and λ), no bias.
@@ -65,13 +73,16 @@ def split_projections(projections: torch.Tensor, gate_bias: torch.Tensor, rule: 
         value = torch.where(unknown, torch.nan, torch.sigmoid(torch.where(unknown, 0.0, raw)))
         return value.reshape(*lead, heads, gates // heads).expand(*lead, heads, rank)
 
-    beta = gate(parts[3], gate_bias[:gates])
+    beta = _held(gate(parts[3], gate_bias[:gates]), rule.beta_max)
     if rule.mode == "no_lambda":
         keep = torch.ones_like(beta)
     elif rule.coupled:
         keep = 1.0 - beta
     else:
         keep = gate(parts[4], gate_bias[gates:])
+    keep = _held(keep, rule.keep_max)
+    if rule.value_max != math.inf:
+        v = v.clamp(-rule.value_max, rule.value_max)
     erase = keep * beta if rule.mode == "lambda_outside" else beta
     return q, k, v, keep, erase, beta
 
