@@ -31,6 +31,7 @@ from .loops import (
     ZERO,
     block_gates,
     copy_columns,
+    held,
     is_finite,
     tanh_in_place,
     to_unit_length,
@@ -72,7 +73,7 @@ def _valid_tokens(rows, mask, n, first, valid):
 
 
 @njit(inline="always")
-def _walk_forwards(rows, h, heads, rank, mode, valid, k, beta, keep, states, predicted, columns):
+def _walk_forwards(rows, h, heads, rank, mode, value_max, valid, k, beta, keep, states, predicted, columns):
     """states [n + 1, j, i], the first given: the state of head h before each token and after the last.
 
     predicted and columns [n, r] are each token's p and u.
@@ -91,7 +92,7 @@ def _walk_forwards(rows, h, heads, rank, mode, valid, k, beta, keep, states, pre
                 b = beta[t, base + i]
                 erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
                 predicted[t, i] = total
-                columns[t, i] = b * rows[t, 2 * heads * rank + base + i] - erase * total
+                columns[t, i] = b * held(rows[t, 2 * heads * rank + base + i], value_max) - erase * total
             for j in range(rank):
                 k_j = k[t, base + j]
                 for i in range(rank):
@@ -127,12 +128,12 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
 
     @njit(**_REORDERED)
     def scan_backward_rows(
-        projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, d_reads, d_saved,
-        starts, d_state, d_projections, d_bias,
+        projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, beta_max, keep_max,
+        value_max, every, d_reads, d_saved, starts, d_state, d_projections, d_bias,
     ):  # fmt: skip
         """The gradients of B sequences, one after another.
 
-        The first eleven as in ``scan_rows``, with the states before the first tokens, which stay. d_reads
+        The first fourteen as in ``scan_rows``, with the states before the first tokens, which stay. d_reads
         [B, T, H·r], d_saved [B, T // every, H, r, r]; starts [⌈T / BLOCK⌉, H, r, r] is scratch; d_state [S, H, r, r]:
         of the last states on the way in, of the first ones on the way out; d_projections [B, T, W] (written);
         d_bias float64 [bias_width] (added to, row after row, tokens from the last to the first).
@@ -170,14 +171,18 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                 rows = projections[n, b * BLOCK : (b + 1) * BLOCK]
                 _valid_tokens(rows, mask, n, b * BLOCK, valid)
                 unit_directions(rows, width, heads, rank, normalize, k_block, k_slopes, powers)
-                block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta_block, keep_block, powers)
+                block_gates(
+                    rows, bias, heads, rank, mode, row_gates, own_lambda, beta_max, keep_max, beta_block, keep_block,
+                    powers,
+                )  # fmt: skip
                 for h in range(heads):
                     for j in range(rank):
                         for i in range(rank):
                             states[0, j, i] = starts[b, h, j, i]
                     _walk_forwards(
-                        rows, h, heads, rank, mode, valid, k_block, beta_block, keep_block, states, predicted, columns
-                    )
+                        rows, h, heads, rank, mode, value_max, valid, k_block, beta_block, keep_block, states,
+                        predicted, columns,
+                    )  # fmt: skip
                     for j in range(rank):
                         for i in range(rank):
                             starts[b + 1, h, j, i] = states[BLOCK, j, i]
@@ -189,13 +194,17 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                 _valid_tokens(rows, mask, n, first, valid)
                 _directions_and_slopes(rows, 0, heads, rank, normalize, q, q_slopes, q_inverses, powers)
                 _directions_and_slopes(rows, width, heads, rank, normalize, k, k_slopes, k_inverses, powers)
-                block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
+                block_gates(
+                    rows, bias, heads, rank, mode, row_gates, own_lambda, beta_max, keep_max, beta, keep, powers
+                )
                 for h in range(heads):
                     base = h * rank
                     for j in range(rank):
                         for i in range(rank):
                             states[0, j, i] = starts[b, h, j, i]
-                    _walk_forwards(rows, h, heads, rank, mode, valid, k, beta, keep, states, predicted, columns)
+                    _walk_forwards(
+                        rows, h, heads, rank, mode, value_max, valid, k, beta, keep, states, predicted, columns
+                    )
                     # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
                     for t in range(count - 1, -1, -1):
                         at = first + t
@@ -219,8 +228,9 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                                 d_u += grad[h, j, i] * k[t, base + j]
                                 d_keep_i += grad[h, j, i] * states[t, j, i]
                             b_i, keep_i = beta[t, base + i], keep[t, base + i]
+                            value = rows[t, 2 * width + base + i]
                             d_erase = -d_u * predicted[t, i]
-                            d_beta_i = d_u * rows[t, 2 * width + base + i]
+                            d_beta_i = d_u * held(value, value_max)
                             if mode == LAMBDA_OUTSIDE:
                                 d_predicted[i] = -keep_i * b_i * d_u
                                 d_beta_i += d_erase * keep_i
@@ -228,11 +238,15 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                             else:
                                 d_predicted[i] = -b_i * d_u
                                 d_beta_i += d_erase
+                            if keep_max < ONE and keep_i >= keep_max:  # what is held has no gradient
+                                d_keep_i = ZERO
                             if not own_lambda and mode != NO_LAMBDA:
                                 d_beta_i -= d_keep_i
+                            if beta_max < ONE and b_i >= beta_max:
+                                d_beta_i = ZERO
                             d_beta[i] = d_beta_i * b_i * (ONE - b_i)
                             d_keep[i] = d_keep_i * keep_i * (ONE - keep_i)
-                            d_projections[n, at, 2 * width + base + i] = d_u * b_i
+                            d_projections[n, at, 2 * width + base + i] = d_u * b_i if abs(value) <= value_max else ZERO
                             d_read[i] = d_reads[n, at, base + i]
                         for j in range(rank):
                             d_q_j, d_k_j = ZERO, ZERO

@@ -18,7 +18,7 @@ from ..rule import DeltaRule
 from . import loops, rows
 from .loops import OPTIONS, ZERO, block_gates, copy_matrices, is_finite, read_and_write, unit_directions
 from .machine import changed, floats, long_integers, njit
-from .recurrence import rule_flags
+from .recurrence import guard, rule_flags
 from .rows import add_deltas
 
 MOST_ROWS = 16  # corrected in here; for more of them, and wide ones, a matmul is faster than its call is slow
@@ -52,7 +52,7 @@ def block_loop(rank: int):
             layer: int64: heads, mode, row_gates, own_lambda, normalize, the cache's address, how many bytes lie between
                 two blocks' states, of q, k, v and o the first column, how many there are, and the address of the
                 weight, transposed, or 0, and the cache's blocks.
-            scales: float32, of q, k, v and o.
+            scales: float32, of q, k, v and o; then the guard.
             bias, projections, sources, targets, reads, steered, delta: addresses; reads 0: nobody asks for them;
                 steered 0: nothing is corrected.
             stride: numbers from one of the steered rows to the next.
@@ -74,7 +74,11 @@ def block_loop(rank: int):
         scratch, powers = np.empty(count * width, np.float32), np.empty(count * width, np.int32)
         unit_directions(rows, 0, heads, rank, normalize, q, scratch, powers)
         unit_directions(rows, width, heads, rank, normalize, k, scratch, powers)
-        block_gates(rows, carray(floats(bias), (gates,)), heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
+        factors = carray(floats(scales), (7,))
+        block_gates(
+            rows, carray(floats(bias), (gates,)), heads, rank, mode, row_gates, own_lambda, factors[4], factors[5],
+            beta, keep, powers,
+        )  # fmt: skip
         column, work = np.empty(rank, np.float32), np.empty((heads, rank, rank), np.float32)  # [H, j, i]
         for n in range(count):
             source = carray(floats(fixed[5] + fixed[6] * read_from[n]), (heads, rank, rank))
@@ -82,14 +86,13 @@ def block_loop(rank: int):
             valid = is_finite(rows[n])
             if valid:
                 transpose(source, work)
-                read_and_write(rank, heads, mode, rows, n, q, k, beta, keep, column, work, out, 0, n)
+                read_and_write(rank, heads, mode, factors[6], rows, n, q, k, beta, keep, column, work, out, 0, n)
                 valid = is_finite(work)
             if valid:
                 transpose(work, target)
             else:
                 out[0, n] = ZERO
                 copy_matrices(source, target)
-        factors = carray(floats(scales), (4,))
         for c in range(4 if steered else 0):
             first, numbers, at = fixed[7 + 3 * c], fixed[8 + 3 * c], fixed[9 + 3 * c]
             if at:
@@ -123,7 +126,10 @@ class BlockStep:
                 f"cache: got {cache.dtype} on {cache.device}, a state's strides {[*state.stride()]}, allowed float32 "
                 "on a CPU, each state in one piece"
             )
-        table, factors = [*rule_flags(rule), cache.data_ptr(), 4 * cache.stride(0)], np.zeros(4, np.float32)
+        table, factors = (
+            [*rule_flags(rule), cache.data_ptr(), 4 * cache.stride(0)],
+            np.array((0, 0, 0, 0, *guard(rule)), np.float32),
+        )
         columns, self._corrects = [], corrections is not None
         for n, each in enumerate(corrections or [None] * 4):
             if each is None:

@@ -13,8 +13,20 @@ import torch
 from ..layout import HeadLayout, Steering, check_heads
 from ..reference import heads as reference_heads
 from ..rule import DeltaRule, check_arguments
-from ..schemas import LAYOUT, ROPE, ROWS, RULE, STEERING, fake_decode, flat_layout, flat_rule, operator, or_empty
-from .recurrence import checked_slots, rule_flags
+from ..schemas import (
+    LAYOUT,
+    ROPE,
+    ROWS,
+    RULE,
+    RULE_SIZE,
+    STEERING,
+    fake_decode,
+    flat_layout,
+    flat_rule,
+    operator,
+    or_empty,
+)
+from .recurrence import checked_slots, guard, rule_flags
 from .rows import BLOCK, row_loop, turn_loop
 from .threads import on_threads, threads_for
 
@@ -52,7 +64,7 @@ class _Layer:
         self.tensors = [tensor for tensor in found if tensor is not None]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
         arrays = [_array(tensor, _EMPTY) for tensor in found]
-        factors = _factors(steering)
+        factors = _factors(steering, rule)
         self.read_width, self.o_rows = rule.read_width, 0 if steering.o is None else steering.o.shape[0]
         numbers = [*rule_flags(rule), *flat_layout(layout), self.o_rows]
         numbers += [array.ctypes.data if array.size else 0 for array in arrays]
@@ -87,12 +99,12 @@ def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
-def _factors(steering: Steering) -> np.ndarray:
-    """scale · c of q, k, v and o, and the norms' eps."""
+def _factors(steering: Steering, rule: DeltaRule | None = None) -> np.ndarray:
+    """scale · c of q, k, v and o, the norms' eps, and of a ``rule`` its guard."""
     scales = [steering.scale] * 4
     if steering.scale_raw is not None:
         scales = [reference_heads.factor(steering, head, torch.float32).item() for head in "qkvo"]
-    return np.array([*scales, steering.eps], np.float32)
+    return np.array([*scales, steering.eps, *(() if rule is None else guard(rule))], np.float32)
 
 
 def _loops_take(packed: torch.Tensor, state: torch.Tensor | None = None, skipped: torch.Tensor | None = None) -> bool:
@@ -183,7 +195,7 @@ def _steer_rows(
         skipped = state.new_zeros(state.shape[0], dtype=torch.int32)
     factors = layer.factors
     if factors is None:
-        current = _factors(steering)
+        current = _factors(steering, rule)
         factors = current.ctypes.data
     # A name here holds every tensor until the call is over.
     batch = count // length
@@ -213,12 +225,13 @@ def _steer_heads_op(packed, reads, *given):
     "Tensor(a0!) packed, Tensor gate_bias, Tensor(a2!) state, Tensor(a3!) skipped, "
     f"{RULE}, {_LAYOUT}, {_STEERING}, {ROPE}, {ROWS}, bool frozen",
     "(Tensor, Tensor)",
-    fake=lambda packed, gate_bias, state, skipped, *given: fake_decode(packed, *given[:2], given[14]),
+    fake=lambda packed, gate_bias, state, skipped, *given: fake_decode(packed, *given[:2], given[RULE_SIZE + 8]),
 )
 def _decode_op(packed, gate_bias, state, skipped, *given):
     *flat, cos, sin, mask, slots, frozen = given
+    heads, rest = flat[RULE_SIZE : RULE_SIZE + 5], flat[RULE_SIZE + 5 :]
     reads, delta = _run_decode(
-        packed, gate_bias, state, DeltaRule(*flat[:6]), HeadLayout(*flat[6:11]), Steering(*flat[11:]), cos, sin,
+        packed, gate_bias, state, DeltaRule(*flat[:RULE_SIZE]), HeadLayout(*heads), Steering(*rest), cos, sin,
         mask, slots, skipped, frozen,
     )  # fmt: skip
     return reads, or_empty(delta, packed)

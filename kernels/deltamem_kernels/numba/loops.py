@@ -32,6 +32,7 @@ _LN2_HIGH = np.float32(0.693359375)  # few mantissa bits, so that n · high is e
 _LN2_LOW = np.float32(0.6931471805599453 - 0.693359375)
 ZERO, _HALF, ONE, _TWO = (np.float32(c) for c in (0.0, 0.5, 1.0, 2.0))
 _LIMIT = np.float32(87.0)
+_TINY = np.float32(1.7e-38)  # a little above 1 / (1 + exp(87))
 _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(1.0 / f) for f in (2, 6, 24, 120, 720, 5040))
 # tanh x = x (1 + x² (T1 + x² (T2 + …))), the Taylor series: next term under 1e-8 relative for |x| < 0.25
 _T1, _T2, _T3, _T4 = (np.float32(c) for c in (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
@@ -62,12 +63,13 @@ def _exp(x, powers):
 
 @njit(**OPTIONS)
 def _sigmoid(x, powers):
-    """x = 1 / (1 + exp(−x)) for a flat float32 array."""
+    """x = 1 / (1 + exp(−x)) for a flat float32 array; 0 below −87, where float32 has no normal number for it."""
     for i in range(x.size):
         x[i] = -x[i]
     _exp(x, powers)
     for i in range(x.size):
-        x[i] = ONE / (ONE + x[i])
+        value = ONE / (ONE + x[i])
+        x[i] = ZERO if value < _TINY else value
 
 
 @njit(**OPTIONS)
@@ -153,17 +155,31 @@ def sigmoid_gate(rows, start, bias, offset, heads, rank, row_gates, out, powers)
 
 
 @njit(inline="always")
-def block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers):
-    """β and keep of a block's tokens, [n, H·r]."""
+def block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta_max, keep_max, beta, keep, powers):
+    """β and keep of a block's tokens, [n, H·r]; NaN, of a bias, stays NaN."""
     width = heads * rank
     gates = width if row_gates else heads
     sigmoid_gate(rows, 3 * width, bias, 0, heads, rank, row_gates, beta, powers)
+    if beta_max < ONE:
+        for t in range(rows.shape[0]):
+            for i in range(width):
+                beta[t, i] = beta_max if beta[t, i] > beta_max else beta[t, i]
     if own_lambda:
         sigmoid_gate(rows, 3 * width + gates, bias, gates, heads, rank, row_gates, keep, powers)
     else:
         for t in range(rows.shape[0]):
             for i in range(width):
                 keep[t, i] = ONE if mode == NO_LAMBDA else ONE - beta[t, i]
+    if keep_max < ONE:
+        for t in range(rows.shape[0]):
+            for i in range(width):
+                keep[t, i] = keep_max if keep[t, i] > keep_max else keep[t, i]
+
+
+@njit(inline="always")
+def held(value, value_max):
+    """v within ± value_max."""
+    return min(max(value, -value_max), value_max)
 
 
 @njit(**PART_OPTIONS)
@@ -176,7 +192,7 @@ def copy_matrices(source, target):
 
 
 @njit(inline="always")
-def read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at):
+def read_and_write(rank, heads, mode, value_max, rows, t, q, k, beta, keep, column, work, reads, n, at):
     """Token t of a block, in all heads: reads[n, at] and the state, work [H, j, i]."""
     for h in range(heads):
         base = h * rank
@@ -189,7 +205,7 @@ def read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, r
             reads[n, at, base + i] = read
             b = beta[t, base + i]
             erase = keep[t, base + i] * b if mode == LAMBDA_OUTSIDE else b
-            column[i] = fma(b, rows[t, 2 * heads * rank + base + i], -(erase * predicted))
+            column[i] = fma(b, held(rows[t, 2 * heads * rank + base + i], value_max), -(erase * predicted))
         for j in range(rank):
             k_j = k[t, base + j]
             for i in range(rank):
@@ -207,7 +223,8 @@ def _save(work, saved, n, place):
 
 @njit(**PART_OPTIONS)
 def _look_at_each(
-    rank, heads, mode, rows, mask, q, k, beta, keep, column, work, before, reads, every, saved, says, written, n, first
+    rank, heads, mode, value_max, rows, mask, q, k, beta, keep, column, work, before, reads, every, saved, says,
+    written, n, first,
 ):  # fmt: skip
     """A block of tokens, with a look at the state after each; returns how many were left out.
 
@@ -220,7 +237,7 @@ def _look_at_each(
         valid = present and is_finite(rows[t])
         if valid:
             copy_matrices(work, before)
-            read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
+            read_and_write(rank, heads, mode, value_max, rows, t, q, k, beta, keep, column, work, reads, n, at)
             if not is_finite(work):
                 copy_matrices(before, work)
                 valid = False
@@ -237,16 +254,17 @@ def _look_at_each(
 
 @njit(inline="always")
 def scan_sequences(
-    rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
-    skipped, written, done,
+    rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, beta_max, keep_max,
+    value_max, every, reads, saved, skipped, written, done,
 ):  # fmt: skip
     """Read and write B sequences, one after another.
 
-    projections float32 [B, T, W], bias [bias_width], mask bool or uint8 [B, T], state [S, H, r, r] (in place), slots
-    int64 [B] (row of the state, −1: neither read nor written), reads [B, T, H·r] and saved [B, T // every, H, r, r]
-    (written; every = 0: never), skipped int32 [S] (adds the unmasked tokens that were not written, because they or the
-    state after them are not finite), written uint8 [B, T] (says which were; T = 0: it is not wanted). done: the
-    address of int64 [B], or 0; there other threads see up to which token a sequence's reads are written.
+    projections float32 [B, T, W], bias [bias_width], beta_max, keep_max and value_max the rule's guard, mask bool or
+    uint8 [B, T], state [S, H, r, r] (in place), slots int64 [B] (row of the state, −1: neither read nor written), reads
+    [B, T, H·r] and saved [B, T // every, H, r, r] (written; every = 0: never), skipped int32 [S] (adds the unmasked
+    tokens that were not written, because they or the state after them are not finite), written uint8 [B, T] (says which
+    were; T = 0: it is not wanted). done: the address of int64 [B], or 0; there other threads see up to which token a
+    sequence's reads are written.
 
     What is not finite in a state stays so: Inf times a number, plus a number, is Inf or NaN. So a block of tokens is
     taken without a look at the states. Where the last one is not finite, the block is taken again, with a look at each.
@@ -282,7 +300,7 @@ def scan_sequences(
             beta, keep = beta_block[:count], keep_block[:count]
             unit_directions(rows, 0, heads, rank, normalize, q, scratch, powers)
             unit_directions(rows, width, heads, rank, normalize, k, scratch, powers)
-            block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta, keep, powers)
+            block_gates(rows, bias, heads, rank, mode, row_gates, own_lambda, beta_max, keep_max, beta, keep, powers)
             # No slices in here: each would be counted as a reference, which costs more than the arithmetic.
             all_finite = is_finite(rows)
             copy_matrices(work, block_start)
@@ -297,7 +315,7 @@ def scan_sequences(
                     for i in range(width):
                         reads[n, at, i] = ZERO
                 else:
-                    read_and_write(rank, heads, mode, rows, t, q, k, beta, keep, column, work, reads, n, at)
+                    read_and_write(rank, heads, mode, value_max, rows, t, q, k, beta, keep, column, work, reads, n, at)
                 if every > 0 and (first + t + 1) % every == 0:
                     _save(work, saved, n, (first + t + 1) // every - 1)
             if says:
@@ -306,8 +324,8 @@ def scan_sequences(
             if not is_finite(work):
                 copy_matrices(block_start, work)
                 left_out = _look_at_each(
-                    rank, heads, mode, rows, mask, q, k, beta, keep, column, work, token_start, reads, every, saved,
-                    says, written, n, first,
+                    rank, heads, mode, value_max, rows, mask, q, k, beta, keep, column, work, token_start, reads,
+                    every, saved, says, written, n, first,
                 )  # fmt: skip
             skipped[slot] += left_out
             if done:
@@ -355,14 +373,14 @@ def scan_loops(rank: int) -> types.SimpleNamespace:
 
     @njit(**OPTIONS)
     def scan_rows(
-        projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads, saved,
-        skipped, written,
+        projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, beta_max, keep_max,
+        value_max, every, reads, saved, skipped, written,
     ):  # fmt: skip
         """``scan_sequences``."""
         _ = stamp
         scan_sequences(
-            rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, every, reads,
-            saved, skipped, written, 0,
+            rank, projections, bias, mask, state, slots, heads, mode, row_gates, own_lambda, normalize, beta_max,
+            keep_max, value_max, every, reads, saved, skipped, written, 0,
         )  # fmt: skip
 
     @njit(**OPTIONS)

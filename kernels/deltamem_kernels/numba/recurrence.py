@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -13,6 +14,7 @@ from ..rule import STATE_UPDATE_MODES, DeltaRule, ScanOutput, check_arguments
 from ..schemas import (
     ROWS,
     RULE,
+    RULE_SIZE,
     SEQUENCES,
     TOKENS,
     fake_reads,
@@ -32,9 +34,15 @@ _UNWANTED = np.zeros((0, 0), np.uint8)  # nobody asks which tokens were written
 
 
 def rule_flags(rule: DeltaRule) -> tuple:
-    """A rule as the loops take it, their rank apart."""
+    """A rule as the loops take it, rank and guard apart."""
     mode = STATE_UPDATE_MODES.index(rule.mode)
     return rule.heads, mode, rule.row_gates, rule.has_lambda, rule.normalize
+
+
+@functools.cache
+def guard(rule: DeltaRule) -> tuple:
+    """A rule's beta_max, keep_max and value_max as the loops take them."""
+    return tuple(np.float32(number) for number in (rule.beta_max, rule.keep_max, rule.value_max))
 
 
 def _array(tensor: torch.Tensor):
@@ -105,7 +113,7 @@ def _scan(projections, gate_bias, state, rule, mask, cu_seqlens, slots, every, s
     for begin, end, places, states in _pieces(cu_seqlens, length, every, _places(slots, sequences), saved):
         run(
             _array(inputs[:, begin:end]), _array(bias), _array(mask[:, begin:end]), _array(final), _array(places),
-            *rule_flags(rule), every, _array(reads[:, begin:end]), _array(states), _array(skipped),
+            *rule_flags(rule), *guard(rule), every, _array(reads[:, begin:end]), _array(states), _array(skipped),
             _array(written[:, begin:end]),
         )  # fmt: skip
     return reads, final, skipped, saved, written.view(torch.bool)
@@ -149,8 +157,8 @@ def _scan_backward(d_reads, d_state, d_saved, projections, gate_bias, state, rul
     for begin, end, places, saved in pieces:
         run(
             _array(inputs[:, begin:end]), _array(bias), _array(mask[:, begin:end]), _array(start), _array(places),
-            *rule_flags(rule), every, _array(d_reads[:, begin:end]), _array(saved), _array(starts), _array(grad),
-            _array(d_projections[:, begin:end]), _array(d_bias),
+            *rule_flags(rule), *guard(rule), every, _array(d_reads[:, begin:end]), _array(saved), _array(starts),
+            _array(grad), _array(d_projections[:, begin:end]), _array(d_bias),
         )  # fmt: skip
     return d_projections.to(projections.dtype), d_bias.to(gate_bias.dtype), grad
 
@@ -192,7 +200,7 @@ def _backward(ctx, d_reads, d_state, _skipped, d_saved, _written):
     d_projections, d_bias, d_initial = scan_backward_op(
         d_reads, d_state, d_saved, projections, gate_bias, state, written, cu_seqlens, slots, *ctx.rule_flags, ctx.every
     )
-    return d_projections, d_bias, None if state is None else d_initial, *[None] * 10
+    return d_projections, d_bias, None if state is None else d_initial, *[None] * (RULE_SIZE + 4)
 
 
 scan_op.register_autograd(_backward, setup_context=_setup)
@@ -214,8 +222,8 @@ def _step(projections, gate_bias, state, rule, mask, slots, skipped) -> torch.Te
     nothing = torch.empty(batch, 0, rule.heads, rule.rank, rule.rank, **_FLOAT)
     scan_loops(rule.rank).scan_rows(
         _array(_floats(projections[:, None])), _array(_floats(gate_bias)), _array(_mask_of(projections, mask)[:, None]),
-        _array(work), _array(slots), *rule_flags(rule), 0, _array(reads), _array(nothing), _array(skipped),
-        _UNWANTED,
+        _array(work), _array(slots), *rule_flags(rule), *guard(rule), 0, _array(reads), _array(nothing),
+        _array(skipped), _UNWANTED,
     )  # fmt: skip
     if work is not state:
         state.copy_(work)
@@ -268,7 +276,7 @@ def _setup_read(ctx, inputs, output):
 
 def _backward_of_read(ctx, d_reads):
     grads = read_backward_op(d_reads, *ctx.saved_tensors, *ctx.rule_flags)
-    return *grads, *[None] * 8
+    return *grads, *[None] * (RULE_SIZE + 2)
 
 
 read_op.register_autograd(_backward_of_read, setup_context=_setup_read)

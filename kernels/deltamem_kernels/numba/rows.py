@@ -152,7 +152,7 @@ def row_loop(rank: int):
 
         Args:
             table: int64, as ``TABLE``.
-            factors: float32 [5], scale · c of q, k, v and o, and the norms' eps.
+            factors: float32 [8], scale · c of q, k, v and o, the norms' eps, and the guard.
             packed: float32 [B, T, N], ``stride`` numbers from row to row.
             state: float32 [S, H, r, r]. slots: int64 [B], or 0: sequence n's state is the n-th.
             mask: bool [B, T], or 0: all are real. skipped: int32 [S].
@@ -177,7 +177,7 @@ def row_loop(rank: int):
         width = heads * rank
         used = 3 * width + (width if row_gates else heads) * (2 if own_lambda else 1)
         bias = carray(floats(fixed[11]), (used - 3 * width,))
-        factor = carray(floats(factors), (5,))
+        factor = carray(floats(factors), (8,))
         rows = carray(floats(packed), (batch, length, stride))
         states = carray(floats(state), (_ANY, heads, rank, rank))
         out = carray(floats(reads), (batch, length, width))
@@ -213,8 +213,8 @@ def row_loop(rank: int):
                     unwanted = real[first:last, :0]
                     scan_sequences(
                         rank, projections, bias, real[first:last], states, places[first:last], heads, mode, row_gates,
-                        own_lambda, normalize, 0, out[first:last], nothing, carray(integers(skipped), (_ANY,)),
-                        unwanted, done,
+                        own_lambda, normalize, factor[5], factor[6], factor[7], 0, out[first:last], nothing,
+                        carray(integers(skipped), (_ANY,)), unwanted, done,
                     )  # fmt: skip
             else:
                 b, t = (item - scans) % batch, (item - scans) // batch * BLOCK
