@@ -36,6 +36,14 @@ def check_choice(value: Any, name: str, choices: Iterable[str]) -> None:
         raise ArgumentError(f"{name}: got {shown(value, 200)}, allowed {', '.join(choices)}")
 
 
+def check_share(value: Any, name: str) -> float:
+    """``value``, if it is a number from 0 to 1. Raises: ValueError if it is not."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ArgumentError(f"{name}: got {shown(value)}, allowed a number from 0 to 1")
+    return float(value)
+
+
 def check_type(value: Any, name: str, kind: type | UnionType, allowed: str) -> None:
     """Raise TypeError unless ``value`` is of ``kind``, which ``allowed`` puts in words."""
     if not isinstance(value, kind):

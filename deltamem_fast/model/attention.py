@@ -156,7 +156,7 @@ def _steer(
     steering = weights.steering(attention, layer)
     heads = operations(layer.backend, packed.device)
     bias = weights.gate_bias.tensor
-    if call.may_read if call.frozen else call.steps(layer.layer_idx):
+    if call.may_read if call.frozen else call.trust is None and call.steps(layer.layer_idx):
         found = _in_place(heads, layer, call, packed, length, layout, steering, cos, sin)
         if found is not None:
             if not call.frozen:
@@ -164,7 +164,7 @@ def _steer(
             if call.records:
                 projections = _projections(packed, length, layout, layer.rule)
                 call.keep(layer.layer_idx, projections)
-                call.count_gates(layer.layer_idx, projections, bias, layer.rule)
+                call.count_gates(layer.layer_idx, projections, bias, call.rule_of(layer))
             return found
     rows = packed.view(-1, length, packed.shape[1])
     reads = advance(layer, _projections(packed, length, layout, layer.rule), bias, call)
@@ -187,7 +187,7 @@ def _in_place(
     if length == 1:
         initial, _ = call.start(index)
         return heads.decode_(
-            packed, bias, initial, layer.rule, layout, steering, cos, sin,
+            packed, bias, initial, call.rule_of(layer), layout, steering, cos, sin,
             mask=None if mask is None else mask.squeeze(1), skipped=skipped, frozen=call.frozen, check=False,
             workspace=workspace,
         )  # fmt: skip
@@ -195,7 +195,7 @@ def _in_place(
     if prefill is None or index in call.initial:
         return None
     found = prefill(
-        packed, length, bias, call.state[index], layer.rule, layout, steering, cos, sin, mask=mask,
+        packed, length, bias, call.state[index], call.rule_of(layer), layout, steering, cos, sin, mask=mask,
         skipped=skipped, frozen=call.frozen, workspace=workspace,
     )  # fmt: skip
     if found is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from ..arguments import check_type
+from ..adapter.guard import Guarding
+from ..arguments import check_share, check_type
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..memory.state import MemoryState
 from ..memory.watch import current_capture, current_record
@@ -29,6 +30,11 @@ _TOKEN_BY_TOKEN = (
     "segment_ids=-1 to write nothing; generate and MemorySession do so by themselves"
 )
 
+
+_RAW_KEYS = (
+    "trust: the adapter's keys are not normalised (normalize_qk=false): its writes are scaled, but no guard bounds "
+    "what a hostile text can make of the memory"
+)
 
 # The identity of the model whose ``generate`` runs here. What it is given may call the model as well: the branch
 # without the prompt of classifier-free guidance, a caller's logits processor or decoding loop.
@@ -61,11 +67,15 @@ class PromptsMask:
         return self.mask if fits else None
 
 
-class LastSegments:
-    """Segment ids [B, T] of the last T tokens of a forward, which others may put tokens in front of (PEFT does)."""
+class LastTokens:
+    """Segment ids or trust [B, T] of the last T tokens of a forward, which others may put tokens in front of (PEFT)."""
 
-    def __init__(self, ids: torch.Tensor):
-        self.ids = ids
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+
+    def of(self, length: int, front: float) -> torch.Tensor:
+        """Those of ``length`` tokens, ``front`` of what is in front."""
+        return torch.nn.functional.pad(self.values, (max(0, length - self.values.shape[1]), 0), value=front)
 
 
 def begin(
@@ -75,7 +85,9 @@ def begin(
     memory: MemoryState | None,
     segment_ids: torch.Tensor | int | None,
     token_mask: torch.Tensor | bool | None,
+    trust: torch.Tensor | float | None,
     cache_name: str,
+    guarding: Guarding,
 ) -> MemoryCall:
     """Check a forward's arguments and make its MemoryCall.
 
@@ -86,7 +98,10 @@ def begin(
         memory: the caller's state, or None = the cache's.
         segment_ids: int [B, T] (SSW); −1 = nothing of this forward is written; None = each token by itself.
         token_mask: bool [B, T]; True = all tokens are real; None = take it from the attention mask.
+        trust: with which share of its strength each token is written, 0 to 1: a number, or a float tensor [B, T] or
+            [B]; None = 1.
         cache_name: of the argument that is the cache; see ``PatchRecord``.
+        guarding: which forwards hold their gates and values.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
@@ -116,6 +131,7 @@ def begin(
         if not unwritten:
             segment_ids = torch.zeros(batch, length, dtype=torch.int64, device=tokens.device)
     token_mask = _token_mask(token_mask, kwargs.get("attention_mask"), cache, batch, length)
+    trust = _trust(trust, batch, length, tokens.device)
     state, rows = memory, batch
     fed = held = None
     cu_seqlens = sequence_starts(kwargs, cache, token_mask, batch, length)
@@ -149,7 +165,12 @@ def begin(
     state.check_whole()
     if fed is not None:
         fed.tokens = None if held is None else held + length
-    frozen = state.frozen or unwritten
+    frozen = state.frozen or unwritten or (isinstance(trust, float) and trust == 0)
+    untrusted = trust is not None and not frozen
+    if untrusted and guarding.rule is None and not identity.config.rule.normalize:
+        warn_once("raw keys", _RAW_KEYS)
+    if isinstance(trust, float):
+        trust = torch.full((batch, length), trust, dtype=torch.float32, device=tokens.device)
     if segment_ids is None and identity.config.segmented and not frozen and not torch.compiler.is_compiling():
         granularity = identity.config.memory_write_granularity
         warn_once("token by token", _TOKEN_BY_TOKEN.format(granularity=granularity))
@@ -158,6 +179,8 @@ def begin(
         token_mask,
         segment_ids,
         cu_seqlens,
+        trust=trust,
+        rule=guarding.rule if guarding.always or untrusted else None,
         frozen=frozen,
         bridge=Bridge(ordered=is_sharded(decoder)) if torch.is_grad_enabled() else None,
         gates={} if current_record() is not None and not frozen else None,
@@ -199,9 +222,8 @@ def _check_segments(segment_ids, identity, batch: int, length: int, device) -> t
         )
     if isinstance(segment_ids, int) and segment_ids == NOT_WRITTEN:
         return None
-    if isinstance(segment_ids, LastSegments):
-        ids = segment_ids.ids
-        segment_ids = torch.nn.functional.pad(ids, (max(0, length - ids.shape[1]), 0), value=NOT_WRITTEN)
+    if isinstance(segment_ids, LastTokens):
+        segment_ids = segment_ids.of(length, NOT_WRITTEN)
     if not isinstance(segment_ids, torch.Tensor) or segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
         raise ArgumentTypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written; or -1 for all tokens")
     if tuple(segment_ids.shape) != (batch, length):
@@ -243,6 +265,23 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
     if attention_mask.shape[0] != batch or width < past + length:
         raise ArgumentError(f"attention_mask: got {list(attention_mask.shape)}, allowed [{batch}, {past + length}]")
     return attention_mask[:, past : past + length] != 0
+
+
+def _trust(trust, batch: int, length: int, device) -> torch.Tensor | float | None:
+    """A number 0 to less than 1, or float32 [B, T]; None = 1 of all tokens."""
+    if isinstance(trust, LastTokens):
+        trust = trust.of(length, 1.0)
+    if trust is None or not isinstance(trust, torch.Tensor):
+        return None if trust is None or check_share(trust, "trust") == 1 else float(trust)
+    if not trust.is_floating_point():
+        raise ArgumentTypeError(f"trust: got dtype {trust.dtype}, allowed floating point, 0 to 1")
+    if tuple(trust.shape) not in ((batch, length), (batch,)):
+        raise ArgumentError(f"trust: got shape {list(trust.shape)}, allowed [{batch}, {length}] or [{batch}]")
+    if trust.device.type == "cpu" and not torch.compiler.is_compiling() and not ((trust >= 0) & (trust <= 1)).all():
+        raise ArgumentError("trust: got numbers outside of 0 to 1 (or NaN), allowed 0 to 1")
+    # Elsewhere the host would have to wait for them: NaN writes nothing.
+    trust = trust.to(device, torch.float32).nan_to_num(nan=0.0).clamp(0, 1)
+    return (trust if trust.ndim == 2 else trust[:, None]).expand(batch, length)
 
 
 def composite_mask(kwargs: dict[str, Any]) -> PromptsMask | None:

@@ -23,6 +23,8 @@ class MemoryCall:
         token_mask: bool [B, T], True = a real token, or None = all are.
         segment_ids: int [B, T] (SSW) or None.
         cu_seqlens: int [N + 1] over B · T tokens, for packed sequences, or None.
+        trust: float32 [B, T], with which share of its strength each token is written; None = all whole.
+        rule: the guarded recurrence of this forward; None = the layers' own.
         frozen: read-only.
         in_place: no autograd outside: states keep their address.
         initial: the state that each layer started this forward from. A recomputation (gradient checkpointing)
@@ -42,6 +44,8 @@ class MemoryCall:
         segment_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         *,
+        trust: torch.Tensor | None = None,
+        rule: DeltaRule | None = None,
         frozen: bool = False,
         bridge: Bridge | None = None,
         gates: dict[int, GateSums] | None = None,
@@ -53,6 +57,8 @@ class MemoryCall:
         self.token_mask = token_mask
         self.segment_ids = segment_ids
         self.cu_seqlens = cu_seqlens
+        self.trust = trust
+        self.rule = rule
         self.frozen = frozen
         self.in_place = bridge is None
         self.initial: dict[int, torch.Tensor] = {}
@@ -68,6 +74,10 @@ class MemoryCall:
         # Never by what is recorded: recording changes no bit.
         self.may_read = cu_seqlens is None
         self.may_step = self.may_read and self.in_place and segment_ids is None
+
+    def rule_of(self, layer) -> DeltaRule:
+        """The recurrence of an adapter layer in this forward."""
+        return layer.rule if self.rule is None else self.rule
 
     def start(self, layer: int) -> tuple[torch.Tensor, bool]:
         """The state that a layer starts from, and whether this is its first run in this forward."""

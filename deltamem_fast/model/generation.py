@@ -13,12 +13,12 @@ from transformers import Cache, GenerationConfig, StoppingCriteriaList
 
 from ..adapter.record import identity_of, is_disabled, record_of
 from ..adapter.wrappers import RECORD
-from ..arguments import check_type
+from ..arguments import check_share, check_type
 from ..errors import ArgumentError, UnsupportedError
 from ..memory.state import MemoryState, taken_back
 from ..notices import logger, warn_once
 from . import continuous
-from .begin import NOT_WRITTEN, LastSegments, PromptsMask, generating
+from .begin import NOT_WRITTEN, LastTokens, PromptsMask, generating
 from .cache import cut_short
 from .signatures import cache_name, given_cache
 
@@ -93,7 +93,10 @@ def _original(self, name: str):
 
 
 def _generate(self, *args, **kwargs):
-    """transformers' ``generate`` with a memory: also takes ``memory`` and ``segment_ids``.
+    """transformers' ``generate`` with a memory: also takes ``memory``, ``segment_ids`` and ``trust``.
+
+    ``trust``: a number, of prompt and answer; or a tensor as the forward takes it, of the prompt: what is generated is
+    then written whole.
 
     SSW: a prompt without ``segment_ids`` is one segment (without what is in the cache already), −1 writes nothing of
     it. Generated tokens are read, and not written: their segment is known when the answer has ended.
@@ -212,6 +215,7 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
             raise ArgumentError(
                 "use_cache: got False with memory=, allowed True: every step would write the prompt again"
             )
+    _check_trust(kwargs.get("trust"), given, kwargs, settings)
     if identity_of(self).config.segmented and settings["prefill_chunk_size"] is not None:
         raise ArgumentError(
             f"prefill_chunk_size: got {settings['prefill_chunk_size']}, allowed None with SSW, whose tokens read the "
@@ -219,18 +223,38 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
         )
     if segment_ids is not None and not (isinstance(segment_ids, int) and segment_ids == NOT_WRITTEN):
         check_type(segment_ids, "segment_ids", torch.Tensor, "an integer tensor [B, T], or -1 for all tokens")
-        prompt = given["inputs"] if given.get("inputs") is not None else kwargs.get("input_ids")
-        if kwargs.get("inputs_embeds") is not None:
-            prompt = kwargs["inputs_embeds"][..., 0]
-        if prompt is not None and tuple(segment_ids.shape) != tuple(prompt.shape):
-            raise ArgumentError(
-                f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {list(prompt.shape)}"
-            )
+        shape = _prompt_shape(given, kwargs)
+        if shape is not None and list(segment_ids.shape) != shape:
+            raise ArgumentError(f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {shape}")
         if settings["use_cache"] is False:
             raise ArgumentError(
                 "use_cache: got False with segment_ids=, allowed True: every later step would write the prompt "
                 "token by token"
             )
+
+
+def _prompt_shape(given: dict, kwargs: dict) -> list[int] | None:
+    """[B, T] of what ``generate`` was given, or None."""
+    prompt = given["inputs"] if given.get("inputs") is not None else kwargs.get("input_ids")
+    if kwargs.get("inputs_embeds") is not None:
+        prompt = kwargs["inputs_embeds"][..., 0]
+    return None if prompt is None else list(prompt.shape)
+
+
+def _check_trust(trust, given: dict, kwargs: dict, settings: dict) -> None:
+    if not isinstance(trust, torch.Tensor):
+        if trust is not None:
+            check_share(trust, "trust")
+        return
+    shape = _prompt_shape(given, kwargs)
+    if shape is not None and list(trust.shape) not in (shape, shape[:1]):
+        raise ArgumentError(f"trust: got shape {list(trust.shape)}, allowed the prompt's, {shape}, or {shape[:1]}")
+    if settings["prefill_chunk_size"] is not None:
+        raise ArgumentError(
+            f"prefill_chunk_size: got {settings['prefill_chunk_size']} with a tensor of trust, allowed None"
+        )
+    if settings["use_cache"] is False:
+        raise ArgumentError("use_cache: got False with a tensor of trust, allowed True")
 
 
 def _is_wrapped(self) -> bool:
@@ -249,6 +273,7 @@ def _prepare_inputs_for_generation(
     is_first_iteration=False,
     memory=None,
     segment_ids=None,
+    trust=None,
     cache=None,
     **kwargs,
 ):
@@ -272,9 +297,13 @@ def _prepare_inputs_for_generation(
     if self._delta_memory_patch.identity.config.segmented:
         segments = _segments_of(tokens, segment_ids, is_first_iteration and past_key_values is not None)
         with_front = _is_wrapped(self) and isinstance(segments, torch.Tensor)
-        inputs["segment_ids"] = LastSegments(segments) if with_front else segments
+        inputs["segment_ids"] = LastTokens(segments) if with_front else segments
     elif segment_ids is not None and is_first_iteration:
         inputs["segment_ids"] = segment_ids  # refused: the adapter writes every token
+    if isinstance(trust, torch.Tensor):
+        trust = _trust_of(trust, length, with_front=_is_wrapped(self)) if is_first_iteration else None
+    if trust is not None:
+        inputs["trust"] = trust
     # With a static cache `attention_mask` is a prepared 4-D mask by now; the 2-D one says which tokens are real.
     real = True if attention_mask is None else attention_mask[:, -length:] != 0
     # Without a cache every step runs the whole rows from an empty memory again, and nothing is kept.
@@ -287,6 +316,13 @@ def _prepare_inputs_for_generation(
         return inputs
     inputs["token_mask"] = PromptsMask(real) if self._delta_memory_patch.composite else real
     return inputs
+
+
+def _trust_of(trust: torch.Tensor, length: int, *, with_front: bool) -> torch.Tensor | LastTokens:
+    """The trust of the prompt's last ``length`` tokens, from that of the prompt, [B, T] or [B]."""
+    if trust.ndim != 2:
+        return trust
+    return LastTokens(trust[:, -length:]) if with_front else trust[:, -length:]
 
 
 def _segments_of(tokens: torch.Tensor, segment_ids: torch.Tensor | int | None, prompt: bool) -> torch.Tensor | int:

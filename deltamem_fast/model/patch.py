@@ -11,6 +11,7 @@ from torch import nn
 from deltamem_kernels.dispatch import check_backend, operations, resolve_backend
 
 from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
+from ..adapter.guard import Guard, guarding
 from ..adapter.identity import Identity
 from ..adapter.layer import DeltaMemory
 from ..adapter.record import PatchRecord, find_record, record_of
@@ -31,7 +32,9 @@ from .tensor_parallel import group_of, is_distributed, of_the_first, why_unknown
 from .weights import LayerPath, LayerWeights
 
 
-def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.Module:
+def patch_model(
+    model: nn.Module, adapter=None, *, backend: str = "auto", guard: Guard | bool | str = "auto"
+) -> nn.Module:
     """Give a decoder from transformers a δ-mem memory; returns the same model.
 
     Args:
@@ -41,6 +44,9 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
             DeltaMemConfig (fresh parameters), or None = ``DeltaMemConfig()``, the released recipe.
         backend: ``auto`` (Triton on a GPU, numba on a CPU if installed, else the reference), ``triton``,
             ``numba`` or ``reference``.
+        guard: which forwards hold their gates and values, so that no text can make a state larger than a bound (see
+            ``Guard``): ``auto``, those that are given less than whole ``trust``; True, all; False, none; or a Guard,
+            all with its bounds.
 
     Patch the model that you call: ``generate`` and ``save_pretrained`` of a model around a patched decoder know
     nothing of the memory. PEFT's wrapper does: its ``save_pretrained`` writes the adapter beside PEFT's (one that was
@@ -64,6 +70,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
     source = read_adapter(adapter)
     decoder = decoder_of(model)
     attentions = _find_attentions(model, source.config)
+    guarded = guarding(guard, source.config.rule)
     device = computing_device(query_linear(next(iter(attentions.values()))))
     if device.type != "meta":
         resolve_backend(backend, device.type)
@@ -71,7 +78,7 @@ def patch_model(model: nn.Module, adapter=None, *, backend: str = "auto") -> nn.
         operations(backend, device)
     memories = _build_memories(model, attentions, source, backend)
     identity = Identity({m.layer_idx: m for m in memories.values()}, source.config, model.config, source.name)
-    record = PatchRecord(identity, decoder, attentions, cache_name=cache_name(type(decoder).forward))
+    record = PatchRecord(identity, decoder, attentions, cache_name=cache_name(type(decoder).forward), guarding=guarded)
     try:
         _install(outer, model, record, memories)
     except BaseException:

@@ -22,7 +22,7 @@ from .checkpointing import enter, leave
 from .finite import contain, give_back
 from .signatures import given_cache
 
-MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask")
+MEMORY_ARGUMENTS = ("memory", "segment_ids", "token_mask", "trust")
 
 
 def with_signature(module: nn.Module, function):
@@ -45,13 +45,15 @@ def patched_call(self, *args, **kwargs):
     return _marking(record, type(self)._call_impl, (self, *args), kwargs, anew=outermost)
 
 
-def outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
+def outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, trust=None, **kwargs):
     record = self._delta_memory_patch
     if memory is not None:
         # Hooks that move arguments between devices would copy it, and the copy would be written.
         kwargs["memory"] = CallersMemory(memory)
     if segment_ids is not None:
         kwargs["segment_ids"] = segment_ids
+    if trust is not None:
+        kwargs["trust"] = trust
     named = dict(zip(_positional_of(record, self), args)) | kwargs if args else kwargs
     if token_mask is None and record.composite and not record_disabled(record):
         token_mask = composite_mask(named)
@@ -63,7 +65,7 @@ def outer_forward(self, *args, memory=None, segment_ids=None, token_mask=None, *
     return _marking(record, own, args, kwargs)
 
 
-def decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, **kwargs):
+def decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None, trust=None, **kwargs):
     record = self._delta_memory_patch
     own = record.originals["decoder"]
     if isinstance(memory, CallersMemory):
@@ -76,7 +78,7 @@ def decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None,
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
     if name not in kwargs and "past_key_values" in kwargs:
         name = "past_key_values"  # newer versions take this one too, and warn of it themselves
-    call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask, name)
+    call = begin(self, record.identity, kwargs, memory, segment_ids, token_mask, trust, name, record.guarding)
     running = None if torch.compiler.is_compiling() else _running.get()
     if running is not None and running.calls is not None:
         running.calls.append((call, call.state))

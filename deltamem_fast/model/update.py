@@ -6,6 +6,7 @@ import torch
 
 from deltamem_kernels.dispatch import operations
 from deltamem_kernels.segment_means import segment_means
+from deltamem_kernels.trust import trusted
 
 from ..adapter.layer import DeltaMemory
 from ..memory.state import written
@@ -27,15 +28,17 @@ def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tens
         reads, float32 [B, T, H·r].
     """
     batch, length = projections.shape[:2]
-    index, rule = layer.layer_idx, layer.rule
+    index, rule = layer.layer_idx, call.rule_of(layer)
     initial, first_run = call.start(index)
     if first_run:
         call.keep(index, projections)
-    mask = call.token_mask
+    mask, trust = call.token_mask, None if call.frozen else call.trust
     if call.cu_seqlens is not None and batch > 1:
         # Packed sequences are counted over the rows, one behind another.
         projections = projections.reshape(1, batch * length, -1)
-        mask = None if mask is None else mask.reshape(1, batch * length)
+        mask, trust = (None if t is None else t.reshape(1, batch * length) for t in (mask, trust))
+    if trust is not None and call.segment_ids is None:
+        projections = trusted(projections, gate_bias, rule, trust)
     ops = operations(layer.backend, projections.device)
     if call.frozen and call.cu_seqlens is not None:
         reads = _read_packed(ops, projections, initial, rule, mask, call.cu_seqlens)
@@ -52,7 +55,11 @@ def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tens
         reads = skipped = None
         if call.segment_ids is not None:  # they are read before, and their means written
             reads = ops.read(projections, initial, rule, mask=mask)
+            if trust is not None:  # a segment's is the mean of its tokens'
+                projections = torch.cat([projections, trust.to(projections.dtype).unsqueeze(-1)], -1)
             projections, mask, skipped = segment_means(projections, call.segment_ids, mask)
+            if trust is not None:
+                projections = trusted(projections[..., :-1], gate_bias, rule, projections[..., -1])
         gates = None if call.gates is None else gate_sums(projections, gate_bias, rule, mask)
         out = ops.scan(projections, gate_bias, initial, rule, mask=mask, cu_seqlens=call.cu_seqlens)
         reads = out.reads if reads is None else reads

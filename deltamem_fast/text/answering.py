@@ -31,7 +31,8 @@ RESERVED = (
     "cache_implementation", "constraints", "custom_generate", "ended_rows", "force_words_ids",
     "input_ids", "inputs", "inputs_embeds", "is_assistant", "max_cache_len", "memory", "num_beam_groups", "num_beams",
     "num_return_sequences", "past_key_values", "penalty_alpha", "prefill_chunk_size", "prompt_lookup_num_tokens",
-    "return_dict_in_generate", "segment_ids", "streamer", "token_healing", "token_mask", "use_cache", "use_mtp",
+    "return_dict_in_generate", "segment_ids", "streamer", "token_healing", "token_mask", "trust",
+    "use_cache", "use_mtp",
 )  # fmt: skip
 
 
