@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # each under its own name: to a type checker it is public the
     from .adapter.files import export_adapter as export_adapter
     from .adapter.files import load_adapter as load_adapter
     from .adapter.files import save_adapter as save_adapter
+    from .adapter.guard import Guard as Guard
     from .adapter.hub import push_to_hub as push_to_hub
     from .adapter.record import is_patched as is_patched
     from .adapter.record import memory_disabled as memory_disabled
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # each under its own name: to a type checker it is public the
 # (deltamem_fast.storage), or prints a version, needs neither torch nor transformers.
 _HOMES = {
     "adapter.files": ("export_adapter", "load_adapter", "save_adapter"),
+    "adapter.guard": ("Guard",),
     "adapter.hub": ("push_to_hub",),
     "adapter.record": ("is_patched", "memory_disabled"),
     "config": ("DeltaMemConfig",),

@@ -30,9 +30,9 @@ class Guard:
         ValueError: naming the argument.
     """
 
-    beta: float = 0.98
+    beta: float = 0.95
     keep: float = 1 - 2**-12
-    norm: float = 64.0
+    norm: float = 512.0
 
     def __post_init__(self):
         for name, most in (("beta", 1.0), ("keep", 1.0), ("norm", math.inf)):

@@ -55,17 +55,20 @@ def _sentences(content: str) -> list[str]:
 
 
 @torch.no_grad()
-def tell(model: nn.Module, tokenizer, chats: Sequence[Chat], memory: MemoryState | None = None) -> MemoryState:
+def tell(
+    model: nn.Module, tokenizer, chats: Sequence[Chat], memory: MemoryState | None = None, trust: float | None = None
+) -> MemoryState:
     """What a patched model remembers of ``chats``, one row each; their context is gone afterwards.
 
     Args:
         memory: is written further, in place; None = an empty one.
+        trust: as a forward takes it.
     """
     memory = MemoryState.zeros(model, len(chats)) if memory is None else memory
     batch = encode(tokenizer, chats).to(input_device(model))
     if not identity_of(model).config.segmented:
         del batch["segment_ids"]
-    unwrap(model).model(**batch, memory=memory, use_cache=False)
+    unwrap(model).model(**batch, memory=memory, trust=trust, use_cache=False)
     return memory
 
 
