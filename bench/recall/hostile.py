@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from deltamem_fast import Guard, MemoryState, patch_model, unpatch_model
+from deltamem_fast.memory.trusting import hold_back
 from deltamem_fast.recall.chats import ask, tell
 from deltamem_fast.recall.task import Fact, changed, draw_facts, grouped, user
 from deltamem_fast.recall.weights import SHIPPED, load_backbone
@@ -103,14 +104,6 @@ def _shares(model: nn.Module, tokenizer, memory: MemoryState, facts: Sequence[Se
     return [text == fact.value for text, fact in zip(found, (fact for asked in facts for fact in asked), strict=True)]
 
 
-def moved(before: MemoryState, after: MemoryState, share: float) -> MemoryState:
-    """The memory a ``share`` of the way from ``before`` to ``after``."""
-    made = before.clone()
-    for layer in made:
-        made.put(layer, before[layer] + share * (after[layer] - before[layer]), in_place=True)
-    return made
-
-
 def _row(name: str, parameters: dict, hits: dict[str, list[bool]]) -> Row:
     values: dict[str, float] = {}
     for part, right in hits.items():
@@ -155,7 +148,8 @@ def _attacked(model, tokenizer, adapter: str, name: str, attacks: list[Attack], 
             elif trust in (0.0, 1.0) or guarded:  # the same as by gates; a guard changes nothing of a share
                 continue
             else:
-                memory = moved(before, whole, trust)
+                memory = whole.clone()
+                hold_back(memory, before, trust, None)
             hits = {"kept": _shares(model, tokenizer, memory, facts), "learnt": _shares(model, tokenizer, memory, says)}
             rows.append(_row(f"after/{adapter}", found | {"way": way, "trust": trust}, hits))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from ..text.answering import THINKING_TOKENS, answer_options, check_reserved, wa
 from ..text.encode import chat_ids, check_known
 from .state import MemoryState, taken_back
 from .telling import WRITE_TOKENS, Encoded, Text, WriteResult, check_ready, checked_text, encoded_pieces, erase
+from .trusting import check_trust, hold_back, moved
 
 
 @torch.no_grad()
@@ -27,6 +29,8 @@ def ingest(
     text: Text,
     *,
     tokens: int = WRITE_TOKENS,
+    trust: float = 1.0,
+    budget: float | None = None,
     progress: bool | None = None,
 ) -> WriteResult:
     """Write a text into a memory, in place, without answering: prefill alone, no logits, no cache that stays.
@@ -43,10 +47,13 @@ def ingest(
         text: a str, which a user says (plain text where the tokenizer has no chat template), or messages, whose
             contents are strings or lists of text parts.
         tokens: at most in a piece, what the chat template adds included.
+        trust: τ, 0 to 1. The memory goes a share τ of the way to what the whole text would make of it,
+            S ← S₀ + τ (S − S₀): however long the text, 1 − τ of what was there stays.
+        budget: at most so far, in the larger norm of before and after, head by head; None = as far as it goes.
         progress: a bar on stderr; None = if there are several pieces and stderr is a terminal.
 
     Returns:
-        How many tokens went through the model.
+        How many tokens went through the model, and how far they moved the memory.
 
     Raises:
         ValueError, TypeError: naming the argument, before anything is written.
@@ -54,12 +61,17 @@ def ingest(
     _check(model, memory)
     memory.check_writable()
     check_integer(tokens, "tokens", 1)
+    check_trust(trust, budget)
     pieces = encoded_pieces(model, tokenizer, checked_text(text), tokens)
-    total, device, before = sum(map(len, pieces)), input_device(model), memory.skipped
-    with taken_back(memory):
+    total, device, before = sum(map(len, pieces)), input_device(model), memory.clone()
+    less = trust < 1 or budget is not None
+    with taken_back(memory), memory.untrusted() if less else contextlib.nullcontext():
         for piece in _with_bar(pieces, total, progress):
             decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
-    return WriteResult(total, pieces=len(pieces), skipped=int((memory.skipped - before).sum()))
+        if less:
+            hold_back(memory, before, trust, budget)
+    lost = int((memory.skipped - before.skipped).sum())
+    return WriteResult(total, pieces=len(pieces), skipped=lost, moved=moved(before, memory))
 
 
 def _with_bar(pieces: list[Encoded], total: int, progress: bool | None) -> Iterator[Encoded]:

@@ -14,7 +14,7 @@ from ..adapter.identity import LayerSpec, fingerprinted
 from ..adapter.record import identity_of
 from ..arguments import MOST, check_integer, shown
 from ..errors import ArgumentError, ArgumentIndexError, ArgumentKeyError, ArgumentTypeError, FileFormatError, StateError
-from .figures import MemoryReport, norm_of, report
+from .figures import DistanceReport, MemoryReport, distance, norm_of, report
 from .file import check_made_under, read_memory, whole_counts, write_memory
 from .telling import erase
 
@@ -36,6 +36,7 @@ class MemoryState:
     # Of memories that were pickled by versions that did not have them.
     _interrupted: str = ""
     _rows: tuple | None = None
+    _untrusted: int = 0
 
     def __init__(self, layers: dict[int, torch.Tensor], *, identity=None, frozen: bool = False, skipped=None):
         if not isinstance(layers, dict) or not all(isinstance(s, torch.Tensor) and s.dim() for s in layers.values()):
@@ -58,6 +59,7 @@ class MemoryState:
         self._broken = ""
         # Why layers have written that others have not: "" or the reason that every later use gives.
         self._interrupted = ""
+        self._untrusted = 0
         self.frozen = frozen
 
     @classmethod
@@ -306,6 +308,20 @@ class MemoryState:
         if self._interrupted:
             raise StateError(self._interrupted)
 
+    @property
+    def is_untrusted(self) -> bool:
+        """Whether what is written now is a text that has less than whole trust."""
+        return self._untrusted > 0
+
+    @contextlib.contextmanager
+    def untrusted(self) -> Iterator[None]:
+        """Inside, forwards that write this memory are guarded, if ``patch_model(guard="auto")`` says so."""
+        self._untrusted += 1
+        try:
+            yield
+        finally:
+            self._untrusted -= 1
+
     def break_off(self, reason: str) -> None:
         """Mark this memory as one that fits its graph no more: the next differentiable use says ``reason``."""
         self._broken = reason
@@ -445,6 +461,19 @@ class MemoryState:
             ValueError: no such row.
         """
         return report(self, self._skipped, row)
+
+    def diff(self, other: MemoryState, row: int | None = None) -> DistanceReport:
+        """How far each layer and head is from another memory's; ``print`` it to read it.
+
+        Args:
+            row: that conversation of each; None = all, of which both have as many.
+
+        Raises:
+            TypeError, ValueError: no memory; of other layers or shapes; no such row.
+        """
+        if not isinstance(other, MemoryState):
+            raise ArgumentTypeError(f"other: got {type(other).__name__}, allowed a MemoryState")
+        return distance(self, other, row)
 
     # --- files
 

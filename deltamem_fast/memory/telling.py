@@ -22,6 +22,7 @@ from ..text.cutting import pieces_of
 from ..text.encode import as_chat, check_known, encode_text, says_something
 from ..text.messages import Message, plain_content, plain_messages
 from ..text.segments import own_tokens
+from .trusting import moved
 from .watch import capture_projections
 
 Text = str | Sequence[Message]
@@ -99,14 +100,16 @@ class WriteResult(int):
         tokens: the same, as an attribute.
         pieces: in how many contexts they went.
         skipped: (token, layer) pairs left out because they were not finite.
+        moved: how far the memory was moved, ``trusting.moved``: 0 not at all, 1 as far as an empty one becomes full.
     """
 
     pieces: int
     skipped: int
+    moved: float
 
-    def __new__(cls, tokens: int, *, pieces: int = 1, skipped: int = 0) -> WriteResult:
+    def __new__(cls, tokens: int, *, pieces: int = 1, skipped: int = 0, moved: float = 0.0) -> WriteResult:
         made = super().__new__(cls, tokens)
-        made.pieces, made.skipped = pieces, skipped
+        made.pieces, made.skipped, made.moved = pieces, skipped, moved
         return made
 
     def __getnewargs_ex__(self) -> tuple[tuple, dict]:
@@ -136,7 +139,7 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
     with capture_projections() as found:
         for piece in pieces:
             decoder_of(unwrap(model))(**piece.arguments(device), memory=scratch, use_cache=False)
-    layers = identity_of(model).memories
+    layers, before = identity_of(model).memories, memory.clone()
     with memory.all_or_nothing():
         for index in memory:
             told = []
@@ -149,7 +152,8 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
                 told.append(writes)
             times = _strength(told, left) if strength is None else strength
             memory.put(index, _erased(memory[index], told, times), in_place=True)
-    return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=int(scratch.skipped.sum()))
+    lost = int(scratch.skipped.sum())
+    return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=lost, moved=moved(before, memory))
 
 
 def check_ready(model: nn.Module, memory) -> None:

@@ -166,7 +166,7 @@ def begin(
     if fed is not None:
         fed.tokens = None if held is None else held + length
     frozen = state.frozen or unwritten or (isinstance(trust, float) and trust == 0)
-    untrusted = trust is not None and not frozen
+    untrusted = (trust is not None or state.is_untrusted) and not frozen
     if untrusted and guarding.rule is None and not identity.config.rule.normalize:
         warn_once("raw keys", _RAW_KEYS)
     if isinstance(trust, float):
