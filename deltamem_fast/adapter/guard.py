@@ -66,6 +66,9 @@ class Guarding(NamedTuple):
     always: bool = False
 
 
+UNGUARDED = Guarding()
+
+
 def guarding(guard: Any, rule: DeltaRule) -> Guarding:
     """What ``patch_model``'s argument ``guard`` asks for.
 
@@ -73,7 +76,7 @@ def guarding(guard: Any, rule: DeltaRule) -> Guarding:
         TypeError, ValueError: it is none of ``WAYS``, or cannot be had for this recurrence.
     """
     if guard is False:
-        return Guarding()
+        return UNGUARDED
     if isinstance(guard, str) and guard == "auto":
         return Guarding(Guard().rule(rule) if rule.normalize else None)
     if guard is not True and not isinstance(guard, Guard):

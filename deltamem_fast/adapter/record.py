@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..notices import logger
-from .guard import Guarding
+from .guard import UNGUARDED, Guarding
 from .identity import Identity, new_token
 from .layer import refuse_pickling
 from .wrappers import RECORD, decoder_of, unwrap
@@ -40,7 +40,7 @@ class PatchRecord:
     # What the decoder and the model call the cache. Here it is past_key_values, whatever the version.
     cache_name: str = "past_key_values"
     composite: bool = False
-    guarding: Guarding = Guarding()  # noqa: RUF009 (immutable)
+    guarding: Guarding = UNGUARDED
     # Whether the table of embeddings had a row that is not finite when it was last looked at.
     broken_embeddings: bool = False
     disabled_depth: int = 0

@@ -9,6 +9,7 @@ from ..display import counted
 from ..errors import ArgumentError
 from ..memory.operators import ingest
 from ..memory.state import MemoryState
+from ..memory.trusting import check_trust
 from ..model.loading import DTYPES, load_patched
 from ..storage.files import as_path
 from .given import add_text, given_memory, given_text
@@ -28,6 +29,10 @@ def add_command(commands) -> None:
     parser.add_argument("--adapter", help="a directory or hub id; needed, but for smollm2")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
     parser.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
+    parser.add_argument("--trust", type=float, default=1.0, help="0 to 1: the memory goes this share of the way (1)")
+    parser.add_argument(
+        "--budget", type=float, help="how far the text may move the memory at most; 1: all of it is new"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(command=_run)
 
@@ -40,15 +45,14 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ArgumentError("--adapter: not given; fresh parameters remember nothing of use")
     path, text = as_path(arguments.memory, "MEMORY"), given_text(arguments)
     options = {"dtype": arguments.dtype, "device": arguments.device}
+    check_trust(arguments.trust, arguments.budget, "--")
     model, tokenizer = load_patched(arguments.model, arguments.adapter, **options)
     memory = _opened(path, model)
     with fitting_threads(model):
-        found = ingest(model, tokenizer, memory, text)
+        found = ingest(model, tokenizer, memory, text, trust=arguments.trust, budget=arguments.budget)
     memory.save(path)
     if arguments.json:
-        print(
-            json.dumps({"memory": str(path), "tokens": found.tokens, "pieces": found.pieces, "skipped": found.skipped})
-        )
+        print(json.dumps({"memory": str(path), "tokens": found.tokens} | vars(found)))
     else:
         print(f"wrote {counted(found.tokens, 'token')} in {counted(found.pieces, 'piece')} into {path}")
     return 0

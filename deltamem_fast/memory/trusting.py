@@ -12,12 +12,12 @@ from ..errors import ArgumentError
 from .figures import States
 
 
-def check_trust(trust: Any, budget: Any) -> None:
+def check_trust(trust: Any, budget: Any, prefix: str = "") -> None:
     """Raise ValueError unless ``trust`` is a number from 0 to 1, and ``budget`` one that is more than 0, or None."""
-    check_share(trust, "trust")
+    check_share(trust, f"{prefix}trust")
     number = isinstance(budget, int | float) and not isinstance(budget, bool)
     if budget is not None and not (number and 0 < budget <= sys.float_info.max):
-        raise ArgumentError(f"budget: got {shown(budget)}, allowed a number more than 0, or None")
+        raise ArgumentError(f"{prefix}budget: got {shown(budget)}, allowed a number more than 0, or None")
 
 
 def hold_back(memory, before: States, trust: float, budget: float | None) -> None:

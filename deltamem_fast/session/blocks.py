@@ -23,13 +23,22 @@ class Block:
     Attributes:
         ids: token ids.
         segments: SSW: the segment of each token, −1 = not written; None: every token is written.
+        trust: the memory goes this share of the way to what the whole block makes of it.
+        budget: at most so far (``memory.trusting.hold_back``); None = as far as it goes.
     """
 
     ids: tuple[int, ...] = ()
     segments: tuple[int, ...] | None = None
+    trust: float = 1.0
+    budget: float | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def held_back(self) -> bool:
+        """Whether it may not move the memory as far as it would."""
+        return self.trust < 1 or self.budget is not None
 
 
 NOTHING = Block()
@@ -111,9 +120,21 @@ class Renderer:
         system: the system message, or None.
         granularity: SSW's ``message_mean`` or ``sentence_mean``; ``token`` otherwise.
         template: arguments of the template, such as ``enable_thinking``.
+        trust: of messages by role; 1 where it says nothing.
+        budget: of every message, or None.
     """
 
-    def __init__(self, tokenizer, system: str | None, granularity: str, template: Mapping[str, Any]):
+    def __init__(
+        self,
+        tokenizer,
+        system: str | None,
+        granularity: str,
+        template: Mapping[str, Any],
+        trust: Mapping[str, float] | None = None,
+        budget: float | None = None,
+    ):
+        self.trust = dict(trust or {})
+        self.budget = budget
         self.system = [] if system is None else [{"role": "system", "content": system}]
         if self.system and not _stays_in_front(tokenizer, self.system[0], template):
             tokenizer = _SystemInUser(tokenizer)
@@ -153,11 +174,12 @@ class Renderer:
         first, last = written[0], written[-1] + 1
         starts = [owners.index(number) for number in sorted(numbers)]
         cuts = [*starts, last]
-        nothing = self._block(ids, segments, 0, 0)
-        blocks = dict(zip(shown, (self._block(ids, segments, begin, end) for begin, end in itertools.pairwise(cuts))))
+        roles = [messages[place]["role"] for place in shown]
+        blocks = [self._block(ids, segments, *ends, role) for ends, role in zip(itertools.pairwise(cuts), roles)]
+        found, nothing = dict(zip(shown, blocks)), self._block(ids, segments, 0, 0)
         return Chat(
-            self._block(ids, segments, 0, first),
-            tuple(blocks.get(place, nothing) for place in range(len(messages))),
+            self._block(ids, segments, 0, first, "system"),
+            tuple(found.get(place, nothing) for place in range(len(messages))),
             self._block(ids, segments, last, len(ids)),
         )
 
@@ -167,10 +189,11 @@ class Renderer:
         )
         return ids[0].tolist(), owners[0].tolist()
 
-    def _block(self, ids: list[int], segments: list[int], begin: int, end: int) -> Block:
-        part = tuple(ids[begin:end])
+    def _block(self, ids: list[int], segments: list[int], begin: int, end: int, role: str = "") -> Block:
+        part, budget = tuple(ids[begin:end]), self.budget if role else None
+        trust = self.trust.get(role, 1.0)
         if self.granularity == "token":
-            return Block(part)
+            return Block(part, None, trust, budget)
         # Numbered from 0 in each block, so that a block is the same wherever it stands.
         first = min((segment for segment in segments[begin:end] if segment >= 0), default=0)
-        return Block(part, tuple(max(segment - first, -1) for segment in segments[begin:end]))
+        return Block(part, tuple(max(segment - first, -1) for segment in segments[begin:end]), trust, budget)

@@ -23,6 +23,7 @@ from ..storage.files import as_path, parse_json
 from ..storage.tensors import FLOATS, Header, parse_tensors, save_tensors
 from ..text.encode import vocabulary_size
 from ..text.settings import check_generation, check_template
+from .audit import audit_from
 from .blocks import Block
 from .schema import check_content, check_identity
 from .turns import Mark, Now, Turn, new_cache
@@ -99,12 +100,13 @@ def contents(
         "settings": settings,
         "messages": [dict(message) for message in now.messages],
         "context": {
-            "preamble": vars(now.preamble),
+            "preamble": _block_to_json(now.preamble),
             "written": now.written,
             "turns": [_turn_to_json(turn) for turn in now.turns],
             "cache": None if cache is None else [_layer_to_json(layer) for layer in cache.layers],
         },
         "frozen": [bool(memory.frozen) for memory in memories],
+        "audit": now.audit.to_dict(),
     }
     if cache is not None:
         for place, layer in enumerate(cache.layers):
@@ -185,7 +187,8 @@ def _now(model: nn.Module, identity, content: dict[str, Any], tensors: dict[str,
     cache = None if context["cache"] is None else _cache(model, identity, context["cache"], tensors)
     mark = None if cache is None else Mark(cache)
     preamble, messages = _block_from_json(context["preamble"]), tuple(content["messages"])
-    return Now(memory, messages, preamble, turns, context["written"], cache, mark)
+    audit = audit_from(content.get("audit", {"moves": (), "dropped": 0}))
+    return Now(memory, messages, preamble, turns, context["written"], cache, mark, audit=audit)
 
 
 def _memories(identity, frozen: list[bool], tensors: dict[str, torch.Tensor], path: Path) -> list[MemoryState]:
@@ -248,8 +251,8 @@ def _layer_to_json(layer) -> dict[str, Any]:
 def _turn_to_json(turn: Turn) -> dict[str, Any]:
     return {
         "messages": [dict(message) for message in turn.messages],
-        "prompt": [vars(block) for block in turn.prompt],
-        "answer": vars(turn.answer),
+        "prompt": [_block_to_json(block) for block in turn.prompt],
+        "answer": _block_to_json(turn.answer),
     }
 
 
@@ -260,4 +263,11 @@ def _turn_from_json(values: dict[str, Any], before: MemoryState) -> Turn:
 
 def _block_from_json(values: dict[str, Any]) -> Block:
     segments = values["segments"]
-    return Block(tuple(values["ids"]), None if segments is None else tuple(segments))
+    segments = None if segments is None else tuple(segments)
+    return Block(tuple(values["ids"]), segments, values.get("trust", 1.0), values.get("budget"))
+
+
+def _block_to_json(block: Block) -> dict[str, Any]:
+    """A block's fields; its trust and budget where it has any."""
+    values = {"ids": block.ids, "segments": block.segments}
+    return values | ({"trust": block.trust, "budget": block.budget} if block.held_back else {})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..arguments import shown
 from ..text.messages import is_text_part
 from ..text.settings import Error, check_generation, check_json, check_template
+from .audit import KEPT, MOST_SOURCE, ROLES
 
 _FIELDS = ("identity", "settings", "messages", "context", "frozen")
 _SETTINGS = ("system", "context_turns", "context_tokens", "template", "generation", "remembers")
+_NEWER_SETTINGS = ("trust", "budget", "history")
 _CONTEXT = ("preamble", "written", "turns", "cache")
 _ROLES = ("assistant", "tool", "user")
 
@@ -24,7 +27,8 @@ def check_content(content: Mapping[str, Any], where: str, vocabulary: int, segme
         segmented: the adapter writes segments (SSW), which the blocks then have.
     """
     check = _Check(where, error, vocabulary, segmented)
-    check.fields(content, "", _FIELDS)
+    check.fields(content, "", _FIELDS, ("audit",))
+    check.audit(content.get("audit", {"moves": [], "dropped": 0}))
     check_identity(content["identity"], where, error)
     check.settings(content["settings"])
     messages, context, frozen = content["messages"], content["context"], content["frozen"]
@@ -56,11 +60,12 @@ class _Check:
         if not holds:
             raise self.error(f"{self.where}: {field}: got {shown(value)}, allowed {allowed}")
 
-    def fields(self, value: Any, field: str, names: tuple[str, ...]) -> None:
-        """An object with these fields and no others."""
+    def fields(self, value: Any, field: str, names: tuple[str, ...], more: tuple[str, ...] = ()) -> None:
+        """An object with these fields, of ``more`` all or some (files of versions before have none), and no others."""
         found = sorted(map(shown, value)) if isinstance(value, Mapping) else type(value).__name__
-        allowed = f"an object of {', '.join(names)}"
-        self.that(isinstance(value, Mapping) and value.keys() == set(names), field or "content", found, allowed)
+        allowed = f"an object of {', '.join(names)}" + (f" (and {', '.join(more)})" if more else "")
+        whole = isinstance(value, Mapping) and set(names) <= value.keys() <= {*names, *more}
+        self.that(whole, field or "content", found, allowed)
 
     def flag(self, value: Any, field: str) -> None:
         self.that(type(value) is bool, field, value, "true or false")
@@ -72,7 +77,13 @@ class _Check:
             check(value, f"{field}[{place}]")
 
     def settings(self, settings: Any) -> None:
-        self.fields(settings, "settings", _SETTINGS)
+        self.fields(settings, "settings", _SETTINGS, _NEWER_SETTINGS)
+        trust, history = settings.get("trust", {}), settings.get("history", 0)
+        roles = isinstance(trust, dict) and all(role in ROLES and _is_share(share) for role, share in trust.items())
+        self.that(roles, "settings.trust", trust, f"an object of {', '.join(ROLES)} to numbers from 0 to 1")
+        self.budget(settings.get("budget"), "settings.budget")
+        whole = type(history) is int and 0 <= history < 2**31
+        self.that(whole, "settings.history", history, "an integer, 0 or more")
         system = settings["system"]
         whole = system is None or (isinstance(system, str) and system.encode("utf-8", "replace").decode() == system)
         self.that(whole, "settings.system", system, "a text, without half a surrogate pair, or null")
@@ -85,6 +96,18 @@ class _Check:
         check_template(settings["template"], f"{self.where}: settings.template", self.error)
         check_generation(settings["generation"], f"{self.where}: settings.generation", self.vocabulary, self.error)
         self.flag(settings["remembers"], "settings.remembers")
+
+    def budget(self, value: Any, field: str) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+        self.that(value is None or number, field, value, "a number more than 0, or null")
+
+    def audit(self, audit: Any) -> None:
+        self.fields(audit, "audit", ("moves", "dropped"))
+        moves, dropped = audit["moves"], audit["dropped"]
+        self.that(type(dropped) is int and 0 <= dropped < 2**63, "audit.dropped", dropped, "an integer, 0 or more")
+        self.that(isinstance(moves, list) and len(moves) <= KEPT, "audit.moves", moves, f"a list of {KEPT} at most")
+        for place, move in enumerate(moves):
+            self.that(_is_move(move), f"audit.moves[{place}]", move, "turn, source, message, tokens, trust, moved")
 
     def message(self, message: Any, field: str) -> None:
         self.that(isinstance(message, dict), field, message, "an object")
@@ -124,7 +147,9 @@ class _Check:
         self.block(turn["answer"], f"{field}.answer")
 
     def block(self, block: Any, field: str) -> None:
-        self.fields(block, field, ("ids", "segments"))
+        self.fields(block, field, ("ids", "segments"), ("trust", "budget"))
+        self.that(_is_share(block.get("trust", 1.0)), f"{field}.trust", block.get("trust"), "a number from 0 to 1")
+        self.budget(block.get("budget"), f"{field}.budget")
         ids, segments = block["ids"], block["segments"]
         self.that(isinstance(ids, list), f"{field}.ids", ids, "a list")
         wrong = [i for i in ids if type(i) is not int or not 0 <= i < self.vocabulary]
@@ -146,6 +171,20 @@ class _Check:
         self.that(whole, f"{field}.window", window, "an integer or null")
         held = type(length) is int and length == wanted
         self.that(held, f"{field}.length", length, f"{wanted}, the tokens in the context")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_move(move: Any) -> bool:
+    """Whether it is what ``Audit.to_dict`` gives of a ``Move``."""
+    if not isinstance(move, list) or len(move) != 6:
+        return False
+    turn, source, message, tokens, trust, moved = move
+    counts = all(type(n) is int and 0 <= n < 2**63 for n in (turn, tokens, 0 if message is None else message))
+    name = isinstance(source, str) and len(source) <= MOST_SOURCE + 10
+    return counts and name and _is_share(trust) and isinstance(moved, int | float) and 0 <= moved <= 2.001
 
 
 def _last(messages: list, part: list, end: int) -> int | None:

@@ -20,14 +20,16 @@ from ..arguments import MOST_64, check_integer, check_text, check_type
 from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..memory.operators import WriteResult, forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
+from ..memory.trusting import check_trust
 from ..text.answering import answer_options
 from ..text.messages import Message
 from ..text.settings import checked_template
 from . import saving
 from .asked import check_encodable, checked_messages, checked_options
+from .audit import Audit, Move, checked_source, checked_trust
 from .blocks import Renderer
 from .forgetting import Forgotten, forgotten
-from .turns import Limits, Mark, Now, have_turn
+from .turns import HISTORY, Limits, Mark, Now, have_turn, rolled_back
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class MemorySession:
         context_tokens: tokens of a prompt; the oldest turns leave until it fits. The newest turn always stays, so that
             a longer one exceeds it; answers come on top. None: no limit.
         memory: where the memory starts, one row (copied); None = empty.
+        trust: by role (``system``, ``user``, ``assistant``, ``tool``), how far a message may move the memory towards
+            what it makes of it: 1 (where nothing is said) the whole way, 0 not at all. ``{"tool": 0.25}``
+        budget: how far any message may move it at most, in the larger norm of before and after; None = no limit.
+        history: how many turns can be rolled back, for a state of each.
         template: arguments of the chat template, such as ``{"enable_thinking": False}``.
         generation: options of ``model.generate`` for every turn; ``max_new_tokens`` is 512 unless given.
 
@@ -82,6 +88,9 @@ class MemorySession:
         context_turns: int | None = None,
         context_tokens: int | None = None,
         memory: MemoryState | None = None,
+        trust: Mapping[str, float] | None = None,
+        budget: float | None = None,
+        history: int = HISTORY,
         template: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
     ):
@@ -102,10 +111,17 @@ class MemorySession:
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
+        check_integer(history, "history", 0)
+        self._limits = Limits(history=history)
         self.limit_context(context_turns, context_tokens)
+        self.trust = checked_trust(trust)
+        check_trust(1.0, budget)
+        self.budget = budget
         self.template = checked_template({} if template is None else template, "the session")
         self.generation = checked_options({} if generation is None else generation, "generation")
-        self._renderer = Renderer(tokenizer, system, identity.config.memory_write_granularity, self.template)
+        self._renderer = Renderer(
+            tokenizer, system, identity.config.memory_write_granularity, self.template, self.trust, self.budget
+        )
         self._now = Now(MemoryState.zeros(model) if memory is None else memory.clone())
         self._remembers = True
         self._turn = threading.Lock()
@@ -143,7 +159,7 @@ class MemorySession:
     @property
     def turns(self) -> int:
         """How many turns there were."""
-        return sum(message["role"] == "assistant" for message in self._now.messages)
+        return self._now.turn_count
 
     @property
     def last_finish(self) -> str | None:
@@ -268,6 +284,23 @@ class MemorySession:
             self._now = replace(now, memory=now.memory.clone())
             self._remembers = snapshot.remembers
 
+    def rollback(self, turns: int) -> None:
+        """Go back to how the conversation was after its first ``turns`` turns: messages, memory, audit, context.
+
+        Turns that had left the context then, or have since, stay out of it. What ``ingest`` and ``revise`` wrote after
+        that turn is gone, too. Not past a ``forget``, nor to before the session was loaded.
+
+        Raises:
+            ValueError: the memory from then is not kept; ``history`` says of how many turns it is.
+        """
+        with self._alone():
+            check_integer(turns, "turns", 0)
+            self._now = rolled_back(self._now, turns)
+
+    def audit(self) -> Audit:
+        """Which messages and texts have moved the memory how far, the newest 1,024; ``print`` it to read it."""
+        return self._now.audit
+
     def drop_context(self) -> None:
         """All turns leave the context; messages and memory stay."""
         with self._alone():
@@ -281,7 +314,7 @@ class MemorySession:
         """
         for name, value in (("context_turns", turns), ("context_tokens", tokens)):
             check_integer(value, name, 1, MOST_64, or_none=True)
-        self._limits = Limits(turns, tokens)
+        self._limits = replace(self._limits, turns=turns, tokens=tokens)
 
     def anew(self) -> MemorySession:
         """A new session of the same settings, with an empty memory; it may replace the files that this one may."""
@@ -291,13 +324,17 @@ class MemorySession:
 
     # --- the memory's operators
 
-    def ingest(self, text: str | Sequence[Message], **options: Any) -> WriteResult:
-        """Write a text into the memory without answering; see ``operators.ingest``. The context stays as it is."""
-        return self._change(lambda memory: ingest(self.model, self.tokenizer, memory, text, **options))
+    def ingest(self, text: str | Sequence[Message], *, source: str = "", **options: Any) -> WriteResult:
+        """Write a text into the memory without answering; see ``operators.ingest``. The context stays as it is.
 
-    def revise(self, text: str | Sequence[Message], **options: Any) -> WriteResult:
-        """Write what holds from now on; see ``operators.revise``. The context stays as it is."""
-        return self._change(lambda memory: revise(self.model, self.tokenizer, memory, text, **options))
+        Args:
+            source: the text's name, for the audit.
+        """
+        return self._change("ingest", ingest, text, source, options)
+
+    def revise(self, text: str | Sequence[Message], *, source: str = "", **options: Any) -> WriteResult:
+        """Write what holds from now on; see ``operators.revise`` and ``ingest``. The context stays as it is."""
+        return self._change("revise", revise, text, source, options)
 
     def forget(
         self, text: str | Sequence[Message], *, strength: float | None = None, messages: bool = False
@@ -322,7 +359,8 @@ class MemorySession:
 
         settings = {"system": self.system, "template": self.template, "generation": self.generation}
         with self._alone():
-            self._now, result = forgotten(self._now, text, erase, settings, messages=messages)
+            now, result = forgotten(self._now, text, erase, settings, messages=messages)
+            self._now = self._moved(now, "forget", result, 1.0)
             return result
 
     def retrieve(self, question: str | Sequence[Message], **options: Any) -> str:
@@ -333,12 +371,17 @@ class MemorySession:
         options = {**self.generation, **checked_options(options, "options")}
         return retrieve(self.model, self.tokenizer, self._now.memory, question, template=self.template, **options)
 
-    def _change(self, write: Callable[[MemoryState], WriteResult]) -> WriteResult:
+    def _change(self, what: str, write: Callable[..., WriteResult], text, source: str, options) -> WriteResult:
+        name = f"{what}: {checked_source(source)}" if checked_source(source) else what
         with self._alone():
             memory = self._now.memory.clone()
-            count = write(memory)
-            self._now = replace(self._now, memory=memory)
-            return count
+            result = write(self.model, self.tokenizer, memory, text, **options)
+            self._now = self._moved(replace(self._now, memory=memory), name, result, options.get("trust", 1.0))
+            return result
+
+    def _moved(self, now: Now, source: str, result: WriteResult, trust: float) -> Now:
+        move = Move(now.turn_count, source, None, int(result), float(trust), result.moved)
+        return replace(now, audit=now.audit.with_moves(move))
 
     # --- files
 
@@ -374,6 +417,9 @@ class MemorySession:
             "system": self.system,
             "context_turns": self.limits.turns,
             "context_tokens": self.limits.tokens,
+            "trust": self.trust,
+            "budget": self.budget,
+            "history": self.limits.history,
             "template": self.template,
             "generation": self.generation,
         }

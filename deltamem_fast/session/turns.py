@@ -14,13 +14,18 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..adapter.record import is_disabled, record_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
+from ..errors import ArgumentError
 from ..memory.state import MemoryState
+from ..memory.trusting import hold_back, moved
 from ..model.cache import is_outdated, rewound
 from ..text.answering import as_ids, warn_if_cut_off
 from ..text.encode import check_known
 from ..text.messages import Message
 from ..text.thinking import TextStream, stream_tokens
+from .audit import NOTHING_MOVED, Audit, Move
 from .blocks import NEXT, NOTHING, Block, Chat, Renderer, joined_ids, joined_segments
+
+HISTORY = 256  # turns that can be rolled back unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,15 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Before:
+    """A conversation before a turn: how many turns and messages it had, and its memory."""
+
+    turns: int
+    messages: int
+    memory: MemoryState
+
+
+@dataclass(frozen=True)
 class Now:
     """A conversation between two turns.
 
@@ -61,6 +75,8 @@ class Now:
         cache: keys and values of preamble and turns; None: to be built from them.
         mark: where the cache ends. A turn that failed may have left more in it.
         finish: how the last turn's answer ended: ``stop``, ``length`` or ``thinking``.
+        audit: what has moved the memory how far.
+        history: of the newest turns, what there was before each, to roll back to.
     """
 
     memory: MemoryState
@@ -71,6 +87,13 @@ class Now:
     cache: Cache | None = None
     mark: Mark | None = None
     finish: str | None = None
+    audit: Audit = NOTHING_MOVED
+    history: tuple[Before, ...] = ()
+
+    @property
+    def turn_count(self) -> int:
+        """How many turns there were."""
+        return sum(message["role"] == "assistant" for message in self.messages)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -86,10 +109,11 @@ class Now:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much stays in the cache; None = everything."""
+    """How much stays in the cache (None = everything), and how many turns can be rolled back."""
 
     turns: int | None = None
     tokens: int | None = None
+    history: int = HISTORY
 
 
 @dataclass(frozen=True)
@@ -188,9 +212,9 @@ def have_turn(
     cache, written = _window(model, now, plan, memory)
     # SSW reads the state from before the whole prompt: fed ahead, a question would be written over what it asks for.
     ahead = bool(plan.header.ids) and plan.header.segments is None
+    moves: list[float] = []
     if ahead:
-        for block in plan.prompt:
-            feed(model, cache, memory, block)
+        moves += [write(model, cache, memory, block) for block in plan.prompt]
     end = Mark(cache)
     stream = TextStream(renderer.tokenizer, renderer.tokenizer.decode(list(plan.header.ids)))
     with contextlib.closing(_generate(model, cache, memory.clone(), plan, options)) as tokens:
@@ -206,11 +230,40 @@ def have_turn(
     messages = (*said, reply)
     earlier = [message for kept in plan.kept for message in kept.messages]
     answer = answer_block(renderer, earlier, messages)
-    for block in (*(() if ahead else plan.prompt), answer):
-        feed(model, cache, memory, block)
+    moves += [write(model, cache, memory, block) for block in (*(() if ahead else plan.prompt), answer)]
     turn = Turn(messages, plan.prompt, answer, before)
     turns, mark, finish = (*plan.kept, turn), Mark(cache), _finish(stream, options)
-    yield Now(memory, (*now.messages, *messages), plan.preamble, turns, written, cache, mark, finish)
+    audit = now.audit.with_moves(*_moves_of(now, turn, moves))
+    history = (*now.history, Before(now.turn_count, len(now.messages), before))[-limits.history :]
+    history = history if limits.history else ()
+    told = (*now.messages, *messages)
+    yield Now(memory, told, plan.preamble, turns, written, cache, mark, finish, audit, history)
+
+
+def _moves_of(now: Now, turn: Turn, moves: Sequence[float]) -> Iterator[Move]:
+    for place, (message, block, far) in enumerate(zip(turn.messages, turn.blocks, moves, strict=True)):
+        yield Move(now.turn_count, message["role"], len(now.messages) + place, len(block), block.trust, far)
+
+
+def rolled_back(now: Now, turns: int) -> Now:
+    """The conversation as it was after its first ``turns`` turns; the context keeps those of them that it holds.
+
+    Raises:
+        ValueError: the memory from then is not kept.
+    """
+    if turns == now.turn_count:
+        return now
+    point = next((point for point in now.history if point.turns == turns), None)
+    if point is None:
+        kept = [point.turns for point in now.history]
+        allowed = f"{kept[0]} to {kept[-1]}, or {now.turn_count} (now)" if kept else f"{now.turn_count} (now)"
+        raise ArgumentError(f"turns: got {turns}, allowed {allowed}: no memory is kept from before others; see history")
+    left = now.turns[: max(0, len(now.turns) - (now.turn_count - turns))]
+    messages = now.messages[: point.messages]
+    return Now(
+        point.memory.clone(), messages, now.preamble, left, now.written and bool(left), audit=now.audit.before(turns),
+        history=tuple(each for each in now.history if each.turns < turns),
+    )  # fmt: skip
 
 
 def _finish(stream: TextStream, options: dict[str, Any]) -> str:
@@ -247,10 +300,21 @@ def _generate(
             # Those before are in the cache, and not fed again.
             segments = (-1,) * (len(ids) - len(own)) + own
             arguments["segment_ids"] = torch.tensor([segments], device=device)
+            trust = [block.trust for block in (*plan.prompt, plan.header) for _ in block.ids]
+            if min(trust) < 1:
+                trust = [1.0] * (len(ids) - len(own)) + trust
+                arguments["trust"] = torch.tensor([trust], dtype=torch.float32, device=device)
     yield from stream_tokens(model, options | arguments)
 
 
 # --- the KV cache: feeding blocks, going back to where it was, building it anew
+
+
+def write(model: nn.Module, cache: Cache, memory: MemoryState, block: Block) -> float:
+    """``feed``, and how far it moved the memory."""
+    before = memory.clone()
+    feed(model, cache, memory, block)
+    return moved(before, memory)
 
 
 @torch.no_grad()
@@ -266,7 +330,12 @@ def feed(model: nn.Module, cache: Cache, memory: MemoryState, block: Block) -> N
         if block.segments is not None:
             arguments["segment_ids"] = torch.tensor([block.segments], device=device)
     ids = torch.tensor([block.ids], device=device)
-    decoder_of(inner)(input_ids=ids, use_cache=True, **{record_of(inner).cache_name: cache}, **arguments)
+    less = block.held_back and bool(arguments) and not memory.frozen
+    before = memory.clone() if less else None
+    with memory.untrusted() if less else contextlib.nullcontext():
+        decoder_of(inner)(input_ids=ids, use_cache=True, **{record_of(inner).cache_name: cache}, **arguments)
+    if less:
+        hold_back(memory, before, block.trust, block.budget)
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
