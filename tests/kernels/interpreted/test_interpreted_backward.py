@@ -35,9 +35,9 @@ def test_gates(mode, coupled, row_gates):
 @pytest.mark.parametrize("mode", ["standard", "lambda_outside", "no_lambda"])
 @pytest.mark.parametrize("coupled", [True, False])
 def test_guard(mode, coupled):
-    rule = DeltaRule(3, 2, mode, coupled, coupled, True, *GUARDS[1])
-    x, bias, state, mask = properties.random_problem(rule, 1, 5, seed=7, masked=True)
-    properties.check_scan_gradient(rule, x, bias, state, 2, (2, 1), mask=mask)
+    rule = DeltaRule(3, 2, mode, mode != "no_lambda", coupled, True, *GUARDS[1])
+    x, bias, state, mask = properties.random_problem(rule, 1, 9, seed=7, masked=True)
+    properties.check_scan_gradient(rule, x, bias, state, 4, (4, 2), mask=mask)
 
 
 @pytest.mark.parametrize(("bound", "open_"), [(0.5, True), (0.4999, False)])
