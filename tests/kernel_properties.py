@@ -117,13 +117,15 @@ def check_masked_inside(rule, x, bias, state, mask):
 
 
 def check_closed_gate(rule, x, bias, state, chunk):
-    """β = 0: nothing is written; what is left is decay, which is none if λ = 1 − β or 1."""
+    """β = 0: nothing is written; what is left is decay, which is none if λ = 1 − β or 1 and no guard holds it."""
     closed = bias.clone()
     closed[: rule.gate_width] = -1e4
     out = kernel.scan(x, closed, state, rule, chunk=chunk)
-    if rule.has_lambda:
-        raw = x[..., 3 * rule.read_width + rule.gate_width :].double() + bias[rule.gate_width :].double()
-        keep = torch.sigmoid(raw).prod(1).reshape(x.shape[0], rule.heads, -1, 1)
+    if rule.has_lambda or rule.keep_max < 1:
+        keep = x.new_ones((*x.shape[:2], rule.gate_width), dtype=torch.float64)
+        if rule.has_lambda:
+            keep = torch.sigmoid(x[..., -rule.gate_width :].double() + bias[rule.gate_width :].double())
+        keep = keep.clamp(max=rule.keep_max).prod(1).reshape(x.shape[0], rule.heads, -1, 1)
         assert (out.state - keep * state).abs().max().item() <= 64 * EPS32 * state.abs().max().item()
     else:
         assert torch.equal(out.state, state)
@@ -246,6 +248,13 @@ def check_step(rule, x, bias, state, mask, slots=None):
         else:
             untouched = [s for s in range(state.shape[0]) if s not in slots.tolist()]
             assert torch.equal(at[untouched], before[untouched])
+
+
+def all_steps(rule, x, bias, state, mask):
+    """Reads [B, T, H·r] and the last state, token after token."""
+    at = state.clone()
+    reads = [step(x[:, t], bias, at, rule, mask=None if mask is None else mask[:, t]) for t in range(x.shape[1])]
+    return torch.stack(reads, 1), at
 
 
 def check_steer(base, reads, weight, scale, norm_weight=None):

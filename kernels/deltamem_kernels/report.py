@@ -83,11 +83,13 @@ class Case:
     checkpoints: bool = False
     strided: bool = False
     backward: bool = True
+    guard: tuple[float, ...] = ()  # beta_max, keep_max, value_max; none
     parts: tuple[int | None, ...] = (None, 16, 1)  # programs per decoded row: a unit each, some units, all of it
 
     def __str__(self):
         words = [str(self.dtype).removeprefix("torch."), f"r{self.rank}", f"H{self.heads}", f"T{self.length}"]
         words += [name for name in ("mask", "packed", "checkpoints", "strided") if getattr(self, name)]
+        words += ["guard"] * bool(self.guard)
         words += [self.mode] * (self.mode != "standard") + ["head-gates"] * (not self.row_gates)
         return " ".join(words + ["uncoupled"] * (not self.coupled))
 
@@ -105,6 +107,7 @@ CASES = [
     Case(BF16, 32, 1, False, strided=True, parts=(1,)),
     Case(BF16, 64, 1, True, parts=(None,)),
     Case(FP32, 64, 4, False, length=64, backward=False, parts=(1,)),
+    Case(BF16, 8, 1, False, mode="lambda_outside", coupled=False, guard=(0.95, 0.99, 16.0), parts=(None, 1)),
 ]
 # Every kernel, at the released adapters' rank and at two whose registers are scarce: --brief.
 BRIEF = [CASES[0], CASES[2], CASES[8]]
@@ -133,7 +136,7 @@ def recording(warp: int):
 
 def launches(case: Case, warp: int) -> list:
     """The launches of every launcher for one case, with the given width of a warp."""
-    rule = DeltaRule(case.rank, case.heads, case.mode, case.row_gates, case.coupled)
+    rule = DeltaRule(case.rank, case.heads, case.mode, case.row_gates, case.coupled, True, *case.guard)
     meta = {"device": "meta"}
     rows = 2
 

@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+from drawn_rules import GUARDS
 
 from deltamem_kernels.rule import DeltaRule
 
@@ -27,13 +28,14 @@ RULES = {
     "rank 16": DeltaRule(16),
     "rank 17": DeltaRule(17),
     "rank 64": DeltaRule(64),
+    "held": DeltaRule(8, 2, "lambda_outside", True, False, True, *GUARDS[1]),
 }
 # The released rule in every dtype, and each other rule in one.
 CHOSEN = [
     *itertools.product(["released"], DTYPES),
     ("four heads", torch.bfloat16), ("uncoupled", torch.float16), ("no lambda, head gates", torch.float32),
     ("rank 3, raw", torch.bfloat16), ("rank 16", torch.float16), ("rank 17", torch.float32),
-    ("rank 64", torch.bfloat16),
+    ("rank 64", torch.bfloat16), ("held", torch.bfloat16),
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ def chunk_transition_kernel(
     stride_x_b, stride_x_t, stride_x_w, stride_bias,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
     WHOLE: tl.constexpr, IS_PACKED: tl.constexpr, PREPARED: tl.constexpr,
 ):  # fmt: skip
     """transitions[chunk, h, i, a, :] = row a of the chunk's matrix; a = r: its vector.
@@ -64,7 +65,10 @@ def chunk_transition_kernel(
             p_x + step_x, p_flag + 1, h, i, t + 2 < count, stride_x_w,
             HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, False, PREPARED,
         )  # fmt: skip
-        token = prepared(raw, beta_bias, lambda_bias, MODE, HAS_LAMBDA, NORMALIZE, False, PREPARED)
+        token = prepared(
+            raw, beta_bias, lambda_bias,
+            MODE, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX, False, PREPARED,
+        )  # fmt: skip
         added = tl.where(a == RANK, token.added, 0.0)
         after = delta_update(s, token.k, token.c_k, token.keep, token.erase, added)
         s = tl.where((token.flag == 1)[None, :], after, s)
@@ -176,6 +180,7 @@ def chunk_scan_kernel(
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
     WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr,
     HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, PREPARED: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +245,10 @@ def chunk_scan_kernel(
             p_x + step_x, p_flag + 1, h, i, t + 2 < count, stride_x_w,
             HEADS, RANK, R, ROW_GATES, HAS_LAMBDA, WHOLE, True, PREPARED,
         )  # fmt: skip
-        token = prepared(raw, beta_bias, lambda_bias, MODE, HAS_LAMBDA, NORMALIZE, True, PREPARED)
+        token = prepared(
+            raw, beta_bias, lambda_bias,
+            MODE, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX, True, PREPARED,
+        )  # fmt: skip
         valid = (token.flag == 1) & live
         tl.store(p_read, tl.where(valid, dot(s, token.q) * token.c_q, 0.0), mask=t < count)
         after = delta_update(s, token.k, token.c_k, token.keep, token.erase, token.added)

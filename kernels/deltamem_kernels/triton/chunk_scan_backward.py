@@ -15,6 +15,7 @@ from .primitives import (
     delta_update,
     direction,
     gates,
+    held_value,
     load_bias,
     load_vector,
     load_write,
@@ -39,13 +40,16 @@ def checkpoint_gradient(
 def run_token(
     s, q, k, v, b, lam, d, flag, up, beta_bias, lambda_bias, R: tl.constexpr, MODE: tl.constexpr,
     HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
 ):  # fmt: skip
     """Take each column of s [R, COLUMNS] through one token, raw [R, COLUMNS] or [COLUMNS].
 
     up adds write v k, where d is 0; else what is added is d q. A token that does not count changes nothing.
     """
-    keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-    added = tl.where(up, write * v.to(tl.float32), 0.0)
+    keep, erase, write = gates(
+        b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA, BETA_MAX, KEEP_MAX
+    )
+    added = tl.where(up, write * held_value(v.to(tl.float32), VALUE_MAX), 0.0)
     z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
     after = delta_update(s, z, c, keep, erase, added)
     z, c = direction(q, NORMALIZE)
@@ -58,7 +62,9 @@ def run_tokens(
     s, up, adds, p_x, p_flag, p_d, p_checkpoint, p_bound, passed, count, h, i, beta_bias, lambda_bias, every,
     stride_x_t, stride_x_w, stride_d_t,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
-    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
     SPACING: tl.constexpr,
 ):  # fmt: skip
     """Take each column of s [R, COLUMNS] through ``count`` tokens, and return it.
@@ -110,7 +116,8 @@ def run_tokens(
         if HAS_CHECKPOINTS:
             s += checkpoint_gradient(p_checkpoint, passed + t + 1, every, down & (n < count), HEADS, RANK, R)
         s = run_token(
-            s, q, k, v, b, lam, d, flag, adds & up, beta_bias, lambda_bias, R, MODE, HAS_LAMBDA, NORMALIZE
+            s, q, k, v, b, lam, d, flag, adds & up, beta_bias, lambda_bias, R,
+            MODE, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
         )  # fmt: skip
         q, k, v, b, lam, d, flag = q_next, k_next, v_next, b_next, lam_next, d_next, flag_next
         t += turn
@@ -134,6 +141,7 @@ def chunk_transition_backward_kernel(
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_d_b, stride_d_t, stride_d_c,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
     WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr,
 ):  # fmt: skip
     """transitions[chunk, h, i, a, :] = row a of the chunk's matrix backwards; a = r: its vector; a = r + 1: the vector
@@ -164,7 +172,8 @@ def chunk_transition_backward_kernel(
     s = run_tokens(
         s, a == RANK + 1, a >= RANK, p_x, p_flag, p_d, p_checkpoint, transitions_ptr, here * chunk_length, count, h, i,
         beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
-        HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
+        HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
+        WHOLE, HAS_CHECKPOINTS, 0,
     )  # fmt: skip
     o_transition = (group.to(tl.int64) * (RANK * (RANK + 2)) + place) * RANK
     tl.store(transitions_ptr + o_transition[None, :] + o_j, s, mask=m_column[None, :] & (o_j < RANK))
@@ -250,6 +259,7 @@ def block_states_kernel(
     stride_s_n, stride_s_h, stride_s_i, stride_s_j, stride_g_n, stride_g_h, stride_g_i, stride_g_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
     WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr, DENSE_GRADIENT: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
     IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, SPACING: tl.constexpr,
@@ -307,7 +317,8 @@ def block_states_kernel(
     s = run_tokens(
         s, up, m_column, p_x, p_flag, p_d, p_checkpoint, p_bound, here * chunk_length, count, h, i,
         beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
-        HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, SPACING,
+        HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
+        WHOLE, HAS_CHECKPOINTS, SPACING,
     )  # fmt: skip
     if not IS_CHUNKED:
         o_initial = ((sequence.to(tl.int64) * HEADS + h) * RANK + i) * RANK

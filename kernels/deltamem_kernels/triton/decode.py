@@ -47,6 +47,7 @@ from .primitives import (
     dot,
     dot_rows,
     gates,
+    held_value,
     load_bias,
     load_vector,
     load_write,
@@ -110,6 +111,9 @@ class Rule(NamedTuple):
     ROW_GATES: tl.constexpr
     HAS_LAMBDA: tl.constexpr
     NORMALIZE: tl.constexpr
+    BETA_MAX: tl.constexpr
+    KEEP_MAX: tl.constexpr
+    VALUE_MAX: tl.constexpr
     WHOLE: tl.constexpr
 
 
@@ -212,9 +216,10 @@ def recall(row, memory, rule, first):
     if not memory.FROZEN:
         z, c = direction(k, rule.NORMALIZE)
         keep, erase, write = gates(
-            beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, rule.MODE, rule.HAS_LAMBDA
+            beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias,
+            rule.MODE, rule.HAS_LAMBDA, rule.BETA_MAX, rule.KEEP_MAX,
         )  # fmt: skip
-        s = delta_update(s, z, c, keep, erase, write * v.to(tl.float32))
+        s = delta_update(s, z, c, keep, erase, write * held_value(v.to(tl.float32), rule.VALUE_MAX))
         flag = tl.where((flag == 1) & (tl.sum(zero_or_nan(s), axis=0) != 0.0), 2, flag)
     valid = column * 0 + flag == 1
     return Known(reads=tl.where(valid & m_live, read, 0.0), s=s, flag=flag)

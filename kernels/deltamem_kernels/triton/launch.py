@@ -333,6 +333,7 @@ def whole_keys(rule: DeltaRule, projections: torch.Tensor) -> bool:
 
 
 def rule_flags(rule: DeltaRule, projections: torch.Tensor) -> dict:
+    """What every kernel of the recurrence is compiled for. Without a guard (1, 1, inf) it has no instruction of one."""
     return {
         "HEADS": rule.heads,
         "RANK": rule.rank,
@@ -341,6 +342,9 @@ def rule_flags(rule: DeltaRule, projections: torch.Tensor) -> dict:
         "ROW_GATES": rule.row_gates,
         "HAS_LAMBDA": rule.has_lambda,
         "NORMALIZE": rule.normalize,
+        "BETA_MAX": float(rule.beta_max),
+        "KEEP_MAX": float(rule.keep_max),
+        "VALUE_MAX": float(rule.value_max),
         "WHOLE": whole_keys(rule, projections),
     }
 

@@ -24,6 +24,7 @@ from ..schemas import (
     ROPE,
     ROWS,
     RULE,
+    RULE_SIZE,
     SEQUENCES,
     STEERING,
     TOKENS,
@@ -106,7 +107,7 @@ def _scan_gradient(ctx, d_reads, d_state, _skipped, d_checkpoints, _flags):
         d_reads, d_state, d_checkpoints if ctx.every else None, projections, gate_bias, state, *ctx.flat,
         flags, cu_seqlens, slots, ctx.every,
     )  # fmt: skip
-    return d_x, d_bias, None if state is None else d_initial, *([None] * 10)
+    return d_x, d_bias, None if state is None else d_initial, *([None] * (RULE_SIZE + 4))
 
 
 scan_op.register_autograd(_scan_gradient, setup_context=_scan_setup)
@@ -138,7 +139,7 @@ def _read_setup(ctx, inputs, output):
 
 def _read_gradient(ctx, d_reads):
     projections, state, mask, slots = ctx.saved_tensors
-    return *read_backward_op(d_reads, projections, state, *ctx.flat, mask, slots), *([None] * 8)
+    return *read_backward_op(d_reads, projections, state, *ctx.flat, mask, slots), *([None] * (RULE_SIZE + 2))
 
 
 read_op.register_autograd(_read_gradient, setup_context=_read_setup)
@@ -219,13 +220,15 @@ def steer_heads_op(packed, reads, *given):
 
 
 _DECODE = f"{RULE}, {LAYOUT}, {STEERING}, {ROPE}, {ROWS}"
+_STEERING = RULE_SIZE + LAYOUT.count(",") + 1  # where its arguments begin there
+_W_O = _STEERING + 3
 
 
 def _decode(packed, gate_bias, state, given, **options):
     *given, cos, sin, mask, slots = given
     reads, delta = _decode_rows.decode_(
-        packed, gate_bias, state, DeltaRule(*given[:6]), HeadLayout(*given[6:11]), Steering(*given[11:]), cos, sin,
-        mask=mask, slots=slots, **options,
+        packed, gate_bias, state, DeltaRule(*given[:RULE_SIZE]), HeadLayout(*given[RULE_SIZE:_STEERING]),
+        Steering(*given[_STEERING:]), cos, sin, mask=mask, slots=slots, **options,
     )  # fmt: skip
     return reads, or_empty(delta, packed)
 
@@ -234,7 +237,7 @@ def _decode(packed, gate_bias, state, given, **options):
     "deltamem::decode_",
     "Tensor(a0!) packed, Tensor gate_bias, Tensor(a2!) state, Tensor(a3!) skipped, Tensor(a4!) arrived, " + _DECODE,
     "(Tensor, Tensor)",
-    fake=lambda packed, gate_bias, state, skipped, arrived, *given: fake_decode(packed, *given[:2], given[14]),
+    fake=lambda packed, gate_bias, state, skipped, arrived, *given: fake_decode(packed, *given[:2], given[_W_O]),
 )
 def decode_op(packed, gate_bias, state, skipped, arrived, *given):
     return _decode(packed, gate_bias, state, given, skipped=skipped, workspace=arrived)
@@ -243,7 +246,7 @@ def decode_op(packed, gate_bias, state, skipped, arrived, *given):
 # The frozen state is an operand that is not mutated, which the same operator could not say.
 @operator(
     "deltamem::decode_frozen_", "Tensor(a0!) packed, Tensor gate_bias, Tensor state, " + _DECODE, "(Tensor, Tensor)",
-    fake=lambda packed, gate_bias, state, *given: fake_decode(packed, *given[:2], given[14]),
+    fake=lambda packed, gate_bias, state, *given: fake_decode(packed, *given[:2], given[_W_O]),
 )  # fmt: skip
 def decode_frozen_op(packed, gate_bias, state, *given):
     return _decode(packed, gate_bias, state, given, frozen=True)

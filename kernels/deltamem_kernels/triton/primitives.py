@@ -119,20 +119,56 @@ def direction(raw, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def gates(beta_raw, lambda_raw, MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr):
-    """Raw gates, bias included → keep, erase, write, each [COLUMNS]; see ``reference.recurrence.split_projections``."""
+def held_gate(gate, MOST: tl.constexpr):
+    """A gate at MOST or below. Not by a minimum: NaN stays NaN, and a token with it is not written."""
+    if MOST < 1.0:
+        most = tl.full(gate.shape, MOST, tl.float32)
+        gate = tl.where(gate > most, most, gate)
+    return gate
+
+
+@triton.jit
+def held_value(v, VALUE_MAX: tl.constexpr):
+    """v, float32, between −VALUE_MAX and VALUE_MAX."""
+    if VALUE_MAX < float("inf"):
+        most = tl.full(v.shape, VALUE_MAX, tl.float32)
+        v = tl.where(v > most, most, tl.where(v < -most, -most, v))
+    return v
+
+
+@triton.jit
+def open_gates(beta_raw, lambda_raw, MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr, BETA_MAX: tl.constexpr):
+    """Raw gates, bias included → keep and β before they are held (keep is 1 − the held β if it follows from it)."""
     beta = sigmoid(beta_raw)
     if MODE == "no_lambda":
         keep = tl.full(beta.shape, 1.0, tl.float32)
     elif HAS_LAMBDA:
         keep = sigmoid(lambda_raw)
     else:
-        keep = 1.0 - beta
+        keep = 1.0 - held_gate(beta, BETA_MAX)
+    return keep, beta
+
+
+@triton.jit
+def held_gates(keep, beta, MODE: tl.constexpr, BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr):
+    """``open_gates`` → keep, erase, write, as they are used."""
+    keep = held_gate(keep, KEEP_MAX)
+    beta = held_gate(beta, BETA_MAX)
     if MODE == "lambda_outside":
         erase = keep * beta
     else:
         erase = beta
     return keep, erase, beta
+
+
+@triton.jit
+def gates(
+    beta_raw, lambda_raw,
+    MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr, BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr,
+):  # fmt: skip
+    """Raw gates, bias included → keep, erase, write, each [COLUMNS]; see ``reference.recurrence.split_projections``."""
+    keep, beta = open_gates(beta_raw, lambda_raw, MODE, HAS_LAMBDA, BETA_MAX)
+    return held_gates(keep, beta, MODE, BETA_MAX, KEEP_MAX)
 
 
 @triton.jit
@@ -326,20 +362,43 @@ def direction_backward(grad, z, c, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def gates_backward(keep, beta, d_keep, d_erase, d_write, MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr):
-    """Gradients of keep, erase and write (= β) → those of raw β and raw λ (0 without a projection of its own)."""
+def unless_held(grad, gate, MOST: tl.constexpr):
+    """The gradient of ``held_gate`` → that of the gate, 0 where it was held."""
+    if MOST < 1.0:
+        grad = tl.where(gate > tl.full(gate.shape, MOST, tl.float32), 0.0, grad)
+    return grad
+
+
+@triton.jit
+def held_value_backward(grad, v, VALUE_MAX: tl.constexpr):
+    """The gradient of ``held_value`` → that of v, 0 where it was held."""
+    if VALUE_MAX < float("inf"):
+        grad = tl.where(tl.abs(v) > tl.full(v.shape, VALUE_MAX, tl.float32), 0.0, grad)
+    return grad
+
+
+@triton.jit
+def gates_backward(
+    keep, beta, d_keep, d_erase, d_write,
+    MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr, BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keep, erase and write (= β) → those of raw β and raw λ (0 without a projection of its own).
+
+    keep, beta: as ``open_gates`` gives them. What was held has no gradient.
+    """
     d_beta = d_write
     if MODE == "lambda_outside":
-        d_beta += d_erase * keep
-        d_keep += d_erase * beta
+        d_beta += d_erase * held_gate(keep, KEEP_MAX)
+        d_keep += d_erase * held_gate(beta, BETA_MAX)
     else:
         d_beta += d_erase
+    d_keep = unless_held(d_keep, keep, KEEP_MAX)
     d_lambda = tl.zeros(keep.shape, tl.float32)
     if HAS_LAMBDA:
         d_lambda = d_keep * keep * (1.0 - keep)
     elif MODE != "no_lambda":
         d_beta -= d_keep
-    return d_beta * beta * (1.0 - beta), d_lambda
+    return unless_held(d_beta * beta * (1.0 - beta), beta, BETA_MAX), d_lambda
 
 
 @triton.jit

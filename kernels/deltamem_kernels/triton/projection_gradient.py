@@ -21,13 +21,16 @@ from .primitives import (
     direction,
     direction_backward,
     dot,
-    gates,
     gates_backward,
     group_sum,
+    held_gates,
+    held_value,
+    held_value_backward,
     load_bias,
     load_vector,
     load_write,
     locate_chunk,
+    open_gates,
     owned,
 )
 
@@ -37,7 +40,9 @@ def run_to_part(
     s, g, p_x, p_flag, p_d, p_checkpoint, passed, first, rest, count, h, i, beta_bias, lambda_bias, every,
     stride_x_t, stride_x_w, stride_d_t,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
-    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr,
 ):  # fmt: skip
     """Take s up through tokens 0 to ``first`` − 1, then g down through ``count`` − 1 to ``rest`` → (s, g).
 
@@ -78,7 +83,8 @@ def run_to_part(
         if HAS_CHECKPOINTS:
             s += checkpoint_gradient(p_checkpoint, passed + t + 1, every, down & (n < total), HEADS, RANK, R)
         s = run_token(
-            s, q, k, v, b, lam, d, flag, down == 0, beta_bias, lambda_bias, R, MODE, HAS_LAMBDA, NORMALIZE
+            s, q, k, v, b, lam, d, flag, down == 0, beta_bias, lambda_bias, R,
+            MODE, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
         )  # fmt: skip
         q, k, v, b, lam, d, flag = q_next, k_next, v_next, b_next, lam_next, d_next, flag_next
         t, down = t_next, down_next
@@ -95,6 +101,7 @@ def projection_gradient_kernel(
     stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_d_b, stride_d_t, stride_d_c,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
     WHOLE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr,
     WIDTH: tl.constexpr, SPACING: tl.constexpr, PART: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -143,20 +150,23 @@ def projection_gradient_kernel(
         s = run_tokens(
             s, m_column, m_column, p_x, p_flag, p_d, p_checkpoint, bounds_ptr, passed, first, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
-            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
+            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
+            WHOLE, HAS_CHECKPOINTS, 0,
         )  # fmt: skip
         rest = first + own
         g = run_tokens(
             g, m_column & False, m_column, p_x + rest.to(tl.int64) * stride_x_t, p_flag + rest,
             p_d + rest.to(tl.int64) * stride_d_t, p_checkpoint, bounds_ptr, passed + rest, count - rest, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
-            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS, 0,
+            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
+            WHOLE, HAS_CHECKPOINTS, 0,
         )  # fmt: skip
     elif SPACING > PART:
         s, g = run_to_part(
             s, g, p_x, p_flag, p_d, p_checkpoint, passed, first, first + own, count, h, i,
             beta_bias, lambda_bias, every, stride_x_t, stride_x_w, stride_d_t,
-            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, WHOLE, HAS_CHECKPOINTS,
+            HEADS, RANK, R, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
+            WHOLE, HAS_CHECKPOINTS,
         )  # fmt: skip
     p_x += first.to(tl.int64) * stride_x_t
     p_flag += first
@@ -181,21 +191,26 @@ def projection_gradient_kernel(
         v, b, lam = load_write(p_x, h, i, stride_x_w, m, HEADS, RANK, ROW_GATES, HAS_LAMBDA)  # [COLUMNS] each
         v = v.to(tl.float32)
         flag = tl.load(p_flag + n, mask=m, other=0)  # [COLUMNS]
-        keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+        open_keep, beta = open_gates(
+            b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA, BETA_MAX
+        )
+        keep, erase, write = held_gates(open_keep, beta, MODE, BETA_MAX, KEEP_MAX)
         z, c = direction(k, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
-        held = held + ((s, z, c, v, keep, erase, write, flag),)
+        held = held + ((s, z, c, v, open_keep, beta, flag),)
         # One stride after another: the pointers are 64 bits wide, n strides may not fit 32.
         p_x += stride_x_t
         p_d += stride_d_t
         if n + 1 < PART:
-            s = tl.where((flag == 1)[None, :], delta_update(s, z, c, keep, erase, write * v), s)
+            s = tl.where((flag == 1)[None, :], delta_update(s, z, c, keep, erase, write * held_value(v, VALUE_MAX)), s)
 
     d_beta_bias = tl.zeros([COLUMNS], tl.float32)
     d_lambda_bias = tl.zeros([COLUMNS], tl.float32)
     mine = o_j == i[None, :]  # [R, COLUMNS]
     kind: tl.constexpr = d_x_ptr.dtype.element_ty
     for n in tl.static_range(PART - 1, -1, -1):
-        s, z_k, c_k, v, keep, erase, write, flag = held[n]
+        s, z_k, c_k, v, open_keep, beta, flag = held[n]
+        keep, erase, write = held_gates(open_keep, beta, MODE, BETA_MAX, KEEP_MAX)
+        held_v = held_value(v, VALUE_MAX)
         m = n < own
         valid = (flag == 1) & live
         p_x -= stride_x_t
@@ -207,13 +222,15 @@ def projection_gradient_kernel(
             g += checkpoint_gradient(p_checkpoint, passed + first + n + 1, every, m & m_column, HEADS, RANK, R)
 
         along = dot(s, z_k) * c_k  # [COLUMNS]
-        u = tl.fma(-erase, along, write * v)
+        u = tl.fma(-erase, along, write * held_v)
         d_u = dot(g, z_k) * c_k  # [COLUMNS]
         d_along = -erase * d_u
         d_keep = dot(g, s)  # [COLUMNS]
         d_q = direction_backward(group_sum(s * d[None, :], R), z_q, c_q, NORMALIZE)  # [R, COLUMNS]
         d_k = direction_backward(group_sum(tl.fma(g, across(u, R), s * d_along[None, :]), R), z_k, c_k, NORMALIZE)
-        d_beta, d_lambda = gates_backward(keep, write, d_keep, -along * d_u, v * d_u, MODE, HAS_LAMBDA)
+        d_beta, d_lambda = gates_backward(
+            open_keep, beta, d_keep, -along * d_u, held_v * d_u, MODE, HAS_LAMBDA, BETA_MAX, KEEP_MAX
+        )
         d_beta = tl.where(valid, d_beta, 0.0)
         d_lambda = tl.where(valid, d_lambda, 0.0)
         if not ROW_GATES:
@@ -229,7 +246,7 @@ def projection_gradient_kernel(
         d_k = tl.where(valid, tl.sum(tl.where(mine, d_k, 0.0), axis=0), 0.0)
         tl.store(p_out + o_q + i, d_q.to(kind), mask=m_out)
         tl.store(p_out + o_k + i, d_k.to(kind), mask=m_out)
-        tl.store(p_out + o_v, tl.where(valid, write * d_u, 0.0).to(kind), mask=m_out)
+        tl.store(p_out + o_v, tl.where(valid, held_value_backward(write * d_u, v, VALUE_MAX), 0.0).to(kind), mask=m_out)
         tl.store(p_out + o_beta, d_beta.to(kind), mask=m & m_gate)
         if HAS_LAMBDA:
             tl.store(p_out + o_lambda, d_lambda.to(kind), mask=m & m_gate)

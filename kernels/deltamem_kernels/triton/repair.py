@@ -11,6 +11,7 @@ from .primitives import (
     direction,
     dot,
     gates,
+    held_value,
     load_bias,
     load_vector,
     load_write,
@@ -30,6 +31,7 @@ def repair_kernel(
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_CHECKPOINTS: tl.constexpr, IS_PACKED: tl.constexpr, IS_CHUNKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +100,7 @@ def repair_kernel(
             for first in range(0, HEADS * RANK, COLUMNS):
                 _, _, s, _ = repaired(
                     p_x, p_final, bias_ptr, first, stride_x_w, stride_bias, HEADS, RANK, R, COLUMNS, WHOLE,
-                    MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
+                    MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
                 )  # fmt: skip
                 nothing += zero_or_nan(s)
             flag = tl.where((flag == 1) & (tl.sum(nothing, axis=0) != 0.0), 2, flag)
@@ -106,7 +108,7 @@ def repair_kernel(
             for first in range(0, HEADS * RANK, COLUMNS):
                 before, p_s, s, read = repaired(
                     p_x, p_final, bias_ptr, first, stride_x_w, stride_bias, HEADS, RANK, R, COLUMNS, WHOLE,
-                    MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
+                    MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, BETA_MAX, KEEP_MAX, VALUE_MAX,
                 )  # fmt: skip
                 column = first + o_column
                 m_column = column < HEADS * RANK
@@ -132,6 +134,7 @@ def repaired(
     p_x, p_state, bias_ptr, first, stride_x_w, stride_bias,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
 ):  # fmt: skip
     """Columns ``first`` and following of one state → (as they are, where they lie, after the token, their reads).
 
@@ -152,5 +155,7 @@ def repaired(
     z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
     read = dot(s, z) * c  # [COLUMNS]
     z, c = direction(k, NORMALIZE)
-    keep, erase, write = gates(b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-    return s, p_s, delta_update(s, z, c, keep, erase, write * v.to(tl.float32)), read
+    keep, erase, write = gates(
+        b.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA, BETA_MAX, KEEP_MAX
+    )
+    return s, p_s, delta_update(s, z, c, keep, erase, write * held_value(v.to(tl.float32), VALUE_MAX)), read

@@ -31,6 +31,7 @@ from .primitives import (
     dot,
     gates,
     group_sum,
+    held_value,
     load_bias,
     load_flag,
     load_vector,
@@ -47,7 +48,9 @@ def stepped(
     stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     DENSE_STATE: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr,
-    NORMALIZE: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
+    HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Columns ``place`` of the tokens ``row``, both [COLUMNS], and the states after their tokens.
 
@@ -83,8 +86,10 @@ def stepped(
     z, c = direction(q, NORMALIZE)  # [R, COLUMNS], [COLUMNS]
     read = dot(s, z) * c  # [COLUMNS]
     z, c = direction(k, NORMALIZE)
-    keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
-    s = delta_update(s, z, c, keep, erase, write * v.to(tl.float32))
+    keep, erase, write = gates(
+        beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA, BETA_MAX, KEEP_MAX
+    )
+    s = delta_update(s, z, c, keep, erase, write * held_value(v.to(tl.float32), VALUE_MAX))
     return p_s, m_tile, s, read, flag, state_row
 
 
@@ -96,6 +101,7 @@ def step_kernel(
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WHOLE: tl.constexpr, DENSE_STATE: tl.constexpr,
     MODE: tl.constexpr, ROW_GATES: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
     HAS_SLOTS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIPPED: tl.constexpr,
 ):  # fmt: skip
     """A token is GROUP columns, H·r rounded up to a power of two, all in one program: whether the state after it is
@@ -111,7 +117,8 @@ def step_kernel(
         p_s, m_tile, s, read, flag, state_row = stepped(
             row, place, m_column, x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, states,
             stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-            HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
+            HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
+            BETA_MAX, KEEP_MAX, VALUE_MAX, HAS_SLOTS, HAS_MASK,
         )  # fmt: skip
         nothing = zero_or_nan(s)
         if GROUP > 1:
@@ -132,7 +139,8 @@ def step_kernel(
             _, _, s, _, _, _ = stepped(
                 row, place, place < HEADS * RANK, x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, states,
                 stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-                HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
+                HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
+                BETA_MAX, KEEP_MAX, VALUE_MAX, HAS_SLOTS, HAS_MASK,
             )  # fmt: skip
             nothing += zero_or_nan(s)
         finite = tl.sum(nothing, axis=0) == 0.0
@@ -142,7 +150,8 @@ def step_kernel(
             p_s, m_tile, s, read, flag, state_row = stepped(
                 row, place, m_column, x_ptr, bias_ptr, s_ptr, slots_ptr, mask_ptr, states,
                 stride_x_b, stride_x_w, stride_bias, stride_mask_b, stride_s_n, stride_s_h, stride_s_i, stride_s_j,
-                HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE, HAS_SLOTS, HAS_MASK,
+                HEADS, RANK, R, WIDTH, WHOLE, DENSE_STATE, MODE, ROW_GATES, HAS_LAMBDA, NORMALIZE,
+                BETA_MAX, KEEP_MAX, VALUE_MAX, HAS_SLOTS, HAS_MASK,
             )  # fmt: skip
             flag = tl.where((flag == 1) & (finite == 0), 2, flag)
             p_read = reads_ptr + row.to(tl.int64) * (HEADS * RANK) + place

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..rule import DeltaRule
 from .launch import launch, next_power_of_two, rule_flags, strides, tile
-from .primitives import direction, gates, load_flag, load_vector, load_write, zero_or_nan_rows
+from .primitives import direction, gates, held_value, load_flag, load_vector, load_write, zero_or_nan_rows
 from .replay import allocate
 
 LOOK_WIDTH = 40  # widest token that each thread of another kernel checks for itself, registers permitting
@@ -67,7 +67,9 @@ def token_parts_kernel(
     total_groups, length, stride_x_b, stride_x_t, stride_x_w, stride_bias, stride_mask_b, stride_mask_t,
     HEADS: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, WHOLE: tl.constexpr, MODE: tl.constexpr, ROW_GATES: tl.constexpr,
-    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
+    HAS_FLAGS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """parts[token, head, :] as ``load_token`` takes them, and without HAS_FLAGS flags[token]; see ``find_flags``.
 
@@ -104,7 +106,9 @@ def token_parts_kernel(
     if HAS_LAMBDA:
         o_lambda = HEADS * RANK if ROW_GATES else HEADS
         lambda_bias = tl.load(p_bias + o_lambda * stride_bias, mask=m_bias, other=0.0).to(tl.float32)
-    keep, erase, write = gates(beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA)
+    keep, erase, write = gates(
+        beta.to(tl.float32) + beta_bias, lam.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA, BETA_MAX, KEEP_MAX
+    )
 
     p_parts = parts_ptr + group.to(tl.int64)[None, :] * (5 * R + 4) + o_j  # [R, COLUMNS]
     m_parts = m_group[None, :] & (o_j < R)
@@ -112,7 +116,7 @@ def token_parts_kernel(
     tl.store(p_parts + R, k, mask=m_parts)
     tl.store(p_parts + 2 * R, tl.broadcast_to(keep, v.shape), mask=m_parts)
     tl.store(p_parts + 3 * R, tl.broadcast_to(erase, v.shape), mask=m_parts)
-    tl.store(p_parts + 4 * R, write * v, mask=m_parts)
+    tl.store(p_parts + 4 * R, write * held_value(v, VALUE_MAX), mask=m_parts)
     p_c = parts_ptr + group.to(tl.int64) * (5 * R + 4) + 5 * R  # of two numbers; two more are not used
     tl.store(p_c, c_q, mask=m_group)
     tl.store(p_c + 1, c_k, mask=m_group)
@@ -188,7 +192,9 @@ def load_token(
 @triton.jit
 def prepared(
     token, beta_bias, lambda_bias,
-    MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, PREPARED: tl.constexpr,
+    MODE: tl.constexpr, HAS_LAMBDA: tl.constexpr, NORMALIZE: tl.constexpr,
+    BETA_MAX: tl.constexpr, KEEP_MAX: tl.constexpr, VALUE_MAX: tl.constexpr,
+    READS: tl.constexpr, PREPARED: tl.constexpr,
 ):  # fmt: skip
     """What ``load_token`` has loaded, as ``Token`` says; raw projections become what ``token_parts_kernel`` writes."""
     if PREPARED:
@@ -199,9 +205,10 @@ def prepared(
         if READS:
             q, c_q = direction(token.q, NORMALIZE)
         keep, erase, write = gates(
-            token.keep.to(tl.float32) + beta_bias, token.erase.to(tl.float32) + lambda_bias, MODE, HAS_LAMBDA
-        )
-        added = write * token.added.to(tl.float32)
+            token.keep.to(tl.float32) + beta_bias, token.erase.to(tl.float32) + lambda_bias,
+            MODE, HAS_LAMBDA, BETA_MAX, KEEP_MAX,
+        )  # fmt: skip
+        added = write * held_value(token.added.to(tl.float32), VALUE_MAX)
         return Token(q=q, c_q=c_q, k=k, c_k=c_k, keep=keep, erase=erase, added=added, flag=token.flag)
 
 

@@ -3,9 +3,10 @@
 import kernel_properties as properties
 import pytest
 import torch
+from drawn_rules import GUARDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_interpreted_scan import DTYPES, RULES, SEEDS
+from test_interpreted_scan import DTYPES, RULES, SEEDS, both_kernel
 
 from deltamem_kernels.rule import DeltaRule
 from deltamem_kernels.triton import read_backward, steer_backward
@@ -29,6 +30,30 @@ def test_gates(mode, coupled, row_gates):
     rule = DeltaRule(3, 2, mode, row_gates, coupled)
     x, bias, state, mask = properties.random_problem(rule, 1, 5, seed=7, masked=True)
     properties.check_scan_gradient(rule, x, bias, state, 2, (2, 1), mask=mask)
+
+
+@pytest.mark.parametrize("mode", ["standard", "lambda_outside", "no_lambda"])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_guard(mode, coupled):
+    rule = DeltaRule(3, 2, mode, mode != "no_lambda", coupled, True, *GUARDS[1])
+    x, bias, state, mask = properties.random_problem(rule, 1, 9, seed=7, masked=True)
+    properties.check_scan_gradient(rule, x, bias, state, 4, (4, 2), mask=mask)
+
+
+@pytest.mark.parametrize(("bound", "open_"), [(0.5, True), (0.4999, False)])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_what_lies_on_a_bound_is_not_held(coupled, bound, open_):
+    """Gates of σ(0), as training may start with, and values of 1: they have gradients up to the bound itself."""
+    half = torch.empty(1)
+    both_kernel[(1,)](torch.zeros(1), torch.empty(1), half, N=1)
+    if half.item() != 0.5:
+        pytest.skip("the emulator has moved σ(0) off the bound, as it was asked to")
+    rule = DeltaRule(3, coupled=coupled, beta_max=bound, keep_max=bound, value_max=2 * bound)
+    x, bias, state, _ = properties.random_problem(rule, 1, 3, seed=8)
+    x[..., 6:], bias[:] = 0.0, 0.0
+    x[..., 6:9] = torch.tensor([1.0, -1.0, 1.0])
+    d_x, d_bias, _ = properties.check_scan_gradient(rule, x, bias, state)
+    assert bool(d_x[..., 6:].all()) == bool(d_bias.all()) == open_ and bool(d_x[..., 6:].any()) == open_
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64])

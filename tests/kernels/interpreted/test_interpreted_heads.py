@@ -3,6 +3,7 @@
 import heads_properties as properties
 import pytest
 import torch
+from drawn_rules import GUARDS
 from kernel_properties import random_problem
 
 from deltamem_kernels.layout import HeadLayout
@@ -55,7 +56,7 @@ def test_steer_heads_strides():
 
 RULES = {
     "released": DeltaRule(8),
-    "two heads": DeltaRule(3, 2, "lambda_outside", False, False),
+    "two heads, held": DeltaRule(3, 2, "lambda_outside", False, False, True, *GUARDS[1]),
     "several tiles": DeltaRule(16, 4),
 }
 

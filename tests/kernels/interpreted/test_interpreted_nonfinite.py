@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drawn_rules import GUARDS
 
 from deltamem_kernels.layout import HeadLayout, Steering
 from deltamem_kernels.reference import recurrence as reference
@@ -52,6 +53,41 @@ def test_scan_and_step(rule, length, chunk):
         if chunk is None:
             assert torch.equal(reads, found.reads[:, t])
     assert skipped.tolist() == [0, 1] and not reads[1].any() and torch.isfinite(stepped).all()
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_what_is_taken_once_more_is_held_too(chunk):
+    """Token 0 asks for more than the state may hold: the others are written by ``repair_kernel``."""
+    rule = DeltaRule(2, 2, "standard", True, False, True, *GUARDS[1])
+    make = torch.Generator().manual_seed(0)
+    x, state = torch.randn(1, 5, rule.width, generator=make), torch.randn(1, 2, 2, 2, generator=make)
+    state[0, 0, 0], x[..., 4:6] = 3e38, torch.tensor([1.0, -1.0])
+    x[0, 0, 4:6] = 1.0
+    bias, mask = torch.zeros(rule.bias_width), torch.tensor([[False, True, True, True, True]])
+    found = scan.scan(x, bias, state, rule, chunk=chunk, checkpoint_every=2)
+    masked = scan.scan(x, bias, state, rule, mask=mask, chunk=0, checkpoint_every=2)
+    assert found.skipped.tolist() == [1] and (x[0, 1:, 8:12].abs() > rule.value_max).any()
+    assert all(torch.equal(getattr(found, name), getattr(masked, name)) for name in ("reads", "state", "checkpoints"))
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("guard", GUARDS[:2])
+def test_a_gate_that_is_nan_is_not_held_but_left_out(guard, place):
+    """A bias may be NaN, in β or λ. A minimum would make a bound of it, and the token would be written."""
+    rule = DeltaRule(2, 2, "standard", False, False, True, *guard)
+    make = torch.Generator().manual_seed(0)
+    x, state = torch.randn(2, 3, rule.width, generator=make), torch.randn(2, 2, 2, 2, generator=make)
+    bias = torch.zeros(rule.bias_width)
+    bias[place] = float("nan")
+    for chunk in (0, 2):
+        found = scan.scan(x, bias, state, rule, chunk=chunk)
+        assert torch.equal(found.state, state) and found.skipped.tolist() == [3, 3] and not found.reads.any()
+    stepped = state.clone()
+    assert not step.step(x[:, 0], bias, stepped, rule).any() and torch.equal(stepped, state)
+    leaves = [t.clone().requires_grad_() for t in (x, bias, state)]
+    out = ops.scan(*leaves, rule)
+    d_x, d_bias, d_state = torch.autograd.grad(out.reads.sum() + out.state.sum(), leaves)
+    assert not d_x.any() and not d_bias.any() and torch.equal(d_state, torch.ones_like(state))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """The registered operators, on the kernels in Triton's interpreter."""
 
+import dataclasses
+import math
+
 import kernel_properties as properties
 import pytest
 import torch
 
 from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
+from deltamem_kernels.schemas import flat_rule
 from deltamem_kernels.triton import ops
 
-RULE = DeltaRule(3, 2, coupled=False)
+RULE = DeltaRule(3, 2, coupled=False, beta_max=0.4, keep_max=0.7, value_max=1.0)
 
 
 def problem(batch=2, length=3, grad=False, **arguments):
@@ -86,12 +90,13 @@ def test_steer_gradient(normed):
 def test_direct_call_equals_operator():
     x, bias, state, mask = problem()
     direct = ops.scan(x, bias, state, RULE, mask=mask, checkpoint_every=2)
-    through = torch.ops.deltamem.scan(x, bias, state, 3, 2, "standard", True, False, True, mask, None, None, 2)
+    flat = (3, 2, "standard", True, False, True, 0.4, 0.7, 1.0)
+    through = torch.ops.deltamem.scan(x, bias, state, *flat, mask, None, None, 2)
     assert all(torch.equal(a, b) for a, b in zip(direct, through))
 
 
 def test_opcheck():
-    flat = (3, 2, "standard", True, False, True)
+    flat = flat_rule(RULE)
     x, bias, state, mask = problem(grad=True)
     slots = torch.tensor([1, -1])
     check = torch.library.opcheck
@@ -113,12 +118,13 @@ def test_opcheck():
 def test_compiles_whole(backend):
     x, bias, state, mask = problem()
     base, reads, weight, norm = steer_problem()
+    unbounded = dataclasses.replace(RULE, value_max=math.inf)  # as most have it, and compilers write it down
 
     def everything(x, bias, state, count, base):
         out = ops.scan(x, bias, state, RULE, mask=mask, checkpoint_every=2)
-        frozen = ops.read(x, out.state, RULE)
+        frozen = ops.read(x, out.state, unbounded)
         here = ops.step(x[:, 0], bias, state, RULE, skipped=count)
-        silent = ops.step(x[:, 1], bias, state, RULE)
+        silent = ops.step(x[:, 1], bias, state, unbounded)
         steered = ops.steer(base * 2, reads, weight, 0.5, norm_weight=norm)
         work = base + 1
         in_place = ops.steer(work, reads, weight, 0.5, out=work)

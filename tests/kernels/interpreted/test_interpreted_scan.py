@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from drawn_rules import GUARDS, drawn_rules
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,15 +15,7 @@ from deltamem_kernels.triton.primitives import sigmoid, tanh
 
 CHUNK = 3
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
-RULES = st.builds(
-    DeltaRule,
-    rank=st.sampled_from([1, 2, 3, 5, 8]),
-    heads=st.sampled_from([1, 2]),
-    mode=st.sampled_from(["standard", "lambda_outside", "no_lambda"]),
-    row_gates=st.booleans(),
-    coupled=st.booleans(),
-    normalize=st.booleans(),
-)
+RULES = drawn_rules([1, 2, 3, 5, 8], [1, 2])
 CHUNKS = st.sampled_from([0, CHUNK])
 SEEDS = st.integers(0, 2**16)
 
@@ -60,6 +53,17 @@ def test_gates(mode, coupled, row_gates):
     x, bias, state, mask = properties.random_problem(rule, 1, 4, seed=7, masked=True)
     for chunk in (0, 2):
         properties.check_scan(rule, x, bias, state, chunk=chunk, mask=mask)
+
+
+@pytest.mark.parametrize("mode", ["standard", "lambda_outside", "no_lambda"])
+@pytest.mark.parametrize("coupled", [True, False])
+def test_guard(mode, coupled):
+    """Held gates and values, in one chunk and several; steps and one chunk agree to the bit."""
+    rule = DeltaRule(4, 2, mode, coupled, coupled, True, *GUARDS[1])
+    x, bias, state, mask = properties.random_problem(rule, 1, 4, seed=7, masked=True)
+    for chunk in (0, 2):
+        out = properties.check_scan(rule, x, bias, state, chunk=chunk, mask=mask)
+        assert chunk or properties.equal(out[:2], properties.all_steps(rule, x, bias, state, mask))
 
 
 @pytest.mark.parametrize("length", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK + 1])

@@ -4,6 +4,7 @@ import heads_properties
 import kernel_properties as properties
 import pytest
 import torch
+from drawn_rules import GUARDS
 
 from deltamem_kernels.layout import HeadLayout
 from deltamem_kernels.rule import DeltaRule
@@ -13,7 +14,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 RULES = {
     "released": (DeltaRule(8), BF16),
     "several-tiles": (DeltaRule(16, 4), FP32),
-    "odd": (DeltaRule(5, 2, "lambda_outside", True, False), FP16),
+    "odd": (DeltaRule(5, 2, "lambda_outside", True, False, True, *GUARDS[1]), FP16),
 }
 every_rule = pytest.mark.parametrize(("rule", "dtype"), RULES.values(), ids=RULES)
 
@@ -76,8 +77,22 @@ def test_decode(name, shape, which, frozen):
     )
 
 
+def test_guard():
+    """Held gates and values: a chunk has the bits of steps, and a gate that is NaN is not held."""
+    rule, dtype = RULES["odd"]
+    x, bias, state, mask = properties.random_problem(rule, 2, 3, dtype, seed=5, masked=True)
+    out = properties.check_scan(rule, x, bias, state, chunk=0, mask=mask)
+    assert properties.equal(out[:2], properties.all_steps(rule, x, bias, state, mask))
+    for gate in (0, -1):  # β's, λ's
+        unknown = bias.clone()
+        unknown[gate] = float("nan")
+        out = properties.check_scan(rule, x, unknown, state, chunk=0, mask=mask)
+        assert torch.equal(out.state, state) and out.skipped.tolist() == mask.sum(1).tolist()
+        assert properties.equal(out[:2], properties.all_steps(rule, x, unknown, state, mask))
+
+
 @pytest.mark.parametrize(("name", "length", "chunk", "spacing", "every"), [
-    ("several-tiles", 4, 0, (2, 2), 2),
+    ("several-tiles", 4, 0, (2, 2), 2), ("odd", 5, 2, (2, 1), 0),
 ])  # fmt: skip
 def test_scan_gradient(name, length, chunk, spacing, every):
     rule, dtype = RULES[name]
