@@ -412,3 +412,18 @@ def test_numbas_cache_notices_every_file(tmp_path):
         for function in compiled:
             closure = function.py_func.__closure__
             assert stamp in [cell.cell_contents for cell in closure], function.py_func.__name__
+
+
+@pytest.mark.parametrize("raw, has_gradient", [(-0.1, True), (0.0, True), (0.1, False)])
+def test_a_gate_that_is_on_its_bound_by_itself_has_a_gradient(raw, has_gradient):
+    # An adapter that starts with every gate there would never train.
+    rule = DeltaRule(8, beta_max=0.5)
+    x = torch.randn(1, 4, rule.width, generator=torch.Generator().manual_seed(0))
+    x[..., 24:] = raw
+    found = []
+    for backend in (recurrence.scan, reference.scan):
+        given = x.clone().requires_grad_()
+        backend(given, torch.zeros(8), None, rule).state.square().sum().backward()
+        found.append(given.grad[..., 24:])
+    assert bool(found[0].abs().sum() > 0) is has_gradient
+    torch.testing.assert_close(*found)

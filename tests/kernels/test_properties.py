@@ -14,8 +14,7 @@ from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
 from deltamem_kernels.segment_means import segment_means
 
-NUMBA_HOLDS = False  # whether numba obeys a guard
-RULES = drawn_rules([1, 3, 8, 12], [1, 2, 3], GUARDS if NUMBA_HOLDS else GUARDS[:1])
+RULES = drawn_rules([1, 3, 8, 12], [1, 2, 3], GUARDS)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**20)
 # numba compiles once per rank, in the first example that meets it

@@ -33,6 +33,7 @@ from .loops import (
     copy_columns,
     held,
     is_finite,
+    sigmoid_gate,
     tanh_in_place,
     to_unit_length,
     unit_directions,
@@ -148,6 +149,9 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
         beta_block, keep_block = np.empty((block, width), np.float32), np.empty((block, width), np.float32)
         q_slopes, k_slopes = np.empty(block * width, np.float32), np.empty(block * width, np.float32)
         q_inverses, k_inverses = np.empty(block * width, np.float32), np.empty(block * width, np.float32)
+        guarded = beta_max < ONE or keep_max < ONE
+        open_beta_block = np.empty((block if guarded else 0, width), np.float32)
+        open_keep_block = np.empty((block if guarded else 0, width), np.float32)
         powers, valid = np.empty(block * width, np.int32), np.empty(block, np.bool_)
         states = np.empty((block + 1, rank, rank), np.float32)  # [t, j, i]
         predicted, columns = np.empty((block, rank), np.float32), np.empty((block, rank), np.float32)
@@ -197,6 +201,13 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                 block_gates(
                     rows, bias, heads, rank, mode, row_gates, own_lambda, beta_max, keep_max, beta, keep, powers
                 )
+                open_beta, open_keep = beta, keep
+                if guarded:  # what is held there has no gradient, what is there by itself has one
+                    open_beta, open_keep = open_beta_block[:count], open_keep_block[:count]
+                    block_gates(
+                        rows, bias, heads, rank, mode, row_gates, own_lambda, beta_max, ONE, beta, open_keep, powers
+                    )
+                    sigmoid_gate(rows, 3 * width, bias, 0, heads, rank, row_gates, open_beta, powers)
                 for h in range(heads):
                     base = h * rank
                     for j in range(rank):
@@ -238,11 +249,11 @@ def backward_loops(rank: int) -> types.SimpleNamespace:
                             else:
                                 d_predicted[i] = -b_i * d_u
                                 d_beta_i += d_erase
-                            if keep_max < ONE and keep_i >= keep_max:  # what is held has no gradient
+                            if open_keep[t, base + i] > keep_max:
                                 d_keep_i = ZERO
                             if not own_lambda and mode != NO_LAMBDA:
                                 d_beta_i -= d_keep_i
-                            if beta_max < ONE and b_i >= beta_max:
+                            if open_beta[t, base + i] > beta_max:
                                 d_beta_i = ZERO
                             d_beta[i] = d_beta_i * b_i * (ONE - b_i)
                             d_keep[i] = d_keep_i * keep_i * (ONE - keep_i)
