@@ -30,8 +30,8 @@ from .figures import DIGITS, standard_error
 from .variants import STRATEGIES
 
 DIRECTORY = results.DIRECTORY / "hostile"
-EPISODES, FACTS = 96, 4
-TRUSTS = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.0)
+EPISODES, FACTS = 48, 4
+TRUSTS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.0)
 
 
 @dataclass(frozen=True)
@@ -141,11 +141,11 @@ def _attacked(model, tokenizer, adapter: str, name: str, attacks: list[Attack], 
     rows.append(_row(f"before/{adapter}", found, {"kept": _shares(model, tokenizer, before, facts)}))
     whole = None
     for way in ("gates", "share"):
-        for trust in TRUSTS:
+        for trust in TRUSTS[:1] if guarded else TRUSTS:  # what a guard costs and saves shows at whole trust
             if way == "gates":
                 memory = tell(model, tokenizer, [a.told for a in attacks], before.clone(), trust)
                 whole = memory if trust == 1 else whole
-            elif trust in (0.0, 1.0) or guarded:  # the same as by gates; a guard changes nothing of a share
+            elif trust in (0.0, 1.0):  # the same as by gates
                 continue
             else:
                 memory = whole.clone()
