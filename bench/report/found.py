@@ -26,6 +26,8 @@ class Found:
     bank: Result | None = None
     recall: Result | None = None
     released: Result | None = None
+    hostile: Result | None = None
+    life: Mapping[str, Result] = field(default_factory=dict)  # by folder
     smollm2: Sequence[Result] = ()  # one a part, and one a part of adapters that were measured by themselves
     vllm: Result | None = None
     load: Sequence[Result] = ()  # one an engine
@@ -40,12 +42,14 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     Raises:
         ValueError, OSError: a file there cannot be read.
     """
-    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "vllm")
+    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "vllm", "hostile")
     parts = [results.latest(folder) for folder in sorted((directory / "smollm2").glob("*"))]
     single = {name: results.latest(directory / name) for name in names}
     for name in ("load", "kills"):
         engines = [results.latest(directory / "serving" / f"{name}{engine}") for engine in ("", "-vllm")]
         single[name] = tuple(filter(None, engines))
+    life = {name: results.latest(directory / name) for name in ("life/tokens", "life/session", "life/bank", "fuzz")}
+    single["life"] = {name: result for name, result in life.items() if result is not None}
     single["evaluations"] = found_runs(directory / "eval")
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
 

@@ -17,7 +17,7 @@ from ..instrument.tables import markdown, markdown_table, number, parameters, ra
 from ..instrument.targets import TARGETS, Target
 from ..recall.released import NAME as RELEASED
 from ..recall.targets import GOALS
-from . import plots
+from . import hostile, plots
 from .evaluation import sections
 from .found import Found, newest_rows
 
@@ -38,6 +38,16 @@ KERNELS = {
     "counters": "Nsight Compute's counts of one launch",
     "compiled-reference": "The plain PyTorch definition under torch.compile",
     "tests": "Tests on the GPU",
+}
+# Folder under bench/results: its heading, and what was done.
+LONG_LIFE = {
+    "life/tokens": ("Ten million tokens", "`python -m bench.life tokens`: through scan and decode, beside float64."),
+    "life/session": ("Ten thousand turns", "`python -m bench.life session`: one session with a limited context."),
+    "life/bank": ("A million users", "`python -m bench.life bank`: mixed load by several processes, which are killed."),
+    "fuzz": (
+        "Hostile bytes",
+        "What every reader was given, and how often anything but a typed error came of it: never.",
+    ),
 }
 FACTS = (1, 2, 4, 8, 16, 32)  # of which the page has columns; the JSON has all
 
@@ -490,6 +500,15 @@ def evaluation(found: Found) -> str:
     return _page("Does it help?", intro, *sections(found.evaluations, "../../bench/results/eval"))
 
 
+def trust(found: Found) -> str:
+    """What hostile text does to a memory, what trust saves and costs, and how long a memory lives."""
+    parts = _section("Hostile text", hostile.NOTE, found.hostile, lambda rows: "\n\n".join(hostile.tables(rows)))
+    for name, (title, text) in LONG_LIFE.items():
+        parts += _section(title, text, found.life.get(name), markdown_table)
+    return _page("Trust", "What these are about, and what bounds a memory: [trust.md](../trust.md).", *parts)
+
+
+PAGES |= {"trust.md": trust}
 PAGES |= {"smollm2.md": smollm2, "released.md": released, "serving.md": serving, "evaluation.md": evaluation}
 
 

@@ -1,0 +1,46 @@
+"""Tables of ``python -m bench.recall hostile``: what was kept and learnt, by trust."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..instrument.rows import Row
+from ..instrument.tables import markdown
+
+NOTE = (
+    "Four facts about new names are told (*before*: how many of them are answered, in percent), then a text that "
+    "somebody else had a hand in. *Kept* are the four facts, *learnt* is what the text says instead (or, of facts "
+    "about others, the last four): kept / learnt, in percent. *Text* τ: `ingest(…, trust=τ)`, a message of a session: "
+    "the memory goes a share τ of the way to what the whole text makes of it. *Token* τ: `model(…, trust=τ)`, each "
+    "token's gates lowered. *Guarded*: `patch_model(…, guard=True)`, whole trust. Standard errors are 3.6 or less."
+)
+TEXTS, TOKENS = (0.9, 0.75, 0.5, 0.25, 0.1), (0.5, 0.25, 0.1, 0.05)
+
+
+def tables(rows: Sequence[Row]) -> Iterator[str]:
+    """A heading and a table for each adapter."""
+    for adapter in dict.fromkeys(row.name.partition("/")[2] for row in rows):
+        mine = {
+            (p["text"], p["guard"], p.get("way"), p.get("trust")): row.values
+            for row in rows
+            if row.name.endswith(f"/{adapter}")
+            for p in [row.parameters]
+        }
+        heading = ["told after four facts", "before", "trusted", *(f"text {t:g}" for t in TEXTS)]
+        heading += [*(f"token {t:g}" for t in TOKENS), "guarded, before", "guarded, trusted"]
+        lines = [heading]
+        for text in dict.fromkeys(key[0] for key in mine):
+            ways = [("gates", 1.0), *(("share", t) for t in TEXTS), *(("gates", t) for t in TOKENS)]
+            cells = [_cell(mine.get((text, False, None, None)))]
+            cells += [_cell(mine.get((text, False, way, trust))) for way, trust in ways]
+            cells += [_cell(mine.get((text, True, None, None))), _cell(mine.get((text, True, "gates", 1.0)))]
+            lines.append([f"{text} tokens", *cells])
+        yield f"### {adapter}"
+        yield markdown(lines)
+
+
+def _cell(values: dict[str, float] | None) -> str:
+    if values is None:
+        return ""
+    learnt = f" / {100 * values['learnt']:.0f}" if "learnt" in values else ""
+    return f"{100 * values['kept']:.0f}{learnt}"
