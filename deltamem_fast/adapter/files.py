@@ -96,14 +96,14 @@ def _directory_of(adapter: str | os.PathLike) -> Path:
     if name in SHIPPED:
         return SHIPPED[name]
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise FileMissingError(f"adapter: got {name!r}, which is neither a directory nor a hub id (owner/name)")
+        raise FileMissingError(f"adapter: got {name!r:.80}, which is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(ADAPTER_FILES)))
     except Exception as error:  # of the hub, of the HTTP library that its version uses, of the system
         raise FileMissingError(
-            f"adapter: got {name!r}, which is no directory here and could not be had from the hub: {error}"
+            f"adapter: got {name!r:.80}, which is no directory here and could not be had from the hub: {error}"
         ) from error
 
 
@@ -143,8 +143,8 @@ def _read_safetensors(path: Path, check: Callable[[Path, Header], None]) -> dict
         readable = version.isascii() and version.isdigit() and len(version) < 9 and 1 <= int(version) <= FORMAT_VERSION
         if metadata.get("format") != FORMAT or not readable:
             raise FileFormatError(
-                f"adapter: {path} has format {metadata.get('format')!r} version {version!r}, this version reads "
-                f"{FORMAT!r} 1 to {FORMAT_VERSION}"
+                f"adapter: {path} has format {metadata.get('format')!r:.80} version {version!r:.20}, "
+                f"this version reads {FORMAT!r} 1 to {FORMAT_VERSION}"
             )
         if "config" in metadata and (path.parent / CONFIG_NAME).is_file():
             _check_config(path, metadata["config"])
@@ -176,7 +176,7 @@ def _check_config(path: Path, written: str) -> None:
 
 def _differing(values: dict, others: dict, whose: str) -> str:
     """The entries of a configuration that are others in another, ``whose`` that is, in words."""
-    return ", ".join(f"{k} {values[k]!r} ({whose}: {others[k]!r})" for k in values if values[k] != others[k])
+    return ", ".join(f"{k} {values[k]!r:.80} ({whose}: {others[k]!r:.80})" for k in values if values[k] != others[k])
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

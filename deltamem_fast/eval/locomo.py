@@ -75,7 +75,7 @@ def _document(sample: dict[str, Any], where: str) -> Document:
 
 
 def _session_numbers(conversation: Mapping[str, Any]) -> list[int]:
-    return sorted(int(key[8:]) for key in conversation if re.fullmatch(r"session_[0-9]+", key))
+    return sorted(int(key[8:]) for key in conversation if re.fullmatch(r"session_[0-9]{1,9}", key))
 
 
 def _session(conversation: Mapping[str, Any], number: int, where: str) -> str:

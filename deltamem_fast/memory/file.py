@@ -141,7 +141,7 @@ def read_memory(
         shapes.update(_shapes(metadata, where))
         _check_tensors(shapes, header, where)
         if metadata.get("frozen") not in ("true", "false"):
-            raise FileFormatError(f"{where}: frozen is {metadata.get('frozen')!r}, allowed true and false")
+            raise FileFormatError(f"{where}: frozen is {metadata.get('frozen')!r:.80}, allowed true and false")
         if check is not None:
             check(metadata, shapes)
 
@@ -168,7 +168,7 @@ def _check_version(metadata: Mapping[str, str], where: str) -> None:
     check_format(metadata.get("format"), FORMAT, where, "not a memory file")
     version = metadata.get("format_version", "")
     if not re.fullmatch("[0-9]{1,9}", version) or not 1 <= int(version) <= FORMAT_VERSION:
-        raise FileFormatError(f"{where}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
+        raise FileFormatError(f"{where}: format version {version!r:.80}, this version reads 1 to {FORMAT_VERSION}")
 
 
 def _shapes(metadata: Mapping[str, str], where: str) -> Shapes:
@@ -179,7 +179,7 @@ def _shapes(metadata: Mapping[str, str], where: str) -> Shapes:
     for layer, shape in said.items():
         whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
         if not re.fullmatch("0|[1-9][0-9]{0,8}", layer) or not whole or shape[1] != shape[2]:
-            raise FileFormatError(f"{where}: layer {layer!r} is said to be {shape!r}, allowed [heads, rank, rank]")
+            raise FileFormatError(f"{where}: layer {layer!r:.20} is {shape!r:.80}, allowed [heads, rank, rank]")
     return {int(layer): tuple(shape) for layer, shape in said.items()}
 
 

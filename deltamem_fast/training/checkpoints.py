@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapter.files import SAFETENSORS_NAME
 from ..adapter.fingerprints import public_label
-from ..arguments import MOST
+from ..arguments import MOST, shown
 from ..config import CONFIG_NAME
 from ..errors import ArgumentError, FileFormatError
 from ..storage.files import as_path, read_json, write_json
@@ -59,7 +59,7 @@ class Run:
             names = sorted((before.keys() | now.keys()) - changeable)
             compared += [(name, before.get(name), now.get(name)) for name in names]
         differing = [
-            "other data" if name == "data" else f"{name} {before!r} (now {now!r})"
+            "other data" if name == "data" else f"{name} {shown(before)} (now {shown(now)})"
             for name, before, now in compared
             if before != now
         ]

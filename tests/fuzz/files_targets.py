@@ -206,7 +206,14 @@ def _load_content(data: bytes) -> None:
     head = {"name": _state_path().name, "bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
     text = data.strip()
     if text.startswith(b"{"):
-        whole = b'{\n  "sha256": "' + b"0" * 64 + b'",\n  "files": ' + json.dumps({"state": head}).encode() + b", " + text[1:]
+        whole = (
+            b'{\n  "sha256": "'
+            + b"0" * 64
+            + b'",\n  "files": '
+            + json.dumps({"state": head}).encode()
+            + b", "
+            + text[1:]
+        )
         data = whole.replace(b"0" * 64, hashlib.sha256(whole).hexdigest().encode(), 1)
     _load_session(data, state)
 
@@ -245,7 +252,7 @@ def _use_bank(path: Path) -> None:
         for call in (
             store.count, store.entries, lambda: store.entries("a", "updated", True, 2),
             lambda: store.read([*IDS, "new"]), lambda: store.versions(IDS),
-            lambda: store.write(["ada", "new"], None, [bytes(ROW)] * 2), lambda: store.delete(["ada", "bob"]),
+            lambda: store.write(["ada", "new", "newer"], None, [bytes(ROW)] * 3), lambda: store.delete(["ada", "bob"]),
         ):  # fmt: skip
             try:
                 call()
@@ -267,10 +274,15 @@ def _change_cells(data: bytes) -> None:
     for path in folder().glob("users.bank*"):
         path.unlink()
     path = written(_bank(), "users.bank")
-    with contextlib.closing(sqlite3.connect(path)) as connection, contextlib.suppress(sqlite3.Error, OverflowError):
+    with (
+        contextlib.closing(sqlite3.connect(path)) as connection,
+        contextlib.suppress(sqlite3.Error, ValueError, OverflowError),
+    ):
         connection.execute("PRAGMA journal_mode = DELETE")
         for cell in cells if isinstance(cells, list) else ():
-            table, column, row, value = cell if isinstance(cell, list) and len(cell) == 4 else ("meta", "value", 0, None)
+            table, column, row, value = (
+                cell if isinstance(cell, list) and len(cell) == 4 else ("meta", "value", 0, None)
+            )
             columns = _COLUMNS.get(table if isinstance(table, str) else "", ())
             value = json.dumps(value) if isinstance(value, list | dict) else value
             value = value.encode() if isinstance(value, str) and value.startswith("blob") else value
@@ -294,6 +306,7 @@ def _cells() -> list[bytes]:
         json.dumps([["meta", "value", 0, 3], ["memories", "version", 1, 2**40]]).encode(),
         json.dumps([["states", "state", 1, "blob"], ["memories", "id", 2, "x"]]).encode(),
         json.dumps([["memories", "key", 0, -1], ["states", "key", 0, 2**62]]).encode(),
+        *(json.dumps([["states", "key", 0, 2**63 - n]]).encode() for n in (1, 2, 3)),
         *(json.dumps([["meta", "value", n, 2**63 - 1]]).encode() for n in range(5)),
         *(json.dumps([["meta", "value", n, -5]]).encode() for n in range(5)),
         *(json.dumps([["meta", "value", n, 1.5]]).encode() for n in range(5)),
@@ -390,7 +403,11 @@ def _check_run(data: bytes) -> None:
     assert found is None or type(step_of(found)) is int
     checkpoint_to_resume(TrainingOptions(output=str(directory), resume="auto"))
     errors = []
-    for call in (lambda: step_of(checkpoint), lambda: _RUN.check(directory), lambda: read_json(directory / "training.json")):
+    for call in (
+        lambda: step_of(checkpoint),
+        lambda: _RUN.check(directory),
+        lambda: read_json(directory / "training.json"),
+    ):
         try:
             call()
         except DeltaMemError as error:

@@ -25,7 +25,20 @@ TEXTS = (
     "session_", "answer:", "yes", "no", "1.", "{\"fluency\": 1}", "{" * 900, "[" * 900, "9" * 5000, "a" * 3000, "a b " * 700,
     "\N{COMBINING ACUTE ACCENT}" * 100, "1e999", "NaN", "-1", "2**63", "--overwrite", "--messages", "all", "tokens",
 )  # fmt: skip
-BYTES = (b"", b"\0", b"\xff" * 8, b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\r\n", b'"', b"{", b"\x80", b"PK\x03\x04", bytes(64))
+BYTES = (
+    b"",
+    b"\0",
+    b"\xff" * 8,
+    b"\xed\xa0\x80",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b"\r\n",
+    b'"',
+    b"{",
+    b"\x80",
+    b"PK\x03\x04",
+    bytes(64),
+)
 
 # An operation is (kind, place, value): three numbers from 0 to 2³² − 1, whatever the input.
 Operation = tuple[int, int, int]
@@ -129,20 +142,23 @@ def as_bytes(text: str) -> bytes:
 
 
 def _json(data: bytes, kind: int, place: int, value: int) -> bytes:
-    """JSON with one of its values, keys or pairs changed; what is none has bytes inserted."""
+    """JSON with one of its values, keys or pairs changed; what is none, or too deep, has bytes inserted."""
     try:
-        tree = json.loads(data, object_pairs_hook=_Object, parse_constant=_Raw, parse_float=_Raw)
-        holder = [tree]
-        places = list(_places(holder))
+        return _json_changed([json.loads(data, object_pairs_hook=_Object, parse_constant=_Raw, parse_float=_Raw)],
+                             kind, place, value)  # fmt: skip
     except (ValueError, RecursionError):
         return _bytes(data, 4, place, value, ())
+
+
+def _json_changed(holder: list, kind: int, place: int, value: int) -> bytes:
+    places = list(_places(holder))
     container, index = places[place % len(places)]
     match kind % 8:
         case 0 | 1 | 2 | 3:
             _put(container, index, _Raw(NASTY[value % len(NASTY)]))
         case 4:
             other, there = places[value % len(places)]
-            _put(container, index, _get(other, there))
+            _put(container, index, _copied(_get(other, there)))
         case 5 if len(container) > 1 or container is not holder:
             del container[index]
         case 6 if isinstance(container, _Object):
@@ -154,10 +170,10 @@ def _json(data: bytes, kind: int, place: int, value: int) -> bytes:
             if isinstance(found, str) and not isinstance(found, _Raw):
                 _put(container, index, as_text(_text(as_bytes(found), kind, place // 3, value)))
             elif isinstance(found, list) and found and not isinstance(found, _Object):
-                found.insert(value % (len(found) + 1), found[value % len(found)])
+                found.insert(value % (len(found) + 1), _copied(found[value % len(found)]))
             else:
                 _put(container, index, [found])
-    return _dumped(holder[0]).encode("ascii")
+    return as_bytes(_dumped(holder[0]))
 
 
 def _places(value: list) -> Any:
@@ -180,14 +196,20 @@ def _put(container: list, index: int, value: Any) -> None:
     container[index] = (container[index][0], value) if isinstance(container, _Object) else value
 
 
-def _dumped(value: Any, depth: int = 300) -> str:
+def _copied(value: Any) -> Any:
+    """So that no list comes to hold itself."""
+    if isinstance(value, _Object):
+        return _Object((key, _copied(part)) for key, part in value)
+    return [_copied(part) for part in value] if isinstance(value, list) else value
+
+
+def _dumped(value: Any) -> str:
     if isinstance(value, _Raw):
         return str(value)
     if isinstance(value, _Object):
-        pairs = (f"{json.dumps(key)}: {_dumped(part, depth - 1)}" for key, part in value) if depth else ()
-        return f"{{{', '.join(pairs)}}}"
-    if isinstance(value, list):  # one may hold itself, by now
-        return f"[{', '.join(_dumped(part, depth - 1) for part in value) if depth else ''}]"
+        return f"{{{', '.join(f'{json.dumps(key)}: {_dumped(part)}' for key, part in value)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_dumped, value))}]"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**4000:
         return "0"
     return json.dumps(value)

@@ -15,7 +15,7 @@ from deltamem_fast.errors import DeltaMemError
 TARGETS: dict[str, Target] = {
     target.name: target for group in (files_targets, eval_targets, text_targets) for target in group.TARGETS
 }
-LONGEST = 8000  # characters of an error
+LONGEST = 2500  # characters of an error
 
 
 def attempt(target: Target, data: bytes) -> DeltaMemError | None:

@@ -38,7 +38,11 @@ from deltamem_fast.vllm.given import MODE, STATE, check_arguments, read_argument
 
 USER, SAID = {"role": "user", "content": "Where is Rex? At home."}, {"role": "assistant", "content": "I see. So."}
 THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes.", "reasoning_content": "Hm."}
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "a. b"}, {"type": "text", "text": "c"}]}
 CHATS = [
     [{"role": "system", "content": "Be brief."}, USER, SAID, PARTS],
@@ -77,8 +81,19 @@ def _intake() -> Intake:
 
 
 def _requests() -> list[bytes]:
-    common = {"model": "tiny", "memory_id": "ada", "memory": "write", "max_tokens": 5, "temperature": 0.5, "stop": ["x"]}
-    more = {"stream": True, "stream_options": {"include_usage": True}, "chat_template_kwargs": {"enable_thinking": False}}
+    common = {
+        "model": "tiny",
+        "memory_id": "ada",
+        "memory": "write",
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "stop": ["x"],
+    }
+    more = {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
     return [json.dumps(common | {"messages": CHATS[0]} | more).encode(),
             json.dumps({"model": "tiny", "messages": CHATS[1], "top_p": 1, "seed": 3, "user": "u", "n": 1}).encode()]  # fmt: skip
 
@@ -157,7 +172,9 @@ def _cut(data: bytes) -> None:
         return [len(tokenizer()(one, add_special_tokens=False)["input_ids"]) for one in texts]
 
     def encode(text, name: str) -> list[int]:
-        whole = text if isinstance(text, str) else "".join(f"<|im_start|>{one['role']}\n{one['content']}" for one in text)
+        whole = (
+            text if isinstance(text, str) else "".join(f"<|im_start|>{one['role']}\n{one['content']}" for one in text)
+        )
         return tokenizer()(whole, add_special_tokens=False)["input_ids"]
 
     for given in (text, [{"role": "user", "content": text}, SAID]):
