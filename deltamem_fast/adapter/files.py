@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..arguments import check_choice, check_type
+from ..arguments import check_choice, check_type, shown
 from ..config import CONFIG_NAME, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from ..storage.files import as_path, naming_files, parse_json, write_atomically
@@ -126,7 +126,7 @@ def read_weights(
     def check_all(path: Path, header: Header) -> None:
         for key, (dtype, _) in header.items():
             if dtype not in FLOATS:
-                raise FileFormatError(f"adapter: {path} has {key} of {dtype}, allowed {', '.join(FLOATS)}")
+                raise FileFormatError(f"adapter: {path} has {key:.200} of {dtype:.20}, allowed {', '.join(FLOATS)}")
         if check is not None:
             check(header)
 
@@ -262,13 +262,14 @@ def _check_fit(header: Header, targets: Mapping[str, nn.Parameter], name: str) -
         raise FileFormatError(f"adapter: {name} has two weights for one layer, with other names before it")
     missing, unexpected = sorted(targets.keys() - shapes.keys()), sorted(shapes.keys() - targets.keys())
     if missing or unexpected:
-        parts = [f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        parts = [f"{what} {len(names)} ({', '.join(names[:3]):.300}{', …' if len(names) > 3 else ''})"
                  for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]  # fmt: skip
         raise FileFormatError(f"adapter: {name} does not fit the model: of its weights it {' and '.join(parts)}")
     for key, parameter in targets.items():
         if shapes[key] != tuple(parameter.shape):
             raise FileFormatError(
-                f"adapter: {name} has {key} of shape {list(shapes[key])}, the model needs {list(parameter.shape)}"
+                f"adapter: {name} has {key} of shape {shown(list(shapes[key]))}, the model needs "
+                f"{list(parameter.shape)}"
             )
 
 

@@ -247,7 +247,7 @@ def hub_id(name: str | os.PathLike | None) -> str | None:
     cached = _CACHED.search(name)
     if cached:  # a path into the hub's cache
         return f"{cached[1]}/{cached[2]}"
-    return name if _ID.fullmatch(name) and not Path(name).exists() else None
+    return name if _ID.fullmatch(name) and not os.path.exists(name) else None  # too long a name is no path
 
 
 def public_name(name: str | os.PathLike) -> str:

@@ -139,7 +139,7 @@ def _check_bounds(key: str, tensor: _Tensor, records: dict[str, zipfile.ZipInfo]
     if numel and last >= storage.numel:
         raise _Broken(f"{key!r:.80} reaches beyond its storage")
     if numel > storage.numel:
-        raise _Broken(f"{key!r:.80} has {numel:,} numbers, its storage {storage.numel:,}: expanded ones are not read")
+        raise _Broken(f"{key!r} has {numel:,} numbers, its storage {storage.numel:,}: expanded tensors are not read")
 
 
 # --- data.pkl

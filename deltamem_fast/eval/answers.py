@@ -197,8 +197,8 @@ def _check_same(wanted: dict, head: dict, path: Path) -> None:
     for name, here, there in differing(wanted, head):
         if name.partition(".")[0] not in DESCRIBING:
             raise ArgumentError(
-                f"{name}: got {shown(here)}, but {path} has answers with {shown(there)}; give another --output, or the "
-                "same arguments as before"
+                f"{name:.200}: got {shown(here)}, but {path} has answers with {shown(there)}; give another --output, "
+                "or the same arguments as before"
             )
 
 

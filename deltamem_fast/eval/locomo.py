@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import shown
 from ..errors import ArgumentError, FileFormatError
 from .data import Document, Question, Task
 from .metrics import mean, parts_f1, stemmed_f1
@@ -94,7 +95,7 @@ def _question(one: dict[str, Any], name: str, where: str) -> Question:
     asked = field(one, "question", str, where)
     number = field(one, "category", int, where)
     if number not in CATEGORIES:
-        raise FileFormatError(f"{where}: category: got {number}, allowed 1 to {len(CATEGORIES)}")
+        raise FileFormatError(f"{where}: category: got {shown(number)}, allowed 1 to {len(CATEGORIES)}")
     category, text, more, answers = CATEGORIES[number], asked, {}, (_NOT_THERE,)
     if category == _ADVERSARIAL:
         # Older copies of the data have the misleading answer under "answer".

@@ -75,7 +75,7 @@ def read_before(path: Path, common: Mapping[str, Any], judge: str | None = None)
         added |= name == "settings.embedder" and None in (here, there)  # rows of dense retrieval, or others
         if not added and name not in {f"settings.{fed}" for fed in FED}:
             raise ArgumentError(
-                f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
+                f"{name:.200}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
             )
     for name, (fits, allowed) in _GONE_ON_WITH.items():
         if name in before and not fits(before[name]):

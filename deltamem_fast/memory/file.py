@@ -13,7 +13,7 @@ import torch
 
 from ..adapter.fingerprints import public_label
 from ..adapter.identity import describe_difference
-from ..arguments import MOST
+from ..arguments import MOST, shown
 from ..errors import ArgumentError, FileFormatError
 from ..storage.files import as_path, check_format, parse_json, write_atomically
 from ..storage.tensors import Header, check_seal, read_tensors, save_tensors, seal
@@ -188,10 +188,14 @@ def _check_tensors(shapes: Shapes, header: Header, where: str) -> None:
     wanted = {_name(i) for i in shapes} | {_SKIPPED}
     if header.keys() != wanted:
         missing, more = sorted(wanted - header.keys()), sorted(header.keys() - wanted)
-        raise FileFormatError(f"{where}: a broken memory file: it lacks {missing[:3]}, and has unexpected {more[:3]}")
+        raise FileFormatError(
+            f"{where}: a broken memory file: it lacks {missing[:3]}, and has unexpected {more[:3]!s:.300}"
+        )
     rows = next((header[_name(i)][1][:1] for i in shapes), (0,))
     allowed = {_name(i): ("F32", (*rows, *shape)) for i, shape in shapes.items()}
     for tensor, (kind, shape) in (allowed | {_SKIPPED: ("I32", (len(shapes), *rows))}).items():
         dtype, sizes = header[tensor]
         if (dtype, sizes) != (kind, shape):
-            raise FileFormatError(f"{where}: {tensor} is {dtype} {list(sizes)}, allowed {kind} {list(shape)}")
+            raise FileFormatError(
+                f"{where}: {tensor} is {dtype:.20} {shown(list(sizes))}, allowed {kind} {list(shape)}"
+            )

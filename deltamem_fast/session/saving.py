@@ -168,7 +168,7 @@ def _check_header(content: dict[str, Any], header: Header, identity, where: str)
     }
     if header.keys() != wanted.keys() | layers.keys():
         allowed = ", ".join(sorted([*wanted, *layers]))
-        raise FileFormatError(f"{where}: holds {shown(', '.join(sorted(header)), 1000)}; allowed {allowed}")
+        raise FileFormatError(f"{where}: holds {', '.join(sorted(header)):.1000}; allowed {allowed}")
     for name, entry in wanted.items():
         if header[name] != entry:
             raise FileFormatError(f"{where}: {name}: got {shown(header[name])}, allowed {entry}")
@@ -176,7 +176,8 @@ def _check_header(content: dict[str, Any], header: Header, identity, where: str)
         dtype, shape = header[name]
         length = layer["length"] if layer["window"] is None else min(layer["length"], layer["window"] - 1)
         if dtype not in FLOATS or len(shape) != 4 or shape[0] != 1 or shape[2] != length:
-            raise FileFormatError(f"{where}: {name}: got {shown(header[name])}, allowed floats [1, heads, {length}, size]")
+            allowed = f"floats [1, heads, {length}, size]"
+            raise FileFormatError(f"{where}: {name}: got {shown(header[name])}, allowed {allowed}")
 
 
 def _now(model: nn.Module, identity, content: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Now:
