@@ -59,10 +59,11 @@ def composed(data: bytes) -> bytes:
 
 
 @functools.cache
-def _memory_file() -> bytes:
-    memory = MemoryState.zeros(model(), batch_size=2)
+def memory_file(rows: int = 2) -> bytes:
+    """A memory of ``model`` that something was written to."""
+    memory = MemoryState.zeros(model(), batch_size=rows)
     with torch.no_grad():
-        model()(torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(3)), memory=memory)
+        model()(torch.randint(3, 90, (rows, 6), generator=torch.Generator().manual_seed(3)), memory=memory)
     return memory.save(folder() / "seed.safetensors").read_bytes()
 
 
@@ -93,7 +94,7 @@ def _load_memory(data: bytes) -> None:
 def _safetensors() -> list[bytes]:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(0, 4, dtype=torch.int32)}
     tensors["c"] = torch.ones(3, dtype=torch.bfloat16)
-    return [safetensors.torch.save(tensors, {"format": "x"}), safetensors.torch.save({}), _memory_file()]
+    return [safetensors.torch.save(tensors, {"format": "x"}), safetensors.torch.save({}), memory_file()]
 
 
 # --- adapters
@@ -318,7 +319,7 @@ def _export() -> Path:
     directory = folder() / "export-seed"
     with MemoryBank(folder() / "export.bank", model(), durable=False) as bank:
         for n, id in enumerate(("ada", "bob")):
-            bank.commit([id], MemoryState.load(written(_memory_file(), "m.safetensors"), model()).select([n]))
+            bank.commit([id], MemoryState.load(written(memory_file(), "m.safetensors"), model()).select([n]))
         bank.export_all(directory, batch_size=1)
     return directory
 
@@ -433,9 +434,9 @@ TARGETS = [
     Target("json", "deltamem_fast.storage.files:parse_json", _parse_json, lambda: [*_configs(), *_runs()], "json", 400),
     Target("tensors", "deltamem_fast.storage.tensors:parse_tensors", lambda data: parse_tensors(data, "x", "value"),
            _safetensors, "bytes", 400),
-    Target("memory-file", "deltamem_fast.memory.state:load_memory", _load_memory, lambda: [_memory_file()], "bytes"),
+    Target("memory-file", "deltamem_fast.memory.state:load_memory", _load_memory, lambda: [memory_file()], "bytes"),
     Target("memory-head", "deltamem_fast.memory.file:read_memory", lambda data: _load_memory(composed(data)),
-           lambda: [head_and_rest(_memory_file())], "head", 500),
+           lambda: [head_and_rest(memory_file())], "head", 500),
     Target("adapter-config", "deltamem_fast.config:DeltaMemConfig.load", _read_config, _configs, "json", 500),
     Target("adapter-file", "deltamem_fast.adapter.files:read_weights",
            lambda data: _load_adapter("delta_mem_adapter.safetensors", data),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Texts that are JSON for Python's reader, or nearly, and are no value that anybody expects.
@@ -215,6 +215,10 @@ def _dumped(value: Any) -> str:
     return json.dumps(value)
 
 
-def json_seed(*values: Any) -> Callable[[], list[bytes]]:
-    """Seeds of JSON from values."""
-    return lambda: [json.dumps(value).encode() for value in values]
+def replaced(data: bytes, form: str, place: int, value: str) -> bytes:
+    """The first JSON of an input with one of its values replaced by a text."""
+    head, *rest = [data] if form == "json" else data.split(b"\n")
+    holder = [json.loads(head, object_pairs_hook=_Object, parse_constant=_Raw, parse_float=_Raw)]
+    places = list(_places(holder))[1:]
+    _put(*places[place % len(places)], _Raw(value))
+    return b"\n".join([as_bytes(_dumped(holder[0])), *rest])

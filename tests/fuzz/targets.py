@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import eval_targets
 import files_targets
+import server_targets
 import text_targets
 from places import Target
 
 from deltamem_fast.errors import DeltaMemError
 
 TARGETS: dict[str, Target] = {
-    target.name: target for group in (files_targets, eval_targets, text_targets) for target in group.TARGETS
+    target.name: target
+    for group in (files_targets, eval_targets, text_targets, server_targets)
+    for target in group.TARGETS
 }
 LONGEST = 2500  # characters of an error
 

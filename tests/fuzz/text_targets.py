@@ -80,7 +80,8 @@ def _intake() -> Intake:
     return Intake(tokenizer(), "message_mean", len(tokenizer()), Limits(), 4096)
 
 
-def _requests() -> list[bytes]:
+def requests() -> list[bytes]:
+    """Chat completions that are sound."""
     common = {
         "model": "tiny",
         "memory_id": "ada",
@@ -300,7 +301,7 @@ def _text_file(data: bytes) -> None:
 
 
 TARGETS = [
-    Target("chat-request", "deltamem_fast.serving.contract:ChatRequest", _request, _requests, "json", 600),
+    Target("chat-request", "deltamem_fast.serving.contract:ChatRequest", _request, requests, "json", 600),
     Target("forget-request", "deltamem_fast.serving.contract:ForgetRequest", _forget,
            lambda: [b'{"memory_id": "ada", "text": "Rex", "strength": 1.5}'], "json", 200),
     Target("vllm-arguments", "deltamem_fast.vllm.given:read_arguments", _given, _arguments, "json", 300),
