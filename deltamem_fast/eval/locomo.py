@@ -70,7 +70,7 @@ def _document(sample: dict[str, Any], where: str) -> Document:
         if field(conversation, f"session_{number}", list, where)
     )
     if not parts or not asked:
-        raise FileFormatError(f"{where} ({name}): has no session or no question")
+        raise FileFormatError(f"{where} ({name:.80}): has no session or no question")
     questions = tuple(_question(one, f"{name}-q{i}", f"{where}: question {i}") for i, one in enumerate(asked))
     return Document(name, parts, questions)
 

@@ -92,10 +92,10 @@ def _document(one: dict[str, Any], where: str) -> Document:
     name = field(one, "question_id", str, where)
     chats, dates = field(one, "haystack_sessions", list, where), field(one, "haystack_dates", list, where)
     if not chats or len(chats) != len(dates):
-        raise FileFormatError(f"{where} ({name}): has {len(chats)} haystack_sessions and {len(dates)} haystack_dates")
+        raise FileFormatError(f"{where} ({name:.80}): has {len(chats)} haystack_sessions and {len(dates)} haystack_dates")
     kind = field(one, "question_type", str, where)
     if kind not in TYPES:
-        raise FileFormatError(f"{where} ({name}): question_type: got {kind!r:.60}, allowed {', '.join(TYPES)}")
+        raise FileFormatError(f"{where} ({name:.80}): question_type: got {kind!r:.60}, allowed {', '.join(TYPES)}")
     dates = [
         field({"haystack_dates": date}, "haystack_dates", str, f"{where}: session {i}") for i, date in enumerate(dates)
     ]

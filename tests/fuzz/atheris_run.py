@@ -87,8 +87,8 @@ def _target(name: str, runs: int, given: argparse.Namespace) -> dict:
     for folder in (corpus, crashes):
         folder.mkdir(parents=True, exist_ok=True)
     options = [
-        f"-artifact_prefix={crashes}/", f"-max_len={MOST_LENGTH}", f"-rss_limit_mb={MOST_RESIDENT}", f"-seed={given.seed}",
-        f"-timeout={LONGEST_INPUT}", "-print_final_stats=1", "-verbosity=1",
+        f"-artifact_prefix={crashes}/", f"-max_len={MOST_LENGTH}", f"-rss_limit_mb={MOST_RESIDENT}",
+        f"-seed={given.seed}", f"-timeout={LONGEST_INPUT}", "-print_final_stats=1", "-verbosity=1",
     ]  # fmt: skip
     options += [f"-runs={runs}"] if runs else []
     options += [f"-max_total_time={int(given.seconds)}"] if given.seconds else []
@@ -158,12 +158,12 @@ def _fuzz(name: str) -> int:
             (corpus / f"seed-{place}").write_bytes(seed)
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
-        """Mostly ours, which keep to the structure; sometimes libFuzzer's own, which know what was compared with what."""
+        """Mostly ours, which keep to the structure; sometimes libFuzzer's, which know what was compared with what."""
         chance = random.Random(seed)
         if chance.random() < 0.25:
             return atheris.Mutate(data, most)
         number = lambda: chance.randrange(2**32)  # noqa: E731
-        changed = mutated(bytes(data), target.form, [(number(), number(), number())] * 1, seeds)
+        changed = mutated(bytes(data), target.form, [(number(), number(), number())], seeds)
         return changed[:most]
 
     def one(data: bytes) -> None:

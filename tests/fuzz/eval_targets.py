@@ -355,7 +355,7 @@ TARGETS = [
            lambda: _some("longmemeval", 2), "json", 500),
     Target("longmemeval-lines", "deltamem_fast.eval.records:read_records",
            lambda data: _load("longmemeval-s", data, "data.jsonl"),
-           lambda: [b"\n".join(json.dumps(one).encode() for one in json.loads(_some("longmemeval", 2)[0]))], "lines", 200),
+           lambda: ["\n".join(map(json.dumps, json.loads(_some("longmemeval", 2)[0]))).encode()], "lines", 200),
     Target("longmemeval-wheel", "deltamem_fast.eval.longmemeval:load", _of_the_wheel, _wheel, "lines"),
     Target("paper-rows", "deltamem_fast.eval.paper_rows:local_rows", _read_rows, _rows, "lines", 400),
     Target("paper-csv", "deltamem_fast.eval.paper_rows:local_rows", _read_csv, _csv, "text"),

@@ -13,7 +13,7 @@ MOST_RESIDENT = 2**28  # bytes by which the process may come to hold more than e
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, an allocation of a gigabyte fails, whether it would be used or not; a quarter of one in use is told after.
+    """Inside, an allocation of a gigabyte fails, used or not; a quarter of one that was in use is told at the end.
 
     Raises:
         AssertionError: the process has come to hold far more than before.

@@ -16,14 +16,17 @@ NASTY = (
 ).split()  # fmt: skip
 NASTY += [
     "1" + "0" * 400, "-" + "9" * 400, "9" * 4300, "9" * 5000, "1." + "3" * 5000, '"' + "a" * 5000 + '"',
-    '"' + "\N{COMBINING ACUTE ACCENT}" * 300 + '"', '"\N{SUPERSCRIPT TWO}"', '"' + "7" * 5000 + '"', "[" + "0," * 3000 + "0]",
+    '"' + "\N{COMBINING ACUTE ACCENT}" * 300 + '"', '"\N{SUPERSCRIPT TWO}"', '"' + "7" * 5000 + '"',
+    "[" + "0," * 3000 + "0]",
     *("[" * depth + "]" * depth for depth in DEPTHS), *('{"a":' * depth + "1" + "}" * depth for depth in DEPTHS),
 ]  # fmt: skip
 TEXTS = (
     "", " ", "\n\n", "\0", "\ud800", "\udcff", "\ufeff", "\u2028", "\x1b[31m", "\r", "²", "٣", "。", "…", ". ", "!\"'»",
-    "<think>", "</think>", "<|im_start|>", "<|im_end|>", "{0}", "{}", "%s", "{context}", "{{ 7 * 7 }}", "..", "~nobody-here/..",
-    "session_", "answer:", "yes", "no", "1.", "{\"fluency\": 1}", "{" * 900, "[" * 900, "9" * 5000, "a" * 3000, "a b " * 700,
-    "\N{COMBINING ACUTE ACCENT}" * 100, "1e999", "NaN", "-1", "2**63", "--overwrite", "--messages", "all", "tokens",
+    "<think>", "</think>", "<|im_start|>", "<|im_end|>", "{0}", "{}", "%s", "{context}", "{{ 7 * 7 }}", "..",
+    "~nobody-here/..",
+    "session_", "answer:", "yes", "no", "1.", "{\"fluency\": 1}", "{" * 900, "[" * 900, "9" * 5000, "a" * 3000,
+    "a b " * 700, "\N{COMBINING ACUTE ACCENT}" * 100, "1e999", "NaN", "-1", "2**63", "--overwrite", "--messages",
+    "all", "tokens",
 )  # fmt: skip
 BYTES = (
     b"",

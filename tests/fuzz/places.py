@@ -27,8 +27,8 @@ class Target:
     Attributes:
         name: also of its folder in ``corpus``.
         reads: module and function, as ``module:function``, of what is tested.
-        run: reads an input: returns, or raises a DeltaMemError. Whatever else it raises is a fault, an AssertionError too:
-            something was left half done, or a wrong value was let through.
+        run: reads an input: returns, or raises a DeltaMemError. Whatever else it raises is a fault; an
+            AssertionError: something was left half done, or a wrong value was let through.
         seeds: inputs that are whole, or nearly.
         form: see ``mutations.mutated``.
         examples: how many inputs ``make test`` tries.

@@ -73,8 +73,7 @@ def _ask(data: bytes) -> None:
         "method": method, "path": path, "raw_path": path.encode("utf-8", "replace"), "root_path": "",
         "query_string": query.encode("utf-8", "replace"), "server": ("127.0.0.1", 80),
         "headers": [(b"authorization", b"Bearer " + KEY.encode()),
-                    *((_said(pair[0]).lower().encode("latin-1", "replace"), _said(pair[-1]).encode("latin-1", "replace"))
-                      for pair in pairs if pair)],
+                    *((_field(pair[0]).lower(), _field(pair[-1])) for pair in pairs if pair)],
     }  # fmt: skip
     sent: list[dict[str, Any]] = []
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
@@ -96,6 +95,10 @@ def _ask(data: bytes) -> None:
     assert status < 400 or len(told) < 4000, "an error of more than 4,000 bytes"
     if status >= 400:
         assert json.loads(told)["error"]["message"]
+
+
+def _field(value: Any) -> bytes:
+    return _said(value).encode("latin-1", "replace")
 
 
 def _said(value: Any) -> str:

@@ -4,7 +4,7 @@
 """
 
 import ast
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -136,7 +136,7 @@ def test_nasty_values_get_behind_the_structure():
 READERS = {"loads", "read_json", "parse_json", "read_bytes", "read_text", "read_tensors", "parse_tensors", "ZipFile"}
 # What reads by the others, or what none outside has written, each with the reason.
 COVERED = {
-    "deltamem_fast.adapter.identity": "memory-head: backbone_fields of a file's metadata; pickles are this program's own",
+    "deltamem_fast.adapter.identity": "memory-head: backbone_fields of a file's metadata; pickles are our own",
     "deltamem_fast.chat.commands": "command, text-file",
     "deltamem_fast.cli.eval": "typed",
     "deltamem_fast.eval.agent_bench": "entities",
@@ -176,7 +176,7 @@ def test_what_is_read_is_there(name):
 
 @pytest.mark.soak
 def test_a_million_guided_by_coverage(tmp_path):
-    pytest.importorskip("atheris", reason="needs the extra fuzz")
+    assert importlib.util.find_spec("atheris") is not None, "pip install atheris"
     output = tmp_path / "found.json"
     command = [sys.executable, "-m", "tests.fuzz.atheris_run", "--runs", "1000000", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}

@@ -34,7 +34,7 @@ from deltamem_fast.text.messages import plain_messages
 from deltamem_fast.text.segments import sentence_spans
 from deltamem_fast.text.stops import StoppedText
 from deltamem_fast.text.thinking import TextStream
-from deltamem_fast.vllm.given import MODE, STATE, check_arguments, read_arguments, salt_of
+from deltamem_fast.vllm.given import FIRST, KEY, MODE, STATE, check_arguments, read_arguments, salt_of
 
 USER, SAID = {"role": "user", "content": "Where is Rex? At home."}, {"role": "assistant", "content": "I see. So."}
 THOUGHT = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes.", "reasoning_content": "Hm."}
@@ -96,7 +96,7 @@ def requests() -> list[bytes]:
         "chat_template_kwargs": {"enable_thinking": False},
     }
     return [json.dumps(common | {"messages": CHATS[0]} | more).encode(),
-            json.dumps({"model": "tiny", "messages": CHATS[1], "top_p": 1, "seed": 3, "user": "u", "n": 1}).encode()]  # fmt: skip
+            json.dumps({"model": "tiny", "messages": CHATS[1], "top_p": 1, "seed": 3, "n": 1}).encode()]  # fmt: skip
 
 
 def _forget(data: bytes) -> None:
@@ -128,8 +128,8 @@ def _given(data: bytes) -> None:
 
 
 def _arguments() -> list[bytes]:
-    return [json.dumps({MODE: "write", STATE: "AAAAAAAAgD8AAAAAAACAPw==", "delta_mem_key": "k", "delta_mem_first": 2}).encode(),
-            json.dumps({MODE: "read", STATE: "AACAPw=="}).encode(), b"{}"]  # fmt: skip
+    written = {MODE: "write", STATE: "AAAAAAAAgD8AAAAAAACAPw==", KEY: "k", FIRST: 2}
+    return [json.dumps(written).encode(), json.dumps({MODE: "read", STATE: "AACAPw=="}).encode(), b"{}"]
 
 
 # --- chats and texts
@@ -258,8 +258,9 @@ def _command(data: bytes) -> None:
 
 
 def _commands() -> list[bytes]:
-    lines = ("help", "memory all", "ask What is it?", "revise It is 5.", "forget --messages Rex", "context 3", "undo", "on",
-             "context tokens 99", "context all", "off", "set top_p 0.5", "set seed 3", "set", "ingest x", "memory", "nope")  # fmt: skip
+    lines = ("help", "memory all", "ask What is it?", "revise It is 5.", "forget --messages Rex", "context 3", "undo",
+             "context tokens 99", "context all", "off", "on", "set top_p 0.5", "set seed 3", "set", "ingest x",
+             "memory", "nope")  # fmt: skip
     return [line.encode() for line in lines]
 
 
@@ -310,12 +311,15 @@ TARGETS = [
     Target("pieces", "deltamem_fast.text.cutting:pieces_of", _cut,
            lambda: [b"One sentence. Two, three! " * 8, "日本語。です、" .encode() * 9, b"a" * 90], "text", 200),
     Target("sentences", "deltamem_fast.text.segments:sentence_spans", _sentences,
-           lambda: [b'He said: "No." So... what?\n\nNew.', "はい。『はい』。だめ".encode(), b"../x (llama, 2 layers, hidden 64)"], "text", 400),
+           lambda: [b'He said: "No." So... what?\n\nNew.', "はい。『はい』。だめ".encode(),
+                    b"../x (llama, 2 layers, hidden 64)"], "text", 400),
     Target("stream", "deltamem_fast.text.thinking:TextStream", _stream, _tokens, "bytes"),
-    Target("stops", "deltamem_fast.text.stops:StoppedText", _stop, lambda: [b"ab|abc|\n\nxxababcx", b"aa\naaab"], "text"),
+    Target("stops", "deltamem_fast.text.stops:StoppedText", _stop, lambda: [b"ab|abc|\n\nxxababcx", b"aa\naaab"],
+           "text"),
     Target("command", "deltamem_fast.chat.commands:run_command", _command, _commands, "text"),
     Target("typed", "deltamem_fast.chat.options:read_option", _typed,
            lambda: [b"0.5", b"12", b'{"a": 1}', b"locomo=x.json", b"1e9", b"all"], "text", 300),
-    Target("path", "deltamem_fast.storage.files:as_path", _path, lambda: [b"a/b", b"~/x", b"~root/..", b"C:\\x"], "text", 200),
-    Target("text-file", "deltamem_fast.cli.given:given_text", _text_file, lambda: [b"Hello.\n", "é日".encode()], "bytes"),
+    Target("path", "deltamem_fast.storage.files:as_path", _path, lambda: [b"a/b", b"~/x", b"~root/.."], "text", 200),
+    Target("text-file", "deltamem_fast.cli.given:given_text", _text_file, lambda: [b"Hello.\n", "é日".encode()],
+           "bytes"),
 ]  # fmt: skip
