@@ -3,9 +3,9 @@
     python -m tests.fuzz.atheris_run --runs 1000000
     python -m tests.fuzz.atheris_run --target locomo --seconds 60
 
-Each target runs in a process of its own. What is found new is kept in ``--corpus``, to begin with next time; ``--keep``
-puts the smallest inputs that reach all of it into ``tests/fuzz/corpus``, where ``make test`` reads them. An input that
-ends in a fault is written beside the results, and the exit status is 1.
+Each target runs in a process of its own. What is found new is kept in ``--corpus``, to begin with next time; the
+smallest of it go into ``tests/fuzz/corpus`` by ``python -m tests.fuzz.keep``, and ``make test`` reads them there. An
+input that ends in a fault is written beside the results, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KEPT = HERE / "corpus"
 MOST_LENGTH = 16_384  # bytes of an input
-MOST_KEPT_BYTES = 6_000  # of a target's kept inputs together
 MOST_RESIDENT = 3_000  # megabytes of a target's process
 LONGEST_INPUT = 20  # seconds that one may take
 
@@ -34,12 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run targets one after the other, print a table, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.atheris_run", description=__doc__.split("\n")[0])
     parser.add_argument("--target", nargs="+", help="names; default: all")
-    parser.add_argument("--runs", type=int, default=0, help="inputs over all targets together, by their speed")
-    parser.add_argument("--seconds", type=float, default=0, help="of each target")
-    parser.add_argument("--corpus", type=Path, default=Path(tempfile.gettempdir()) / "deltamem-fuzz-corpus")
+    parser.add_argument("--runs", type=int, default=0, help="inputs over all targets together")
     parser.add_argument(
-        "--keep", action="store_true", help="put the smallest inputs that reach all into tests/fuzz/corpus"
+        "--seconds",
+        type=float,
+        default=0,
+        help="of each target at most; what it lacks of its share then falls to those after it",
     )
+    parser.add_argument("--corpus", type=Path, default=Path(tempfile.gettempdir()) / "deltamem-fuzz-corpus")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "bench/results/fuzz/fuzz.json", help="JSON of the results"
     )
@@ -100,8 +100,6 @@ def _target(name: str, runs: int, given: argparse.Namespace) -> dict:
     lines = [line for line in said.splitlines() if re.match(r"\s*\w*(Error|Exception|ERROR)\b", line)]
     if not re.search(r"^Done \d+ runs", said, re.M) and not found:
         lines, found = [said[-1500:]], ["no end"]
-    if given.keep:
-        _keep(name, corpus)
     why = [f"{path}: {' | '.join(lines)[:400]}" for path in found]
     kept = len(list(corpus.iterdir()))
     return {"target": name, "inputs": int(executed[-1]), "seconds": round(seconds, 1), "kept": kept, "crashes": why}
@@ -115,21 +113,6 @@ def _child(name: str, options: list[str]) -> str:
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     return (done.stdout + done.stderr).decode("utf-8", "replace")
-
-
-def _keep(name: str, corpus: Path) -> None:
-    """The smallest inputs that reach what all reach, the shortest first, until there are enough bytes."""
-    with tempfile.TemporaryDirectory() as merged:
-        before = [str(KEPT / name)] if (KEPT / name).is_dir() else []
-        _child(name, ["-merge=1", f"-max_len={MOST_LENGTH}", merged, str(corpus), *before])
-        shutil.rmtree(KEPT / name, ignore_errors=True)
-        (KEPT / name).mkdir(parents=True)
-        total = 0
-        for path in sorted(Path(merged).iterdir(), key=lambda path: (path.stat().st_size, path.name)):
-            total += path.stat().st_size
-            if total > MOST_KEPT_BYTES and any((KEPT / name).iterdir()):
-                break
-            shutil.copyfile(path, KEPT / name / path.name[:16])
 
 
 def _fuzz(name: str) -> int:
@@ -152,10 +135,9 @@ def _fuzz(name: str) -> int:
     target = TARGETS[name]
     seeds = target.seeds()
     options = json.loads(os.environ["FUZZ_OPTIONS"])
-    if "-merge=1" not in options:
-        corpus = Path(next(option for option in options if not option.startswith("-")))
-        for place, seed in enumerate(seeds):
-            (corpus / f"seed-{place}").write_bytes(seed)
+    corpus = Path(next(option for option in options if not option.startswith("-")))
+    for place, seed in enumerate(seeds):
+        (corpus / f"seed-{place}").write_bytes(seed)
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         """Mostly ours, which keep to the structure; sometimes libFuzzer's, which know what was compared with what."""

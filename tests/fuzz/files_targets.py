@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from places import Target, adapter_bits, folder, model, tokenizer, untouched, written
+from places import BEFORE, Target, adapter_bits, folder, model, tokenizer, untouched, written
 
 from deltamem_fast import DeltaMemConfig, MemoryBank, MemorySession, MemoryState, load_adapter, save_adapter
 from deltamem_fast.adapter.files import write_adapter
@@ -248,12 +249,12 @@ def _use_bank(path: Path) -> None:
     except DeltaMemError:
         assert path.read_bytes() == data, "a bank that was refused was written to"
         raise
-    errors = []
+    errors, row = [], bytes(min(store.row_bytes, 10_000) if store.row_bytes > 0 else 0)
     with contextlib.closing(store):
         for call in (
             store.count, store.entries, lambda: store.entries("a", "updated", True, 2),
             lambda: store.read([*IDS, "new"]), lambda: store.versions(IDS),
-            lambda: store.write(["ada", "new", "newer"], None, [bytes(ROW)] * 3), lambda: store.delete(["ada", "bob"]),
+            lambda: store.write(["ada", "new", "newer"], None, [row] * 3), lambda: store.delete(["ada", "bob"]),
         ):  # fmt: skip
             try:
                 call()
@@ -261,6 +262,11 @@ def _use_bank(path: Path) -> None:
                 errors.append(error)
     if errors:
         raise errors[0]
+
+
+def _banks() -> list[bytes]:
+    """One of this version, and those that are upgraded when they are opened."""
+    return [_bank(), *(gzip.decompress((BEFORE / f"{name}.bank.gz").read_bytes()) for name in ("users", "users-3"))]
 
 
 def _open_bank(data: bytes) -> None:
@@ -434,7 +440,8 @@ TARGETS = [
     Target("json", "deltamem_fast.storage.files:parse_json", _parse_json, lambda: [*_configs(), *_runs()], "json", 400),
     Target("tensors", "deltamem_fast.storage.tensors:parse_tensors", lambda data: parse_tensors(data, "x", "value"),
            _safetensors, "bytes", 400),
-    Target("memory-file", "deltamem_fast.memory.state:load_memory", _load_memory, lambda: [memory_file()], "bytes"),
+    Target("memory-file", "deltamem_fast.memory.state:load_memory", _load_memory,
+           lambda: [memory_file(), (BEFORE / "memory.safetensors").read_bytes()], "bytes"),
     Target("memory-head", "deltamem_fast.memory.file:read_memory", lambda data: _load_memory(composed(data)),
            lambda: [head_and_rest(memory_file())], "head", 500),
     Target("adapter-config", "deltamem_fast.config:DeltaMemConfig.load", _read_config, _configs, "json", 500),
@@ -455,7 +462,7 @@ TARGETS = [
            lambda: [json.dumps(_session_content()).encode()], "json", 600),
     Target("session-state", "deltamem_fast.session.saving:load", _load_state,
            lambda: [head_and_rest(_state_path().read_bytes())], "head"),
-    Target("bank-file", "deltamem_fast.storage.bank_store:BankStore", _open_bank, lambda: [_bank()], "bytes", 150),
+    Target("bank-file", "deltamem_fast.storage.bank_store:BankStore", _open_bank, _banks, "bytes", 200),
     Target("bank-cells", "deltamem_fast.storage.bank_store:BankStore", _change_cells, _cells, "json", 200),
     Target("bank-index", "deltamem_fast.memory.bank_index:read_index", _import_all,
            lambda: [(_export() / bank_index.INDEX).read_bytes()], "json"),

@@ -18,6 +18,7 @@ from tokenizers_for_tests import thinking_tokenizer
 from deltamem_fast import DeltaMemConfig, patch_model
 
 DATA = Path(__file__).parents[2] / "deltamem_fast/data/eval"
+BEFORE = Path(__file__).parents[1] / "written_before/memories_v1"  # files of versions before
 
 
 @dataclass(frozen=True)
