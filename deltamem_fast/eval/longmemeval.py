@@ -92,7 +92,8 @@ def _document(one: dict[str, Any], where: str) -> Document:
     name = field(one, "question_id", str, where)
     chats, dates = field(one, "haystack_sessions", list, where), field(one, "haystack_dates", list, where)
     if not chats or len(chats) != len(dates):
-        raise FileFormatError(f"{where} ({name:.80}): has {len(chats)} haystack_sessions and {len(dates)} haystack_dates")
+        counts = f"{len(chats)} haystack_sessions and {len(dates)} haystack_dates"
+        raise FileFormatError(f"{where} ({name:.80}): has {counts}")
     kind = field(one, "question_type", str, where)
     if kind not in TYPES:
         raise FileFormatError(f"{where} ({name:.80}): question_type: got {kind!r:.60}, allowed {', '.join(TYPES)}")

@@ -28,6 +28,7 @@ from deltamem_fast.serving.metrics import Metrics
 from deltamem_fast.storage.bank_store import BankStore
 from deltamem_fast.storage.files import MOST_JSON_DEPTH, parse_json
 from deltamem_fast.text.settings import MOST_DEPTH
+from deltamem_fast.training.log import draw_curves
 
 HUGE, LONG, SHAPE = "1" + "0" * 400, "9" * 4300, '"shape": ['
 
@@ -165,6 +166,16 @@ def test_text_of_a_table_that_is_no_utf_8():
 )
 def test_names_that_are_no_paths(name):
     assert isinstance(public_label(name), str)
+
+
+@pytest.mark.parametrize(
+    "more", ({"mean_beta": 5}, {}, {"mean_beta": [0.5], "answer_loss": "much"}, {"mean_beta": [0.5], "step": 10**400})
+)
+def test_a_log_that_is_of_no_run(more, tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5, **more}) + "\n")
+    with pytest.raises(FileFormatError, match="its entries are not those of a run"):
+        draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_digits_without_end():
