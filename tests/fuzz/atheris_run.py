@@ -100,7 +100,8 @@ def _target(name: str, runs: int, given: argparse.Namespace) -> dict:
     lines = [line for line in said.splitlines() if re.match(r"\s*\w*(Error|Exception|ERROR)\b", line)]
     if not re.search(r"^Done \d+ runs", said, re.M) and not found:
         lines, found = [said[-1500:]], ["no end"]
-    why = [f"{path}: {' | '.join(lines)[:400]}" for path in found]
+    said = re.sub(r"\S*/deltamem-fuzz-\w+/", "", " | ".join(lines))[:400]  # without places of this machine
+    why = [f"{path}: {said}" for path in found]
     kept = len(list(corpus.iterdir()))
     return {"target": name, "inputs": int(executed[-1]), "seconds": round(seconds, 1), "kept": kept, "crashes": why}
 
