@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..arguments import check_choice, check_type
+from ..arguments import check_choice, check_type, shown
 from ..config import CONFIG_NAME, DeltaMemConfig
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, FileMissingError
 from ..storage.files import as_path, naming_files, parse_json, write_atomically
@@ -96,14 +96,14 @@ def _directory_of(adapter: str | os.PathLike) -> Path:
     if name in SHIPPED:
         return SHIPPED[name]
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise FileMissingError(f"adapter: got {name!r}, which is neither a directory nor a hub id (owner/name)")
+        raise FileMissingError(f"adapter: got {name!r:.80}, which is neither a directory nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(ADAPTER_FILES)))
     except Exception as error:  # of the hub, of the HTTP library that its version uses, of the system
         raise FileMissingError(
-            f"adapter: got {name!r}, which is no directory here and could not be had from the hub: {error}"
+            f"adapter: got {name!r:.80}, which is no directory here and could not be had from the hub: {error}"
         ) from error
 
 
@@ -126,7 +126,7 @@ def read_weights(
     def check_all(path: Path, header: Header) -> None:
         for key, (dtype, _) in header.items():
             if dtype not in FLOATS:
-                raise FileFormatError(f"adapter: {path} has {key} of {dtype}, allowed {', '.join(FLOATS)}")
+                raise FileFormatError(f"adapter: {path} has {key:.200} of {dtype:.20}, allowed {', '.join(FLOATS)}")
         if check is not None:
             check(header)
 
@@ -143,8 +143,8 @@ def _read_safetensors(path: Path, check: Callable[[Path, Header], None]) -> dict
         readable = version.isascii() and version.isdigit() and len(version) < 9 and 1 <= int(version) <= FORMAT_VERSION
         if metadata.get("format") != FORMAT or not readable:
             raise FileFormatError(
-                f"adapter: {path} has format {metadata.get('format')!r} version {version!r}, this version reads "
-                f"{FORMAT!r} 1 to {FORMAT_VERSION}"
+                f"adapter: {path} has format {metadata.get('format')!r:.80} version {version!r:.20}, "
+                f"this version reads {FORMAT!r} 1 to {FORMAT_VERSION}"
             )
         if "config" in metadata and (path.parent / CONFIG_NAME).is_file():
             _check_config(path, metadata["config"])
@@ -176,7 +176,7 @@ def _check_config(path: Path, written: str) -> None:
 
 def _differing(values: dict, others: dict, whose: str) -> str:
     """The entries of a configuration that are others in another, ``whose`` that is, in words."""
-    return ", ".join(f"{k} {values[k]!r} ({whose}: {others[k]!r})" for k in values if values[k] != others[k])
+    return ", ".join(f"{k} {values[k]!r:.80} ({whose}: {others[k]!r:.80})" for k in values if values[k] != others[k])
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -262,13 +262,14 @@ def _check_fit(header: Header, targets: Mapping[str, nn.Parameter], name: str) -
         raise FileFormatError(f"adapter: {name} has two weights for one layer, with other names before it")
     missing, unexpected = sorted(targets.keys() - shapes.keys()), sorted(shapes.keys() - targets.keys())
     if missing or unexpected:
-        parts = [f"{what} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        parts = [f"{what} {len(names)} ({', '.join(names[:3]):.300}{', …' if len(names) > 3 else ''})"
                  for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]  # fmt: skip
         raise FileFormatError(f"adapter: {name} does not fit the model: of its weights it {' and '.join(parts)}")
     for key, parameter in targets.items():
         if shapes[key] != tuple(parameter.shape):
             raise FileFormatError(
-                f"adapter: {name} has {key} of shape {list(shapes[key])}, the model needs {list(parameter.shape)}"
+                f"adapter: {name} has {key} of shape {shown(list(shapes[key]))}, the model needs "
+                f"{list(parameter.shape)}"
             )
 
 

@@ -247,7 +247,7 @@ def hub_id(name: str | os.PathLike | None) -> str | None:
     cached = _CACHED.search(name)
     if cached:  # a path into the hub's cache
         return f"{cached[1]}/{cached[2]}"
-    return name if _ID.fullmatch(name) and not Path(name).exists() else None
+    return name if _ID.fullmatch(name) and not os.path.exists(name) else None  # too long a name is no path
 
 
 def public_name(name: str | os.PathLike) -> str:
@@ -258,7 +258,12 @@ def public_name(name: str | os.PathLike) -> str:
     if not re.search(r"[/\\]|^\.{1,2}$|^~", name):
         return name
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return last if last not in ("", ".", "..", "~") else Path(os.path.realpath(Path(name).expanduser())).name or "/"
+    if last not in ("", ".", "..", "~"):
+        return last
+    try:
+        return Path(os.path.realpath(Path(name).expanduser())).name or "/"
+    except (RuntimeError, ValueError):  # a home that nobody has, a NUL: somebody's file may say anything
+        return last or "/"
 
 
 def public_label(label: str) -> str:

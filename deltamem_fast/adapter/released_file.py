@@ -19,6 +19,7 @@ import torch
 from ..errors import FileFormatError, file_error
 from ..storage.tensors import Header
 
+_MOST_SIZES = 64  # of a tensor, as torch has it; the product of millions would take for ever
 _MOST_NAMES_BYTES = 2**23  # of data.pkl: 36 layers take 50 kB
 # Storage class → its dtype, and that dtype's name in a safetensors header.
 _STORAGES = {
@@ -118,7 +119,7 @@ def _records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
         raise _Broken("no archive of torch.save")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-            raise _Broken(f"{entry.filename!r} is compressed or encrypted, which torch.save does not do")
+            raise _Broken(f"{entry.filename!r:.80} is compressed or encrypted, which torch.save does not do")
     if sum(entry.file_size for entry in entries) > size:
         raise _Broken("its entries are larger than the file")
     if found["data.pkl"].file_size > _MOST_NAMES_BYTES:
@@ -130,13 +131,13 @@ def _check_bounds(key: str, tensor: _Tensor, records: dict[str, zipfile.ZipInfo]
     storage = tensor.storage
     stored = storage.numel * _STORAGES[storage.kind][0].itemsize
     if storage.record not in records or records[storage.record].file_size != stored:
-        raise _Broken(f"the storage of {key!r} is not there, or of another size")
+        raise _Broken(f"the storage of {key!r:.80} is not there, or of another size")
     numel, last = 1, tensor.offset
     for length, stride in zip(tensor.shape, tensor.stride):
         numel *= length
         last += (length - 1) * stride
     if numel and last >= storage.numel:
-        raise _Broken(f"{key!r} reaches beyond its storage")
+        raise _Broken(f"{key!r:.80} reaches beyond its storage")
     if numel > storage.numel:
         raise _Broken(f"{key!r} has {numel:,} numbers, its storage {storage.numel:,}: expanded tensors are not read")
 
@@ -214,7 +215,8 @@ def _call(function: Any, arguments: Any) -> Any:
     if function == _Global("torch._utils _rebuild_tensor_v2"):
         storage, offset, shape, stride, *more = arguments
         numbers = all(isinstance(sizes, tuple) and all(map(_natural, sizes)) for sizes in (shape, stride))
-        if not (numbers and len(shape) == len(stride) and _natural(offset) and isinstance(storage, _Storage)):
+        numbers = numbers and len(shape) == len(stride) <= _MOST_SIZES
+        if not (numbers and _natural(offset) and isinstance(storage, _Storage)):
             raise _Broken("data.pkl is damaged")
         if any(more[2:]):  # after requires_grad and hooks: bits that stand for a sign, such as of torch._neg_view
             raise _Broken("a tensor's numbers are stored with another sign than it has: resolve_neg() before saving")

@@ -74,7 +74,7 @@ def run_command(chat: Chat, line: str) -> None:
         raise ArgumentError(f"/{name}: no such command{meant}; allowed {', '.join('/' + name for name in COMMANDS)}")
     rest = rest[0].strip() if rest else ""
     if rest and not command.arguments:
-        raise ArgumentError(f"/{name}: got {rest!r}, allowed nothing after it")
+        raise ArgumentError(f"/{name}: got {rest!r:.80}, allowed nothing after it")
     if not rest and command.arguments and not command.arguments.startswith("["):
         raise ArgumentError(f"/{name}: got nothing after it, allowed /{name} {command.arguments}")
     command.run(chat, rest)
@@ -153,7 +153,7 @@ def _context(chat: Chat, rest: str) -> None:
     elif len(words) == 1:
         _limit(chat, read_limit(rest, "/context", f"{_CONTEXT}, N 1 or more"), chat.session.limits.tokens)
     else:
-        raise ArgumentError(f"/context: got {rest!r}, allowed {_CONTEXT}")
+        raise ArgumentError(f"/context: got {rest!r:.80}, allowed {_CONTEXT}")
 
 
 def _limit(chat: Chat, turns: int | None, tokens: int | None) -> None:
@@ -266,7 +266,7 @@ def _memory(chat: Chat, rest: str) -> None:
         ValueError: ``rest`` is something else.
     """
     if rest not in ("", "all"):
-        raise ArgumentError(f"/memory: got {rest!r}, allowed nothing or all")
+        raise ArgumentError(f"/memory: got {rest!r:.80}, allowed nothing or all")
     state, screen = chat.session.memory, chat.screen
     rows: dict[int, list[LayerReport]] = {}
     for row in state.report():

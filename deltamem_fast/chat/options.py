@@ -76,7 +76,7 @@ def read_option(name: str, text: str, label: str | None = None) -> Value:
     except ValueError:
         value = None
     if value is None or not option.holds(value):
-        raise ArgumentError(f"{label or name}: got {text!r}, allowed {option.allowed}")
+        raise ArgumentError(f"{label or name}: got {text!r:.80}, allowed {option.allowed}")
     return value
 
 
@@ -89,7 +89,7 @@ def read_limit(text: str, label: str, allowed: str = "an integer, 1 or more, or 
     if text == "all":
         return None
     if not text.isdecimal() or len(text) > 18 or int(text) < 1:
-        raise ArgumentError(f"{label}: got {text!r}, allowed {allowed}")
+        raise ArgumentError(f"{label}: got {text!r:.80}, allowed {allowed}")
     return int(text)
 
 

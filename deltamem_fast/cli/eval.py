@@ -191,7 +191,7 @@ def _template(text: str | None) -> dict:
         return {}
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"--template: got {text!r:.120}, which is not JSON ({error}), allowed an object") from error
     if not isinstance(found, dict):
         raise ArgumentError(f"--template: got {text!r:.120}, allowed a JSON object")
@@ -223,7 +223,7 @@ def _model_and_adapters(arguments: argparse.Namespace) -> tuple[str, dict[str, s
             name = shipped.get(text, text)
             label = text if text in shipped else strategy_of(read_adapter(name).config)
         if label in found:
-            raise ArgumentError(f"--adapter: got two with the label {label!r}, allowed each once: LABEL=ADAPTER")
+            raise ArgumentError(f"--adapter: got two with the label {label!r:.80}, allowed each once: LABEL=ADAPTER")
         found[label] = shipped.get(name, name)
     return model, found, shown
 

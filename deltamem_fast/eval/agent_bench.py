@@ -179,14 +179,16 @@ def _document(row: dict[str, Any], source: str, name: str, entities: str | None,
         answers = tuple(str(one) for one in (answers if isinstance(answers, list) else [answers]))
         if not answers:
             raise FileFormatError(f"{here}: has no answer")
-        more = {"new_tokens": family.new_tokens, **_more(row["metadata"], family, i, answers, entities)}
+        more = {"new_tokens": family.new_tokens, **_more(row["metadata"], family, i, answers, entities, here)}
         questions.append(
             Question(f"{name}-q{i}", family.instruction.format(question=text), answers, source, text, more)
         )
     return Document(name, parts, tuple(questions))
 
 
-def _more(metadata: dict, family: Family, place: int, answers: tuple[str, ...], entities: str | None) -> dict[str, Any]:
+def _more(
+    metadata: dict, family: Family, place: int, answers: tuple[str, ...], entities: str | None, where: str
+) -> dict[str, Any]:
     """What scoring one question needs beyond its answers."""
 
     def of_this(key: str) -> Any:
@@ -197,7 +199,10 @@ def _more(metadata: dict, family: Family, place: int, answers: tuple[str, ...], 
         abstains = "_abs" in str(of_this("question_ids") or "")
         return {"judge": "abstention" if abstains else str(of_this("question_types") or "single-session-user")}
     if family.begins == "infbench_sum":
-        points = [str(point) for point in metadata.get("keypoints") or ()]
+        points = metadata.get("keypoints") or []
+        if not isinstance(points, list):
+            raise FileFormatError(f"{where}: metadata.keypoints: got a {type(points).__name__}, allowed a list")
+        points = [str(point) for point in points]
         return {"judge": "summary", "key_points": points} | ({} if points else {"needs": "keypoints in its metadata"})
     if family.scored == "recall@5":
         if entities is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_type, shown
+from ..arguments import MOST_64, check_type, shown
 from ..errors import ArgumentError, FileFormatError, StateError
 from ..storage.files import as_path, check_format, check_version, make_directory, naming_files, parse_json, read_bytes
 from ..storage.locks import HAS_LOCKS, lock_until, open_lock, unlock
@@ -198,8 +197,8 @@ def _check_same(wanted: dict, head: dict, path: Path) -> None:
     for name, here, there in differing(wanted, head):
         if name.partition(".")[0] not in DESCRIBING:
             raise ArgumentError(
-                f"{name}: got {shown(here)}, but {path} has answers with {shown(there)}; give another --output, or the "
-                "same arguments as before"
+                f"{name:.200}: got {shown(here)}, but {path} has answers with {shown(there)}; give another --output, "
+                "or the same arguments as before"
             )
 
 
@@ -260,11 +259,11 @@ def _answer(found: dict, where: str, *, strict: bool) -> Answer:
     return Answer(**values)
 
 
-_WORDS = {"str": "text", "int": "an integer, 0 or more", "float": "a number, 0 or more"}
+_WORDS = {"str": "text", "int": "an integer, 0 or more, of 64 bits", "float": "a number, 0 or more, up to 2^63"}
 
 
 def _fits(value: Any, kind: str) -> bool:
     if kind == "str":
         return isinstance(value, str)
     kinds = (int,) if kind == "int" else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value and math.isfinite(value)
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= MOST_64  # no NaN either

@@ -57,7 +57,8 @@ def checked_telling(window: Any, chunk: Any, chunk_tokens: Any, embedder: str | 
 
 
 def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    digits = isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20
+    return int(value) if digits else value
 
 
 def is_greedy(options: Mapping[str, Any]) -> bool:

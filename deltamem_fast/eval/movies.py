@@ -11,6 +11,7 @@ from ..errors import MissingPackageError
 from .metrics import recall_at
 
 _IN_PARENTHESES = re.compile(r"\([^()]*\)")
+_LONGEST = 1000  # characters of a title that are compared: no movie's has as many, and nltk refuses 2,000
 _NUMBER = re.compile(r"^\d+[.)、]?\s*[-—–]?\s*")
 
 
@@ -78,4 +79,4 @@ def _edit_distance(first: str, second: str) -> int:
         raise MissingPackageError(
             f"recommendations: needs the package nltk, which cannot be imported here ({error}); pip install nltk"
         ) from error
-    return edit_distance(first, second)
+    return edit_distance(first[:_LONGEST], second[:_LONGEST])

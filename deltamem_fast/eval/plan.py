@@ -77,11 +77,11 @@ class Plan:
                 raise ArgumentError(f"{name}: got {', '.join(values) or 'none'}, allowed one or more, each once")
         for name, _ in self.tasks:
             if name not in TASKS and name not in PAPER_TASKS:
-                raise ArgumentError(f"task: got {name!r}, allowed {', '.join((*TASKS, *PAPER_TASKS))}")
+                raise ArgumentError(f"task: got {name!r:.80}, allowed {', '.join((*TASKS, *PAPER_TASKS))}")
         for label in self.adapters:
             if not label.replace("-", "").replace("_", "").isalnum() or label == NO_MEMORY:
                 raise ArgumentError(
-                    f"adapter: label: got {label!r}, allowed letters, digits, - and _, not {NO_MEMORY!r}"
+                    f"adapter: label: got {label!r:.80}, allowed letters, digits, - and _, not {NO_MEMORY!r:.80}"
                 )
         if not self.frozen and not self.adapters:
             raise ArgumentError("adapter: got none without the frozen rows, allowed one or more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..arguments import shown
 from ..errors import ArgumentError
 
 # name: (what stands behind the dash, in words, or "" = nothing does; what the policy is)
@@ -54,6 +55,6 @@ def policy_named(text: str) -> Policy:
     if kind in KINDS:
         if not KINDS[kind][0] and text == kind:
             return Policy(kind)
-        if KINDS[kind][0] and amount.isascii() and amount.isdecimal() and 0 < int(amount) <= MOST:
+        if KINDS[kind][0] and amount.isascii() and amount.isdecimal() and len(amount) < 9 and 0 < int(amount) <= MOST:
             return Policy(kind, int(amount))
-    raise ArgumentError(f"policy: got {text!r}, allowed {ALLOWED}")
+    raise ArgumentError(f"policy: got {shown(text)}, allowed {ALLOWED}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adapter.record import identity_of, is_patched
 from ..arguments import shown
-from ..errors import ArgumentError
+from ..errors import ArgumentError, FileFormatError
 from ..inspection.facts import versions
 from ..storage.files import check_format, check_version, read_bytes, read_json, write_json
 from .answers import differing
@@ -62,6 +62,7 @@ def read_before(path: Path, common: Mapping[str, Any], judge: str | None = None)
 
     Raises:
         ArgumentError: it was run otherwise: rows of two models or data sets are no comparison.
+        FileFormatError: it is no such record, or a damaged one.
     """
     if not path.exists():
         return {}
@@ -74,14 +75,42 @@ def read_before(path: Path, common: Mapping[str, Any], judge: str | None = None)
         added |= name == "settings.embedder" and None in (here, there)  # rows of dense retrieval, or others
         if not added and name not in {f"settings.{fed}" for fed in FED}:
             raise ArgumentError(
-                f"{name}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
+                f"{name:.200}: got {shown(here)}, but {path} has {shown(there)}; give another --output, or what it has"
             )
+    for name, (fits, allowed) in _GONE_ON_WITH.items():
+        if name in before and not fits(before[name]):
+            raise FileFormatError(f"{path}: {name}: got {shown(before[name])}, allowed {allowed}")
     if judge is None and before.get("judge") is not None:
         raise ArgumentError(
             f"judge: got none, but {path} has {shown(before['judge'])}, which has scored the rows that are there; give "
             "another --output, or a judge, which scores them all"
         )
     return before
+
+
+def _texts(value: Any, kind: type = dict) -> bool:
+    return isinstance(value, kind) and all(isinstance(one, str) for one in (value.values() if kind is dict else value))
+
+
+def _by_row(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether a value is task → row → what ``fits``."""
+    return isinstance(value, dict) and all(
+        isinstance(rows, dict) and all(map(fits, rows.values())) for rows in value.values()
+    )
+
+
+# What of an earlier record goes into the next one as it is, so that a damaged one must not get there.
+_GONE_ON_WITH: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("adapters", "data", "tasks"), (_texts, "an object of texts")),
+    "settings": (lambda value: isinstance(value, dict) and isinstance(value.get("embedder"), str | None), "an object"),
+    "policies": (lambda value: _texts(value, list), "a list of texts"),
+    "left_out": (lambda value: _by_row(value, lambda reason: isinstance(reason, str)), "rows and reasons by task"),
+    "verified": (lambda value: _by_row(value, _says_whether), "rows by task, each with holds true or false"),
+}
+
+
+def _says_whether(row: Any) -> bool:
+    return isinstance(row, dict) and type(row.get("holds")) is bool
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -158,12 +187,12 @@ class Record:
 
 
 def _embedder(before: Mapping[str, Any]) -> str | None:
-    return before["settings"]["embedder"] if before else None
+    return before.get("settings", {}).get("embedder")
 
 
 def feeding_holds(output: Path, plan: Plan) -> bool:
     """Whether what was verified of a plan's rows, in this run or before, equals plain forwards."""
-    verified = read_json(output / "run.json")[VERIFIED]
+    verified = read_json(output / "run.json").get(VERIFIED, {})
     rows = [verified.get(task, {}).get(row) for task, _ in plan.tasks for row in plan.rows()]
     return all(row["holds"] for row in rows if row is not None)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..display import shortened, without_surrogates
 from ..errors import FileFormatError, MissingPackageError
-from ..storage.files import opened, parse_json, read_bytes
+from ..storage.files import check_depth, opened, parse_json, read_bytes
 
 ENDINGS = (".json", ".jsonl", ".parquet")
 
@@ -32,6 +32,7 @@ def read_records(path: Path, name: str) -> list[dict[str, Any]]:
         return _parquet_rows(path, name)
     try:
         value = json.loads(read_bytes(path, name).decode("utf-8-sig"))
+        check_depth(value)
     except RecursionError:
         raise FileFormatError(f"{name}: {path}: not JSON: nested too deeply") from None
     except ValueError as error:
@@ -61,7 +62,12 @@ def _parquet_rows(path: Path, name: str) -> list[dict[str, Any]]:
         pass
     try:
         return parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (
+        ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # of text that is no UTF-8, of impossible dates
         raise FileFormatError(f"{name}: {path}: not a parquet file: {shortened(error, 200)}") from error
 
 

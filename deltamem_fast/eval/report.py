@@ -117,10 +117,15 @@ def _named_tasks(value: Any, path: Path) -> dict[str, str]:
     if value is None:
         return {}
     names = list(value) if isinstance(value, list | dict) else None
-    if names is None or not all(isinstance(name, str) and name and name not in _NOT_TASKS for name in names):
+    if names is None or not all(map(_is_task_name, names)):
         raise FileFormatError(f"{path}: tasks: got {shown(value)}, allowed names of tasks")
     titles = value if isinstance(value, dict) else {}
     return {name: title if isinstance(title := titles.get(name), str) else name for name in names}
+
+
+def _is_task_name(name: Any) -> bool:
+    """Whether a directory can be called so, and lies beside others."""
+    return isinstance(name, str) and 0 < len(name.encode("utf-8", "replace")) <= 255 and name not in _NOT_TASKS
 
 
 def _task(directory: Path, name: str, title: str) -> dict:

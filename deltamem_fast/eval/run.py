@@ -298,7 +298,9 @@ def _is_scored(plan: Plan, task: str, row: str, answers: Collection[str]) -> boo
     if plan.judge is None or not path.exists():
         return False
     found = read_json(path)
-    scores = found.get("scores") or {}
+    scores = found.get("scores")
+    if not isinstance(scores, dict):
+        return False
     return found.get("judge") == plan.judge and scores.keys() == set(answers) and None not in scores.values()
 
 

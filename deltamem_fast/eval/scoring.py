@@ -68,7 +68,7 @@ def score_answers(
         if one not in known:
             raise ArgumentError(
                 f"answers: got one to {one!r:.120}, allowed those to {counted(len(known), 'question')} of {task.name}, "
-                f"such as {next(iter(known), '')!r}"
+                f"such as {next(iter(known), '')!r:.80}"
             )
     if not answers:
         raise ArgumentError("answers: got none, allowed one or more")

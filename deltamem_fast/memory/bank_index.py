@@ -55,9 +55,9 @@ def read_index(directory: Path) -> list[ExportedFile]:
         # The index may come from elsewhere: only files beside it are read.
         name = file.get("file") if isinstance(file, dict) else None
         if not isinstance(name, str) or Path(name).name != name or name == "..":
-            raise FileFormatError(f"directory: {path}: got {file!r}, allowed the name of a file beside it and its ids")
+            raise FileFormatError(f"directory: {path}: got {file!r:.80}, allowed the name of a file beside it, and ids")
         if version > 1 and not isinstance(file.get("sha256"), str):
-            raise FileFormatError(f"directory: {path}: {name} has no sha256")
+            raise FileFormatError(f"directory: {path}: {name:.80} has no sha256")
         if not isinstance(file.get("ids"), list):
             raise FileFormatError(f"directory: {path}: ids: got a {type(file.get('ids')).__name__}, allowed a list")
     try:

@@ -13,7 +13,7 @@ import torch
 
 from ..adapter.fingerprints import public_label
 from ..adapter.identity import describe_difference
-from ..arguments import MOST
+from ..arguments import MOST, shown
 from ..errors import ArgumentError, FileFormatError
 from ..storage.files import as_path, check_format, parse_json, write_atomically
 from ..storage.tensors import Header, check_seal, read_tensors, save_tensors, seal
@@ -141,7 +141,7 @@ def read_memory(
         shapes.update(_shapes(metadata, where))
         _check_tensors(shapes, header, where)
         if metadata.get("frozen") not in ("true", "false"):
-            raise FileFormatError(f"{where}: frozen is {metadata.get('frozen')!r}, allowed true and false")
+            raise FileFormatError(f"{where}: frozen is {metadata.get('frozen')!r:.80}, allowed true and false")
         if check is not None:
             check(metadata, shapes)
 
@@ -168,7 +168,7 @@ def _check_version(metadata: Mapping[str, str], where: str) -> None:
     check_format(metadata.get("format"), FORMAT, where, "not a memory file")
     version = metadata.get("format_version", "")
     if not re.fullmatch("[0-9]{1,9}", version) or not 1 <= int(version) <= FORMAT_VERSION:
-        raise FileFormatError(f"{where}: format version {version!r}, this version reads 1 to {FORMAT_VERSION}")
+        raise FileFormatError(f"{where}: format version {version!r:.80}, this version reads 1 to {FORMAT_VERSION}")
 
 
 def _shapes(metadata: Mapping[str, str], where: str) -> Shapes:
@@ -179,7 +179,7 @@ def _shapes(metadata: Mapping[str, str], where: str) -> Shapes:
     for layer, shape in said.items():
         whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
         if not re.fullmatch("0|[1-9][0-9]{0,8}", layer) or not whole or shape[1] != shape[2]:
-            raise FileFormatError(f"{where}: layer {layer!r} is said to be {shape!r}, allowed [heads, rank, rank]")
+            raise FileFormatError(f"{where}: layer {layer!r:.20} is {shape!r:.80}, allowed [heads, rank, rank]")
     return {int(layer): tuple(shape) for layer, shape in said.items()}
 
 
@@ -188,10 +188,14 @@ def _check_tensors(shapes: Shapes, header: Header, where: str) -> None:
     wanted = {_name(i) for i in shapes} | {_SKIPPED}
     if header.keys() != wanted:
         missing, more = sorted(wanted - header.keys()), sorted(header.keys() - wanted)
-        raise FileFormatError(f"{where}: a broken memory file: it lacks {missing[:3]}, and has unexpected {more[:3]}")
+        raise FileFormatError(
+            f"{where}: a broken memory file: it lacks {missing[:3]}, and has unexpected {more[:3]!s:.300}"
+        )
     rows = next((header[_name(i)][1][:1] for i in shapes), (0,))
     allowed = {_name(i): ("F32", (*rows, *shape)) for i, shape in shapes.items()}
     for tensor, (kind, shape) in (allowed | {_SKIPPED: ("I32", (len(shapes), *rows))}).items():
         dtype, sizes = header[tensor]
         if (dtype, sizes) != (kind, shape):
-            raise FileFormatError(f"{where}: {tensor} is {dtype} {list(sizes)}, allowed {kind} {list(shape)}")
+            raise FileFormatError(
+                f"{where}: {tensor} is {dtype:.20} {shown(list(sizes))}, allowed {kind} {list(shape)}"
+            )

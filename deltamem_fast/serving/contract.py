@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..arguments import shown
+from ..display import shortened
 
 _COLDEST = 0.01  # below it, sampling is greedy but for what overflows
 
@@ -112,7 +113,7 @@ def in_words(error: ValidationError) -> str:
     said = first["msg"]
     if first["type"] == "value_error":
         return said.removeprefix("Value error, ")
-    field = ".".join(map(str, first["loc"])) or "body"
+    field = shortened(".".join(map(str, first["loc"])), 80) or "body"
     if first["type"] == "extra_forbidden":
         return f"{field}: got {shown(first['input'])}, which is not supported here; leave it out"
     if first["type"] == "missing":

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from ..arguments import MOST_64
 from .contract import error_body
 from .hosts import is_loopback, without_port
 from .metrics import Metrics
@@ -72,8 +73,11 @@ class Guard:
             await JSONResponse(told, 415)(scope, receive, send)
             return
         said = headers.get(b"content-length", b"0")
-        if said.isdigit() and int(said) > self._body:
-            await JSONResponse(error_body(413, self._too_large(int(said))), 413)(scope, receive, send)
+        size = (
+            min(int(said[:20]), MOST_64) if said.isdigit() else 0
+        )  # of more digits than these, it is too large as well
+        if size > self._body:
+            await JSONResponse(error_body(413, self._too_large(size)), 413)(scope, receive, send)
             return
         found = 0
 

@@ -120,7 +120,7 @@ def rendered(
             raise ArgumentError(f"messages[{place}]: got role {message['role']!r}, allowed for the first message alone")
         if message["role"] not in ("user", "assistant", "tool"):
             raise ArgumentError(
-                f"messages[{place}]: got role {message['role']!r}, allowed system, developer, user, assistant, tool"
+                f"messages[{place}]: got role {message['role']!r:.80}, allowed system, developer, user, assistant, tool"
             )
     if not said or said[-1]["role"] == "assistant":
         got = repr(said[-1]["role"]) if said else "no message after the system's"

@@ -47,7 +47,7 @@ def checked_messages(text: str | Sequence[Message]) -> tuple[dict[str, Any], ...
         raise ArgumentError("text: got no message, allowed one or more")
     for place, message in enumerate(text):
         if message.get("role") not in _ROLES:
-            raise ArgumentError(f"text[{place}]: got role {message.get('role')!r}, allowed {', '.join(_ROLES)}")
+            raise ArgumentError(f"text[{place}]: got role {message.get('role')!r:.80}, allowed {', '.join(_ROLES)}")
     messages = plain_messages(text)
     try:  # the caller may go on with its lists, of tool calls or documents
         return tuple(copy.deepcopy(messages))

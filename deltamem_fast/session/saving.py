@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from ..adapter.record import identity_of
 from ..adapter.wrappers import decoder_of, unwrap
+from ..arguments import shown
 from ..errors import ArgumentError, ArgumentTypeError, FileFormatError, StateError
 from ..memory.file import check_made_under, whole_counts
 from ..memory.state import MemoryState
@@ -169,15 +170,16 @@ def _check_header(content: dict[str, Any], header: Header, identity, where: str)
     }
     if header.keys() != wanted.keys() | layers.keys():
         allowed = ", ".join(sorted([*wanted, *layers]))
-        raise FileFormatError(f"{where}: holds {', '.join(sorted(header))}; allowed {allowed}")
+        raise FileFormatError(f"{where}: holds {', '.join(sorted(header)):.1000}; allowed {allowed}")
     for name, entry in wanted.items():
         if header[name] != entry:
-            raise FileFormatError(f"{where}: {name}: got {header[name]}, allowed {entry}")
+            raise FileFormatError(f"{where}: {name}: got {shown(header[name])}, allowed {entry}")
     for name, layer in layers.items():
         dtype, shape = header[name]
         length = layer["length"] if layer["window"] is None else min(layer["length"], layer["window"] - 1)
         if dtype not in FLOATS or len(shape) != 4 or shape[0] != 1 or shape[2] != length:
-            raise FileFormatError(f"{where}: {name}: got {header[name]}, allowed floats [1, heads, {length}, size]")
+            allowed = f"floats [1, heads, {length}, size]"
+            raise FileFormatError(f"{where}: {name}: got {shown(header[name])}, allowed {allowed}")
 
 
 def _now(model: nn.Module, identity, content: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Now:

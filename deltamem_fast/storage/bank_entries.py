@@ -72,7 +72,7 @@ def _check(path: Path, row: Sequence) -> None:
     except (struct.error, AttributeError):  # numbers or an id that are none
         sound = False
     if not sound:
-        raise damaged(path, f"the entry of {row[0]!r} is not what was written")
+        raise damaged(path, f"the entry of {row[0]!r:.80} is not what was written")
 
 
 def check_count(connection: sqlite3.Connection, path: Path, found: int) -> None:

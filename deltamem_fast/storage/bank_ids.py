@@ -65,7 +65,7 @@ def check_ids(ids: Iterable[str], name: str = "ids") -> list[str]:
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(id for id in ids if id in seen or seen.add(id))
-        raise ArgumentError(f"{name}: got {twice!r} twice, allowed each once")
+        raise ArgumentError(f"{name}: got {twice!r:.80} twice, allowed each once")
     return ids
 
 
@@ -84,7 +84,7 @@ def check_id(id: str, name: str = "id") -> str:
     try:
         size = len(id.encode())
     except UnicodeEncodeError:
-        raise ArgumentError(f"{name}: got {id!r}, which holds half of a surrogate pair") from None
+        raise ArgumentError(f"{name}: got {id!r:.80}, which holds half of a surrogate pair") from None
     if not 1 <= size <= MAX_ID_BYTES or "\0" in id:
         raise ArgumentError(f"{name}: got {shown(id)} of {size} bytes, allowed 1 to {MAX_ID_BYTES} bytes without NUL")
     return id

@@ -173,7 +173,7 @@ def upgrade(connection: sqlite3.Connection, path: Path, row_bytes: int) -> None:
             if sound and old_row_sum is not None:
                 sound = kept == old_row_sum(id, version, state) and kept_entry == entry_sum_2(id, *numbers, kept)
             if not sound:
-                raise damaged(path, f"the row of {id!r} is not as it was written")
+                raise damaged(path, f"the row of {id!r:.80} is not as it was written")
             new = row_sum(id, version, state)
             checked.append((id, new, entry_sum(id, *numbers, new)))
         connection.executemany("UPDATE memories SET row_sum = ?2, entry_sum = ?3 WHERE id = ?1", sorted(checked))

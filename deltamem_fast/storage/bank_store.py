@@ -169,7 +169,7 @@ class BankStore:
         if not isinstance(prefix, str):
             raise ArgumentTypeError(f"prefix: got a {type(prefix).__name__}, allowed a string")
         if any("\ud800" <= letter <= "\udfff" for letter in prefix):
-            raise ArgumentError(f"prefix: got {prefix!r}, which holds half of a surrogate pair")
+            raise ArgumentError(f"prefix: got {prefix!r:.80}, which holds half of a surrogate pair")
         check_choice(order_by, "order_by", ORDERS)
         for name, value in (("limit", 0 if limit is None else limit), ("offset", offset)):
             check_integer(value, name, 0, None)
@@ -223,7 +223,8 @@ class BankStore:
             step = 1 + int.from_bytes(os.urandom(3), "big")
             connection.execute("UPDATE meta SET value = value + ? WHERE name = 'version'", (step,))
             version = connection.execute("SELECT value FROM meta WHERE name = 'version'").fetchone()[0]
-            if any(known >= version for _, known, _ in found):
+            # Beyond 64 bits SQLite goes on with floats.
+            if type(version) is not int or version < 1 or any(known >= version for _, known, _ in found):
                 raise damaged(self.path, "its count of versions is not what was written")
             now = time.time_ns() // 1000
             sums = [row_sum(id, version, row) for id, row in zip(ids, rows)]
@@ -231,6 +232,8 @@ class BankStore:
             new = sorted((id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is None)
             old = sorted((key, id, place) for place, (id, (key, *_)) in enumerate(zip(ids, found)) if key is not None)
             free = connection.execute("SELECT coalesce(max(key), 0) + 1 FROM states").fetchone()[0]
+            if type(free) is not int or not 0 < free <= MOST_64 - len(new):
+                raise damaged(self.path, "its rows have other keys than were written")
             changed = connection.executemany(
                 "UPDATE states SET state = ? WHERE key = ?", ((rows[place], key) for key, _, place in old)
             )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..arguments import shown
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -29,6 +30,7 @@ from ..errors import (
 from .locks import HAS_LOCKS, closed_afterwards, lock_at_once
 
 MOST_JSON_BYTES = 2**28
+MOST_JSON_DEPTH = 128  # lists and objects in one another: what is deeper ends in others' RecursionErrors
 _OLD = 24 * 3600.0  # seconds after which a leftover is one, where no lock tells
 _TEMPORARY = ".tmp"
 _LONGEST = 200  # characters of a file's name that its temporary directory has
@@ -59,14 +61,14 @@ def as_path(path: str | os.PathLike, name: str, *, expand: bool = True) -> Path:
         raise ArgumentTypeError(f"{name}: got {type(path).__name__}, allowed a path")
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise ArgumentError(f"{name}: got {text!r}, allowed a path")
+        raise ArgumentError(f"{name}: got {text!r:.80}, allowed a path")
     try:
         found = Path(path).expanduser() if expand else Path(path)
         os.lstat(found)
     except RuntimeError as error:
-        raise ArgumentError(f"{name}: got {text!r}, allowed a path (nobody has that home directory)") from error
+        raise ArgumentError(f"{name}: got {text!r:.80}, allowed a path (nobody has that home directory)") from error
     except (UnicodeError, TypeError) as error:
-        raise ArgumentError(f"{name}: got {text!r}, allowed a path ({error})") from error
+        raise ArgumentError(f"{name}: got {text!r:.80}, allowed a path ({error})") from error
     except OSError as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise file_error(error, name, text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…") from error
@@ -258,7 +260,7 @@ def naming_files(name: str, path: str | os.PathLike) -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, DeltaMemError) or "null" not in str(error):
             raise
-        raise ArgumentError(f"{name}: got {os.fspath(path)!r}, allowed a path (no NUL in it)") from error
+        raise ArgumentError(f"{name}: got {os.fspath(path)!r:.80}, allowed a path (no NUL in it)") from error
 
 
 def read_bytes(path: str | os.PathLike, name: str = "path", *, most: int | None = None) -> bytes:
@@ -285,7 +287,7 @@ def opened(path: str | os.PathLike, name: str) -> Iterator[BinaryIO]:
         except FileNotFoundError:
             raise file_error(FileNotFoundError(errno.ENOENT, "no such file"), name, path) from None
         except ValueError as error:  # NUL in the path
-            raise FileMissingError(f"{name}: {path!r}: no such file: {error}") from None
+            raise FileMissingError(f"{name}: {path!r:.80}: no such file: {error}") from None
         # A pipe or a device would never end.
         if not stat.S_ISREG(kind):
             raise WrongPathKindError(f"{name}: {path}: not a file" + (" but a directory" * stat.S_ISDIR(kind)))
@@ -298,7 +300,8 @@ def read_json(path: str | os.PathLike, name: str = "") -> dict:
 
     Raises:
         FileMissingError, FileAccessError: see ``read_bytes``.
-        FileFormatError (a ValueError): not a JSON object, or one with NaN, Inf, or nested without end; names the file.
+        FileFormatError (a ValueError): not a JSON object, or one with NaN, Inf, or nested more than ``MOST_JSON_DEPTH``
+            times; names the file.
     """
     return parse_json(read_bytes(path, name or "path", most=MOST_JSON_BYTES), path, name)
 
@@ -309,6 +312,7 @@ def parse_json(data: bytes | str, path: str | os.PathLike, name: str = "") -> di
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=unique_keys)
+        check_depth(value)
     except RecursionError:
         raise FileFormatError(f"{where}: not JSON: nested too deeply") from None
     except ValueError as error:
@@ -318,16 +322,30 @@ def parse_json(data: bytes | str, path: str | os.PathLike, name: str = "") -> di
     return value
 
 
+def check_depth(value: Any) -> None:
+    """Raise RecursionError, as Python's reader of JSON does, for lists and dicts more than ``MOST_JSON_DEPTH`` deep.
+
+    Python's own limit leaves a value that its ``repr`` and ``json.dumps``, some calls further in, cannot go through.
+    """
+    level = [value]
+    for _ in range(MOST_JSON_DEPTH + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    raise RecursionError("nested too deeply")
+
+
 def check_format(found: Any, wanted: str, where: str, what: str) -> None:
     """Raise FileFormatError, beginning with ``where`` and saying ``what`` the file is not, unless its format fits."""
     if found != wanted:
-        raise FileFormatError(f"{where}: {what} (format {found!r}, allowed {wanted!r})")
+        raise FileFormatError(f"{where}: {what} (format {shown(found)}, allowed {wanted!r})")
 
 
 def check_version(version: Any, most: int, where: str) -> None:
     """Raise FileFormatError, beginning with ``where``, unless a format version is an integer from 1 to ``most``."""
     if type(version) is not int or not 1 <= version <= most:
-        raise FileFormatError(f"{where}: format version {version!r}, this version reads 1 to {most}")
+        raise FileFormatError(f"{where}: format version {shown(version)}, this version reads 1 to {most}")
 
 
 def _refuse_constant(text: str):

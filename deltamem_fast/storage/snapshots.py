@@ -212,7 +212,7 @@ def _check_head(path: Path, manifest: dict[str, Any]) -> None:
         # A name is no way out of the directory, whoever wrote the manifest.
         kinds = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
         if kinds != _ENTRY or not (_DATA_NAME.fullmatch(entry["name"]) and _SHA256.fullmatch(entry["sha256"])):
-            raise FileFormatError(f"directory: {path}: damaged: files: {name!r} names no data file with its checksum")
+            raise FileFormatError(f"directory: {path}: damaged: files: {name!r:.80} names no file with its checksum")
 
 
 def _sealed(manifest: Mapping[str, Any]) -> tuple[bytes, str]:
@@ -269,7 +269,7 @@ def _check_not_foreign(path: Path, data: bytes, format_name: str, format_version
         return  # damaged
     name, version = manifest.get("format"), manifest.get("format_version")
     if name != format_name:
-        raise FileFormatError(f"directory: {path}: of another format ({name!r}); it is not overwritten")
+        raise FileFormatError(f"directory: {path}: of another format ({name!r:.80}); it is not overwritten")
     if type(version) is int and version > format_version:
         raise FileFormatError(
             f"directory: {path}: of a newer format (version {version}, this version writes {format_version}); "

@@ -88,7 +88,7 @@ def _read_header(file: IO[bytes], size: int, where: str) -> tuple[dict[str, str]
         dtype, shape, offsets = map(entry.get, _ENTRY) if isinstance(entry, dict) else (None, None, None)
         placed = _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
         if not isinstance(dtype, str) or not placed:
-            raise FileFormatError(f"{where}: not a safetensors file: entry {key!r}")
+            raise FileFormatError(f"{where}: not a safetensors file: entry {key!r:.80}")
         found[key] = (dtype, tuple(shape))
         end = max(end, offsets[1])
     expected = 8 + length + end
@@ -100,7 +100,8 @@ def _read_header(file: IO[bytes], size: int, where: str) -> tuple[dict[str, str]
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    # A file may say a number that is too long to be said again.
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapter.files import SAFETENSORS_NAME
 from ..adapter.fingerprints import public_label
-from ..arguments import MOST
+from ..arguments import MOST, shown
 from ..config import CONFIG_NAME
 from ..errors import ArgumentError, FileFormatError
 from ..storage.files import as_path, read_json, write_json
@@ -59,13 +59,15 @@ class Run:
             names = sorted((before.keys() | now.keys()) - changeable)
             compared += [(name, before.get(name), now.get(name)) for name in names]
         differing = [
-            "other data" if name == "data" else f"{name} {before!r} (now {now!r})"
+            "other data" if name == "data" else f"{name:.80} {shown(before)} (now {shown(now)})"
             for name, before, now in compared
             if before != now
         ]
         if differing:
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
             raise ArgumentError(
-                f"resume: {directory} holds a run with {', '.join(differing)}; allowed: the same, or another --output"
+                f"resume: {directory} holds a run with {', '.join(differing[:8])}{more}; allowed: the same, or another "
+                "--output"
             )
 
 

@@ -146,7 +146,7 @@ def _from_chat(value: dict, where: str, visible_turns: int) -> list[Example]:
     messages = _messages(value["messages"], "messages")
     targets = value.get("targets", [len(messages) - 1])
     if not isinstance(targets, list) or not targets or any(type(t) is not int for t in targets):
-        raise ArgumentError(f"targets: got {targets!r}, allowed a list of places in messages, counted from 0")
+        raise ArgumentError(f"targets: got {targets!r:.80}, allowed a list of places in messages, counted from 0")
     return [_from_target(messages, target, where, visible_turns) for target in targets]
 
 
@@ -178,7 +178,7 @@ def _from_parts(value: dict, where: str) -> Example:
 def _only(value: dict, allowed: tuple[str, ...], name: str = "") -> None:
     unknown = sorted(value.keys() - set(allowed))
     if unknown:
-        raise ArgumentError(f"{name}{unknown[0]!r}: unknown key, allowed {', '.join(allowed)}")
+        raise ArgumentError(f"{name}{unknown[0]!r:.80}: unknown key, allowed {', '.join(allowed)}")
 
 
 def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
@@ -192,7 +192,7 @@ def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
             raise ArgumentError(f"{part}: got {type(message).__name__}, allowed an object with role and content")
         _only(message, MESSAGE_KEYS, f"{part}: ")
         if message.get("role") not in ROLES:
-            raise ArgumentError(f"{part}.role: got {message.get('role')!r}, allowed {', '.join(ROLES)}")
+            raise ArgumentError(f"{part}.role: got {message.get('role')!r:.80}, allowed {', '.join(ROLES)}")
         content = message.get("content")
         allowed = isinstance(content, str) or (isinstance(content, list) and all(map(is_text_part, content)))
         if content is None:
@@ -209,7 +209,7 @@ def _messages(value, name: str, empty: bool = False) -> tuple[dict, ...]:
 
 def _answer(message: dict, name: str) -> dict:
     if message["role"] != "assistant":
-        raise ArgumentError(f"{name}.role: got {message['role']!r}, allowed assistant: it is the answer")
+        raise ArgumentError(f"{name}.role: got {message['role']!r:.80}, allowed assistant: it is the answer")
     if not (message.get("content") or "").strip() and not message.get("tool_calls"):
         raise ArgumentError(f"{name}.content: got an empty answer, allowed one with text (or tool_calls)")
     return message

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from ..arguments import shown
 from ..errors import ArgumentError, FileFormatError
 from ..storage.files import as_path, naming_files, read_bytes, write_atomically, write_text
 
@@ -94,16 +96,21 @@ def draw_curves(log: str | os.PathLike, target: str | os.PathLike) -> Path:
     evaluations = [entry for entry in entries if "evaluation" in entry]
     if not training:
         raise ArgumentError(f"log: {log} holds no training step")
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure, picture = Figure(figsize=(11, 7), layout="constrained"), io.BytesIO()
     (loss, gates), (norm, rate) = figure.subplots(2, 2)
-    _draw_loss(loss, training, evaluations)
-    _draw_gates(gates, training)
-    _draw(norm, training, "grad_norm", "gradient norm")
-    _draw(rate, training, "learning_rate", "learning rate")
-    for axes in (loss, gates, norm, rate):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    return write_atomically(target, lambda temporary: figure.savefig(temporary, format="png", dpi=110), private=False)
+    try:
+        _draw_loss(loss, training, evaluations)
+        _draw_gates(gates, training)
+        _draw(norm, training, "grad_norm", "gradient norm")
+        _draw(rate, training, "learning_rate", "learning rate")
+        for axes in (loss, gates, norm, rate):
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+        figure.savefig(picture, format="png", dpi=110)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        # An entry without what is drawn, or with another kind of it.
+        raise FileFormatError(f"log: {log}: its entries are not those of a run: {shown(error)}") from error
+    return write_atomically(target, lambda temporary: temporary.write_bytes(picture.getbuffer()), private=False)
 
 
 def _number(value) -> float:

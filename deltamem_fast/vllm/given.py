@@ -84,9 +84,6 @@ def _salt(mode: str, state: str, first: int) -> str:
 
 def check_arguments(arguments: Mapping[str, Any] | None, shape: tuple[int, int, int, int] | None = None) -> None:
     """Raise ValueError if a request's memory is not one; ``shape`` [L, H, r, r] is what a state has to have."""
-    for name in (STATE, MODE, KEY):
-        if name in (arguments or {}) and not isinstance(arguments[name], str):
-            raise ArgumentError(f"{name}: got {shown(arguments[name])}, allowed a string")
     read_arguments(arguments, shape)
 
 
@@ -94,6 +91,9 @@ def read_arguments(arguments: Mapping[str, Any] | None, shape: tuple[int, int, i
     """What a request's arguments say of its memory; None: nothing. Errors as of ``check_arguments``."""
     if not arguments or not any(name in arguments for name in (STATE, MODE, KEY, FIRST)):
         return None
+    for name in (STATE, MODE, KEY):
+        if name in arguments and not isinstance(arguments[name], str):
+            raise ArgumentError(f"{name}: got {shown(arguments[name])}, allowed a string")
     mode, key, state = arguments.get(MODE, "write"), arguments.get(KEY), arguments.get(STATE)
     first = check_integer(arguments.get(FIRST, 0), FIRST, 0)
     check_choice(mode, MODE, MODES)

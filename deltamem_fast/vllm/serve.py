@@ -111,7 +111,7 @@ def engine_arguments(text: str | None) -> dict[str, Any]:
     """
     try:
         found = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"--engine-args: got {text!r:.80}, allowed a JSON object ({error})") from error
     if not isinstance(found, dict):
         raise ArgumentError(f"--engine-args: got {text!r:.80}, allowed a JSON object")
