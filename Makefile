@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm eval-smoke evaluation docs plots readme compare gpu soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm eval-smoke evaluation docs plots readme compare gpu fuzz soak triton36 kernels-report clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked; then a talk with SmolLM2"
@@ -30,7 +30,8 @@ help:
 	@echo "make kernels-report  registers, shared memory and spills of every kernel, compiled ahead of time; on the emulator"
 	@echo "                     instructions, sectors and estimates of the time; JSON of those (OUTPUT=dir)"
 	@echo "make gpu             on a machine with a GPU, in nine minutes: its tests, then timings (OUTPUT=dir)"
-	@echo "make soak            what takes long"
+	@echo "make fuzz            a million inputs to every reader, guided by coverage; half an hour (OUTPUT=dir)"
+	@echo "make soak            what takes long, hours of it"
 
 setup: $(VENV)/.ready
 
@@ -173,7 +174,12 @@ kernels-report: setup
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m bench.gpu --output $(OUTPUT)
 
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	$(BIN)/python -m tests.fuzz.atheris_run --runs 1000000 --output $(OUTPUT)/fuzz/fuzz.json
+
 soak: setup triton36
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
 	DELTAMEM_TRITON36=$(CURDIR)/$(VENV)36/bin/python $(BIN)/python -m pytest -m "soak and not gpu" -q
 
 # The oldest Triton that is supported, of which the emulator runs the PTX too. torch first: it asks for a newer one.

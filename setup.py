@@ -27,6 +27,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.32,<0.34"],
     "bench": ["bm25s>=0.3", "numba>=0.61", "matplotlib>=3.9", "tqdm>=4.66"],
 }
+EXTRAS["fuzz"] = ["atheris>=3.0"]
 EXTRAS["dev"] = [
     "pytest>=8.3,<9.2",  # 9.2 does not look at what pytest-xdist 3.8 writes of its groups
     "pytest-xdist>=3.6",
