@@ -90,6 +90,7 @@ bench: setup
 
 recall: setup
 	$(BIN)/python -m bench.recall curves --output $(OUTPUT)/recall
+	$(BIN)/python -m bench.recall trust --output $(OUTPUT)/trust
 	$(BIN)/python -m bench.report
 
 recall-train: setup

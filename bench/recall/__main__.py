@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import curves, hostile, released, smollm2
+from . import curves, released, smollm2, trust
 
-COMMANDS = {"curves": curves, "hostile": hostile, "released": released, "smollm2": smollm2}
+COMMANDS = {"curves": curves, "released": released, "smollm2": smollm2, "trust": trust}
 
 
 def main(arguments: list[str] | None = None) -> int:

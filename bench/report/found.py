@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltamem_fast.storage.files import read_json
+
 from ..instrument import machine, results
 from ..instrument.results import Result
 from ..instrument.rows import Row
@@ -26,12 +28,13 @@ class Found:
     bank: Result | None = None
     recall: Result | None = None
     released: Result | None = None
-    hostile: Result | None = None
+    trust: Result | None = None
     life: Mapping[str, Result] = field(default_factory=dict)  # by folder
     smollm2: Sequence[Result] = ()  # one a part, and one a part of adapters that were measured by themselves
     vllm: Result | None = None
     load: Sequence[Result] = ()  # one an engine
     kills: Sequence[Result] = ()
+    fuzz: Sequence[dict[str, Any]] = ()  # one a run
     evaluations: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # reports of runs, by folder
     pictures: Path = PICTURES  # a page shows those that are there
 
@@ -42,14 +45,15 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     Raises:
         ValueError, OSError: a file there cannot be read.
     """
-    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "vllm", "hostile")
+    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "vllm", "trust")
     parts = [results.latest(folder) for folder in sorted((directory / "smollm2").glob("*"))]
     single = {name: results.latest(directory / name) for name in names}
     for name in ("load", "kills"):
         engines = [results.latest(directory / "serving" / f"{name}{engine}") for engine in ("", "-vllm")]
         single[name] = tuple(filter(None, engines))
-    life = {name: results.latest(directory / name) for name in ("life/tokens", "life/session", "life/bank", "fuzz")}
+    life = {name: results.latest(directory / name) for name in ("life/tokens", "life/session", "life/bank")}
     single["life"] = {name: result for name, result in life.items() if result is not None}
+    single["fuzz"] = [read_json(path) for path in sorted((directory / "fuzz").glob("*.json"))]
     single["evaluations"] = found_runs(directory / "eval")
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
 

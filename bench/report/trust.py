@@ -1,8 +1,9 @@
-"""Tables of ``python -m bench.recall hostile``: what was kept and learnt, by trust."""
+"""Tables of ``python -m bench.recall trust``: what was kept and learnt, by trust."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ..instrument.rows import Row
 from ..instrument.tables import markdown
@@ -44,3 +45,14 @@ def _cell(values: dict[str, float] | None) -> str:
         return ""
     learnt = f" / {100 * values['learnt']:.0f}" if "learnt" in values else ""
     return f"{100 * values['kept']:.0f}{learnt}"
+
+
+def fuzz_table(runs: Sequence[dict[str, Any]]) -> str:
+    """A row a run."""
+    lines = [["commit", "time", "readers", "inputs", "hours", "crashes"]]
+    for run in runs:
+        seconds = sum(target["seconds"] for target in run["targets"])
+        crashes = sum(len(target["crashes"]) for target in run["targets"])
+        counts = [str(len(run["targets"])), f"{run['inputs']:,}", f"{seconds / 3600:.2f}", str(crashes)]
+        lines.append([run["commit"], run["time"][:10], *counts])
+    return markdown(lines)

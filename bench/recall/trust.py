@@ -29,7 +29,7 @@ from .curves import fingerprints
 from .figures import DIGITS, standard_error
 from .variants import STRATEGIES
 
-DIRECTORY = results.DIRECTORY / "hostile"
+DIRECTORY = results.DIRECTORY / "trust"
 EPISODES, FACTS = 48, 4
 TRUSTS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.0)
 
@@ -156,7 +156,7 @@ def _attacked(model, tokenizer, adapter: str, name: str, attacks: list[Attack], 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``python -m bench.recall hostile``."""
+    """Those of ``python -m bench.recall trust``."""
     parser.add_argument("--episodes", type=int, default=EPISODES, help="conversations of each text (%(default)s)")
     parser.add_argument("--weights", type=Path, help="folder of backbone and adapters (the shipped ones)")
     parser.add_argument("--adapters", nargs="+", default=list(STRATEGIES), help="of its folders (%(default)s)")
