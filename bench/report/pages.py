@@ -42,7 +42,8 @@ KERNELS = {
 }
 FUZZ = (
     "`make fuzz`: every reader of what comes from outside is given inputs that reach code which none before has "
-    "reached. A crash is anything but a value or a typed error; each was mended, and is a test. `make test` gives 15,000 more."
+    "reached. A crash is anything but a value or a typed error; each was mended, and is a test. `make test` gives "
+    "15,000 more."
 )
 # Folder under bench/results: its heading, and what was done.
 LONG_LIFE = {
