@@ -79,7 +79,8 @@ class Release:
     def install_tools(self) -> str:
         """An environment with what builds and checks."""
         python = make_environment(self.place / "tools")
-        install(python, *BUILD_TOOLS, *OTHER_TOOLS, constraints=ROOT / "constraints.txt")
+        install(python, *BUILD_TOOLS, constraints=ROOT / "constraints.txt")
+        install(python, *OTHER_TOOLS)  # which want versions of their own of what the constraints name for the tests
         return ", ".join((*BUILD_TOOLS, *OTHER_TOOLS))
 
     def build_first(self) -> str:

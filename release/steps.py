@@ -120,10 +120,11 @@ class Steps:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table: of what was found, the first line."""
+    """The rows as a Markdown table: of what was found, the first line and, of a failure, the last one."""
     lines = ["| step | | seconds | found |", "|---|---|---:|---|"]
     for row in rows:
-        found = (row.found.splitlines() or [""])[0].replace("|", "\\|")
+        said = [line for line in row.found.splitlines() if line.strip()] or [""]
+        found = "; ".join(dict.fromkeys((said[0], said[-1]))).replace("|", "\\|")
         lines.append(f"| {row.name} | {row.outcome} | {row.seconds:.1f} | {found} |")
     return "\n".join(lines)
 
