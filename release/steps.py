@@ -95,7 +95,7 @@ class Steps:
         """
         missing = [need for need in needs if self.outcome_of(need) != PASSED]
         if missing:
-            self._end(Row(name, NOT_RUN, 0.0, f"needs {', '.join(missing)}"))
+            self.skip(name, f"needs {', '.join(missing)}")
             return False
         began = time.monotonic()
         try:
@@ -104,6 +104,10 @@ class Steps:
             outcome, found = FAILED, str(failure)
         self._end(Row(name, outcome, time.monotonic() - began, found))
         return outcome == PASSED
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note a step that cannot be run, which is not a step that has passed."""
+        self._end(Row(name, NOT_RUN, 0.0, reason))
 
     def outcome_of(self, name: str) -> str | None:
         """Of the step of that name; None: there was none yet."""
