@@ -58,7 +58,7 @@ def test_nothing_leads_a_clean_environment_into_this_checkout(monkeypatch, tmp_p
 
 
 def bill(**changed):
-    parts = {name: "1.0" for name in REQUIRED} | changed
+    parts = dict.fromkeys(REQUIRED, "1.0") | changed
     return {"specVersion": "1.6", "components": [{"name": n, "version": v} for n, v in parts.items() if v]}
 
 
