@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm eval-smoke evaluation docs plots readme compare gpu fuzz soak triton36 kernels-report clean
+.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm eval-smoke evaluation docs plots readme compare gpu fuzz soak triton36 kernels-report release-check nightly clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked; then a talk with SmolLM2"
@@ -32,6 +32,9 @@ help:
 	@echo "make gpu             on a machine with a GPU, in nine minutes: its tests, then timings (OUTPUT=dir)"
 	@echo "make fuzz            a million inputs to every reader, guided by coverage; half an hour (OUTPUT=dir)"
 	@echo "make soak            what takes long, hours of it"
+	@echo "make soak            what takes long"
+	@echo "make release-check   the commit's wheel and sdist: two builds alike, installed elsewhere, the demo there; SBOM; in dist"
+	@echo "make nightly         oldest and newest torch, transformers, Triton and Python; 6 GB a cell, one at a time (CELLS=…)"
 
 setup: $(VENV)/.ready
 
@@ -191,6 +194,13 @@ $(VENV)36/.ready: constraints.txt
 	$(VENV)36/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	$(VENV)36/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 pytest hypothesis transformers safetensors
 	touch $@
+
+# Each in environments of its own, outside .venv; a table at the end.
+release-check:
+	$(PYTHON) -m release.check
+
+nightly:
+	$(PYTHON) -m release.nightly $(CELLS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
