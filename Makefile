@@ -32,7 +32,6 @@ help:
 	@echo "make gpu             on a machine with a GPU, in nine minutes: its tests, then timings (OUTPUT=dir)"
 	@echo "make fuzz            a million inputs to every reader, guided by coverage; half an hour (OUTPUT=dir)"
 	@echo "make soak            what takes long, hours of it"
-	@echo "make soak            what takes long"
 	@echo "make release-check   the commit's wheel and sdist: two builds alike, installed elsewhere, the demo there; SBOM; in dist"
 	@echo "make nightly         oldest and newest torch, transformers, Triton and Python; 6 GB a cell, one at a time (CELLS=…)"
 
