@@ -35,7 +35,8 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             cells = [_cell(mine.get((text, False, None, None)))]
             cells += [_cell(mine.get((text, False, way, trust))) for way, trust in ways]
             cells += [_cell(mine.get((text, True, None, None))), _cell(mine.get((text, True, "gates", 1.0)))]
-            lines.append([f"{text} tokens", *cells])
+            kind, _, count = text.rpartition(" ")
+            lines.append([f"{count} tokens of {kind.replace('random tokens', 'noise')}", *cells])
         yield f"### {adapter}"
         yield markdown(lines)
 
