@@ -32,9 +32,19 @@ def test_a_file_is_made_and_written_further(places, tmp_path, capsys):
     model = patch_model(AutoModelForCausalLM.from_pretrained(places[0]), places[1])
     tokenizer, memory = AutoTokenizer.from_pretrained(places[0]), MemoryState.zeros(model)
     found = [ingest(model, tokenizer, memory, said) for said in (FIRST, SECOND)]
-    assert figures == {"memory": str(path), "tokens": found[1], "pieces": 1, "skipped": 0}
+    assert figures == {"memory": str(path), "tokens": found[1], "pieces": 1, "skipped": 0, "moved": found[1].moved}
     loaded = MemoryState.load(path, model)
     assert all((loaded[layer] == state).all() for layer, state in memory.items())
+
+
+def test_a_text_that_is_trusted_less_moves_the_memory_less(places, tmp_path, capsys):
+    moved = []
+    for name, more in (("whole", ()), ("part", ("--trust", "0.25")), ("little", ("--budget", "0.1"))):
+        assert command(places, tmp_path / name, "--text", FIRST) == 0
+        capsys.readouterr()
+        assert command(places, tmp_path / name, "--text", SECOND, "--json", *more) == 0
+        moved.append(json.loads(capsys.readouterr().out)["moved"])
+    assert moved[0] > moved[1] > moved[2] > 0
 
 
 def test_mistakes_leave_the_file_as_it_was(places, tmp_path, capsys):
@@ -47,6 +57,8 @@ def test_mistakes_leave_the_file_as_it_was(places, tmp_path, capsys):
         (("--text", FIRST), "MEMORY: .* has 2 conversations, allowed one"),
         (("--text-file", str(tmp_path / "none")), "--text-file: .* no such file"),
         (("--text", FIRST, "--device", "nowhere"), "device: got 'nowhere'"),
+        (("--text", FIRST, "--trust", "1.5"), "--trust: got 1.5, allowed a number from 0 to 1"),
+        (("--text", FIRST, "--budget", "0"), "--budget: got 0.0, allowed a number more than 0"),
     ):
         assert command(places, path, *more) == 2
         told = capsys.readouterr().err

@@ -124,11 +124,12 @@ def tiny_logits(model, length=5):
 
 def test_ops_pass_torchs_own_checks():
     from deltamem_kernels.numba import recurrence
+    from deltamem_kernels.schemas import flat_rule
 
     rule = DeltaMemConfig.msw(heads=2, rank=3).rule
     tokens = torch.randn(2, 4, rule.width, requires_grad=True)
     bias, state = torch.randn(rule.bias_width, requires_grad=True), torch.randn(2, 2, 3, 3, requires_grad=True)
-    flags = (rule.rank, rule.heads, rule.mode, rule.row_gates, rule.coupled, rule.normalize)
+    flags = flat_rule(rule)
     with torch.enable_grad():
         torch.library.opcheck(recurrence.scan_op, (tokens, bias, state, None, None, None, *flags, 2))
     plain = [t.detach() for t in (tokens, bias, state)]

@@ -305,4 +305,4 @@ def test_results_are_of_one_kind(strategy):
     assert all(isinstance(result, WriteResult) for result in found)
     assert [result.tokens for result in found] == [int(result) for result in found] and min(found) > 5
     assert all(result.pieces == 1 and result.skipped == 0 for result in found)
-    assert repr(found[0]) == f"WriteResult(tokens={int(found[0])}, pieces=1, skipped=0)"
+    assert repr(found[0]) == f"WriteResult(tokens={int(found[0])}, pieces=1, skipped=0, moved=1.0)"
