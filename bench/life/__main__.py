@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import tokens
+from . import session, tokens
 
-COMMANDS = {"tokens": tokens}
+COMMANDS = {"tokens": tokens, "session": session}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status: 1 if something drifted, grew or was lost, 2 if a file cannot be used."""
+    """Run one command; returns its exit status: 1 if something drifted or was lost, 2: a file cannot be used."""
     return commands.run("python -m bench.life", __doc__.splitlines()[0], COMMANDS, arguments)
 
 
