@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import session, tokens
+from . import bank, session, tokens
 
-COMMANDS = {"tokens": tokens, "session": session}
+COMMANDS = {"tokens": tokens, "session": session, "bank": bank}
 
 
 def main(arguments: list[str] | None = None) -> int:
