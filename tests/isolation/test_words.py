@@ -2,14 +2,16 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 from serving_support import KEY, NAME, chat, engine_of, http, listening, served_model
 from session_support import tiny_session
-from tokenizers_for_tests import chatml_tokenizer, thinking_tokenizer
+from tokenizers_for_tests import chatml_tokenizer
 
 from deltamem_fast import MemoryBank, MemorySession, MemoryState, ingest
 from deltamem_fast.serving import engine as engine_module
+from deltamem_fast.text.answering import warn_if_cut_off
 
 WORD = "Quizzaciously"
 
@@ -45,13 +47,9 @@ def test_a_session_keeps_its_words_in_its_own_file(silent, tmp_path):
 
 
 def test_an_answer_that_was_cut_off_is_not_logged(silent, caplog):
-    from session_support import says
-
-    tokenizer = thinking_tokenizer()
-    session = tiny_session(tokenizer)
-    options = says(tokenizer, "Rex is here. <think>The dog") | {"max_new_tokens": 8}
-    session.answer("My dog is called Rex.", **options)
-    assert "cut off before its thinking ended" in caplog.text and "Rex" not in caplog.text
+    stream = SimpleNamespace(thinks=True, ids=[1, 2, 3], answer=f"{WORD} is here.")
+    warn_if_cut_off("session", stream)
+    assert "session: the answer was cut off before its thinking ended, after 3 tokens" in caplog.text
 
 
 def test_a_bank_holds_no_words(silent, tmp_path):
