@@ -165,6 +165,7 @@ class Load:
         self._context.set_forkserver_preload(["bench.life.bank_worker"])
         self.kills, self.log = 0, 0
         self.held: list[int] = []
+        self._before: dict[int, int] = {}
 
     @property
     def grown(self) -> int:
@@ -175,6 +176,10 @@ class Load:
     def journal(self, number: int) -> Path:
         """Where a worker says what it does."""
         return self._folder / f"journal-{number}"
+
+    def _said(self, number: int) -> int:
+        """Bytes of a worker's journal."""
+        return self.journal(number).stat().st_size if self.journal(number).exists() else 0
 
     def _start(self, number: int):
         given = (str(self._path), str(self.journal(number)), number, self._workers, self._users, str(self._stop))
@@ -190,6 +195,8 @@ class Load:
         """Have the load for so long; what went wrong."""
         problems: list[str] = []
         processes = [self._start(number) for number in range(self._workers)]
+        while not all(map(self._said, range(self._workers))) and not self._ended(processes):
+            time.sleep(0.05)
         begin = time.monotonic()
         kill_at = begin + kill_every
         try:
@@ -197,8 +204,9 @@ class Load:
                 time.sleep(0.25)
                 problems += self._ended(processes)
                 self._look(processes[0])
-                if time.monotonic() >= kill_at and not problems:
-                    number = random.randrange(1, self._workers)
+                number = random.randrange(1, self._workers)
+                if time.monotonic() >= kill_at and not problems and self._said(number) > self._before.get(number, 0):
+                    self._before[number] = self._said(number)  # one that has not worked since is not killed again
                     processes[number].kill()
                     processes[number].join()
                     self.kills += 1

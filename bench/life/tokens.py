@@ -201,7 +201,7 @@ def lived(stream: Stream, tokens: int, chunk: int = CHUNK) -> Row:
 
 def larger(one: float, other: float) -> float:
     """The larger one; NaN if one is."""
-    return other if not other <= one else one
+    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
 
 
 def grown(held: list[int]) -> int:

@@ -30,6 +30,7 @@ class Found:
     vllm: Result | None = None
     load: Sequence[Result] = ()  # one an engine
     kills: Sequence[Result] = ()
+    life: Mapping[str, Result | None] = field(default_factory=dict)  # of a long life, by command
     evaluations: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # reports of runs, by folder
     pictures: Path = PICTURES  # a page shows those that are there
 
@@ -46,6 +47,7 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     for name in ("load", "kills"):
         engines = [results.latest(directory / "serving" / f"{name}{engine}") for engine in ("", "-vllm")]
         single[name] = tuple(filter(None, engines))
+    single["life"] = {name: results.latest(directory / "life" / name) for name in ("tokens", "session", "bank")}
     single["evaluations"] = found_runs(directory / "eval")
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)
 

@@ -20,6 +20,7 @@ from ..recall.targets import GOALS
 from . import plots
 from .evaluation import sections
 from .found import Found, newest_rows
+from .life import life_sections
 
 NOT_YET = "not measured yet"
 SPEED = {
@@ -490,7 +491,14 @@ def evaluation(found: Found) -> str:
     return _page("Does it help?", intro, *sections(found.evaluations, "../../bench/results/eval"))
 
 
+def long_life(found: Found) -> str:
+    """Does anything drift, grow or get lost in the long run?"""
+    sections = life_sections(found) or [f"{NOT_YET.capitalize()}."]
+    return _page("A long life", "`python -m bench.life tokens|session|bank` measures.", *sections)
+
+
 PAGES |= {"smollm2.md": smollm2, "released.md": released, "serving.md": serving, "evaluation.md": evaluation}
+PAGES["life.md"] = long_life
 
 
 def written(found: Found) -> dict[str, str]:
