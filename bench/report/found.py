@@ -29,12 +29,12 @@ class Found:
     recall: Result | None = None
     released: Result | None = None
     trust: Result | None = None
-    life: Mapping[str, Result] = field(default_factory=dict)  # by folder
     smollm2: Sequence[Result] = ()  # one a part, and one a part of adapters that were measured by themselves
     vllm: Result | None = None
     load: Sequence[Result] = ()  # one an engine
     kills: Sequence[Result] = ()
     fuzz: Sequence[dict[str, Any]] = ()  # one a run
+    life: Mapping[str, Result | None] = field(default_factory=dict)  # of a long life, by command
     evaluations: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # reports of runs, by folder
     pictures: Path = PICTURES  # a page shows those that are there
 
@@ -51,8 +51,7 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     for name in ("load", "kills"):
         engines = [results.latest(directory / "serving" / f"{name}{engine}") for engine in ("", "-vllm")]
         single[name] = tuple(filter(None, engines))
-    life = {name: results.latest(directory / name) for name in ("life/tokens", "life/session", "life/bank")}
-    single["life"] = {name: result for name, result in life.items() if result is not None}
+    single["life"] = {name: results.latest(directory / "life" / name) for name in ("tokens", "session", "bank")}
     single["fuzz"] = [read_json(path) for path in sorted((directory / "fuzz").glob("*.json"))]
     single["evaluations"] = found_runs(directory / "eval")
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)

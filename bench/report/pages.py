@@ -21,6 +21,7 @@ from . import plots
 from . import trust as trusted
 from .evaluation import sections
 from .found import Found, newest_rows
+from .life import life_sections
 
 NOT_YET = "not measured yet"
 SPEED = {
@@ -45,12 +46,6 @@ FUZZ = (
     "reached. A crash is anything but a value or a typed error; each was mended, and is a test. `make test` gives "
     "15,000 more."
 )
-# Folder under bench/results: its heading, and what was done.
-LONG_LIFE = {
-    "life/tokens": ("Ten million tokens", "`python -m bench.life tokens`: through scan and decode, beside float64."),
-    "life/session": ("Ten thousand turns", "`python -m bench.life session`: one session with a limited context."),
-    "life/bank": ("A million users", "`python -m bench.life bank`: mixed load by several processes, which are killed."),
-}
 FACTS = (1, 2, 4, 8, 16, 32)  # of which the page has columns; the JSON has all
 
 
@@ -503,16 +498,20 @@ def evaluation(found: Found) -> str:
 
 
 def trust(found: Found) -> str:
-    """What hostile text does to a memory, what trust saves and costs, and how long a memory lives."""
+    """What hostile text does to a memory, what trust saves and costs, and what readers were given."""
     parts = _section("Hostile text", trusted.NOTE, found.trust, lambda rows: "\n\n".join(trusted.tables(rows)))
-    for name, (title, text) in LONG_LIFE.items():
-        parts += _section(title, text, found.life.get(name), markdown_table)
     parts += ["## Hostile bytes", FUZZ, trusted.fuzz_table(found.fuzz) if found.fuzz else f"{NOT_YET.capitalize()}."]
     return _page("Trust", "What these are about, and what bounds a memory: [trust.md](../trust.md).", *parts)
 
 
-PAGES |= {"trust.md": trust}
+def long_life(found: Found) -> str:
+    """Does anything drift, grow or get lost in the long run?"""
+    sections = life_sections(found) or [f"{NOT_YET.capitalize()}."]
+    return _page("A long life", "`python -m bench.life tokens|session|bank` measures.", *sections)
+
+
 PAGES |= {"smollm2.md": smollm2, "released.md": released, "serving.md": serving, "evaluation.md": evaluation}
+PAGES |= {"trust.md": trust, "life.md": long_life}
 
 
 def written(found: Found) -> dict[str, str]:

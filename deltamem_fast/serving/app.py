@@ -21,9 +21,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import ArgumentError, ConflictError, DeltaMemError, FileFormatError, StateError
 from ..memory.bank import BankConflict, BankEntry, MemoryBank
-from ..notices import logger
 from ..storage.bank_ids import check_id
 from .contract import ChatRequest, ForgetRequest, Reply, error_body, in_words, memory_of, usage_of
+from .failures import log_failure
 from .fair_queue import QueueFullError
 from .guard import Guard
 from .jobs import Answered, ChatJob, Limits, TooLongError, unknown
@@ -104,7 +104,7 @@ def status_of(error: BaseException) -> int:
 def _told(error: BaseException) -> JSONResponse:
     status = status_of(error)
     if status == 500:
-        logger.error("serving: %s: %s", type(error).__name__, error, exc_info=error)
+        log_failure("a request has failed", error)
         # What an error that nobody has foreseen says may be anything, of anybody's request.
         return JSONResponse(error_body(500, f"server: {type(error).__name__}; its log says more"), 500)
     return JSONResponse(error_body(status, str(error)), status, {"Retry-After": "1"} if status in (429, 503) else None)

@@ -24,6 +24,7 @@ from ..storage.bank_ids import check_id
 from ..text.answering import answer_options
 from ..text.encode import vocabulary_size
 from .contract import ChatRequest
+from .failures import log_failure
 from .fair_queue import FairQueue, Worker
 from .jobs import ChatJob, Intake, Limits, unknown, version_of
 from .metrics import Metrics
@@ -154,7 +155,7 @@ class Engine:
             left = [job for job in jobs if not job.done.done()]
             if len(left) > 1:
                 # Whose fault it is, nobody knows; what it says may be of anybody's request.
-                logger.error("serving: a batch of %d has failed: %s", len(left), error, exc_info=error)
+                log_failure(f"a batch of {len(left)} has failed", error)
                 told: BaseException = StateError(f"server: its batch has failed ({type(error).__name__}); try again")
             else:
                 told = error

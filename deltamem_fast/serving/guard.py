@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 
 from ..arguments import MOST_64
 from .contract import error_body
+from .failures import log_failure
 from .hosts import is_loopback, without_port
 from .metrics import Metrics
 
@@ -38,16 +39,21 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 500
+        began, status, started = time.monotonic(), 500, False
 
         async def telling(message: dict[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
             await send(message)
 
         try:
             await self._checked(scope, receive, telling)
+        except Exception as error:
+            # Starlette raises again what it has told the client as a 500, and uvicorn would log it as it reads.
+            if status != 500 or not started:
+                log_failure("an answer was cut off", error)
+                raise RuntimeError(f"{type(error).__name__}, see above") from None
         finally:
             # By the route's pattern: a path has a user's id in it. What no route has matched is one name for all.
             route = getattr(scope.get("route"), "path", "other")

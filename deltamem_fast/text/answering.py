@@ -95,7 +95,7 @@ def warn_if_cut_off(where: str, stream) -> None:
     """Say that an answer (a ``TextStream`` at its end) was cut off before its thinking had ended."""
     if stream.thinks:
         logger.warning(
-            "%s: the answer was cut off before its thinking ended, after %d tokens, so that it is %r; raise "
+            "%s: the answer was cut off before its thinking ended, after %d tokens, so that it has %d letters; raise "
             "max_new_tokens, or switch thinking off in the template (enable_thinking=False where it knows that)",
-            where, len(stream.ids), stream.answer,
+            where, len(stream.ids), len(stream.answer),
         )  # fmt: skip

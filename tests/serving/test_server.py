@@ -396,6 +396,7 @@ def test_an_error_in_the_model_is_told_and_the_next_is_answered(served, engine, 
             ask(client, chat("Hi."), "ada")
     finally:
         model.generate = original
-    assert "secret" not in str(caught.value) and "secret" in caplog.text
+    assert "secret" not in str(caught.value) and "secret" not in caplog.text
+    assert "a request has failed: RuntimeError" in caplog.text and "test_server.py" in caplog.text
     assert "ada" not in engine.bank
     assert ask(client, chat("Hi."), "ada").choices[0].message.content is not None
