@@ -2,9 +2,10 @@
 
 A settled adapter writes a little at every token: after a thousand tokens of talk a tenth of the facts' state is left
 (``python -m bench.recall fading``). So it is trained on, with two things more. Episodes have up to a thousand tokens
-that state no fact. And β at those tokens costs: the state decays by Π(1 − β), so the sum of β over 1,024 of them, the
-nats of decay, is what is charged (mean over layers, gates and tokens, × 1,024 × a weight). The loss of the answers and
-the divergence on ordinary text stay as in settle.py.
+that state no fact. And β at those tokens costs: a row of the state decays by Π(1 − β), so by the sum of β over 1,024 of
+them, in nats. Of each gate's decay d the mean of log(1 + 10 d) is charged: each e-fold less costs as much as the one
+before, down to a tenth of a nat; charged in proportion, a gate that lets a fact fade in 1,024 tokens would cost next to
+nothing. The loss of the answers and the divergence on ordinary text stay as in settle.py.
 
 python -m examples.recall.lasting --adapter deltamem_fast/data/recall/tsw-r8 --output build/lasting/tsw-r8
 """
@@ -38,8 +39,9 @@ from .settle import draw_text, text_divergence
 from .talking import LongEpisode, draw_long_episode
 
 SPAN = 1024  # tokens of talk over which decay is charged
+SMALL = 0.1  # nats; a decay under this costs little more the larger it is
 # (share of the steps, rows of a step, least and most tokens of talk): about as many tokens each.
-LENGTHS = ((0.55, 32, 0, 160), (0.3, 16, 160, 450), (0.15, 8, 600, 1100))
+LENGTHS = ((0.5, 24, 0, 120), (0.3, 10, 120, 400), (0.2, 5, 600, 1100))
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,17 @@ class LastingOptions:
         steps: of the optimizer; episodes are fresh in each.
         lr: peak, of AdamW; cosine to 0, a tenth warm-up.
         most_facts: of an episode; each is asked ``questions`` questions.
-        gate_weight: of the decay that talk brings, nats per ``SPAN`` tokens; 0 = it costs nothing.
+        gate_weight: of what the gates cost on talk (``talk_decay``); 0 = nothing.
         divergence_weight: of the KL on ordinary text.
         long: episodes as long as ``LENGTHS`` says; False = the shortest kind alone.
         seed: of the episodes.
     """
 
-    steps: int = 600
+    steps: int = 450
     lr: float = 1.5e-3
     most_facts: int = 8
     questions: int = 4
-    gate_weight: float = 0.02
+    gate_weight: float = 0.1
     divergence_weight: float = 10.0
     long: bool = True
     seed: int = 0
@@ -86,28 +88,27 @@ def recorded_inputs(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
 def talk_decay(
     model: nn.Module, inputs: dict[int, torch.Tensor], talk: torch.Tensor, segments: torch.Tensor | None
 ) -> torch.Tensor:
-    """Nats by which ``SPAN`` tokens of talk shrink the states: Σ β, mean over layers and gates; scalar on the graph.
+    """Nats by which ``SPAN`` tokens of talk shrink each row of the states: Σ β; float32 [layers, gates] on the graph.
 
     Args:
         inputs: of the write pass, by layer.
-        talk: bool [B, T], True = a token that states no fact.
-        segments: int64 [B, T] (SSW): β is then that of each segment's mean, and counts once for each of its tokens'
-            share; None = each token writes.
+        talk: bool [B, T], True = a token that states no fact; one at least.
+        segments: int64 [B, T] (SSW): a segment writes once, with the gates of its mean; None = each token writes.
     """
-    terms = []
+    found = []
     for attention in record_of(model).attentions.values():
         layer = attention.delta_memory
-        hidden = inputs[layer.layer_idx]
+        hidden, writes = inputs[layer.layer_idx], talk
         if segments is not None:
-            hidden, chosen = _segment_means(hidden, segments, talk)
-        else:
-            hidden, chosen = hidden[talk], talk[talk]
-        if not chosen.any():
-            continue
-        beta = torch.sigmoid(hidden.float() @ layer.beta_proj.float().t() + layer.beta_bias.float())
-        writes = SPAN * chosen.sum() / talk.sum()  # of so many tokens
-        terms.append(beta[chosen].mean() * writes)
-    return torch.stack(terms).mean() if terms else torch.zeros((), device=talk.device)
+            hidden, writes = _segment_means(hidden, segments, talk)
+        beta = torch.sigmoid(hidden[writes].float() @ layer.beta_proj.float().t() + layer.beta_bias.float())
+        found.append(beta.sum(0) * (SPAN / talk.sum()))
+    return torch.stack(found)
+
+
+def gate_cost(decay: torch.Tensor) -> torch.Tensor:
+    """Mean of log(1 + d / ``SMALL``) over all gates, a scalar."""
+    return torch.log1p(decay / SMALL).mean()
 
 
 def _segment_means(
@@ -148,13 +149,13 @@ def make_batch(tokenizer, episodes: list[LongEpisode], segmented: bool) -> tuple
 def lasting_losses(
     model: nn.Module, tokenizer, episodes: list[LongEpisode], random: Random
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers, the divergence on ordinary text, and the decay that talk brings, in nats."""
+    """Mean cross-entropy of the answers, the divergence on ordinary text, and ``talk_decay`` (zeros without talk)."""
     device = next(model.parameters()).device
     batch, talk = make_batch(tokenizer, episodes, identity_of(model).config.segmented)
     batch, talk = batch.to(device), talk.to(device)
     with recorded_inputs(model) as inputs:
         memory = write_memory(model, batch)
-        decay = talk_decay(model, inputs, talk, batch.segment_ids)
+        decay = talk_decay(model, inputs, talk, batch.segment_ids) if talk.any() else torch.zeros(1, 1, device=device)
     losses, tokens = answer_losses(model, batch, memory)
     chats = [draw_text(random) for _ in episodes]
     return losses.sum() / tokens.sum(), text_divergence(model, tokenizer, chats, memory), decay
@@ -169,18 +170,19 @@ def make_lasting(model: nn.Module, tokenizer, options: LastingOptions) -> dict[s
     schedule = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
     found = []
     for _ in (bar := trange(options.steps, desc="lasting", unit="step", mininterval=5)):
-        _, rows, least, most = random.choices(LENGTHS, [share for share, *_ in LENGTHS])[0] if options.long else LENGTHS[0]
+        lengths = LENGTHS if options.long else LENGTHS[:1]
+        _, rows, least, most = random.choices(lengths, [share for share, *_ in lengths])[0]
         episodes = [
             draw_long_episode(random, options.most_facts, random.randint(least, most), options.questions)
             for _ in range(rows)
         ]
         answer, divergence, decay = lasting_losses(model, tokenizer, episodes, random)
         optimizer.zero_grad()
-        (answer + options.divergence_weight * divergence + options.gate_weight * decay).backward()
+        (answer + options.divergence_weight * divergence + options.gate_weight * gate_cost(decay)).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
-        found.append([answer.item(), divergence.item(), decay.item()])
+        found.append([answer.item(), divergence.item(), decay.mean().item()])
         recent = torch.tensor(found[-20:]).mean(0).tolist()
         bar.set_postfix_str("answer {:.3f}, divergence {:.4f}, decay {:.2f}".format(*recent), refresh=False)
     model.eval()

@@ -28,7 +28,7 @@ KINDS = {"talk": 0.45, "answers": 0.15, "questions": 0.15, "denials": 0.15, "wor
 class LongEpisode:
     """Messages that are told, and chats that ask, each with its answer last.
 
-    ``states``: whether each sentence of the told, as ``sentence_spans`` cuts them ("Baljin: 21." is two), states a fact.
+    ``states``: whether each sentence, as ``sentence_spans`` cuts the told ("Baljin: 21." is two), states a fact.
     """
 
     told: list[dict[str, str]]
