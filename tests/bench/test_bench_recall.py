@@ -114,6 +114,41 @@ def test_distance_is_counted_from_the_last_fact(tokenizer):
     assert tokens(tokenizer, far.told) == tokens(tokenizer, near.told) + 128
 
 
+@pytest.mark.parametrize("text", ["random", "contradictions", "other facts", "talk"])
+def test_hostile_text_comes_behind_the_facts(tokenizer, text):
+    conversations = recall("conversations")
+    talk = conversations.hostile(Random(3), tokenizer, facts=4, text=text, tokens=50)
+    near = conversations.plain(Random(3), tokenizer, facts=4)
+    assert talk.questions == near.questions and talk.told[: len(near.told)] == near.told
+    assert 50 <= tokens(tokenizer, talk.told) - tokens(tokenizer, near.told) < 90
+    behind = talk.sentences[4:]
+    keys = [question.fact.key for question in talk.questions]
+    named = [any(key in sentence for key in keys) for sentence in behind]
+    assert all(named) if text == "contradictions" else not any(named)
+    stating = [re.search(r"\d\d\.| in the \w+\.|: \w+\.", sentence) is not None for sentence in behind]
+    assert text == "random" or all(stating) is (text != "talk")
+
+
+@pytest.mark.parametrize("name", ["tsw-r8", "msw-r8"])
+def test_what_is_left_and_what_talk_wrote_make_the_state(tokenizer, patched, name):
+    fading, conversations, model = recall("fading"), recall("conversations"), patched(name)
+    talks = [conversations.distant(Random(seed), tokenizer, facts=2, distance=48) for seed in range(3)]
+    parts = fading.whole_parts(model, tokenizer, talks, 48)
+    memory = fading.tell(model, tokenizer, [talk.told for talk in talks])
+    for index, part in parts.items():
+        torch.testing.assert_close(part.left + part.talk, memory[index], rtol=1e-4, atol=1e-5)
+        assert (part.left - part.facts).abs().max() > 1e-3
+
+
+def test_talk_told_apart_is_the_same_talk(tokenizer):
+    fading, talk = recall("fading"), recall("conversations").distant(Random(1), tokenizer, facts=2, distance=300)
+    first, rest = fading.split(talk, 2)
+    assert first + rest == talk.told and tokens(tokenizer, rest) == 300
+    contexts = fading.pieces(tokenizer, rest, 100)
+    assert [m for context in contexts for m in context] == rest and len(contexts) >= 3
+    assert all(tokens(tokenizer, context) <= 100 for context in contexts)
+
+
 def test_asked_are_eight_at_most():
     conversations = recall("conversations")
     assert [len(conversations.plain(Random(0), None, facts=n).questions) for n in (1, 8, 32)] == [1, 8, 8]
