@@ -74,7 +74,11 @@ CURVES = {
     ),
     "hostile": Curve(
         conversations.hostile,
-        tuple({"facts": 4, "text": text, "tokens": 500 if text == "talk" else 50} for text in conversations.HOSTILE),
+        (
+            *({"facts": 4, "text": text, "tokens": 50} for text in conversations.HOSTILE[:3]),
+            *({"facts": 4, "text": text, "tokens": 500} for text in conversations.HOSTILE[3:]),
+            {"facts": 2, "text": "new talk", "tokens": 1024},
+        ),
         (*variants.MEMORIES, variants.CONTEXT, variants.BM25_1),
         lambda point: 2,
     ),

@@ -18,6 +18,7 @@ from deltamem_fast.storage.files import read_json, write_json
 from deltamem_fast.training import TrainingOptions, train
 from deltamem_fast.training.checkpoints import RUN_NAME
 
+from .lasting import LastingOptions, make_lasting
 from .settle import SettlingOptions, settle
 
 CHECKED = (1, 2, 4, 8)  # facts
@@ -46,13 +47,15 @@ def train_adapter(
     stages: list[Stage],
     settling: SettlingOptions | None,
     backbone: str | os.PathLike,
+    lasting: LastingOptions | None = None,
 ) -> dict:
-    """Train, or go on with, an adapter of the backbone in ``backbone``, stage by stage; then settle it.
+    """Train, or go on with, an adapter of the backbone in ``backbone``, by stages; then settle it, then make it last.
 
     Args:
         options: of all stages; each runs in a folder of its own below ``output``, which then holds the adapter and
             ``training.json``.
-        settling: of the last steps, or None = without them.
+        settling: of the steps behind the stages, or None = without them.
+        lasting: of the last steps, or None = without them.
 
     Returns:
         The figures, as ``training.json`` holds them.
@@ -77,6 +80,8 @@ def train_adapter(
     if settling is not None:
         found = settle(model, tokenizer, config, [stages[-1].data], settling)
         figures["settling"] = {"options": asdict(settling), **found}
+    if lasting is not None:
+        figures["lasting"] = {"options": asdict(lasting), **make_lasting(model, tokenizer, lasting)}
     figures["recall"] = check(model, tokenizer)
     write_json(output / RUN_NAME, figures, private=False)
     save_adapter(model, output)
