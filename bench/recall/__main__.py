@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import curves, fading, released, smollm2
+from . import curves, fading, recipe, released, smollm2
 
-COMMANDS = {"curves": curves, "fading": fading, "released": released, "smollm2": smollm2}
+COMMANDS = {"curves": curves, "fading": fading, "recipe": recipe, "released": released, "smollm2": smollm2}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -404,7 +404,21 @@ def test_fewer_episodes_stay_out_of_the_pages(weights, tmp_path, monkeypatch, ca
         file.write_bytes(kept)
 
 
+def test_a_row_for_each_change_of_recipe(model, tokenizer, weights):
+    recipe = recall("recipe")
+    given = [("before", weights / "tsw-r8"), ("after", weights / "msw-r8")]
+    first, second = recipe.measure(model, tokenizer, given, 1, lambda text: None)
+    assert (first.name, first.parameters["change"]) == ("recipe/tsw-r8", "before")
+    assert (second.name, second.parameters["change"]) == ("recipe/msw-r8", "after")
+    assert first.parameters["weights"] != second.parameters["weights"]
+    shares = {name for name in first.values if "facts" in name and not name.endswith("error")}
+    assert shares == {"two_facts_1024", "eight_facts", "two_facts_1024_new_talk"}
+    assert first.values["perplexity_filled"] != second.values["perplexity_filled"] > 0
+
+
 @pytest.mark.parametrize("arguments, said", [
+    (["recipe", "no directory"], "adapter: got 'no directory', allowed CHANGE=DIRECTORY"),
+    (["fading", "--episodes", "0"], "--episodes: got 0, allowed 1 or more"),
     (["curves", "--episodes", "0"], "--episodes: got 0, allowed 1 or more"),
     (["curves", "--weights", "/nowhere"], "/nowhere"),
 ])  # fmt: skip

@@ -133,7 +133,8 @@ def trained(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(adapters, "CHECKED", (1,))
             config = adapters.adapter_config("tsw", 8)
-            return adapters.train_adapter(config, options, stages, settling, SHIPPED / "backbone")
+            lasting = (example("lasting").LastingOptions(1, lr=1e-6, questions=1, long=False),)
+            return adapters.train_adapter(config, options, stages, settling, SHIPPED / "backbone", lasting)
 
     return output / "tsw", train(8), train
 
@@ -163,6 +164,8 @@ def test_its_file_says_how_it_was_trained(trained):
     assert [run["options"]["steps"] for run in figures["stages"].values()] == [78, 2]
     assert figures["stages"]["one"]["options"]["seed"] == 0 and figures["stages"]["one"]["adapter"]["rank"] == 8
     assert figures["settling"]["options"] == {"steps": 8, "rows": 8, "lr": 1.5e-3, "weight": 10.0, "seed": 0}
+    (lasting,) = figures["lasting"]
+    assert lasting["options"]["steps"] == 1 and lasting["talk_decay"] > 1 and not lasting["options"]["long"]
     model, _ = load_backbone(SHIPPED / "backbone")
     patch_model(model, output)
 
