@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import curves, released, smollm2, trust
+from . import curves, fading, recipe, released, smollm2, trust
 
-COMMANDS = {"curves": curves, "released": released, "smollm2": smollm2, "trust": trust}
+COMMANDS = {
+    "curves": curves, "fading": fading, "recipe": recipe, "released": released, "smollm2": smollm2, "trust": trust,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -72,6 +72,61 @@ def filler(random: Random, tokenizer, tokens: int) -> tuple[list[str], Messages]
     return sentences, messages
 
 
+# What is told behind the facts of a hostile conversation.
+HOSTILE = ("random", "contradictions", "other facts", "talk", "new talk")
+# Sentences whose form no training text has, though it has their words; some sound like a fact.
+NEW_TALK = (
+    "{person} waited for the {object} in the {place}.",
+    "Somebody sang in the {place} at night.",
+    "The teacher has the {object}.",
+    "Nobody is in the {place}.",
+    "My sister looked back for {person} in the morning.",
+    "You find a child in the {place}.",
+)
+
+
+def hostile(random: Random, tokenizer, *, facts: int, text: str, tokens: int) -> Conversation:
+    """``facts`` facts, then at least ``tokens`` tokens of one of ``HOSTILE``, the last sentence whole; the facts count.
+
+    ``random``: words in any order, names and values among them. ``contradictions``: the same keys with other values,
+    stated as facts are (not as updates). ``other facts``: about others. ``talk``: states no fact, in the forms of the
+    training texts; ``new talk``: in the forms of ``NEW_TALK``.
+    """
+    near = plain(random, tokenizer, facts=facts)
+    known = [question.fact for question in near.questions]
+    sentences: list[str] = []
+    while _tokens(tokenizer, sentences) < tokens:
+        sentences.append(_hostile_sentence(random, known, text))
+    more = grouped(random, sentences, SENTENCES)
+    return Conversation(near.sentences + sentences, near.told + more, near.questions)
+
+
+def _hostile_sentence(random: Random, known: list[Fact], text: str) -> str:
+    if text == "talk":
+        return world.sentence(random, held_out=True)
+    if text == "new talk":
+        names = {"person": world.people(True), "object": world.objects(True), "place": world.PLACES}
+        return random.choice(NEW_TALK).format_map({name: random.choice(words) for name, words in names.items()})
+    if text == "contradictions":
+        return changed(random, random.choice(known)).statement(random)
+    if text == "other facts":
+        taken = {fact.key for fact in known}
+        return next(f for f in draw_facts(random, len(known) + 1, held_out=True) if f.key not in taken).statement(
+            random
+        )
+    names = [random.choice(world.people(True)), random.choice(world.objects(True))]
+    words = [*names, *random.choices((*world.PLACES, *world.CODES), k=3), *random.choices(_said(), k=5)]
+    return " ".join(random.sample(words, len(words))) + "."
+
+
+def _said() -> list[str]:
+    return [word for text in (*world.SUBJECTS, *world.VERBS, *world.MANNERS) for word in text.split()]
+
+
+def _tokens(tokenizer, sentences: list[str]) -> int:
+    return sum(map(len, tokenizer(sentences, add_special_tokens=False)["input_ids"])) if sentences else 0
+
+
 def revised(random: Random, tokenizer, *, facts: int, revisions: int) -> Conversation:
     """``facts`` facts, of which one is overwritten ``revisions`` times; it is asked for, and three of the others."""
     known = draw_facts(random, facts, held_out=True)

@@ -43,12 +43,12 @@ class Curve:
     """
 
     draw: Callable[..., Conversation]
-    points: tuple[dict[str, int], ...]
+    points: tuple[dict[str, Any], ...]
     variants: tuple[Variant, ...]
-    conversations: Callable[[dict[str, int]], int]
+    conversations: Callable[[dict[str, Any]], int]
 
 
-def _more_if_few(point: dict[str, int]) -> int:
+def _more_if_few(point: dict[str, Any]) -> int:
     return max(1, ASKED // point["facts"])
 
 
@@ -72,6 +72,16 @@ CURVES = {
         (*variants.MEMORIES, *_BASELINES),
         lambda point: 2,
     ),
+    "hostile": Curve(
+        conversations.hostile,
+        (
+            *({"facts": 4, "text": text, "tokens": 50} for text in conversations.HOSTILE[:3]),
+            *({"facts": 4, "text": text, "tokens": 500} for text in conversations.HOSTILE[3:]),
+            {"facts": 2, "text": "new talk", "tokens": 1024},
+        ),
+        (*variants.MEMORIES, variants.CONTEXT, variants.BM25_1),
+        lambda point: 2,
+    ),
     "half": Curve(
         conversations.halved,
         tuple({"facts": count} for count in (4, 8, 12, 16)),
@@ -82,7 +92,7 @@ CURVES = {
 PARTS = (*CURVES, perplexity.NAME)
 
 
-def _drawn(tokenizer, name: str, episodes: int) -> Iterator[tuple[dict[str, int], list[Conversation]]]:
+def _drawn(tokenizer, name: str, episodes: int) -> Iterator[tuple[dict[str, Any], list[Conversation]]]:
     """The points of a curve, each with the conversations that all variants are asked about."""
     curve = CURVES[name]
     for point in curve.points:

@@ -273,6 +273,14 @@ def overwriting_table(rows: Sequence[Row]) -> str:
     ))  # fmt: skip
 
 
+def hostile_table(rows: Sequence[Row]) -> str:
+    """Recall of the facts told before each kind of text, a line for each variant."""
+    return _cross("facts, then tokens of", (
+        ("{facts}, {tokens} {text}".format_map(row.parameters), variant, _with_error(row, "share", "error"))
+        for variant, row in _curve(rows, "hostile")
+    ))  # fmt: skip
+
+
 def perplexity_table(rows: Sequence[Row]) -> str:
     """Perplexity of the frozen backbone, and its ratio under each memory, by kind of text."""
 
@@ -297,6 +305,7 @@ def recall(found: Found) -> str:
         "facts": ("Facts", share_table(rows, "facts", "facts", "facts told", FACTS)),
         "ranks": ("", f"{NOT_YET.capitalize()}: {', '.join(absent)}." if absent else ""),
         "distance": ("Distance", share_table(rows, "distance", "distance", "two facts, tokens told after them")),
+        "hostile": ("Hostile text", hostile_table(rows)),
         "overwriting": ("Overwriting", overwriting_table(rows)),
         "half": (
             "Half of the facts in the context",

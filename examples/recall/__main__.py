@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from deltamem_fast.training import TrainingOptions
 from .adapters import Stage, adapter_config, is_trained, train_adapter
 from .backbone import BackboneOptions, train_backbone
 from .episodes import write_episodes
+from .lasting import LastingOptions
 from .settle import SettlingOptions
 
 EPISODES, BATCH = 20_000, 64
 # A fifth of the steps has few facts: with many from the start, most steps would pass before anything is learnt.
 MOST_FACTS, FIRST = {"few": 2, "many": 8}, 5
-# Name → strategy, rank, steps, settled: the three strategies, and four ranks, trained a fifth as long.
+# Long talk first; then more facts behind little talk, since the first stage costs some of eight facts' recall.
+LASTING = (LastingOptions(), LastingOptions(steps=200, lr=1e-3, most_facts=10, long=False, seed=1))
+# Name → strategy, rank, steps, whether settled and made to last: the three strategies, and four ranks, a fifth as long.
 ADAPTERS = {f"{strategy}-r8": (strategy, 8, 2000, True) for strategy in ("tsw", "ssw", "msw")} | {
     f"tsw-r{rank}-short": ("tsw", rank, 400, False) for rank in (4, 8, 16, 32)
 }
@@ -82,7 +86,8 @@ def _train_one(name: str, output: Path, seed: int, steps: int | None) -> None:
     )  # fmt: skip
     settling = SettlingOptions(steps=steps or SettlingOptions.steps, seed=seed) if settled else None
     config = adapter_config(strategy, rank)
-    figures = train_adapter(config, options, stages, settling, output / "backbone")
+    lasting = [replace(each, steps=steps or each.steps, seed=seed + each.seed) for each in LASTING if settled]
+    figures = train_adapter(config, options, stages, settling, output / "backbone", lasting)
     print(f"{name}: recall of {figures['recall']}", file=sys.stderr)
 
 

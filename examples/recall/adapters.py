@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -18,6 +19,7 @@ from deltamem_fast.storage.files import read_json, write_json
 from deltamem_fast.training import TrainingOptions, train
 from deltamem_fast.training.checkpoints import RUN_NAME
 
+from .lasting import LastingOptions, make_lasting
 from .settle import SettlingOptions, settle
 
 CHECKED = (1, 2, 4, 8)  # facts
@@ -46,13 +48,15 @@ def train_adapter(
     stages: list[Stage],
     settling: SettlingOptions | None,
     backbone: str | os.PathLike,
+    lasting: Sequence[LastingOptions] = (),
 ) -> dict:
-    """Train, or go on with, an adapter of the backbone in ``backbone``, stage by stage; then settle it.
+    """Train, or go on with, an adapter of the backbone in ``backbone``, by stages; then settle it, then make it last.
 
     Args:
         options: of all stages; each runs in a folder of its own below ``output``, which then holds the adapter and
             ``training.json``.
-        settling: of the last steps, or None = without them.
+        settling: of the steps behind the stages, or None = without them.
+        lasting: of the last steps, one stage behind another.
 
     Returns:
         The figures, as ``training.json`` holds them.
@@ -77,6 +81,8 @@ def train_adapter(
     if settling is not None:
         found = settle(model, tokenizer, config, [stages[-1].data], settling)
         figures["settling"] = {"options": asdict(settling), **found}
+    if lasting:
+        figures["lasting"] = [{"options": asdict(each), **make_lasting(model, tokenizer, each)} for each in lasting]
     figures["recall"] = check(model, tokenizer)
     write_json(output / RUN_NAME, figures, private=False)
     save_adapter(model, output)

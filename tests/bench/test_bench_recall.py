@@ -114,6 +114,42 @@ def test_distance_is_counted_from_the_last_fact(tokenizer):
     assert tokens(tokenizer, far.told) == tokens(tokenizer, near.told) + 128
 
 
+@pytest.mark.parametrize("text", ["random", "contradictions", "other facts", "talk", "new talk"])
+def test_hostile_text_comes_behind_the_facts(tokenizer, text):
+    conversations = recall("conversations")
+    talk = conversations.hostile(Random(3), tokenizer, facts=4, text=text, tokens=50)
+    near = conversations.plain(Random(3), tokenizer, facts=4)
+    assert talk.questions == near.questions and talk.told[: len(near.told)] == near.told
+    assert 50 <= tokens(tokenizer, talk.told) - tokens(tokenizer, near.told) < 90
+    behind = talk.sentences[4:]
+    keys = [question.fact.key for question in talk.questions]
+    named = [any(key in sentence for key in keys) for sentence in behind]
+    assert all(named) or text != "contradictions"
+    assert not any(named) or text != "other facts"
+    stating = [re.search(r"\d\d\.| in the \w+\.|: \w+\.", sentence) is not None for sentence in behind]
+    assert text in ("random", "new talk") or all(stating) is (text != "talk")
+
+
+@pytest.mark.parametrize("name", ["tsw-r8", "msw-r8"])
+def test_what_is_left_and_what_talk_wrote_make_the_state(tokenizer, patched, name):
+    fading, conversations, model = recall("fading"), recall("conversations"), patched(name)
+    talks = [conversations.distant(Random(seed), tokenizer, facts=2, distance=48) for seed in range(3)]
+    parts = fading.whole_parts(model, tokenizer, talks, 48)
+    memory = fading.tell(model, tokenizer, [talk.told for talk in talks])
+    for index, part in parts.items():
+        torch.testing.assert_close(part.left + part.talk, memory[index], rtol=1e-4, atol=1e-5)
+        assert (part.left - part.facts).abs().max() > 1e-3
+
+
+def test_talk_told_apart_is_the_same_talk(tokenizer):
+    fading, talk = recall("fading"), recall("conversations").distant(Random(1), tokenizer, facts=2, distance=300)
+    first, rest = fading.split(talk, 2)
+    assert first + rest == talk.told and tokens(tokenizer, rest) == 300
+    contexts = fading.pieces(tokenizer, rest, 100)
+    assert [m for context in contexts for m in context] == rest and len(contexts) >= 3
+    assert all(tokens(tokenizer, context) <= 100 for context in contexts)
+
+
 def test_asked_are_eight_at_most():
     conversations = recall("conversations")
     assert [len(conversations.plain(Random(0), None, facts=n).questions) for n in (1, 8, 32)] == [1, 8, 8]
@@ -369,7 +405,21 @@ def test_fewer_episodes_stay_out_of_the_pages(weights, tmp_path, monkeypatch, ca
         file.write_bytes(kept)
 
 
+def test_a_row_for_each_change_of_recipe(model, tokenizer, weights):
+    recipe = recall("recipe")
+    given = [("before", weights / "tsw-r8"), ("after", weights / "msw-r8")]
+    first, second = recipe.measure(model, tokenizer, given, 1, lambda text: None)
+    assert (first.name, first.parameters["change"]) == ("recipe/tsw-r8", "before")
+    assert (second.name, second.parameters["change"]) == ("recipe/msw-r8", "after")
+    assert first.parameters["weights"] != second.parameters["weights"]
+    shares = {name for name in first.values if "facts" in name and not name.endswith("error")}
+    assert shares == {"two_facts_1024", "eight_facts", "two_facts_1024_new_talk"}
+    assert first.values["perplexity_filled"] != second.values["perplexity_filled"] > 0
+
+
 @pytest.mark.parametrize("arguments, said", [
+    (["recipe", "no directory"], "adapter: got 'no directory', allowed CHANGE=DIRECTORY"),
+    (["fading", "--episodes", "0"], "--episodes: got 0, allowed 1 or more"),
     (["curves", "--episodes", "0"], "--episodes: got 0, allowed 1 or more"),
     (["curves", "--weights", "/nowhere"], "/nowhere"),
 ])  # fmt: skip
@@ -436,7 +486,7 @@ def test_the_tables_show_figures_and_what_is_missing(whole):
     assert "a guess: code 2.0%, place 3.3%" in text and "1.0 M parameters" in text
     assert text.count(recall("variants").RANKS[32]) == 1 and text.lower().count(pages.NOT_YET) == 1
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 6  # goals and five curves
+    assert len(tables) == 7  # goals and six curves
     for table in tables:
         lines = table.splitlines()
         assert len({line.count("|") for line in lines}) == 1 and len(lines) > 4

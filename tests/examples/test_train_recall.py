@@ -1,5 +1,6 @@
 """examples/recall: the episodes, a short training of each part, and its command."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -9,11 +10,13 @@ from random import Random
 import pytest
 import torch
 
-from deltamem_fast import DeltaMemConfig, MemoryState, patch_model
+from deltamem_fast import DeltaMemConfig, MemoryState, patch_model, record_gates
 from deltamem_fast.recall import world
 from deltamem_fast.recall.tokenizer import build_tokenizer
 from deltamem_fast.recall.weights import SHIPPED, load_backbone
+from deltamem_fast.text.segments import sentence_spans
 from deltamem_fast.training import ExampleFiles, TrainingOptions, build_episode, read_log
+from deltamem_fast.training.loss import write_memory
 
 pytestmark = pytest.mark.xdist_group("train_recall")  # what is trained is trained once
 
@@ -130,7 +133,8 @@ def trained(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(adapters, "CHECKED", (1,))
             config = adapters.adapter_config("tsw", 8)
-            return adapters.train_adapter(config, options, stages, settling, SHIPPED / "backbone")
+            lasting = (example("lasting").LastingOptions(1, lr=1e-6, questions=1, long=False),)
+            return adapters.train_adapter(config, options, stages, settling, SHIPPED / "backbone", lasting)
 
     return output / "tsw", train(8), train
 
@@ -160,6 +164,8 @@ def test_its_file_says_how_it_was_trained(trained):
     assert [run["options"]["steps"] for run in figures["stages"].values()] == [78, 2]
     assert figures["stages"]["one"]["options"]["seed"] == 0 and figures["stages"]["one"]["adapter"]["rank"] == 8
     assert figures["settling"]["options"] == {"steps": 8, "rows": 8, "lr": 1.5e-3, "weight": 10.0, "seed": 0}
+    (lasting,) = figures["lasting"]
+    assert lasting["options"]["steps"] == 1 and lasting["talk_decay"] > 1 and not lasting["options"]["long"]
     model, _ = load_backbone(SHIPPED / "backbone")
     patch_model(model, output)
 
@@ -182,6 +188,66 @@ def test_the_divergence_of_an_empty_memory_is_zero():
     memory.frozen = True
     with torch.no_grad():
         assert abs(settle.text_divergence(model, tokenizer, chats, memory).item()) < 1e-6
+
+
+# --- lasting
+
+
+def long_episodes(count=12):
+    random = Random(7)
+    return [example("talking").draw_long_episode(random, 4, 120, 3) for _ in range(count)]
+
+
+def test_long_episodes_state_their_facts_among_talk():
+    for episode in long_episodes():
+        texts = [m["content"] for m in episode.told]
+        sentences = [text[a:b].strip() for text in texts for a, b in sentence_spans(text)]
+        assert len(sentences) == len(episode.states) and 0 < sum(episode.states) < len(sentences)
+        for sentence, states in zip(sentences, episode.states):
+            assert not (states and sentence.startswith(("Nobody", "The rain", "What"))), sentence
+            assert states or not re.match(r"(The code of|Remember that|Somebody put|You find|Now the)", sentence), (
+                sentence
+            )
+        told = " ".join(s for s, states in zip(sentences, episode.states) if states)
+        for *visible, _, answer in episode.asked:
+            seen = " ".join(message["content"] for message in visible)
+            assert re.search(rf"\b{answer['content']}\b", f"{told} {seen}")
+
+
+def test_talk_is_what_states_nothing():
+    tokenizer = build_tokenizer()
+    batch, talk = example("lasting").make_batch(tokenizer, long_episodes(), segmented=False)
+    for row in range(len(talk)):
+        written = tokenizer.decode(batch.write_ids[row][talk[row]])
+        assert "Remember" not in written and "Somebody" not in written and len(written) > 300
+        stated = tokenizer.decode(batch.write_ids[row][~talk[row] & batch.write_mask[row]])
+        assert "Nobody" not in stated and "Tell me" not in stated and stated
+    answers = [tokenizer.decode(labels[labels != -100]).strip() for labels in batch.labels]
+    asked = [chat[-1]["content"] for episode in long_episodes() for chat in episode.asked]
+    assert answers == [f"{answer}<|end|>" for answer in asked]
+
+
+@pytest.mark.parametrize("strategy", ["tsw", "ssw", "msw"])
+def test_the_decay_is_the_sum_of_the_gates_on_talk(strategy):
+    lasting, (model, tokenizer) = example("lasting"), load_backbone(SHIPPED / "backbone")
+    patch_model(model, SHIPPED / f"{strategy}-r8")
+    batch, _ = lasting.make_batch(tokenizer, long_episodes(3), strategy == "ssw")
+    with torch.no_grad(), lasting.recorded_inputs(model) as inputs, record_gates() as gates:
+        write_memory(model, batch)
+        decay = lasting.talk_decay(model, inputs, batch.write_mask, batch.segment_ids)
+    written = int(batch.write_mask.sum()) if strategy != "ssw" else int((batch.segment_ids.amax(1) + 1).sum())
+    means = torch.stack(list(gates.mean_beta().values())) * written * lasting.SPAN / batch.write_mask.sum()
+    torch.testing.assert_close(decay.mean(1), means, rtol=1e-3, atol=1e-4)
+
+
+def test_talk_comes_to_write_less(monkeypatch):
+    lasting, (model, tokenizer) = example("lasting"), load_backbone(SHIPPED / "backbone")
+    monkeypatch.setattr(lasting, "LENGTHS", ((1.0, 4, 20, 60),))
+    patch_model(model, SHIPPED / "ssw-r8")
+    options = lasting.LastingOptions(steps=12, lr=3e-3, most_facts=2, questions=1)
+    first = lasting.make_lasting(model, tokenizer, dataclasses.replace(options, steps=1, lr=1e-9))
+    found = lasting.make_lasting(model, tokenizer, options)
+    assert found["talk_decay"] < 0.9 * first["talk_decay"]
 
 
 # --- the command
