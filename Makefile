@@ -8,7 +8,7 @@ RATIO ?= 1.10
 # A machine with a GPU has its own torch and Triton: make gpu uses the interpreter that holds them.
 GPU_PYTHON ?= python3
 
-.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm eval-smoke evaluation docs plots readme compare gpu fuzz soak triton36 kernels-report release-check nightly clean
+.PHONY: help setup browser demo test test-transformers test-vllm lint format bench recall recall-train recall-smollm2 smollm2 holding serving serving-vllm eval-smoke evaluation docs plots readme compare gpu fuzz life soak triton36 kernels-report release-check nightly clean
 
 help:
 	@echo "make demo            set up, then the recall proof: facts told, context gone, facts asked; then a talk with SmolLM2"
@@ -31,6 +31,7 @@ help:
 	@echo "                     instructions, sectors and estimates of the time; JSON of those (OUTPUT=dir)"
 	@echo "make gpu             on a machine with a GPU, in nine minutes: its tests, then timings (OUTPUT=dir)"
 	@echo "make fuzz            a million inputs to every reader, guided by coverage; half an hour (OUTPUT=dir)"
+	@echo "make life            ten million tokens, ten thousand turns, a million users; hours (OUTPUT=dir)"
 	@echo "make soak            what takes long, hours of it"
 	@echo "make release-check   the commit's wheel and sdist: two builds alike, installed elsewhere, the demo there; SBOM; in dist"
 	@echo "make nightly         oldest and newest torch, transformers, Triton and Python; 6 GB a cell, one at a time (CELLS=…)"
@@ -180,6 +181,12 @@ gpu:
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
 	$(BIN)/python -m tests.fuzz.atheris_run --runs 1000000 --output $(OUTPUT)/fuzz/fuzz.json
+
+life: setup
+	$(BIN)/python -m bench.life tokens --output $(OUTPUT)/life/tokens
+	$(BIN)/python -m bench.life session --output $(OUTPUT)/life/session
+	$(BIN)/python -m bench.life bank --output $(OUTPUT)/life/bank
+	$(BIN)/python -m bench.report
 
 soak: setup triton36
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
