@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from deltamem_kernels.bounds import row_bound
 from deltamem_kernels.rule import DeltaRule
 
@@ -23,8 +25,8 @@ class Guard:
     Attributes:
         beta: β is held at or below it. At 1 a state can grow by |v| with every token.
         keep: λ of its own, and the 1 of ``no_lambda``, likewise; at 1 a state can grow with √tokens.
-        norm: ‖S‖, Frobenius, of one memory head: no state passes it that has not passed it before. Values v are held
-            at what that takes.
+        norm: ‖S‖, Frobenius, of one memory head that starts empty; each of its r rows stays within norm / √r. From any
+            other state S₀ on, ‖S‖² stays within ‖S₀‖² + norm². Values v are held at what that takes.
 
     Raises:
         ValueError: naming the argument.
@@ -38,7 +40,8 @@ class Guard:
         for name, most in (("beta", 1.0), ("keep", 1.0), ("norm", math.inf)):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 < value < most:
+            # As float32 has it: 1 − 1e-12 is 1 there.
+            if not number or not 0 < value < min(most, 1e38) or not 0 < np.float32(value) < most:
                 below = " and less than 1" if most == 1 else ", and finite"
                 raise ArgumentError(f"{name}: got {shown(value)}, allowed a number more than 0{below}")
 

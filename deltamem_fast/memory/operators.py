@@ -49,7 +49,8 @@ def ingest(
         tokens: at most in a piece, what the chat template adds included.
         trust: τ, 0 to 1. The memory goes a share τ of the way to what the whole text would make of it,
             S ← S₀ + τ (S − S₀): however long the text, 1 − τ of what was there stays.
-        budget: at most so far, in the larger norm of before and after, head by head; None = as far as it goes.
+        budget: at most so far, in the norm of what was there, head by head (``trusting.hold_back``); None = as far as
+            it goes.
         progress: a bar on stderr; None = if there are several pieces and stderr is a terminal.
 
     Returns:
@@ -70,8 +71,8 @@ def ingest(
             decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
         if less:
             hold_back(memory, before, trust, budget)
-    lost = int((memory.skipped - before.skipped).sum())
-    return WriteResult(total, pieces=len(pieces), skipped=lost, moved=moved(before, memory))
+        lost, far = int((memory.skipped - before.skipped).sum()), moved(before, memory)
+    return WriteResult(total, pieces=len(pieces), skipped=lost, moved=far)
 
 
 def _with_bar(pieces: list[Encoded], total: int, progress: bool | None) -> Iterator[Encoded]:
@@ -149,7 +150,15 @@ def _may_think(tokenizer, template: Mapping[str, Any]) -> bool:
 
 
 def revise(
-    model: nn.Module, tokenizer, memory: MemoryState, text: Text, *, replaces: Text | None = None, **options: Any
+    model: nn.Module,
+    tokenizer,
+    memory: MemoryState,
+    text: Text,
+    *,
+    replaces: Text | None = None,
+    trust: float = 1.0,
+    budget: float | None = None,
+    **options: Any,
 ) -> WriteResult:
     """Write what holds from now on, in place: by the delta rule the newer value takes the place of the older one.
 
@@ -159,16 +168,25 @@ def revise(
     Args:
         text: the new statement; see ``ingest``.
         replaces: the old statement: ``forget`` erases it first.
+        trust, budget: of both together; see ``ingest``.
         options: of ``ingest``.
 
     Returns:
         How many tokens went through the model to be written.
     """
-    with taken_back(memory):
-        if replaces is not None:
-            checked_text(text)
-            forget(model, tokenizer, memory, replaces)
-        return ingest(model, tokenizer, memory, text, **options)
+    if replaces is None:
+        return ingest(model, tokenizer, memory, text, trust=trust, budget=budget, **options)
+    _check(model, memory)
+    check_trust(trust, budget)
+    before, less = memory.clone(), trust < 1 or budget is not None
+    with taken_back(memory), memory.untrusted() if less else contextlib.nullcontext():
+        checked_text(text)
+        forget(model, tokenizer, memory, replaces)
+        written = ingest(model, tokenizer, memory, text, **options)
+        if less:
+            hold_back(memory, before, trust, budget)
+        far = moved(before, memory)
+    return WriteResult(int(written), pieces=written.pieces, skipped=written.skipped, moved=far)
 
 
 def forget(

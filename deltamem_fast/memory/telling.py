@@ -152,8 +152,8 @@ def erase(model: nn.Module, tokenizer, memory, text: Text, strength: float | Non
                 told.append(writes)
             times = _strength(told, left) if strength is None else strength
             memory.put(index, _erased(memory[index], told, times), in_place=True)
-    lost = int(scratch.skipped.sum())
-    return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=lost, moved=moved(before, memory))
+        lost, far = int(scratch.skipped.sum()), moved(before, memory)
+    return WriteResult(sum(map(len, pieces)), pieces=len(pieces), skipped=lost, moved=far)
 
 
 def check_ready(model: nn.Module, memory) -> None:

@@ -23,20 +23,21 @@ def check_trust(trust: Any, budget: Any, prefix: str = "") -> None:
 def hold_back(memory, before: States, trust: float, budget: float | None) -> None:
     """Take a memory back towards ``before``, in place: S ← S₀ + τ (S − S₀), head by head.
 
-    τ is ``trust``, or what ``budget`` allows if that is less: ‖τ (S − S₀)‖ ≤ budget · max(‖S₀‖, ‖S‖), Frobenius.
+    τ is ``trust``, or what ``budget`` allows if that is less: ‖τ (S − S₀)‖ ≤ budget · ‖S₀‖, Frobenius. What was there
+    counts, not what comes, or a loud text would set its own limit. A head in which nothing is takes it whole.
 
     Args:
         memory: a MemoryState, after a text was written.
         before: its states from before.
     """
-    for layer, old in before.items():
-        new = memory[layer]
-        share: float | torch.Tensor = trust
+    for layer, state in before.items():
+        old, new = _wide(state), _wide(memory[layer])
+        share = torch.full_like(old[..., :1, :1], trust)  # [B, H, 1, 1]
         if budget is not None:
-            norms = [state.norm(dim=(-2, -1), keepdim=True) for state in (old, new, new - old)]
-            allowed = budget * torch.maximum(*norms[:2]) / norms[2].clamp(min=torch.finfo(torch.float32).tiny)
-            share = allowed.clamp(max=trust)  # [B, H, 1, 1]
-        memory.put(layer, torch.lerp(old, new, torch.as_tensor(share, device=new.device)), in_place=True)
+            there, apart = (x.norm(dim=(-2, -1), keepdim=True) for x in (old, new - old))
+            allowed = budget * there / apart.clamp(min=torch.finfo(torch.float32).tiny)
+            share = torch.where(there > 0, allowed.clamp(max=trust), share)
+        memory.put(layer, torch.lerp(old, new, share).to(state.dtype), in_place=True)
 
 
 def moved(before: States, after: States) -> float:
@@ -45,9 +46,15 @@ def moved(before: States, after: States) -> float:
     On a GPU it waits.
     """
     found = []
-    for layer, old in before.items():
-        new = after[layer]
-        apart = (new - old).norm(dim=(-2, -1))
-        larger = torch.maximum(old.norm(dim=(-2, -1)), new.norm(dim=(-2, -1)))
-        found.append(torch.where(larger > 0, apart / larger, 0.0).mean().cpu())
+    for layer, state in before.items():
+        old, new = _wide(state), _wide(after[layer])
+        apart, before_norm, after_norm = (x.norm(dim=(-2, -1)) for x in (new - old, old, new))
+        larger = torch.maximum(before_norm, after_norm)
+        found.append(torch.where(larger > 0, apart / larger, 0.0).mean())
+    found = [value.to(found[0].device) for value in found]
     return float(torch.stack(found).mean()) if found else 0.0
+
+
+def _wide(state: torch.Tensor) -> torch.Tensor:
+    """In float64, whose squares of float32's numbers do not overflow; Apple's GPUs have none."""
+    return state.detach().to(torch.float32 if state.device.type == "mps" else torch.float64)

@@ -56,7 +56,7 @@ def advance(layer: DeltaMemory, projections: torch.Tensor, gate_bias: torch.Tens
         if call.segment_ids is not None:  # they are read before, and their means written
             reads = ops.read(projections, initial, rule, mask=mask)
             if trust is not None:  # a segment's is the mean of its tokens'
-                projections = torch.cat([projections, trust.to(projections.dtype).unsqueeze(-1)], -1)
+                projections = torch.cat([projections.float(), trust.unsqueeze(-1)], -1)
             projections, mask, skipped = segment_means(projections, call.segment_ids, mask)
             if trust is not None:
                 projections = trusted(projections[..., :-1], gate_bias, rule, projections[..., -1])

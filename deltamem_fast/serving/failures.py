@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import traceback
 
-from ..errors import DeltaMemError
+from ..errors import FileFormatError
 from ..notices import logger
 
 
 def log_failure(what: str, error: BaseException) -> None:
     """Log an error that nobody has foreseen, and those behind it.
 
-    What one of ours says (of the bank's file) is logged as it is; of others their classes and the places that they came
-    through alone: a template, a tokenizer or a library may quote a request in its message.
+    What is said of a damaged file (the bank's) is logged as it is; of others their classes and the places that they
+    came through alone: ours too may quote a request, or what a template, a tokenizer or a library says of one.
 
     Args:
         what: has failed.
@@ -23,7 +23,7 @@ def log_failure(what: str, error: BaseException) -> None:
 def _described(error: BaseException | None) -> list[str]:
     found: list[str] = []
     while error is not None and len(found) < 8:
-        said = f": {error}" if isinstance(error, DeltaMemError) else ""
+        said = f": {error}" if isinstance(error, FileFormatError) else ""
         places = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(
             error.__traceback__, limit=-12)]  # fmt: skip
         found.append("\n    ".join([f"{type(error).__name__}{said}", *places]))

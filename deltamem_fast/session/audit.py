@@ -18,7 +18,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Move:
-    """What one message, or one text that the memory was given, did.
+    """What one message, or one text that the memory was given, did. ``system``: what stands before the first message.
 
     Attributes:
         turn: how many turns there were before it.
@@ -55,10 +55,6 @@ class Audit:
         found = (*self.moves, *moves)
         gone = max(0, len(found) - KEPT)
         return Audit(found[gone:], self.dropped + gone)
-
-    def before(self, turn: int) -> Audit:
-        """The moves of the first ``turn`` turns, and what was told between them."""
-        return Audit(tuple(move for move in self.moves if move.turn < turn), self.dropped)
 
     def largest(self, count: int = 10) -> Audit:
         """The moves that went farthest, the farthest first."""

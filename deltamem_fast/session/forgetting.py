@@ -63,8 +63,7 @@ def forgotten(
     memory = now.memory.clone()
     result = erase(memory)
     turns = tuple(_told_without(turn, erase) for turn in now.turns)
-    # What was forgotten cannot be rolled back to.
-    made, changed = replace(now, memory=memory, turns=turns, cache=None, mark=None, history=()), 0
+    made, changed = replace(now, memory=memory, turns=turns, cache=None, mark=None), 0
     if messages:
         made, changed = without_text(made, text)
     remains = places_of({"messages": made.messages, **settings}, text)

@@ -29,7 +29,7 @@ from .blocks import Block
 from .schema import check_content, check_identity
 from .turns import Mark, Now, Turn, new_cache
 
-FORMAT, FORMAT_VERSION = "deltamem-session", 2
+FORMAT, FORMAT_VERSION = "deltamem-session", 3
 _MUST_BE_JSON = "its messages, template and generation settings must be JSON to be saved"
 # Of whose cache nothing but keys, values and lengths has to be kept.
 _SAVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, MemoryDynamicLayer, MemoryDynamicSlidingWindowLayer)

@@ -70,7 +70,8 @@ class MemorySession:
         memory: where the memory starts, one row (copied); None = empty.
         trust: by role (``system``, ``user``, ``assistant``, ``tool``), how far a message may move the memory towards
             what it makes of it: 1 (where nothing is said) the whole way, 0 not at all. ``{"tool": 0.25}``
-        budget: how far any message may move it at most, in the larger norm of before and after; None = no limit.
+        budget: how far one message or text may move it at most, head by head, in the norm of what was there (an empty
+            head takes it whole); None = no limit.
         history: how many turns can be rolled back, for a state of each.
         template: arguments of the chat template, such as ``{"enable_thinking": False}``.
         generation: options of ``model.generate`` for every turn; ``max_new_tokens`` is 512 unless given.
@@ -114,15 +115,14 @@ class MemorySession:
         check_integer(history, "history", 0)
         self._limits = Limits(history=history)
         self.limit_context(context_turns, context_tokens)
-        self.trust = checked_trust(trust)
         check_trust(1.0, budget)
-        self.budget = budget
+        self._trust, self._budget = checked_trust(trust), budget
         self.template = checked_template({} if template is None else template, "the session")
         self.generation = checked_options({} if generation is None else generation, "generation")
         self._renderer = Renderer(
-            tokenizer, system, identity.config.memory_write_granularity, self.template, self.trust, self.budget
+            tokenizer, system, identity.config.memory_write_granularity, self.template, self._trust, budget
         )
-        self._now = Now(MemoryState.zeros(model) if memory is None else memory.clone())
+        self._now = self._with_point(Now(MemoryState.zeros(model) if memory is None else memory.clone()))
         self._remembers = True
         self._turn = threading.Lock()
         self._name = secrets.token_hex(16)  # its snapshots have it
@@ -150,6 +150,16 @@ class MemorySession:
     def limits(self) -> Limits:
         """How much the context may hold; see ``limit_context``."""
         return self._limits
+
+    @property
+    def trust(self) -> dict[str, float]:
+        """How far messages are trusted, by role; set when the session is made or loaded."""
+        return dict(self._trust)
+
+    @property
+    def budget(self) -> float | None:
+        """How far one message or text may move the memory; set when the session is made or loaded."""
+        return self._budget
 
     @property
     def context_tokens(self) -> int:
@@ -285,10 +295,10 @@ class MemorySession:
             self._remembers = snapshot.remembers
 
     def rollback(self, turns: int) -> None:
-        """Go back to how the conversation was after its first ``turns`` turns: messages, memory, audit, context.
+        """Go back to how the conversation was at the end of turn ``turns`` (0: the beginning): messages, memory, audit.
 
-        Turns that had left the context then, or have since, stay out of it. What ``ingest`` and ``revise`` wrote after
-        that turn is gone, too. Not past a ``forget``, nor to before the session was loaded.
+        What ``ingest`` and ``revise`` wrote after that turn is gone, too, also if it is the last one. Turns that had
+        left the context then, or have since, stay out of it. Not past a ``forget``, nor to before it was loaded.
 
         Raises:
             ValueError: the memory from then is not kept; ``history`` says of how many turns it is.
@@ -360,7 +370,8 @@ class MemorySession:
         settings = {"system": self.system, "template": self.template, "generation": self.generation}
         with self._alone():
             now, result = forgotten(self._now, text, erase, settings, messages=messages)
-            self._now = self._moved(now, "forget", result, 1.0)
+            # What was forgotten cannot be rolled back to.
+            self._now = self._with_point(self._moved(now, "forget", result, 1.0))
             return result
 
     def retrieve(self, question: str | Sequence[Message], **options: Any) -> str:
@@ -375,9 +386,13 @@ class MemorySession:
         name = f"{what}: {checked_source(source)}" if checked_source(source) else what
         with self._alone():
             memory = self._now.memory.clone()
-            result = write(self.model, self.tokenizer, memory, text, **options)
+            result = write(self.model, self.tokenizer, memory, text, **{"budget": self._budget, **options})
             self._now = self._moved(replace(self._now, memory=memory), name, result, options.get("trust", 1.0))
             return result
+
+    def _with_point(self, now: Now) -> Now:
+        """A conversation that can be rolled back to now and no further."""
+        return replace(now, history=(now.point(),) if self._limits.history else ())
 
     def _moved(self, now: Now, source: str, result: WriteResult, trust: float) -> Now:
         move = Move(now.turn_count, source, None, int(result), float(trust), result.moved)
@@ -433,6 +448,8 @@ class MemorySession:
         *,
         template: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
+        trust: Mapping[str, float] | None = None,
+        budget: float | None = None,
         adopt: bool = False,
     ) -> MemorySession:
         """Read a session that ``save`` wrote.
@@ -441,7 +458,8 @@ class MemorySession:
         ``text.settings.GENERATION``, and a chat template, or anything that loads code, is refused.
 
         Args:
-            template, generation: in place of those that were saved.
+            template, generation, trust, budget: in place of those that were saved; None = those. They hold from the
+                next turn on.
             adopt: True takes a session of another adapter or backbone too, if its shapes fit: for one that you know to
                 be the same. Its cache is computed anew.
 
@@ -453,8 +471,9 @@ class MemorySession:
         check_type(model, "model", nn.Module, "a patched model")
         now, settings, known = saving.load(directory, model, template=template, generation=generation, adopt=adopt)
         remembers = settings.pop("remembers")
+        settings |= {name: value for name, value in (("trust", trust), ("budget", budget)) if value is not None}
         session = cls(model, tokenizer, **settings)
-        session._now, session._remembers, session._known = now, remembers, known
+        session._now, session._remembers, session._known = session._with_point(now), remembers, known
         return session
 
 

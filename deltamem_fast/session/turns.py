@@ -54,12 +54,13 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Before:
-    """A conversation before a turn: how many turns and messages it had, and its memory."""
+class Point:
+    """A conversation at the end of a turn: how many turns and messages it had, its memory, and what had moved that."""
 
     turns: int
     messages: int
     memory: MemoryState
+    audit: Audit
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Now:
         mark: where the cache ends. A turn that failed may have left more in it.
         finish: how the last turn's answer ended: ``stop``, ``length`` or ``thinking``.
         audit: what has moved the memory how far.
-        history: of the newest turns, what there was before each, to roll back to.
+        history: the ends of the newest turns, to roll back to, and the beginning.
     """
 
     memory: MemoryState
@@ -88,12 +89,16 @@ class Now:
     mark: Mark | None = None
     finish: str | None = None
     audit: Audit = NOTHING_MOVED
-    history: tuple[Before, ...] = ()
+    history: tuple[Point, ...] = ()
 
     @property
     def turn_count(self) -> int:
         """How many turns there were."""
         return sum(message["role"] == "assistant" for message in self.messages)
+
+    def point(self) -> Point:
+        """What there is now, to roll back to."""
+        return Point(self.turn_count, len(self.messages), self.memory.clone(), self.audit)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -210,6 +215,7 @@ def have_turn(
     check_known(model, joined_ids((*plan.prompt, plan.header)))
     before, memory = now.memory.clone(), now.memory.clone()
     cache, written = _window(model, now, plan, memory)
+    opening = moved(before, memory)  # by the preamble, where a conversation begins
     # SSW reads the state from before the whole prompt: fed ahead, a question would be written over what it asks for.
     ahead = bool(plan.header.ids) and plan.header.segments is None
     moves: list[float] = []
@@ -233,11 +239,13 @@ def have_turn(
     moves += [write(model, cache, memory, block) for block in (*(() if ahead else plan.prompt), answer)]
     turn = Turn(messages, plan.prompt, answer, before)
     turns, mark, finish = (*plan.kept, turn), Mark(cache), _finish(stream, options)
-    audit = now.audit.with_moves(*_moves_of(now, turn, moves))
-    history = (*now.history, Before(now.turn_count, len(now.messages), before))[-limits.history :]
-    history = history if limits.history else ()
+    first = plan.preamble
+    opened = [Move(now.turn_count, "system", None, len(first), first.trust, opening)] if opening else []
+    audit = now.audit.with_moves(*opened, *_moves_of(now, turn, moves))
     told = (*now.messages, *messages)
-    yield Now(memory, told, plan.preamble, turns, written, cache, mark, finish, audit, history)
+    after = Now(memory, told, plan.preamble, turns, written, cache, mark, finish, audit)
+    history = (*now.history, after.point())[-limits.history - 1 :] if limits.history else ()
+    yield replace(after, history=history)
 
 
 def _moves_of(now: Now, turn: Turn, moves: Sequence[float]) -> Iterator[Move]:
@@ -246,23 +254,21 @@ def _moves_of(now: Now, turn: Turn, moves: Sequence[float]) -> Iterator[Move]:
 
 
 def rolled_back(now: Now, turns: int) -> Now:
-    """The conversation as it was after its first ``turns`` turns; the context keeps those of them that it holds.
+    """The conversation as it was at the end of turn ``turns``; the context keeps those turns that it holds.
 
     Raises:
         ValueError: the memory from then is not kept.
     """
-    if turns == now.turn_count:
-        return now
     point = next((point for point in now.history if point.turns == turns), None)
     if point is None:
         kept = [point.turns for point in now.history]
-        allowed = f"{kept[0]} to {kept[-1]}, or {now.turn_count} (now)" if kept else f"{now.turn_count} (now)"
-        raise ArgumentError(f"turns: got {turns}, allowed {allowed}: no memory is kept from before others; see history")
+        allowed = f"{kept[0]} to {kept[-1]}" if kept else "none"
+        raise ArgumentError(f"turns: got {turns}, allowed {allowed}: of no others a memory is kept; see history")
     left = now.turns[: max(0, len(now.turns) - (now.turn_count - turns))]
     messages = now.messages[: point.messages]
     return Now(
-        point.memory.clone(), messages, now.preamble, left, now.written and bool(left), audit=now.audit.before(turns),
-        history=tuple(each for each in now.history if each.turns < turns),
+        point.memory.clone(), messages, now.preamble, left, now.written and bool(left), audit=point.audit,
+        history=tuple(each for each in now.history if each.turns <= turns),
     )  # fmt: skip
 
 

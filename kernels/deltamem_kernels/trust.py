@@ -36,4 +36,5 @@ def trusted(projections: torch.Tensor, gate_bias: torch.Tensor, rule: DeltaRule,
     lowered = share.log() + F.logsigmoid(logit) - (1 - share + share * torch.sigmoid(-logit)).log()
     # σ of it is 0 in every backend; −inf would make the token one that is not finite.
     lowered = torch.where(share > 0, sign * lowered - bias, -1e30 * sign)
+    lowered = torch.where(torch.isfinite(raw), lowered, raw)  # such a token stays one that is left out and counted
     return torch.cat([wide[..., :first], torch.where(share == 1, raw, lowered)], -1)

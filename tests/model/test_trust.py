@@ -58,6 +58,19 @@ def test_a_trusted_token_writes_a_blend_of_the_states_before_and_after(rule):
         torch.testing.assert_close(found.state[0], wanted[0])
 
 
+@pytest.mark.parametrize("gate", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("trust", [0.5, 0.0])
+def test_a_token_whose_gate_is_not_finite_is_left_out_and_counted(gate, trust):
+    rule = DeltaRule(8, coupled=False)
+    for place in (24, 32):  # β, λ
+        x = torch.randn(1, 2, rule.width, generator=torch.Generator().manual_seed(4))
+        x[0, 0, place] = gate
+        found = reference.scan(
+            trusted(x, torch.zeros(16), rule, torch.full((1, 2), trust)), torch.zeros(16), None, rule
+        )
+        assert found.skipped.tolist() == [1] and not found.reads[0, 0].any()
+
+
 @pytest.mark.parametrize("rule", RULES[:2], ids=str)
 def test_trust_is_differentiable_but_for_itself(rule):
     make = torch.Generator().manual_seed(2)
@@ -193,7 +206,18 @@ def test_what_is_no_guard_is_refused(guard):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"beta": 1.0}, {"beta": 0}, {"keep": 1}, {"norm": 0}, {"norm": float("inf")}, {"beta": "x"}]
+    "wrong",
+    [
+        {"beta": 1.0},
+        {"beta": 0},
+        {"keep": 1},
+        {"norm": 0},
+        {"norm": float("inf")},
+        {"beta": 1 - 1e-12},
+        {"norm": 1e300},
+        {"beta": 1e-300},
+        {"beta": "x"},
+    ],
 )
 def test_a_guard_bounds(wrong):
     with pytest.raises(DeltaMemError, match=next(iter(wrong))):

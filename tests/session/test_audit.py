@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from session_support import state_bits, tiny_session
+from session_support import change_manifest, state_bits, tiny_session
 from tokenizers_for_tests import chatml_tokenizer
 
-from deltamem_fast import DeltaMemError, MemorySession, MemoryState, ingest
+from deltamem_fast import DeltaMemError, MemorySession, MemoryState, ingest, revise
 from deltamem_fast.memory.trusting import hold_back, moved
 from deltamem_fast.session.audit import KEPT, Audit, Move
 
@@ -54,8 +54,7 @@ def test_a_budget_is_kept_head_by_head_however_long_the_text(tokenizer, budget):
         apart = (memory[layer] - before[layer]).norm(dim=(-2, -1))
         assert (apart > 0).all()
     report = memory.diff(before)
-    # In the larger norm of before and of what the whole text makes, which is no smaller than that of what is left.
-    assert all(row.relative <= 2 * budget for row in report) and len(report) == 4
+    assert all(row.relative <= budget * 1.0001 for row in report) and len(report) == 4
     far = memory.clone()
     ingest(session.model, tokenizer, far, "I keep goats. " * 40, tokens=64, budget=1e9)
     assert moved(before, far) > moved(before, memory)
@@ -151,11 +150,11 @@ def test_rollback_is_as_if_the_later_turns_had_not_been_had(tokenizer, strategy)
         session.answer(text)
         states.append(state_bits(session.memory))
     session.ingest("Ada likes tea.")
-    session.rollback(4)  # now: nothing is taken back
-    assert session.turns == 4 and state_bits(session.memory) != states[4]
+    session.rollback(4)  # the end of the last turn, before the text was told
+    assert session.turns == 4 and state_bits(session.memory) == states[4]
     session.rollback(2)
     assert session.turns == 2 and state_bits(session.memory) == states[2] and len(session.messages) == 4
-    assert all(move.turn < 2 for move in session.audit())
+    assert [move.turn for move in session.audit()] == [0, 0, 1, 1]
     fresh = session_of(tokenizer, strategy, context_turns=3)
     for text in texts[:2]:
         fresh.answer(text)
@@ -169,12 +168,12 @@ def test_rollback_says_how_far_it_can_go(tokenizer):
     session = session_of(tokenizer, history=2)
     for text in ("a b", "c d", "e f"):
         session.answer(text)
-    with pytest.raises(DeltaMemError, match=r"turns: got 0, allowed 1 to 2, or 3 \(now\)"):
+    with pytest.raises(DeltaMemError, match="turns: got 0, allowed 1 to 3"):
         session.rollback(0)
     with pytest.raises(DeltaMemError, match="turns: got -1"):
         session.rollback(-1)
     session.forget("c d")
-    with pytest.raises(DeltaMemError, match=r"allowed 3 \(now\)"):  # it would bring back what was forgotten
+    with pytest.raises(DeltaMemError, match="allowed 3 to 3"):  # it would bring back what was forgotten
         session.rollback(2)
     assert session.turns == 3
 
@@ -188,8 +187,6 @@ def test_rollback_says_how_far_it_can_go(tokenizer):
     ],
 )  # fmt: skip
 def test_files_with_other_trust_or_audits_are_refused(tokenizer, tmp_path, field, value):
-    from session_support import change_manifest
-
     session = session_of(tokenizer)
     session.answer("My name is Ada.")
     session.save(tmp_path / "ada", cache=False)
@@ -206,3 +203,76 @@ def test_an_audit_is_json(tokenizer):
     session = session_of(tokenizer)
     session.answer("My name is Ada.")
     assert json.loads(json.dumps(session.audit().to_dict()))["dropped"] == 0
+
+
+def test_rollback_takes_back_what_was_told_between_turns_and_the_audit_says_so(tokenizer):
+    session = session_of(tokenizer, system="Be kind.")
+    session.answer("My name is Ada.")
+    first, audit = state_bits(session.memory), session.audit()
+    assert [move.source for move in audit] == ["system", "user", "assistant"]
+    session.ingest("I keep goats.", source="crm")
+    session.answer("Hello.")
+    session.rollback(1)
+    assert state_bits(session.memory) == first and session.audit() == audit
+    session.ingest("I keep goats.")
+    session.rollback(1)
+    assert state_bits(session.memory) == first and session.answer("Hello.")
+
+
+def test_a_loaded_session_rolls_back_to_what_was_loaded_and_may_be_trusted_otherwise(tokenizer, tmp_path):
+    session = session_of(tokenizer, trust={"user": 0.5})
+    session.answer("My name is Ada.")
+    session.save(tmp_path / "ada", cache=False)
+    again = MemorySession.load(tmp_path / "ada", session.model, tokenizer, trust={"user": 0.25}, budget=0.5)
+    assert (again.trust, again.budget) == ({"user": 0.25}, 0.5)
+    before = state_bits(again.memory)
+    again.answer("I keep bees.")
+    assert [move.trust for move in again.audit() if move.source == "user"] == [0.5, 0.25]
+    again.rollback(1)
+    assert state_bits(again.memory) == before
+    with pytest.raises(AttributeError):
+        again.budget = 1.0
+
+
+def test_a_budget_counts_what_was_there_not_what_comes(tokenizer):
+    model = session_of(tokenizer).model
+    memory = MemoryState.zeros(model)
+    ingest(model, tokenizer, memory, "My name is Ada.", trust=0.01)
+    assert 0 < ingest(model, tokenizer, memory, "I keep goats. I live in Rome.", budget=0.2).moved <= 0.2001
+    session = session_of(tokenizer, budget=0.2)
+    session.answer("My name is Ada.")  # an empty memory takes it whole
+    assert session.ingest("I keep goats.").moved <= 0.2001
+    assert session.ingest("I live in Rome, near the river.", budget=9.0).moved > 0.2001
+
+
+def test_huge_states_leave_neither_nan_in_a_memory_nor_in_an_audit(tokenizer, tmp_path):
+    memory = MemoryState.zeros(session_of(tokenizer).model)
+    for layer in memory:
+        memory[layer].fill_(1e30)
+    session = session_of(tokenizer, memory=memory, budget=0.5, trust={"user": 0.5})
+    session.answer("My name is Ada.")
+    session.ingest("I keep goats.", trust=0.5)
+    assert all(state.isfinite().all() for _, state in session.memory.items())
+    assert all(0 <= move.moved <= 2 for move in session.audit())
+    session.save(tmp_path / "ada")
+
+
+def test_revising_with_less_trust_erases_with_less_too(tokenizer):
+    model = session_of(tokenizer).model
+    memory = MemoryState.zeros(model)
+    ingest(model, tokenizer, memory, "I keep goats.")
+    before = state_bits(memory)
+    assert revise(model, tokenizer, memory, "I keep bees.", replaces="I keep goats.", trust=0.0).moved == 0.0
+    assert state_bits(memory) == before
+    whole, held = (memory.clone() for _ in range(2))
+    far = revise(model, tokenizer, whole, "I keep bees.", replaces="I keep goats.").moved
+    assert far > revise(model, tokenizer, held, "I keep bees.", replaces="I keep goats.", budget=0.1).moved > 0
+
+
+def test_an_audit_from_a_file_cannot_act_upon_a_terminal(tokenizer, tmp_path):
+    session = session_of(tokenizer)
+    session.answer("My name is Ada.")
+    session.save(tmp_path / "ada", cache=False)
+    change_manifest(tmp_path / "ada", lambda manifest: manifest["audit"]["moves"][0].__setitem__(1, "\x1b]0;x\x07"))
+    with pytest.raises(DeltaMemError, match="audit"):
+        MemorySession.load(tmp_path / "ada", session.model, tokenizer)
