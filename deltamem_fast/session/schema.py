@@ -184,7 +184,7 @@ def _is_move(move: Any) -> bool:
     turn, source, message, tokens, trust, moved = move
     counts = all(type(n) is int and 0 <= n < 2**63 for n in (turn, tokens, 0 if message is None else message))
     name = isinstance(source, str) and source.isprintable() and len(source) <= MOST_SOURCE + 10
-    return counts and name and _is_share(trust) and _is_share(moved / 2.001 if type(moved) in (int, float) else None)
+    return counts and name and _is_share(trust) and type(moved) in (int, float) and 0 <= moved <= 2.001
 
 
 def _last(messages: list, part: list, end: int) -> int | None:

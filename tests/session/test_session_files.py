@@ -265,7 +265,7 @@ def test_numbers_without_end_and_nesting_without_end(saved):
     ):  # fmt: skip
         lines = [f'"{name}": {value},' if f'"{name}"' in line else line for line in text.splitlines()]
         lines = [line for line in lines if '"sha256": "' not in line or line.startswith("      ")]
-        path.write_text("\n".join(lines).replace('"format_version": 2', '"format_version": 1'))
+        path.write_text("\n".join(lines).replace('"format_version": 3', '"format_version": 1'))
         with pytest.raises(FileFormatError, match="session.json"):
             load(session, directory)
 
@@ -327,7 +327,7 @@ def test_sessions_of_the_version_before(tmp_path):
         assert (session._now.cache is None) == (name != "session_v1")
         assert session.answer(ASKED) and session.turns == 3
         session.save(directory)  # in its place
-        assert json.loads((directory / "session.json").read_text())["format_version"] == 2
+        assert json.loads((directory / "session.json").read_text())["format_version"] == 3
         assert everything(load(session, directory)) == everything(session)
 
 
@@ -383,7 +383,7 @@ def test_newer_formats_and_other_files_are_never_overwritten(saved):
     session, directory = saved
     path = directory / "session.json"
     good = path.read_bytes()
-    for change in ({"format_version": 3}, {"format": "somebody's"}):
+    for change in ({"format_version": 4}, {"format": "somebody's"}):
         path.write_text(json.dumps(json.loads(good) | change))
         before = path.read_bytes()
         for overwrite in (False, True):

@@ -197,7 +197,7 @@ def test_other_adapters_backbones_and_formats_are_refused(tmp_path):
     manifest = read_json(tmp_path / "session.json")
     for change, text in (
         ({"format": "other"}, "not a snapshot"),
-        ({"format_version": 3}, "format version 3, this version reads 1 to 2"),
+        ({"format_version": 4}, "format version 4, this version reads 1 to 3"),
         ({"files": {"state": manifest["files"]["state"] | {"name": "../x.safetensors"}}}, "damaged"),
     ):
         (tmp_path / "session.json").write_text(json.dumps(manifest | change))
