@@ -112,6 +112,7 @@ recall-smollm2: smollm2
 holding: setup
 	$(BIN)/python -m bench.memory operators --output $(OUTPUT)/operators
 	$(BIN)/python -m bench.memory sessions --output $(OUTPUT)/sessions
+	$(BIN)/python -m bench.memory guard --output $(OUTPUT)/guard
 	$(BIN)/python -m bench.memory bank --output $(OUTPUT)/bank
 	$(BIN)/python -m bench.report
 

@@ -1,6 +1,6 @@
-"""A memory one can hold, measured: the operators, sessions and the bank.
+"""A memory one can hold, measured: the operators, sessions, the bank and the guard.
 
-python -m bench.memory operators|sessions|bank [--help]
+python -m bench.memory operators|sessions|bank|guard [--help]
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from ..instrument import commands
-from . import bank, operators, sessions
+from . import bank, guard, operators, sessions
 
-COMMANDS = {"operators": operators, "sessions": sessions, "bank": bank}
+COMMANDS = {"operators": operators, "sessions": sessions, "bank": bank, "guard": guard}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -29,6 +29,8 @@ class Found:
     recall: Result | None = None
     released: Result | None = None
     trust: Result | None = None
+    trust_before: Result | None = None  # with the small adapters from before they were made to last
+    guard: Result | None = None
     smollm2: Sequence[Result] = ()  # one a part, and one a part of adapters that were measured by themselves
     vllm: Result | None = None
     load: Sequence[Result] = ()  # one an engine
@@ -45,13 +47,14 @@ def find(directory: Path = results.DIRECTORY, pictures: Path = PICTURES) -> Foun
     Raises:
         ValueError, OSError: a file there cannot be read.
     """
-    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "vllm", "trust")
+    names = ("emulated", "operators", "sessions", "bank", "recall", "released", "vllm", "trust", "guard")
     parts = [results.latest(folder) for folder in sorted((directory / "smollm2").glob("*"))]
     single = {name: results.latest(directory / name) for name in names}
     for name in ("load", "kills"):
         engines = [results.latest(directory / "serving" / f"{name}{engine}") for engine in ("", "-vllm")]
         single[name] = tuple(filter(None, engines))
     single["life"] = {name: results.latest(directory / "life" / name) for name in ("tokens", "session", "bank")}
+    single["trust_before"] = results.latest(directory / "trust-before")
     single["fuzz"] = [read_json(path) for path in sorted((directory / "fuzz").glob("*.json"))]
     single["evaluations"] = found_runs(directory / "eval")
     return Found(results.newest(directory), smollm2=tuple(filter(None, parts)), pictures=pictures, **single)

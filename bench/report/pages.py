@@ -509,6 +509,10 @@ def evaluation(found: Found) -> str:
 def trust(found: Found) -> str:
     """What hostile text does to a memory, what trust saves and costs, and what readers were given."""
     parts = _section("Hostile text", trusted.NOTE, found.trust, lambda rows: "\n\n".join(trusted.tables(rows)))
+    if found.trust and found.trust_before:
+        parts += ["## Before the adapters were made to last", trusted.BEFORE, results.heading(found.trust_before)]
+        parts.append(trusted.before_and_after(found.trust_before.rows, found.trust.rows))
+    parts += _section("What a guard takes", trusted.GUARD, found.guard, markdown_table)
     parts += ["## Hostile bytes", FUZZ, trusted.fuzz_table(found.fuzz) if found.fuzz else f"{NOT_YET.capitalize()}."]
     return _page("Trust", "What these are about, and what bounds a memory: [trust.md](../trust.md).", *parts)
 

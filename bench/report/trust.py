@@ -15,6 +15,14 @@ NOTE = (
     "the memory goes a share τ of the way to what the whole text makes of it. *Token* τ: `model(…, trust=τ)`, each "
     "token's gates lowered. *Guarded*: `patch_model(…, guard=True)`, whole trust. Standard errors are 3.6 or less."
 )
+BEFORE = (
+    "The same texts and questions, wholly trusted, with the adapters of before "
+    "([what changed](../training.md#what-lasts)) and of now: kept / learnt, in percent. SSW has not changed."
+)
+GUARD = (
+    "`python -m bench.memory guard`: with a guard and without, in turns of one run, times as fast as without. *Trusted "
+    "less*: `trust=0.5`, by token, which also lowers the gates' logits before the operator runs."
+)
 TEXTS, TOKENS = (0.9, 0.75, 0.5, 0.25, 0.1), (0.5, 0.25, 0.1, 0.05)
 
 
@@ -35,10 +43,35 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             cells = [_cell(mine.get((text, False, None, None)))]
             cells += [_cell(mine.get((text, False, way, trust))) for way, trust in ways]
             cells += [_cell(mine.get((text, True, None, None))), _cell(mine.get((text, True, "gates", 1.0)))]
-            kind, _, count = text.rpartition(" ")
-            lines.append([f"{count} tokens of {kind.replace('random tokens', 'noise')}", *cells])
+            lines.append([_told(text), *cells])
         yield f"### {adapter}"
         yield markdown(lines)
+
+
+def before_and_after(old: Sequence[Row], new: Sequence[Row]) -> str:
+    """A row a text: each adapter before and after."""
+    found = [{(row.name, row.parameters["text"]): row.values for row in rows if _is_whole(row)} for rows in (old, new)]
+    names = dict.fromkeys(row.name for row in new if _is_whole(row))
+    lines = [
+        [
+            "told after four facts",
+            *(f"{name.partition('/')[2]}, {when}" for name in names for when in ("before", "now")),
+        ]
+    ]
+    for text in dict.fromkeys(text for _, text in found[1]):
+        lines.append([_told(text), *(_cell(values.get((name, text))) for name in names for values in found)])
+    return markdown(lines)
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether it is of a text that is trusted wholly, without a guard."""
+    p = row.parameters
+    return row.name.startswith("after/") and not p["guard"] and (p["way"], p["trust"]) == ("gates", 1.0)
+
+
+def _told(text: str) -> str:
+    kind, _, count = text.rpartition(" ")
+    return f"{count} tokens of {kind.replace('random tokens', 'noise')}"
 
 
 def _cell(values: dict[str, float] | None) -> str:
