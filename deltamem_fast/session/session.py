@@ -113,7 +113,7 @@ class MemorySession:
         self.tokenizer = tokenizer
         self.system = system
         check_integer(history, "history", 0)
-        self._limits = Limits(history=history)
+        self._history = history
         self.limit_context(context_turns, context_tokens)
         check_trust(1.0, budget)
         self._trust, self._budget = checked_trust(trust), budget
@@ -237,7 +237,9 @@ class MemorySession:
         with self._alone(), self._steps() as steps:
             before = self._now
             try:
-                for item in steps(have_turn(self.model, self._renderer, before, said, self.limits, options)):
+                for item in steps(
+                    have_turn(self.model, self._renderer, before, said, self.limits, options, self._history)
+                ):
                     if isinstance(item, Now):
                         self._now = item
                     elif not item[1]:
@@ -324,7 +326,7 @@ class MemorySession:
         """
         for name, value in (("context_turns", turns), ("context_tokens", tokens)):
             check_integer(value, name, 1, MOST_64, or_none=True)
-        self._limits = replace(self._limits, turns=turns, tokens=tokens)
+        self._limits = Limits(turns, tokens)
 
     def anew(self) -> MemorySession:
         """A new session of the same settings, with an empty memory; it may replace the files that this one may."""
@@ -392,7 +394,7 @@ class MemorySession:
 
     def _with_point(self, now: Now) -> Now:
         """A conversation that can be rolled back to now and no further."""
-        return replace(now, history=(now.point(),) if self._limits.history else ())
+        return replace(now, history=(now.point(),) if self._history else ())
 
     def _moved(self, now: Now, source: str, result: WriteResult, trust: float) -> Now:
         move = Move(now.turn_count, source, None, int(result), float(trust), result.moved)
@@ -434,7 +436,7 @@ class MemorySession:
             "context_tokens": self.limits.tokens,
             "trust": self.trust,
             "budget": self.budget,
-            "history": self.limits.history,
+            "history": self._history,
             "template": self.template,
             "generation": self.generation,
         }

@@ -114,11 +114,10 @@ class Now:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much stays in the cache (None = everything), and how many turns can be rolled back."""
+    """How much stays in the cache; None = everything."""
 
     turns: int | None = None
     tokens: int | None = None
-    history: int = HISTORY
 
 
 @dataclass(frozen=True)
@@ -203,13 +202,22 @@ def _cut(chat: Chat, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def have_turn(
-    model: nn.Module, renderer: Renderer, now: Now, said: Sequence[Message], limits: Limits, options: dict[str, Any]
+    model: nn.Module,
+    renderer: Renderer,
+    now: Now,
+    said: Sequence[Message],
+    limits: Limits,
+    options: dict[str, Any],
+    history: int = 0,
 ) -> Iterator[tuple[str, bool] | Now]:
     """Text of the answer, (piece, whether it is thinking), then what the conversation is after it.
 
     The answer is generated on a copy of the memory. Then cache and copy go back to the question's end, and the
     answer's block is fed as the template shows it to later turns: what it drops (thinking) is neither seen nor
     remembered, and keys, values and memory follow from the blocks alone, however they were generated.
+
+    Args:
+        history: how many turns can be rolled back.
     """
     plan = plan_turn(renderer, now, said, limits)
     check_known(model, joined_ids((*plan.prompt, plan.header)))
@@ -244,8 +252,8 @@ def have_turn(
     audit = now.audit.with_moves(*opened, *_moves_of(now, turn, moves))
     told = (*now.messages, *messages)
     after = Now(memory, told, plan.preamble, turns, written, cache, mark, finish, audit)
-    history = (*now.history, after.point())[-limits.history - 1 :] if limits.history else ()
-    yield replace(after, history=history)
+    points = (*now.history, after.point())[-history - 1 :] if history else ()
+    yield replace(after, history=points)
 
 
 def _moves_of(now: Now, turn: Turn, moves: Sequence[float]) -> Iterator[Move]:
