@@ -114,7 +114,9 @@ def test_any_shape(heads, head_dim, rank, memory_heads, delta, padding, batch, b
     ours, theirs = (run(model, ids, 10, attention_mask=mask[:, :10]) for model in (fast, generic))
     real = mask.bool()
     assert relative_error(ours[0][real], theirs[0][real]) < 1e-5
-    assert all(relative_error(ours[1][i], theirs[1][i]) < 1e-5 for i in theirs[1])
+    for i, state in theirs[1].items():
+        # Of rank 1 it is one number, a sum of which little may be left: compared by the size of what is summed, about 1.
+        assert (ours[1][i] - state).norm() < 1e-5 * max(state.norm(), 1.0)
 
 
 def test_frozen_segments_and_the_callers_memory():
