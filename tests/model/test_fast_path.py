@@ -115,7 +115,7 @@ def test_any_shape(heads, head_dim, rank, memory_heads, delta, padding, batch, b
     real = mask.bool()
     assert relative_error(ours[0][real], theirs[0][real]) < 1e-5
     for i, state in theirs[1].items():
-        # Of rank 1 it is one number, a sum of which little may be left: compared by the size of what is summed, about 1.
+        # Of rank 1 it is one number, a sum of which little may be left; what is summed is of size 1.
         assert (ours[1][i] - state).norm() < 1e-5 * max(state.norm(), 1.0)
 
 
