@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from ..text.answering import THINKING_TOKENS, answer_options, check_reserved, wa
 from ..text.encode import chat_ids, check_known
 from .state import MemoryState, taken_back
 from .telling import WRITE_TOKENS, Encoded, Text, WriteResult, check_ready, checked_text, encoded_pieces, erase
-from .trusting import check_trust, hold_back, moved
+from .trusting import check_trust, held_back, moved
 
 
 @torch.no_grad()
@@ -65,12 +64,10 @@ def ingest(
     check_trust(trust, budget)
     pieces = encoded_pieces(model, tokenizer, checked_text(text), tokens)
     total, device, before = sum(map(len, pieces)), input_device(model), memory.clone()
-    less = trust < 1 or budget is not None
-    with taken_back(memory), memory.untrusted() if less else contextlib.nullcontext():
-        for piece in _with_bar(pieces, total, progress):
-            decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
-        if less:
-            hold_back(memory, before, trust, budget)
+    with taken_back(memory):
+        with held_back(memory, before, trust, budget):
+            for piece in _with_bar(pieces, total, progress):
+                decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
         lost, far = int((memory.skipped - before.skipped).sum()), moved(before, memory)
     return WriteResult(total, pieces=len(pieces), skipped=lost, moved=far)
 
@@ -178,13 +175,12 @@ def revise(
         return ingest(model, tokenizer, memory, text, trust=trust, budget=budget, **options)
     _check(model, memory)
     check_trust(trust, budget)
-    before, less = memory.clone(), trust < 1 or budget is not None
-    with taken_back(memory), memory.untrusted() if less else contextlib.nullcontext():
-        checked_text(text)
-        forget(model, tokenizer, memory, replaces)
-        written = ingest(model, tokenizer, memory, text, **options)
-        if less:
-            hold_back(memory, before, trust, budget)
+    before = memory.clone()
+    with taken_back(memory):
+        with held_back(memory, before, trust, budget):
+            checked_text(text)
+            forget(model, tokenizer, memory, replaces)
+            written = ingest(model, tokenizer, memory, text, **options)
         far = moved(before, memory)
     return WriteResult(int(written), pieces=written.pieces, skipped=written.skipped, moved=far)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,6 +40,22 @@ def hold_back(memory, before: States, trust: float, budget: float | None) -> Non
             allowed = budget * there / apart.clamp(min=torch.finfo(torch.float32).tiny)
             share = torch.where(there > 0, allowed.clamp(max=trust), share)
         memory.put(layer, torch.lerp(old, new, share).to(state.dtype), in_place=True)
+
+
+@contextlib.contextmanager
+def held_back(memory, before: States | None, trust: float, budget: float | None) -> Iterator[None]:
+    """Inside, a text is written under the guard of such texts, and then ``hold_back``; wholly trusted, nothing is done.
+
+    Args:
+        before: the states of now, where the caller has a copy; None: one is made if it is needed.
+    """
+    if trust == 1 and budget is None:
+        yield
+        return
+    before = memory.clone() if before is None else before
+    with memory.untrusted():
+        yield
+    hold_back(memory, before, trust, budget)
 
 
 def moved(before: States, after: States) -> float:

@@ -16,7 +16,7 @@ from ..adapter.record import is_disabled, record_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
-from ..memory.trusting import hold_back, moved
+from ..memory.trusting import held_back, moved
 from ..model.cache import is_outdated, rewound
 from ..text.answering import as_ids, warn_if_cut_off
 from ..text.encode import check_known
@@ -344,12 +344,12 @@ def feed(model: nn.Module, cache: Cache, memory: MemoryState, block: Block) -> N
         if block.segments is not None:
             arguments["segment_ids"] = torch.tensor([block.segments], device=device)
     ids = torch.tensor([block.ids], device=device)
-    less = block.held_back and bool(arguments) and not memory.frozen
-    before = memory.clone() if less else None
-    with memory.untrusted() if less else contextlib.nullcontext():
-        decoder_of(inner)(input_ids=ids, use_cache=True, **{record_of(inner).cache_name: cache}, **arguments)
-    if less:
-        hold_back(memory, before, block.trust, block.budget)
+    arguments |= {"use_cache": True, record_of(inner).cache_name: cache}
+    if "memory" not in arguments or memory.frozen:
+        decoder_of(inner)(input_ids=ids, **arguments)
+        return
+    with held_back(memory, None, block.trust, block.budget):
+        decoder_of(inner)(input_ids=ids, **arguments)
 
 
 def new_cache(model: nn.Module) -> DynamicCache:
