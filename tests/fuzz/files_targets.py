@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -249,17 +250,23 @@ def _use_bank(path: Path) -> None:
     except DeltaMemError:
         assert path.read_bytes() == data, "a bank that was refused was written to"
         raise
-    errors, row = [], bytes(min(store.row_bytes, 10_000) if store.row_bytes > 0 else 0)
+    row = bytes(min(store.row_bytes, 10_000) if store.row_bytes > 0 else 0)
     with contextlib.closing(store):
-        for call in (
+        _call_all(
             store.count, store.entries, lambda: store.entries("a", "updated", True, 2),
             lambda: store.read([*IDS, "new"]), lambda: store.versions(IDS),
             lambda: store.write(["ada", "new", "newer"], None, [row] * 3), lambda: store.delete(["ada", "bob"]),
-        ):  # fmt: skip
-            try:
-                call()
-            except DeltaMemError as error:
-                errors.append(error)
+        )  # fmt: skip
+
+
+def _call_all(*calls: Callable[[], object]) -> None:
+    """Each of them, whatever the others do; then the first error of ours, if there was one."""
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except DeltaMemError as error:
+            errors.append(error)
     if errors:
         raise errors[0]
 
@@ -409,18 +416,11 @@ def _check_run(data: bytes) -> None:
     found = newest_checkpoint(directory)
     assert found is None or type(step_of(found)) is int
     checkpoint_to_resume(TrainingOptions(output=str(directory), resume="auto"))
-    errors = []
-    for call in (
+    _call_all(
         lambda: step_of(checkpoint),
         lambda: _RUN.check(directory),
         lambda: read_json(directory / "training.json"),
-    ):
-        try:
-            call()
-        except DeltaMemError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    )
 
 
 def _runs() -> list[bytes]:
