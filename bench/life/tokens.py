@@ -167,7 +167,7 @@ def lived(stream: Stream, tokens: int, chunk: int = CHUNK) -> Row:
         at = {
             "decode": distance(decoded, torch.from_numpy(exact)),
             "scan": distance(scanned, torch.from_numpy(exact)),
-            "reads": max(distance(out.reads, wide), distance(reads, wide[:, -1]) if wide[:, -1].any() else 0.0),
+            "reads": max(distance(out.reads, wide), read_distance(reads, wide[:, -1], exact)),
             "apart": distance(decoded, scanned),
         }
         worst = {key: larger(worst[key], value) for key, value in at.items()}
@@ -197,6 +197,16 @@ def lived(stream: Stream, tokens: int, chunk: int = CHUNK) -> Row:
     if problems:
         row.status, row.note = "refused", "; ".join(problems)
     return row
+
+
+def read_distance(ours: torch.Tensor, exact: torch.Tensor, state: np.ndarray) -> float:
+    """‖ours − exact‖ / ‖S‖ of one token's reads, both [B, H·r], in float64, of the row in which it is largest.
+
+    Not by the read's own length: a unit q at right angles to all keys reads nearly nothing out of a large S, and then
+    what is lost of S, however little, is more than what is read.
+    """
+    sizes = torch.from_numpy(state).flatten(1).norm(dim=1).clamp(min=1e-300)
+    return float(((ours.double() - exact).norm(dim=1) / sizes).max())
 
 
 def larger(one: float, other: float) -> float:
