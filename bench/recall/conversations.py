@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from deltamem_fast.recall import world
+from deltamem_fast.recall import forms, world
 from deltamem_fast.recall.task import Fact, changed, draw_facts, grouped
 
 Messages = list[dict[str, str]]
@@ -73,16 +73,7 @@ def filler(random: Random, tokenizer, tokens: int) -> tuple[list[str], Messages]
 
 
 # What is told behind the facts of a hostile conversation.
-HOSTILE = ("random", "contradictions", "other facts", "talk", "new talk")
-# Sentences whose form no training text has, though it has their words; some sound like a fact.
-NEW_TALK = (
-    "{person} waited for the {object} in the {place}.",
-    "Somebody sang in the {place} at night.",
-    "The teacher has the {object}.",
-    "Nobody is in the {place}.",
-    "My sister looked back for {person} in the morning.",
-    "You find a child in the {place}.",
-)
+HOSTILE = ("random", "contradictions", "other facts", "talk", "new talk", "drawn talk")
 
 
 def hostile(random: Random, tokenizer, *, facts: int, text: str, tokens: int) -> Conversation:
@@ -90,7 +81,7 @@ def hostile(random: Random, tokenizer, *, facts: int, text: str, tokens: int) ->
 
     ``random``: words in any order, names and values among them. ``contradictions``: the same keys with other values,
     stated as facts are (not as updates). ``other facts``: about others. ``talk``: states no fact, in the forms of the
-    training texts; ``new talk``: in the forms of ``NEW_TALK``.
+    training texts; ``new talk``: in the forms of ``forms.HELD_OUT``; ``drawn talk``: in drawn forms that are held out.
     """
     near = plain(random, tokenizer, facts=facts)
     known = [question.fact for question in near.questions]
@@ -105,8 +96,9 @@ def _hostile_sentence(random: Random, known: list[Fact], text: str) -> str:
     if text == "talk":
         return world.sentence(random, held_out=True)
     if text == "new talk":
-        names = {"person": world.people(True), "object": world.objects(True), "place": world.PLACES}
-        return random.choice(NEW_TALK).format_map({name: random.choice(words) for name, words in names.items()})
+        return forms.fill(random, random.choice(forms.HELD_OUT), held_out=True)
+    if text == "drawn talk":
+        return forms.sentence(random, held_out=True)
     if text == "contradictions":
         return changed(random, random.choice(known)).statement(random)
     if text == "other facts":

@@ -56,6 +56,7 @@ class LastingOptions:
         divergence_weight: of the KL on ordinary text.
         long: episodes as long as ``LENGTHS`` says; False = the shortest kind alone.
         seed: of the episodes.
+        rows: times as many episodes a step as ``LENGTHS`` says.
     """
 
     steps: int = 450
@@ -66,6 +67,7 @@ class LastingOptions:
     divergence_weight: float = 10.0
     long: bool = True
     seed: int = 0
+    rows: int = 1
 
 
 @contextlib.contextmanager
@@ -174,7 +176,7 @@ def make_lasting(model: nn.Module, tokenizer, options: LastingOptions) -> dict[s
         _, rows, least, most = random.choices(lengths, [share for share, *_ in lengths])[0]
         episodes = [
             draw_long_episode(random, options.most_facts, random.randint(least, most), options.questions)
-            for _ in range(rows)
+            for _ in range(rows * options.rows)
         ]
         answer, divergence, decay = lasting_losses(model, tokenizer, episodes, random)
         optimizer.zero_grad()
@@ -197,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backbone", type=Path, default=SHIPPED / "backbone", help="default: the shipped one")
     parser.add_argument("--output", type=Path, required=True, help="for the adapter and training.json")
     defaults = LastingOptions()
-    for name in ("steps", "seed", "most_facts"):
+    for name in ("steps", "seed", "most_facts", "rows"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     for name in ("lr", "gate_weight", "divergence_weight"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
@@ -205,11 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     options = LastingOptions(
         given.steps, given.lr, given.most_facts, defaults.questions, given.gate_weight, given.divergence_weight,
-        not given.short, given.seed,
+        not given.short, given.seed, given.rows,
     )  # fmt: skip
     from .adapters import check
 
-    model, tokenizer = load_backbone(given.backbone)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_backbone(given.backbone, device)
     patch_model(model, given.adapter)
     found = make_lasting(model, tokenizer, options)
     save_adapter(model, given.output)

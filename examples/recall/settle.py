@@ -20,6 +20,7 @@ from tqdm import trange
 from transformers import get_cosine_schedule_with_warmup
 
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled
+from deltamem_fast.adapter.record import identity_of
 from deltamem_fast.recall import task
 from deltamem_fast.recall.chats import Chat, encode
 from deltamem_fast.training import EpisodeBatch, EpisodeSchedule, ExampleFiles, build_episode, collate
@@ -51,13 +52,14 @@ def text_divergence(model: nn.Module, tokenizer, chats: list[Chat], memory: Memo
     Args:
         model: patched.
         chats: one text a row.
-        memory: is read; it has to be frozen.
+        memory: is read, and written where it is not frozen: by sentence, if the adapter writes segments.
     """
     batch = encode(tokenizer, chats).to(next(model.parameters()).device)
     ids, mask = batch.input_ids[:, :TOKENS], batch.attention_mask[:, :TOKENS]
     with torch.no_grad(), memory_disabled(model):
         wanted = model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
-    found = model(ids, attention_mask=mask, memory=memory, use_cache=False).logits.float().log_softmax(-1)
+    segments = {"segment_ids": batch.segment_ids[:, :TOKENS]} if identity_of(model).config.segmented else {}
+    found = model(ids, attention_mask=mask, memory=memory, use_cache=False, **segments).logits.float().log_softmax(-1)
     each = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
     return each[mask.bool()].mean()
 

@@ -1,8 +1,8 @@
 """Long episodes: facts among much that is none, sentence by sentence, so that a loss can tell the two apart.
 
 What is no fact comes in kinds: small talk, requests and answers to them, questions that name a key, words in any order,
-and sentences that sound like a fact and say the opposite ("Nobody put the old lamp in the attic."). All names are
-those of the training texts.
+sentences that sound like a fact and say the opposite ("Nobody put the old lamp in the attic."), and sentences whose
+forms are drawn with them. All names are those of the training texts, and no form is one that is held out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from deltamem_fast.recall import task, world
+from deltamem_fast.recall import forms, task, world
 from deltamem_fast.recall.task import Fact, assistant, user
 from deltamem_fast.text.segments import sentence_spans
 
@@ -21,7 +21,7 @@ DENIALS = {
     "place": ("Nobody put the {key} in the {value}.", "Nobody likes the {key}.", "The {value} is heavy."),
 }
 # Kind → share of the talk's blocks.
-KINDS = {"talk": 0.45, "answers": 0.15, "questions": 0.15, "denials": 0.15, "words": 0.1}
+KINDS = {"forms": 0.45, "talk": 0.2, "answers": 0.1, "questions": 0.1, "denials": 0.1, "words": 0.05}
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def _stated(random: Random, facts: list[Fact]) -> tuple[list[list[tuple[str, str
 
 def _talk_block(random: Random, facts: list[Fact]) -> list[tuple[str, str, bool]]:
     kind = random.choices(list(KINDS), list(KINDS.values()))[0]
+    if kind == "forms":
+        return [("user", forms.sentence(random, False), False) for _ in range(random.randint(1, 6))]
     if kind == "talk":
         return [("user", world.sentence(random, False), False) for _ in range(random.randint(1, 6))]
     if kind == "answers":
