@@ -26,13 +26,13 @@ from ..instrument.rows import Row, counted
 from ..memory.bank import name_of
 from . import bank_worker
 from .bank_worker import GONE, SHARED, Truth, check, live, memories, model_of_all, shared_name, truth_of
-from .resident import resident
+from .resident import grown, resident
 
 DIRECTORY = results.DIRECTORY / "life" / "bank"
 FULL, HOUR = 1_000_000, 3600.0
 FILL = 4096  # memories a commit while filling
 LOOK = 512  # users a look at the end
-GROWTH = 64 * 2**20  # bytes that the process which is not killed may have grown by, from a tenth of the way on
+GROWTH = 64 * 2**20  # bytes that the process which is not killed may have grown by in the last third of the time
 LOG = 64 * 2**20  # bytes that the log (-wal) may have
 
 
@@ -169,9 +169,8 @@ class Load:
 
     @property
     def grown(self) -> int:
-        """Bytes that the first worker has grown by at most since a tenth of the way."""
-        late = self.held[len(self.held) // 10 :]
-        return max(late) - late[0] if late else 0
+        """Bytes that the first worker has grown by in the last third of the time."""
+        return grown(self.held)
 
     def journal(self, number: int) -> Path:
         """Where a worker says what it does."""

@@ -25,13 +25,13 @@ from ..instrument import backbones, commands, results
 from ..instrument.rows import Row, counted, refused
 from ..speed.model import loud
 from .oracle import distance, follow, wrong
-from .resident import resident
+from .resident import grown, resident
 
 DIRECTORY = results.DIRECTORY / "life" / "tokens"
 FULL = 10_000_000
 CHUNK = 8192  # tokens of a row between two looks
 CLOSE = 1e-4  # relative, what may have drifted
-GROWTH = 16 * 2**20  # bytes that a process may have grown by, from a tenth of the way on
+GROWTH = 8 * 2**20  # bytes that a process may have grown by in the last third of the way
 BROKEN_EVERY = 1009  # tokens: one of so many is not finite
 MODEL_TOKENS = 60_000
 CONTEXT = 256
@@ -212,12 +212,6 @@ def read_distance(ours: torch.Tensor, exact: torch.Tensor, state: np.ndarray) ->
 def larger(one: float, other: float) -> float:
     """The larger one; NaN if one is."""
     return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
-
-
-def grown(held: list[int]) -> int:
-    """Bytes that a process has grown by at most since a tenth of the way, 0 or more."""
-    late = held[len(held) // 10 :]
-    return max(late) - late[0] if late else 0
 
 
 def random_steering(rule: DeltaRule) -> Steering:

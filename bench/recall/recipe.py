@@ -31,8 +31,12 @@ POINTS = {
     "distance": (conversations.distant, {"facts": 2, "distance": 1024}, 1),
     "facts": (conversations.plain, {"facts": 8}, 1),
     "hostile": (conversations.hostile, {"facts": 2, "text": "new talk", "tokens": 1024}, 2),
+    "drawn": (conversations.hostile, {"facts": 2, "text": "drawn talk", "tokens": 1024}, 2),
 }
-TITLES = {"distance": "two_facts_1024", "facts": "eight_facts", "hostile": "two_facts_1024_new_talk"}
+TITLES = {
+    "distance": "two_facts_1024", "facts": "eight_facts", "hostile": "two_facts_1024_new_talk",
+    "drawn": "two_facts_1024_drawn_talk",
+}  # fmt: skip
 
 
 def measure(model: nn.Module, tokenizer, adapters: Sequence[tuple[str, Path]], episodes: int, progress) -> list[Row]:

@@ -55,7 +55,7 @@ _SPARED = frozenset(map(pattern, HELD_OUT))
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a sentence with slots has a form that no training text has: every fifth, by a hash, or of ``HELD_OUT``."""
+    """Whether a sentence with slots has a form that no training text has: every fifth, by a hash, and ``HELD_OUT``."""
     found = pattern(text)
     return found in _SPARED or zlib.crc32(found.encode()) % world.HELD_OUT_EVERY == 0
 
