@@ -23,8 +23,9 @@ from random import Random
 
 import torch
 from torch import nn
-from tqdm import trange
-from transformers import get_cosine_schedule_with_warmup
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import BatchEncoding, get_cosine_schedule_with_warmup
 
 from deltamem_fast import patch_model, save_adapter
 from deltamem_fast.adapter.record import identity_of, record_of
@@ -148,37 +149,61 @@ def make_batch(tokenizer, episodes: list[LongEpisode], segmented: bool) -> tuple
     ), talk
 
 
-def lasting_losses(
-    model: nn.Module, tokenizer, episodes: list[LongEpisode], random: Random
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy of the answers, the divergence on ordinary text, and ``talk_decay`` (zeros without talk)."""
-    device = next(model.parameters()).device
-    batch, talk = make_batch(tokenizer, episodes, identity_of(model).config.segmented)
-    batch, talk = batch.to(device), talk.to(device)
-    with recorded_inputs(model) as inputs:
-        memory = write_memory(model, batch)
-        decay = talk_decay(model, inputs, talk, batch.segment_ids) if talk.any() else torch.zeros(1, 1, device=device)
-    losses, tokens = answer_losses(model, batch, memory)
-    chats = [draw_text(random) for _ in episodes]
-    return losses.sum() / tokens.sum(), text_divergence(model, tokenizer, chats, memory), decay
+@dataclass(frozen=True)
+class Step:
+    """What a step needs: episodes, which of the written tokens state no fact, bool [B, Tw], and ordinary texts."""
+
+    episodes: EpisodeBatch
+    talk: torch.Tensor
+    texts: BatchEncoding
 
 
-def make_lasting(model: nn.Module, tokenizer, options: LastingOptions) -> dict[str, float]:
-    """Train a patched model's adapter on; returns the last 50 steps' means of the three losses, and the seconds."""
-    prepare_for_training(model)
-    random, started = Random(f"lasting {options.seed}"), time.perf_counter()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
-    found = []
-    for _ in (bar := trange(options.steps, desc="lasting", unit="step", mininterval=5)):
+class Steps(Dataset[Step]):
+    """The steps of a run, each of which depends on the options and its place alone."""
+
+    def __init__(self, tokenizer, options: LastingOptions, segmented: bool):
+        self._tokenizer, self._options, self._segmented = tokenizer, options, segmented
+
+    def __len__(self) -> int:
+        return self._options.steps
+
+    def __getitem__(self, place: int) -> Step:
+        options = self._options
+        random = Random(f"lasting {options.seed} {place}")
         lengths = LENGTHS if options.long else LENGTHS[:1]
         _, rows, least, most = random.choices(lengths, [share for share, *_ in lengths])[0]
         episodes = [
             draw_long_episode(random, options.most_facts, random.randint(least, most), options.questions)
             for _ in range(rows * options.rows)
         ]
-        answer, divergence, decay = lasting_losses(model, tokenizer, episodes, random)
+        texts = encode(self._tokenizer, [draw_text(random) for _ in episodes])
+        return Step(*make_batch(self._tokenizer, episodes, self._segmented), texts)
+
+
+def lasting_losses(model: nn.Module, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy of the answers, the divergence on ordinary text, and ``talk_decay`` (zeros without talk)."""
+    device = next(model.parameters()).device
+    batch, talk = step.episodes.to(device), step.talk.to(device)
+    with recorded_inputs(model) as inputs:
+        memory = write_memory(model, batch)
+        decay = talk_decay(model, inputs, talk, batch.segment_ids) if talk.any() else torch.zeros(1, 1, device=device)
+    losses, tokens = answer_losses(model, batch, memory)
+    return losses.sum() / tokens.sum(), text_divergence(model, step.texts, memory), decay
+
+
+def make_lasting(model: nn.Module, tokenizer, options: LastingOptions) -> dict[str, float]:
+    """Train a patched model's adapter on; returns the last 50 steps' means of the three losses, and the seconds."""
+    prepare_for_training(model)
+    started = time.perf_counter()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
+    found = []
+    # Drawing a step takes as long as a GPU needs for one.
+    workers = 2 if next(model.parameters()).is_cuda else 0
+    steps = Steps(tokenizer, options, identity_of(model).config.segmented)
+    for step in (bar := tqdm(DataLoader(steps, None, num_workers=workers), "lasting", unit="step", mininterval=5)):
+        answer, divergence, decay = lasting_losses(model, step)
         optimizer.zero_grad()
         (answer + options.divergence_weight * divergence + options.gate_weight * gate_cost(decay)).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
-from transformers import get_cosine_schedule_with_warmup
+from transformers import BatchEncoding, get_cosine_schedule_with_warmup
 
 from deltamem_fast import DeltaMemConfig, MemoryState, memory_disabled
 from deltamem_fast.adapter.record import identity_of
@@ -46,19 +46,19 @@ def draw_text(random: Random) -> Chat:
     return task.text(random, task.TEXTS[random.randrange(3)], held_out=False)
 
 
-def text_divergence(model: nn.Module, tokenizer, chats: list[Chat], memory: MemoryState) -> torch.Tensor:
+def text_divergence(model: nn.Module, texts: BatchEncoding, memory: MemoryState) -> torch.Tensor:
     """KL(backbone ‖ backbone with memory) per token, nats, a float32 scalar on the graph.
 
     Args:
         model: patched.
-        chats: one text a row.
+        texts: one a row, as ``encode`` has them; each is cut after ``TOKENS`` tokens.
         memory: is read, and written where it is not frozen: by sentence, if the adapter writes segments.
     """
-    batch = encode(tokenizer, chats).to(next(model.parameters()).device)
-    ids, mask = batch.input_ids[:, :TOKENS], batch.attention_mask[:, :TOKENS]
+    texts = texts.to(next(model.parameters()).device)
+    ids, mask = texts.input_ids[:, :TOKENS], texts.attention_mask[:, :TOKENS]
     with torch.no_grad(), memory_disabled(model):
         wanted = model(ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
-    segments = {"segment_ids": batch.segment_ids[:, :TOKENS]} if identity_of(model).config.segmented else {}
+    segments = {"segment_ids": texts.segment_ids[:, :TOKENS]} if identity_of(model).config.segmented else {}
     found = model(ids, attention_mask=mask, memory=memory, use_cache=False, **segments).logits.float().log_softmax(-1)
     each = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
     return each[mask.bool()].mean()
@@ -72,7 +72,7 @@ def settling_losses(
     memory.frozen = True
     losses, tokens = answer_losses(model, batch, memory)
     chats = [draw_text(random) for _ in range(memory.batch_size)]
-    return losses.sum() / tokens.sum(), text_divergence(model, tokenizer, chats, memory)
+    return losses.sum() / tokens.sum(), text_divergence(model, encode(tokenizer, chats), memory)
 
 
 def settle(
