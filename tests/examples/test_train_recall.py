@@ -1,6 +1,5 @@
 """examples/recall: the episodes, a short training of each part, and its command."""
 
-import dataclasses
 import functools
 import importlib
 import json
