@@ -14,20 +14,23 @@ from ..errors import ArgumentError, ConflictError
 from ..inspection.pictures import Snapshot, heat_map_lines, snapshot
 from ..memory.figures import LayerReport, norm_of
 from ..recall import hints
+from ..session.audit import MOST_SOURCE
 from ..session.forgetting import places_of
 from ..storage.files import as_path, read_bytes
 from ..storage.snapshots import MANIFEST, SUFFIX
 from ..text.answering import DEFAULT_NEW_TOKENS
 from .conversation import Chat, load_session
-from .options import OPTIONS, generation_with, read_limit, read_option, shown_options
+from .options import OPTIONS, generation_with, read_limit, read_option, read_share, shown_options
 
 OVERWRITE = "--overwrite"
 MESSAGES = "--messages"
+TRUST = "trust="
 MOST_BYTES = 16_000_000  # of a file to read
 MOST_DRAWN = 16  # states in a heat map, unless all are asked for
 _BARS = {"ascii": "#-", "unicode": "█░", "colour": "█░"}
 _SHOWN = 4  # messages after /load
 _LONG = 400  # characters of each
+_MOVES = 12  # rows of /audit
 _CONTEXT = "nothing, a number of turns, all, tokens N, tokens all, or drop"
 
 
@@ -336,15 +339,36 @@ def _forget(chat: Chat, rest: str) -> None:
 
 
 def _ingest(chat: Chat, rest: str) -> None:
-    """Read a text file into the memory.
+    """Read a text file into the memory, with ``trust=X`` in front this share of the way.
 
     Raises:
         ValueError, OSError: it is none, too large, or not UTF-8.
     """
+    first, _, name = rest.partition(" ")
+    told = first.startswith(TRUST) and bool(name.strip())
+    trust = read_share(first.removeprefix(TRUST), "/ingest trust") if told else 1.0
+    rest = name.strip() if told else rest
     text = read_text(rest)
+    source = "".join(letter if letter.isprintable() else "?" for letter in as_path(rest, "/ingest").name)
     with chat.change("/ingest", rest):
-        tokens = chat.session.ingest(text)
-    chat.screen.say(f"Read {rest} into the memory: {counted(tokens, 'token')}, {in_bytes(len(text.encode()))}.")
+        tokens = chat.session.ingest(text, source=source[:MOST_SOURCE], trust=trust)
+    chat.screen.say(
+        f"Read {rest} into the memory: {counted(tokens, 'token')}, {in_bytes(len(text.encode()))}; it was moved by "
+        f"{tokens.moved:.2f}."
+    )
+
+
+def _audit(chat: Chat, rest: str) -> None:
+    """What moved the memory how far: the newest, or the ``largest``.
+
+    Raises:
+        ValueError: ``rest`` is something else.
+    """
+    if rest not in ("", "largest"):
+        raise ArgumentError(f"/audit: got {rest!r:.80}, allowed nothing or largest")
+    audit = chat.session.audit()
+    chat.screen.say(str(audit.largest(_MOVES) if rest else audit.newest(_MOVES)))
+    chat.screen.say("Moved: 0 nothing, 1 all of it is new, 2 turned round.")
 
 
 def read_text(name: str) -> str:
@@ -369,7 +393,8 @@ COMMANDS = {
     "ask": Command(_ask, "TEXT", "an answer from the memory alone; nothing is written"),
     "revise": Command(_revise, "TEXT", "write what holds from now on; no answer"),
     "forget": Command(_forget, "TEXT", "erase what was said from the memory (--messages TEXT: from the messages, too)"),
-    "ingest": Command(_ingest, "FILE", "read a text file into the memory; no answer"),
+    "ingest": Command(_ingest, "FILE", f"read a text file into the memory ({TRUST}X FILE: that share of the way)"),
+    "audit": Command(_audit, "[largest]", "what moved the memory how far"),
     "context": Command(_context, "[N | all | tokens N | drop]", "what is in sight; its limits; empty it"),
     "off": Command(_off, "", "the bare backbone answers, without memory"),
     "on": Command(_on, "", "the memory is read and written again"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import nn
@@ -128,9 +129,13 @@ class Chat:
         self.directory, self.unsaved = directory, False
 
 
-def load_session(name: str, model: nn.Module, tokenizer, argument: str = "/load") -> MemorySession:
-    """The session in the directory ``name``; greedy if it does not say otherwise, as every chat."""
-    session = MemorySession.load(as_path(name, argument), model, tokenizer)
+def load_session(name: str, model: nn.Module, tokenizer, argument: str = "/load", **trust: Any) -> MemorySession:
+    """The session in the directory ``name``; greedy if it does not say otherwise, as every chat.
+
+    Args:
+        trust: ``trust`` and ``budget``, in place of its own.
+    """
+    session = MemorySession.load(as_path(name, argument), model, tokenizer, **trust)
     session.generation = generation_with(session.generation, {})
     return session
 
@@ -162,9 +167,9 @@ def open_chat(opening: Opening, screen: PlainScreen) -> Chat:
             "(/off: without them)"
         )
     if opening.directory is None:
-        session = MemorySession(model, tokenizer, context_turns=CONTEXT_TURNS, **opening.settings)
+        session = MemorySession(model, tokenizer, context_turns=CONTEXT_TURNS, **opening.settings, **opening.trust)
     else:
-        session = load_session(opening.directory, model, tokenizer, "--load")
+        session = load_session(opening.directory, model, tokenizer, "--load", **opening.trust)
     session.limit_context(**(vars(session.limits) | opening.limits))
     session.generation = generation_with(session.generation, opening.options)
     chat = Chat(session, screen, small_world=opening.small_world, seed=opening.seed)

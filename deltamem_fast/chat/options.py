@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,19 @@ from typing import Any
 from ..adapter.shipped import SHIPPED
 from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
+from ..memory.trusting import check_trust
 from ..model.known import default_adapter, is_known
 from ..model.loading import device_for
 from ..model.threads import check_threads
 from ..recall.weights import find_weights
+from ..session.audit import ROLES
 from ..storage.files import as_path
 from ..storage.snapshots import MANIFEST
 from ..text.settings import GENERATION
 
 CONTEXT_TURNS = 4
 STRATEGY = "msw"
+TRUST_HELP = f"0 to 1, by {', '.join(ROLES)}: with such a message the memory goes this share of the way (repeatable)"
 SMALL_WORLD = "small-world"
 HISTORY = "DELTAMEM_HISTORY"  # the environment's word for the file of what was typed
 
@@ -93,6 +96,50 @@ def read_limit(text: str, label: str, allowed: str = "an integer, 1 or more, or 
     return int(text)
 
 
+def read_trust(texts: Sequence[str], label: str = "--trust") -> dict[str, float]:
+    """How far messages may move the memory, by role, as "user=0.5" says; the last one of a role counts.
+
+    Raises:
+        ValueError: it is none of that.
+    """
+    found = {}
+    for text in texts:
+        role, _, number = text.partition("=")
+        if role not in ROLES:
+            raise ArgumentError(f"{label}: got {text!r:.80}, allowed ROLE=X, a role of {', '.join(ROLES)}")
+        found[role] = read_share(number, f"{label} {role}")
+    return found
+
+
+def read_share(text: str, label: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ArgumentError(f"{label}: got {text!r:.80}, allowed a number from 0 to 1")
+    return value
+
+
+def read_budget(text: str, label: str = "--budget") -> float:
+    """A number more than 0.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = float(text)
+        check_trust(1.0, value)
+    except ValueError:
+        raise ArgumentError(f"{label}: got {text!r:.80}, allowed a number more than 0") from None
+    return value
+
+
 def generation_with(generation: Mapping[str, Any], changes: Mapping[str, Value]) -> dict[str, Any]:
     """Options for ``model.generate``: ``generation`` with ``changes`` (of OPTIONS, without the seed).
 
@@ -135,6 +182,7 @@ class Opening:
         loading: arguments of ``load_patched``; no adapter: fresh parameters.
         directory: of a saved session to go on with, or None.
         settings: ``system`` and ``template`` of a new session.
+        trust: ``trust`` and ``budget`` of the session, as far as they were given.
         limits: ``turns`` and ``tokens``, as far as they were given.
         options: of the answers, as far as they were given.
         seed: of sampling, or None.
@@ -146,6 +194,7 @@ class Opening:
     loading: dict[str, Any]
     directory: str | None
     settings: dict[str, Any]
+    trust: dict[str, Any]
     limits: dict[str, int | None]
     options: dict[str, Value]
     seed: int | None
@@ -175,6 +224,8 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
     }
     texts = {"turns": arguments.context_turns, "tokens": arguments.context_tokens}
     limits = {name: read_limit(text, f"--context-{name}") for name, text in texts.items() if text is not None}
+    trust: dict[str, Any] = {} if arguments.trust is None else {"trust": read_trust(arguments.trust)}
+    trust |= {} if arguments.budget is None else {"budget": read_budget(arguments.budget)}
     if arguments.load is not None:
         _check_load(arguments)
     return Opening(
@@ -185,13 +236,14 @@ def read_arguments(arguments: argparse.Namespace) -> Opening:
             "adapter": adapter,
             "device": arguments.device or device_for(arguments.backend),
             "quiet": shipped,
-            **{option: getattr(arguments, option) for option in ("dtype", "backend", "quantize", "attention")},
+            **{option: getattr(arguments, option) for option in ("dtype", "backend", "guard", "quantize", "attention")},
         },
         directory=arguments.load,
         settings={
             "system": None if arguments.system is None else without_surrogates(arguments.system),
             "template": {} if arguments.thinking is None else {"enable_thinking": arguments.thinking},
         },
+        trust=trust,
         limits=limits,
         seed=options.pop("seed", None),
         options=options,

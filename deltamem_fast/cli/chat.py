@@ -7,11 +7,12 @@ import sys
 
 from deltamem_kernels.dispatch import BACKENDS
 
-from ..chat.options import CONTEXT_TURNS, HISTORY, OPTIONS, STRATEGY, read_arguments
+from ..chat.options import CONTEXT_TURNS, HISTORY, OPTIONS, STRATEGY, TRUST_HELP, read_arguments
 from ..model.libraries import require
-from ..model.loading import ATTENTIONS, DTYPES, QUANTIZED
+from ..model.loading import ATTENTIONS, DTYPES, GUARDS, QUANTIZED
 from ..model.threads import HELP
 from ..recall.weights import STRATEGIES
+from .given import GUARD_HELP
 
 PACKAGES = ("prompt_toolkit", "rich")
 WELL, FAILED = 0, 1  # exit codes
@@ -48,6 +49,7 @@ def add_command(commands) -> None:
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as saved)")
     model.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
     model.add_argument("--backend", choices=BACKENDS, default="auto", help="of the memory (%(default)s)")
+    model.add_argument("--guard", choices=tuple(GUARDS), default="auto", help=GUARD_HELP)
     model.add_argument("--quantize", choices=QUANTIZED, help="the backbone's weights, by bitsandbytes")
     model.add_argument("--threads", type=int, metavar="N", help=HELP)
     model.add_argument("--attention", choices=ATTENTIONS, help="(default: transformers' choice)")
@@ -57,6 +59,8 @@ def add_command(commands) -> None:
     talk.add_argument("--load", metavar="DIR", help="go on with what /save wrote")
     talk.add_argument("--context-turns", metavar="N", help=f"turns that stay in sight ({CONTEXT_TURNS}); all: no limit")
     talk.add_argument("--context-tokens", metavar="N", help="tokens of a prompt at most (no limit)")
+    talk.add_argument("--trust", metavar="ROLE=X", action="append", help=TRUST_HELP)
+    talk.add_argument("--budget", metavar="X", help="how far a message may move the memory at most (no limit)")
     talk.add_argument("--say", metavar="TEXT", action="append", help="a turn or command (repeatable); then end")
     talk.add_argument("--no-history", action="store_true", help="keep nothing of what is typed")
 

@@ -1,4 +1,4 @@
-"""What several commands are given: a text, as an argument or in a file, and a memory file."""
+"""What several commands are given: a text, as an argument or in a file, a memory file, and how far it may be moved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
 from ..memory.state import MemoryState
 from ..storage.files import as_path, naming_files
+
+GUARD_HELP = "gates and values within bounds: on, off, or for what is not wholly trusted (%(default)s)"
+
+
+def add_trust(parser, what: str, more: str = "") -> None:
+    """Add ``--trust`` and ``--budget``, which ``check_trust`` checks; ``what`` may move the memory so far."""
+    told = f"0 to 1: with {what} the memory goes this share of the way (1){more}"
+    parser.add_argument("--trust", type=float, metavar="X", default=1.0, help=told)
+    told = f"how far {what} may move each head of the memory at most, ÷ the norm of what is there (no limit)"
+    parser.add_argument("--budget", type=float, metavar="X", help=told)
 
 
 def add_text(parser: argparse.ArgumentParser, *, required: bool = False) -> None:

@@ -12,7 +12,7 @@ from ..memory.state import MemoryState
 from ..memory.trusting import check_trust
 from ..model.loading import DTYPES, load_patched
 from ..storage.files import as_path
-from .given import add_text, given_memory, given_text
+from .given import add_text, add_trust, given_memory, given_text
 
 
 def add_command(commands) -> None:
@@ -29,10 +29,7 @@ def add_command(commands) -> None:
     parser.add_argument("--adapter", help="a directory or hub id; needed, but for smollm2")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as saved")
     parser.add_argument("--device", default="cpu", help="where the model is put (default: %(default)s)")
-    parser.add_argument("--trust", type=float, default=1.0, help="0 to 1: the memory goes this share of the way (1)")
-    parser.add_argument(
-        "--budget", type=float, help="how far the text may move the memory at most; 1: all of it is new"
-    )
+    add_trust(parser, "the text")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(command=_run)
 

@@ -10,10 +10,12 @@ from deltamem_kernels.dispatch import BACKENDS
 
 from ..arguments import check_integer
 from ..errors import ArgumentError
+from ..memory.trusting import check_trust
 from ..model.libraries import require
-from ..model.loading import DTYPES
+from ..model.loading import DTYPES, GUARDS
 from ..model.threads import HELP, check_threads
 from ..serving.hosts import is_loopback
+from .given import GUARD_HELP, add_trust
 
 KEY = "DELTAMEM_API_KEY"
 ENGINES = ("transformers", "vllm")
@@ -58,7 +60,10 @@ def add_command(commands) -> None:
     model.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (%(default)s: as saved)")
     model.add_argument("--device", metavar="D", help="as torch names it (default: cuda if there is one, else cpu)")
     model.add_argument("--backend", choices=BACKENDS, default="auto", help="of the memory (%(default)s)")
+    model.add_argument("--guard", choices=tuple(GUARDS), default="auto", help=GUARD_HELP)
     model.add_argument("--threads", type=int, metavar="N", help=HELP)
+    memory = parser.add_argument_group("how far a turn may move a memory")
+    add_trust(memory, "a turn", "; a request's own trust goes below it")
     limits = parser.add_argument_group("limits")
     for flag, default, told in (
         ("--max-batch", 16, "requests in one batch"),
@@ -85,6 +90,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         check_integer(getattr(arguments, name), f"--{name.replace('_', '-')}", least)
     check_integer(arguments.max_tokens, "--max-tokens", 2, or_none=True)
     check_integer(arguments.port, "--port", 0, 65_535)
+    check_trust(arguments.trust, arguments.budget, "--")
     key = checked_key(arguments.host)
     threads = check_threads(arguments.threads)
     if arguments.engine == "vllm":

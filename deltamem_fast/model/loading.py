@@ -14,12 +14,14 @@ from torch import nn
 from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import read_adapter
+from ..adapter.guard import guarding
 from ..errors import ArgumentError, FileMissingError
 from .known import KNOWN, default_adapter, is_known, known_directory
 from .libraries import bars, one_line, require, told
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZED = ("4bit", "8bit")
+GUARDS = {"auto": "auto", "on": True, "off": False}  # what commands call it → ``guard`` of ``patch_model``
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 # What transformers quantises with.
 _QUANTIZERS = ("bitsandbytes", "accelerate")
@@ -85,6 +87,7 @@ def load_patched(
     *,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    guard: str = "auto",
     **options: Any,
 ) -> tuple[nn.Module, Any]:
     """A model with a memory, and its tokenizer: ``load_model``, then ``patch_model``.
@@ -95,10 +98,12 @@ def load_patched(
         adapter: a directory or hub id, or None = the shipped one of a model in ``KNOWN``, of others fresh parameters.
         device: where the model is put.
         backend: of the memory, see ``patch_model``.
+        guard: likewise; one of ``GUARDS``.
         options: others of ``load_model``.
 
     Raises:
-        ValueError, OSError, ImportError: of ``load_model``, or no such adapter or backend; the message names it.
+        ValueError, OSError, ImportError: of ``load_model``, no such adapter or backend, or a guard that the adapter
+            cannot have; the message names it.
     """
     from .patch import patch_model  # transformers takes a while, and is not needed to parse arguments
 
@@ -106,9 +111,9 @@ def load_patched(
     resolve_backend(backend, device.type)
     found_model(name, argument)
     adapter = default_adapter(name) if adapter is None else adapter
-    read_adapter(adapter)
+    guarding(GUARDS[guard], read_adapter(adapter).config.rule)
     model, tokenizer = load_model(name, argument, device=device, **options)
-    return patch_model(model, adapter, backend=backend), tokenizer
+    return patch_model(model, adapter, backend=backend, guard=GUARDS[guard]), tokenizer
 
 
 def load_model(

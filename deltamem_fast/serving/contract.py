@@ -1,7 +1,7 @@
 """What is asked and answered over HTTP: one contract, whatever engine answers. Needs pydantic alone, no torch.
 
-A chat completion as OpenAI's clients send it, and two fields more: ``memory_id``, whose memory is read and written, and
-``memory``, what is done with it.
+A chat completion as OpenAI's clients send it, and three fields more: ``memory_id``, whose memory is read and written,
+``memory``, what is done with it, and ``trust``, how far.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class ChatRequest(_Strict):
         memory_id: whose memory; None: an empty one, which ends with the request.
         memory: ``write``: it is read, and what is new in the request and the answer are written. ``read``: it is read,
             and stays as it is. ``none``: the bare model answers.
+        trust: the memory goes this share of the way to what the turn makes of it, 0 to 1; None: as far as the server
+            lets a turn go, which is never more.
         max_tokens, max_completion_tokens: of the answer, thinking included; the newer name counts.
         temperature, top_p: greedy unless one of them is given, and the temperature is 0.01 or more.
         seed: of sampling; such a request is answered in no batch.
@@ -47,6 +49,7 @@ class ChatRequest(_Strict):
     messages: list[dict[str, Any]] = Field(min_length=1)
     memory_id: str | None = None
     memory: Literal["write", "read", "none"] = "write"
+    trust: float | None = Field(None, ge=0, le=1, strict=False)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, strict=False)
@@ -70,6 +73,8 @@ class ChatRequest(_Strict):
             raise ValueError("stream_options: got it without stream, allowed with stream true")
         if self.stop is not None and not 1 <= len(self.stops) <= 4:
             raise ValueError(f"stop: got {len(self.stops)} texts, allowed 1 to 4")
+        if self.trust is not None and self.memory != "write":
+            raise ValueError(f"trust: got it with memory {self.memory!r}, allowed with 'write'")
         if not all(self.stops):
             raise ValueError("stop: got an empty text, allowed texts that are not empty")
         return self

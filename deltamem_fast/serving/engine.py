@@ -19,6 +19,7 @@ from ..errors import StateError
 from ..memory.bank import BankConflict, MemoryBank
 from ..memory.operators import forget
 from ..memory.state import MemoryState
+from ..memory.trusting import hold_back
 from ..notices import logger
 from ..storage.bank_ids import check_id
 from ..text.answering import answer_options
@@ -214,7 +215,9 @@ class Engine:
         write = jobs[0].request.memory == "write"
         loaded = [0 if row is None else row[1] for row in memory.bank_rows]
         self.metrics.rows.observe(len(jobs))
-        after = answer_rows_from(self.model, [job.row for job in jobs], memory, known, options, write=write)
+        after = answer_rows_from(
+            self.model, [job.row for job in jobs], memory, known, options, write=write, untrusted=jobs[0].untrusted
+        )
         kept = []
         for place, job in enumerate(jobs):
             if job.gone.is_set():
@@ -225,7 +228,11 @@ class Engine:
                 kept.append(place)
             else:
                 self._tell(job, loaded[place], loaded[place])
-        versions = self._committed([jobs[n] for n in kept], [after.select([n]) for n in kept])
+        rows = [after.select([n]) for n in kept]
+        for place, row in zip(kept, rows):
+            if jobs[place].untrusted:
+                hold_back(row, memory.select([place]), jobs[place].trust, jobs[place].budget)
+        versions = self._committed([jobs[n] for n in kept], rows)
         for place, version in zip(kept, versions):
             if version is not None:
                 self._tell(jobs[place], loaded[place], version)

@@ -36,6 +36,8 @@ class Limits:
         tokens: of prompt and answer together; None: what the model was trained for.
         answer: tokens of an answer, where the request does not say.
         body: bytes of a request.
+        trust: the share of the way that a turn may move a memory, 0 to 1.
+        budget: how far at most, see ``memory.trusting.hold_back``; None: as far as it goes.
     """
 
     rows: int = 16
@@ -44,6 +46,11 @@ class Limits:
     tokens: int | None = None
     answer: int = 512
     body: int = 4 * 2**20
+    trust: float = 1.0
+    budget: float | None = None
+
+
+_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,10 @@ class ChatJob:
         fits: which go with it.
         row: its answer while it comes.
         gone: see ``done``.
+        limits: of the server.
 
     Attributes:
+        trust, budget: how far what it writes may move the memory; see ``memory.trusting.hold_back``.
         done: is set to what came of it; cancelled, if ``gone`` was set: nobody waits any more, and nothing is kept.
     """
 
@@ -88,8 +97,11 @@ class ChatJob:
         owner: Hashable,
         fits: Hashable | None,
         gone: threading.Event | None = None,
+        limits: Limits = _NO_LIMITS,
     ):
         self.request, self.prompt, self.row, self.owner, self.fits = request, prompt, row, owner, fits
+        self.trust = limits.trust if request.trust is None else min(request.trust, limits.trust)
+        self.budget = limits.budget
         self.ordered = request.memory_id is not None
         self.size = len(prompt) + row.most
         self.gone = threading.Event() if gone is None else gone
@@ -100,6 +112,11 @@ class ChatJob:
     def abandoned(self) -> bool:
         """Whether nobody waits any more."""
         return self.gone.is_set()
+
+    @property
+    def untrusted(self) -> bool:
+        """Whether what it writes is held back."""
+        return self.trust < 1 or self.budget is not None
 
     def answered(self, loaded: int, version: int) -> Answered:
         """What came of it; ``loaded`` and ``version`` as in ``Answered``."""
@@ -133,7 +150,7 @@ class Intake:
         self.tokens = limits.tokens or trained
         self.rendering = threading.Lock()
         self._tokenizer, self._granularity, self._vocabulary = tokenizer, granularity, vocabulary
-        self._answer = limits.answer
+        self._limits = limits
 
     def job(
         self, request: ChatRequest, say: Callable[[str, bool], None], peer: str, gone: threading.Event | None = None
@@ -164,8 +181,10 @@ class Intake:
         row = Row(prompt, self._most(request, len(prompt)), request.stops, say, rendering=self.rendering)
         owner = ("memory", request.memory_id) if request.memory_id is not None else ("user", request.user or peer)
         alone = request.seed is not None and request.sampling["do_sample"]
-        fits = None if alone else (request.memory, *sorted(request.sampling.items()))
-        return ChatJob(request, prompt, row, owner, fits, gone)
+        job = ChatJob(request, prompt, row, owner, None, gone, self._limits)
+        if not alone:  # a guard is of a whole forward, and those that are trusted have none
+            job.fits = (request.memory, job.untrusted, *sorted(request.sampling.items()))
+        return job
 
     def check_text(self, text: str) -> None:
         """Raise TooLongError for a text that is longer than a request may be."""
@@ -185,7 +204,7 @@ class Intake:
     def _most(self, request: ChatRequest, prompt: int) -> int:
         """Tokens of a request's answer at most."""
         room = self._room(request, prompt)
-        most = self._answer if request.limit is None else request.limit
+        most = self._limits.answer if request.limit is None else request.limit
         return most if room is None else min(most, room)
 
 

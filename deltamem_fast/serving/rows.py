@@ -129,6 +129,7 @@ def answer_rows_from(
     options: dict[str, Any],
     *,
     write: bool,
+    untrusted: bool = False,
 ) -> MemoryState:
     """Answers, each from its row of ``memory``; the memory as it is after them.
 
@@ -142,8 +143,9 @@ def answer_rows_from(
             rows' ``Forwards`` have one ``shape``.
         options: of ``generate``, for all rows.
         write: False: nothing is written, and ``memory`` itself is returned.
+        untrusted: what is written is under the model's guard, as what is less than wholly trusted (``MemoryState``).
     """
-    batch = _Batch(model, len(rows), memory.clone() if write else memory.read_only())
+    batch = _Batch(model, len(rows), memory.clone() if write else memory.read_only(), untrusted)
     parts = [row.prompt.forwards(known) for row in rows]
     batch.read([part.seen for part in parts])
     for blocks in zip(*(part.ahead for part in parts), strict=True):
@@ -169,8 +171,8 @@ class _Batch:
         segments: int64 [B, T] where the adapter writes segments, else None.
     """
 
-    def __init__(self, model: nn.Module, rows: int, memory: MemoryState | None = None):
-        self.model, self.memory = model, memory
+    def __init__(self, model: nn.Module, rows: int, memory: MemoryState | None = None, untrusted: bool = False):
+        self.model, self.memory, self._untrusted = model, memory, untrusted
         self.cache: Cache = new_cache(model)
         self.device = input_device(model)
         nothing = torch.zeros(rows, 0, dtype=torch.int64, device=self.device)
@@ -191,6 +193,10 @@ class _Batch:
                 [-1] * len(left) + list(block.segments or [-1] * len(block)) for left, block in zip(pad, blocks)
             ]
             self.segments = self._with(self.segments, segments)
+
+    def guarded(self, memory: MemoryState | None) -> contextlib.AbstractContextManager:
+        """Inside, what is written into ``memory`` is guarded, if what the rows say is not wholly trusted."""
+        return memory.untrusted() if self._untrusted else contextlib.nullcontext()
 
     def take_back(self) -> None:
         """Forget the columns that the cache does not hold."""
@@ -223,17 +229,18 @@ class _Batch:
         arguments: dict[str, Any] = {record_of(model).cache_name: self.cache, "memory": self.memory}
         if self.segments is not None and not self.memory.frozen:
             arguments["segment_ids"] = self.segments[:, first:last]
-        decoder_of(model)(
-            input_ids=self.ids[:, first:last], attention_mask=self.mask, position_ids=positions, use_cache=True,
-            **arguments,
-        )  # fmt: skip
+        with self.guarded(self.memory):
+            decoder_of(model)(
+                input_ids=self.ids[:, first:last], attention_mask=self.mask, position_ids=positions, use_cache=True,
+                **arguments,
+            )  # fmt: skip
         self.fed = last
 
     def _write_some(self, blocks: Sequence[Block], there: list[int]) -> None:
         places = torch.tensor(there, device=self.device)
         self._keep(self.fed)
         self.cache.batch_select_indices(places)
-        part = _Batch(self.model, len(there), self.memory.select(there))
+        part = _Batch(self.model, len(there), self.memory.select(there), self._untrusted)
         part.cache, part.fed = self.cache, self.fed
         part.ids, part.mask = self.ids[places], self.mask[places]
         part.segments = None if self.segments is None else self.segments[places]
@@ -269,12 +276,14 @@ def _generate(model: nn.Module, batch: _Batch, rows: Sequence[Row], options: dic
         "streamer": Tokens(hand_out),
         "stopping_criteria": StoppingCriteriaList([ended]),
     }
-    if batch.memory is not None:
+    memory = None if batch.memory is None else batch.memory.clone()
+    if memory is not None:
         # Of what it generates nothing stays: the answer is fed as the template shows it.
-        arguments |= {"memory": batch.memory.clone(), "answer_is_fed": True}
+        arguments |= {"memory": memory, "answer_is_fed": True}
         if batch.segments is not None:
             arguments["segment_ids"] = batch.segments
-    model.generate(**(options | arguments))
+    with batch.guarded(memory):
+        model.generate(**(options | arguments))
     for row in rows:
         row.end()
 

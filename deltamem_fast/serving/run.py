@@ -41,6 +41,7 @@ def serve(arguments: argparse.Namespace, key: str | None, threads: int | None) -
     with listen(arguments.host, arguments.port) as listening:
         device = arguments.device or device_for(arguments.backend)
         loading |= {"device": device, "dtype": arguments.dtype, "backend": arguments.backend}
+        loading["guard"] = arguments.guard
         model, tokenizer = load_patched(**loading)
         path = bank_path(arguments.bank, name)
         with MemoryBank(path, model) as bank, fitting_threads(model, threads):
@@ -74,6 +75,8 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
         given.max_tokens,
         given.answer_tokens,
         given.max_body,
+        given.trust,
+        given.budget,
     )
 
 

@@ -60,6 +60,10 @@ class Audit:
         """The moves that went farthest, the farthest first."""
         return Audit(tuple(sorted(self.moves, key=lambda move: -move.moved)[:count]), self.dropped)
 
+    def newest(self, count: int = 10) -> Audit:
+        """The last moves, oldest first."""
+        return Audit(self.moves[max(0, len(self.moves) - count) :], self.dropped)
+
     def to_dict(self) -> dict[str, Any]:
         """One JSON object."""
         return {"moves": [list(dataclasses.astuple(move)) for move in self.moves], "dropped": self.dropped}

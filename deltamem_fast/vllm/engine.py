@@ -22,6 +22,7 @@ from ..adapter.record import identity_of
 from ..errors import StateError, UnsupportedError
 from ..memory.bank import BankConflict, MemoryBank
 from ..memory.state import MemoryState
+from ..memory.trusting import hold_back
 from ..serving.contract import ChatRequest
 from ..serving.fair_queue import QueueFullError
 from ..serving.jobs import ChatJob, Intake, Limits, version_of
@@ -196,7 +197,7 @@ class VllmEngine:
                 raise job.row.error
             ids = joined_ids((*job.prompt.all_blocks, block))
             written = await self._written(ids, state, first)
-            version = await asyncio.to_thread(self._commit, name, memory, written)
+            version = await asyncio.to_thread(self._commit, job, memory, written)
         self.metrics.tokens.labels("prompt").inc(len(job.prompt))
         self.metrics.tokens.labels("answer").inc(job.row.tokens)
         job.done.set_result(job.answered(loaded, version))
@@ -245,13 +246,16 @@ class VllmEngine:
             raise StateError(f"memory: {len(ids)} tokens were to be written, the engine {what}; it is as it was")
         return np.frombuffer(found[1], "<f4").astype(np.float32)
 
-    def _commit(self, name: str, memory: MemoryState, written: np.ndarray) -> int:
-        """Store what a turn has written; the memory's version then."""
+    def _commit(self, job: ChatJob, memory: MemoryState, written: np.ndarray) -> int:
+        """Store what a turn has written, as far as it is trusted; the memory's version then."""
+        before = memory.clone() if job.untrusted else None
         states = torch.from_numpy(written).view(len(memory), 1, *next(iter(memory.items()))[1].shape[1:])
         for place, (layer, _) in enumerate(sorted(memory.items())):
             memory.put(layer, states[place], in_place=True)
+        if before is not None:
+            hold_back(memory, before, job.trust, job.budget)
         try:
-            self.bank.commit([name], memory)
+            self.bank.commit([job.request.memory_id], memory)
         except BankConflict:
             self.metrics.conflicts.inc()
             raise

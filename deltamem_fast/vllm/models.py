@@ -16,7 +16,7 @@ from ..adapter.layer import DeltaMemory
 from ..errors import UnsupportedError
 from .linears import give_memory, projected_sizes
 from .requests import Requests
-from .settings import adapter_of, fill, layers_of
+from .settings import adapter_of, fill, layers_of, rule_of
 from .states import OPERATORS, States
 
 
@@ -50,7 +50,7 @@ def _make_states(source: AdapterSource, vllm_config: VllmConfig, prefix: str) ->
     if len(config.target_modules) != 1:
         raise UnsupportedError(f"target_modules: the adapter has {config.target_modules}, allowed in vLLM: one name")
     names = [f"model.layers.{layer}.{config.target_modules[0]}" for layer in layers]
-    requests = Requests(config.rule)
+    requests = Requests(rule_of(vllm_config, source))
     return {name: States(maybe_prefix(prefix, f"{name}.delta_memory"), requests, vllm_config) for name in names}
 
 

@@ -25,6 +25,7 @@ from ..adapter.wrappers import RECORD
 from ..arguments import check_choice, check_type
 from ..errors import ArgumentError, StateError
 from ..memory.state import MemoryState
+from ..memory.trusting import check_trust, hold_back
 from .given import MODES, arguments_of, salt_of
 from .settings import adapter_of, fill, layers_of
 
@@ -73,6 +74,8 @@ def generate(
     *,
     memory: MemoryState | None = None,
     mode: str | None = None,
+    trust: float = 1.0,
+    budget: float | None = None,
     **kwargs,
 ) -> list[RequestOutput]:
     """``llm.generate``, prompt n with row n of a memory.
@@ -85,6 +88,8 @@ def generate(
             anything raises, not at all. The last token of an answer is not written until it is fed.
         mode: ``write``; ``read``, which leaves the memory as it was; ``none``, the bare model, without a memory. None
             is ``read`` if the memory is frozen, ``write`` otherwise.
+        trust, budget: each row goes this share of the way to what its request has made of it, and at most so far, as
+            in ``ingest``; whether its tokens were guarded, ``hf_overrides`` say (``delta_mem_guard``).
         **kwargs: for ``llm.generate``.
 
     Raises:
@@ -92,10 +97,15 @@ def generate(
             ``sampling_params`` does not hold.
         StateError: an engine did not write what it returned, or has lost a state.
     """
+    check_trust(trust, budget)
     requests, params, keys = prepare(prompts, sampling_params, memory=memory, mode=mode)
     outputs = llm.generate(requests, params, **kwargs)
     if keys:
-        put_back(memory, llm.collective_rpc("delta_mem_take", args=(keys,))[0], outputs)
+        before = memory.clone() if trust < 1 or budget is not None else None
+        with memory.all_or_nothing():
+            put_back(memory, llm.collective_rpc("delta_mem_take", args=(keys,))[0], outputs)
+            if before is not None:
+                hold_back(memory, before, trust, budget)
     return outputs
 
 

@@ -19,7 +19,7 @@ from ..serving.metrics import Metrics
 from ..serving.run import bank_path, chosen, limits_of, listen, run
 from ..text.answering import as_ids
 from .engine import VllmEngine
-from .settings import KEY
+from .settings import GUARD, KEY
 
 # What vLLM has a model of its own for; others run on its Transformers backend.
 _NATIVE = {"qwen3": "DeltaMemQwen3ForCausalLM", "llama": "DeltaMemLlamaForCausalLM"}
@@ -43,6 +43,8 @@ def serve(arguments: argparse.Namespace, key: str | None, threads: int | None) -
             "dtype": arguments.dtype,
             "max_num_seqs": limits.rows,
         } | given
+        if arguments.guard == "on" or (arguments.guard == "auto" and (limits.trust < 1 or limits.budget is not None)):
+            settings["hf_overrides"][GUARD] = True
         with running(settings) as (llm, loop):
             _serve(llm, loop, directory, name, limits, bank_path(arguments.bank, name), key, listening)
     return 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from deltamem_kernels.rule import DeltaRule
+
 from ..adapter.files import AdapterSource, canonical_name, read_adapter, stage_weights
+from ..adapter.guard import guarding
 from ..adapter.layer import DeltaMemory
 from ..config import DeltaMemConfig
 from ..errors import ArgumentError, UnsupportedError
@@ -13,7 +16,7 @@ from ..errors import ArgumentError, UnsupportedError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KEY = "delta_mem_adapter"
+KEY, GUARD = "delta_mem_adapter", "delta_mem_guard"
 _HERE = __name__.rpartition(".")[0]
 
 
@@ -38,6 +41,18 @@ def adapter_of(vllm_config: VllmConfig) -> AdapterSource:
             "would have to be read before any of their segment is written, whatever chunks they come in"
         )
     return source
+
+
+def rule_of(vllm_config: VllmConfig, source: AdapterSource) -> DeltaRule:
+    """The recurrence of an engine's layers: under the default ``Guard`` where ``hf_overrides`` ask for one.
+
+    Raises:
+        ValueError: it is neither true nor false, or the adapter cannot have one.
+    """
+    given = getattr(vllm_config.model_config.hf_config, GUARD, False)
+    if not isinstance(given, bool):
+        raise ArgumentError(f"hf_overrides: got {GUARD} {given!r:.80}, allowed true or false")
+    return guarding(given, source.config.rule).rule or source.config.rule
 
 
 def layers_of(config: DeltaMemConfig, text_config: Any) -> list[int]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from chat_support import ASKED, TOLD, ListScreen, fail, have, recall_chat, tiny_chat
+from support import relative_error
 
 from deltamem_fast.chat.commands import COMMANDS
 
@@ -32,6 +33,8 @@ def test_help_names_every_command_and_the_small_world(chat):
         ("/forget", "allowed /forget TEXT"),
         ("/revise", "allowed /revise TEXT"),
         ("/ingest", "allowed /ingest FILE"),
+        ("/ingest trust=2 README.md", "/ingest trust: got '2', allowed a number from 0 to 1"),
+        ("/audit smallest", "/audit: got 'smallest', allowed nothing or largest"),
         ("/undo 3", "/undo: got '3', allowed nothing after it"),
         ("/memory x", "/memory: got 'x', allowed nothing or all"),
         ("/context x", "/context: got 'x', allowed nothing, a number of turns"),
@@ -52,6 +55,26 @@ def test_wrong_use_is_told_in_one_line_and_the_chat_goes_on(chat, line, message)
     error = fail(chat, line)
     assert message in error and "\n" not in error
     assert not chat.ended and chat.changes == changes
+
+
+def test_a_file_is_read_as_far_as_it_is_trusted_and_the_audit_tells(tmp_path):
+    chat, page = recall_chat(), tmp_path / "a page\u202e.txt"
+    page.write_text("The code of Baljin is 21. The old lamp is in the attic.")
+    assert have(chat, "/audit").startswith("nothing has moved the memory")
+    have(chat, "The code of Balton is 33.")
+    before = chat.session.memory.clone()
+    assert "it was moved by 0." in have(chat, f"/ingest trust=0.25 {page}")
+    after = chat.session.memory.clone()
+    have(chat, "/undo")
+    assert all(torch.equal(before[i], chat.session.memory[i]) for i in before)
+    have(chat, f"/ingest {page}")
+    for i in before:
+        wanted = torch.lerp(before[i], chat.session.memory[i], 0.25)
+        # The whole text is written under no guard, which is not felt here.
+        assert relative_error(after[i], wanted) < 1e-5
+    lines = have(chat, "/audit").splitlines()
+    assert "ingest: a page?.txt" in lines[3] and lines[1].split()[1] == "user"
+    assert "ingest" in have(chat, "/audit largest")
 
 
 def test_lines_that_say_nothing_or_begin_with_a_slash():

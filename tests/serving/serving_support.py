@@ -81,8 +81,9 @@ def listening(engine: Engine, key: str | None = None):
             thread.join()
 
 
-def ask(client, messages, memory_id=None, memory="write", **more):
+def ask(client, messages, memory_id=None, memory="write", trust=None, **more):
     body = {"memory": memory} | ({} if memory_id is None else {"memory_id": memory_id})
+    body |= {} if trust is None else {"trust": trust}
     return client.chat.completions.create(model=NAME, messages=messages, extra_body=body, **more)
 
 

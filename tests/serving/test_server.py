@@ -136,6 +136,56 @@ def test_a_batch_of_known_new_and_nobodys_memories_crosses_none(strategy, tmp_pa
         assert [entry.id for entry in engine.bank.list()] == ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize("strategy", ["tsw", "ssw"])
+def test_a_turn_moves_a_memory_as_far_as_it_is_trusted(strategy, tmp_path):
+    """A request's own trust below the server's, within its budget; a turn that is trusted wholly is guarded by none."""
+    model, tokenizer = served_model(strategy)
+    said, later = chat("My dog is called Rex."), chat("Where did Ada go?")
+    limits = {"answer": 4, "trust": 0.5}
+    with engine_of(model, tokenizer, tmp_path / "users.bank", **limits) as engine, listening(engine, KEY) as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+            wanted = {None: 0.5, 1.0: 0.5, 0.25: 0.25, 0.0: 0.0}
+            for trust in wanted:
+                ask(client, said, f"{trust}")
+            before = {trust: engine.bank.gather([f"{trust}"]) for trust in wanted}
+            together(
+                engine,
+                {trust: lambda trust=trust: ask(client, later, f"{trust}", trust=trust) for trust in wanted},
+            )
+            page = engine.metrics.page().decode()
+        for trust, share in wanted.items():
+            row, start = row_of(model, tokenizer, later, 4), before[trust]
+            whole = answer_rows_from(model, [row], start, True, greedy(model, tokenizer), write=True, untrusted=True)
+            kept = engine.bank.gather([f"{trust}"])
+            for i in kept:
+                assert relative_error(kept[i], torch.lerp(start[i], whole[i], share)) < 1e-5
+                assert torch.equal(kept[i], start[i]) is (share == 0)
+    assert "deltamem_batch_rows_count 5.0" in page  # four by themselves, then all in one batch
+
+
+def test_a_guard_is_of_those_alone_that_are_not_trusted(tmp_path):
+    """Beside a request that is held back, one that is trusted wholly has the bits of one without any."""
+    model, tokenizer = served_model()
+    for memory in model.modules():
+        if hasattr(memory, "beta_bias"):
+            memory.beta_bias.data.fill_(8.0)  # so that a guard is felt
+    said = chat("My dog is called Rex.")
+    with engine_of(model, tokenizer, tmp_path / "users.bank", answer=4) as engine, listening(engine, KEY) as address:
+        with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
+            asked = {"a": None, "b": 0.999999}
+            together(engine, {name: lambda name=name: ask(client, said, name, trust=asked[name]) for name in asked})
+        found = engine.bank.gather(["a", "b"])
+        for name, untrusted in (("a", False), ("b", True)):
+            row = row_of(model, tokenizer, said, 4)
+            empty = MemoryState.zeros(model)
+            alone = answer_rows_from(
+                model, [row], empty, False, greedy(model, tokenizer), write=True, untrusted=untrusted
+            )
+            place = ["a", "b"].index(name)
+            assert all(relative_error(found[i][place], alone[i][0]) < 1e-4 for i in found)
+        assert any(relative_error(found[i][0], found[i][1]) > 0.01 for i in found)
+
+
 def test_windows_and_sampling(tmp_path):
     model, tokenizer = served_model(family="mistral")
     with engine_of(model, tokenizer, tmp_path / "users.bank", answer=6) as engine, listening(engine, KEY) as address:
