@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of ``python -m bench.recall recipe``."""
     parser.add_argument("adapter", nargs="+", help='"change of the recipe=directory of the adapter that it made"')
     parser.add_argument("--episodes", type=int, default=EPISODES, help="conversations of a point (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -82,9 +83,9 @@ def run(options: argparse.Namespace) -> int:
         pairs.append((change, Path(directory)))
     if options.episodes < 1:
         raise ValueError(f"--episodes: got {options.episodes}, allowed 1 or more")
-    model, tokenizer = load_backbone(SHIPPED / "backbone")
+    model, tokenizer = load_backbone(SHIPPED / "backbone", options.device)
     rows = measure(model, tokenizer, pairs, options.episodes, commands.progress())
     arguments = {"quick": options.episodes < EPISODES, "episodes": options.episodes}
     print(plain_table(rows))
-    print(results.write(options.output, results.collect(rows, "cpu", arguments)))
+    print(results.write(options.output, results.collect(rows, options.device, arguments)))
     return 0

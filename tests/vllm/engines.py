@@ -51,10 +51,10 @@ def rounds(seed: int) -> list[list[list[int]]]:
 class Expected:
     """What transformers generates greedily from a patched checkpoint, one prompt after another."""
 
-    def __init__(self, directory: Path, adapter: Path | None = None, bare: bool = False):
+    def __init__(self, directory: Path, adapter: Path | None = None, bare: bool = False, guard="auto"):
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         if not bare:
-            patch_model(self.model, str(adapter or directory / "adapter"))
+            patch_model(self.model, str(adapter or directory / "adapter"), guard=guard)
         self.bare = bare
 
     def __call__(self, prompt: list[int], tokens: int, memory: MemoryState | None = None) -> list[int]:

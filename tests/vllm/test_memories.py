@@ -87,6 +87,27 @@ def test_write_read_none(qwen3, expected, told, setting):
             assert counted(llm, "num_preemptions") > 0
 
 
+def test_a_guarded_engine_and_requests_that_are_trusted_by_half(qwen3, expected, told):
+    """What is written is what a guarded model of transformers writes, and the memory goes half the way there."""
+    from deltamem_fast.vllm.offline import generate, memory_model
+
+    guarded = Expected(qwen3, guard=True)
+    given = {"delta_mem_adapter": str(qwen3 / "adapter"), "delta_mem_guard": True}
+    with engine(qwen3, hf_overrides=given | {"architectures": ["DeltaMemQwen3ForCausalLM"]}) as llm:
+        memory = MemoryState.zeros(memory_model(llm), batch_size=3)
+        for layer in told:
+            memory.put(layer, told[layer], in_place=True)
+        batch = prompts(3, seed=130, shortest=5, longest=60)
+        wanted = [after(guarded, ids, told.select([row])) for row, ids in enumerate(batch)]
+        with pytest.raises(ArgumentError, match="trust: got 2"):
+            generate(llm, batch, sampling(), memory=memory, trust=2)
+        assert tokens_of(generate(llm, batch, sampling(), memory=memory, trust=0.5)) == [ids for ids, _ in wanted]
+    whole = MemoryState.cat([memory for _, memory in wanted])
+    free = MemoryState.cat([after(expected, ids, told.select([row]))[1] for row, ids in enumerate(batch)])
+    assert all(relative_error(memory[i], torch.lerp(told[i], whole[i], 0.5)) < 1e-4 for i in told)
+    assert max(relative_error(whole[i], free[i]) for i in told) > 1e-3  # the guard is felt
+
+
 def test_all_modes_in_one_batch(qwen3, expected, told):
     from deltamem_fast.vllm.given import arguments_of, salt_of
 

@@ -29,6 +29,14 @@ CASES = {
 }
 
 
+def test_a_guard_is_on_or_off(qwen3):
+    given = {"delta_mem_adapter": str(qwen3 / "adapter"), "delta_mem_guard": "yes"}
+    given["architectures"] = ["DeltaMemQwen3ForCausalLM"]
+    with pytest.raises(Exception, match="delta_mem_guard 'yes', allowed true or false"):
+        with engine(qwen3, hf_overrides=given):
+            pass
+
+
 @pytest.mark.parametrize("words", CASES)
 def test_settings(qwen3, words):
     with pytest.raises(Exception, match=words), engine(qwen3, **CASES[words]):

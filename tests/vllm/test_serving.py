@@ -6,6 +6,7 @@ import threading
 
 import openai
 import pytest
+import torch
 
 from deltamem_fast import MemoryBank, MemoryState, patch_model
 from deltamem_fast.serving.jobs import Limits
@@ -133,6 +134,18 @@ def test_turns_are_those_over_transformers(service, model, tokenizer, history):
     assert ask(client, chat("Ada?")).choices[0].message.content == alone.answer
     assert [entry.id for entry in engine.bank.list()] == ["ada"]
     assert engine.bank.gather(["ada"]).bank_rows[0][1] == version
+
+
+def test_a_turn_moves_a_memory_as_far_as_it_is_trusted(service, model, tokenizer):
+    engine, _, client = service
+    replay = Replay(model, tokenizer)
+    replay.turn(chat(SAID[0]))
+    ask(client, chat(SAID[0]), "ada")
+    before = replay.memory
+    replay.turn(chat(SAID[1]))
+    ask(client, chat(SAID[1]), "ada", trust=0.25)
+    kept = engine.bank.gather(["ada"])
+    assert all(relative_error(kept[i], torch.lerp(before[i], replay.memory[i], 0.25)) < 1e-4 for i in kept)
 
 
 def test_many_users_at_once_and_one_memorys_requests_in_order(service, model, tokenizer):
