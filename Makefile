@@ -18,7 +18,7 @@ help:
 	@echo "make lint            ruff, import-linter, and whether docs/results and README say what the results say"
 	@echo "make bench           benchmarks of this machine; JSON under bench/results (OUTPUT=dir)"
 	@echo "make recall          what the shipped weights remember; docs/results from bench/results (OUTPUT=dir)"
-	@echo "make recall-train    trains such weights from nothing into build/recall: an hour and more on two cores"
+	@echo "make recall-train    trains such weights from nothing into build/recall: for a GPU; without one half a day"
 	@echo "make recall-smollm2  what SmolLM2 remembers with the shipped adapters; a quarter of an hour an adapter (OUTPUT=dir)"
 	@echo "make holding         the operators, sessions and the bank of a million memories (needs 12 GB of disk; OUTPUT=dir)"
 	@echo "make serving         deltamem serve under 64 clients, and killed between turns; five minutes (OUTPUT=dir)"

@@ -77,7 +77,7 @@ CURVES = {
         (
             *({"facts": 4, "text": text, "tokens": 50} for text in conversations.HOSTILE[:3]),
             *({"facts": 4, "text": text, "tokens": 500} for text in conversations.HOSTILE[3:]),
-            {"facts": 2, "text": "new talk", "tokens": 1024},
+            *({"facts": 2, "text": text, "tokens": 1024} for text in conversations.HOSTILE[4:]),
         ),
         (*variants.MEMORIES, variants.CONTEXT, variants.BM25_1),
         lambda point: 2,

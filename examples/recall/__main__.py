@@ -28,7 +28,10 @@ EPISODES, BATCH = 20_000, 64
 # A fifth of the steps has few facts: with many from the start, most steps would pass before anything is learnt.
 MOST_FACTS, FIRST = {"few": 2, "many": 8}, 5
 # Long talk first; then more facts behind little talk, since the first stage costs some of eight facts' recall.
-LASTING = (LastingOptions(), LastingOptions(steps=200, lr=1e-3, most_facts=10, long=False, seed=1))
+LASTING = (
+    LastingOptions(steps=1000, rows=3),
+    LastingOptions(steps=300, rows=3, lr=1e-3, most_facts=10, long=False, seed=1),
+)
 # Name → strategy, rank, steps, whether settled and made to last: the three strategies, and four ranks, a fifth as long.
 ADAPTERS = {f"{strategy}-r8": (strategy, 8, 2000, True) for strategy in ("tsw", "ssw", "msw")} | {
     f"tsw-r{rank}-short": ("tsw", rank, 400, False) for rank in (4, 8, 16, 32)
