@@ -146,19 +146,14 @@ def lived(stream: Stream, tokens: int, chunk: int = CHUNK) -> Row:
     counter, scan_count = torch.zeros(stream.rows, dtype=torch.int32), torch.zeros(stream.rows, dtype=torch.int64)
     steering, kept = random_steering(rule), {}
     worst, at, held = dict.fromkeys(("decode", "scan", "reads", "apart"), 0.0), {}, []
-    seconds = dict.fromkeys(("decode", "scan"), 0.0)
     reads = torch.zeros(stream.rows, rule.read_width)
     for number, x in enumerate(chunks(stream, length, chunk)):
         packed = torch.cat([torch.ones(*x.shape[:2], LAYOUT.width), x], 2).transpose(0, 1).contiguous()
-        begin = time.perf_counter()
         for token in packed.unbind(0):
             reads, _ = ops.decode_(
                 token, bias, decoded, rule, LAYOUT, steering, skipped=counter, check=False, workspace=kept
             )
-        middle = time.perf_counter()
         out = ops.scan(x, bias, scanned, rule)
-        seconds["decode"] += middle - begin
-        seconds["scan"] += time.perf_counter() - middle
         scanned = out.state
         scan_count += out.skipped
         wide = np.empty((*x.shape[:2], rule.read_width))
@@ -183,8 +178,6 @@ def lived(stream: Stream, tokens: int, chunk: int = CHUNK) -> Row:
         norm=float(torch.from_numpy(exact).flatten(1).norm(dim=1).max()),
         skipped=int(counter.sum()),
         grown=grown(held),
-        decode_us=1e6 * seconds["decode"] / length,
-        scan_us=1e6 * seconds["scan"] / length / stream.rows,
     )
     row.error = max(at["decode"], at["scan"])
     problems = [f"{key}: {value:.1e}" for key, value in worst.items() if close is not None and not value <= close]

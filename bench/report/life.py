@@ -13,7 +13,8 @@ TEXTS = {
     "tokens": (
         "Ten million tokens",
         "Each stream goes through the compiled operators a token at a time and in chunks, and through the same rule in "
-        "float64 from the first token to the last: relative distances, the largest of all looks. A gate near 1 costs "
+        "float64 from the first token to the last: relative distances, the largest of all looks (reads of one token by "
+        "the size of their state). A gate near 1 costs "
         "digits whatever computes it: S is in proportion to 1 / (1 − β), of which float32 keeps eps / (1 − β).",
     ),
     "session": (
@@ -46,10 +47,15 @@ def table(rows: Sequence[Row]) -> str:
         sizes = " ".join(f"{key}={value:,}" if isinstance(value, int) else f"{key}={value}"
                          for key, value in row.parameters.items())  # fmt: skip
         said = [f"p50 {row.p50:.3f} s"] if row.p50 is not None else []
-        said += [f"{key.replace('_', ' ')} {short(value)}" for key, value in row.values.items()]
+        said += [f"{key.replace('_', ' ')} {short(value)}" for key, value in row.values.items() if not timed(key)]
         said += [f"refused: {row.note}"] if row.status == "refused" else []
         lines.append([row.name, sizes, ", ".join(said)])
     return markdown(lines)
+
+
+def timed(key: str) -> bool:
+    """Whether a number is a time: for hours the machine had other work, too, and speed has a page of its own."""
+    return key.endswith(("_us", "seconds"))
 
 
 def short(value: float) -> str:
