@@ -162,9 +162,7 @@ class Steps:
             outcome, found = PASSED, step()
         except StepFailed as failure:
             outcome, found = FAILED, str(failure)
-        except (
-            Exception
-        ) as error:  # of a check itself, such as JSON that is none: the others' rows are told all the same
+        except Exception as error:  # of a check itself, such as JSON that is none: the other rows are told all the same
             outcome, found = FAILED, f"{type(error).__name__}: {error}"
         self._end(Row(name, outcome, time.monotonic() - began, found))
         return outcome == PASSED
