@@ -257,6 +257,13 @@ def test_the_command_scores_what_it_can_and_asks_again(server, tmp_path, capsys)
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["scores"] == {ids[0]: 0.0, ids[1]: 1.0}
     assert len(server.asked) == 3
+    hostile = tmp_path / "data.json"
+    hostile.write_text(data.read_text(encoding="utf-8").replace(ids[0], r"\u009b31m\u001b"), encoding="utf-8")
+    answers.write_text(json.dumps({"id": "\x9b31m\x1b", "answer": "x"}) + "\n")
+    server.replies = ["yes"]
+    assert main([*command[:4], "--data", str(hostile), *command[6:]]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said)["scores"] == {"\x9b31m\x1b": 1.0} and not {"\x9b", "\x1b"} & set(said)
 
 
 def test_a_line_that_a_killed_process_left_is_cut_off(server, tmp_path):
