@@ -108,7 +108,7 @@ class Release:
     def contents(self) -> str:
         """What wheel and source distribution hold, against the files under version control."""
         wheel, sdist = self._archives(self.made[0])
-        return f"wheel: {check_wheel(wheel, self.tracked)}; sdist: {check_sdist(sdist, self.tracked)}"
+        return f"wheel: {check_wheel(wheel, self.tracked, ROOT)}; sdist: {check_sdist(sdist, self.tracked)}"
 
     def tag(self) -> str:
         """A tag of this version, or at this commit, is of both."""
