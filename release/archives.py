@@ -32,17 +32,24 @@ def packaged(tracked: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def check_wheel(path: Path, tracked: Iterable[str]) -> str:
+def check_wheel(path: Path, tracked: Iterable[str], root: Path | None = None) -> str:
     """Compare a wheel with the files under version control.
 
+    Args:
+        root: where those lie, each as it was committed; None: names are compared, not contents.
+
     Raises:
-        StepFailed: one of the packages' files is missing, there is one that is under no version control, or the
-            licence is missing.
+        StepFailed: one of the packages' files is missing or has other bytes, there is one that is under no version
+            control, or the licence is missing.
     """
+    sources = packaged(tracked)
     with zipfile.ZipFile(path) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
+        both = sorted(names & sources.keys()) if root is not None else ()
+        if other := [name for name in both if wheel.read(name) != (root / sources[name]).read_bytes()]:
+            raise StepFailed(f"{path.name}: has other bytes of {_some(other)}")
     own = {name for name in names if ".dist-info/" not in name}
-    wanted = set(packaged(tracked))
+    wanted = set(sources)
     _compare(path, own, wanted)
     for part in ("licenses/LICENSE", "METADATA", "RECORD", "entry_points.txt"):
         if not any(name.endswith(f".dist-info/{part}") for name in names):

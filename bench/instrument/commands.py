@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +47,25 @@ def status_of(name: str, work: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def roomy_folder(needed: int, directory: Path | None) -> Iterator[Path]:
+    """A folder with room for ``needed`` bytes, empty, and gone at the end.
+
+    Args:
+        directory: what it is made in; made itself if need be. None: where temporary files lie.
+
+    Raises:
+        OSError: the disk has less room.
+    """
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=directory) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"{folder}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+        yield Path(folder)
 
 
 def progress() -> Callable[[str], None]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,13 +53,8 @@ def run(options: argparse.Namespace) -> int:
     if options.workers < 2 or options.users < options.workers:
         raise ValueError(f"--workers, --users: got {options.workers} and {options.users}, allowed 2 or more, and users "
                          "for each")  # fmt: skip
-    if options.directory is not None:
-        options.directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-life-", dir=options.directory) as folder:
-        free, needed = shutil.disk_usage(folder).free, options.users * 14_000
-        if free < needed:
-            raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-        row = measure(Path(folder), options.users, options.seconds, options.workers, options.kill_every)
+    with commands.roomy_folder(options.users * 14_000, options.directory) as folder:
+        row = measure(folder, options.users, options.seconds, options.workers, options.kill_every)
     return commands.finish([row], {"quick": options.users < FULL or options.seconds < 600}, options.output)
 
 

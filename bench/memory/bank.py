@@ -11,8 +11,6 @@ import functools
 import hashlib
 import os
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -220,13 +218,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--ids: got {options.ids}, allowed 1 to --users")
     torch.manual_seed(0)
     random.seed(0)
-    if options.directory is not None:
-        options.directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-bank-", dir=options.directory) as directory:
-        free, needed = shutil.disk_usage(directory).free, options.users * 11_000
-        if free < needed:
-            raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-        rows = measure(Path(directory) / "users.bank", backbone(), options.users, options.ids)
+    with commands.roomy_folder(options.users * 11_000, options.directory) as folder:
+        rows = measure(folder / "users.bank", backbone(), options.users, options.ids)
     arguments = {"quick": options.users < FULL, "users": options.users, "ids": options.ids}
     status = commands.finish(rows, arguments, options.output)
     print("\n" + "\n".join(verdicts(rows, options.users, options.ids)))

@@ -175,7 +175,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     files = run(plan, judge=judge, say=lambda text: print(text, file=sys.stderr, flush=True))
     if arguments.json:
-        print(files["report.json"].read_text(encoding="utf-8"), end="")
+        print(json.dumps(json.loads(files["report.json"].read_text(encoding="utf-8")), indent=2))
     else:
         print("\n".join(str(path) for path in files.values()))
     return 0 if feeding_holds(output, plan) else DIFFERENT
@@ -240,7 +240,7 @@ def _score(arguments: argparse.Namespace) -> int:
     answers = read_answers(path)
     judge = _judge_of(arguments, path.with_suffix(".judged.jsonl"))
     documents = task.load(None if arguments.data is None else as_path(arguments.data, "--data"))
-    print(json.dumps(score_answers(task, documents, answers, judge), indent=2, ensure_ascii=False))
+    print(json.dumps(score_answers(task, documents, answers, judge), indent=2))  # names in the data may hold anything
     return 0
 
 

@@ -219,15 +219,21 @@ def _reply(endpoint: Endpoint, text: str) -> str:
     except openai.OpenAIError as error:
         if getattr(error, "code", None) in _TOO_MUCH:
             raise _NoVerdict(REFUSED) from error
-        raise StateError(_trouble(endpoint, f"{endpoint.model}: {error}", key)) from error
+        raise StateError(_trouble(endpoint, f"{endpoint.model}: {error}", key)) from _without(key, error)
     except (AttributeError, IndexError, TypeError, ValueError) as error:  # JSON of another shape, or none
-        raise StateError(_trouble(endpoint, f"not a reply of OpenAI's API: {error}", key)) from error
+        trouble = _trouble(endpoint, f"not a reply of OpenAI's API: {error}", key)
+        raise StateError(trouble) from _without(key, error)
     if end == "length":
         raise _NoVerdict(CUT_OFF)
     said = said.rpartition("</think>")[2].strip()  # templates may begin the thoughts, so that only their end is said
     if not said or "<think>" in said:
         raise _NoVerdict(NO_VERDICT)
     return said
+
+
+def _without(key: str, error: Exception) -> Exception | None:
+    """What an error came from, for its traceback; None where the key stands in it, as some endpoints repeat it."""
+    return None if key != "none" and key in f"{error!r}{error}" else error
 
 
 def _trouble(endpoint: Endpoint, reason: str, key: str) -> str:

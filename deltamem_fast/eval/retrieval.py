@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, MissingPackageError
 from ..model.libraries import require, told
 from ..text.cutting import pieces_of
 from ..text.segments import tokenize
 from .data import BETWEEN
 from .defaults import CHUNK_TOKENS, EMBEDDER
 from .policies import RETRIEVING, Policy
+
+_NEWER = 6  # sentence-transformers
 
 Finder = Callable[[str], list[int]]  # a question → places of chunks, the best first
 
@@ -88,13 +90,20 @@ def load_embedder(name: str):
     """A sentence-transformers model; code that lies beside it is not run.
 
     Raises:
-        ImportError, ValueError, OSError: it cannot be had; the message names it.
+        ImportError, ValueError, OSError: it cannot be had, or sentence-transformers is older than 6, which runs what
+            lies beside a model in a directory, whatever it is told; the message names it.
     """
     require(("sentence_transformers",), "policy dense")
-    from sentence_transformers import SentenceTransformer
+    import sentence_transformers
 
+    version = sentence_transformers.__version__
+    if int(version.partition(".")[0]) < _NEWER:
+        raise MissingPackageError(
+            f"policy dense: got sentence-transformers {version}, allowed {_NEWER} or newer: those before run code that "
+            "lies beside an embedder; pip install -U sentence-transformers"
+        )
     with told(f"embedder: {name}"):
-        return SentenceTransformer(name, trust_remote_code=False)
+        return sentence_transformers.SentenceTransformer(name, trust_remote_code=False)
 
 
 def last_tokens(tokenizer, text: str, amount: int) -> int:

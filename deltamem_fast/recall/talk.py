@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapter.record import memory_disabled
 from ..adapter.wrappers import input_device
-from ..display import columns, columns_of, shortened
+from ..display import columns, columns_of, harmless, shortened
 from ..memory.operators import forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
 from ..model.loading import load_patched
@@ -148,7 +148,9 @@ def _lines(rows: list[dict[str, Any]], width: int) -> list[str]:
     """A table; an empty memory answers as none does, so it is left out. What is not patched gets the room left over."""
     marks = [["", "right"], *([row["question"], "yes" if row["right"]["memory"] else "no"] for row in rows)]
     room = width - max(map(columns_of, columns(marks))) - 2
-    answers = [[TITLES[name], *(row[name] for row in rows)] for name in ("memory", "unpatched") if name in rows[0]]
+    answers = [
+        [TITLES[name], *(harmless(row[name]) for row in rows)] for name in ("memory", "unpatched") if name in rows[0]
+    ]
     needed = max(columns_of(shortened(answer, room)) for answer in answers[0])
     rooms = [max(LEAST, min(needed, room - (len(answers) - 1) * (LEAST + 2)))]
     rooms += [max(LEAST, room - rooms[0] - 2)]

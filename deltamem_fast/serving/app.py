@@ -69,7 +69,8 @@ def make_app(engine: Engine, key: str | None = None) -> Guard:
     Args:
         key: the bearer token that requests need; None: none.
     """
-    app = FastAPI(title="deltamem-fast", docs_url="/docs", redoc_url=None)
+    # No page of the routes: the library's fetches scripts from elsewhere, which could then ask this server.
+    app = FastAPI(title="deltamem-fast", docs_url=None, redoc_url=None)
     _add_errors(app)
     _add_service(app, engine)
     _add_chat(app, engine)

@@ -1,7 +1,8 @@
 """In front of every route: who may ask, and how much may be sent.
 
 A page in a browser can send requests to a server on loopback, too. Without a token only those are answered that a page
-of another site cannot send unasked: with this machine's name in ``Host``, and JSON as JSON.
+of another site cannot send unasked: with this machine's name in ``Host``, JSON as JSON, and not what a browser says to
+come from elsewhere (``Sec-Fetch-Site``): a page cannot read what such a request is answered, but how long it took.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         if self._key is None and not is_loopback(without_port(host)):
             told = f"host: got {host!r:.80}, allowed localhost or an address of loopback: the server has no token"
+            await JSONResponse(error_body(403, told), 403)(scope, receive, send)
+            return
+        site = headers.get(b"sec-fetch-site", b"none").decode("latin-1")
+        if self._key is None and site not in ("none", "same-origin"):
+            told = f"sec-fetch-site: got {site!r:.80}, allowed same-origin, none: the server has no token"
             await JSONResponse(error_body(403, told), 403)(scope, receive, send)
             return
         kind = headers.get(b"content-type", b"").decode("latin-1")

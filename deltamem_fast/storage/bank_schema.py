@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import sqlite3
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import FileFormatError
 from .bank_entries import COLUMNS, LAST_MOMENT, check_count
@@ -36,6 +37,9 @@ CREATE INDEX entries_by_update ON memories (updated);
 CREATE INDEX memories_ids ON memories (id);
 CREATE TABLE states (key INTEGER PRIMARY KEY, state BLOB NOT NULL);
 """
+# What the parts of a file of any version are declared with: no CHECK, DEFAULT, WHERE or generated column, which SQLite
+# would run, no function, no operator.
+_WORDS = frozenset(re.findall(r"\w+", _SCHEMA)) | {"entries", "row_crc", "entry_crc"}
 # The table's other name makes a process of the version before, which has the file open still, fail and not half-write.
 # "unchecked" is the last version of the rows that got their checksum here, and not when they were written.
 _UPGRADE = {
@@ -101,13 +105,16 @@ def version_of(connection: sqlite3.Connection, path: Path) -> int:
     """The format version of a store that this version reads, 0 for an empty file, else ValueError."""
     with one_moment(connection):
         # What has no page of its own is code: a trigger, a view, a virtual table. SQLite's own parts have one.
-        parts = connection.execute("SELECT type, name, rootpage FROM sqlite_master").fetchall()
+        parts = connection.execute("SELECT type, name, rootpage, sql FROM sqlite_master").fetchall()
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application == APPLICATION_ID and 1 <= version <= FORMAT_VERSION:
-        names = {(kind, name) for kind, name, page in parts if not (page and name.startswith("sqlite_"))}
-        if names != _PARTS[version] or not all(page for _, _, page in parts):
+        names = {(kind, name) for kind, name, page, _ in parts if not (page and name.startswith("sqlite_"))}
+        if names != _PARTS[version] or not all(page for _, _, page, _ in parts):
             raise damaged(path, f"its tables and indices are {sorted(names)}")
+        for kind, name, _, sql in parts:
+            if (kind, name) in names and not _is_plain(sql):
+                raise damaged(path, f"its {kind} {name} is declared with more than columns")
         return version
     if application == APPLICATION_ID:
         raise FileFormatError(
@@ -116,6 +123,12 @@ def version_of(connection: sqlite3.Connection, path: Path) -> int:
     if application or version or parts:
         raise FileFormatError(f"path: {path}: a SQLite file, but no bank (application_id {application:#x})")
     return 0
+
+
+def _is_plain(sql: Any) -> bool:
+    """Whether a declaration is names and kinds of columns alone."""
+    plain = isinstance(sql, str) and re.fullmatch(r'[\w\s(),"]*', sql) is not None
+    return plain and _WORDS.issuperset(re.findall(r"\w+", sql))
 
 
 class Head(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..arguments import check_choice
+from ..display import shortened
 from ..errors import ArgumentError, DeltaMemError
 from .messages import Message, plain_messages
 from .settings import RESULT_ARGUMENTS
@@ -205,8 +206,9 @@ def refused_by_template(name: str) -> Iterator[None]:
     except DeltaMemError:
         raise
     except Exception as error:
-        # Templates refuse chats with errors of their own and stumble over others with any kind of error.
-        raise ArgumentError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
+        # Templates refuse chats with errors of their own and stumble over others with any kind of error; what they say
+        # may quote a whole chat.
+        raise ArgumentError(f"{name}: the tokenizer's chat template refuses it: {shortened(error, 200)}") from error
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:

@@ -186,6 +186,29 @@ def test_other_parts_and_heads_are_refused(good, path, statement):
         open_store(path, SIZE)
 
 
+@pytest.mark.parametrize(
+    ("table", "declared", "instead"),
+    (
+        ("states", "BLOB NOT NULL", "BLOB NOT NULL CHECK (length(hex(state)) > 1)"),
+        ("states", "BLOB NOT NULL", "BLOB NOT NULL, more GENERATED ALWAYS AS (hex(zeroblob(100000000)))"),
+        ("memories", "row_sum INTEGER", "row_sum INTEGER DEFAULT (random())"),
+        ("memories_ids", "(id)", "(id) WHERE hex(version) != 'x'"),
+        ("memories_ids", "(id)", "(lower(id))"),
+    ),
+)
+def test_a_declaration_that_would_be_run_is_refused(good, path, table, declared, instead):
+    path.write_bytes(good[0])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        change = "UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = ? AND instr(sql, ?)"
+        assert connection.execute(change, (declared, instead, table, declared)).rowcount == 1
+        connection.commit()
+    with pytest.raises(FileFormatError, match=f"{path}: damaged: its .* {table} is declared with more than columns"):
+        open_store(path, SIZE)
+    with closing(sqlite3.connect(path)) as connection:  # it is what SQLite itself takes
+        assert connection.execute("SELECT count(*) FROM memories").fetchone()[0] > 50
+
+
 def test_a_count_of_versions_that_went_back(good, path):
     path.write_bytes(good[0])
     with closing(sqlite3.connect(path)) as connection:

@@ -1,6 +1,7 @@
 """python -m bench.life with small sizes: it measures, and says no where something drifts, grows or is lost."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from bench.life import __main__ as life
 from bench.life import bank, bank_worker, session, tokens
 from bench.life.oracle import distance
+from bench.memory import __main__ as memory
 from deltamem_fast import MemoryBank
 
 
@@ -78,3 +80,10 @@ def test_a_journal_that_was_cut(tmp_path):
                                        ["bank", "--workers", "1"]])  # fmt: skip
 def test_what_is_wrong_is_named(arguments, capsys):
     assert life.main(arguments) == 2 and arguments[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", [life, memory])
+def test_a_bank_that_the_disk_has_no_room_for_is_not_begun(room, tmp_path, capsys):
+    assert room.main(["bank", "--users", str(10**12), "--directory", str(tmp_path / "place")]) == 2
+    assert re.search(r"error: .*place/bench-\w+: 1[14]000000\.0 GB needed, [\d.]+ GB free", capsys.readouterr().err)
+    assert list((tmp_path / "place").iterdir()) == []

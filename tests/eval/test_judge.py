@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def test_a_key_stands_in_no_error(server, monkeypatch):
     server.replies = [(401, '{"error": {"message": "sk-secret is not known"}}')]
     with pytest.raises(StateError) as error:
         judge(asked(), "five", server.endpoint)
-    assert "sk-secret" not in str(error.value)
+    assert "sk-secret" not in "".join(traceback.format_exception(error.value))
     for before in range(200):  # wherever the message is shortened
         text = judges._trouble(server.endpoint, "x" * before + "sk-secret", "sk-secret")
         assert "sk-s" not in text, before
@@ -202,8 +203,9 @@ def test_a_key_stands_in_no_error_about_a_reply_of_another_shape(server, monkeyp
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr(openai, "OpenAI", fail)
-    with pytest.raises(StateError, match="not a reply of OpenAI's API: cannot read …"):
+    with pytest.raises(StateError, match="not a reply of OpenAI's API: cannot read …") as error:
         judge(asked(), "five", server.endpoint)
+    assert "cannot read sk-secret" not in "".join(traceback.format_exception(error.value))
 
 
 def test_nobody_there():
@@ -255,6 +257,13 @@ def test_the_command_scores_what_it_can_and_asks_again(server, tmp_path, capsys)
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["scores"] == {ids[0]: 0.0, ids[1]: 1.0}
     assert len(server.asked) == 3
+    hostile = tmp_path / "data.json"
+    hostile.write_text(data.read_text(encoding="utf-8").replace(ids[0], r"\u009b31m\u001b"), encoding="utf-8")
+    answers.write_text(json.dumps({"id": "\x9b31m\x1b", "answer": "x"}) + "\n")
+    server.replies = ["yes"]
+    assert main([*command[:4], "--data", str(hostile), *command[6:]]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said)["scores"] == {"\x9b31m\x1b": 1.0} and not {"\x9b", "\x1b"} & set(said)
 
 
 def test_a_line_that_a_killed_process_left_is_cut_off(server, tmp_path):

@@ -1,6 +1,7 @@
 """Policies by name, what retrieval finds, and a context that is extended."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -82,6 +83,24 @@ def test_dense_retrieval_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(DeltaMemError, match="policy dense: needs the package sentence_transformers"):
         finder_for(Policy("dense", 1), ["a", "b"])
+
+
+def test_an_embedders_code_is_not_run(monkeypatch):
+    from deltamem_fast.eval.retrieval import load_embedder
+
+    asked = []
+    library = types.ModuleType("sentence_transformers")
+    library.__version__ = "5.1.0"  # which runs what lies in a directory, whatever it is told
+    library.SentenceTransformer = lambda *arguments, **options: asked.append((arguments, options))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    load_embedder.cache_clear()
+    with pytest.raises(DeltaMemError, match="policy dense: got sentence-transformers 5.1.0, allowed 6 or newer"):
+        load_embedder("somebody's")
+    assert not asked
+    library.__version__ = "10.0.1.dev0"
+    load_embedder("somebody's")
+    load_embedder.cache_clear()
+    assert asked == [(("somebody's",), {"trust_remote_code": False})]
 
 
 def ids(count):

@@ -1,6 +1,7 @@
 """Models with a short name: where each is had, what is said where it cannot be, and that it is converted once."""
 
 import hashlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltamem_fast.errors import FileFormatError, FileMissingError
+from deltamem_fast.errors import DeltaMemError, FileFormatError, FileMissingError
 from deltamem_fast.model import known
 from deltamem_fast.model.known import KNOWN, KnownModel, is_known, known_directory
 from deltamem_fast.model.loading import load_model, load_patched
@@ -186,3 +187,17 @@ def test_smollm2_speaks(offline):
     with torch.no_grad():
         answer = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_code_beside_a_model_is_not_run(tmp_path, tokenizer):
+    mark, folder = tmp_path / "was run", tmp_path / "model"
+    folder.mkdir()
+    (folder / "its_code.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Its: pass\n")
+    names = {"AutoConfig": "its_code.Its", "AutoModelForCausalLM": "its_code.Its"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "its_own", "auto_map": names}))
+    own = {"tokenizer_class": "Its", "auto_map": {"AutoTokenizer": ["its_code.Its", "its_code.Its"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    with pytest.raises(DeltaMemError, match="MODEL: .*model"):
+        load_model(str(folder), tokenizer=tokenizer)
+    assert not mark.exists()

@@ -40,6 +40,9 @@ def test_the_story_has_all_its_parts(stand_in):
     assert len(re.findall(r"\?  +no ", text)) == 15 and "  yes " not in text
     figures["asked"][2]["right"]["memory"] = True
     assert len(re.findall(r"\?  +yes ", format_talk(figures, 100))) == 1
+    figures["asked"][1]["memory"] = "\x1b[1m\x9b2J"  # no sequence of the model's reaches the terminal
+    text = format_talk(figures, 200)
+    assert r"\x1b[1m\x9b2J" in text and "\x1b" not in text and "\x9b" not in text
     for row in figures["asked"]:
         row["memory"] = f"It's {row['truth']}, you said."
     for width in (80, 120):  # an answer from the memory is shown whole, what it is compared with as far as it fits

@@ -56,6 +56,17 @@ def test_what_a_wheel_should_not_hold_is_named(tmp_path, more):
         check_wheel(wheel_of(tmp_path, [*WHOLE, more]), TRACKED)
 
 
+def test_a_wheel_with_other_bytes(tmp_path):
+    for name in TRACKED:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    path = wheel_of(tmp_path, WHOLE)
+    assert check_wheel(path, TRACKED, tmp_path).startswith("4 files")
+    (tmp_path / "kernels/deltamem_kernels/py.typed").write_bytes(b"committed")
+    with pytest.raises(StepFailed, match="has other bytes of deltamem_kernels/py.typed"):
+        check_wheel(path, TRACKED, tmp_path)
+
+
 def test_a_whole_sdist(tmp_path):
     assert check_sdist(sdist_of(tmp_path, FILES), TRACKED).startswith(f"{len(FILES)} files")
 

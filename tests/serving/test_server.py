@@ -364,6 +364,9 @@ def test_mistakes_are_named_and_nothing_is_kept(engine, client, address):
             ask(stranger, chat("Hi."), "ada")
     for path in ("/v1/memories", "/metrics", "/docs", "/openapi.json"):
         assert http(address, "GET", path, key=None)[0] == 401
+    assert http(address, "GET", "/openapi.json")[0] == 200
+    for path in ("/docs", "/redoc"):  # the library's pages take scripts from other sites
+        assert http(address, "GET", path)[0] == 404
     assert http(address, "GET", "/health", key=None)[0] == 200
     for data in (b"", b"{", b"[" * 30_000, b'{"model": "\xff"}'):
         status, body, _ = http(address, "POST", "/v1/chat/completions", data)
@@ -391,6 +394,9 @@ def test_without_a_token_no_page_of_another_site_is_answered(engine):
             ({"Host": f"evil.example:{port}"}, 403, b"host: got 'evil.example"),
             ({"Host": f"127.0.0.1.evil.example:{port}"}, 403, b"host: got "),
             ({"Content-Type": "text/plain"}, 415, b"content-type: got 'text/plain', allowed application/json"),
+            ({"Sec-Fetch-Site": "cross-site"}, 403, b"sec-fetch-site: got 'cross-site'"),
+            ({"Sec-Fetch-Site": "same-site"}, 403, b"sec-fetch-site: got 'same-site'"),
+            ({"Sec-Fetch-Site": "same-origin"}, 200, b'"choices"'),
             ({"Host": f"localhost:{port}"}, 200, b'"choices"'),
             ({"Host": f"[::1]:{port}", "Content-Type": "application/json; charset=utf-8"}, 200, b'"choices"'),
         ):
@@ -403,6 +409,13 @@ def test_without_a_token_no_page_of_another_site_is_answered(engine):
             except urllib.error.HTTPError as error:
                 found = error.code, error.read()
             assert found[0] == status and said in found[1], (headers, found)
+        # What changes something and is no plain form asks first (a preflight): nobody is told that they may.
+        asks = {"Origin": "http://evil.example", "Access-Control-Request-Method": "DELETE"}
+        request = urllib.request.Request(f"{address}/v1/memories/ada", method="OPTIONS", headers=asks)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        assert refused.value.code == 405
+        assert not [name for name in refused.value.headers if name.lower().startswith("access-control")]
 
 
 def test_chunked_bodies_are_counted_too(address):

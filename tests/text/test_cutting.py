@@ -167,3 +167,12 @@ def test_texts_that_no_model_takes(chatml):
         model = tiny(chatml, config)
         with pytest.raises(ValueError, match="chat template refuses it: only odd roles"):
             ingest(model, chatml, MemoryState.zeros(model), "Ada went home.")
+
+
+def test_a_template_that_quotes_a_chat_is_quoted_in_part(chatml):
+    chatml = made.chatml_tokenizer()
+    chatml.chat_template = "{{ raise_exception('not this: ' + messages[0]['content']) }}"
+    model = tiny(chatml, DeltaMemConfig())
+    with pytest.raises(ValueError, match="chat template refuses it: not this: Ada went home") as error:
+        ingest(model, chatml, MemoryState.zeros(model), "Ada went home. " * 50)
+    assert len(str(error.value)) < 300
