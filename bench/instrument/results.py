@@ -87,7 +87,7 @@ def load(path: str | Path) -> Result:
 
 
 def newest(directory: Path = DIRECTORY) -> list[Result]:
-    """The newest whole result of each device, GPUs first, by file.
+    """The newest whole result of each device, GPUs first, of them the one that was measured last.
 
     What it had no time for comes from earlier results of the device; such a row's note names its commit.
 
@@ -100,8 +100,9 @@ def newest(directory: Path = DIRECTORY) -> list[Result]:
         if result.whole:
             found.setdefault(result.head["device"], []).append(result)
     by_age = (sorted(every, key=lambda result: result.head["time"], reverse=True) for every in found.values())
-    newest = (functools.reduce(_filled, every) for every in by_age)
-    return sorted(newest, key=lambda result: (result.head["driver"] is None, result.head["device"]))
+    newest = [functools.reduce(_filled, every) for every in by_age]
+    newest.sort(key=lambda result: result.head["time"], reverse=True)
+    return sorted(newest, key=lambda result: result.head["driver"] is None)
 
 
 # The names of the rows that a part of a run on a GPU makes, by the part's; else its own.
