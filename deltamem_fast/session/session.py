@@ -458,6 +458,7 @@ class MemorySession:
         generation: Mapping[str, Any] | None = None,
         trust: Mapping[str, float] | None = None,
         budget: float | None = None,
+        history: int | None = None,
         adopt: bool = False,
     ) -> MemorySession:
         """Read a session that ``save`` wrote.
@@ -466,8 +467,8 @@ class MemorySession:
         ``text.settings.GENERATION``, and a chat template, or anything that loads code, is refused.
 
         Args:
-            template, generation, trust, budget: in place of those that were saved; None = those. They hold from the
-                next turn on.
+            template, generation, trust, budget, history: in place of those that were saved; None = those. They hold
+                from the next turn on.
             adopt: True takes a session of another adapter or backbone too, if its shapes fit: for one that you know to
                 be the same. Its cache is computed anew.
 
@@ -479,7 +480,8 @@ class MemorySession:
         check_type(model, "model", nn.Module, "a patched model")
         now, settings, known = saving.load(directory, model, template=template, generation=generation, adopt=adopt)
         remembers = settings.pop("remembers")
-        settings |= {name: value for name, value in (("trust", trust), ("budget", budget)) if value is not None}
+        given = {"trust": trust, "budget": budget, "history": history}
+        settings |= {name: value for name, value in given.items() if value is not None}
         session = cls(model, tokenizer, **settings)
         session._now, session._remembers, session._known = session._with_point(now), remembers, known
         return session
