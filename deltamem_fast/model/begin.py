@@ -99,7 +99,8 @@ def begin(
         segment_ids: int [B, T] (SSW); −1 = nothing of this forward is written; None = each token by itself.
         token_mask: bool [B, T]; True = all tokens are real; None = take it from the attention mask.
         trust: with which share of its strength each token is written, 0 to 1: a number, or a float tensor [B, T] or
-            [B]; None = 1.
+            [B]; None = 1. On a GPU a tensor's numbers are not waited for: NaN, and what is outside of 0 to 1, writes
+            nothing there.
         cache_name: of the argument that is the cache; see ``PatchRecord``.
         guarding: which forwards hold their gates and values.
 
@@ -312,7 +313,7 @@ def _trust(trust: Any, batch: int, length: int, device) -> torch.Tensor | float 
     Raises:
         ValueError, TypeError: it is neither a number from 0 to 1 nor a float tensor [B, T] or [B]; on the CPU, outside
             of compiled code, also for a tensor with a number outside of 0 to 1. Elsewhere the host would have to wait
-            for the numbers.
+            for the numbers: there those count as 0 (``shares``).
     """
     if isinstance(trust, LastTokens):
         trust = trust.of(length, 1.0)
@@ -322,11 +323,25 @@ def _trust(trust: Any, batch: int, length: int, device) -> torch.Tensor | float 
         raise ArgumentTypeError(f"trust: got dtype {trust.dtype}, allowed floating point, 0 to 1")
     if tuple(trust.shape) not in ((batch, length), (batch,)):
         raise ArgumentError(f"trust: got shape {list(trust.shape)}, allowed [{batch}, {length}] or [{batch}]")
-    if trust.device.type == "cpu" and not torch.compiler.is_compiling() and not ((trust >= 0) & (trust <= 1)).all():
+    if is_at_hand(trust) and not ((trust >= 0) & (trust <= 1)).all():
         raise ArgumentError("trust: got numbers outside of 0 to 1 (or NaN), allowed 0 to 1")
-    # Elsewhere the host would have to wait for them: NaN writes nothing.
-    trust = trust.to(device, torch.float32).nan_to_num(nan=0.0).clamp(0, 1)
+    trust = shares(trust.to(device))
     return (trust if trust.ndim == 2 else trust[:, None]).expand(batch, length)
+
+
+def is_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers can be looked at without waiting: on the CPU, outside of compiled code."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def shares(trust: torch.Tensor) -> torch.Tensor:
+    """float32 trust, in which what is no share of 1 (NaN, Inf, less than 0, more than 1) is 0: it writes nothing.
+
+    What is more than 1 is not cut off at 1: it says nothing of how far its token is to be trusted (50 may be per cent),
+    and a memory that took it whole could not be mended.
+    """
+    trust = trust.to(torch.float32)
+    return torch.where((trust >= 0) & (trust <= 1), trust, 0.0)
 
 
 def composite_mask(kwargs: dict[str, Any]) -> PromptsMask | None:
