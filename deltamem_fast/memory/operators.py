@@ -68,7 +68,7 @@ def ingest(
         with held_back(memory, before, trust, budget):
             for piece in _with_bar(pieces, total, progress):
                 decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
-        lost, far = int((memory.skipped - before.skipped).sum()), moved(before, memory)
+        lost, far = memory.skipped_since(before.counters()), moved(before, memory)
     return WriteResult(total, pieces=len(pieces), skipped=lost, moved=far)
 
 

@@ -118,7 +118,7 @@ def _generate(self, *args, **kwargs):
     # Beams are rows that never end: what has ended is kept aside.
     watch = WatchedCriteria() if settings["num_beams"] == 1 else None
     memory = kwargs.get("memory")
-    skipped = None if memory is None or memory.frozen else memory.skipped
+    counters = None if memory is None or memory.frozen else memory.counters()
     token, running = _watching.set(watch), generating.set(identity_of(self))
     try:
         with _taken_back(memory, given_cache(kwargs)):
@@ -126,7 +126,7 @@ def _generate(self, *args, **kwargs):
     finally:
         _watching.reset(token)
         generating.reset(running)
-    if skipped is not None and (lost := int((memory.skipped - skipped).sum())):
+    if counters is not None and (lost := memory.skipped_since(counters)):
         logger.warning(_LOST, lost)
     return out
 
