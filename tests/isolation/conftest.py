@@ -14,8 +14,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "serving"))
 def silent(caplog, capfd):
     """At the end: the word was neither logged, at any level, nor printed."""
     caplog.set_level(logging.DEBUG)
+    for name in ("deltamem_fast", "transformers"):  # commands, and transformers, hand nothing on to the root
+        caplog.set_level(logging.DEBUG, name)
+        logging.getLogger(name).addHandler(caplog.handler)
     yield
+    for name in ("deltamem_fast", "transformers"):
+        logging.getLogger(name).removeHandler(caplog.handler)
     said = capfd.readouterr()
-    logged = "\n".join(logging.Formatter().format(record) for record in caplog.records)
+    # caplog.records are the teardown's own by now.
+    logged = "\n".join(logging.Formatter().format(record) for record in caplog.get_records("call"))
     assert WORD not in logged
     assert WORD not in said.out and WORD not in said.err
