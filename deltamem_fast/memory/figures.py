@@ -12,6 +12,7 @@ import torch
 from ..arguments import check_integer
 from ..display import number, plain, table
 from ..errors import ArgumentError
+from .file import whole_counts
 
 # Layer index → [B, H, r, r], of any floating dtype; a MemoryState is one, too.
 States = Mapping[int, torch.Tensor]
@@ -162,7 +163,7 @@ def _report_figures(state: torch.Tensor, skipped: torch.Tensor) -> list[list]:
     effective = effective_rank(state)
     largest_norm, largest = state.norm(dim=-1).max(-1)
     figures = (state.norm(dim=(-2, -1)), effective, effective / state.shape[-1], largest, largest_norm)
-    counts = skipped.detach().cpu().unsqueeze(1).expand(state.shape[:2])
+    counts = whole_counts(skipped.detach().cpu()).unsqueeze(1).expand(state.shape[:2])
     return [figure.tolist() for figure in (*figures, counts)]
 
 

@@ -68,7 +68,7 @@ def ingest(
         with held_back(memory, before, trust, budget):
             for piece in _with_bar(pieces, total, progress):
                 decoder_of(unwrap(model))(**piece.arguments(device), memory=memory, use_cache=False)
-        lost, far = int((memory.skipped - before.skipped).sum()), moved(before, memory)
+        lost, far = memory.skipped_since(before.counters()), moved(before, memory)
     return WriteResult(total, pieces=len(pieces), skipped=lost, moved=far)
 
 
@@ -155,7 +155,8 @@ def revise(
     replaces: Text | None = None,
     trust: float = 1.0,
     budget: float | None = None,
-    **options: Any,
+    tokens: int = WRITE_TOKENS,
+    progress: bool | None = None,
 ) -> WriteResult:
     """Write what holds from now on, in place: by the delta rule the newer value takes the place of the older one.
 
@@ -166,21 +167,22 @@ def revise(
         text: the new statement; see ``ingest``.
         replaces: the old statement: ``forget`` erases it first.
         trust, budget: of both together; see ``ingest``.
-        options: of ``ingest``.
+        tokens, progress: see ``ingest``.
 
     Returns:
         How many tokens went through the model to be written.
     """
     if replaces is None:
-        return ingest(model, tokenizer, memory, text, trust=trust, budget=budget, **options)
+        return ingest(model, tokenizer, memory, text, tokens=tokens, trust=trust, budget=budget, progress=progress)
     _check(model, memory)
+    check_integer(tokens, "tokens", 1)
     check_trust(trust, budget)
     before = memory.clone()
     with taken_back(memory):
         with held_back(memory, before, trust, budget):
             checked_text(text)
             forget(model, tokenizer, memory, replaces)
-            written = ingest(model, tokenizer, memory, text, **options)
+            written = ingest(model, tokenizer, memory, text, tokens=tokens, progress=progress)
         far = moved(before, memory)
     return WriteResult(int(written), pieces=written.pieces, skipped=written.skipped, moved=far)
 

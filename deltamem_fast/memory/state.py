@@ -30,7 +30,8 @@ class MemoryState:
         frozen: True makes it read-only: forwards read it and write nothing, and what would change it (``ingest``,
             ``revise``, ``forget``, ``decay``, ``zero_``) raises. May be set.
         skipped: int32 [B], how many (token, layer) pairs were not written, because a projection or the state after it
-            would be NaN or Inf; 2**31 − 1 also stands for more.
+            would be NaN or Inf; 2**31 − 1 also stands for more. (Each layer counts in an int32, to which kernels add.
+            Saving, and a bank, keep one that has gone past its end at it; one that nobody saved for 2**32 begins anew.)
     """
 
     # Of memories that were pickled by versions that did not have them.
@@ -105,11 +106,19 @@ class MemoryState:
     @property
     def skipped(self) -> torch.Tensor:
         """int32 [B], (token, layer) pairs left out because they were not finite."""
+        return whole_counts(self.counters()).sum(0, dtype=torch.int64).clamp(max=MOST).to(torch.int32)
+
+    def counters(self) -> torch.Tensor:
+        """A copy of the layers' counters behind ``skipped``, int32 [L, B]; one past the last int32 is less than 0."""
         counters = list(self._skipped.values())
         if not counters:
-            return torch.zeros(0, dtype=torch.int32, device="cpu")
-        counters = whole_counts(torch.stack([counter.to(counters[0].device) for counter in counters]))
-        return counters.sum(0, dtype=torch.int64).clamp(max=MOST).to(torch.int32)
+            return torch.zeros(0, 0, dtype=torch.int32, device="cpu")
+        return torch.stack([counter.to(counters[0].device) for counter in counters])
+
+    def skipped_since(self, counters: torch.Tensor) -> int:
+        """How many pairs all rows have left out since ``counters()``, also past the last int32; on a GPU it waits."""
+        # int32 differences are right by themselves: both have wrapped around alike.
+        return int((self.counters() - counters).sum(dtype=torch.int64))
 
     @property
     def identity(self):

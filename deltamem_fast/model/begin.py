@@ -99,7 +99,8 @@ def begin(
         segment_ids: int [B, T] (SSW); −1 = nothing of this forward is written; None = each token by itself.
         token_mask: bool [B, T]; True = all tokens are real; None = take it from the attention mask.
         trust: with which share of its strength each token is written, 0 to 1: a number, or a float tensor [B, T] or
-            [B]; None = 1.
+            [B]; None = 1. On a GPU a tensor's numbers are not waited for: NaN, and what is outside of 0 to 1, writes
+            nothing there.
         cache_name: of the argument that is the cache; see ``PatchRecord``.
         guarding: which forwards hold their gates and values.
 
@@ -118,9 +119,7 @@ def begin(
             cache = None  # of continuous batching: it keeps sequences apart by itself, and the memory is its requests'
         else:
             raise ArgumentTypeError(f"past_key_values: got {type(cache).__name__}, allowed a decoder's Cache")
-    if memory is not None:
-        check_type(memory, "memory", MemoryState, "a MemoryState")
-        _check_memory(memory, identity)
+    _check_memory(memory, identity)
     unwritten = False
     if segment_ids is not None:
         segment_ids = _check_segments(segment_ids, identity, batch, length, tokens.device)
@@ -140,8 +139,7 @@ def begin(
         if segment_ids is not None:
             raise UnsupportedError("segment_ids: not supported with several sequences in a row (packed)")
         rows = cu_seqlens.numel() - 1
-        if memory is not None and memory.batch_size != rows:
-            raise ArgumentError(f"memory: got {memory.batch_size} row(s), allowed {rows}: one for each packed sequence")
+        _check_packed_rows(memory, rows)
     else:
         checkpoints = decoder.training and getattr(decoder, "gradient_checkpointing", False)
         uses_cache = kwargs.get("use_cache")
@@ -190,13 +188,54 @@ def begin(
     )
 
 
+def check_unused(
+    identity,
+    kwargs: dict[str, Any],
+    memory: MemoryState | None,
+    segment_ids: torch.Tensor | int | None,
+    token_mask: torch.Tensor | bool | None,
+    trust: torch.Tensor | float | None,
+) -> None:
+    """Raise as ``begin`` does for what no forward takes, where the memory is disabled and none of it is used.
+
+    Only these four are looked at: the bare backbone's arguments are its own.
+
+    Args:
+        kwargs: the decoder's (or the model's) own arguments by name.
+    """
+    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if tokens is None or (memory is None and segment_ids is None and token_mask is None and trust is None):
+        return
+    batch, length = tokens.shape[:2]
+    _check_memory(memory, identity)
+    if segment_ids is not None:
+        _check_segments(segment_ids, identity, batch, length, tokens.device)
+    if token_mask is not None:
+        token_mask = _token_mask(token_mask, None, None, batch, length)
+    _trust(trust, batch, length, tokens.device)
+    if memory is not None and memory.batch_size != batch:  # a row for each, if there are several sequences in a row
+        starts = sequence_starts(kwargs, given_cache(kwargs), token_mask, batch, length)
+        if starts is None:
+            check_rows(memory, batch)
+        else:
+            _check_packed_rows(memory, starts.numel() - 1)
+
+
 def _is_generating(identity) -> bool:
     # Compiled code, which cannot ask for a context, gets segment_ids from generate's own steps.
     return not torch.compiler.is_compiling() and generating.get() is identity
 
 
-def _check_memory(memory: MemoryState, identity) -> None:
-    """Raise unless a caller's memory fits the model's adapter."""
+def _check_packed_rows(memory: MemoryState | None, rows: int) -> None:
+    if memory is not None and memory.batch_size != rows:
+        raise ArgumentError(f"memory: got {memory.batch_size} row(s), allowed {rows}: one for each packed sequence")
+
+
+def _check_memory(memory: Any, identity) -> None:
+    """Raise unless a caller's memory is one, and fits the model's adapter; None always does."""
+    if memory is None:
+        return
+    check_type(memory, "memory", MemoryState, "a MemoryState")
     specs = identity.layer_specs()
     layers = dict(memory.items())
     if layers.keys() != specs.keys() or any(layers[i].shape[1:] != spec.shape for i, spec in specs.items()):
@@ -225,7 +264,8 @@ def _check_segments(segment_ids, identity, batch: int, length: int, device) -> t
     if isinstance(segment_ids, LastTokens):
         segment_ids = segment_ids.of(length, NOT_WRITTEN)
     if not isinstance(segment_ids, torch.Tensor) or segment_ids.is_floating_point() or segment_ids.dtype == torch.bool:
-        raise ArgumentTypeError("segment_ids: allowed an integer tensor [B, T], -1 = not written; or -1 for all tokens")
+        got = f"dtype {segment_ids.dtype}" if isinstance(segment_ids, torch.Tensor) else type(segment_ids).__name__
+        raise ArgumentTypeError(f"segment_ids: got {got}, allowed an integer tensor [B, T], or -1 for all tokens")
     if tuple(segment_ids.shape) != (batch, length):
         raise ArgumentError(f"segment_ids: got shape {list(segment_ids.shape)}, allowed [{batch}, {length}]")
     return segment_ids.to(device)
@@ -267,8 +307,14 @@ def _token_mask(token_mask, attention_mask, cache, batch: int, length: int) -> t
     return attention_mask[:, past : past + length] != 0
 
 
-def _trust(trust, batch: int, length: int, device) -> torch.Tensor | float | None:
-    """A number 0 to less than 1, or float32 [B, T]; None = 1 of all tokens."""
+def _trust(trust: Any, batch: int, length: int, device) -> torch.Tensor | float | None:
+    """``trust`` of a forward as a number from 0 to less than 1, or as float32 [B, T]; None = 1 of all tokens.
+
+    Raises:
+        ValueError, TypeError: it is neither a number from 0 to 1 nor a float tensor [B, T] or [B]; on the CPU, outside
+            of compiled code, also for a tensor with a number outside of 0 to 1. Elsewhere the host would have to wait
+            for the numbers: there those count as 0 (``shares``).
+    """
     if isinstance(trust, LastTokens):
         trust = trust.of(length, 1.0)
     if trust is None or not isinstance(trust, torch.Tensor):
@@ -277,11 +323,25 @@ def _trust(trust, batch: int, length: int, device) -> torch.Tensor | float | Non
         raise ArgumentTypeError(f"trust: got dtype {trust.dtype}, allowed floating point, 0 to 1")
     if tuple(trust.shape) not in ((batch, length), (batch,)):
         raise ArgumentError(f"trust: got shape {list(trust.shape)}, allowed [{batch}, {length}] or [{batch}]")
-    if trust.device.type == "cpu" and not torch.compiler.is_compiling() and not ((trust >= 0) & (trust <= 1)).all():
+    if is_at_hand(trust) and not ((trust >= 0) & (trust <= 1)).all():
         raise ArgumentError("trust: got numbers outside of 0 to 1 (or NaN), allowed 0 to 1")
-    # Elsewhere the host would have to wait for them: NaN writes nothing.
-    trust = trust.to(device, torch.float32).nan_to_num(nan=0.0).clamp(0, 1)
+    trust = shares(trust.to(device))
     return (trust if trust.ndim == 2 else trust[:, None]).expand(batch, length)
+
+
+def is_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers can be looked at without waiting: on the CPU, outside of compiled code."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def shares(trust: torch.Tensor) -> torch.Tensor:
+    """float32 trust, in which what is no share of 1 (NaN, Inf, less than 0, more than 1) is 0: it writes nothing.
+
+    What is more than 1 is not cut off at 1: it says nothing of how far its token is to be trusted (50 may be per cent),
+    and a memory that took it whole could not be mended.
+    """
+    trust = trust.to(torch.float32)
+    return torch.where((trust >= 0) & (trust <= 1), trust, 0.0)
 
 
 def composite_mask(kwargs: dict[str, Any]) -> PromptsMask | None:

@@ -154,18 +154,27 @@ def generate_batch(self, inputs, *args, original: Callable, memory: MemoryState 
     Args:
         memory: a row for each of ``inputs``, read and written, or read alone if it is frozen; None: each starts from
             zero, and what it has at the end is dropped. Unchanged if any request fails.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is generated.
     """
+    for name in ("segment_ids", "token_mask", "trust"):  # transformers' own drops what it does not know
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{name}: generate_batch takes none; allowed with generate, and with a forward")
+    if memory is not None:
+        check_type(memory, "memory", MemoryState, "a MemoryState")
+        identity_of(self).check(memory.identity)
+        if memory.batch_size != len(inputs):
+            raise ArgumentError(
+                f"memory: got {memory.batch_size} row(s), allowed {len(inputs)}: one for each of inputs"
+            )
     if is_disabled(self):
         return original(inputs, *args, **kwargs)
     if kwargs.get("persistent_manager"):
         raise ArgumentError("persistent_manager: got True, allowed False: a manager keeps no memory between calls")
     if memory is None:
         return original(inputs, *args, **kwargs)
-    check_type(memory, "memory", MemoryState, "a MemoryState")
     memory.check_whole()
-    identity_of(self).check(memory.identity)
-    if memory.batch_size != len(inputs):
-        raise ArgumentError(f"memory: got {memory.batch_size} row(s), allowed {len(inputs)}: one for each of inputs")
     asked = _Asked(memory)
     token = _asked.set(asked)
     try:

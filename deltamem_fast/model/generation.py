@@ -18,7 +18,7 @@ from ..errors import ArgumentError, UnsupportedError
 from ..memory.state import MemoryState, taken_back
 from ..notices import logger, warn_once
 from . import continuous
-from .begin import NOT_WRITTEN, LastTokens, PromptsMask, generating
+from .begin import NOT_WRITTEN, LastTokens, PromptsMask, check_unused, generating
 from .cache import cut_short
 from .signatures import cache_name, given_cache
 
@@ -108,16 +108,17 @@ def _generate(self, *args, **kwargs):
     answer_is_fed = kwargs.pop("answer_is_fed", False)
     if "past_key_values" in kwargs:  # newer versions warn of this name
         kwargs[record_of(self).cache_name] = kwargs.pop("past_key_values")
-    if is_disabled(self):
-        return original(*args, **kwargs)
     given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+    if is_disabled(self):
+        _check_disabled(self, given, kwargs)
+        return original(*args, **kwargs)
     settings = _settings(self, given.get("generation_config"), kwargs)
     _check_generate(self, given, kwargs, settings)
     _warn_of_segments(self, kwargs, settings, answer_is_fed)
     # Beams are rows that never end: what has ended is kept aside.
     watch = WatchedCriteria() if settings["num_beams"] == 1 else None
     memory = kwargs.get("memory")
-    skipped = None if memory is None or memory.frozen else memory.skipped
+    counters = None if memory is None or memory.frozen else memory.counters()
     token, running = _watching.set(watch), generating.set(identity_of(self))
     try:
         with _taken_back(memory, given_cache(kwargs)):
@@ -125,7 +126,7 @@ def _generate(self, *args, **kwargs):
     finally:
         _watching.reset(token)
         generating.reset(running)
-    if skipped is not None and (lost := int((memory.skipped - skipped).sum())):
+    if counters is not None and (lost := memory.skipped_since(counters)):
         logger.warning(_LOST, lost)
     return out
 
@@ -200,8 +201,7 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
         )
     if settings["cache_implementation"] == "paged":
         raise UnsupportedError(_PAGED)
-    if kwargs.get("token_mask") is not None:
-        raise ArgumentError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
+    _check_of_prompt(given, kwargs)
     if memory is not None:
         check_type(memory, "memory", MemoryState, "a MemoryState")
         for name in ("num_beams", "num_return_sequences"):
@@ -215,22 +215,47 @@ def _check_generate(self, given: dict, kwargs: dict, settings: dict) -> None:
             raise ArgumentError(
                 "use_cache: got False with memory=, allowed True: every step would write the prompt again"
             )
-    _check_trust(kwargs.get("trust"), given, kwargs, settings)
+    if isinstance(kwargs.get("trust"), torch.Tensor):
+        if settings["prefill_chunk_size"] is not None:
+            raise ArgumentError(
+                f"prefill_chunk_size: got {settings['prefill_chunk_size']} with a tensor of trust, allowed None"
+            )
+        if settings["use_cache"] is False:
+            raise ArgumentError("use_cache: got False with a tensor of trust, allowed True")
     if identity_of(self).config.segmented and settings["prefill_chunk_size"] is not None:
         raise ArgumentError(
             f"prefill_chunk_size: got {settings['prefill_chunk_size']}, allowed None with SSW, whose tokens read the "
             "state from before the whole prompt"
         )
+    if isinstance(segment_ids, torch.Tensor) and settings["use_cache"] is False:
+        raise ArgumentError(
+            "use_cache: got False with segment_ids=, allowed True: every later step would write the prompt "
+            "token by token"
+        )
+
+
+def _check_of_prompt(given: dict, kwargs: dict) -> None:
+    """Raise for what the memory's arguments cannot be, of whatever memory; the forward looks at the rest of it."""
+    segment_ids, trust = kwargs.get("segment_ids"), kwargs.get("trust")
+    if kwargs.get("token_mask") is not None:
+        raise ArgumentError("token_mask: generate takes attention_mask instead, which also says where prompts begin")
+    shape = _prompt_shape(given, kwargs)
     if segment_ids is not None and not (isinstance(segment_ids, int) and segment_ids == NOT_WRITTEN):
         check_type(segment_ids, "segment_ids", torch.Tensor, "an integer tensor [B, T], or -1 for all tokens")
-        shape = _prompt_shape(given, kwargs)
         if shape is not None and list(segment_ids.shape) != shape:
             raise ArgumentError(f"segment_ids: got shape {list(segment_ids.shape)}, allowed the prompt's, {shape}")
-        if settings["use_cache"] is False:
-            raise ArgumentError(
-                "use_cache: got False with segment_ids=, allowed True: every later step would write the prompt "
-                "token by token"
-            )
+    if trust is not None and not isinstance(trust, torch.Tensor):
+        check_share(trust, "trust")
+    elif trust is not None and shape is not None and list(trust.shape) not in (shape, shape[:1]):
+        raise ArgumentError(f"trust: got shape {list(trust.shape)}, allowed the prompt's, {shape}, or {shape[:1]}")
+
+
+def _check_disabled(self, given: dict, kwargs: dict) -> None:
+    """Raise for what the memory's arguments cannot be; how it generates is the bare backbone's affair."""
+    _check_of_prompt(given, kwargs)
+    prompt = kwargs if given.get("inputs") is None else {"input_ids": given["inputs"]}
+    memory, segment_ids, trust = (kwargs.get(name) for name in ("memory", "segment_ids", "trust"))
+    check_unused(identity_of(self), prompt, memory, segment_ids, None, trust)
 
 
 def _prompt_shape(given: dict, kwargs: dict) -> list[int] | None:
@@ -239,22 +264,6 @@ def _prompt_shape(given: dict, kwargs: dict) -> list[int] | None:
     if kwargs.get("inputs_embeds") is not None:
         prompt = kwargs["inputs_embeds"][..., 0]
     return None if prompt is None else list(prompt.shape)
-
-
-def _check_trust(trust, given: dict, kwargs: dict, settings: dict) -> None:
-    if not isinstance(trust, torch.Tensor):
-        if trust is not None:
-            check_share(trust, "trust")
-        return
-    shape = _prompt_shape(given, kwargs)
-    if shape is not None and list(trust.shape) not in (shape, shape[:1]):
-        raise ArgumentError(f"trust: got shape {list(trust.shape)}, allowed the prompt's, {shape}, or {shape[:1]}")
-    if settings["prefill_chunk_size"] is not None:
-        raise ArgumentError(
-            f"prefill_chunk_size: got {settings['prefill_chunk_size']} with a tensor of trust, allowed None"
-        )
-    if settings["use_cache"] is False:
-        raise ArgumentError("use_cache: got False with a tensor of trust, allowed True")
 
 
 def _is_wrapped(self) -> bool:

@@ -15,7 +15,7 @@ from ..adapter.record import PatchRecord, record_disabled
 from ..errors import ArgumentTypeError, StateError
 from ..memory.state import MemoryState
 from ..memory.watch import current_capture, current_record
-from .begin import CallersMemory, begin, composite_mask
+from .begin import CallersMemory, begin, check_unused, composite_mask
 from .cache import mark_missed
 from .call import MemoryCall
 from .checkpointing import enter, leave
@@ -74,6 +74,7 @@ def decoder_forward(self, *args, memory=None, segment_ids=None, token_mask=None,
         kwargs.update(_by_name(record, self, args, kwargs))
     name = record.cache_name
     if record_disabled(record):
+        check_unused(record.identity, kwargs, memory, segment_ids, token_mask, trust)
         mark_missed(given_cache(kwargs))
         return type(self).forward(self, **kwargs) if own is None else own(**kwargs)
     if name not in kwargs and "past_key_values" in kwargs:

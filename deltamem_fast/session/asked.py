@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..arguments import check_text, check_type
+from ..arguments import check_text, check_type, shown
 from ..errors import ArgumentError, ArgumentTypeError
 from ..text.answering import check_reserved
 from ..text.messages import Message, plain_messages
@@ -16,12 +17,21 @@ from .forgetting import strings_of
 _ROLES = ("user", "tool")
 
 
-def checked_options(options: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A copy of options of ``generate``; raises for those that no turn can have."""
+def checked_options(options: Mapping[str, Any], name: str, *, own: Sequence[str] = ()) -> dict[str, Any]:
+    """A copy of options of ``generate``; raises for those that no turn can have, and for the session's ``own``."""
     check_type(options, name, Mapping, "a dict or None")
-    check_reserved(options, name, "the session")
+    check_reserved(options, name, "the session", own)
     check_values(options, name)
     return dict(options)
+
+
+def check_operators_options(operator: Callable, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that an operator of the memory (``ingest``, ``revise``, …) does not have."""
+    parameters = inspect.signature(operator).parameters.values()
+    allowed = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in allowed:
+            raise ArgumentTypeError(f"options: got {shown(name)}, allowed {', '.join(allowed)}")
 
 
 def check_encodable(texts: Mapping[str, Any]) -> None:

@@ -21,11 +21,11 @@ from ..errors import ArgumentError, ArgumentTypeError, StateError
 from ..memory.operators import WriteResult, forget, ingest, retrieve, revise
 from ..memory.state import MemoryState
 from ..memory.trusting import check_trust
-from ..text.answering import answer_options
+from ..text.answering import answer_options, check_names
 from ..text.messages import Message
 from ..text.settings import checked_template
 from . import saving
-from .asked import check_encodable, checked_messages, checked_options
+from .asked import check_encodable, check_operators_options, checked_messages, checked_options
 from .audit import Audit, Move, checked_source, checked_trust
 from .blocks import Renderer
 from .forgetting import Forgotten, forgotten
@@ -119,6 +119,7 @@ class MemorySession:
         self._trust, self._budget = checked_trust(trust), budget
         self.template = checked_template({} if template is None else template, "the session")
         self.generation = checked_options({} if generation is None else generation, "generation")
+        check_names(model, self.generation, "generation")
         self._renderer = Renderer(
             tokenizer, system, identity.config.memory_write_granularity, self.template, self._trust, budget
         )
@@ -341,6 +342,10 @@ class MemorySession:
 
         Args:
             source: the text's name, for the audit.
+            options: ``tokens``, ``trust``, ``budget`` and ``progress`` of ``operators.ingest``.
+
+        Raises:
+            ValueError, TypeError: naming the argument, before anything is written.
         """
         return self._change("ingest", ingest, text, source, options)
 
@@ -381,11 +386,12 @@ class MemorySession:
 
         See ``operators.retrieve``.
         """
-        options = {**self.generation, **checked_options(options, "options")}
+        options = {**self.generation, **checked_options(options, "options", own=("model", "template", "tokenizer"))}
         return retrieve(self.model, self.tokenizer, self._now.memory, question, template=self.template, **options)
 
     def _change(self, what: str, write: Callable[..., WriteResult], text, source: str, options) -> WriteResult:
         name = f"{what}: {checked_source(source)}" if checked_source(source) else what
+        check_operators_options(write, options)
         with self._alone():
             memory = self._now.memory.clone()
             result = write(self.model, self.tokenizer, memory, text, **{"budget": self._budget, **options})
@@ -452,6 +458,7 @@ class MemorySession:
         generation: Mapping[str, Any] | None = None,
         trust: Mapping[str, float] | None = None,
         budget: float | None = None,
+        history: int | None = None,
         adopt: bool = False,
     ) -> MemorySession:
         """Read a session that ``save`` wrote.
@@ -460,8 +467,8 @@ class MemorySession:
         ``text.settings.GENERATION``, and a chat template, or anything that loads code, is refused.
 
         Args:
-            template, generation, trust, budget: in place of those that were saved; None = those. They hold from the
-                next turn on.
+            template, generation, trust, budget, history: in place of those that were saved; None = those. They hold
+                from the next turn on.
             adopt: True takes a session of another adapter or backbone too, if its shapes fit: for one that you know to
                 be the same. Its cache is computed anew.
 
@@ -473,7 +480,8 @@ class MemorySession:
         check_type(model, "model", nn.Module, "a patched model")
         now, settings, known = saving.load(directory, model, template=template, generation=generation, adopt=adopt)
         remembers = settings.pop("remembers")
-        settings |= {name: value for name, value in (("trust", trust), ("budget", budget)) if value is not None}
+        given = {"trust": trust, "budget": budget, "history": history}
+        settings |= {name: value for name, value in given.items() if value is not None}
         session = cls(model, tokenizer, **settings)
         session._now, session._remembers, session._known = session._with_point(now), remembers, known
         return session

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig
+from transformers.utils import TransformersKwargs
 
 from ..adapter.wrappers import unwrap
-from ..arguments import check_type
+from ..arguments import check_type, shown
 from ..errors import ArgumentError
 from ..notices import logger
 
@@ -34,6 +36,8 @@ RESERVED = (
     "return_dict_in_generate", "segment_ids", "streamer", "token_healing", "token_mask", "trust",
     "use_cache", "use_mtp",
 )  # fmt: skip
+# What generate takes out of its options by itself: no signature has them.
+_TAKEN_OUT = ("assistant_tokenizer", "debug_io", "mm_encoder_outputs", "tokenizer", "trust_remote_code")
 
 
 def answer_options(model: nn.Module, tokenizer, options: Mapping[str, Any], *, thinking: int = 0) -> dict[str, Any]:
@@ -50,7 +54,9 @@ def answer_options(model: nn.Module, tokenizer, options: Mapping[str, Any], *, t
 
     Raises:
         TypeError: ``generation_config`` is none.
+        ValueError: an option that ``generate`` does not know.
     """
+    check_names(model, options, "options")
     config = unwrap(model).generation_config
     found = dict(options)
     given = found.pop("generation_config", None)
@@ -74,9 +80,27 @@ def answer_options(model: nn.Module, tokenizer, options: Mapping[str, Any], *, t
     return found | {name: value for name, value in _FIXED.items() if hasattr(config, name)}
 
 
-def check_reserved(options: Mapping[str, Any], name: str, owner: str) -> None:
-    """Raise for an option that ``owner`` hands to ``generate`` itself."""
-    for option in RESERVED:
+def check_names(model: nn.Module, options: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError for an option that ``generate`` does not know: it would itself, but in the midst of a turn.
+
+    One that is None is no option there.
+    """
+    model = unwrap(model)
+    known = {*_TAKEN_OUT, *TransformersKwargs.__optional_keys__}
+    for owner in (model, type(model)):  # a patched model's own generate takes anything
+        for place in ("generate", "prepare_inputs_for_generation", "forward"):
+            known.update(inspect.signature(function).parameters if (function := getattr(owner, place, None)) else ())
+    for option, value in options.items():
+        if value is not None and option not in known and not hasattr(model.generation_config, option):
+            raise ArgumentError(
+                f"{name}: got {shown(option)}, allowed options of the model's generate, such as max_new_tokens, "
+                "do_sample, temperature and stop_strings"
+            )
+
+
+def check_reserved(options: Mapping[str, Any], name: str, owner: str, more: Sequence[str] = ()) -> None:
+    """Raise for an option that ``owner`` hands to ``generate`` itself, or is one of ``more``."""
+    for option in (*RESERVED, *more):
         if option in options:
             raise ArgumentError(f"{name}: got {option}, which {owner} itself decides; allowed generate's others")
 

@@ -413,7 +413,7 @@ def test_a_row_for_each_change_of_recipe(model, tokenizer, weights):
     assert (second.name, second.parameters["change"]) == ("recipe/msw-r8", "after")
     assert first.parameters["weights"] != second.parameters["weights"]
     shares = {name for name in first.values if "facts" in name and not name.endswith("error")}
-    assert shares == {"two_facts_1024", "eight_facts", "two_facts_1024_new_talk"}
+    assert shares == {"two_facts_1024", "eight_facts", "two_facts_1024_new_talk", "two_facts_1024_drawn_talk"}
     assert first.values["perplexity_filled"] != second.values["perplexity_filled"] > 0
 
 

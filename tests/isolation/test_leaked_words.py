@@ -1,10 +1,10 @@
 """Nothing that a user says is in logs, on the terminal, in what others are told, or in files but his own session's."""
 
 import json
-import logging
 from types import SimpleNamespace
 
 import pytest
+from leaks import WORD, files_with
 from serving_support import KEY, NAME, chat, engine_of, http, listening, served_model
 from session_support import tiny_session
 from tokenizers_for_tests import chatml_tokenizer
@@ -12,23 +12,6 @@ from tokenizers_for_tests import chatml_tokenizer
 from deltamem_fast import MemoryBank, MemorySession, MemoryState, ingest
 from deltamem_fast.serving import engine as engine_module
 from deltamem_fast.text.answering import warn_if_cut_off
-
-WORD = "Quizzaciously"
-
-
-def files_with(folder, word: str = WORD) -> list:
-    return [path.name for path in folder.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
-
-
-@pytest.fixture
-def silent(caplog, capfd):
-    """At the end: the word was neither logged, at any level, nor printed."""
-    caplog.set_level(logging.DEBUG)
-    yield
-    said = capfd.readouterr()
-    logged = "\n".join(logging.Formatter().format(record) for record in caplog.records)
-    assert WORD not in logged
-    assert WORD not in said.out and WORD not in said.err
 
 
 def test_a_session_keeps_its_words_in_its_own_file(silent, tmp_path):

@@ -1,5 +1,6 @@
 """Arguments that cannot be right: an error of this package that names the argument, from every public function."""
 
+import contextlib
 import functools
 import tempfile
 from pathlib import Path
@@ -9,9 +10,17 @@ import pytest
 import torch
 from support import tiny_model
 from tokenizers_for_tests import chatml_tokenizer
+from transformers import DynamicCache
 
 import deltamem_fast
-from deltamem_fast import MemorySession, MemoryState, patch_model, segment_ids_from_messages
+from deltamem_fast import (
+    DeltaMemConfig,
+    MemorySession,
+    MemoryState,
+    memory_disabled,
+    patch_model,
+    segment_ids_from_messages,
+)
 from deltamem_fast.errors import DeltaMemError
 from deltamem_fast.training.options import TrainingOptions
 
@@ -111,3 +120,68 @@ def test_an_argument_that_cannot_be_right_is_named(argument, call, values, tmp_p
         assert isinstance(caught.value, ValueError | TypeError | OSError), value
         assert len(str(caught.value)) < 1000
     assert not list(tmp_path.iterdir())
+
+
+PROMPT = torch.arange(12).reshape(2, 6) + 3
+STARTS = torch.tensor([0, 2, 6], dtype=torch.int32)
+PACKED = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 4, "max_length_k": 4}
+
+
+@functools.cache
+def segmented():
+    return patch_model(tiny_model(), DeltaMemConfig.ssw("sentence_mean"), backend="reference")
+
+
+def both_errors(model, call, *args, **given):
+    """What a call says with a memory, and while it is disabled."""
+    told = []
+    for place in (contextlib.nullcontext(), memory_disabled(model)):
+        with place, pytest.raises(DeltaMemError) as error:
+            call(*args, **given)
+        told.append((type(error.value), str(error.value)))
+    return told
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"trust": "x"}, {"trust": 2.0}, {"trust": torch.ones(2, 5)}, {"trust": torch.ones(2, 6).long()},
+        {"trust": torch.full((2,), 1.5)}, {"memory": 3}, {"memory": MemoryState({})}, {"memory": 1},
+        {"segment_ids": "x"}, {"segment_ids": torch.zeros(2, 5).long()}, {"segment_ids": torch.zeros(2, 6)},
+        {"token_mask": "x"}, {"token_mask": torch.ones(2, 5)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_while_the_memory_is_disabled_its_arguments_are_checked_as_ever(given):
+    if given.get("memory") == 1:  # too few rows
+        given = {"memory": MemoryState.zeros(segmented())}
+    cache = DynamicCache(config=segmented().config)
+    for call, more in ((segmented(), {"past_key_values": cache}), (segmented().generate, {"max_new_tokens": 2})):
+        with_memory, disabled = both_errors(segmented(), call, PROMPT, **given, **more)
+        assert with_memory == disabled and next(iter(given)) in disabled[1]
+    assert cache.get_seq_length() == 0
+    with_memory, disabled = both_errors(model(), model(), PROMPT, segment_ids=PROMPT)
+    assert with_memory == disabled and "writes every token" in disabled[1]
+
+
+def test_while_the_memory_is_disabled_right_arguments_change_nothing():
+    right = {
+        "trust": torch.rand(2, 6),
+        "segment_ids": torch.zeros(2, 6).long(),
+        "memory": MemoryState.zeros(segmented(), 2),
+    }
+    packed = PACKED | {"memory": right["memory"], "trust": 0.5, "use_cache": False}
+    with torch.no_grad(), memory_disabled(segmented()):
+        assert torch.equal(segmented()(PROMPT, token_mask=PROMPT > 4, **right).logits, segmented()(PROMPT).logits)
+        segmented()(PROMPT[:1], position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]]), **packed)  # a row a sequence
+        whole, same = (segmented().generate(PROMPT, max_new_tokens=2, do_sample=False, **g) for g in ({}, right))
+    assert torch.equal(whole, same) and not any(state.any() for _, state in right["memory"].items())
+    packed |= {"memory": MemoryState.zeros(segmented(), 3)}
+    with_memory, disabled = both_errors(segmented(), segmented(), PROMPT[:1], **packed)
+    assert with_memory == disabled and "got 3 row(s), allowed 2" in disabled[1]
+
+
+@pytest.mark.parametrize("name", ["trust", "segment_ids", "token_mask", "memory"])
+def test_generate_batch_does_not_drop_what_it_cannot_follow(name):
+    found = both_errors(model(), model().generate_batch, [[3, 4, 5]], **{name: 0.5})
+    assert found[0] == found[1] and found[0][1].startswith(f"{name}: ")

@@ -279,3 +279,36 @@ def test_what_overflows_in_the_layers_stays_in_its_row_and_is_counted(dtype, val
         model.generate(IDS, memory=clean, max_new_tokens=2, do_sample=False)
     (record,) = caplog.records
     assert "pairs were left out of the memory" in record.getMessage()
+
+
+@pytest.mark.parametrize("backend", ("reference", "numba"))
+def test_a_count_past_its_last_number_stays_at_it(backend, tmp_path):
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=2), backend=backend))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[8] = float("nan")  # IDS[:, 5]
+    memory, most = MemoryState.zeros(model, 3), 2**31 - 1
+    for layer in memory:
+        memory.count(layer, torch.tensor([most, most - 1, 0], dtype=torch.int32))
+    for ids in (IDS, IDS[:, 5:6]):  # a prompt, and a token that is written in place
+        counters = memory.counters()
+        with torch.no_grad():
+            model(ids, memory=memory, use_cache=False)
+        assert memory.skipped_since(counters) == 6
+    assert memory.skipped.tolist() == [most, most, 4]
+    assert [[row.skipped for row in memory.report(n)] for n in range(3)] == [[most] * 2, [most] * 2, [2] * 2]
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = MemoryState.load(tmp_path / "memory.safetensors", model)
+    assert loaded.counters().tolist() == [[most, most, 2]] * 2
+    memory.zero_()
+    assert memory.counters().tolist() == [[0, 0, 0]] * 2
+
+
+def test_what_generate_left_out_is_told_past_the_last_count(caplog):
+    model = loud_adapter(patch_model(tiny_model(num_hidden_layers=2)))
+    memory = MemoryState.zeros(model)
+    for layer in memory:
+        memory.count(layer, torch.tensor([2**31 - 1], dtype=torch.int32))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[8] = float("nan")
+    model.generate(IDS[:1], memory=memory, max_new_tokens=1)
+    assert "generate: 2 (token, layer) pairs were left out" in caplog.text

@@ -1,11 +1,14 @@
 """Tokens, segments, texts and messages that are trusted less: what they may change, and what not."""
 
+import math
+
 import pytest
 import torch
 from support import loud_adapter, tiny_model
 
 from deltamem_fast import DeltaMemConfig, DeltaMemError, Guard, MemoryState, patch_model
 from deltamem_fast.adapter.record import record_of
+from deltamem_fast.model import begin
 from deltamem_kernels.bounds import row_bound
 from deltamem_kernels.reference import recurrence as reference
 from deltamem_kernels.rule import DeltaRule
@@ -17,6 +20,7 @@ RULES = [
     DeltaRule(3, mode="no_lambda", row_gates=False),
     DeltaRule(8, mode="lambda_outside", coupled=False, row_gates=False),
 ]
+GPU = torch.cuda.is_available()
 IDS = torch.arange(20).reshape(2, 10) + 3
 
 
@@ -165,6 +169,29 @@ def test_what_is_no_trust_is_refused_before_anything_is_written(trust):
         with pytest.raises(DeltaMemError, match="trust: got"):
             call()
     assert same(memory, MemoryState.zeros(model, 2))
+
+
+def test_what_is_no_share_is_none():
+    found = begin.shares(torch.tensor([math.nan, 1.5, 50.0, math.inf, -math.inf, -0.1, 1.0001, 0.0, 0.25, 1.0]))
+    assert found.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0.25, 1] and found.dtype == torch.float32
+    assert begin.shares(torch.tensor([1 - 1e-12, math.nan], dtype=torch.float64)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")])]
+)
+def test_where_nobody_waits_for_trust_what_is_none_writes_nothing(device, monkeypatch):
+    monkeypatch.setattr(begin, "is_at_hand", lambda tensor: False)  # as of a GPU's, and in compiled code
+    model, ids = patched(guard=False).to(device), IDS.to(device)
+    memory = MemoryState.zeros(model, 2)
+    trust = torch.tensor([math.nan, 1.5, math.inf, -1.0], device=device).repeat_interleave(5).reshape(2, 10)
+    with torch.no_grad():
+        model(ids, memory=memory, trust=trust)
+        assert same(memory, MemoryState.zeros(model, 2)) and not memory.skipped.any()
+        trust[1] = 1.0
+        model(ids, memory=memory, trust=trust)
+    for layer in memory:
+        assert not memory[layer][0].any() and memory[layer][1].any()
 
 
 # --- the guard

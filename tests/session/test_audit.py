@@ -234,6 +234,28 @@ def test_a_loaded_session_rolls_back_to_what_was_loaded_and_may_be_trusted_other
         again.budget = 1.0
 
 
+def test_a_loaded_session_keeps_its_history_unless_another_is_given(tokenizer, tmp_path):
+    session = session_of(tokenizer, history=1)
+    session.answer("My name is Ada.")
+    session.save(tmp_path / "ada", cache=False)
+
+    def load(**given):
+        return MemorySession.load(tmp_path / "ada", session.model, tokenizer, **given)
+
+    for given, allowed in (({}, "2 to 3"), ({"history": 2}, "1 to 3"), ({"history": 0}, "none")):
+        again = load(**given)
+        again.answer("I keep bees."), again.answer("I live in Rome.")
+        with pytest.raises(DeltaMemError, match=f"turns: got 0, allowed {allowed}:"):
+            again.rollback(0)
+    again.save(tmp_path / "other", cache=False)
+    again = MemorySession.load(tmp_path / "other", session.model, tokenizer)
+    with pytest.raises(DeltaMemError, match="allowed none:"):
+        again.rollback(3)
+    for wrong in (-1, "x", True, 2**40):
+        with pytest.raises(DeltaMemError, match="^history: got"):
+            load(history=wrong)
+
+
 def test_a_budget_counts_what_was_there_not_what_comes(tokenizer):
     model = session_of(tokenizer).model
     memory = MemoryState.zeros(model)
