@@ -8,6 +8,7 @@ patched model gets the same text a token at a time and in whole contexts, with a
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -162,7 +163,7 @@ def lived(stream: Stream, tokens: int, chunk: int = CHUNK) -> Row:
         at = {
             "decode": distance(decoded, torch.from_numpy(exact)),
             "scan": distance(scanned, torch.from_numpy(exact)),
-            "reads": max(distance(out.reads, wide), read_distance(reads, wide[:, -1], exact)),
+            "reads": larger(distance(out.reads, wide), read_distance(reads, wide[:, -1], exact)),
             "apart": distance(decoded, scanned),
         }
         worst = {key: larger(worst[key], value) for key, value in at.items()}
@@ -245,7 +246,7 @@ def model_lived(tokens: int, context: int = CONTEXT) -> Row:
         if first // context % 4 == 0:
             held.append(resident())
     parameters = {"tokens": tokens, "context": context, "layers": 2}
-    last = max(apart(memories["decode"], memories["scan"]), apart(memories["scan"], memories["reference"]))
+    last = larger(apart(memories["decode"], memories["scan"]), apart(memories["scan"], memories["reference"]))
     row = counted(
         "tokens/a patched model",
         parameters,
@@ -264,4 +265,4 @@ def model_lived(tokens: int, context: int = CONTEXT) -> Row:
 
 def apart(one: MemoryState, other: MemoryState) -> float:
     """Of two memories, the distance of the layer in which it is largest."""
-    return max(distance(one[i], other[i]) for i in other)
+    return functools.reduce(larger, (distance(one[i], other[i]) for i in other))

@@ -17,7 +17,7 @@ NOTE = (
 )
 BEFORE = (
     "The same texts and questions, wholly trusted, with the adapters of before "
-    "([what changed](../training.md#what-lasts)) and of now: kept / learnt, in percent. SSW has not changed."
+    "([what changed](../training.md#what-lasts)) and of now: kept / learnt, in percent."
 )
 GUARD = (
     "`python -m bench.memory guard`: with a guard and without, in turns of one run, times as fast as without. *Trusted "

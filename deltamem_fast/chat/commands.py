@@ -244,7 +244,7 @@ def _load(chat: Chat, rest: str) -> None:
         ValueError, OSError: there is none, or not one of this model and adapter.
     """
     with chat.change("/load"):
-        chat.session = load_session(rest, chat.session.model, chat.session.tokenizer)
+        chat.session = load_session(rest, chat.session.model, chat.session.tokenizer, **chat.trust)
     chat.saved(rest)
     show_loaded(chat)
 
@@ -339,15 +339,17 @@ def _forget(chat: Chat, rest: str) -> None:
 
 
 def _ingest(chat: Chat, rest: str) -> None:
-    """Read a text file into the memory, with ``trust=X`` in front this share of the way.
+    """Read a text file into the memory, with ``trust=X`` in front this share of the way (./trust=… is a file).
 
     Raises:
         ValueError, OSError: it is none, too large, or not UTF-8.
     """
-    first, _, name = rest.partition(" ")
-    told = first.startswith(TRUST) and bool(name.strip())
-    trust = read_share(first.removeprefix(TRUST), "/ingest trust") if told else 1.0
-    rest = name.strip() if told else rest
+    trust = 1.0
+    if rest.startswith(TRUST):
+        told, *name = rest.split(maxsplit=1)
+        if not name:
+            raise ArgumentError(f"/ingest: got {rest!r:.80} without a file, allowed /ingest {TRUST}X FILE")
+        trust, rest = read_share(told.removeprefix(TRUST), "/ingest trust"), name[0]
     text = read_text(rest)
     source = "".join(letter if letter.isprintable() else "?" for letter in as_path(rest, "/ingest").name)
     with chat.change("/ingest", rest):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -34,6 +34,7 @@ class Chat:
         screen: where answers, tables and errors go: a PlainScreen, or what has the same methods.
         small_world: the model is the shipped backbone; words that it does not know are pointed out.
         seed: of sampling, if one was set.
+        trust: ``trust`` and ``budget`` as they were asked for; a session that is loaded gets them.
 
     Attributes:
         session: ``/load`` and ``/reset`` put another in its place.
@@ -45,9 +46,16 @@ class Chat:
     """
 
     def __init__(
-        self, session: MemorySession, screen: PlainScreen, *, small_world: bool = False, seed: int | None = None
+        self,
+        session: MemorySession,
+        screen: PlainScreen,
+        *,
+        small_world: bool = False,
+        seed: int | None = None,
+        trust: Mapping[str, Any] | None = None,
     ):
         self.session = session
+        self.trust = dict(trust or {})
         self.screen = screen
         self.small_world = small_world
         self.random = Random(seed)
@@ -133,9 +141,13 @@ def load_session(name: str, model: nn.Module, tokenizer, argument: str = "/load"
     """The session in the directory ``name``; greedy if it does not say otherwise, as every chat.
 
     Args:
-        trust: ``trust`` and ``budget``, in place of its own.
+        trust: ``budget`` in place of its own, ``trust`` in place of what it has of these roles.
     """
-    session = MemorySession.load(as_path(name, argument), model, tokenizer, **trust)
+    directory = as_path(name, argument)
+    session = MemorySession.load(directory, model, tokenizer)
+    if trust:
+        trust["trust"] = session.trust | trust.get("trust", {})
+        session = MemorySession.load(directory, model, tokenizer, **trust)
     session.generation = generation_with(session.generation, {})
     return session
 
@@ -172,7 +184,7 @@ def open_chat(opening: Opening, screen: PlainScreen) -> Chat:
         session = load_session(opening.directory, model, tokenizer, "--load", **opening.trust)
     session.limit_context(**(vars(session.limits) | opening.limits))
     session.generation = generation_with(session.generation, opening.options)
-    chat = Chat(session, screen, small_world=opening.small_world, seed=opening.seed)
+    chat = Chat(session, screen, small_world=opening.small_world, seed=opening.seed, trust=opening.trust)
     if opening.directory is not None:
         chat.saved(opening.directory)
     return chat

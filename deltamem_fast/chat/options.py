@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.shipped import SHIPPED
+from ..arguments import check_share
 from ..display import without_surrogates
 from ..errors import ArgumentError, FileMissingError
 from ..memory.trusting import check_trust
@@ -23,7 +24,7 @@ from ..text.settings import GENERATION
 
 CONTEXT_TURNS = 4
 STRATEGY = "msw"
-TRUST_HELP = f"0 to 1, by {', '.join(ROLES)}: with such a message the memory goes this share of the way (repeatable)"
+TRUST_HELP = "0 to 1: with a message of ROLE (user, assistant, system) the memory goes this share of the way (1)"
 SMALL_WORLD = "small-world"
 HISTORY = "DELTAMEM_HISTORY"  # the environment's word for the file of what was typed
 
@@ -119,10 +120,9 @@ def read_share(text: str, label: str) -> float:
     """
     try:
         value = float(text)
+        check_share(value, label)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ArgumentError(f"{label}: got {text!r:.80}, allowed a number from 0 to 1")
+        raise ArgumentError(f"{label}: got {text!r:.80}, allowed a number from 0 to 1") from None
     return value
 
 
@@ -136,7 +136,7 @@ def read_budget(text: str, label: str = "--budget") -> float:
         value = float(text)
         check_trust(1.0, value)
     except ValueError:
-        raise ArgumentError(f"{label}: got {text!r:.80}, allowed a number more than 0") from None
+        raise ArgumentError(f"{label}: got {text!r:.80}, allowed a finite number more than 0") from None
     return value
 
 

@@ -19,14 +19,20 @@ def check_trust(trust: Any, budget: Any, prefix: str = "") -> None:
     check_share(trust, f"{prefix}trust")
     number = isinstance(budget, int | float) and not isinstance(budget, bool)
     if budget is not None and not (number and 0 < budget <= sys.float_info.max):
-        raise ArgumentError(f"{prefix}budget: got {shown(budget)}, allowed a number more than 0, or None")
+        raise ArgumentError(f"{prefix}budget: got {shown(budget)}, allowed a finite number more than 0, or None")
+
+
+def holds_back(trust: float, budget: float | None) -> bool:
+    """Whether a text that is trusted so far may not move a memory as far as it would."""
+    return trust < 1 or budget is not None
 
 
 def hold_back(memory, before: States, trust: float, budget: float | None) -> None:
     """Take a memory back towards ``before``, in place: S ← S₀ + τ (S − S₀), head by head.
 
     τ is ``trust``, or what ``budget`` allows if that is less: ‖τ (S − S₀)‖ ≤ budget · ‖S₀‖, Frobenius. What was there
-    counts, not what comes, or a loud text would set its own limit. A head in which nothing is takes it whole.
+    counts, not what comes, or a loud text would set its own limit. A head in which nothing is goes the share τ of
+    ``trust`` alone; one in which there is little grows by little at a time.
 
     Args:
         memory: a MemoryState, after a text was written.
@@ -37,7 +43,7 @@ def hold_back(memory, before: States, trust: float, budget: float | None) -> Non
         share = torch.full_like(old[..., :1, :1], trust)  # [B, H, 1, 1]
         if budget is not None:
             there, apart = (x.norm(dim=(-2, -1), keepdim=True) for x in (old, new - old))
-            allowed = budget * there / apart.clamp(min=torch.finfo(torch.float32).tiny)
+            allowed = float(budget) * there / apart.clamp(min=torch.finfo(torch.float32).tiny)
             share = torch.where(there > 0, allowed.clamp(max=trust), share)
         memory.put(layer, torch.lerp(old, new, share).to(state.dtype), in_place=True)
 
@@ -49,7 +55,7 @@ def held_back(memory, before: States | None, trust: float, budget: float | None)
     Args:
         before: the states of now, where the caller has a copy; None: one is made if it is needed.
     """
-    if trust == 1 and budget is None:
+    if not holds_back(trust, budget):
         yield
         return
     before = memory.clone() if before is None else before

@@ -15,6 +15,7 @@ from deltamem_kernels.dispatch import resolve_backend
 
 from ..adapter.files import read_adapter
 from ..adapter.guard import guarding
+from ..arguments import check_choice
 from ..errors import ArgumentError, FileMissingError
 from .known import KNOWN, default_adapter, is_known, known_directory
 from .libraries import bars, one_line, require, told
@@ -109,6 +110,7 @@ def load_patched(
 
     device = usable_device(device)
     resolve_backend(backend, device.type)
+    check_choice(guard, "guard", tuple(GUARDS))
     found_model(name, argument)
     adapter = default_adapter(name) if adapter is None else adapter
     guarding(GUARDS[guard], read_adapter(adapter).config.rule)

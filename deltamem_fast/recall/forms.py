@@ -3,7 +3,8 @@
 Talk that is drawn from a list of sentences teaches a memory to know the list. Here a sentence's form (its words, with
 slots for names and values) is put together anew each time, out of the training texts' words. A form is held out by
 the hash of its pattern, in which all subjects, verbs and manners are alike. ``HELD_OUT`` are written by hand, and are
-held out too; a form with one of them and a word more may be trained on.
+held out too; a form with one of them and a word more may be trained on. What is held out is so among drawn forms: a
+remark of the small talk ("Balton was late again.") may be of such a form.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _SPARED = frozenset(map(pattern, HELD_OUT))
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a sentence with slots has a form that no training text has: every fifth, by a hash, and ``HELD_OUT``."""
+    """Whether a sentence with slots is of a form that is kept out of training: every fifth, by a hash; ``HELD_OUT``."""
     found = pattern(text)
     return found in _SPARED or zlib.crc32(found.encode()) % world.HELD_OUT_EVERY == 0
 
@@ -91,5 +92,5 @@ def fill(random, form: str, held_out: bool) -> str:
 
 
 def sentence(random, held_out: bool) -> str:
-    """A sentence without a fact, in a form that is drawn too; ``held_out``: form and names are in no training text."""
+    """A sentence without a fact, in a form that is drawn too; ``held_out``: form and names are not trained on."""
     return fill(random, draw_form(random, held_out), held_out)

@@ -37,7 +37,7 @@ class ChatRequest(_Strict):
         memory: ``write``: it is read, and what is new in the request and the answer are written. ``read``: it is read,
             and stays as it is. ``none``: the bare model answers.
         trust: the memory goes this share of the way to what the turn makes of it, 0 to 1; None: as far as the server
-            lets a turn go, which is never more.
+            lets a turn go, which is never more. At 0 nothing is kept, as with ``read``.
         max_tokens, max_completion_tokens: of the answer, thinking included; the newer name counts.
         temperature, top_p: greedy unless one of them is given, and the temperature is 0.01 or more.
         seed: of sampling; such a request is answered in no batch.
@@ -49,7 +49,7 @@ class ChatRequest(_Strict):
     messages: list[dict[str, Any]] = Field(min_length=1)
     memory_id: str | None = None
     memory: Literal["write", "read", "none"] = "write"
-    trust: float | None = Field(None, ge=0, le=1, strict=False)
+    trust: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, strict=False)

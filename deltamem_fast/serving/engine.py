@@ -224,7 +224,7 @@ class Engine:
                 job.done.cancel()
             elif job.row.error is not None:
                 job.done.set_exception(job.row.error)
-            elif write and job.request.memory_id is not None:
+            elif job.writes:
                 kept.append(place)
             else:
                 self._tell(job, loaded[place], loaded[place])

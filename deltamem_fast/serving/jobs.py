@@ -11,6 +11,7 @@ from typing import Any
 from ..arguments import shown
 from ..errors import ArgumentError, ArgumentKeyError
 from ..memory.state import MemoryState
+from ..memory.trusting import holds_back
 from ..storage.bank_ids import check_id
 from ..text.encode import check_below
 from ..text.settings import check_template
@@ -48,9 +49,6 @@ class Limits:
     body: int = 4 * 2**20
     trust: float = 1.0
     budget: float | None = None
-
-
-_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,11 @@ class ChatJob:
         owner: Hashable,
         fits: Hashable | None,
         gone: threading.Event | None = None,
-        limits: Limits = _NO_LIMITS,
+        *,
+        limits: Limits,
     ):
         self.request, self.prompt, self.row, self.owner, self.fits = request, prompt, row, owner, fits
-        self.trust = limits.trust if request.trust is None else min(request.trust, limits.trust)
+        self.trust = limits.trust if request.trust is None else min(limits.trust, request.trust)
         self.budget = limits.budget
         self.ordered = request.memory_id is not None
         self.size = len(prompt) + row.most
@@ -116,7 +115,12 @@ class ChatJob:
     @property
     def untrusted(self) -> bool:
         """Whether what it writes is held back."""
-        return self.trust < 1 or self.budget is not None
+        return holds_back(self.trust, self.budget)
+
+    @property
+    def writes(self) -> bool:
+        """Whether a memory is another when it is answered."""
+        return self.request.memory == "write" and self.request.memory_id is not None and self.trust > 0
 
     def answered(self, loaded: int, version: int) -> Answered:
         """What came of it; ``loaded`` and ``version`` as in ``Answered``."""
@@ -181,7 +185,7 @@ class Intake:
         row = Row(prompt, self._most(request, len(prompt)), request.stops, say, rendering=self.rendering)
         owner = ("memory", request.memory_id) if request.memory_id is not None else ("user", request.user or peer)
         alone = request.seed is not None and request.sampling["do_sample"]
-        job = ChatJob(request, prompt, row, owner, None, gone, self._limits)
+        job = ChatJob(request, prompt, row, owner, None, gone, limits=self._limits)
         if not alone:  # a guard is of a whole forward, and those that are trusted have none
             job.fits = (request.memory, job.untrusted, *sorted(request.sampling.items()))
         return job

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError
+from ..memory.trusting import holds_back
 from ..text.encode import chat_ids
 from ..text.messages import Message
 from ..text.segments import refused_by_template, segment_ids_under
@@ -38,7 +39,7 @@ class Block:
     @property
     def held_back(self) -> bool:
         """Whether it may not move the memory as far as it would."""
-        return self.trust < 1 or self.budget is not None
+        return holds_back(self.trust, self.budget)
 
 
 NOTHING = Block()

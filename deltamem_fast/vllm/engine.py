@@ -191,7 +191,7 @@ class VllmEngine:
         if job.gone.is_set():
             job.done.cancel()
             return
-        if mode == "write" and name is not None:
+        if job.writes:
             block = await asyncio.to_thread(job.row.block)
             if job.row.error is not None:
                 raise job.row.error

@@ -25,7 +25,7 @@ from ..adapter.wrappers import RECORD
 from ..arguments import check_choice, check_type
 from ..errors import ArgumentError, StateError
 from ..memory.state import MemoryState
-from ..memory.trusting import check_trust, hold_back
+from ..memory.trusting import check_trust, hold_back, holds_back
 from .given import MODES, arguments_of, salt_of
 from .settings import adapter_of, fill, layers_of
 
@@ -99,9 +99,11 @@ def generate(
     """
     check_trust(trust, budget)
     requests, params, keys = prepare(prompts, sampling_params, memory=memory, mode=mode)
+    if holds_back(trust, budget) and not keys:
+        raise ArgumentError("trust, budget: got one where nothing is written, allowed with a memory and mode 'write'")
     outputs = llm.generate(requests, params, **kwargs)
     if keys:
-        before = memory.clone() if trust < 1 or budget is not None else None
+        before = memory.clone() if holds_back(trust, budget) else None
         with memory.all_or_nothing():
             put_back(memory, llm.collective_rpc("delta_mem_take", args=(keys,))[0], outputs)
             if before is not None:

@@ -10,11 +10,17 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from deltamem_kernels.rule import DeltaRule
+
 from ..adapter.files import read_adapter
+from ..adapter.guard import guarding
 from ..errors import ArgumentError
 from ..memory.bank import MemoryBank
+from ..memory.trusting import holds_back
 from ..model.known import is_known, known_directory
 from ..model.loading import found_model
+from ..notices import logger
+from ..serving.jobs import Limits
 from ..serving.metrics import Metrics
 from ..serving.run import bank_path, chosen, limits_of, listen, run
 from ..text.answering import as_ids
@@ -43,11 +49,25 @@ def serve(arguments: argparse.Namespace, key: str | None, threads: int | None) -
             "dtype": arguments.dtype,
             "max_num_seqs": limits.rows,
         } | given
-        if arguments.guard == "on" or (arguments.guard == "auto" and (limits.trust < 1 or limits.budget is not None)):
-            settings["hf_overrides"][GUARD] = True
+        settings["hf_overrides"][GUARD] = is_guarded(arguments.guard, limits, adapter.config.rule)
         with running(settings) as (llm, loop):
             _serve(llm, loop, directory, name, limits, bank_path(arguments.bank, name), key, listening)
     return 0
+
+
+def is_guarded(guard: str, limits: Limits, rule: DeltaRule) -> bool:
+    """Whether an engine guards all that is written: as it is told, or (``auto``) where all turns are held back.
+
+    Raises:
+        ValueError: it is told to, and the adapter cannot be guarded.
+    """
+    if guard == "on":
+        return guarding(True, rule).always
+    if guard == "off" or not holds_back(limits.trust, limits.budget):
+        return False
+    if not rule.normalize:
+        logger.warning("turns are held back, and nothing bounds what they write: the adapter's keys are raw")
+    return rule.normalize
 
 
 def _serve(llm, loop, directory: str, name: str, limits, path, key: str | None, listening) -> None:

@@ -234,6 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
         given.steps, given.lr, given.most_facts, defaults.questions, given.gate_weight, given.divergence_weight,
         not given.short, given.seed, given.rows,
     )  # fmt: skip
+    for name in ("steps", "rows", "most_facts"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: got {getattr(given, name)}, allowed 1 or more")
     from .adapters import check
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

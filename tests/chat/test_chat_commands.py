@@ -34,6 +34,7 @@ def test_help_names_every_command_and_the_small_world(chat):
         ("/revise", "allowed /revise TEXT"),
         ("/ingest", "allowed /ingest FILE"),
         ("/ingest trust=2 README.md", "/ingest trust: got '2', allowed a number from 0 to 1"),
+        ("/ingest trust=0.5", "/ingest: got 'trust=0.5' without a file, allowed /ingest trust=X FILE"),
         ("/audit smallest", "/audit: got 'smallest', allowed nothing or largest"),
         ("/undo 3", "/undo: got '3', allowed nothing after it"),
         ("/memory x", "/memory: got 'x', allowed nothing or all"),

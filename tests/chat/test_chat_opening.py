@@ -1,6 +1,7 @@
 """How a chat begins: models, adapters, options, and what is told in one line when something is wrong with them."""
 
 import argparse
+import json
 import sys
 
 import pytest
@@ -56,7 +57,7 @@ def error_of(capsys) -> str:
         (["--adapter", "x"], "--adapter: given without MODEL"),
         (["--trust", "nobody=1"], "--trust: got 'nobody=1', allowed ROLE=X, a role of system, user, assistant, tool"),
         (["--trust", "user=1.5"], "--trust user: got '1.5', allowed a number from 0 to 1"),
-        (["--budget", "0"], "--budget: got '0', allowed a number more than 0"),
+        (["--budget", "0"], "--budget: got '0', allowed a finite number more than 0"),
         (["--device", "nonsense"], "device: got 'nonsense'"),
         (["--device", "cuda:99"], "device: got 'cuda:99'"),
         (["--backend", "triton"], "backend: got 'triton'"),
@@ -133,6 +134,38 @@ def test_say(shipped, capsys):
     assert main(["chat", "--say", "/nothing", "--say", ASKED]) == 1
     out, err = capsys.readouterr()
     assert out.count("\n") == 1 and err.startswith("deltamem: error: /nothing")
+
+
+def test_trust_and_budget_reach_sessions_new_and_loaded(shipped, tmp_path, capsys):
+    """By role: what is not named stays as it was saved. /load keeps what the command line says."""
+    saved = tmp_path / "saved"
+    given = ["chat", "--trust", "assistant=0.5", "--trust", "user=0.75", "--budget", "3"]
+    assert main([*given, "--say", TOLD, "--say", f"/save {saved}"]) == 0
+    settings = json.loads((saved / "session.json").read_text())["settings"]
+    assert settings["trust"] == {"assistant": 0.5, "user": 0.75} and settings["budget"] == 3
+    again = tmp_path / "again"
+    more = ["--say", f"/load {saved}", "--say", f"/save {again}"]
+    assert main(["chat", "--trust", "user=0.25", *more]) == 0
+    settings = json.loads((again / "session.json").read_text())["settings"]
+    assert settings["trust"] == {"assistant": 0.5, "user": 0.25} and settings["budget"] == 3
+    third = tmp_path / "third"
+    assert main(["chat", "--load", str(saved), "--budget", "2", "--say", f"/save {third}"]) == 0
+    settings = json.loads((third / "session.json").read_text())["settings"]
+    assert settings["trust"] == {"assistant": 0.5, "user": 0.75} and settings["budget"] == 2
+    capsys.readouterr()
+
+
+def test_a_guard_reaches_the_model(tiny, monkeypatch):
+    from deltamem_fast.adapter.record import record_of
+
+    model, _ = loading.load_patched(*tiny, guard="on")
+    assert record_of(model).guarding.always
+    found = {}
+    monkeypatch.setattr(conversation, "load_patched", lambda *_, **options: found.update(options) or recall_model())
+    assert main(["chat", "--guard", "off", "--say", "/help"]) == 0
+    assert found["guard"] == "off"
+    with pytest.raises(ValueError, match="guard: got True, allowed"):
+        loading.load_patched(*tiny, guard=True)
 
 
 def test_settings_reach_the_session(shipped, tmp_path, capsys):

@@ -58,7 +58,7 @@ def test_mistakes_leave_the_file_as_it_was(places, tmp_path, capsys):
         (("--text-file", str(tmp_path / "none")), "--text-file: .* no such file"),
         (("--text", FIRST, "--device", "nowhere"), "device: got 'nowhere'"),
         (("--text", FIRST, "--trust", "1.5"), "--trust: got 1.5, allowed a number from 0 to 1"),
-        (("--text", FIRST, "--budget", "0"), "--budget: got 0.0, allowed a number more than 0"),
+        (("--text", FIRST, "--budget", "0"), "--budget: got 0.0, allowed a finite number more than 0"),
     ):
         assert command(places, path, *more) == 2
         told = capsys.readouterr().err

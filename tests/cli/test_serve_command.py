@@ -12,9 +12,12 @@ import urllib.request
 import pytest
 from chat_support import write_tiny_model
 
+from deltamem_fast.adapter.record import record_of
 from deltamem_fast.cli.main import main
 from deltamem_fast.cli.serve import KEY, checked_key
 from deltamem_fast.errors import ArgumentError
+from deltamem_fast.serving.jobs import Limits
+from deltamem_kernels.rule import DeltaRule
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,9 @@ def test_mistakes_are_named_before_anything_is_loaded(places, tmp_path, capsys, 
             ((model, "--adapter", adapter, "--port", "70000"), "--port: got 70000"),
             ((model, "--adapter", adapter, "--max-batch", "0"), "--max-batch: got 0"),
             ((model, "--adapter", adapter, "--max-tokens", "1"), "--max-tokens: got 1"),
+            ((model, "--adapter", adapter, "--trust", "2"), "--trust: got 2"),
+            ((model, "--adapter", adapter, "--budget", "0"), "--budget: got 0"),
+            ((model, "--adapter", adapter, "--budget", "inf"), "--budget: got inf, allowed a finite number"),
             ((model,), "--adapter: not given"),
             (("--adapter", adapter), "--adapter: given without MODEL"),
             ((str(tmp_path / "none"), "--adapter", adapter), "MODEL: .*no such directory"),
@@ -63,6 +69,43 @@ def test_mistakes_are_named_before_anything_is_loaded(places, tmp_path, capsys, 
             told = capsys.readouterr().err
             assert told.count("\n") == 1 and re.search(said, told), (more, told)
     assert not (tmp_path / "bank").exists()
+
+
+def test_trust_budget_and_guard_reach_the_server(places, tmp_path, monkeypatch):
+    """What is loaded and what is taken, as the command line says; nothing is served."""
+    from deltamem_fast.serving import run
+
+    found = {}
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr(run, "run", lambda engine, *rest: found.update(engine=engine))
+    model, adapter = places
+    given = ["serve", model, "--adapter", adapter, "--port", "0", "--bank", str(tmp_path / "users.bank")]
+    more = ["--trust", "0.5", "--budget", "2", "--guard", "on", "--max-waiting", "7", "--answer-tokens", "9"]
+    assert main([*given, *more]) == 0
+    limits = found["engine"].limits
+    assert (limits.trust, limits.budget, limits.waiting, limits.answer) == (0.5, 2.0, 7, 9)
+    guarding = record_of(found["engine"].model).guarding
+    assert guarding.always and guarding.rule.beta_max < 1
+    assert main(given) == 0
+    assert (found["engine"].limits.trust, found["engine"].limits.budget) == (1.0, None)
+    assert not record_of(found["engine"].model).guarding.always
+
+
+@pytest.mark.parametrize(
+    "guard, limits, normalize, wanted",
+    [("on", {}, True, True), ("off", {"trust": 0.5}, True, False), ("auto", {}, True, False)]
+    + [
+        ("auto", {"trust": 0.5}, True, True),
+        ("auto", {"budget": 1.0}, True, True),
+        ("auto", {"trust": 0}, False, False),
+    ],
+)
+def test_an_engine_of_vllm_is_guarded_where_turns_are_held_back(guard, limits, normalize, wanted):
+    from deltamem_fast.vllm.serve import is_guarded
+
+    assert is_guarded(guard, Limits(**limits), DeltaRule(8, normalize=normalize)) is wanted
+    with pytest.raises(ArgumentError, match="guard: got one for an adapter with normalize_qk=false"):
+        is_guarded("on", Limits(), DeltaRule(8, normalize=False))
 
 
 def test_a_token_is_needed_beyond_this_machine(monkeypatch):

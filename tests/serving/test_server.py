@@ -141,7 +141,7 @@ def test_a_turn_moves_a_memory_as_far_as_it_is_trusted(strategy, tmp_path):
     """A request's own trust below the server's, within its budget; a turn that is trusted wholly is guarded by none."""
     model, tokenizer = served_model(strategy)
     said, later = chat("My dog is called Rex."), chat("Where did Ada go?")
-    limits = {"answer": 4, "trust": 0.5}
+    limits = {"answer": 4, "trust": 0.5, "budget": 0.3}
     with engine_of(model, tokenizer, tmp_path / "users.bank", **limits) as engine, listening(engine, KEY) as address:
         with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as client:
             wanted = {None: 0.5, 1.0: 0.5, 0.25: 0.25, 0.0: 0.0}
@@ -157,8 +157,13 @@ def test_a_turn_moves_a_memory_as_far_as_it_is_trusted(strategy, tmp_path):
             row, start = row_of(model, tokenizer, later, 4), before[trust]
             whole = answer_rows_from(model, [row], start, True, greedy(model, tokenizer), write=True, untrusted=True)
             kept = engine.bank.gather([f"{trust}"])
+            assert (kept.bank_rows == start.bank_rows) is (share == 0)
             for i in kept:
-                assert relative_error(kept[i], torch.lerp(start[i], whole[i], share)) < 1e-5
+                there, apart = (x.norm(dim=(-2, -1), keepdim=True) for x in (start[i], whole[i] - start[i]))
+                wanted = torch.lerp(
+                    start[i], whole[i], torch.where(there > 0, 0.3 * there / apart, share).clamp(max=share)
+                )
+                assert relative_error(kept[i], wanted) < 1e-5
                 assert torch.equal(kept[i], start[i]) is (share == 0)
     assert "deltamem_batch_rows_count 5.0" in page  # four by themselves, then all in one batch
 
@@ -182,6 +187,7 @@ def test_a_guard_is_of_those_alone_that_are_not_trusted(tmp_path):
                 model, [row], empty, False, greedy(model, tokenizer), write=True, untrusted=untrusted
             )
             place = ["a", "b"].index(name)
+            assert all(torch.equal(found[i][place], alone[i][0]) for i in found) or untrusted
             assert all(relative_error(found[i][place], alone[i][0]) < 1e-4 for i in found)
         assert any(relative_error(found[i][0], found[i][1]) > 0.01 for i in found)
 
