@@ -205,14 +205,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and write; a run with other weights or fewer episodes is kept out of docs/results."""
+    """Measure and write; a run with fewer episodes, or with weights that differ from the shipped ones, is kept out of
+    docs/results. Adapters that do not ship, such as those of other ranks, may lie beside copies of them."""
     if options.episodes < 1:
         raise ValueError(f"--episodes: got {options.episodes}, allowed 1 or more")
     progress = commands.progress()
     directory = options.weights or SHIPPED
     model, tokenizer = load_backbone(directory / "backbone")
     rows = measure(model, tokenizer, directory, options.episodes, options.only, progress)
-    small = options.episodes < EPISODES or options.weights is not None
+    shipped = fingerprints(SHIPPED)
+    small = options.episodes < EPISODES or not shipped.items() <= fingerprints(directory).items()
     arguments: dict[str, Any] = {"quick": small, "only": options.only, "episodes": options.episodes}
     count = sum(p.numel() for p in model.parameters())
     result = results.collect(rows, "cpu", arguments, weights=fingerprints(directory), parameters=count)
