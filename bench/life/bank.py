@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from deltamem_fast import MemoryBank
+from deltamem_fast.storage.bank_sqlite import WAL_BYTES
 
 from ..instrument import commands, results
 from ..instrument.rows import Row, counted
@@ -31,7 +32,7 @@ FULL, HOUR = 1_000_000, 3600.0
 FILL = 4096  # memories a commit while filling
 LOOK = 512  # users a look at the end
 GROWTH = 64 * 2**20  # bytes that the process which is not killed may have grown by in the last third of the time
-LOG = 64 * 2**20  # bytes that the log (-wal) may have
+LOG = WAL_BYTES + 4 * 2**20  # bytes that the log (-wal) may have: it is emptied behind the commit that passes WAL_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
