@@ -151,6 +151,12 @@ def find_record(model: nn.Module) -> PatchRecord | None:
     return record
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What a patched model's forwards call their cache; of a bare one the name that all versions take."""
+    record = find_record(model)
+    return "past_key_values" if record is None else record.cache_name
+
+
 def record_of(model: nn.Module) -> PatchRecord:
     record = find_record(model)
     if record is None:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..adapter.record import identity_of, is_patched, memory_disabled
+from ..adapter.record import cache_argument, identity_of, is_patched, memory_disabled
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
@@ -316,7 +316,8 @@ class Prepared:
             if segments is not None:
                 arguments["segment_ids"] = segments[:, part].to(self.device)
             piece = torch.tensor([ids[part]], device=self.device)
-            decoder(piece, past_key_values=cache, use_cache=True, **arguments)
+            arguments[cache_argument(self.model)] = cache
+            decoder(piece, use_cache=True, **arguments)
         return cache
 
     def _segments(self, ids: list[int]) -> torch.Tensor:

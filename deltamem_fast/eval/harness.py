@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import LogitsProcessorList
 
-from ..adapter.record import identity_of, is_disabled, is_patched
+from ..adapter.record import cache_argument, identity_of, is_disabled, is_patched
 from ..adapter.wrappers import unwrap
 from ..arguments import check_type
 from ..errors import ArgumentError, ArgumentTypeError
@@ -286,7 +286,7 @@ class DeltaMemLM(HFLM):
             mask = torch.cat([mask, attention_mask(begun).to(self.device)], 1)
             then = {"segment_ids": NOT_WRITTEN} if self.segmented else {}
             places = positions(mask)[:, -more.shape[1] :]
-            behind = {"past_key_values": out.past_key_values, "memory": memory}
+            behind = {cache_argument(self.model): out.past_key_values, "memory": memory}
             logits.append(self.model(more, attention_mask=mask, position_ids=places, **behind, **then).logits)
         scores = F.log_softmax(torch.cat(logits, 1), dim=-1, dtype=self.softmax_dtype)
         found = []

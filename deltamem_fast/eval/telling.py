@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..adapter.record import identity_of
+from ..adapter.record import cache_argument, identity_of
 from ..adapter.wrappers import decoder_of, input_device, unwrap
 from ..errors import ArgumentError
 from ..memory.state import MemoryState
@@ -122,7 +122,7 @@ def _feed(model: nn.Module, windows: Sequence[Encoded], memory: MemoryState, chu
     cache = DynamicCache(config=decoder.config) if 0 < chunk < width else None
     for first in range(0, width, chunk or width):
         part = slice(first, first + (chunk or width))
-        options = {"past_key_values": cache, "use_cache": cache is not None}
+        options = {cache_argument(model): cache, "use_cache": cache is not None}
         if segments is not None:
             options["segment_ids"] = segments[:, part]
         decoder(ids[:, part], attention_mask=mask[:, : part.stop], memory=memory, **options)

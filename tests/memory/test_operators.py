@@ -160,10 +160,11 @@ def test_revise_the_newer_value_wins(strategy, replaces):
     for memory, facts, fact in zip(memories, drawn, newer):
         old = {"replaces": facts[0].statement()} if replaces else {}
         assert revise(model, tokenizer, memory, fact.update(), **old) > 5
-    assert sum(right(model, tokenizer, memories, newer)) >= 20
-    assert sum(right(model, tokenizer, memories, [facts[0] for facts in drawn])) <= 2
-    others = sum(right(model, tokenizer, memories, [facts[1] for facts in drawn]))
-    assert others >= (14 if strategy != "ssw" else 6)
+    # An SSW that lasts behind talk writes over what stands there by halves, unless it is told what that is.
+    least, most = (14, 8) if strategy == "ssw" and not replaces else (20, 2)
+    assert sum(right(model, tokenizer, memories, newer)) >= least
+    assert sum(right(model, tokenizer, memories, [facts[0] for facts in drawn])) <= most
+    assert sum(right(model, tokenizer, memories, [facts[1] for facts in drawn])) >= 14
 
 
 def test_the_delta_rule_replaces_under_the_same_key():

@@ -453,7 +453,7 @@ def test_segments(tmp_path):
         generate(model, segment_ids=ids[:, :5])
     with pytest.raises(ValueError, match=r"segment_ids: got shape \[3, 26\], allowed the prompt's, \[3, 5\]"):
         generate(model, inputs_embeds=torch.zeros(3, 5, 64), input_ids=None, segment_ids=ids)
-    with pytest.raises(TypeError, match="segment_ids: allowed an integer tensor"):
+    with pytest.raises(TypeError, match="segment_ids: got dtype torch.float32, allowed an integer tensor"):
         run(model, IDS, segment_ids=ids.float())
     # without ids every token is written, as in TSW
     plain, token = MemoryState.zeros(model, 3), loud_adapter(patch_model(tiny_model()))

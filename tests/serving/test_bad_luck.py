@@ -251,8 +251,8 @@ def test_a_row_whose_logits_are_not_finite_ends_no_other(served, engine, client)
 
 
 def test_a_memory_that_is_not_finite_is_not_kept_and_others_are(served, engine, client, monkeypatch):
-    def broken(model, rows, memory, known, options, *, write):
-        after = answer_rows_from(model, rows, memory, known, options, write=write)
+    def broken(model, rows, memory, known, options, **more):
+        after = answer_rows_from(model, rows, memory, known, options, **more)
         place = next(n for n, row in enumerate(rows) if row.prompt.messages[0]["content"] == "No.")
         after[next(iter(after))][place] = torch.nan
         return after
