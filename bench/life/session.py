@@ -1,6 +1,7 @@
 """Ten thousand turns of one session with a limited context: memory, time of a turn, files. What grows?
 
-The kept messages do, as they must: what was said is kept word for word. Beside them nothing should.
+The kept messages do, as they must: what was said is kept word for word. Beside them nothing should. Over such a time a
+machine has other work, too: so a turn's time is told beside that of a session that has just begun, turn by turn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from deltamem_fast import MemorySession, patch_model
 from deltamem_fast.recall.weights import find_weights, load_backbone
 
 from ..instrument import commands, results
-from ..instrument.rows import Row, measured, spread
+from ..instrument.rows import Row, compare, measured, spread
 from ..instrument.timing import wall
 from ..serving.clients import sayings
 from .resident import resident
@@ -26,8 +27,8 @@ DIRECTORY = results.DIRECTORY / "life" / "session"
 FULL = 10_000
 CONTEXT = 4  # turns
 ANSWER = 4  # tokens
-WINDOW = 100  # turns whose times a row has
-SLOWER = 1.5  # times as long as the first turns may the last ones take
+PAIRS = 40  # turns whose times a row has, by turns with those of a new session
+SLOWER = 1.5  # times as long as a new session's turn may one take
 BEYOND = 16 * 2**20  # bytes that a process may grow by beside the messages, from turn 1,000 to the last
 PER_MESSAGE = 1500  # bytes that a kept message takes in the process, its text of some sixty letters included
 
@@ -51,26 +52,38 @@ def looks(turns: int) -> list[int]:
 
 
 def measure(turns: int, strategy: str = "msw") -> list[Row]:
-    """A row for each look: processor seconds of the turns before it, and what the session takes."""
+    """A row for each look: seconds of turns, beside those of a new session, and what the session takes."""
     weights = find_weights()
     model, tokenizer = load_backbone(weights.backbone)
     patch_model(model, weights.adapters[strategy])
     settings = {"context_turns": CONTEXT, "generation": {"do_sample": False, "max_new_tokens": ANSWER}}
-    session = MemorySession(model, tokenizer, system="You remember what you are told.", **settings)
-    said, rows, seconds = commands.progress(), [], []
+
+    def begin() -> MemorySession:
+        return MemorySession(model, tokenizer, system="You remember what you are told.", **settings)
+
+    session, said, rows = begin(), commands.progress(), []
     with tempfile.TemporaryDirectory() as folder:
         for turn, text in enumerate(sayings("ada", turns), 1):
-            begin = time.process_time()  # of all threads: others may be at work on this machine for so long
             session.answer(text)
-            seconds.append(time.process_time() - begin)
-            del seconds[:-WINDOW]
             if turn in looks(turns):
-                rows.append(looked(session, Path(folder), seconds))
+                rows.append(looked(session, Path(folder), timed(session, begin())))
                 said(f"{turn:,} turns")
     return checked(rows)
 
 
-def looked(session: MemorySession, folder: Path, seconds: list[float]) -> Row:
+def timed(session: MemorySession, new: MemorySession) -> tuple[list[float], list[float]]:
+    """Seconds of ``PAIRS`` turns of a session and of a new one that has as many turns in sight, by turns."""
+    for text in sayings("eve", CONTEXT):
+        new.answer(text)
+    before, found = session.snapshot(), ([], [])
+    for text in sayings("eve", PAIRS):
+        for seconds, one in zip(found, (session, new)):
+            seconds.append(wall(lambda one=one, text=text: one.answer(text), "cpu"))
+    session.restore(before)
+    return found
+
+
+def looked(session: MemorySession, folder: Path, seconds: tuple[list[float], list[float]]) -> Row:
     """A row of a session as it is; it is saved over its last snapshot and loaded again."""
     gc.collect()
     held = resident()
@@ -85,7 +98,7 @@ def looked(session: MemorySession, folder: Path, seconds: list[float]) -> Row:
     row = measured(
         "session/turns",
         {"turns": session.turns, "context": CONTEXT, "answer": ANSWER},
-        seconds,
+        seconds[0],
         resident=held,
         context_tokens=session.context_tokens,
         text_bytes=sum(len(message["content"].encode()) for message in session.messages),
@@ -95,6 +108,7 @@ def looked(session: MemorySession, folder: Path, seconds: list[float]) -> Row:
         save_seconds=spread(saving)[1],
         load_seconds=loading,
     )
+    compare(row, "a new session", seconds[1], seconds[0])
     if not same:
         row.status, row.note = "refused", "loaded, it is another"
     return row
@@ -105,8 +119,9 @@ def checked(rows: list[Row]) -> list[Row]:
     first, last = rows[0], rows[-1]
     early = next((row for row in rows if row.parameters["turns"] >= 1000), first)
     problems = []
-    if last.p50 > SLOWER * first.p50:
-        problems.append(f"a turn takes {last.p50 / first.p50:.2f} times as long as at the beginning")
+    slower = 1 / last.ratios["a new session"][1]
+    if slower > SLOWER:
+        problems.append(f"a turn takes {slower:.2f} times as long as a new session's")
     more = 2 * PER_MESSAGE * (last.parameters["turns"] - early.parameters["turns"])
     beyond = last.values["resident"] - early.values["resident"] - more
     if beyond > BEYOND:

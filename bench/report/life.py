@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..instrument import results
 from ..instrument.rows import Row
-from ..instrument.tables import markdown
+from ..instrument.tables import markdown, ratio
 from .found import Found
 
 TEXTS = {
@@ -19,8 +19,8 @@ TEXTS = {
     ),
     "session": (
         "Ten thousand turns",
-        "One session with four turns in its context. Seconds are the processor's. Kept messages grow, and with them "
-        "`session.json` and the time of `save`.",
+        "One session with four turns in its context; its turns beside those of one that has just begun, by turns. Kept "
+        "messages grow, and with them `session.json` and the time of `save`.",
     ),
     "bank": (
         "A million users under kills",
@@ -46,7 +46,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         sizes = " ".join(f"{key}={value:,}" if isinstance(value, int) else f"{key}={value}"
                          for key, value in row.parameters.items())  # fmt: skip
-        said = [f"p50 {row.p50:.3f} s"] if row.p50 is not None else []
+        said = [f"times as fast as {name} {ratio(values)}" for name, values in row.ratios.items()]
         said += [f"{key.replace('_', ' ')} {short(value)}" for key, value in row.values.items() if not timed(key)]
         said += [f"refused: {row.note}"] if row.status == "refused" else []
         lines.append([row.name, sizes, ", ".join(said)])

@@ -38,11 +38,14 @@ def test_what_is_not_a_number_is_far():
 def test_session(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "looks", lambda turns: [2, turns])
     monkeypatch.setattr(session, "SLOWER", 10)
+    monkeypatch.setattr(session, "PAIRS", 2)
     assert life.main(["session", "--turns", "5", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     first, last = json.loads(path.read_text())["rows"]
     assert last["parameters"]["turns"] == 5 and last["values"]["json_bytes"] > first["values"]["json_bytes"] > 0
+    assert last["samples"] == 2 and last["ratios"]["a new session"][1] > 0.1
     row = session.measured("session/turns", {"turns": 2000}, [2.0, 2.0], resident=9e9, files=3)
+    session.compare(row, "a new session", [0.1, 0.1], [2.0, 2.0])
     early = session.measured("session/turns", {"turns": 100}, [0.1, 0.1], resident=1e6, files=2)
     session.checked([early, row])
     assert row.status == "refused" and "times as long" in row.note and "3 files" in row.note
