@@ -107,6 +107,7 @@ IGNORED = (
         "FutureWarning", "`gradient_checkpointing_enable` is deprecated",
         "its newer name is of transformers 5.24, and there until 6 is the older one for all versions",
     ),
+    Ignored("DeprecationWarning", "`torch.jit.script_method` is deprecated", "torch 2.11 gives it to its own compiler"),
     Ignored("DeprecationWarning", "_compile flag on create_block_mask", "transformers gives it, for flex attention"),
     Ignored(
         "DeprecationWarning", "Conversion of an array with ndim > 0 to a scalar", "Triton 3.6 in its interpreter"
