@@ -105,8 +105,8 @@ def read_trust(texts: Sequence[str], label: str = "--trust") -> dict[str, float]
     """
     found = {}
     for text in texts:
-        role, _, number = text.partition("=")
-        if role not in ROLES:
+        role, given, number = text.partition("=")
+        if role not in ROLES or not given:
             raise ArgumentError(f"{label}: got {text!r:.80}, allowed ROLE=X, a role of {', '.join(ROLES)}")
         found[role] = read_share(number, f"{label} {role}")
     return found

@@ -56,6 +56,7 @@ def error_of(capsys) -> str:
         (["MODEL", "--strategy", "tsw"], "--strategy: got 'tsw' with MODEL"),
         (["--adapter", "x"], "--adapter: given without MODEL"),
         (["--trust", "nobody=1"], "--trust: got 'nobody=1', allowed ROLE=X, a role of system, user, assistant, tool"),
+        (["--trust", "user"], "--trust: got 'user', allowed ROLE=X, a role of system, user, assistant, tool"),
         (["--trust", "user=1.5"], "--trust user: got '1.5', allowed a number from 0 to 1"),
         (["--budget", "0"], "--budget: got '0', allowed a finite number more than 0"),
         (["--device", "nonsense"], "device: got 'nonsense'"),
