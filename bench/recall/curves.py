@@ -213,11 +213,11 @@ def run(options: argparse.Namespace) -> int:
     directory = options.weights or SHIPPED
     model, tokenizer = load_backbone(directory / "backbone")
     rows = measure(model, tokenizer, directory, options.episodes, options.only, progress)
-    shipped = fingerprints(SHIPPED)
-    small = options.episodes < EPISODES or not shipped.items() <= fingerprints(directory).items()
+    weights = fingerprints(directory)
+    small = options.episodes < EPISODES or not fingerprints(SHIPPED).items() <= weights.items()
     arguments: dict[str, Any] = {"quick": small, "only": options.only, "episodes": options.episodes}
     count = sum(p.numel() for p in model.parameters())
-    result = results.collect(rows, "cpu", arguments, weights=fingerprints(directory), parameters=count)
+    result = results.collect(rows, "cpu", arguments, weights=weights, parameters=count)
     progress(f"{len(rows)} rows")
     print(results.write(options.output, result))
     return 0

@@ -20,7 +20,7 @@ from .call import Bridge, MemoryCall
 from .checkpointing import is_sharded
 from .paged import is_paged
 from .sequences import sequence_starts
-from .signatures import given_cache
+from .signatures import given_cache, given_tokens
 
 NOT_WRITTEN = -1  # the segment id of tokens that are read and not written
 
@@ -107,7 +107,7 @@ def begin(
     Raises:
         ValueError, TypeError: naming the argument, before anything is changed.
     """
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    tokens = given_tokens(kwargs)
     if tokens is None:
         raise ArgumentError("input_ids: got neither input_ids nor inputs_embeds")
     batch, length = tokens.shape[:2]
@@ -203,7 +203,7 @@ def check_unused(
     Args:
         kwargs: the decoder's (or the model's) own arguments by name.
     """
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    tokens = given_tokens(kwargs)
     if tokens is None or (memory is None and segment_ids is None and token_mask is None and trust is None):
         return
     batch, length = tokens.shape[:2]
@@ -350,7 +350,7 @@ def composite_mask(kwargs: dict[str, Any]) -> PromptsMask | None:
     Args:
         kwargs: the model's own arguments by name.
     """
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    tokens = given_tokens(kwargs)
     attention_mask = kwargs.get("attention_mask")
     if tokens is None or not (attention_mask is None or getattr(attention_mask, "ndim", 0) == 2):
         return None

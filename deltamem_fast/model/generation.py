@@ -20,7 +20,7 @@ from ..notices import logger, warn_once
 from . import continuous
 from .begin import NOT_WRITTEN, LastTokens, PromptsMask, check_unused, generating
 from .cache import cut_short
-from .signatures import cache_name, given_cache
+from .signatures import cache_name, given_cache, given_tokens
 
 
 class WatchedCriteria(StoppingCriteriaList):
@@ -299,7 +299,7 @@ def _prepare_inputs_for_generation(
     )
     if RECORD not in vars(self) or is_disabled(self):
         return inputs
-    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    tokens = given_tokens(inputs)
     length = tokens.shape[1]
     if memory is not None:
         inputs["memory"] = memory

@@ -47,6 +47,12 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
     return arguments.get("past_key_values") if cache is None else cache
 
 
+def given_tokens(arguments: Mapping[str, Any]) -> Any:
+    """The ids [B, T] or embeddings [B, T, D] among the arguments of a forward, or None."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
+
+
 def _is_of(function: ast.expr, attribute: str, names: set[str]) -> bool:
     if not attribute:
         return isinstance(function, ast.Name) and function.id in names
