@@ -1,4 +1,4 @@
-"""One row a change of recipe: two facts after 1,024 tokens of talk, eight facts, perplexity, of adapters side by side.
+"""One row a change of recipe: facts behind talk, eight facts, overwriting, perplexity, of adapters side by side.
 
 python -m bench.recall recipe "before=old/tsw-r8" "long talk, its gates cost=build/lasting/tsw-r8"
 """
@@ -25,18 +25,20 @@ from .variants import Variant
 DIRECTORY = results.DIRECTORY / "recall-recipe"
 NAME = "recipe"
 EPISODES = 64
-# What is asked, by name: the draw, its sizes, and conversations for each of EPISODES. The first is the distance
-# curve's last point, the second the facts curve's of eight facts: the same questions.
-POINTS = {
-    "distance": (conversations.distant, {"facts": 2, "distance": 1024}, 1),
-    "facts": (conversations.plain, {"facts": 8}, 1),
-    "hostile": (conversations.hostile, {"facts": 2, "text": "new talk", "tokens": 1024}, 2),
-    "drawn": (conversations.hostile, {"facts": 2, "text": "drawn talk", "tokens": 1024}, 2),
-}
-TITLES = {
-    "distance": "two_facts_1024", "facts": "eight_facts", "hostile": "two_facts_1024_new_talk",
-    "drawn": "two_facts_1024_drawn_talk",
-}  # fmt: skip
+# What is asked: the name that seeds the draw, the draw, its sizes, conversations for each of EPISODES, and which parts
+# of the questions (``figures.point``) become which figures. A curve's name and sizes: that curve's questions.
+POINTS = (
+    ("distance", conversations.distant, {"facts": 2, "distance": 1024}, 1, {"share": "two_facts_1024"}),
+    ("facts", conversations.plain, {"facts": 8}, 1, {"share": "eight_facts"}),
+    ("hostile", conversations.hostile, {"facts": 2, "text": "new talk", "tokens": 1024}, 2,
+     {"share": "two_facts_1024_new_talk"}),
+    ("drawn", conversations.hostile, {"facts": 2, "text": "drawn talk", "tokens": 1024}, 2,
+     {"share": "two_facts_1024_drawn_talk"}),
+    ("overwriting", conversations.revised, {"facts": 8, "revisions": 1}, 2,
+     {"newest": "overwritten_once", "kept": "others_once"}),
+    ("overwriting", conversations.revised, {"facts": 8, "revisions": 2}, 2,
+     {"newest": "overwritten_twice", "kept": "others_twice"}),
+)  # fmt: skip
 
 
 def measure(model: nn.Module, tokenizer, adapters: Sequence[tuple[str, Path]], episodes: int, progress) -> list[Row]:
@@ -48,11 +50,13 @@ def measure(model: nn.Module, tokenizer, adapters: Sequence[tuple[str, Path]], e
         progress(f"{directory.name}: {change}")
         patch_model(model, directory)
         values = {}
-        for name, (draw, sizes, times) in POINTS.items():
+        for name, draw, sizes, times, titles in POINTS:
             random = Random(f"{name} {sizes}")
             talks = [draw(random, tokenizer, **sizes) for _ in range(episodes * times)]
             found = figures.point(talks, variants.answers(model, tokenizer, Variant(NAME, directory.name), talks))
-            values |= {TITLES[name]: found["share"], f"{TITLES[name]}_error": found["error"]}
+            for part, title in titles.items():
+                error = found["error" if part == "share" else f"{part}_error"]
+                values |= {title: found[part], f"{title}_error": error}
         for memory in ("filled", "live"):
             found = perplexity.ratio(perplexity.losses(model, tokenizer, texts, memory), frozen)
             values |= dict(zip((f"perplexity_{memory}", f"perplexity_{memory}_error"), found))

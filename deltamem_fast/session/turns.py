@@ -78,6 +78,8 @@ class Now:
         finish: how the last turn's answer ended: ``stop``, ``length`` or ``thinking``.
         audit: what has moved the memory how far.
         history: the ends of the newest turns, to roll back to, and the beginning.
+        turn_count: how many turns there were; None = counted. It is handed on, as a long conversation takes
+            milliseconds to count.
     """
 
     memory: MemoryState
@@ -90,11 +92,12 @@ class Now:
     finish: str | None = None
     audit: Audit = NOTHING_MOVED
     history: tuple[Point, ...] = ()
+    turn_count: int | None = None
 
-    @property
-    def turn_count(self) -> int:
-        """How many turns there were."""
-        return sum(message["role"] == "assistant" for message in self.messages)
+    def __post_init__(self) -> None:
+        if self.turn_count is None:
+            count = sum(message["role"] == "assistant" for message in self.messages)
+            object.__setattr__(self, "turn_count", count)
 
     def point(self) -> Point:
         """What there is now, to roll back to."""
@@ -251,7 +254,7 @@ def have_turn(
     opened = [Move(now.turn_count, "system", None, len(first), first.trust, opening)] if opening else []
     audit = now.audit.with_moves(*opened, *_moves_of(now, turn, moves))
     told = (*now.messages, *messages)
-    after = Now(memory, told, plan.preamble, turns, written, cache, mark, finish, audit)
+    after = Now(memory, told, plan.preamble, turns, written, cache, mark, finish, audit, turn_count=now.turn_count + 1)
     points = (*now.history, after.point())[-history - 1 :] if history else ()
     yield replace(after, history=points)
 
@@ -276,7 +279,7 @@ def rolled_back(now: Now, turns: int) -> Now:
     messages = now.messages[: point.messages]
     return Now(
         point.memory.clone(), messages, now.preamble, left, now.written and bool(left), audit=point.audit,
-        history=tuple(each for each in now.history if each.turns <= turns),
+        history=tuple(each for each in now.history if each.turns <= turns), turn_count=point.turns,
     )  # fmt: skip
 
 

@@ -58,6 +58,8 @@ class LastingOptions:
         long: episodes as long as ``LENGTHS`` says; False = the shortest kind alone.
         seed: of the episodes.
         rows: times as many episodes a step as ``LENGTHS`` says.
+        revisions: share of the facts behind which one is overwritten (``draw_long_episode``).
+        about_revised: share of the questions that ask for an overwritten fact.
     """
 
     steps: int = 450
@@ -69,6 +71,8 @@ class LastingOptions:
     long: bool = True
     seed: int = 0
     rows: int = 1
+    revisions: float = 0.1
+    about_revised: float = 0.0
 
 
 @contextlib.contextmanager
@@ -173,7 +177,14 @@ class Steps(Dataset[Step]):
         lengths = LENGTHS if options.long else LENGTHS[:1]
         _, rows, least, most = random.choices(lengths, [share for share, *_ in lengths])[0]
         episodes = [
-            draw_long_episode(random, options.most_facts, random.randint(least, most), options.questions)
+            draw_long_episode(
+                random,
+                options.most_facts,
+                random.randint(least, most),
+                options.questions,
+                options.revisions,
+                options.about_revised,
+            )
             for _ in range(rows * options.rows)
         ]
         texts = encode(self._tokenizer, [draw_text(random) for _ in episodes])
@@ -226,17 +237,20 @@ def main(arguments: list[str] | None = None) -> int:
     defaults = LastingOptions()
     for name in ("steps", "seed", "most_facts", "rows"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    for name in ("lr", "gate_weight", "divergence_weight"):
+    for name in ("lr", "gate_weight", "divergence_weight", "revisions", "about_revised"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
     parser.add_argument("--short", action="store_true", help="no long episodes")
     given = parser.parse_args(arguments)
     options = LastingOptions(
         given.steps, given.lr, given.most_facts, defaults.questions, given.gate_weight, given.divergence_weight,
-        not given.short, given.seed, given.rows,
+        not given.short, given.seed, given.rows, given.revisions, given.about_revised,
     )  # fmt: skip
     for name in ("steps", "rows", "most_facts"):
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(given, name)}, allowed 1 or more")
+    for name in ("revisions", "about_revised"):
+        if not 0 <= getattr(given, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')}: got {getattr(given, name)}, allowed 0 to 1")
     from .adapters import check
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,15 +36,23 @@ class LongEpisode:
     asked: list[list[dict[str, str]]]
 
 
-def draw_long_episode(random: Random, most_facts: int, tokens: int, questions: int) -> LongEpisode:
+def draw_long_episode(
+    random: Random, most_facts: int, tokens: int, questions: int, revisions: float = 0.1, about_revised: float = 0.0
+) -> LongEpisode:
     """1 to ``most_facts`` facts with about ``tokens`` tokens of talk, and ``questions`` questions.
 
     Most talk comes behind the facts; in every fourth episode it comes between them and before them, too. In a fifth of
     the questions other facts are in sight, and one of all is asked for.
+
+    Args:
+        revisions: share of the facts behind which one of those told so far is overwritten.
+        about_revised: share of the questions that ask for an overwritten fact, where there is one; the others ask for
+            any.
     """
     facts = task.draw_facts(random, random.randint(1, most_facts) + 4, held_out=False)
     facts, seen = facts[:-4], facts[-4:]
-    blocks, holds = _stated(random, facts)
+    blocks, holds = _stated(random, facts, revisions)
+    revised = [now for before, now in zip(facts, holds) if now != before] if about_revised else []
     talk: list[list[tuple[str, str, bool]]] = []
     while sum(map(len, talk)) * SENTENCE_TOKENS < tokens:
         talk.append(_talk_block(random, facts))
@@ -57,15 +65,23 @@ def draw_long_episode(random: Random, most_facts: int, tokens: int, questions: i
     else:
         blocks += talk
     told, states = _messages(random, blocks)
-    return LongEpisode(told, states, [_question(random, holds, seen) for _ in range(questions)])
+    asked = []
+    for _ in range(questions):
+        if revised and random.random() < about_revised:
+            asked.append(task.asking(random, [random.choice(revised)]))
+        else:
+            asked.append(_question(random, holds, seen))
+    return LongEpisode(told, states, asked)
 
 
-def _stated(random: Random, facts: list[Fact]) -> tuple[list[list[tuple[str, str, bool]]], list[Fact]]:
+def _stated(
+    random: Random, facts: list[Fact], revisions: float
+) -> tuple[list[list[tuple[str, str, bool]]], list[Fact]]:
     """Blocks of sentences (role, text, whether it states a fact), and the facts that hold behind them."""
     blocks, holds = [], {fact: fact for fact in facts}
     for place, fact in enumerate(facts):
         block = [("user", fact.statement(random), True)]
-        if random.random() < 0.1:
+        if random.random() < revisions:
             earlier = random.choice(facts[: place + 1])
             holds[earlier] = task.changed(random, holds[earlier])
             block.append(("user", holds[earlier].update(random), True))

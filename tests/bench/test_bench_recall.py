@@ -412,8 +412,13 @@ def test_a_row_for_each_change_of_recipe(model, tokenizer, weights):
     assert (first.name, first.parameters["change"]) == ("recipe/tsw-r8", "before")
     assert (second.name, second.parameters["change"]) == ("recipe/msw-r8", "after")
     assert first.parameters["weights"] != second.parameters["weights"]
-    shares = {name for name in first.values if "facts" in name and not name.endswith("error")}
-    assert shares == {"two_facts_1024", "eight_facts", "two_facts_1024_new_talk", "two_facts_1024_drawn_talk"}
+    shares = {name for name in first.values if not name.endswith("error") and not name.startswith("perplexity")}
+    talk = {"two_facts_1024", "eight_facts", "two_facts_1024_new_talk", "two_facts_1024_drawn_talk"}
+    assert shares == talk | {"overwritten_once", "others_once", "overwritten_twice", "others_twice"}
+    rows = recall("curves").measure(model, tokenizer, weights, 1, "overwriting")
+    points = [row for row in rows if row.name == "overwriting/tsw-r8" and row.parameters["facts"] == 8]
+    curve = {row.parameters["revisions"]: row.values for row in points}
+    assert [first.values[f"overwritten_{times}"] for times in ("once", "twice")] == [curve[n]["newest"] for n in (1, 2)]
     assert first.values["perplexity_filled"] != second.values["perplexity_filled"] > 0
 
 

@@ -236,6 +236,39 @@ def test_long_episodes_state_their_facts_among_talk():
             assert re.search(rf"\b{answer['content']}\b", f"{told} {seen}")
 
 
+def test_revised_facts_are_asked_for_by_their_newest_value():
+    """At revisions=1 a fact is overwritten behind each, and each question asks for one of those, which holds."""
+    talking, random = example("talking"), Random(5)
+    said = [text for kind in world.KINDS for text in (*world.UPDATES[kind], *world.STATEMENTS[kind])]
+    forms = [re.compile(text.format(key="(?P<key>.+)", value=r"(?P<value>\w+)")) for text in said]
+    overwritten = 0
+    for _ in range(12):
+        episode = talking.draw_long_episode(random, 3, 0, 4, revisions=1.0, about_revised=1.0)
+        text = " ".join(message["content"] for message in episode.told)
+        values = {}
+        for sentence in re.split(r"(?<=\.) ", text):
+            found = next((match for form in forms if (match := form.fullmatch(sentence))), None)
+            if found is not None:
+                values.setdefault(found["key"], []).append(found["value"])
+        for question, answer in episode.asked:
+            key = next(key for key in values if key in question["content"])
+            assert len(values[key]) > 1 and answer["content"] == values[key][-1], (text, question, answer)
+            overwritten += answer["content"] != values[key][0]
+    assert overwritten > 24
+
+
+def test_the_lasting_options_are_checked(capsys):
+    main = example("lasting").main
+    for name, value, allowed in (
+        ("--revisions", "1.5", "0 to 1"),
+        ("--about-revised", "nan", "0 to 1"),
+        ("--rows", "0", "1 or more"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--adapter", str(SHIPPED / "tsw-r8"), "--output", "unused", name, value])
+        assert f"{name}: got" in (said := capsys.readouterr().err) and f"allowed {allowed}" in said
+
+
 def test_talk_is_what_states_nothing():
     tokenizer = build_tokenizer()
     batch, talk = example("lasting").make_batch(tokenizer, long_episodes(), segmented=False)

@@ -170,6 +170,25 @@ def test_the_newest_turns_stay():
     assert session._now.ids == session._renderer.ids(session.context, header=False)
 
 
+class Unread(dict):
+    """A message that nobody may look into."""
+
+    def __getitem__(self, key):
+        raise AssertionError(f"an old message was read: {key}")
+
+
+def test_a_turn_looks_at_no_message_that_has_left_the_context():
+    """So that it takes as long behind 20,000 messages as behind two."""
+    session = tiny_session(chatml_tokenizer(), "msw", context_turns=1)
+    answers(session)
+    old = tuple(Unread(message) for message in session._now.messages)
+    session._now = replace(session._now, messages=old, turn_count=len(old) // 2)
+    answers(session, ["Who is Ada?"])
+    assert session.turns == len(old) // 2 + 1 == session.audit().newest(1).moves[0].turn + 1
+    session.rollback(session.turns - 1)
+    assert session.turns == len(old) // 2
+
+
 def test_context_tokens_bounds_the_prompt():
     model, tokenizer = recall_model("msw")
     session = MemorySession(model, tokenizer, context_tokens=40)

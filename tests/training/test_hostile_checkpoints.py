@@ -7,6 +7,9 @@ import pytest
 import torch
 from training_support import recall_lines, run, write_lines
 
+from deltamem_fast.errors import FileFormatError
+from deltamem_fast.training import checkpoints
+
 OPTIONS = {"steps": 3, "save_every": 1, "keep": 9}
 
 
@@ -33,13 +36,35 @@ def checkpoint(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_code_in_a_checkpoint_is_not_run(checkpoint, data, tmp_path, name):
+def test_code_in_a_checkpoint_is_not_run(checkpoint, data, tmp_path, name, monkeypatch):
     hostile, mark = tmp_path / "run" / "checkpoint-1", tmp_path / "was run"
     shutil.copytree(checkpoint.parent, hostile.parent)
     assert (hostile / name).is_file()
     torch.save({"state": Code(mark)}, hostile / name)
+    for output, resume in ((tmp_path / "again", str(hostile)), (hostile.parent, "auto")):
+        before = {path: path.read_bytes() for path in hostile.parent.rglob("*") if path.is_file()}
+        for checkpoint in hostile.parent.glob("checkpoint-[23]"):
+            torch.save({"state": Code(mark)}, checkpoint / name)
+            before[checkpoint / name] = (checkpoint / name).read_bytes()
+        with pytest.raises(FileFormatError, match=rf"{name}: got posix\.mkdir, allowed tensors and numbers"):
+            run(data, output, resume=resume, **OPTIONS)
+        assert before == {path: path.read_bytes() for path in hostile.parent.rglob("*") if path.is_file()}
+    assert not mark.exists() and not (tmp_path / "again" / "log.jsonl").exists()
+    # Without that look the Trainer refuses it, too.
+    monkeypatch.setattr(checkpoints, "check_pickles", lambda checkpoint: None)
     with pytest.raises(Exception, match="[Ww]eights.only"):
         run(data, tmp_path / "again", resume=str(hostile), **OPTIONS)
     assert not mark.exists()
     torch.load(hostile / name, weights_only=False)  # as it would be without care
     assert mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"nonsense", "half"])
+def test_a_damaged_state_is_named(checkpoint, data, tmp_path, content):
+    damaged = tmp_path / "run" / "checkpoint-1"
+    shutil.copytree(checkpoint.parent, damaged.parent)
+    whole = (damaged / "optimizer.pt").read_bytes()
+    (damaged / "optimizer.pt").write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    with pytest.raises(FileFormatError, match=r"resume: .*optimizer\.pt: got a damaged file, allowed what"):
+        run(data, tmp_path / "again", resume=str(damaged), **OPTIONS)
+    assert not (tmp_path / "again").exists()
