@@ -28,7 +28,7 @@ FULL = 10_000
 CONTEXT = 4  # turns
 ANSWER = 4  # tokens
 PAIRS = 40  # turns whose times a row has, by turns with those of a new session
-SLOWER = 1.5  # times as long as a new session's turn may one take
+SLOWER = 1.2  # times as long as a new session's turn may one take
 BEYOND = 16 * 2**20  # bytes that a process may grow by beside the messages, from turn 1,000 to the last
 PER_MESSAGE = 1500  # bytes that a kept message takes in the process, its text of some sixty letters included
 

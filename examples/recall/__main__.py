@@ -32,6 +32,9 @@ LASTING = (
     LastingOptions(steps=1000, rows=3),
     LastingOptions(steps=300, rows=3, lr=1e-3, most_facts=10, long=False, seed=1),
 )
+# Then more facts that are overwritten, for what has learnt to keep the first value it is told.
+REVISED = LastingOptions(steps=250, rows=3, lr=1e-3, most_facts=10, seed=2, revisions=0.3, about_revised=0.15)
+KEEPS_THE_FIRST = ("tsw", "ssw")
 # Name → strategy, rank, steps, whether settled and made to last: the three strategies, and four ranks, a fifth as long.
 ADAPTERS = {f"{strategy}-r8": (strategy, 8, 2000, True) for strategy in ("tsw", "ssw", "msw")} | {
     f"tsw-r{rank}-short": ("tsw", rank, 400, False) for rank in (4, 8, 16, 32)
@@ -89,7 +92,8 @@ def _train_one(name: str, output: Path, seed: int, steps: int | None) -> None:
     )  # fmt: skip
     settling = SettlingOptions(steps=steps or SettlingOptions.steps, seed=seed) if settled else None
     config = adapter_config(strategy, rank)
-    lasting = [replace(each, steps=steps or each.steps, seed=seed + each.seed) for each in LASTING if settled]
+    stages_to_last = (*LASTING, REVISED) if strategy in KEEPS_THE_FIRST else LASTING
+    lasting = [replace(each, steps=steps or each.steps, seed=seed + each.seed) for each in stages_to_last if settled]
     figures = train_adapter(config, options, stages, settling, output / "backbone", lasting)
     print(f"{name}: recall of {figures['recall']}", file=sys.stderr)
 

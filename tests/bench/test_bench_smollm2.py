@@ -156,7 +156,7 @@ def test_of_rows_measured_twice_the_page_has_the_newer_one_in_the_older_ones_pla
 
 
 def test_goals_are_of_the_least_of_few_facts_against_the_context():
-    pages, make = bench("report.pages"), bench("instrument.rows").counted
+    make = bench("instrument.rows").counted
     rows = [
         make(f"facts/{name}", {"facts": count, "new": new}, share=share, error=0.01)
         for name, new, shares in (
@@ -168,7 +168,7 @@ def test_goals_are_of_the_least_of_few_facts_against_the_context():
         for count, share in zip((1, 2, 4, 8), shares)
     ]
     rows.append(make("perplexity/msw", {"memory": "filled"}, ratio=1.0085, error=0.001))
-    lines = pages._sentence_goals(rows).splitlines()
+    lines = bench("report.recall_pages").sentence_goals(rows).splitlines()
     assert lines[0] == "|  | goal | TSW | MSW |"
     assert lines[2].endswith("| ≥ 1 | 1.00 | 1.25 |") and lines[3].endswith("| ≥ 0.75 |  | 0.50 |")
     assert lines[4] == "| perplexity of essays ÷ frozen, filled memory | ≤ 1.01 |  | 1.0085 |"
