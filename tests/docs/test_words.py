@@ -240,6 +240,31 @@ def test_the_figures_of_the_gradient_are_the_results():
 # --- words
 
 
+RECIPE = (
+    ("two_facts_1024", "two_facts_1024_new_talk", "two_facts_1024_drawn_talk", "eight_facts", "perplexity_filled",
+     "perplexity_live"),
+    ("overwritten_once", "others_once", "overwritten_twice", "others_twice"),
+)  # fmt: skip
+
+
+def test_each_row_of_a_recipe_is_a_result():
+    """The figures of a line in training.md are all of one adapter's row, of the strategy that the line names."""
+
+    def cell(values: dict, name: str) -> str:
+        value, error = values[name], values[f"{name}_error"]
+        return f"{value:.4f} ± {error:.4f}" if "perplexity" in name else f"{100 * value:.1f} ± {100 * error:.1f}"
+
+    rows = [row for path in (ROOT / "bench/results/recall-recipe").glob("*.json") for row in result_of(path)["rows"]]
+    measured = {
+        (row["name"].removeprefix("recipe/")[:3], *(cell(row["values"], name) for name in names))
+        for row in rows for names in RECIPE if names[0] in row["values"]
+    }  # fmt: skip
+    lines = re.findall(r"^\| (tsw|ssw|msw) \| (.*) \|$", prose(ROOT / "docs/training.md"), re.M)
+    found = [(strategy, *line.split(" | ")[1:]) for strategy, line in lines]
+    assert len(found) >= 24 and {len(line) for line in found} == {5, 7}
+    assert not [line for line in found if line not in measured]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_are_plain(page):
     text = page.read_text(encoding="utf-8")
