@@ -134,6 +134,26 @@ def revised(random: Random, tokenizer, *, facts: int, revisions: int) -> Convers
     return Conversation(sentences, grouped(random, sentences, SENTENCES), questions)
 
 
+IN_SIGHT = ("newer", "everything")
+
+
+def in_sight(random: Random, tokenizer, *, facts: int, sight: str) -> Conversation:
+    """``facts`` facts, and a newer value of one of them, which alone stays in sight, or with all that was told.
+
+    It is asked for, and three of the others. Where it alone is in sight it has not been told to the memory.
+    """
+    known = draw_facts(random, facts, held_out=True)
+    old = random.choice(known)
+    newest = changed(random, old)
+    stated = [fact.statement(random) for fact in known]
+    update = newest.update(random)
+    others = random.sample([fact for fact in known if fact is not old], min(facts - 1, 3))
+    questions = [Question(newest, "newest", (old.value,)), *(Question(fact, "kept") for fact in others)]
+    sentences = stated if sight == "newer" else [*stated, update]
+    told = grouped(random, sentences, SENTENCES)
+    return Conversation(sentences, told, questions, grouped(random, [update], 1) if sight == "newer" else told)
+
+
 def halved(random: Random, tokenizer, *, facts: int) -> Conversation:
     """The newer half of ``facts`` facts stays in sight, the older one does not; all are asked for."""
     known = draw_facts(random, facts, held_out=True)

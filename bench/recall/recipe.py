@@ -38,6 +38,10 @@ POINTS = (
      {"newest": "overwritten_once", "kept": "others_once"}),
     ("overwriting", conversations.revised, {"facts": 8, "revisions": 2}, 2,
      {"newest": "overwritten_twice", "kept": "others_twice"}),
+    ("in sight", conversations.in_sight, {"facts": 4, "sight": "newer"}, 2,
+     {"newest": "newer_in_sight", "kept": "others_newer_in_sight"}),
+    ("in sight", conversations.in_sight, {"facts": 4, "sight": "everything"}, 2,
+     {"newest": "newest_all_in_sight", "kept": "others_all_in_sight"}),
 )  # fmt: skip
 
 

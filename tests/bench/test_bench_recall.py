@@ -414,7 +414,12 @@ def test_a_row_for_each_change_of_recipe(model, tokenizer, weights):
     assert first.parameters["weights"] != second.parameters["weights"]
     shares = {name for name in first.values if not name.endswith("error") and not name.startswith("perplexity")}
     talk = {"two_facts_1024", "eight_facts", "two_facts_1024_new_talk", "two_facts_1024_drawn_talk"}
-    assert shares == talk | {"overwritten_once", "others_once", "overwritten_twice", "others_twice"}
+    assert shares == talk | {"overwritten_once", "others_once", "overwritten_twice", "others_twice"} | {
+        "newer_in_sight",
+        "others_newer_in_sight",
+        "newest_all_in_sight",
+        "others_all_in_sight",
+    }
     rows = recall("curves").measure(model, tokenizer, weights, 1, "overwriting")
     points = [row for row in rows if row.name == "overwriting/tsw-r8" and row.parameters["facts"] == 8]
     curve = {row.parameters["revisions"]: row.values for row in points}

@@ -236,25 +236,45 @@ def test_long_episodes_state_their_facts_among_talk():
             assert re.search(rf"\b{answer['content']}\b", f"{told} {seen}")
 
 
-def test_revised_facts_are_asked_for_by_their_newest_value():
-    """At revisions=1 a fact is overwritten behind each, and each question asks for one of those, which holds."""
-    talking, random = example("talking"), Random(5)
+def values_said(messages) -> dict[str, list[str]]:
+    """Key → the values that a chat states of it, in order."""
     said = [text for kind in world.KINDS for text in (*world.UPDATES[kind], *world.STATEMENTS[kind])]
     forms = [re.compile(text.format(key="(?P<key>.+)", value=r"(?P<value>\w+)")) for text in said]
-    overwritten = 0
+    found = {}
+    for sentence in re.split(r"(?<=\.) ", " ".join(message["content"] for message in messages)):
+        match = next((match for form in forms if (match := form.fullmatch(sentence))), None)
+        if match is not None:
+            found.setdefault(match["key"], []).append(match["value"])
+    return found
+
+
+def test_revised_facts_are_asked_for_by_their_newest_value():
+    """At revisions=1 a fact is overwritten behind each, and each question asks for one of those, which holds."""
+    random, overwritten = Random(5), 0
     for _ in range(12):
-        episode = talking.draw_long_episode(random, 3, 0, 4, revisions=1.0, about_revised=1.0)
-        text = " ".join(message["content"] for message in episode.told)
-        values = {}
-        for sentence in re.split(r"(?<=\.) ", text):
-            found = next((match for form in forms if (match := form.fullmatch(sentence))), None)
-            if found is not None:
-                values.setdefault(found["key"], []).append(found["value"])
+        episode = example("talking").draw_long_episode(random, 3, 0, 4, revisions=1.0, about_revised=1.0)
+        values = values_said(episode.told)
         for question, answer in episode.asked:
             key = next(key for key in values if key in question["content"])
-            assert len(values[key]) > 1 and answer["content"] == values[key][-1], (text, question, answer)
+            assert len(values[key]) > 1 and answer["content"] == values[key][-1], (values, question, answer)
             overwritten += answer["content"] != values[key][0]
     assert overwritten > 24
+
+
+def test_what_is_in_sight_goes_before_what_was_told():
+    """At in_sight=1 a question's context says of the key what holds, or nothing; then what was told does."""
+    random, kinds = Random(5), {"newer": 0, "told": 0, "again": 0}
+    for _ in range(16):
+        episode = example("talking").draw_long_episode(random, 3, 20, 4, in_sight=1.0)
+        told = values_said(episode.told)
+        for *visible, question, answer in episode.asked:
+            assert visible
+            seen = values_said(visible)
+            key = next(key for key in (*seen, *told) if key in question["content"])
+            assert answer["content"] == (seen.get(key) or told[key])[-1], (seen, told, question, answer)
+            again = visible == episode.told
+            kinds["again" if again else "newer" if key in seen and seen[key][-1] != told[key][-1] else "told"] += 1
+    assert min(kinds.values()) > 2, kinds
 
 
 def test_the_lasting_options_are_checked(capsys):
@@ -262,6 +282,7 @@ def test_the_lasting_options_are_checked(capsys):
     for name, value, allowed in (
         ("--revisions", "1.5", "0 to 1"),
         ("--about-revised", "nan", "0 to 1"),
+        ("--in-sight", "-1", "0 to 1"),
         ("--rows", "0", "1 or more"),
     ):
         with pytest.raises(SystemExit, match="2"):
