@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..text.segments import chat_ids, segment_ids_under
 from ..text.thinking import TextStream
 from .answers import Answer
 from .costs import FirstToken, Stopwatch, answer_length, peak_of, reset_peak
-from .data import BETWEEN, Document, Question, Task
+from .data import Document, Question, Task
 from .defaults import BATCH, CHUNK, CHUNK_TOKENS
 from .extension import extended, trained_length
 from .policies import RETRIEVING, Policy
@@ -57,8 +57,6 @@ class Settings:
 
 
 DEFAULTS = Settings()
-# Tokens before a question that its first characters may change.
-SLACK = 4
 _HEADER = 64  # tokens of a prompt's end, in which a template may have begun to think
 _APPENDED = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -190,12 +188,13 @@ class Prepared:
         self.shared = self._shared() if policy.shared else []
         self.asked, self.longest = [], 0
         for question in document.questions:
-            if question.id in skip and policy.kind != "yarn":
+            # What is shared, and how long the longest is, depends on those that are skipped, too.
+            if question.id in skip and not policy.shared:
                 continue
             asked = self._ask(question)
             fed = len(self.shared) + len(asked.ids) + self.new_tokens(question)
             self._check_fits(fed)  # before others of such a length are tokenised
-            self.longest = max(self.longest, fed)  # of those that are skipped, too: the same positions
+            self.longest = max(self.longest, fed)
             if question.id not in skip:
                 self.asked.append(asked)
         self._before = before if memory else []
@@ -209,38 +208,34 @@ class Prepared:
     def _split(self) -> tuple[list[str], str]:
         """The parts that are told only, and the text that is in every question's context."""
         if self.policy.kind in ("everything", "yarn"):
-            return [], BETWEEN.join(self.parts)
+            return [], self.task.between.join(self.parts)
         if self.policy.kind != "last":
             return self.parts, ""
-        text, before = BETWEEN.join(self.parts), []
+        text, before = self.task.between.join(self.parts), []
         left = begin = last_tokens(self.tokenizer, text, self.policy.amount)
         for part in self.parts:  # what of each stands before the last tokens
             if left > 0:
                 before.append(part[:left])
-            left -= len(part) + len(BETWEEN)
+            left -= len(part) + len(self.task.between)
         return before, text[begin:]
 
     def _shared(self) -> list[int]:
-        """What all prompts begin with, whichever questions are asked."""
+        """What the prompts of any two questions begin with: all of the context, which is then written to the memory."""
         first, second = (self._ids(self.task.prompt_with(self.context, text)) for text in ("a", "1"))
-        same = next((place for place, (one, other) in enumerate(zip(first, second)) if one != other), len(first))
-        return first[: max(0, same - SLACK)]
+        return first[: _alike(first, second)]
 
     def _ask(self, question: Question) -> Asked:
         context, watch = self.context, Stopwatch(self.device)
         if self.find is not None:
-            context = selected(self.policy, self.chunks, self.find, question.query or question.text)
+            context = selected(self.policy, self.chunks, self.find, question.query or question.text, self.task.between)
         seconds = watch.seconds() if self.find is not None else 0.0
-        ids, common = (
-            self._ids(self.task.prompt_with(context, question.text) if context else question.text),
-            self.shared,
-        )
-        if ids[: len(common)] != common:
-            raise ArgumentError(
-                f"tokenizer: the question {question.id} changes how the text {SLACK} tokens before it is tokenised; "
-                f"allowed with policy {self.policy.name}: a tokenizer that does not look so far ahead"
-            )
-        return Asked(question, ids[len(common) :], len(ids) - len(self._ids(question.text)), seconds)
+        ids = self._ids(self.task.prompt_with(context, question.text) if context else question.text)
+        tokens = len(ids) - len(self._ids(question.text))
+        alike = _alike(ids, self.shared)
+        if alike < len(self.shared):  # a question that changes how the context's end is tokenised
+            rest, self.shared = self.shared[alike:], self.shared[:alike]
+            self.asked = [replace(asked, ids=rest + asked.ids) for asked in self.asked]
+        return Asked(question, ids[alike:], tokens, seconds)
 
     def _ids(self, text: str) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
@@ -371,6 +366,11 @@ class Prepared:
             list(stream.add(token))
         list(stream.end())
         return stream.answer.strip()
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike."""
+    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 @torch.no_grad()

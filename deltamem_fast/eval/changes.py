@@ -23,7 +23,7 @@ from ..arguments import check_integer
 from ..errors import ArgumentError
 from ..recall.task import Fact, changed, draw_facts, grouped
 from ..recall.world import QUESTIONS, sentence
-from .data import Document, Question, Task
+from .data import BETWEEN, Document, Question, Task
 from .metrics import mean, named
 from .relations import FILLERS, PEOPLE, RELATIONS
 
@@ -204,16 +204,19 @@ _NOTES = (
 )
 
 
-def _generated(name: str, title: str, make: Callable[[], list[Document]], prompt: str, new_tokens: int) -> Task:
+def _generated(
+    name: str, title: str, make: Callable[[], list[Document]], prompt: str, new_tokens: int, between: str
+) -> Task:
     def load(path: Path | None) -> list[Document]:
         if path is not None:
             raise ArgumentError(f"data of {name}: got {str(path)!r:.120}, allowed none: it is generated")
         return make()
 
-    return Task(name, title, load, score, prompt, new_tokens, "right", _NOTES, (OLDER,), overall)
+    return Task(name, title, load, score, prompt, new_tokens, "right", _NOTES, (OLDER,), overall, between)
 
 
-TASK = _generated("changes", "Changes, in plain English", documents_in_english, "{context}\n\n{question}", 40)
+TASK = _generated("changes", "Changes, in plain English", documents_in_english, "{context}\n\n{question}", 40, BETWEEN)
+# The small world has no lines: a line's end would be letters that its backbone has never seen.
 SMALL_TASK = _generated(
-    "changes-small", "Changes, in the small world", documents_of_the_small_world, "{context} {question}", 8
+    "changes-small", "Changes, in the small world", documents_of_the_small_world, "{context} {question}", 8, " "
 )

@@ -68,6 +68,8 @@ class Task:
         overall: category → the scores of its questions that were answered and could be scored → figures by name, the
             one that the benchmark is known by under ``overall``; None = the mean over all questions. A figure without a
             question in it is None.
+        between: what stands between the pieces of a document that is in context: a blank line, where the model knows
+            what that is.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Task:
     notes: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
     overall: Callable[[Mapping[str, Sequence[float]]], dict[str, float | None]] | None = None
+    between: str = BETWEEN
 
     def new_tokens_of(self, question: Question) -> int:
         """At most, of an answer to ``question``."""

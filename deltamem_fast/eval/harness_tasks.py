@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 
 from ..errors import ArgumentError
 from .data import Document, Question, Task
-from .retrieval import BETWEEN
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -144,15 +143,15 @@ def by_document(
 def prompt_of(doc: Mapping[str, Any]) -> str:
     """The task's prompt with the whole document in it."""
     task, document, question = question_of(doc)
-    return task.prompt_with(BETWEEN.join(document.parts), question.text)
+    return task.prompt_with(task.between.join(document.parts), question.text)
 
 
 def fields_of(doc: Any) -> Mapping[str, str] | None:
     """Where ``prompt_parts`` finds the document of a prompt of ours; None: the request is of another's task."""
     if not is_ours(doc):
         return None
-    _, document, question = question_of(doc)
-    return {"document": BETWEEN.join(document.parts), "query": question.query or question.text}
+    task, document, question = question_of(doc)
+    return {"document": task.between.join(document.parts), "query": question.query or question.text}
 
 
 def _target_of(doc: Mapping[str, Any]) -> str:

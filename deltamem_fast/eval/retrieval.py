@@ -121,8 +121,8 @@ def last_tokens(tokenizer, text: str, amount: int) -> int:
     return starts[-amount] if len(starts) > amount else 0
 
 
-def selected(policy: Policy, chunks: Sequence[str], finder: Finder, question: str) -> str:
-    """The found chunks in the order in which they were said, a blank line between them."""
+def selected(policy: Policy, chunks: Sequence[str], finder: Finder, question: str, between: str = BETWEEN) -> str:
+    """The found chunks in the order in which they were said, ``between`` (a blank line) between them."""
     if policy.kind not in RETRIEVING:
         raise ArgumentError(f"policy: got {policy.name}, allowed one that retrieves")
-    return BETWEEN.join(chunks[place] for place in sorted(finder(question)))
+    return between.join(chunks[place] for place in sorted(finder(question)))

@@ -60,7 +60,6 @@ class LastingOptions:
         rows: times as many episodes a step as ``LENGTHS`` says.
         revisions: share of the facts behind which one is overwritten (``draw_long_episode``).
         about_revised: share of the questions that ask for an overwritten fact.
-        in_sight: share of the questions whose context says something of what was told, too.
     """
 
     steps: int = 450
@@ -74,7 +73,6 @@ class LastingOptions:
     rows: int = 1
     revisions: float = 0.1
     about_revised: float = 0.0
-    in_sight: float = 0.0
 
 
 @contextlib.contextmanager
@@ -186,7 +184,6 @@ class Steps(Dataset[Step]):
                 options.questions,
                 options.revisions,
                 options.about_revised,
-                options.in_sight,
             )
             for _ in range(rows * options.rows)
         ]
@@ -240,18 +237,18 @@ def main(arguments: list[str] | None = None) -> int:
     defaults = LastingOptions()
     for name in ("steps", "seed", "most_facts", "rows"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    for name in ("lr", "gate_weight", "divergence_weight", "revisions", "about_revised", "in_sight"):
+    for name in ("lr", "gate_weight", "divergence_weight", "revisions", "about_revised"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
     parser.add_argument("--short", action="store_true", help="no long episodes")
     given = parser.parse_args(arguments)
     options = LastingOptions(
         given.steps, given.lr, given.most_facts, defaults.questions, given.gate_weight, given.divergence_weight,
-        not given.short, given.seed, given.rows, given.revisions, given.about_revised, given.in_sight,
+        not given.short, given.seed, given.rows, given.revisions, given.about_revised,
     )  # fmt: skip
     for name in ("steps", "rows", "most_facts"):
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(given, name)}, allowed 1 or more")
-    for name in ("revisions", "about_revised", "in_sight"):
+    for name in ("revisions", "about_revised"):
         if not 0 <= getattr(given, name) <= 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(given, name)}, allowed 0 to 1")
     from .adapters import check

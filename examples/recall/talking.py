@@ -15,7 +15,6 @@ from deltamem_fast.recall.task import Fact, assistant, user
 from deltamem_fast.text.segments import sentence_spans
 
 SENTENCE_TOKENS = 8  # of a sentence of talk, about
-IN_SIGHT_WORDS = 90  # that a question's context repeats of what was told, at most
 # Sentences about a key that nothing may be written of, though half of a fact stands in them.
 DENIALS = {
     "code": ("Nobody uses {value}.", "{key} was late with the code.", "Nobody has the code of {key}."),
@@ -38,13 +37,7 @@ class LongEpisode:
 
 
 def draw_long_episode(
-    random: Random,
-    most_facts: int,
-    tokens: int,
-    questions: int,
-    revisions: float = 0.1,
-    about_revised: float = 0.0,
-    in_sight: float = 0.0,
+    random: Random, most_facts: int, tokens: int, questions: int, revisions: float = 0.1, about_revised: float = 0.0
 ) -> LongEpisode:
     """1 to ``most_facts`` facts with about ``tokens`` tokens of talk, and ``questions`` questions.
 
@@ -55,8 +48,6 @@ def draw_long_episode(
         revisions: share of the facts behind which one of those told so far is overwritten.
         about_revised: share of the questions that ask for an overwritten fact, where there is one; the others ask for
             any.
-        in_sight: share of the questions whose context says something of what was told, too: the same once more, or a
-            newer value, which is then the right one.
     """
     facts = task.draw_facts(random, random.randint(1, most_facts) + 4, held_out=False)
     facts, seen = facts[:-4], facts[-4:]
@@ -76,9 +67,7 @@ def draw_long_episode(
     told, states = _messages(random, blocks)
     asked = []
     for _ in range(questions):
-        if in_sight and random.random() < in_sight:
-            asked.append(_in_sight(random, holds, told))
-        elif revised and random.random() < about_revised:
+        if revised and random.random() < about_revised:
             asked.append(task.asking(random, [random.choice(revised)]))
         else:
             asked.append(_question(random, holds, seen))
@@ -142,24 +131,6 @@ def _messages(random: Random, blocks) -> tuple[list[dict[str, str]], list[bool]]
         messages.append(user(content) if role == "user" else assistant(content))
         first = last
     return messages, [states for _, text, states in sentences for _ in sentence_spans(text)]
-
-
-def _in_sight(random: Random, holds: list[Fact], told: list[dict[str, str]]) -> list[dict[str, str]]:
-    """All that was told, if it is short, or a newer value of one fact among others and talk; then a question."""
-    if random.random() < 0.5 and sum(len(message["content"].split()) for message in told) < IN_SIGHT_WORDS:
-        return [*told, *task.asking(random, [random.choice(holds)])]
-    fact = random.choice(holds)
-    others = [other for other in holds if other is not fact]
-    newer = task.changed(random, fact)
-    sentences = [other.statement(random) for other in random.sample(others, min(len(others), random.randint(0, 2)))]
-    if random.random() < 0.3:
-        sentences.append(fact.statement(random))
-    sentences += [world.sentence(random, False) for _ in range(random.randint(0, 3))]
-    random.shuffle(sentences)
-    sentences.append(newer.update(random) if random.random() < 0.7 else newer.statement(random))
-    sentences += [world.sentence(random, False) for _ in range(random.randint(0, 3))]
-    asked = random.choice(others) if others and random.random() < 0.3 else newer
-    return [*task.grouped(random, sentences, 4), *task.asking(random, [asked])]
 
 
 def _question(random: Random, holds: list[Fact], seen: list[Fact]) -> list[dict[str, str]]:

@@ -149,6 +149,34 @@ def test_what_is_in_context():
     assert "Rex" in "".join(TOKENIZER.decode(window.ids[0]) for window in whole.told) and not whole.context
 
 
+@pytest.mark.parametrize("policy", ["everything", "last-10"])
+def test_all_of_a_shared_context_is_written_and_no_question(patched, policy):
+    run = Prepared(patched, TOKENIZER, TASK, DOCUMENTS[0], policy_named(policy), SETTINGS, True)
+    assert TOKENIZER.decode(run.shared).rstrip("\n").endswith(run.context)
+    for asked, text in zip(run.asked, QUESTIONS, strict=True):
+        assert TOKENIZER.decode(asked.ids).lstrip("\n").startswith(text)
+    memory = MemoryState.zeros(patched)
+    list(run.batches(memory))
+    if not run.segmented:
+        plain = MemoryState.zeros(patched)
+        patched(torch.tensor([run.shared]), memory=plain, use_cache=False)
+        assert all(torch.allclose(memory[i], plain[i], atol=1e-5) for i in plain) and memory[0].norm() > 0
+
+
+def test_questions_that_change_the_contexts_end_share_what_is_alike():
+    """Whatever a question's first letters make of the tokens before it, its prompt is the whole one; skipped or not."""
+    glued, texts = replace(TASK, prompt="{context}{question}"), ("s were late.", "a", " and then?", "1", "ing?")
+    told = Document("d", ("My dog is called Rex. Ada took the train",), tuple(
+        Question(f"d-{i}", text, ("x",)) for i, text in enumerate(texts)))  # fmt: skip
+    model, runs = made(), []
+    for skip in ((), ("d-0", "d-4")):
+        run = Prepared(model, TOKENIZER, glued, told, policy_named("everything"), SETTINGS, False, skip)
+        for asked in run.asked:
+            assert [*run.shared, *asked.ids] == run._ids(glued.prompt_with(run.context, asked.question.text))
+        runs.append(run)
+    assert runs[0].shared == runs[1].shared and len(runs[1].asked) == 3
+
+
 def test_last_tokens_are_counted_over_parts():
     parts = ("Ada took the train home.", "My dog is called Rex.", "She went to the market.")
     text = "\n\n".join(parts)

@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 
+from deltamem_fast import patch_model
 from deltamem_fast.errors import ArgumentError
+from deltamem_fast.eval.answering import answer_documents
 from deltamem_fast.eval.changes import (
     KEPT,
     NEWER,
@@ -20,8 +22,10 @@ from deltamem_fast.eval.changes import (
 )
 from deltamem_fast.eval.data import Question
 from deltamem_fast.eval.metrics import named
+from deltamem_fast.eval.policies import policy_named
 from deltamem_fast.eval.relations import FILLERS, PEOPLE, RELATIONS
 from deltamem_fast.eval.tasks import digest_of
+from deltamem_fast.recall.weights import SHIPPED, load_backbone
 from deltamem_fast.recall.world import objects, people
 
 SUITES = (documents_in_english, documents_of_the_small_world)
@@ -149,3 +153,16 @@ def test_generated_suites_take_no_file(task, tmp_path):
     assert task.load(None) == task.load(None)
     with pytest.raises(ArgumentError, match="allowed none: it is generated"):
         task.load(tmp_path)
+
+
+def test_the_small_world_in_sight_is_answered_with_a_memory_or_without():
+    """Its backbone reads the whole text, and a memory that the text is written to takes next to nothing of that."""
+    model, tokenizer = load_backbone(SHIPPED / "backbone")
+    patch_model(model, SHIPPED / "msw-r8")
+    documents = documents_of_the_small_world(documents=8)
+    for memory, least in ((False, 1.0), (True, 0.9)):
+        answers = answer_documents(model, tokenizer, SMALL_TASK, documents, policy_named("everything"), memory=memory)
+        given = {answer.id: answer.answer for answer in answers}
+        wanted = [q for document in documents for q in document.questions if q.category in (KEPT, NEWER)]
+        right = [SMALL_TASK.score(question, given[question.id]) for question in wanted]
+        assert len(right) == 32 and sum(right) >= least * len(right), (memory, sum(right))

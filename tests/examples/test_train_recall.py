@@ -261,28 +261,11 @@ def test_revised_facts_are_asked_for_by_their_newest_value():
     assert overwritten > 24
 
 
-def test_what_is_in_sight_goes_before_what_was_told():
-    """At in_sight=1 a question's context says of the key what holds, or nothing; then what was told does."""
-    random, kinds = Random(5), {"newer": 0, "told": 0, "again": 0}
-    for _ in range(16):
-        episode = example("talking").draw_long_episode(random, 3, 20, 4, in_sight=1.0)
-        told = values_said(episode.told)
-        for *visible, question, answer in episode.asked:
-            assert visible
-            seen = values_said(visible)
-            key = next(key for key in (*seen, *told) if key in question["content"])
-            assert answer["content"] == (seen.get(key) or told[key])[-1], (seen, told, question, answer)
-            again = visible == episode.told
-            kinds["again" if again else "newer" if key in seen and seen[key][-1] != told[key][-1] else "told"] += 1
-    assert min(kinds.values()) > 2, kinds
-
-
 def test_the_lasting_options_are_checked(capsys):
     main = example("lasting").main
     for name, value, allowed in (
         ("--revisions", "1.5", "0 to 1"),
         ("--about-revised", "nan", "0 to 1"),
-        ("--in-sight", "-1", "0 to 1"),
         ("--rows", "0", "1 or more"),
     ):
         with pytest.raises(SystemExit, match="2"):
