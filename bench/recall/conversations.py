@@ -134,13 +134,10 @@ def revised(random: Random, tokenizer, *, facts: int, revisions: int) -> Convers
     return Conversation(sentences, grouped(random, sentences, SENTENCES), questions)
 
 
-IN_SIGHT = ("newer", "everything")
-
-
 def in_sight(random: Random, tokenizer, *, facts: int, sight: str) -> Conversation:
-    """``facts`` facts, and a newer value of one of them, which alone stays in sight, or with all that was told.
+    """``facts`` facts, and a newer value of one of them; it is asked for, and three of the others.
 
-    It is asked for, and three of the others. Where it alone is in sight it has not been told to the memory.
+    ``sight``: "newer" = that sentence alone is in sight, and was not told; "everything" = all was told and is in sight.
     """
     known = draw_facts(random, facts, held_out=True)
     old = random.choice(known)

@@ -203,7 +203,7 @@ class Prepared:
     def told(self) -> list[Encoded]:
         """The windows that go to the memory; none without one. Of a document that is remembered nobody asks."""
         window = window_for(self.model, self.settings.window)
-        return windows_of(self.model, self.tokenizer, self._before, window)
+        return windows_of(self.model, self.tokenizer, self._before, window, self.task.between)
 
     def _split(self) -> tuple[list[str], str]:
         """The parts that are told only, and the text that is in every question's context."""
@@ -220,7 +220,10 @@ class Prepared:
         return before, text[begin:]
 
     def _shared(self) -> list[int]:
-        """What the prompts of any two questions begin with: all of the context, which is then written to the memory."""
+        """What prompts begin with, up to the question: all of the context, which is then written to the memory.
+
+        A question that makes other tokens of the context's end (``_ask``) leaves those to be read alone.
+        """
         first, second = (self._ids(self.task.prompt_with(self.context, text)) for text in ("a", "1"))
         return first[: _alike(first, second)]
 

@@ -45,8 +45,11 @@ def window_for(model: nn.Module, window: int = 0) -> int:
     return window or min(WRITE_TOKENS, trained_length(model))
 
 
-def windows_of(model: nn.Module, tokenizer, parts: Sequence[str], window: int) -> list[Encoded]:
+def windows_of(model: nn.Module, tokenizer, parts: Sequence[str], window: int, between: str = BETWEEN) -> list[Encoded]:
     """A document as contexts of at most ``window`` tokens, each part a user's message (or plain text).
+
+    Args:
+        between: what stands between parts, where they are one text.
 
     Raises:
         ValueError: ``window`` is too little for the chat template, or the tokenizer is not the model's.
@@ -55,12 +58,12 @@ def windows_of(model: nn.Module, tokenizer, parts: Sequence[str], window: int) -
     if not parts:
         return []
     if not getattr(tokenizer, "chat_template", None):
-        return encoded_pieces(model, tokenizer, BETWEEN.join(parts), window)
+        return encoded_pieces(model, tokenizer, between.join(parts), window)
     messages = [{"role": "user", "content": part} for part in parts]
     try:
         chat_ids(tokenizer, messages[:2], "parts")
     except ArgumentError:  # a template that wants users and assistants to take turns
-        messages = [{"role": "user", "content": BETWEEN.join(parts)}]
+        messages = [{"role": "user", "content": between.join(parts)}]
     return encoded_pieces(model, tokenizer, messages, window)
 
 

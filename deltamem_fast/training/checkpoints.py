@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..adapter.files import SAFETENSORS_NAME
 from ..adapter.fingerprints import public_label
@@ -17,15 +14,11 @@ from ..config import CONFIG_NAME
 from ..errors import ArgumentError, FileFormatError
 from ..storage.files import as_path, read_json, write_json
 from .options import CHANGEABLE, TrainingOptions
+from .pickles import check_pickles
 
 RUN_NAME = "training.json"
 WHOLE_NAME = "checkpoint.json"  # written last: a directory that has it is whole
 _PREFIX = "checkpoint-"
-# NumPy's part of a random state: what the Trainer allows beside tensors.
-_OF_A_RANDOM_STATE = frozenset({
-    "_codecs.encode", "numpy.dtype", "numpy.dtypes.UInt32DType", "numpy.ndarray", "numpy._core.multiarray._reconstruct",
-    "numpy.core.multiarray._reconstruct",
-})  # fmt: skip
 _OF_THE_RUN = ("model", "dtype", "data", "episodes_a_step")
 
 
@@ -115,24 +108,6 @@ def newest_checkpoint(output: Path) -> Path | None:
             with contextlib.suppress(FileFormatError):
                 steps[path] = step_of(path)
     return max(steps, key=steps.get, default=None)
-
-
-def check_pickles(checkpoint: Path) -> None:
-    """Raise ValueError if a pickle in a checkpoint is damaged or names code; nothing in it is run or loaded.
-
-    The Trainer refuses these too (``weights_only``), but only when the run has begun and its log was cut.
-    """
-    for path in sorted(
-        path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin") and path.is_file()
-    ):
-        try:
-            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(path))) - _OF_A_RANDOM_STATE
-        except Exception as error:  # of many kinds: it looks through bytes that anybody may have written
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which torch raises for a cut file
-                raise
-            raise FileFormatError(f"resume: {path}: got a damaged file, allowed what a run has saved") from error
-        if named:
-            raise FileFormatError(f"resume: {path}: got {', '.join(sorted(named))[:200]}, allowed tensors and numbers")
 
 
 def checkpoint_to_resume(options: TrainingOptions) -> Path | None:

@@ -163,18 +163,23 @@ def test_all_of_a_shared_context_is_written_and_no_question(patched, policy):
         assert all(torch.allclose(memory[i], plain[i], atol=1e-5) for i in plain) and memory[0].norm() > 0
 
 
-def test_questions_that_change_the_contexts_end_share_what_is_alike():
+@pytest.mark.parametrize(
+    "context, question", [("Ada took the train h", "er x"), ("Ada took the", "n x"), ("Ada lik", "s x")]
+)
+def test_questions_that_change_the_contexts_end_share_what_is_alike(context, question):
     """Whatever a question's first letters make of the tokens before it, its prompt is the whole one; skipped or not."""
-    glued, texts = replace(TASK, prompt="{context}{question}"), ("s were late.", "a", " and then?", "1", "ing?")
-    told = Document("d", ("My dog is called Rex. Ada took the train",), tuple(
-        Question(f"d-{i}", text, ("x",)) for i, text in enumerate(texts)))  # fmt: skip
-    model, runs = made(), []
-    for skip in ((), ("d-0", "d-4")):
-        run = Prepared(model, TOKENIZER, glued, told, policy_named("everything"), SETTINGS, False, skip)
-        for asked in run.asked:
-            assert [*run.shared, *asked.ids] == run._ids(glued.prompt_with(run.context, asked.question.text))
-        runs.append(run)
-    assert runs[0].shared == runs[1].shared and len(runs[1].asked) == 3
+    glued, model = replace(TASK, prompt="{context}{question}"), made()
+
+    def run(*texts, skip=()):
+        told = Document("d", (context,), tuple(Question(f"d-{i}", text, ("x",)) for i, text in enumerate(texts)))
+        return Prepared(model, TOKENIZER, glued, told, policy_named("everything"), SETTINGS, False, skip)
+
+    found, alone, rest = run("a", question, "1"), run("a", "1"), run("a", question, "1", skip=("d-1",))
+    assert len(found.shared) < len(alone.shared)
+    for each in (found, alone, rest):
+        for asked in each.asked:
+            assert [*each.shared, *asked.ids] == each._ids(context + asked.question.text)
+    assert found.shared == rest.shared and len(rest.asked) == 2
 
 
 def test_last_tokens_are_counted_over_parts():
