@@ -244,6 +244,7 @@ RECIPE = (
     ("two_facts_1024", "two_facts_1024_new_talk", "two_facts_1024_drawn_talk", "eight_facts", "perplexity_filled",
      "perplexity_live"),
     ("overwritten_once", "others_once", "overwritten_twice", "others_twice"),
+    ("newer_in_sight", "others_newer_in_sight", "newest_all_in_sight", "others_all_in_sight"),
 )  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def test_each_row_of_a_recipe_is_a_result():
     }  # fmt: skip
     lines = re.findall(r"^\| (tsw|ssw|msw) \| (.*) \|$", prose(ROOT / "docs/training.md"), re.M)
     found = [(strategy, *line.split(" | ")[1:]) for strategy, line in lines]
-    assert len(found) >= 24 and {len(line) for line in found} == {5, 7}
+    assert len(found) >= 30 and {len(line) for line in found} == {5, 7}
     assert not [line for line in found if line not in measured]
 
 
