@@ -21,7 +21,7 @@ from ..memory.state import MemoryState
 from ..model.cache import MemoryLayerMixin
 from ..text.answering import answer_options
 from ..text.encode import attention_mask, check_known, encode_text, padded
-from ..text.segments import chat_ids, segment_ids_under
+from ..text.segments import chat_ids, common_length, segment_ids_under
 from ..text.thinking import TextStream
 from .answers import Answer
 from .costs import FirstToken, Stopwatch, answer_length, peak_of, reset_peak
@@ -225,7 +225,7 @@ class Prepared:
         A question that makes other tokens of the context's end (``_ask``) leaves those to be read alone.
         """
         first, second = (self._ids(self.task.prompt_with(self.context, text)) for text in ("a", "1"))
-        return first[: _alike(first, second)]
+        return first[: common_length(first, second)]
 
     def _ask(self, question: Question) -> Asked:
         context, watch = self.context, Stopwatch(self.device)
@@ -234,7 +234,7 @@ class Prepared:
         seconds = watch.seconds() if self.find is not None else 0.0
         ids = self._ids(self.task.prompt_with(context, question.text) if context else question.text)
         tokens = len(ids) - len(self._ids(question.text))
-        alike = _alike(ids, self.shared)
+        alike = common_length(ids, self.shared)
         if alike < len(self.shared):  # a question that changes how the context's end is tokenised
             rest, self.shared = self.shared[alike:], self.shared[:alike]
             self.asked = [replace(asked, ids=rest + asked.ids) for asked in self.asked]
@@ -369,11 +369,6 @@ class Prepared:
             list(stream.add(token))
         list(stream.end())
         return stream.answer.strip()
-
-
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two prompts begin with alike."""
-    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 @torch.no_grad()

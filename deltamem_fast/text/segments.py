@@ -332,7 +332,7 @@ def _tail(render: Render, conversation, mark: str) -> str | None:
 
 
 def _trailer_length(text: str, tail: str) -> int:
-    length = _common_length(text, tail)
+    length = common_length(text, tail)
     if length < len(tail):
         # Two different tags both begin with a bracket, which belongs to neither's beginning alone.
         for opening, closing in ("<>", "[]"):
@@ -342,7 +342,8 @@ def _trailer_length(text: str, tail: str) -> int:
     return length
 
 
-def _common_length(first: str, second: str) -> int:
+def common_length(first: Sequence, second: Sequence) -> int:
+    """How many characters, or tokens, two sequences begin with alike."""
     different = (i for i, (a, b) in enumerate(zip(first, second)) if a != b)
     return next(different, min(len(first), len(second)))
 
@@ -523,7 +524,7 @@ def _content_span(message, text: str, place: _Marked, floor: int) -> tuple[int, 
         start, stop = _visible(message, separator)
         content = _text_of(message, separator)[start:stop]
         window = text[max(floor, end - len(content)) : end]
-        length = max(length, _common_length(content[::-1], window[::-1]))
+        length = max(length, common_length(content[::-1], window[::-1]))
     return end - length, end
 
 
